@@ -1,0 +1,261 @@
+"""The search file: what a search is. The only reader of configuration.
+
+Where a search runs (address, replicas, GPUs) is not in here and enters no identity.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from dtmsearch.plans.evaluation import ModelSpec
+from dtmsearch.plans.metrics import METRICS
+from dtmsearch.plans.plan import Budget
+from dtmsearch.plans.schemes import parse_scheme
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Metric = Literal["fdt", "sdt", "dppl", "ppl", "kl"]
+assert set(typing.get_args(Metric)) == set(METRICS)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    path: str
+    revision: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class DatasetSection(_Section):
+    path: str
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+
+
+class PromptsSection(_Section):
+    files: tuple[str, ...] = ()
+    dataset: DatasetSection | None = None
+    count: int = Field(default=100, ge=1)
+    prompt_tokens: int = Field(default=100, ge=1)
+    continuation_tokens: int = Field(default=100, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptsSection:
+        if bool(self.files) == (self.dataset is not None):
+            raise ValueError("give either files or dataset")
+        return self
+
+
+class ValidationSection(_Section):
+    """As `prompts`; a field that is not set is taken from there."""
+
+    files: tuple[str, ...] = ()
+    dataset: DatasetSection | None = None
+    count: int | None = Field(default=None, ge=1)
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    continuation_tokens: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+
+
+class ComponentsSection(_Section):
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+class StopSection(_Section):
+    """A search ends at the first rule that is met."""
+
+    share: float | None = Field(default=None, gt=0, le=1)
+    components: int | None = Field(default=None, ge=1)
+    bits_per_weight: float | None = Field(default=None, gt=0)
+    sparsity: float | None = Field(default=None, gt=0, le=1)
+    size_mb: float | None = Field(default=None, gt=0)
+    min_fdt: float | None = Field(default=None, ge=0)
+    seconds: float | None = Field(default=None, gt=0)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.share, self.components, self.bits_per_weight, self.sparsity, self.size_mb)
+
+
+class SearchSection(_Section):
+    strategy: Literal["probe", "greedy", "beam"] = "beam"
+    rank_by: Metric = "fdt"
+    width: int = Field(default=10, ge=1)
+    expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    schemes: tuple[str, ...] = Field(min_length=1)
+    components: ComponentsSection = ComponentsSection()
+    tied: tuple[tuple[str, ...], ...] = ()
+    stop: StopSection = StopSection()
+
+    @field_validator("schemes")
+    @classmethod
+    def _known_schemes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if parse_scheme(name).family == "dense":
+                raise ValueError("dense is where every search starts, so it is no scheme to search for")
+        if len(set(names)) < len(names):
+            raise ValueError("a scheme stands there twice")
+        return names
+
+
+class SearchFile(_Section):
+    run: RunName
+    model: ModelSection
+    prompts: PromptsSection
+    validation: ValidationSection | None = None
+    search: SearchSection
+    seed: int = 0
+
+    # The folder that relative paths start from: part of where the file lies, not of what the search is.
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
+    def validation_prompts(self) -> PromptsSection | None:
+        """The held-out prompts, unset fields filled from `prompts`; None when the file has no validation."""
+        if self.validation is None:
+            return None
+        values = self.prompts.model_dump() | self.validation.model_dump(exclude_unset=True)
+        if self.validation.dataset is not None:
+            values["files"] = ()
+        elif self.validation.files:
+            values["dataset"] = None
+        return PromptsSection.model_validate(values)
+
+    def resolve(self, path: str) -> Path:
+        """A path as the file means it: from the file's own folder or, where nothing is there, the current one."""
+        beside = self._folder / Path(path).expanduser()
+        return beside if beside.exists() else Path(path).expanduser()
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """What replicas load. A path that names no folder here is left as it stands: a hub id."""
+        folder = self.resolve(self.model.path)
+        path = str(folder.absolute()) if folder.is_dir() else self.model.path
+        section = self.model
+        return ModelSpec(path, section.revision, section.dtype, section.attention, section.trust_remote_code)
+
+    def to_yaml(self) -> str:
+        """The file as YAML with every default written out, so that two files that mean the same read the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+    """Read a search file and apply overrides such as `search.width=4`. Raises `ValueError` for a user's mistake."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no search file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the search file {path}: {error}") from None
+    return parse(text, str(path), path.absolute().parent, overrides)
+
+
+def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+    """A search file from its text; `source` names it in errors, `folder` is where its relative paths start."""
+    content = _read_yaml(text, source)
+    for override in overrides:
+        _apply(content, override)
+    try:
+        file = SearchFile.model_validate(content)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
+    file._folder = folder
+    return file
+
+
+def _read_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} is no search file: it should hold keys such as run, model, prompts and search")
+    return content
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set takes KEY=VALUE such as search.width=4, got {override!r}")
+    *parents, last = key.split(".")
+    section = content
+    for parent in parents:
+        inner = section.setdefault(parent, {})
+        if inner is None:
+            inner = section[parent] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {override}: {parent} is a value, not a section")
+        section = inner
+    section[last] = yaml.safe_load(value)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(
+            str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))
+        )
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {where!r}{_nearest_key(problem['loc'])}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            lines.append(f"{where}: {message}{got}" if where else message)
+    return lines
+
+
+def _nearest_key(location: tuple[int | str, ...]) -> str:
+    """'; did you mean ...' with the known key nearest to an unknown one, of its own section if any is close there."""
+    prefix, key = ".".join(map(str, location[:-1])), str(location[-1])
+    known = _known_keys(SearchFile)
+    here = [k for k in known if k.rpartition(".")[0] == prefix]
+    by_last = {k.rpartition(".")[2]: k for k in [*known, *here]}
+    nearest = difflib.get_close_matches(key, [k.rpartition(".")[2] for k in here], n=1, cutoff=0.5)
+    nearest = nearest or difflib.get_close_matches(key, list(by_last), n=1, cutoff=0.7)
+    if nearest:
+        return f"; did you mean {by_last[nearest[0]]!r}?"
+    return f"; known keys there are {', '.join(k.rpartition('.')[2] for k in here)}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        for inner in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                keys += _known_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def difference(old: str, new: str) -> list[str]:
+    """What changed between two search files' YAML texts: `key: old -> new`, one line a key."""
+    before, after = _flatten(yaml.safe_load(old)), _flatten(yaml.safe_load(new))
+    return [
+        f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, "unset") != after.get(key, "unset")
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, inner in value.items() for k, v in _flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}

@@ -1,0 +1,1 @@
+"""What can be chosen, and what is asked and told about it. Pure: no torch, no Ray, no Arrow."""

@@ -1,0 +1,173 @@
+"""All that crosses a process border: what a replica is, what is measured against, what is asked, what is answered.
+
+Values only. Arrays are numpy's, so that neither side needs the other's libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.plans.identity import identity
+from dtmsearch.plans.plan import Plan
+
+# Raise it when the same plan and reference would yield other numbers.
+METRICS_VERSION = 1
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+FailureKind = Literal["replica_lost", "out_of_memory", "nonfinite", "invalid"]
+EXTRA_METRICS = ("kl", "ppl")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model a replica loads, and in which numeric mode. `path` is a folder or a hub id."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """How a replica runs; none of it changes what it answers, beyond the noise of batch shapes.
+
+    `batch_tokens` bounds the tokens of one forward batch (0: chosen by device), `num_devices` spreads the model over
+    several GPUs, `num_threads` bounds the processor threads (0: torch's choice).
+    """
+
+    batch_tokens: int = 0
+    num_devices: int = 1
+    num_threads: int = 0
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Prompts before there is a reference: `tokens` [num_prompts, prompt_tokens + continuation_tokens] of human text."""
+
+    tokens: IntArray
+    prompt_tokens: int
+
+    @property
+    def continuation_tokens(self) -> int:
+        return int(self.tokens.shape[1]) - self.prompt_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The base model's own greedy continuations of prompts, and how far it agrees with itself.
+
+    `id` follows model, prompts and numeric mode. `text` [num_prompts, prompt_tokens + continuation_tokens] is human
+    text, whose first `prompt_tokens` columns are the prompts. `continuation` [num_prompts, continuation_tokens] holds
+    the tokens that the base model chose, end-of-text (`suppressed`) never among them. `agrees` [num_prompts,
+    continuation_tokens] is False where the base model's own teacher-forced choice leaves its continuation (a near
+    tie): no divergence is counted there.
+    """
+
+    id: str
+    manifest_id: str
+    mode: str
+    text: IntArray
+    continuation: IntArray
+    agrees: NDArray[np.bool_]
+    suppressed: tuple[int, ...]
+
+    @property
+    def num_prompts(self) -> int:
+        return int(self.continuation.shape[0])
+
+    @property
+    def continuation_tokens(self) -> int:
+        return int(self.continuation.shape[1])
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.text.shape[1]) - self.continuation_tokens
+
+    @property
+    def base_agreement(self) -> IntArray:
+        """[num_prompts]: first position where the base model leaves its own continuation, its length if nowhere."""
+        first = np.where(self.agrees.all(axis=1), self.continuation_tokens, (~self.agrees).argmax(axis=1))
+        return first.astype(np.int32)
+
+
+def reference_id(manifest_id: str, mode: str, prompts: PromptTokens) -> str:
+    """Identity of the reference that a model in a numeric mode gives to prompts."""
+    return identity(
+        {
+            "manifest": manifest_id,
+            "mode": mode,
+            "prompt_tokens": prompts.prompt_tokens,
+            "tokens": prompts.tokens.tolist(),
+            "version": METRICS_VERSION,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """An evaluation to make: `plan` against a reference, on its prompts from `prompts[0]` up to `prompts[1]`.
+
+    `extra_metrics` names what is measured beside fdt, sdt and dppl. `parent` is a plan whose intermediate states are
+    likely to serve this one too: a hint, and no part of the identity.
+    """
+
+    plan: Plan
+    reference_id: str
+    prompts: tuple[int, int]
+    extra_metrics: tuple[str, ...] = ()
+    parent: Plan = field(default=Plan(), compare=False)
+
+    @cached_property
+    def id(self) -> str:
+        return identity(
+            [self.plan.id, self.reference_id, list(self.prompts), sorted(self.extra_metrics), METRICS_VERSION]
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where and when an outcome came about; never part of an identity. `finished_at` in seconds since the epoch."""
+
+    replica: str = ""
+    node: str = ""
+    attempts: int = 1
+    wall_seconds: float = 0.0
+    tokens: int = 0
+    finished_at: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class EvalResult:
+    """What was measured, per prompt, each array [num_prompts]; `kl` and `ppl` are None when not asked for.
+
+    `fdt` in tokens, `sdt` a count of tokens, `dppl` and `ppl` perplexities, `kl` in nats per token.
+    """
+
+    request_id: str
+    fdt: IntArray
+    sdt: IntArray
+    dppl: FloatArray
+    kl: FloatArray | None = None
+    ppl: FloatArray | None = None
+    provenance: Provenance = Provenance()
+
+
+@dataclass(frozen=True)
+class EvalFailure:
+    """Why there is no measurement; a value like any other."""
+
+    request_id: str
+    kind: FailureKind
+    message: str
+    provenance: Provenance = Provenance()
+
+
+Outcome = EvalResult | EvalFailure

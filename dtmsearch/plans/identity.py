@@ -1,0 +1,29 @@
+"""Identities: hashes of canonical JSON, and of the bytes of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+_ID_HEX_DIGITS = 32
+_HASH_BLOCK_BYTES = 1 << 22
+
+
+def identity(value: object) -> str:
+    """The identity of a JSON-like value: 128 bits of SHA-256 over its canonical JSON, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return identity_of_text(text)
+
+
+def identity_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_ID_HEX_DIGITS]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

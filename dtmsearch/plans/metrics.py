@@ -1,0 +1,115 @@
+"""Divergent-token metrics on arrays, their aggregates over prompts, and paired comparison.
+
+Definitions: "Divergent Token Metrics" (arXiv 2311.01544), section 3. Arrays run over prompts first, then positions of
+the continuation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.plans.evaluation import EvalResult, FloatArray, IntArray
+
+METRICS = ("fdt", "sdt", "dppl", "ppl", "kl")
+HIGHER_IS_BETTER = {"fdt"}
+
+
+def first_divergent_token(diverged: NDArray[np.bool_]) -> IntArray:
+    """FDT [num_prompts]: position of the first divergent token; the continuation's length where there is none."""
+    length = diverged.shape[1]
+    return np.where(diverged.any(axis=1), diverged.argmax(axis=1), length).astype(np.int32)
+
+
+def share_of_divergent_tokens(diverged: NDArray[np.bool_]) -> IntArray:
+    """SDT [num_prompts]: how many tokens diverge, as the paper counts it (divide by the length for a share)."""
+    return diverged.sum(axis=1).astype(np.int32)
+
+
+def perplexity(negative_log_likelihood: FloatArray) -> FloatArray:
+    """exp of the mean negative log likelihood [num_prompts] of nats [num_prompts, positions]; infinite if it overflows."""
+    with np.errstate(over="ignore"):
+        return np.exp(negative_log_likelihood.mean(axis=1, dtype=np.float64)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An evaluation's values over all its prompts. Perplexities are those of all tokens together (geometric means)."""
+
+    num_prompts: int
+    fdt_mean: float
+    fdt_p25: float
+    fdt_p50: float
+    fdt_p75: float
+    sdt_mean: float
+    dppl: float
+    ppl: float | None
+    kl: float | None
+
+    def value(self, metric: str) -> float:
+        """The value that `metric` (one of METRICS) ranks by. Raises `ValueError` when it was not measured."""
+        value = {
+            "fdt": self.fdt_mean,
+            "sdt": self.sdt_mean,
+            "dppl": self.dppl,
+            "ppl": self.ppl,
+            "kl": self.kl,
+        }[metric]
+        if value is None:
+            raise ValueError(f"{metric} was not measured")
+        return value
+
+
+def summarize(result: EvalResult) -> Summary:
+    p25, p50, p75 = np.percentile(result.fdt, (25, 50, 75))
+    return Summary(
+        num_prompts=len(result.fdt),
+        fdt_mean=float(result.fdt.mean()),
+        fdt_p25=float(p25),
+        fdt_p50=float(p50),
+        fdt_p75=float(p75),
+        sdt_mean=float(result.sdt.mean()),
+        dppl=_geometric_mean(result.dppl),
+        ppl=None if result.ppl is None else _geometric_mean(result.ppl),
+        kl=None if result.kl is None else float(result.kl.mean(dtype=np.float64)),
+    )
+
+
+def _geometric_mean(values: FloatArray) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.log(values.astype(np.float64)).mean()))
+
+
+def rank_key(summary: Summary, metric: str) -> tuple[float, ...]:
+    """Sort key, best first: the metric, ties broken by mean FDT, then SDT, then divergent perplexity."""
+    order = [metric, *(m for m in ("fdt", "sdt", "dppl") if m != metric)]
+    return tuple(-summary.value(m) if m in HIGHER_IS_BETTER else summary.value(m) for m in order)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of a - b over prompts with a bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0.0 or self.high < 0.0
+
+
+def paired_difference(
+    a: NDArray[np.generic], b: NDArray[np.generic], seed: int, confidence: float = 0.95, resamples: int = 10_000
+) -> PairedDifference:
+    """Percentile bootstrap over prompts of the mean difference a - b, both [num_prompts] on the same prompts."""
+    difference = a.astype(np.float64) - b.astype(np.float64)
+    counts = np.random.default_rng(seed).multinomial(
+        len(difference), np.full(len(difference), 1 / len(difference)), size=resamples
+    )
+    means = counts @ difference / len(difference)
+    low, high = np.quantile(means, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return PairedDifference(float(difference.mean()), float(low), float(high), confidence)

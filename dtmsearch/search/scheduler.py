@@ -1,0 +1,313 @@
+"""The loop of a search: ask the strategy, have evaluated, write, then tell.
+
+Owns the protocols that the rest implements: `Strategy` (chooses), `Evaluator` (measures), `ResultLog` (remembers),
+`Observer` (watches). Knows neither how plans are chosen nor where they are measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dtmsearch.plans.evaluation import EvalRequest, Outcome
+from dtmsearch.plans.metrics import Summary
+from dtmsearch.plans.plan import Perturbation, Plan, PlanSize
+from dtmsearch.plans.records import EvaluationRecord, Purpose, StepRecord
+
+# How long a wait for outcomes may last before the stop request is looked at again.
+_POLL_SECONDS = 0.5
+
+
+class SearchStalled(RuntimeError):
+    """Nothing in flight, nothing to ask, not done: a fault of ours, never a quiet end."""
+
+
+class SearchStopped(Exception):
+    """The user asked the search to stop; it can be resumed."""
+
+
+class SearchFailed(RuntimeError):
+    """The strategy cannot go on: every candidate of a round failed."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One candidate of a round: the request, and the edge from its parent."""
+
+    request: EvalRequest
+    perturbation: Perturbation | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a strategy concluded from a complete round."""
+
+    step: int
+    plan: Plan
+    perturbation: Perturbation | None
+    score: float
+    size: PlanSize
+    summary: Summary
+
+
+class Strategy(Protocol):
+    """Chooses. Deterministic: the order in which the outcomes of a round are told changes nothing."""
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def step(self) -> int:
+        """The round that is being measured, from 0."""
+
+    @property
+    def best(self) -> Plan | None:
+        """The plan that the search has come to so far; None if this strategy chooses none, or has not yet."""
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """All decisions so far, one for each step, in order."""
+
+    def expected_evaluations(self) -> int | None:
+        """An estimate of all evaluations that this search asks for, those made included; None if it cannot tell."""
+
+    def ask(self) -> list[Ask]:
+        """Candidates that were not asked yet; empty while the round waits for outcomes."""
+
+    def tell(self, request_id: str, outcome: Outcome) -> None: ...
+
+
+class Evaluator(Protocol):
+    """Measures, in any order, on whatever it has."""
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None: ...
+
+    def poll(self, timeout_seconds: float) -> list[Outcome]:
+        """Outcomes that have arrived since the last call; waits for the first, at most `timeout_seconds`."""
+
+
+class ResultLog(Protocol):
+    """Remembers. What `append` and `decide` were given is durable when they return."""
+
+    def replay(self) -> Iterable[Outcome]:
+        """Every outcome that this run has recorded, in recorded order."""
+
+    def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
+        """Of these requests, those that other runs have measured: request id -> (run, outcome). Failures never."""
+
+    def append(self, records: Sequence[EvaluationRecord]) -> None: ...
+
+    def decisions(self) -> Sequence[StepRecord]: ...
+
+    def decide(self, steps: Sequence[StepRecord]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is. `evaluations` counts those answered, recorded ones included; rates are of this session;
+    `seconds_left` is None where nothing is known yet."""
+
+    step: int
+    decision: Decision | None
+    evaluations: int
+    replayed: int
+    in_flight: int
+    evaluations_per_second: float
+    seconds_left: float | None
+
+
+class Observer(Protocol):
+    """Watches; called from the driver's loop."""
+
+    def on_progress(self, progress: Progress) -> None: ...
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None: ...
+
+    def on_note(self, text: str) -> None:
+        """A line worth knowing: a replica was replaced, a damaged segment was set aside."""
+
+
+class _Loop:
+    """The state of one session of a search: what is known, what is in flight, how fast it goes."""
+
+    def __init__(self, strategy: Strategy, evaluator: Evaluator, log: ResultLog, observer: Observer) -> None:
+        self.strategy, self.evaluator, self.log, self.observer = strategy, evaluator, log, observer
+        self.known = {outcome.request_id: outcome for outcome in log.replay()}
+        self.recorded_steps = list(log.decisions())
+        self.earlier_seconds = self.recorded_steps[-1].wall_seconds if self.recorded_steps else 0.0
+        self.started_at = time.monotonic()
+        self.in_flight: dict[str, tuple[Ask, int]] = {}
+        self.answered = 0
+        self.replayed = 0
+        self.measured = 0
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.started_at
+
+    def ask(self) -> bool:
+        """Take the strategy's candidates; answer the known ones, send the rest. False if there were none."""
+        asks = self.strategy.ask()
+        unknown = [a for a in asks if a.request.id not in self.known]
+        elsewhere = self.log.recorded_elsewhere([a.request.id for a in unknown]) if unknown else {}
+        step = self.strategy.step
+        fresh = [a for a in unknown if a.request.id not in elsewhere]
+        self.in_flight |= {a.request.id: (a, step) for a in fresh}
+        self._take([(a, step, elsewhere[a.request.id]) for a in unknown if a.request.id in elsewhere])
+        for ask in asks:
+            if ask.request.id in self.known:
+                self._tell(ask.request.id)
+        self.evaluator.submit([a.request for a in fresh])
+        return bool(asks)
+
+    def receive(self, outcomes: Sequence[Outcome]) -> None:
+        arrived = [o for o in outcomes if o.request_id in self.in_flight]
+        self._take([(*self.in_flight.pop(o.request_id), (None, o)) for o in arrived])
+        self.measured += len(arrived)
+        for outcome in arrived:
+            self._tell(outcome.request_id)
+
+    def _take(self, answers: Sequence[tuple[Ask, int, tuple[str | None, Outcome]]]) -> None:
+        """Write first: nothing is known before it is durable."""
+        records = [
+            _record(ask, outcome, "search", step, reused_from=source) for ask, step, (source, outcome) in answers
+        ]
+        if records:
+            self.log.append(records)
+        self.known |= {record.outcome.request_id: record.outcome for record in records}
+
+    def _tell(self, request_id: str) -> None:
+        self.answered += 1
+        self.strategy.tell(request_id, self.known[request_id])
+
+    def record_decisions(self) -> None:
+        """Write decisions that are new, and hold the replayed ones against what was recorded."""
+        told = len(self.recorded_steps)
+        for decision in self.strategy.decisions[self.replayed : told]:
+            recorded = self.recorded_steps[decision.step]
+            if recorded.plan_id != decision.plan.id:
+                raise RuntimeError(
+                    f"step {decision.step} of this run chose plan {recorded.plan_id}, but its records now give "
+                    f"{decision.plan.id}: records are missing, or were made by another version. Use another run name"
+                )
+            self.observer.on_decision(decision, replayed=True)
+            self.replayed += 1
+        new = self.strategy.decisions[len(self.recorded_steps) :]
+        if not new:
+            return
+        steps = [_step_record(d, self.answered, self.wall_seconds) for d in new]
+        self.log.decide(steps)
+        self.recorded_steps += steps
+        self.replayed = len(self.recorded_steps)
+        for decision in new:
+            self.observer.on_decision(decision, replayed=False)
+
+    def progress(self) -> Progress:
+        elapsed = time.monotonic() - self.started_at
+        rate = self.measured / elapsed if elapsed > 0 else 0.0
+        expected = self.strategy.expected_evaluations()
+        left = (expected - self.answered) / rate if expected is not None and rate > 0 else None
+        decisions = self.strategy.decisions
+        return Progress(
+            step=self.strategy.step,
+            decision=decisions[-1] if decisions else None,
+            evaluations=self.answered,
+            replayed=self.answered - self.measured,
+            in_flight=len(self.in_flight),
+            evaluations_per_second=rate,
+            seconds_left=left,
+        )
+
+
+def search(
+    strategy: Strategy,
+    evaluator: Evaluator,
+    log: ResultLog,
+    observer: Observer,
+    stop_requested: Callable[[], bool] = lambda: False,
+    limit_seconds: float | None = None,
+) -> Plan | None:
+    """Run a strategy to its end and return the plan that it comes to.
+
+    What the log holds is answered from it, in this session or any later one, so running again after a kill resumes.
+    `limit_seconds` bounds the search's own time over all its sessions. Raises `SearchStopped` when
+    `stop_requested` turns true, `SearchStalled` rather than ending without being done.
+    """
+    loop = _Loop(strategy, evaluator, log, observer)
+    while True:
+        while not strategy.done and loop.ask():
+            loop.record_decisions()
+        loop.record_decisions()
+        observer.on_progress(loop.progress())
+        if strategy.done or (limit_seconds is not None and loop.wall_seconds >= limit_seconds):
+            return strategy.best
+        if stop_requested():
+            raise SearchStopped
+        if not loop.in_flight:
+            raise SearchStalled(f"round {strategy.step} waits for outcomes that nobody measures")
+        loop.receive(evaluator.poll(_POLL_SECONDS))
+
+
+def measure(
+    requests: Mapping[str, EvalRequest],
+    evaluator: Evaluator,
+    log: ResultLog,
+    purpose: Purpose,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, Outcome]:
+    """Measure named requests outside a search, what is recorded already from the records. Keeps the names."""
+    known = {outcome.request_id: outcome for outcome in log.replay()}
+    missing = {r.id: r for r in requests.values() if r.id not in known}
+    elsewhere = log.recorded_elsewhere(list(missing))
+    reused = [
+        _record(Ask(missing.pop(i)), outcome, purpose, reused_from=run) for i, (run, outcome) in elsewhere.items()
+    ]
+    if reused:
+        log.append(reused)
+        known |= {record.outcome.request_id: record.outcome for record in reused}
+    evaluator.submit(list(missing.values()))
+    while missing:
+        if stop_requested():
+            raise SearchStopped
+        arrived = [o for o in evaluator.poll(_POLL_SECONDS) if o.request_id in missing]
+        log.append([_record(Ask(missing.pop(o.request_id)), o, purpose) for o in arrived])
+        known |= {o.request_id: o for o in arrived}
+    return {name: known[request.id] for name, request in requests.items()}
+
+
+def _record(
+    ask: Ask, outcome: Outcome, purpose: Purpose, step: int | None = None, reused_from: str | None = None
+) -> EvaluationRecord:
+    perturbation = None if ask.perturbation is None else str(ask.perturbation)
+    return EvaluationRecord(ask.request, outcome, purpose, step, perturbation, reused_from)
+
+
+def _step_record(decision: Decision, evaluations: int, wall_seconds: float) -> StepRecord:
+    return StepRecord(
+        step=decision.step,
+        plan_id=decision.plan.id,
+        perturbation=None if decision.perturbation is None else str(decision.perturbation),
+        score=decision.score,
+        num_compressed=decision.size.num_compressed,
+        share=decision.size.share,
+        bits_per_weight=decision.size.bits_per_weight,
+        sparsity=decision.size.sparsity,
+        evaluations=evaluations,
+        wall_seconds=wall_seconds,
+    )
+
+
+class InProcess:
+    """An `Evaluator` over anything with `evaluate(requests)`, one request at each poll: for tests, and for one process."""
+
+    def __init__(self, evaluate: Callable[[Sequence[EvalRequest]], list[Outcome]]) -> None:
+        self._evaluate = evaluate
+        self._pending: list[EvalRequest] = []
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        self._pending += requests
+
+    def poll(self, timeout_seconds: float) -> list[Outcome]:
+        return self._evaluate([self._pending.pop(0)]) if self._pending else []
