@@ -50,7 +50,7 @@ class ReplicaSettings:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Prompts before there is a reference: `tokens` [num_prompts, prompt_tokens + continuation_tokens] of human text."""
+    """Prompts without a reference: `tokens` [num_prompts, prompt_tokens + continuation_tokens] of human text."""
 
     tokens: IntArray
     prompt_tokens: int

@@ -20,18 +20,21 @@ HIGHER_IS_BETTER = {"fdt"}
 def first_divergent_token(diverged: NDArray[np.bool_]) -> IntArray:
     """FDT [num_prompts]: position of the first divergent token; the continuation's length where there is none."""
     length = diverged.shape[1]
-    return np.where(diverged.any(axis=1), diverged.argmax(axis=1), length).astype(np.int32)
+    first: IntArray = np.where(diverged.any(axis=1), diverged.argmax(axis=1), length).astype(np.int32)
+    return first
 
 
 def share_of_divergent_tokens(diverged: NDArray[np.bool_]) -> IntArray:
     """SDT [num_prompts]: how many tokens diverge, as the paper counts it (divide by the length for a share)."""
-    return diverged.sum(axis=1).astype(np.int32)
+    count: IntArray = diverged.sum(axis=1).astype(np.int32)
+    return count
 
 
 def perplexity(negative_log_likelihood: FloatArray) -> FloatArray:
-    """exp of the mean negative log likelihood [num_prompts] of nats [num_prompts, positions]; infinite if it overflows."""
+    """exp of the mean over positions of nats [num_prompts, positions]: [num_prompts], infinite where it overflows."""
     with np.errstate(over="ignore"):
-        return np.exp(negative_log_likelihood.mean(axis=1, dtype=np.float64)).astype(np.float32)
+        value: FloatArray = np.exp(negative_log_likelihood.mean(axis=1, dtype=np.float64)).astype(np.float32)
+    return value
 
 
 @dataclass(frozen=True)

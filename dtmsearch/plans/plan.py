@@ -73,7 +73,7 @@ class Plan:
 
     def diff(self, other: Plan) -> dict[str, str]:
         """What to change in `other` to get this plan: component -> its scheme here (`dense` where absent)."""
-        gone = {c: DENSE for c in other.schemes.keys() - self.schemes.keys()}
+        gone = dict.fromkeys(other.schemes.keys() - self.schemes.keys(), DENSE)
         return gone | dict(set(self.entries) - set(other.entries))
 
     def __len__(self) -> int:

@@ -14,7 +14,8 @@ RunStatus = Literal["running", "finished", "stopped", "failed"]
 @dataclass(frozen=True)
 class EvaluationRecord:
     """An answered request. `step` is the round that asked for it (None outside a search); `perturbation` the edge from
-    the request's parent, None where there is no single one; `reused_from` names the run that measured it, if another.
+    the request's parent, None where there is no single one; `reused_from` names the run that measured it, if another;
+    `label` says what a validated plan is (`plan`, `uniform:int4-g128`).
     """
 
     request: EvalRequest
@@ -23,6 +24,7 @@ class EvaluationRecord:
     step: int | None = None
     perturbation: str | None = None
     reused_from: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ def parse_scheme(name: str) -> Scheme:
     match = _ROUNDING.fullmatch(name)
     if match is None:
         raise ValueError(_unknown(name))
-    bits, whole, group, asymmetric = match.groups()
-    return Scheme(name, "rounding", int(bits), whole or "group", int(group or 0), asymmetric is not None)
+    width, whole, group, asymmetric = match.groups()
+    return Scheme(name, "rounding", int(width), whole or "group", int(group or 0), asymmetric is not None)
 
 
 def _unknown(name: str) -> str:

@@ -259,10 +259,12 @@ def measure(
 ) -> dict[str, Outcome]:
     """Measure named requests outside a search, what is recorded already from the records. Keeps the names."""
     known = {outcome.request_id: outcome for outcome in log.replay()}
+    labels = {request.id: name for name, request in requests.items()}
     missing = {r.id: r for r in requests.values() if r.id not in known}
     elsewhere = log.recorded_elsewhere(list(missing))
     reused = [
-        _record(Ask(missing.pop(i)), outcome, purpose, reused_from=run) for i, (run, outcome) in elsewhere.items()
+        _record(Ask(missing.pop(i)), outcome, purpose, reused_from=run, label=labels[i])
+        for i, (run, outcome) in elsewhere.items()
     ]
     if reused:
         log.append(reused)
@@ -272,16 +274,21 @@ def measure(
         if stop_requested():
             raise SearchStopped
         arrived = [o for o in evaluator.poll(_POLL_SECONDS) if o.request_id in missing]
-        log.append([_record(Ask(missing.pop(o.request_id)), o, purpose) for o in arrived])
+        log.append([_record(Ask(missing.pop(o.request_id)), o, purpose, label=labels[o.request_id]) for o in arrived])
         known |= {o.request_id: o for o in arrived}
     return {name: known[request.id] for name, request in requests.items()}
 
 
 def _record(
-    ask: Ask, outcome: Outcome, purpose: Purpose, step: int | None = None, reused_from: str | None = None
+    ask: Ask,
+    outcome: Outcome,
+    purpose: Purpose,
+    step: int | None = None,
+    reused_from: str | None = None,
+    label: str | None = None,
 ) -> EvaluationRecord:
     perturbation = None if ask.perturbation is None else str(ask.perturbation)
-    return EvaluationRecord(ask.request, outcome, purpose, step, perturbation, reused_from)
+    return EvaluationRecord(ask.request, outcome, purpose, step, perturbation, reused_from, label)
 
 
 def _step_record(decision: Decision, evaluations: int, wall_seconds: float) -> StepRecord:
@@ -300,7 +307,7 @@ def _step_record(decision: Decision, evaluations: int, wall_seconds: float) -> S
 
 
 class InProcess:
-    """An `Evaluator` over anything with `evaluate(requests)`, one request at each poll: for tests, and for one process."""
+    """An `Evaluator` in this process, one request at each poll: for tests, and for debugging without a cluster."""
 
     def __init__(self, evaluate: Callable[[Sequence[EvalRequest]], list[Outcome]]) -> None:
         self._evaluate = evaluate
