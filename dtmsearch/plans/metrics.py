@@ -6,6 +6,7 @@ the continuation.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,23 +67,31 @@ class Summary:
 
 
 def summarize(result: EvalResult) -> Summary:
-    p25, p50, p75 = np.percentile(result.fdt, (25, 50, 75))
+    num_prompts = len(result.fdt)
+    ordered = np.sort(result.fdt)
     return Summary(
-        num_prompts=len(result.fdt),
-        fdt_mean=float(result.fdt.mean()),
-        fdt_p25=float(p25),
-        fdt_p50=float(p50),
-        fdt_p75=float(p75),
-        sdt_mean=float(result.sdt.mean()),
+        num_prompts=num_prompts,
+        fdt_mean=int(ordered.sum()) / num_prompts,
+        fdt_p25=_percentile(ordered, 0.25),
+        fdt_p50=_percentile(ordered, 0.5),
+        fdt_p75=_percentile(ordered, 0.75),
+        sdt_mean=int(result.sdt.sum()) / num_prompts,
         dppl=_geometric_mean(result.dppl),
         ppl=None if result.ppl is None else _geometric_mean(result.ppl),
         kl=None if result.kl is None else float(result.kl.mean(dtype=np.float64)),
     )
 
 
+def _percentile(ordered: IntArray, share: float) -> float:
+    """As `np.percentile` gives it, which takes 100 microseconds: too long for every result of a replayed search."""
+    below, part = divmod((len(ordered) - 1) * share, 1)
+    at = int(below)
+    low, high = int(ordered[at]), int(ordered[min(at + 1, len(ordered) - 1)])
+    return low + (high - low) * part
+
+
 def _geometric_mean(values: FloatArray) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(np.log(values.astype(np.float64)).mean()))
+    return math.exp(float(np.log(values, dtype=np.float64).sum()) / len(values))
 
 
 def rank_key(summary: Summary, metric: str) -> tuple[float, ...]:

@@ -163,11 +163,12 @@ class _Loop:
         return bool(asks)
 
     def receive(self, outcomes: Sequence[Outcome]) -> None:
-        arrived = [o for o in outcomes if o.request_id in self.in_flight]
-        self._take([(*self.in_flight.pop(o.request_id), (None, o)) for o in arrived])
+        # An outcome may come twice, and one that nobody waits for any more may come late.
+        arrived = {o.request_id: o for o in outcomes if o.request_id in self.in_flight}
+        self._take([(*self.in_flight.pop(request_id), (None, outcome)) for request_id, outcome in arrived.items()])
         self.measured += len(arrived)
-        for outcome in arrived:
-            self._tell(outcome.request_id)
+        for request_id in arrived:
+            self._tell(request_id)
 
     def _take(self, answers: Sequence[tuple[Ask, int, tuple[str | None, Outcome]]]) -> None:
         """Write first: nothing is known before it is durable."""
@@ -179,8 +180,9 @@ class _Loop:
         self.known |= {record.outcome.request_id: record.outcome for record in records}
 
     def _tell(self, request_id: str) -> None:
+        # No request is asked twice, so what was told need not be held any longer.
         self.answered += 1
-        self.strategy.tell(request_id, self.known[request_id])
+        self.strategy.tell(request_id, self.known.pop(request_id))
 
     def record_decisions(self) -> None:
         """Write decisions that are new, and hold the replayed ones against what was recorded."""
@@ -273,9 +275,9 @@ def measure(
     while missing:
         if stop_requested():
             raise SearchStopped
-        arrived = [o for o in evaluator.poll(_POLL_SECONDS) if o.request_id in missing]
-        log.append([_record(Ask(missing.pop(o.request_id)), o, purpose, label=labels[o.request_id]) for o in arrived])
-        known |= {o.request_id: o for o in arrived}
+        arrived = {o.request_id: o for o in evaluator.poll(_POLL_SECONDS) if o.request_id in missing}
+        log.append([_record(Ask(missing.pop(i)), o, purpose, label=labels[i]) for i, o in arrived.items()])
+        known |= arrived
     return {name: known[request.id] for name, request in requests.items()}
 
 

@@ -1,0 +1,146 @@
+"""The paper's tree search ("Divergent Token Metrics", arXiv 2311.01544): at each depth the best plans are kept.
+
+Knows neither where a plan is measured nor what is recorded. A round is decided when all its candidates are told, so
+the order of the answers changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Literal
+
+from dtmsearch.plans.evaluation import Outcome
+from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.search.rounds import Answer, RequestFactory, Round
+from dtmsearch.search.scheduler import Ask, Decision
+from dtmsearch.search.space import SearchSpace
+
+
+class Beam:
+    """Keeps the `width` best plans of every round and extends each by every legal perturbation.
+
+    With a number for `expand`, a plan is extended by that many perturbations only, the best by their rank in the
+    latest round that measured them; one that no round has measured is always taken, so the first round measures all.
+    Of equal plans the best-ranked parent keeps its child. The search ends when the leader meets the budget, when
+    nothing is legal any more, or when the leader's mean FDT falls below `min_fdt`: then the leader before it is the
+    best, and the dense plan if there is none. Width 1 is the greedy search.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        rank_by: str = "fdt",
+        width: int = 10,
+        expand: Literal["all"] | int = "all",
+        min_fdt: float | None = None,
+    ) -> None:
+        self._space = space
+        self._request_for = request_for
+        self._rank_by = rank_by
+        self._width = width
+        self._expand = expand
+        self._min_fdt = min_fdt
+        self._kept = [Plan()]
+        self._latest_rank: dict[Perturbation, int] = {}
+        # Where a component may be compressed more than once, rounds can share plans. Each is asked for once.
+        self._known: dict[str, Answer] = {}
+        self._decisions: list[Decision] = []
+        self._best: Plan | None = None
+        self._done = False
+        self._num_asked = 0
+        self._num_to_come = 0
+        if space.budget.reached(space.size(Plan())):
+            self._round = Round(0, (), request_for)
+            self._end(Plan())
+        else:
+            self._round = self._next_round()
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    @property
+    def step(self) -> int:
+        return self._round.step
+
+    @property
+    def best(self) -> Plan | None:
+        return self._best
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        return self._decisions
+
+    def expected_evaluations(self) -> int:
+        return self._num_asked + self._num_to_come
+
+    def ask(self) -> list[Ask]:
+        return self._round.ask()
+
+    def tell(self, request_id: str, outcome: Outcome) -> None:
+        self._round.tell(request_id, outcome)
+        while self._round.complete and not self._done:
+            self._decide()
+            if not self._done:
+                self._round = self._next_round()
+
+    def _next_round(self) -> Round:
+        edges = ((parent, edge) for parent in self._kept for edge in self._chosen(self._space.perturbations(parent)))
+        candidates = Round(len(self._decisions), edges, self._request_for, self._known)
+        if candidates.candidates:
+            self._num_asked += candidates.num_asked
+            self._num_to_come = self._estimate_to_come(len(candidates.candidates))
+        else:
+            self._end(self._kept[0])
+        return candidates
+
+    def _chosen(self, legal: list[Perturbation]) -> list[Perturbation]:
+        if self._expand == "all":
+            return legal
+        num_unknown = sum(perturbation not in self._latest_rank for perturbation in legal)
+        by_rank = sorted(legal, key=lambda perturbation: self._latest_rank.get(perturbation, -1))
+        return by_rank[: max(self._expand, num_unknown)]
+
+    def _decide(self) -> None:
+        """Conclude the round: its best plans are kept, the first of them is the decision."""
+        order = self._round.ranked(self._rank_by)
+        leader, summary = order[0]
+        if self._min_fdt is not None and summary.fdt_mean < self._min_fdt:
+            self._end(self._kept[0])
+            return
+        size, score = self._space.size(leader.plan), summary.value(self._rank_by)
+        self._decisions.append(Decision(self.step, leader.plan, leader.perturbation, score, size, summary))
+        self._best = leader.plan
+        self._kept = [candidate.plan for candidate, _ in order[: self._width]]
+        self._remember([candidate.perturbation for candidate, _ in order])
+        if self._space.budget.reached(size):
+            self._end(leader.plan)
+
+    def _remember(self, best_first: list[Perturbation]) -> None:
+        """A perturbation's rank is that of the best candidate it led to, behind all others where it failed."""
+        failed = [candidate.perturbation for candidate in self._round.failed]
+        self._latest_rank |= {edge: rank for rank, edge in enumerate(dict.fromkeys([*best_first, *failed]))}
+        if self._space.budget.limits_size:
+            self._known |= self._round.answers
+
+    def _end(self, best: Plan) -> None:
+        self._best, self._done, self._num_to_come = best, True, 0
+
+    def _estimate_to_come(self, num_candidates: int) -> int:
+        """Evaluations after a round of so many candidates if the search keeps its pace so far.
+
+        What `min_fdt` cuts off cannot be foreseen.
+        """
+        space, steps, leader = self._space, len(self._decisions), self._kept[0]
+        root, legal = len(space.perturbations(Plan())), len(space.perturbations(leader))
+        if steps:
+            all_steps, legal_less = steps / space.progress(leader), (root - legal) / steps
+        else:
+            all_steps, legal_less = space.expected_steps, 1.0 if space.budget.limits_size else len(space.schemes)
+        most = legal if self._expand == "all" else self._expand
+        per_plan = sum(max(min(most, legal - legal_less * ahead), 0) for ahead in range(1, ceil(all_steps) - steps))
+        # Plans that lie close together share children; how many, this round shows.
+        distinct = num_candidates / max(len(self._kept) * min(most, legal), 1) if steps else 1.0
+        return round(min(self._width, num_candidates) * per_plan * min(distinct, 1.0))

@@ -1,0 +1,99 @@
+"""A round: candidates that are measured side by side, and ranked once all of them are told.
+
+Knows nothing of the round before it or after it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, Outcome
+from dtmsearch.plans.metrics import Summary, rank_key, summarize
+from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.search.scheduler import Ask, SearchFailed
+
+# The request that measures a plan (first) which came from a parent (second).
+RequestFactory = Callable[[Plan, Plan], EvalRequest]
+# What stays of an outcome: no array over prompts.
+Answer = Summary | EvalFailure
+
+
+@dataclass
+class Candidate:
+    """A plan of a round and the edge from its parent; `answer` is None until it is told."""
+
+    plan: Plan
+    perturbation: Perturbation
+    parent: Plan
+    answer: Answer | None = None
+
+
+class Round:
+    """Candidates from edges (parent, perturbation); of equal plans the first keeps its place.
+
+    `known` answers, by plan id, are not asked for again.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        edges: Iterable[tuple[Plan, Perturbation]],
+        request_for: RequestFactory,
+        known: Mapping[str, Answer] | None = None,
+    ) -> None:
+        self.step = step
+        distinct: dict[str, Candidate] = {}
+        for parent, perturbation in edges:
+            candidate = Candidate(parent.with_(perturbation), perturbation, parent)
+            distinct.setdefault(candidate.plan.id, candidate)
+        self.candidates = tuple(distinct.values())
+        self._waiting: dict[str, Candidate] = {}
+        self._unasked: list[Ask] = []
+        for candidate in self.candidates:
+            candidate.answer = known.get(candidate.plan.id) if known else None
+            if candidate.answer is None:
+                request = request_for(candidate.plan, candidate.parent)
+                self._waiting[request.id] = candidate
+                self._unasked.append(Ask(request, candidate.perturbation))
+        self.num_asked = len(self._unasked)
+
+    @property
+    def complete(self) -> bool:
+        return not self._waiting
+
+    def ask(self) -> list[Ask]:
+        asks, self._unasked = self._unasked, []
+        return asks
+
+    def tell(self, request_id: str, outcome: Outcome) -> None:
+        answer = outcome if isinstance(outcome, EvalFailure) else summarize(outcome)
+        self._waiting.pop(request_id).answer = answer
+
+    @property
+    def answers(self) -> dict[str, Answer]:
+        """Plan id -> answer, of the candidates that have one."""
+        return {c.plan.id: c.answer for c in self.candidates if c.answer is not None}
+
+    @property
+    def failed(self) -> list[Candidate]:
+        return [c for c in self.candidates if isinstance(c.answer, EvalFailure)]
+
+    def ranked(self, metric: str) -> list[tuple[Candidate, Summary]]:
+        """The measured candidates, best first, ties in order of the candidates.
+
+        Raises `SearchFailed` when none of them could be measured.
+        """
+        measured = [(c, c.answer) for c in self.candidates if isinstance(c.answer, Summary)]
+        if not measured:
+            raise SearchFailed(self._all_failed())
+        return sorted(measured, key=lambda pair: rank_key(pair[1], metric))
+
+    def _all_failed(self) -> str:
+        failures = [c.answer for c in self.candidates if isinstance(c.answer, EvalFailure)]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(f.kind for f in failures).most_common())
+        return (
+            f"all {len(failures)} candidates of round {self.step} failed ({kinds}); the first, "
+            f"{self.candidates[0].perturbation}: {failures[0].message}"
+        )

@@ -1,0 +1,184 @@
+"""The space of a search: which perturbations are legal from a plan, which components change together, when to end.
+
+Knows sizes, never qualities: what a perturbation does to the model is measured elsewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dtmsearch.plans.components import Component
+from dtmsearch.plans.plan import Budget, Perturbation, Plan, PlanSize, plan_size
+from dtmsearch.plans.schemes import DENSE
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Components that change together, in model order.
+
+    `edges` are the perturbations that are ever legal, in order of the schemes; `sizes` gives the unit's own size under
+    every scheme, `dense` among them.
+    """
+
+    components: tuple[Component, ...]
+    edges: tuple[Perturbation, ...]
+    sizes: dict[str, PlanSize]
+
+    @property
+    def name(self) -> str:
+        return self.components[0].name
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a search may choose from.
+
+    `components` in model order, `schemes` in the order in which they are tried. An entry of a `tied` group is a kind
+    (components of that group's kinds in the same parent module change together) or a component's full name (the named
+    components of the group change together). `dense_bits` is the size of an uncompressed weight.
+
+    Raises `ValueError` for tied names that match nothing, a component in two groups, and a budget out of reach.
+    """
+
+    components: tuple[Component, ...]
+    schemes: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...] = ()
+    dense_bits: int = 16
+    budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget, self._units)
+
+    def perturbations(self, plan: Plan) -> list[Perturbation]:
+        """Legal edges from a plan, in model order of the components, then in order of the schemes.
+
+        Where the budget counts bits, every component may go on to fewer stored bits than it has; elsewhere a component
+        is compressed at most once.
+        """
+        schemes = plan.schemes
+        legal: list[Perturbation] = []
+        if self.budget.limits_size:
+            for unit in self._units:
+                bits = unit.sizes[schemes.get(unit.name, DENSE)].stored_bits
+                legal += [edge for edge in unit.edges if unit.sizes[edge.scheme].stored_bits < bits]
+        else:
+            for unit in self._units:
+                if unit.name not in schemes:
+                    legal += unit.edges
+        return legal
+
+    def size(self, plan: Plan) -> PlanSize:
+        """Size of a plan over the components of this search."""
+        return plan_size(plan, self.components, self.dense_bits)
+
+    def uniform(self, scheme: str) -> Plan:
+        """Every component of the search under one scheme."""
+        return Plan.uniform(self.components, scheme)
+
+    def progress(self, plan: Plan) -> float:
+        """How much of the way from the dense model to the end of the search a plan has come; 1 and above: all of it."""
+        size, dense, budget = self.size(plan), self._dense_size, self.budget
+        ways = [] if budget.limits_size else [size.num_compressed / len(self.components)]
+        for reached, wanted in ((size.share, budget.share), (size.sparsity, budget.sparsity)):
+            ways += [reached / wanted] if wanted else []
+        ways += [size.num_compressed / budget.components] if budget.components else []
+        if budget.bits_per_weight:
+            ways.append(
+                (dense.bits_per_weight - size.bits_per_weight) / (dense.bits_per_weight - budget.bits_per_weight)
+            )
+        if budget.size_mb:
+            ways.append((dense.size_mb - size.size_mb) / (dense.size_mb - budget.size_mb))
+        return max(ways)
+
+    @cached_property
+    def expected_steps(self) -> float:
+        """Perturbations from the dense model to the end of the search, each taken as an average one."""
+        uniform = [self.progress(self.uniform(scheme)) for scheme in self.schemes]
+        useful = [progress for progress in uniform if progress > 0]
+        return len(self._units) * len(useful) / sum(useful)
+
+    @cached_property
+    def _dense_size(self) -> PlanSize:
+        return self.size(Plan())
+
+    @cached_property
+    def _units(self) -> tuple[_Unit, ...]:
+        partners = _tied_sets(self.components, self.tied)
+        units: list[_Unit] = []
+        seen: set[str] = set()
+        for component in self.components:
+            if component.name not in seen:
+                together = partners.get(component.name, (component,))
+                seen.update(c.name for c in together)
+                units.append(self._unit(together))
+        return tuple(units)
+
+    def _unit(self, together: tuple[Component, ...]) -> _Unit:
+        first, *others = (c.name for c in together)
+        edges = tuple(Perturbation(first, scheme, tuple(others)) for scheme in self.schemes)
+        sizes = {s: plan_size(Plan.uniform(together, s), together, self.dense_bits) for s in (DENSE, *self.schemes)}
+        if self.budget.limits_size:
+            edges = tuple(e for e in edges if sizes[e.scheme].stored_bits < sizes[DENSE].stored_bits)
+        return _Unit(together, edges, sizes)
+
+
+def _tied_sets(
+    components: tuple[Component, ...], tied: tuple[tuple[str, ...], ...]
+) -> dict[str, tuple[Component, ...]]:
+    """Name of a tied component -> all that change with it, itself included, in model order."""
+    names = {c.name for c in components}
+    kinds = {c.kind for c in components}
+    group_of: dict[str, int] = {}
+    sets: dict[tuple[int, str | None], list[Component]] = {}
+    for number, group in enumerate(tied):
+        for entry in group:
+            if entry not in names and entry not in kinds:
+                raise ValueError(_unknown_tied(entry, names, kinds))
+        for component in components:
+            if component.name not in group and component.kind not in group:
+                continue
+            if group_of.setdefault(component.name, number) != number:
+                both = " and ".join(f"[{', '.join(tied[n])}]" for n in (group_of[component.name], number))
+                raise ValueError(f"tied: {component.name} is in two groups, {both}; a component can be in one only")
+            # Components that are named are tied with each other wherever they lie.
+            parent = None if component.name in group else component.name.rpartition(".")[0]
+            sets.setdefault((number, parent), []).append(component)
+    return {component.name: tuple(together) for together in sets.values() for component in together}
+
+
+def _unknown_tied(entry: str, names: Iterable[str], kinds: Iterable[str]) -> str:
+    # A text with a dot is meant as a component's name, any other as a kind.
+    alike = sorted(names) if "." in entry else sorted(kinds)
+    nearest = difflib.get_close_matches(entry, alike, n=1, cutoff=0.0)
+    return (
+        f"tied: {entry!r} is neither a kind nor the name of a component of this search; the nearest is {nearest[0]!r} "
+        f"(kinds are {', '.join(sorted(kinds))})"
+    )
+
+
+def _check_budget(budget: Budget, units: tuple[_Unit, ...]) -> None:
+    """Raise `ValueError` for a stop rule that no plan of these units meets."""
+    choices = [[unit.sizes[DENSE], *(unit.sizes[edge.scheme] for edge in unit.edges)] for unit in units]
+    extreme = PlanSize(
+        num_compressed=sum(max(size.num_compressed for size in sizes) for sizes in choices),
+        num_weights=sum(sizes[0].num_weights for sizes in choices),
+        compressed_weights=sum(max(size.compressed_weights for size in sizes) for sizes in choices),
+        stored_bits=sum(min(size.stored_bits for size in sizes) for sizes in choices),
+        pruned_weights=sum(max(size.pruned_weights for size in sizes) for sizes in choices),
+    )
+    for rule, bound, most in (
+        ("share", extreme.share, True),
+        ("components", extreme.num_compressed, True),
+        ("bits_per_weight", extreme.bits_per_weight, False),
+        ("sparsity", extreme.sparsity, True),
+        ("size_mb", extreme.size_mb, False),
+    ):
+        wanted: float | None = getattr(budget, rule)
+        if wanted is not None and (bound < wanted if most else bound > wanted):
+            raise ValueError(
+                f"stop.{rule}: {wanted} is out of reach of these components and schemes; the "
+                f"{'most' if most else 'least'} that they can come to is {bound}"
+            )

@@ -1,0 +1,30 @@
+"""The strategies by the names that a search file gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from dtmsearch.search.beam import Beam
+from dtmsearch.search.probe import Probe
+from dtmsearch.search.rounds import RequestFactory
+from dtmsearch.search.scheduler import Strategy
+from dtmsearch.search.space import SearchSpace
+
+
+def make_strategy(
+    name: str,
+    space: SearchSpace,
+    request_for: RequestFactory,
+    rank_by: str = "fdt",
+    width: int = 10,
+    expand: Literal["all"] | int = "all",
+    min_fdt: float | None = None,
+) -> Strategy:
+    """A strategy at its start; each takes of the settings what it has a use for. A new strategy is a line here."""
+    makers: dict[str, Callable[[], Strategy]] = {
+        "probe": lambda: Probe(space, request_for, rank_by),
+        "greedy": lambda: Beam(space, request_for, rank_by, 1, expand, min_fdt),
+        "beam": lambda: Beam(space, request_for, rank_by, width, expand, min_fdt),
+    }
+    return makers[name]()
