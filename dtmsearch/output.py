@@ -1,0 +1,49 @@
+"""Data as text for stdout: JSON, CSV and tables of plain values. Knows no type of ours."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import decimal
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: dataclasses become mappings, numbers that JSON lacks (`inf`) text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(inner) for inner in value]
+    if isinstance(value, decimal.Decimal):
+        return plain(int(value) if value == value.to_integral_value() else float(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.hex()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(plain(value), indent=2, ensure_ascii=False)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Comma-separated values with a header line; null is an empty field, a list is JSON."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        values = [plain(value) for value in row]
+        writer.writerow([json.dumps(v) if isinstance(v, list | dict) else v for v in values])
+    return out.getvalue().rstrip("\n")

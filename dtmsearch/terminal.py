@@ -1,0 +1,223 @@
+"""What a person sees: live progress in a terminal, plain lines elsewhere, and tables.
+
+Progress goes to stderr, tables are text for stdout. Knows the types that an `Observer` is shown and nothing of
+where they come from.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dtmsearch.search.scheduler import Decision, Observer, Progress
+
+# Elsewhere than in a terminal: at most one progress line in this time.
+_PLAIN_SECONDS = 5.0
+_RECENT_DECISIONS = 5
+_REFRESHES_PER_SECOND = 4
+_BAR_WIDTH = 40
+# Wide enough that a table is never folded where no person's window limits it.
+_UNLIMITED_WIDTH = 100_000
+
+
+@contextmanager
+def watching(quiet: bool = False, stream: TextIO | None = None) -> Iterator[Observer]:
+    """An observer for the length of one search: live in a terminal, a line now and then elsewhere, notes alone if
+    `quiet`."""
+    stream = stream or sys.stderr
+    console = Console(file=stream)
+    if quiet:
+        yield QuietProgress(stream)
+    elif stream.isatty() and not console.is_dumb_terminal:
+        live = LiveProgress()
+        # Leaves nothing behind: what the search came to is printed after it.
+        with Live(
+            console=console, get_renderable=live.render, refresh_per_second=_REFRESHES_PER_SECOND, transient=True
+        ):
+            live.say = lambda text: console.print(Text(text))
+            yield live
+    else:
+        yield PlainProgress(stream)
+
+
+class QuietProgress:
+    """Says nothing but the notes, which a person has to know."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def on_progress(self, progress: Progress) -> None:
+        pass
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        pass
+
+    def on_note(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class PlainProgress(QuietProgress):
+    """A line for each new decision, one for all replayed ones together, and a progress line now and then."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(stream)
+        self.clock = clock
+        self.last_line_at = clock()
+        self.last_replayed: Decision | None = None
+
+    def on_progress(self, progress: Progress) -> None:
+        self._say_replayed()
+        if self.clock() - self.last_line_at >= _PLAIN_SECONDS:
+            self._say(progress_line(progress))
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        if replayed:
+            self.last_replayed = decision
+            return
+        self._say_replayed()
+        self._say(decision_line(decision))
+
+    def _say_replayed(self) -> None:
+        if self.last_replayed is not None:
+            decision, self.last_replayed = self.last_replayed, None
+            self._say(f"continued after {decision_line(decision)}")
+
+    def _say(self, line: str) -> None:
+        self.last_line_at = self.clock()
+        self.on_note(line)
+
+
+class LiveProgress:
+    """The state that the live view draws; `say` prints a line above it."""
+
+    def __init__(self) -> None:
+        self.say: Callable[[str], None] = lambda text: None
+        self.progress: Progress | None = None
+        self.recent: deque[Decision] = deque(maxlen=_RECENT_DECISIONS)
+
+    def on_progress(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        self.recent.append(decision)
+
+    def on_note(self, text: str) -> None:
+        self.say(text)
+
+    def render(self) -> Group | Text:
+        if self.progress is None:
+            return Text("starting ...")
+        lines = [Text(decision_line(d), style="dim", no_wrap=True, overflow="ellipsis") for d in self.recent]
+        done = done_share(self.progress)
+        bar = ProgressBar(total=1.0, completed=done or 0.0, width=_BAR_WIDTH, pulse=done is None)
+        status = Text(progress_line(self.progress), no_wrap=True, overflow="ellipsis")
+        return Group(*lines, _side_by_side(bar, share_of_weights(self.progress.decision)), status)
+
+
+def _side_by_side(bar: ProgressBar, text: str) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(bar, Text(text))
+    return grid
+
+
+def done_share(progress: Progress) -> float | None:
+    """The part of the expected evaluations that is answered, from 0 to 1; None while nothing is known of the rest."""
+    if progress.seconds_left is None:
+        return None
+    expected = progress.evaluations + max(progress.seconds_left, 0.0) * progress.evaluations_per_second
+    return progress.evaluations / expected if expected else None
+
+
+def share_of_weights(decision: Decision | None) -> str:
+    if decision is None:
+        return "nothing compressed yet"
+    return (
+        f"{decision.size.share:.1%} of weights compressed, FDT {decision.summary.fdt_mean:.1f}, "
+        f"{decision.size.bits_per_weight:.2f} bits a weight"
+    )
+
+
+def decision_line(decision: Decision) -> str:
+    """One line for a decision: its depth, the edge, and what the plan amounts to."""
+    edge = "chosen as a whole" if decision.perturbation is None else str(decision.perturbation)
+    size = decision.size
+    return (
+        f"step {decision.step}: {edge}  [{size.num_compressed} components, {size.share:.1%} of weights, "
+        f"{size.bits_per_weight:.2f} bits a weight, FDT {decision.summary.fdt_mean:.1f}]"
+    )
+
+
+def progress_line(progress: Progress) -> str:
+    recorded = f" ({progress.replayed} from the store)" if progress.replayed else ""
+    left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+    return (
+        f"step {progress.step}: {progress.evaluations} evaluations{recorded}, {progress.in_flight} in flight, "
+        f"{progress.evaluations_per_second:.1f} a second{left}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: `8 s`, `2:05 min`, `3:20 h`."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], stream: TextIO | None = None) -> str:
+    """A table as text for `stream` (stdout): ruled and within the window in a terminal, aligned columns elsewhere."""
+    stream = stream or sys.stdout
+    in_terminal = stream.isatty()
+    cells = [[cell(value) for value in row] for row in rows]
+    drawn = Table(box=box.SIMPLE_HEAD if in_terminal else None, padding=(0, 2, 0, 0), pad_edge=False)
+    for index, name in enumerate(columns):
+        numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
+        drawn.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*(Text(text) for text in row))
+    return _rendered(drawn, stream, in_terminal)
+
+
+def _rendered(drawn: Table, stream: TextIO, in_terminal: bool) -> str:
+    out = io.StringIO()
+    width = Console(file=stream).width if in_terminal else _UNLIMITED_WIDTH
+    Console(file=out, width=width, force_terminal=in_terminal, no_color=None if in_terminal else True).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it; what is unmeasured is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return number(value)
+    return str(value)
+
+
+def number(value: float) -> str:
+    """Four significant digits, and no fewer digits than stand before the point."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text == "-"
+    return True
