@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import starmap
 
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.identity import identity_of_text
@@ -54,7 +55,7 @@ class Plan:
     @cached_property
     def id(self) -> str:
         """Identity over the canonical JSON of the mapping; put together from cached parts, for it is asked often."""
-        return identity_of_text("{" + ",".join(_canonical_entry(c, s) for c, s in self.entries) + "}")
+        return identity_of_text("{" + ",".join(starmap(_canonical_entry, self.entries)) + "}")
 
     @cached_property
     def schemes(self) -> dict[str, str]:
