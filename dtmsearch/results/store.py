@@ -1,0 +1,307 @@
+"""The store: many runs in one folder or bucket, each written by one driver at a time, read by anybody.
+
+What a writer's method was given is durable when it returns. Knows runs and records; files, locks and segments have
+modules of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import fs
+
+import dtmsearch
+from dtmsearch.plans.components import Component, ModelManifest
+from dtmsearch.plans.evaluation import Outcome, Reference
+from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
+from dtmsearch.results import tables
+from dtmsearch.results.elsewhere import Elsewhere
+from dtmsearch.results.files import TEMPORARY, StoreError, StoreFull, StoreReadOnly, open_folder
+from dtmsearch.results.locks import RunLocked, lock_of
+from dtmsearch.results.segments import Segment, Segments, newer_version
+
+__all__ = ["ResultStore", "RunLocked", "RunWriter", "StoreError", "StoreFull", "StoreReadOnly"]
+
+_MARKER = "store.json"
+# Between a run's name, which cannot hold it, and what is written beside the run's own driver.
+_PART = "~"
+_EVALUATE = "evaluate"
+# Above this many, reading small segments one by one takes longer than it should.
+_MANY_SEGMENTS = 64
+_COMMITS_BETWEEN_COMPACTIONS = 256
+
+
+class ResultStore:
+    """The store at a local path or a URI that pyarrow knows (`s3://`, `gs://`); an empty one is created on writing.
+
+    `notes` are lines about damaged segments that were set aside; `on_note` hears each of them as it comes. Raises
+    `StoreError` when there is something else at the place, a newer version's store, or nothing can be read.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        filesystem: fs.FileSystem | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.url = os.fspath(url)
+        self.folder = open_folder(url, filesystem)
+        self.segments = Segments(self.folder, on_note)
+        self._check_marker()
+
+    @property
+    def notes(self) -> list[str]:
+        return self.segments.notes
+
+    def _check_marker(self) -> bool:
+        """Whether the place is a store already. Raises `StoreError` when it is something else."""
+        try:
+            content = self.folder.read(_MARKER).to_pybytes()
+        except FileNotFoundError:
+            strangers = [name for name in self.folder.names() if not name.startswith(".") and name != "lost+found"]
+            if strangers:
+                raise StoreError(
+                    f"{self.url} is no store: it holds {strangers[0]} but no {_MARKER}. Give --store a new or empty "
+                    "folder"
+                ) from None
+            return False
+        try:
+            version = int(json.loads(content)["format"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"{self.url} is no store that can be read: its {_MARKER} is damaged") from None
+        if version > tables.FORMAT_VERSION:
+            raise newer_version(self.url, version)
+        return True
+
+    def create(self) -> None:
+        """Make the place a store if it is none yet."""
+        if not self._check_marker():
+            self.folder.write(_MARKER, json.dumps({"format": tables.FORMAT_VERSION}).encode())
+
+    def table(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        run: str | None = None,
+        where: pc.Expression | None = None,
+    ) -> pa.Table:
+        """Rows of a table, every row once, in order of runs and commits: of some columns, of one run (for the tables
+        that runs write), where an expression over columns holds."""
+        return self.segments.read(name, None if run is None else self._keys(name, run), columns, where)
+
+    def _keys(self, table: str, run: str) -> list[str]:
+        """The keys under which a run's rows stand: its driver's, and those written beside it."""
+        keys = {segment.key for segment in self.segments.live(table)}
+        return sorted(key for key in keys if key.partition(_PART)[0] == run)
+
+    def runs(self) -> list[RunRecord]:
+        """The last record of every run, in order of creation."""
+        return tables.run_records(self.table("runs"))
+
+    def run(self, name: str) -> RunRecord | None:
+        records = tables.run_records(self.segments.read("runs", [name]))
+        return records[0] if records else None
+
+    def plan(self, plan_id: str, run: str | None = None) -> Plan | None:
+        """The plan of an id, if it was evaluated: in `run`, or in any."""
+        if plan_id == Plan().id:
+            return Plan()
+        rows = self.table("plans", ["component", "scheme"], run, pc.field("plan_id") == plan_id)
+        if rows.num_rows == 0:
+            return None
+        plan = tables.plan_of(rows)
+        assert plan.id == plan_id, f"the rows of plan {plan_id} make plan {plan.id}"
+        return plan
+
+    def reference(self, reference_id: str) -> Reference | None:
+        rows = self.segments.read("prompts", [reference_id])
+        return tables.reference_of(rows) if rows.num_rows else None
+
+    def is_running(self, run: str) -> bool:
+        """Whether a driver works on the run."""
+        return lock_of(self.folder, run).is_held()
+
+    def request_stop(self, run: str) -> None:
+        """Ask the run's driver to stop; the request is gone when a driver next starts."""
+        self.folder.write(_stop_marker(run), b"")
+
+    def stop_requested(self, run: str) -> bool:
+        return self.folder.exists(_stop_marker(run))
+
+    def writer(self, run: str) -> RunWriter:
+        """The run's own writer, to be used in a `with` statement. Entering raises `RunLocked` while another is open."""
+        return RunWriter(self, run, run)
+
+    def evaluate_writer(self, run: str) -> RunWriter:
+        """A writer for evaluations under the run's name but beside its driver, which may be at work."""
+        return RunWriter(self, run, f"{run}{_PART}{_EVALUATE}")
+
+
+def _stop_marker(run: str) -> str:
+    return f"stops/{run}"
+
+
+class RunWriter:
+    """One driver's hold on a run: its lock, its epoch, and what it records. The `ResultLog` of a search.
+
+    Everything is written under `key`: the run's name, or that and a part.
+    """
+
+    def __init__(self, store: ResultStore, run: str, key: str) -> None:
+        self._store, self._run, self._key = store, run, key
+        self._segments = store.segments
+        self._lock = lock_of(store.folder, key)
+        self._epoch = 0
+        self._commits = 0
+        self._since_compaction: dict[str, int] = {}
+        self._plan_rows: tables.PlanRows | None = None
+        self._recorded: _Recorded | None = None
+        self._elsewhere = Elsewhere(store.segments, key)
+
+    def __enter__(self) -> Self:
+        self._store.create()
+        last_epoch = self._lock.acquire()
+        try:
+            self._epoch = 1 + max(last_epoch, self._segments.last_epoch(self._key))
+            self._lock.note_epoch(self._epoch)
+            self._tidy()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _tidy(self) -> None:
+        """Clear away what earlier drivers of the run left: stop requests, temporary files, too many segments."""
+        folder = self._store.folder
+        if self._key == self._run:
+            folder.remove(_stop_marker(self._run))
+        for table in tables.SCHEMAS:
+            for file in folder.walk(f"{table}/{self._key}"):
+                if file.path.rpartition("/")[2].startswith(TEMPORARY):
+                    folder.remove(file.path)
+            if self._segments.num_small(table, self._key) > _MANY_SEGMENTS:
+                self._segments.compact(table, self._key)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            # Compaction only makes reading faster: a full disk must not turn a finished search into a failed one.
+            with suppress(StoreError):
+                self._lock.check()
+                for table in tables.SCHEMAS:
+                    self._segments.compact(table, self._key)
+        finally:
+            self._lock.release()
+
+    def put_run(self, record: RunRecord) -> None:
+        assert record.run == self._run and self._key == self._run, "only a run's driver writes its record"
+        self._commit("runs", tables.runs_table([record]))
+
+    def put_components(self, manifest: ModelManifest, components: Sequence[Component]) -> None:
+        """Record the model's components and those searched, over which a plan's size is counted from now on."""
+        self._plan_rows = tables.PlanRows(manifest, components)
+        rows = self._segments.read("components", [self._key], ["manifest_id", "component"])
+        known = set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+        new = [c for c in dict.fromkeys((*manifest.components, *components)) if (manifest.id, c.name) not in known]
+        if new:
+            self._commit("components", tables.components_table(manifest, new))
+
+    def put_reference(self, reference: Reference) -> None:
+        """Record a reference, for all runs."""
+        if not self._segments.live("prompts", reference.id):
+            # Whoever writes it writes the same, so the name need not tell writers apart.
+            number = 1 + self._segments.last_epoch(reference.id)
+            self._write(Segment("prompts", reference.id, (number, 1), (number, 1)), tables.prompts_table(reference))
+
+    def replay(self) -> Iterator[Outcome]:
+        """Every outcome that this run has recorded, in recorded order, as views into the rows' memory.
+
+        All columns are read, so that a segment that is damaged anywhere is set aside now and what it held is measured
+        again; so is an evaluation whose plan was lost in that way.
+        """
+        self._recorded = None
+        recorded = self._known()
+        rows = self._segments.read("evaluations", [self._key])
+        lost = self._lost_plans(rows, recorded)
+        seen: set[str] = set()
+        for batch in rows.select(tables.OUTCOME_COLUMNS).to_batches():
+            for outcome in tables.outcomes(batch):
+                if outcome.request_id not in seen and outcome.request_id not in lost:
+                    seen.add(outcome.request_id)
+                    yield outcome
+
+    def _lost_plans(self, rows: pa.Table, recorded: _Recorded) -> set[str]:
+        """Ids of evaluations whose plan is not recorded."""
+        known = pa.array([*recorded.plans, Plan().id])
+        lost = rows.filter(pc.invert(pc.is_in(rows["plan_id"], known)))
+        return set(lost["evaluation_id"].to_pylist())
+
+    def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
+        return self._elsewhere.find(request_ids)
+
+    def append(self, records: Sequence[EvaluationRecord]) -> None:
+        """Record evaluations and their plans; one that is recorded already keeps its first outcome."""
+        assert self._plan_rows is not None, "put_components comes before append"
+        recorded = self._known()
+        plans = {r.request.plan.id: r.request.plan for r in records if r.request.plan.id not in recorded.plans}
+        plans.pop(Plan().id, None)
+        if plans:
+            self._commit("plans", self._plan_rows.table(list(plans.values())))
+            recorded.plans |= plans.keys()
+        new = {r.request.id: r for r in reversed(records) if r.request.id not in recorded.evaluations}
+        if new:
+            rows = list(reversed(new.values()))
+            figures = self._plan_rows.figures([r.request.plan for r in rows])
+            self._commit("evaluations", tables.evaluations_table(self._run, rows, figures, dtmsearch.__version__))
+            recorded.evaluations |= new.keys()
+
+    def _known(self) -> _Recorded:
+        """The ids recorded so far, read anew when a segment was set aside meanwhile."""
+        if self._recorded is None or self._recorded.num_damaged != self._segments.num_damaged:
+            evaluations = self._segments.read("evaluations", [self._key], ["evaluation_id"])["evaluation_id"]
+            plans = self._segments.read("plans", [self._key])["plan_id"]
+            self._recorded = _Recorded(
+                evaluations=set(evaluations.to_pylist()),
+                plans=set(pc.unique(plans).to_pylist()),
+                num_damaged=self._segments.num_damaged,
+            )
+        return self._recorded
+
+    def decisions(self) -> Sequence[StepRecord]:
+        return tables.step_records(self._segments.read("steps", [self._key]))
+
+    def decide(self, steps: Sequence[StepRecord]) -> None:
+        self._commit("steps", tables.steps_table(self._run, steps))
+
+    def _commit(self, table: str, rows: pa.Table) -> None:
+        self._commits += 1
+        at = (self._epoch, self._commits)
+        self._write(Segment(table, self._key, at, at), rows)
+        self._since_compaction[table] = self._since_compaction.get(table, 0) + 1
+        if self._since_compaction[table] >= _COMMITS_BETWEEN_COMPACTIONS:
+            self._since_compaction[table] = 0
+            with suppress(StoreError):  # the rows are recorded; what is wrong, the next commit says
+                self._segments.compact(table, self._key)
+
+    def _write(self, segment: Segment, rows: pa.Table) -> None:
+        assert self._epoch, "the writer is used in a with statement"
+        self._lock.check()
+        self._segments.write(segment, rows)
+
+
+class _Recorded:
+    """Ids of what a writer's key holds, as of `num_damaged` segments set aside."""
+
+    def __init__(self, evaluations: Collection[str], plans: Collection[str], num_damaged: int) -> None:
+        self.evaluations = set(evaluations)
+        self.plans = set(plans)
+        self.num_damaged = num_damaged
