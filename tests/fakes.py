@@ -7,7 +7,6 @@ interaction between neighbours, so that rankings change along the way. Nothing h
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -181,21 +180,18 @@ def failing(kinds: Mapping[str, str]) -> Callable[[EvalRequest], Outcome]:
 
 def readable_tree(log: MemoryLog) -> dict[str, Any]:
     """A finished search as JSON: every round's candidates with their FDT, best first, and what was decided."""
-    rounds: dict[int, list[tuple[float, str, str]]] = {}
+    rounds: dict[int, list[tuple[float, str]]] = {}
     for record in log.records:
         parent = ", ".join(f"{c}={s}" for c, s in record.request.parent.entries) or "dense"
-        score = math.nan if isinstance(record.outcome, EvalFailure) else float(record.outcome.fdt.mean())
-        rounds.setdefault(record.step or 0, []).append((-score, parent, record.perturbation or ""))
+        fdt = 0.0 if isinstance(record.outcome, EvalFailure) else float(record.outcome.fdt.mean())
+        rounds.setdefault(record.step or 0, []).append((-fdt, _short(f"{parent} + {record.perturbation}")))
     return {
-        "rounds": [
-            {
-                f"{parent} + {edge}".replace("model.layers.", ""): round(-score, 3)
-                for score, parent, edge in sorted(found)
-            }
-            for _, found in sorted(rounds.items())
-        ],
-        "decisions": [
-            {"step": s.step, "perturbation": s.perturbation, "score": round(s.score, 3), "share": round(s.share, 4)}
-            for s in log.steps
-        ],
+        "rounds": [{edge: -fdt for fdt, edge in sorted(found)} for _, found in sorted(rounds.items())],
+        "decisions": [f"{_short(s.perturbation or '')}: {s.score:.4f}, share {s.share:.4f}" for s in log.steps],
     }
+
+
+def _short(text: str) -> str:
+    for part in ("model.layers.", "self_attn.", "mlp.", "_proj"):
+        text = text.replace(part, "")
+    return text
