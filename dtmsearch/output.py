@@ -35,7 +35,12 @@ def plain(value: Any) -> Any:
 
 
 def json_text(value: Any) -> str:
-    return json.dumps(plain(value), indent=2, ensure_ascii=False)
+    """JSON for programs that a person can still read: a list has an element a line."""
+    value = plain(value)
+    if isinstance(value, list):
+        lines = ",\n".join(f"  {json.dumps(element, ensure_ascii=False)}" for element in value)
+        return f"[\n{lines}\n]" if value else "[]"
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -1,0 +1,414 @@
+"""The command line: one verb of `dtmsearch` to one function. Data goes to stdout, everything else to stderr.
+
+Knows words, options and exit codes, and nothing of how a search works. What a verb needs is imported inside it, so
+that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dtmsearch import __version__
+
+if TYPE_CHECKING:
+    from dtmsearch.results.store import ResultStore
+    from dtmsearch.results.summary import RunSummary
+    from dtmsearch.run import Where
+
+_DEFAULT_STORE = "dtm-store"
+_FAILED, _USAGE, _STOPPED, _STORE_UNREADABLE, _CLUSTER_UNREACHABLE = 1, 2, 3, 4, 5
+# Exceptions of ours (and Python's own) that say all a user needs, by name, because naming them must not import their
+# modules; the nearest class counts. Any other exception is a fault of ours, whose traceback is kept.
+_EXIT_CODES = {
+    "ValueError": _USAGE,
+    "ClusterUnreachable": _CLUSTER_UNREACHABLE,
+    "ReplicasFailed": _FAILED,
+    "RunLocked": _FAILED,
+    "SearchFailed": _FAILED,
+    "SearchStopped": _STOPPED,
+    "StoreError": _STORE_UNREADABLE,
+    "StoreFull": _STOPPED,
+}
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done or already complete, 1 failed, 2 usage, 3 stopped and
+    resumable, 4 store unreadable, 5 cluster unreachable."""
+    try:
+        return cli.main(arguments, prog_name="dtmsearch", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        say("interrupted")
+        return _FAILED
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    code = next((_EXIT_CODES[cls.__name__] for cls in type(error).__mro__ if _is_ours(cls)), None)
+    if code is not None:
+        say(f"error: {error}")
+        return code
+    with tempfile.NamedTemporaryFile("w", prefix="dtmsearch-", suffix=".log", delete=False) as log:
+        traceback.print_exception(error, file=log)
+    first_line = next(iter(str(error).splitlines()), "")
+    say(f"error: {type(error).__name__}: {first_line}\nthe traceback is in {log.name}")
+    return _FAILED
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__name__ in _EXIT_CODES and cls.__module__.partition(".")[0] in ("builtins", "dtmsearch")
+
+
+def say(text: str) -> None:
+    """A line for the person, never for a program that reads our output."""
+    click.echo(text, err=True)
+
+
+def store_option(verb: Verb) -> Verb:
+    return click.option(
+        "--store",
+        default=_DEFAULT_STORE,
+        show_default=True,
+        envvar="DTMSEARCH_STORE",
+        show_envvar=True,
+        help="Folder or bucket URL (s3://, gs://) that holds runs and evaluations.",
+    )(verb)
+
+
+def format_option(*choices: str) -> Callable[[Verb], Verb]:
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(choices),
+        default=choices[0],
+        show_default=True,
+        help="Form of the output.",
+    )
+
+
+def where_options(verb: Verb) -> Verb:
+    """Where a search runs; none of it changes what the search finds."""
+    options = (
+        click.option("--address", help="Address of a Ray cluster; without it, Ray starts on this machine."),
+        click.option("--replicas", type=click.IntRange(min=1), help="Copies of the model that measure side by side."),
+        click.option("--gpus-per-replica", type=click.FloatRange(min=0), help="GPUs of each, such as 0.5, 1 or 4."),
+        click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch."),
+        click.option("--quiet", is_flag=True, help="No progress."),
+    )
+    for option in reversed(options):
+        verb = option(verb)
+    return verb
+
+
+def set_option(verb: Verb) -> Verb:
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the search file; repeatable."
+    )(verb)
+
+
+def examples(*lines: str) -> str:
+    """The end of a verb's help: commands to paste, each on its own line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=examples(
+        "dtmsearch demo",
+        "dtmsearch run search.yaml --set search.width=4",
+        "dtmsearch resume my-run",
+        'dtmsearch query "SELECT run, status FROM runs"',
+    ),
+)
+@click.version_option(__version__, message="%(version)s")
+def cli() -> None:
+    """Search for what a language model can spare, judged by where its text first diverges."""
+
+
+@cli.command("demo", epilog=examples("dtmsearch demo", "dtmsearch demo --store /tmp/store --replicas 2"))
+@store_option
+@where_options
+@format_option("table", "json")
+def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
+    """Search the small model in the package.
+
+    From start to validated plan, in about a minute.
+    """
+    from dtmsearch.run import demo
+    from dtmsearch.summaries import DEMO_QUERIES
+
+    with _resumable("dtmsearch demo" + _store_argument(store)), _watching(quiet) as observer:
+        summary = demo(store, _where(**where), observer)
+    _show_run(summary, store, form)
+    if form == "table":
+        _print("\nAsk its tables:")
+        for query in DEMO_QUERIES:
+            _print("  " + _query_command(query.format(run=summary.run), store))
+        _print(f"\nThe store is {_absolute(store)}")
+
+
+@cli.command(
+    "run",
+    epilog=examples(
+        "dtmsearch run search.yaml",
+        "dtmsearch run search.yaml --set search.width=4 --set run=wider",
+        "dtmsearch run search.yaml --address 10.0.0.5:6379 --replicas 8 --store s3://bucket/store",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@set_option
+@store_option
+@where_options
+@format_option("table", "json")
+def run_verb(file: Path, overrides: tuple[str, ...], store: str, form: str, quiet: bool, **where: Any) -> None:
+    """Start or continue the search in FILE."""
+    from dtmsearch.config import load
+    from dtmsearch.run import run
+
+    search_file = load(file, overrides)
+    with _resumable(_resume_command(search_file.run, store)), _watching(quiet) as observer:
+        summary = run(search_file, store, _where(**where), observer)
+    _show_run(summary, store, form)
+
+
+@cli.command("resume", epilog=examples("dtmsearch resume my-run", "dtmsearch resume my-run --replicas 4"))
+@click.argument("name", metavar="RUN")
+@store_option
+@where_options
+@format_option("table", "json")
+def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> None:
+    """Continue a stopped or killed run.
+
+    Nothing that is recorded is measured again.
+    """
+    from dtmsearch.run import resume
+
+    with _resumable(_resume_command(name, store)), _watching(quiet) as observer:
+        summary = resume(name, store, _where(**where), observer)
+    _show_run(summary, store, form)
+
+
+@cli.command("ls", epilog=examples("dtmsearch ls", "dtmsearch ls --store s3://bucket/store --format json"))
+@store_option
+@format_option("table", "json")
+def ls_verb(store: str, form: str) -> None:
+    """List the runs of a store."""
+    from dtmsearch.results.summary import runs_overview
+    from dtmsearch.summaries import overview_text
+
+    runs = runs_overview(_open(store))
+    _show(runs, form, overview_text)
+    if not runs:
+        say(f"no run in {store} yet")
+
+
+@cli.command("status", epilog=examples("dtmsearch status my-run", "dtmsearch status my-run --format json"))
+@click.argument("name", metavar="RUN")
+@store_option
+@format_option("table", "json")
+def status_verb(name: str, store: str, form: str) -> None:
+    """Say how far a run is and what it found."""
+    from dtmsearch.results.summary import summarize_run
+    from dtmsearch.summaries import run_text, run_values
+
+    _show(summarize_run(_open(store), name), form, run_text, run_values)
+
+
+@cli.command("stop", epilog=examples("dtmsearch stop my-run", "dtmsearch stop my-run --store s3://bucket/store"))
+@click.argument("name", metavar="RUN")
+@store_option
+def stop_verb(name: str, store: str) -> None:
+    """Stop a running search; it can be resumed."""
+    from dtmsearch.run import stop
+
+    stop(name, store)
+    say(f"asked {name} to stop; to continue it: {_resume_command(name, store)}")
+
+
+@cli.command(
+    "query",
+    epilog=examples(
+        'dtmsearch query "SELECT run, status, created_at FROM runs"',
+        "dtmsearch query \"SELECT step, perturbation, score FROM steps WHERE run = 'my-run' ORDER BY step\"",
+        'dtmsearch query "SELECT * FROM evaluations" --format parquet --out evaluations.parquet',
+    ),
+)
+@click.argument("sql")
+@store_option
+@format_option("table", "json", "csv", "parquet")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write instead of stdout.")
+def query_verb(sql: str, store: str, form: str, out: Path | None) -> None:
+    """Answer one SQL SELECT over the store.
+
+    Its tables are runs, components, prompts, evaluations, plans and steps.
+    """
+    from dtmsearch.results.query import query
+
+    if form == "parquet" and out is None:
+        raise click.UsageError("parquet is no text for a terminal: give a file with --out")
+    answer = query(_open(store), sql)
+    if form == "parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(answer, out)
+    elif out is None:
+        _print(_query_text(answer, form))
+    else:
+        out.write_text(_query_text(answer, form) + "\n", encoding="utf-8")
+
+
+@cli.command(
+    "evaluate",
+    epilog=examples(
+        "dtmsearch evaluate search.yaml --plan uniform:int8-channel",
+        "dtmsearch evaluate search.yaml --plan my-run --format json",
+        "dtmsearch evaluate search.yaml --plan plan.json --set prompts.count=500",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--plan", required=True, help="A plan file (JSON), the name of a run, or uniform:SCHEME.")
+@set_option
+@store_option
+@where_options
+@format_option("table", "json")
+def evaluate_verb(
+    file: Path, plan: str, overrides: tuple[str, ...], store: str, form: str, quiet: bool, **where: Any
+) -> int:
+    """Measure one plan on the prompts of FILE.
+
+    Exits 1 if it cannot be measured.
+    """
+    from dtmsearch.config import load
+    from dtmsearch.run import evaluate
+    from dtmsearch.summaries import measurement_text, measurement_values
+
+    search_file = load(file, overrides)
+    with _resumable("run the same command again"), _watching(quiet) as observer:
+        measurement = evaluate(search_file, plan, store, _where(**where), observer)
+    _show(measurement, form, measurement_text, measurement_values)
+    return _FAILED if measurement.summary is None else 0
+
+
+@cli.command("doctor", epilog=examples("dtmsearch doctor", "dtmsearch doctor --store s3://bucket/store --format json"))
+@store_option
+@format_option("table", "json")
+def doctor_verb(store: str, form: str) -> int:
+    """Say what this machine has and lacks.
+
+    Exits 1 if something that a search needs is missing.
+    """
+    from dtmsearch.doctor import examine
+    from dtmsearch.summaries import findings_text
+
+    findings = examine(store)
+    _show(findings, form, findings_text)
+    return _FAILED if any(f.status == "missing" for f in findings) else 0
+
+
+def _where(
+    address: str | None, replicas: int | None, gpus_per_replica: float | None, batch_tokens: int | None
+) -> Where:
+    from dtmsearch.run import Where
+
+    return Where(address, replicas or 0, gpus_per_replica, batch_tokens or 0)
+
+
+def _open(store: str) -> ResultStore:
+    # Not through dtmsearch.run, which loads Ray: reading a store takes no cluster.
+    from dtmsearch.results.store import ResultStore
+
+    return ResultStore(store, on_note=say)
+
+
+@contextmanager
+def _watching(quiet: bool) -> Iterator[Any]:
+    from dtmsearch.terminal import watching
+
+    with watching(quiet) as observer:
+        yield observer
+
+
+@contextmanager
+def _resumable(command: str) -> Iterator[None]:
+    """Turn a stop into exit code 3 and a word on how to go on."""
+    from dtmsearch.search.scheduler import SearchStopped
+
+    # `kill` is as good a wish to stop as Ctrl-C, also before the search has begun to listen.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except (SearchStopped, KeyboardInterrupt):
+        say(f"stopped; nothing recorded is lost. To continue: {command}")
+        raise click.exceptions.Exit(_STOPPED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _show_run(summary: RunSummary, store: str, form: str) -> None:
+    from dtmsearch.summaries import PLAN_QUERY, run_text, run_values
+
+    _show(summary, form, run_text, run_values)
+    if form == "table" and summary.final_plan_id is not None:
+        _print("\nIts plan, component by component:")
+        _print("  " + _query_command(PLAN_QUERY.format(plan_id=summary.final_plan_id), store))
+
+
+def _show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callable[[Any], Any] | None = None) -> None:
+    from dtmsearch.output import json_text
+
+    if form == "json":
+        _print(json_text(value if as_values is None else as_values(value)))
+    else:
+        _print(as_text(value))
+
+
+def _query_text(answer: Any, form: str) -> str:
+    from dtmsearch.output import csv_text, json_text
+    from dtmsearch.terminal import table
+
+    if form == "json":
+        return json_text(answer.to_pylist())
+    # By column, because two columns of an answer may bear one name.
+    columns = [column.to_pylist() for column in answer.columns]
+    rows = list(zip(*columns, strict=True))
+    return csv_text(answer.column_names, rows) if form == "csv" else table(answer.column_names, rows)
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # The reader (`head`, a pager) has seen enough. Python would complain once more while it closes stdout.
+        sys.stdout = None
+        raise click.exceptions.Exit(_FAILED) from None
+
+
+def _resume_command(run: str, store: str) -> str:
+    return f"dtmsearch resume {run}{_store_argument(store)}"
+
+
+def _query_command(sql: str, store: str) -> str:
+    return f'dtmsearch query "{sql}"{_store_argument(store)}'
+
+
+def _store_argument(store: str) -> str:
+    return "" if store == _DEFAULT_STORE else f" --store {shlex.quote(store)}"
+
+
+def _absolute(store: str) -> str:
+    return store if "://" in store else str(Path(store).absolute())

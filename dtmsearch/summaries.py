@@ -1,0 +1,174 @@
+"""What the command line says of runs, plans and machines: as text for a person, as values for JSON.
+
+Knows what a summary holds and how a person reads it; measures and reads nothing itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dtmsearch.output import plain
+from dtmsearch.plans.metrics import PairedDifference, Summary
+from dtmsearch.plans.plan import Plan
+from dtmsearch.terminal import duration, table
+
+if TYPE_CHECKING:
+    from dtmsearch.doctor import Finding
+    from dtmsearch.results.summary import RunOverview, RunSummary, ValidationRow
+    from dtmsearch.run import PlanMeasurement
+
+# A label before its text, as `status` shows them.
+_LABEL_WIDTH = 11
+_METRIC_COLUMNS = ("FDT", "SDT", "DPPL", "PPL", "KL")
+# To be pasted between double quotes in a shell, so without ", $, ` and !.
+PLAN_QUERY = "SELECT component, scheme FROM plans WHERE plan_id = '{plan_id}' ORDER BY component"
+DEMO_QUERIES = (
+    # how much each kind of component suffers alone
+    "SELECT kind, scheme, round(avg(fdt_mean), 1) AS fdt FROM evaluations JOIN components USING (component) "
+    "WHERE run = '{run}' AND status = 'ok' AND step = 0 GROUP BY ALL ORDER BY fdt",
+    # how the plan grew
+    "SELECT step, perturbation, round(score, 2) AS fdt, round(share, 3) AS share FROM steps WHERE run = '{run}' "
+    "ORDER BY step",
+    # how the plan does on held-out prompts, beside uniform ones
+    "SELECT label, bits_per_weight, fdt_mean, fdt_p25, sdt_mean, dppl, kl FROM evaluations "
+    "WHERE run = '{run}' AND purpose = 'validation' ORDER BY fdt_mean DESC",
+)
+
+
+def run_text(summary: RunSummary) -> str:
+    """Everything that the store knows of a run."""
+    lines = [f"run {summary.run}: {_status(summary)}"]
+    lines += [_line("message", summary.message)] if summary.message else []
+    lines.append(_line("model", summary.model or "not read yet"))
+    lines.append(_line("search", _effort(summary)))
+    if summary.last_step is not None:
+        step = summary.last_step
+        lines.append(_line("last step", f"{step.step}: {step.perturbation or 'chosen as a whole'}, {step.score:.4g}"))
+    lines += _plan_lines(summary)
+    if summary.validation:
+        lines += ["", "On held-out prompts:", validation_table(summary.validation)]
+    return "\n".join([*lines, "", summary.verdict])
+
+
+def run_values(summary: RunSummary) -> dict[str, Any]:
+    """A run's summary for JSON, its plan as component -> scheme."""
+    values: dict[str, Any] = plain(summary)
+    values["final_plan"] = None if summary.final_plan is None else summary.final_plan.schemes
+    return values
+
+
+def _line(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL_WIDTH}}{text}"
+
+
+def _status(summary: RunSummary) -> str:
+    if summary.already_complete:
+        return "already complete"
+    if summary.interrupted:
+        return "interrupted: no driver works on it; `resume` continues it"
+    return {"stopped": "stopped; `resume` continues it"}.get(summary.status, summary.status)
+
+
+def _effort(summary: RunSummary) -> str:
+    failed = ", ".join(f"{number} {kind}" for kind, number in summary.failures.items())
+    took = "" if summary.wall_seconds is None else f" in {duration(summary.wall_seconds)}"
+    return f"{summary.num_steps} steps, {summary.num_evaluations} evaluations{f' ({failed})' if failed else ''}{took}"
+
+
+def _plan_lines(summary: RunSummary) -> list[str]:
+    if summary.final_plan_id is None:
+        return []
+    lines = [_line("plan", summary.final_plan_id)]
+    if summary.share is not None and summary.bits_per_weight is not None:
+        lines.append(_line("size", _size(summary.num_compressed, summary.share, summary.bits_per_weight)))
+    if summary.final_plan is not None:
+        lines.append(_line("schemes", _schemes(summary.final_plan)))
+    return lines
+
+
+def _size(num_compressed: int | None, share: float, bits_per_weight: float) -> str:
+    return f"{num_compressed} components, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits a weight"
+
+
+def _schemes(plan: Plan) -> str:
+    counts = Counter(scheme for _, scheme in plan.entries).most_common()
+    return ", ".join(f"{number} x {scheme}" for scheme, number in counts) or "all dense"
+
+
+def validation_table(rows: Sequence[ValidationRow]) -> str:
+    """The final plan beside uniform ones; `ahead` is its FDT minus theirs, paired over prompts, with the interval."""
+    columns = ["plan", "components", "share", "bits", *_METRIC_COLUMNS, "plan's FDT ahead by"]
+    return table(columns, [_validation_cells(row) for row in rows])
+
+
+def _validation_cells(row: ValidationRow) -> list[object]:
+    size = [row.label, row.num_compressed, f"{row.share:.1%}", f"{row.bits_per_weight:.2f}"]
+    if row.summary is None:
+        return [*size, *[None] * len(_METRIC_COLUMNS), row.failure]
+    return [*size, *_metric_cells(row.summary), _ahead(row.fdt_vs_plan)]
+
+
+def _metric_cells(summary: Summary) -> list[float | None]:
+    return [summary.fdt_mean, summary.sdt_mean, summary.dppl, summary.ppl, summary.kl]
+
+
+def _ahead(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def overview_text(runs: Sequence[RunOverview]) -> str:
+    columns = ["run", "status", "evaluations", "step", "share", "bits", "FDT", "created", "model"]
+    return table(columns, [_overview_cells(run) for run in runs])
+
+
+def _overview_cells(run: RunOverview) -> list[object]:
+    return [
+        run.run,
+        "interrupted" if run.interrupted else run.status,
+        run.num_evaluations,
+        run.last_step,
+        None if run.share is None else f"{run.share:.1%}",
+        None if run.bits_per_weight is None else f"{run.bits_per_weight:.2f}",
+        run.fdt,
+        _local_time(run.created_at),
+        run.model,
+    ]
+
+
+def _local_time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def measurement_text(measurement: PlanMeasurement) -> str:
+    """One plan's size and metrics, or why there are none."""
+    size = measurement.size
+    lines = [
+        f"{measurement.label} on {measurement.num_prompts} prompts",
+        _line("plan", measurement.plan.id),
+        _line("size", f"{_size(size.num_compressed, size.share, size.bits_per_weight)}, {size.size_mb:.1f} MB"),
+        _line("schemes", _schemes(measurement.plan)),
+        "",
+    ]
+    if measurement.summary is None:
+        return "\n".join([*lines, f"it could not be measured: {measurement.failure}"])
+    summary = measurement.summary
+    columns = [*_METRIC_COLUMNS, "FDT p25", "p50", "p75"]
+    cells = [*_metric_cells(summary), summary.fdt_p25, summary.fdt_p50, summary.fdt_p75]
+    return "\n".join([*lines, table(columns, [cells])])
+
+
+def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:
+    """A measurement for JSON: its plan as component -> scheme, its size with what follows from it."""
+    size = measurement.size
+    derived = {"share": size.share, "bits_per_weight": size.bits_per_weight, "size_mb": size.size_mb}
+    values: dict[str, Any] = plain(measurement)
+    return values | {"plan_id": measurement.plan.id, "plan": measurement.plan.schemes, "size": values["size"] | derived}
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    return table(["check", "status", "found", "what to do"], [[f.name, f.status, f.found, f.remedy] for f in findings])
