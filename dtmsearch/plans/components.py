@@ -132,12 +132,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, dtypes and shapes of the tensors in one safetensors file, read from its header alone."""
+    length = path.stat().st_size
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size:
-            raise ValueError(f"{path} is no safetensors file, or a cut one: its header claims {size} bytes")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
+        text = file.read(size) if size <= length else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        needed = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no safetensors file, or a cut one: it begins with no readable header") from None
+    if needed > length:
+        raise ValueError(f"{path} is no safetensors file, or a cut one: it has {length} bytes of {needed}")
     return {
         name: (_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
         for name, entry in header.items()

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from fakes import request_for, run_search, toy_components
+
+from dtmsearch.config import SearchFile, SearchSection, difference, load, parse
+from dtmsearch.plans.plan import Budget
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import make_strategy
+
+TEXT = """
+run: toy
+model: {path: models/toy}
+prompts: {files: [calibration.txt], count: 8, prompt_tokens: 20}
+validation: {files: [validation.txt], count: 4}
+search:
+  schemes: [int8-channel]
+  stop: {share: 0.8}
+"""
+
+
+def read(text: str = TEXT, *overrides: str) -> SearchFile:
+    return parse(text, "search.yaml", Path(), overrides)
+
+
+def test_what_is_not_written_has_its_default() -> None:
+    search = read().search
+    assert (search.strategy, search.rank_by, search.width, search.expand) == ("beam", "fdt", 10, "all")
+
+
+@pytest.mark.parametrize(
+    ("override", "read_back", "value"),
+    [
+        ("search.width=4", lambda f: f.search.width, 4),
+        ("search.schemes=[nf4, int4-g128]", lambda f: f.search.schemes, ("nf4", "int4-g128")),
+        ("search.stop.share=null", lambda f: f.search.stop.share, None),
+        ("search.expand=5", lambda f: f.search.expand, 5),
+        ("search.components.exclude=['*.0.*']", lambda f: f.search.components.exclude, ("*.0.*",)),
+        ("model.dtype=float32", lambda f: f.model.dtype, "float32"),
+        ("seed=7", lambda f: f.seed, 7),
+    ],
+)
+def test_an_override_sets_any_key(override: str, read_back: Any, value: object) -> None:
+    assert read_back(read(TEXT, override)) == value
+
+
+def test_the_last_override_of_a_key_counts() -> None:
+    assert read(TEXT, "search.width=4", "search.width=5").search.width == 5
+
+
+def test_an_override_of_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown key 'search.widht'; did you mean 'search.width'\?"):
+        read(TEXT, "search.widht=4")
+
+
+@pytest.mark.parametrize("override", ["search.width", "=4", ""])
+def test_an_override_without_key_or_value_is_an_error(override: str) -> None:
+    with pytest.raises(ValueError, match="--set takes KEY=VALUE"):
+        read(TEXT, override)
+
+
+def test_an_override_below_a_value_is_an_error() -> None:
+    with pytest.raises(ValueError, match="run is a value, not a section"):
+        read(TEXT, "run.name=x")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sede: 3", "unknown key 'sede'; did you mean 'seed'"),
+        ("strategy: beam", "unknown key 'strategy'; did you mean 'search.strategy'"),
+        ("xyzzy: 3", "unknown key 'xyzzy'; known keys there are run, model, prompts, validation, search, seed"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_or_all(line: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(TEXT + line)
+
+
+def test_an_unknown_key_of_a_section_names_the_nearest_there() -> None:
+    with pytest.raises(
+        ValueError, match=r"search.yaml: unknown key 'search.stop.shares'; did you mean 'search.stop.share'"
+    ):
+        read(TEXT.replace("share:", "shares:"))
+
+
+def test_an_unknown_scheme_names_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"search\.schemes: unknown scheme 'int8-chanel'; the nearest is 'int8-channel'"
+    ):
+        read(TEXT.replace("int8-channel", "int8-chanel"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("schemes: [int8-channel]", "schemes: [dense]", "dense is where every search starts"),
+        ("schemes: [int8-channel]", "schemes: [nf4, nf4]", "a scheme stands there twice"),
+        ("schemes: [int8-channel]", "schemes: []", "search.schemes"),
+        ("  schemes: [int8-channel]\n", "", "search.schemes is missing"),
+        ("share: 0.8", "share: 80", "search.stop.share: .* got 80"),
+        ("run: toy", "run: a/b", "run: .* got 'a/b'"),
+        ("files: [calibration.txt], ", "", "give either files or dataset"),
+        ("count: 8", "count: 0", "prompts.count: .* got 0"),
+    ],
+)
+def test_a_wrong_value_is_an_error_that_names_key_and_value(old: str, new: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(TEXT.replace(old, new))
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)search\.stop\.share.*unknown key 'sede'"):
+        read(TEXT.replace("0.8", "80") + "sede: 3")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
+def test_a_text_that_is_no_mapping_is_no_search_file(text: str) -> None:
+    with pytest.raises(ValueError, match="is no search file"):
+        read(text)
+
+
+def test_broken_yaml_is_an_error_that_names_the_file() -> None:
+    with pytest.raises(ValueError, match=r"search\.yaml is not YAML"):
+        read("run: [")
+
+
+def test_yaml_that_would_make_objects_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"search\.yaml is not YAML"):
+        read("run: !!python/object/apply:os.getcwd []")
+
+
+def test_a_missing_search_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no search file at"):
+        load(tmp_path / "search.yaml")
+
+
+def test_a_folder_is_no_search_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot read the search file"):
+        load(tmp_path)
+
+
+def test_validation_takes_from_the_prompts_what_it_does_not_set() -> None:
+    prompts = read().validation_prompts
+    assert prompts is not None
+    assert (prompts.files, prompts.count, prompts.prompt_tokens) == (("validation.txt",), 4, 20)
+
+
+def test_without_a_validation_section_there_are_no_validation_prompts() -> None:
+    text = TEXT.replace("validation: {files: [validation.txt], count: 4}\n", "")
+    assert read(text).validation_prompts is None
+
+
+def test_a_validation_data_set_replaces_the_files_of_the_prompts() -> None:
+    prompts = read(TEXT.replace("files: [validation.txt]", "dataset: {path: wiki}")).validation_prompts
+    assert prompts is not None
+    assert (prompts.files, prompts.dataset and prompts.dataset.path) == ((), "wiki")
+
+
+def test_the_budget_holds_the_rules_of_size_only() -> None:
+    assert read(TEXT, "search.stop.min_fdt=50", "search.stop.size_mb=3").search.stop.budget == Budget(
+        share=0.8, size_mb=3
+    )
+
+
+def test_a_path_starts_at_the_folder_of_the_search_file(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(TEXT)
+    (tmp_path / "calibration.txt").write_text("text")
+    assert load(tmp_path / "search.yaml").resolve("calibration.txt") == tmp_path / "calibration.txt"
+
+
+def test_a_path_that_is_not_there_starts_at_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "search.yaml").write_text(TEXT)
+    (tmp_path / "calibration.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path / "files" / "search.yaml").resolve("calibration.txt").read_text() == "text"
+
+
+def test_a_model_that_lies_beside_the_search_file_is_loaded_from_there(tmp_path: Path) -> None:
+    (tmp_path / "models" / "toy").mkdir(parents=True)
+    (tmp_path / "search.yaml").write_text(TEXT)
+    assert load(tmp_path / "search.yaml").model_spec.path == os.fspath(tmp_path / "models" / "toy")
+
+
+def test_a_model_that_is_no_folder_keeps_its_name_for_the_hub() -> None:
+    assert read(TEXT.replace("models/toy", "meta-llama/Llama-2-7b-hf")).model_spec.path == "meta-llama/Llama-2-7b-hf"
+
+
+def test_a_file_reads_back_from_its_own_yaml() -> None:
+    assert read(read().to_yaml()) == read()
+
+
+def test_files_that_mean_the_same_do_not_differ() -> None:
+    assert difference(read().to_yaml(), read(TEXT + "seed: 0\n").to_yaml()) == []
+
+
+def test_the_difference_of_two_files_names_keys_and_values() -> None:
+    other = read(TEXT, "search.width=4", "search.stop.share=null", "search.stop.components=3")
+    assert sorted(difference(read().to_yaml(), other.to_yaml())) == [
+        "search.stop.components: None -> 3",
+        "search.stop.share: 0.8 -> None",
+        "search.width: 10 -> 4",
+    ]
+
+
+def test_the_difference_shows_sections_that_only_one_file_has() -> None:
+    bare = read(TEXT.replace("validation: {files: [validation.txt], count: 4}\n", ""))
+    assert "validation.count: unset -> 4" in difference(bare.to_yaml(), read().to_yaml())
+
+
+@pytest.mark.parametrize("name", get_args(SearchSection.model_fields["strategy"].annotation))
+def test_every_strategy_that_a_file_may_name_can_be_made(name: str) -> None:
+    strategy = make_strategy(name, SearchSpace(toy_components(), ("nf4",)), request_for)
+    assert len(strategy.ask()) == 6
+
+
+def test_greedy_is_a_beam_of_width_one() -> None:
+    greedy = make_strategy("greedy", SearchSpace(toy_components(), ("nf4",)), request_for, width=10)
+    beam = make_strategy("beam", SearchSpace(toy_components(), ("nf4",)), request_for, width=1)
+    run_search(greedy)
+    run_search(beam)
+    assert greedy.decisions == beam.decisions
