@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.identity import identity
 from dtmsearch.plans.plan import Plan
 
@@ -130,6 +131,12 @@ class EvalRequest:
         return identity(
             [self.plan.id, self.reference_id, list(self.prompts), sorted(self.extra_metrics), METRICS_VERSION]
         )
+
+
+def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:
+    """Index of the first layer that must run: below it the request's plan and its parent have the same states."""
+    changed = (manifest.by_name[component].layer for component in request.plan.diff(request.parent))
+    return min(max(min(changed, default=0), 0), manifest.num_layers - 1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,356 @@
+"""ReplicaPool: an Evaluator over Ray actors. Dispatch, retries, health, replacement.
+
+Keeps its own table of what is in flight, because an actor that dies does not say what it held. Knows neither the
+search nor what a replica does.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from dtmsearch.cluster.host import start_host
+from dtmsearch.cluster.queue import RequestQueue
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import (
+    EvalFailure,
+    EvalRequest,
+    ModelSpec,
+    Outcome,
+    Provenance,
+    Reference,
+    ReplicaSettings,
+)
+
+log = logging.getLogger(__name__)
+
+REPLICA_CLASS = "dtmsearch.model.replica:Replica"
+
+# A call's length: long enough that its own cost (about 2 ms) vanishes, short enough that a lost one is a small loss.
+_CALL_SECONDS = 1.0
+# Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
+_CALLS_AHEAD = 2
+_MAX_ATTEMPTS = 3
+_MAX_FAILED_STARTS = 3
+# A call is given up after this many times its expected length, and never before the floor.
+_HUNG_FACTOR, _HUNG_FLOOR_SECONDS = 20.0, 180.0
+# A canary may diverge by near ties on other hardware; more than this share is a broken replica.
+_CANARY_LIMIT = 0.02
+
+
+class ClusterUnreachable(RuntimeError):
+    """There is no Ray cluster at the address, or it does not let us in."""
+
+
+class ReplicasFailed(RuntimeError):
+    """No replica can be brought up; the message says why."""
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Where replicas run. `replicas` 0 and `gpus_per_replica` None are chosen from what the cluster has."""
+
+    address: str | None = None
+    replicas: int = 0
+    gpus_per_replica: float | None = None
+    batch_tokens: int = 0
+
+
+@dataclass
+class _Call:
+    """Requests under way on a replica; `cost` in the queue's units."""
+
+    requests: list[EvalRequest]
+    cost: float
+    started_at: float
+
+
+@dataclass(eq=False)
+class _Member:
+    """A replica as the pool sees it. `calls` by object reference, oldest first."""
+
+    name: str
+    actor: Any
+    starting: Any
+    node: str = ""
+    parent_id: str | None = None
+    ready: bool = False
+    idle_since: float = 0.0
+    references: set[str] = field(default_factory=set)
+    calls: dict[Any, _Call] = field(default_factory=dict)
+
+
+class ReplicaPool:
+    """Replicas of one model. Use as a context manager: leaving it lets the actors go, and a local Ray with them."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        settings: PoolSettings = PoolSettings(),
+        on_note: Callable[[str], None] = log.warning,
+        replica_class: str = REPLICA_CLASS,
+    ) -> None:
+        self._spec, self._settings, self._on_note = spec, settings, on_note
+        self._replica_class = replica_class
+        self._own_ray = connect(settings.address)
+        self._num_gpus, self._num_cpus, self.num_replicas = _shares(settings)
+        self._replica_settings = ReplicaSettings(
+            batch_tokens=settings.batch_tokens,
+            num_devices=max(1, int(self._num_gpus)),
+            num_threads=0 if self._num_gpus else max(1, int(self._num_cpus)),
+        )
+        self._members: list[_Member] = []
+        self._started = 0
+        self._failed_starts = 0
+        self._references: dict[str, Any] = {}
+        self._queue: RequestQueue | None = None
+        self._attempts: dict[str, int] = {}
+        self._arrived: list[Outcome] = []
+        self._seconds_per_cost: float | None = None
+
+    def __enter__(self) -> ReplicaPool:
+        for _ in range(self.num_replicas):
+            self._start_member()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for member in self._members:
+            ray.kill(member.actor)
+        self._members.clear()
+        if self._own_ray:
+            ray.shutdown()
+
+    # Preparation: whole answers from any one replica.
+
+    def manifest(self) -> ModelManifest:
+        manifest: ModelManifest = self._ask_one("manifest")
+        self._queue = RequestQueue(manifest)
+        return manifest
+
+    def cut_prompts(self, *arguments: Any) -> Any:
+        """See `dtmsearch.model.replica.Replica.cut_prompts`."""
+        return self._ask_one("cut_prompts", *arguments)
+
+    def make_reference(self, prompts: Any) -> Reference:
+        """See `dtmsearch.model.replica.Replica.make_reference`."""
+        reference: Reference = self._ask_one("make_reference", prompts)
+        return reference
+
+    def use(self, reference: Reference) -> None:
+        """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""
+        if reference.id in self._references:
+            return
+        self._references[reference.id] = ray.put(reference)
+        for member in self._members:
+            if member.ready:
+                self._begin_or_take(member)
+
+    def _ask_one(self, method: str, *arguments: Any) -> Any:
+        """The answer of whichever replica is up first; another is asked if that one is lost."""
+        while True:
+            member = self._first_ready()
+            try:
+                return ray.get(member.actor.call.remote(method, *arguments))
+            except RayTaskError as error:
+                raise _cause(error) from None
+            except RayActorError as error:
+                self._lose(member, error)
+
+    def _first_ready(self) -> _Member:
+        while not (ready := [m for m in self._members if m.ready]):
+            self._welcome(timeout_seconds=1.0)
+        return ready[0]
+
+    # Evaluator.
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        assert self._queue is not None, "the manifest is read before anything is submitted"
+        self._queue.add(requests)
+        self._dispatch()
+
+    def poll(self, timeout_seconds: float) -> list[Outcome]:
+        self._welcome(timeout_seconds=0)
+        self._dispatch()
+        waiting = {ref: m for m in self._members for ref in m.calls} | {
+            m.starting: m for m in self._members if not m.ready
+        }
+        if waiting and not self._arrived:
+            ray.wait(list(waiting), num_returns=1, timeout=timeout_seconds)
+        for member in list(self._members):
+            self._collect(member)
+        self._dispatch()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _collect(self, member: _Member) -> None:
+        """Take what a replica has finished; give it up if it is lost or hangs."""
+        if not member.calls:
+            return
+        done, _ = ray.wait(list(member.calls), num_returns=len(member.calls), timeout=0)
+        try:
+            for reference in list(member.calls):
+                if reference in done:
+                    outcomes: list[Outcome] = ray.get(reference)
+                    self._accept(member.calls.pop(reference), outcomes, member)
+        except RayError as error:
+            self._lose(member, error)
+            return
+        head = next(iter(member.calls.values()), None)
+        if head is not None and time.monotonic() - head.started_at > self._patience(head):
+            self._lose(member, TimeoutError(f"no answer for {time.monotonic() - head.started_at:.0f} s"))
+
+    def _accept(self, call: _Call, outcomes: list[Outcome], member: _Member) -> None:
+        now = time.monotonic()
+        for outcome in outcomes:
+            attempts = self._attempts.pop(outcome.request_id, 0) + 1
+            self._arrived.append(replace(outcome, provenance=replace(outcome.provenance, attempts=attempts)))
+        measured = (now - max(call.started_at, member.idle_since)) / call.cost
+        known = self._seconds_per_cost
+        self._seconds_per_cost = measured if known is None else 0.7 * known + 0.3 * measured
+        member.idle_since = now
+
+    def _patience(self, call: _Call) -> float:
+        expected = call.cost * (self._seconds_per_cost or 0.0) * _CALLS_AHEAD
+        return max(_HUNG_FLOOR_SECONDS, _HUNG_FACTOR * expected) if self._seconds_per_cost else float("inf")
+
+    def _dispatch(self) -> None:
+        if self._queue is None:
+            return
+        ready = [m for m in self._members if m.ready]
+        for ahead in range(_CALLS_AHEAD):  # everyone's first call before anyone's second
+            for member in ready:
+                if len(member.calls) <= ahead and len(self._queue):
+                    self._send(member, len(ready))
+
+    def _send(self, member: _Member, num_ready: int) -> None:
+        assert self._queue is not None
+        budget = 0.0 if self._seconds_per_cost is None else _CALL_SECONDS / self._seconds_per_cost
+        budget = min(budget, self._queue.cost / (2 * num_ready))
+        requests, member.parent_id, cost = self._queue.take(budget, member.parent_id)
+        if not member.calls:
+            member.idle_since = time.monotonic()
+        call = member.actor.call.remote("evaluate", requests)
+        member.calls[call] = _Call(requests, cost, time.monotonic())
+
+    # Members: starting, welcoming, losing.
+
+    def _start_member(self) -> None:
+        name = f"replica-{self._started}"
+        self._started += 1
+        actor = start_host(self._replica_class, name, self._num_cpus, self._num_gpus)
+        self._members.append(_Member(name, actor, actor.load.remote(self._spec, self._replica_settings)))
+
+    def _welcome(self, timeout_seconds: float) -> None:
+        """Let replicas that have loaded take the references, and those that have taken them begin."""
+        starting = {m.starting: m for m in self._members if not m.ready}
+        if not starting:
+            return
+        done, _ = ray.wait(list(starting), num_returns=len(starting), timeout=timeout_seconds)
+        for reference in done:
+            member = starting[reference]
+            try:
+                self._advance_start(member, ray.get(reference))
+            except RayTaskError as error:
+                cause = _cause(error)
+                if isinstance(cause, ValueError):
+                    raise cause from None
+                self._lose(member, error)
+            except RayError as error:
+                self._lose(member, error)
+
+    def _advance_start(self, member: _Member, answer: tuple[str, int] | float) -> None:
+        if isinstance(answer, tuple):
+            member.node = f"{answer[0]}:{answer[1]}"
+        elif answer > _CANARY_LIMIT:
+            raise RayError(f"its dense model diverges on {answer:.1%} of the reference's tokens")
+        self._begin_or_take(member)
+
+    def _begin_or_take(self, member: _Member) -> None:
+        """Let a replica begin, once it has every reference."""
+        missing = self._references.keys() - member.references
+        member.ready = not missing
+        if missing:
+            member.references |= missing
+            member.starting = member.actor.take.remote(*(self._references[i] for i in sorted(missing)))
+        else:
+            self._failed_starts = 0
+
+    def _lose(self, member: _Member, error: Exception) -> None:
+        """Kill a replica, send again what it held, and start another in its place.
+
+        Only the oldest call may be to blame, so only its requests are charged an attempt, and they go out one by one
+        from now on. Preemption charges nothing.
+        """
+        self._members.remove(member)
+        ray.kill(member.actor)
+        reason = str(_cause(error) if isinstance(error, RayTaskError) else error).strip().splitlines()[0][:300]
+        self._on_note(f"{member.name} ({member.node or 'starting'}) was lost and is replaced: {reason}")
+        preempted = isinstance(error, ActorDiedError) and bool(error.preempted)
+        for position, call in enumerate(member.calls.values()):
+            self._send_again(call, member, reason, charged=position == 0 and not preempted)
+        if not member.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                raise ReplicasFailed(f"{self._failed_starts} replicas in a row did not start; the last: {reason}")
+        self._start_member()
+
+    def _send_again(self, call: _Call, member: _Member, reason: str, charged: bool) -> None:
+        assert self._queue is not None
+        for request in call.requests:
+            if charged:
+                self._attempts[request.id] = self._attempts.get(request.id, 0) + 1
+            if self._attempts.get(request.id, 0) < _MAX_ATTEMPTS:
+                self._queue.add([request], alone=charged)
+                continue
+            attempts = self._attempts.pop(request.id)
+            provenance = Provenance(member.name, member.node, attempts, finished_at=time.time())
+            message = f"{attempts} replicas were lost while they measured it; the last: {reason}"
+            self._arrived.append(EvalFailure(request.id, "replica_lost", message, provenance))
+
+
+def connect(address: str | None) -> bool:
+    """Join the cluster at `address`, or start a local one. True when Ray is ours to shut down again.
+
+    Raises `ClusterUnreachable`.
+    """
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="dtmsearch",
+        )
+    except (ConnectionError, RuntimeError, TimeoutError, GetTimeoutError) as error:
+        where = f"no Ray cluster at {address}" if address else "Ray did not start here"
+        raise ClusterUnreachable(f"{where}: {str(error).strip().splitlines()[0][:300]}") from error
+    return True
+
+
+def _shares(settings: PoolSettings) -> tuple[float, float, int]:
+    """GPUs a replica, processors a replica, number of replicas. Raises `ValueError` for what no cluster here has."""
+    total = ray.cluster_resources()
+    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)
+    each = settings.gpus_per_replica if settings.gpus_per_replica is not None else (1.0 if gpus else 0.0)
+    if each > gpus and settings.address is None:
+        raise ValueError(f"--gpus-per-replica asks for {each:g} GPUs, but this machine has {gpus:g}")
+    if each:
+        return each, 1.0, settings.replicas or max(1, int(gpus // each))
+    replicas = settings.replicas or max(1, int(cpus))
+    return 0.0, max(0.01, cpus / replicas if cpus < replicas else float(cpus // replicas)), replicas
+
+
+def _cause(error: RayTaskError) -> Exception:
+    cause = error.cause
+    return cause if isinstance(cause, Exception) else error

@@ -1,0 +1,86 @@
+"""Requests that wait, in the order in which replicas do them cheaply. Pure.
+
+Grouped by parent and sorted by the first layer that must run, so that a replica carries its parent's states upward
+once. A replica stays with its parent while there is work there; then it takes a parent nobody has, then helps out.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import EvalRequest, first_changed_layer
+
+# What a request costs beyond its layers (head, dispatch), in layers.
+_FIXED_COST = 1.0
+
+
+@dataclass
+class _Group:
+    requests: list[tuple[int, str, EvalRequest]] = field(default_factory=list)
+    cost: float = 0.0
+    taken: int = 0
+
+
+class RequestQueue:
+    """Costs are in layers times prompts."""
+
+    def __init__(self, manifest: ModelManifest) -> None:
+        self._manifest = manifest
+        self._groups: dict[str, _Group] = {}
+        self._alone: deque[EvalRequest] = deque()
+        self.cost = 0.0
+
+    def __len__(self) -> int:
+        return len(self._alone) + sum(len(group.requests) for group in self._groups.values())
+
+    def add(self, requests: Sequence[EvalRequest], alone: bool = False) -> None:
+        """`alone`: to be sent by itself, and before all others."""
+        for request in requests:
+            self.cost += self.cost_of(request)
+            if alone:
+                self._alone.append(request)
+                continue
+            group = self._groups.setdefault(request.parent.id, _Group())
+            insort(group.requests, (first_changed_layer(request, self._manifest), request.id, request))
+            group.cost += self.cost_of(request)
+
+    def cost_of(self, request: EvalRequest) -> float:
+        layers = self._manifest.num_layers - first_changed_layer(request, self._manifest) + _FIXED_COST
+        return layers * (request.prompts[1] - request.prompts[0])
+
+    def take(self, budget: float, parent_id: str | None) -> tuple[list[EvalRequest], str, float]:
+        """The next requests of about `budget` in cost, at least one, all of one parent: (requests, parent, cost).
+
+        `parent_id` is the parent whose states the replica holds.
+        """
+        if self._alone:
+            request = self._alone.popleft()
+            taken, parent = [request], request.parent.id
+        else:
+            parent = self._choose(parent_id)
+            taken = self._take_from(self._groups[parent], budget)
+            if not self._groups[parent].requests:
+                del self._groups[parent]
+        cost = sum(self.cost_of(request) for request in taken)
+        self.cost -= cost
+        return taken, parent, cost
+
+    def _choose(self, parent_id: str | None) -> str:
+        if parent_id in self._groups:
+            return str(parent_id)
+        return max(self._groups, key=lambda parent: (self._groups[parent].taken == 0, self._groups[parent].cost))
+
+    def _take_from(self, group: _Group, budget: float) -> list[EvalRequest]:
+        count, cost = 0, 0.0
+        while count < len(group.requests) and (count == 0 or cost < budget):
+            cost += self.cost_of(group.requests[count][2])
+            count += 1
+        taken = [request for _, _, request in group.requests[:count]]
+        del group.requests[:count]
+        group.cost -= cost
+        group.taken += count
+        return taken

@@ -1,0 +1,1 @@
+"""How a plan is measured: the model, its weights under a plan, its forward pass, its divergence from the reference."""

@@ -1,0 +1,160 @@
+"""The forward pass of a causal language model, cut at the boundaries between its layers.
+
+Boundary l is the input of layer l. The model's own code runs at every cut: layers that are not wanted are replaced by
+stand-ins that hand their input on, or a stored state in its place, so that masks, positions, norms and the head's
+extras stay those of the model's family. Knows nothing of plans or metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from dtmsearch.model.discovery import find_layers
+from dtmsearch.model.loading import vocabulary_size
+
+
+class _StandIn(nn.Module):
+    """In place of a layer: hands on its input, or `state` if there is one, and remembers what came in."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)  # no submodule: its weights are the model's
+        self.state: Tensor | None = None
+        self.seen: Tensor | None = None
+        self.returns_tuple = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.seen = hidden_states
+        handed = hidden_states if self.state is None else self.state
+        return (handed, None) if self.returns_tuple else handed
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)  # what the model's loop asks its layers about themselves
+
+
+class _HiddenStates(nn.Module):
+    """In place of everything below the head: gives `hidden_states`."""
+
+    hidden_states: Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden_states)
+
+
+class Body:
+    """A model whose forward pass can start and end at any boundary.
+
+    All tensors of states are [prompts, tokens, hidden]. Every method must run under `torch.inference_mode`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers_name, self._layers = find_layers(model)
+        self._real = list(self._layers)
+        self._stand_ins = [_StandIn(layer) for layer in self._real]
+        self._below_head = _HiddenStates()
+        self._prefix: str = model.base_model_prefix
+        self.vocabulary_size = vocabulary_size(model)
+        self._note_what_layers_return()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._real)
+
+    def _note_what_layers_return(self) -> None:
+        def note(layer: nn.Module, args: Any, output: Any) -> None:
+            self._stand_ins[self._real.index(layer)].returns_tuple = isinstance(output, tuple)
+
+        hooks = [layer.register_forward_hook(note) for layer in self._real]
+        with torch.inference_mode():
+            self._run(torch.zeros(1, 2, dtype=torch.long, device=self.input_device))
+        for hook in hooks:
+            hook.remove()
+
+    @property
+    def input_device(self) -> torch.device:
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = getattr(self.model, self._prefix)(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden
+
+    @contextmanager
+    def _only(self, start: int, stop: int) -> Iterator[None]:
+        """Layers from `start` up to `stop` are real, the others stand-ins."""
+        for index in (*range(start), *range(stop, self.num_layers)):
+            self._layers._modules[str(index)] = self._stand_ins[index]
+        try:
+            yield
+        finally:
+            for index, layer in enumerate(self._real):
+                self._layers._modules[str(index)] = layer
+                self._stand_ins[index].state = self._stand_ins[index].seen = None
+
+    def advance(self, tokens: Tensor, state: Tensor | None, start: int, stop: int) -> Tensor:
+        """The state at boundary `stop` (below the number of layers) from that at `start` (None at boundary 0)."""
+        with self._only(start, stop):
+            self._enter(state, start)
+            self._run(tokens)
+            seen = self._stand_ins[stop].seen
+        assert seen is not None
+        return seen
+
+    def finish(self, tokens: Tensor, state: Tensor | None, start: int) -> Tensor:
+        """The head's input, at every token, from the state at boundary `start` (None at boundary 0)."""
+        with self._only(start, self.num_layers):
+            self._enter(state, start)
+            return self._run(tokens)
+
+    def _enter(self, state: Tensor | None, start: int) -> None:
+        assert (state is None) == (start == 0)
+        if state is not None:
+            self._stand_ins[start - 1].state = state
+
+    @contextmanager
+    def head_only(self) -> Iterator[None]:
+        """Within, `logits` may be called; the body cannot run."""
+        below = self.model._modules[self._prefix]
+        self.model._modules[self._prefix] = self._below_head
+        try:
+            yield
+        finally:
+            self.model._modules[self._prefix] = below
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, vocabulary], in the model's dtype, of head inputs [rows, hidden]."""
+        self._below_head.hidden_states = hidden.unsqueeze(0)
+        logits: Tensor = self.model(input_ids=None, use_cache=False).logits
+        return logits.squeeze(0)
+
+    def generate(self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...]) -> Tensor:
+        """Greedy continuations [prompts, num_tokens] of `prompts` [prompts, tokens], with a cache; `suppressed` tokens
+        are never chosen. Nothing of the checkpoint's own generation settings applies."""
+        from transformers import GenerationConfig
+
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            suppress_tokens=list(suppressed) or None,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            output: Tensor = self.model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), generation_config=settings
+            )
+        finally:
+            self.model.generation_config = own
+        return output[:, prompts.shape[1] :]

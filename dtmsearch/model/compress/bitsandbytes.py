@@ -1,0 +1,67 @@
+"""bitsandbytes' own modules in place of a dense linear layer, so that what is measured is what is served."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtmsearch.plans.schemes import BITSANDBYTES_BLOCK, Scheme
+
+# At import it reports that an optional kernel of the hub is absent; at every first call that it casts to float16,
+# which is what LLM.int8() is.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+from bitsandbytes import nn as bitsandbytes_nn  # noqa: E402 - after the lines that quieten its import
+
+modules: Any = bitsandbytes_nn  # it ships types that say less than they should
+
+# Activation features above it stay in 16 bits; 0 is plain AbsMax of weights and activations.
+_OUTLIER_THRESHOLD = {"w8a8": 0.0, "llm-int8": 6.0}
+
+
+def compressed_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> nn.Module:
+    """A bitsandbytes module that computes what `linear` does with `weight` [rows, cols] under `scheme`."""
+    make = _int8_module if scheme.name in _OUTLIER_THRESHOLD else _4bit_module
+    module = make(linear, weight.detach(), scheme)
+    module.bias = linear.bias
+    with torch.no_grad():
+        compressed: nn.Module = module.to(weight.device).eval().requires_grad_(False)
+    return compressed
+
+
+def _int8_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
+    module = modules.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        has_fp16_weights=False,
+        threshold=_OUTLIER_THRESHOLD[scheme.name],
+        device="meta",
+    )
+    module.weight = modules.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
+    return module
+
+
+def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
+    module = modules.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=weight.dtype,
+        quant_type=scheme.name,
+        device="meta",
+    )
+    # A repacked form for some processors takes only rows in multiples of 32 and rounds the scales again.
+    module.support_avx512bf16_for_cpu = False
+    module.weight = modules.Params4bit(
+        weight.clone(),
+        requires_grad=False,
+        quant_type=scheme.name,
+        blocksize=BITSANDBYTES_BLOCK,
+        compress_statistics=False,
+    )
+    return module

@@ -1,0 +1,347 @@
+"""A replica: the model on a device, which measures plans against references.
+
+Requests that share a parent are measured in the order of the first layer in which they differ from it, and only from
+that layer upwards: the replica carries the parent's states from boundary to boundary as it goes. Knows nothing of the
+search, of Ray or of the store.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtmsearch.model.body import Body
+from dtmsearch.model.discovery import read_manifest
+from dtmsearch.model.divergence import Divergence, compare
+from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens
+from dtmsearch.model.prompts import cut_prompts
+from dtmsearch.model.weights import Checkpoint, Weights
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import (
+    EvalFailure,
+    EvalRequest,
+    EvalResult,
+    ModelSpec,
+    Outcome,
+    PromptTokens,
+    Provenance,
+    Reference,
+    ReplicaSettings,
+    first_changed_layer,
+    reference_id,
+)
+from dtmsearch.plans.metrics import first_divergent_token, perplexity, share_of_divergent_tokens
+from dtmsearch.plans.plan import Plan
+
+log = logging.getLogger(__name__)
+
+# Tokens of a forward batch unless the settings say otherwise: on a processor what its cache likes, on a GPU what
+# keeps its matrix products busy.
+_BATCH_TOKENS = {"cpu": 1_600, "cuda": 25_600}
+_T = TypeVar("_T")
+
+
+@dataclass
+class _Stream:
+    """Token rows [prompts, tokens] that evaluations run over, in batches, with the parent's states at a boundary."""
+
+    tokens: Tensor
+    targets_from: int
+    boundary: int = 0
+    states: list[Tensor] = field(default_factory=list)
+
+    def forget(self) -> None:
+        self.boundary, self.states = 0, []
+
+
+@dataclass
+class _Loaded:
+    """A reference on the device, and its streams for the range of prompts in use."""
+
+    reference: Reference
+    prompts: tuple[int, int] | None = None
+    streams: dict[str, _Stream] = field(default_factory=dict)
+    base_hidden: list[Tensor] | None = None
+
+
+class Replica:
+    """A model on a device, with every method a whole answer.
+
+    One thread at a time. `node` and `name` go into the provenance of what it measures.
+    """
+
+    def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str = "local", node: str = "") -> None:
+        if settings.num_threads:
+            torch.set_num_threads(settings.num_threads)
+        self._name, self._node = name, node
+        self._spec = spec
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
+            raise ValueError(f"{settings.num_devices} GPUs a replica, but it sees {torch.cuda.device_count()}")
+        self._batch_tokens = settings.batch_tokens or _BATCH_TOKENS[self._device.type]
+        folder = checkpoint_folder(spec)
+        self._tokenizer = load_tokenizer(folder, spec)
+        self._manifest: ModelManifest | None = None
+        model = load_model(folder, spec, self._device, settings.num_devices)
+        self._context = getattr(model.config, "max_position_embeddings", None)
+        self._suppressed = suppressed_tokens(model, self._tokenizer)
+        self._body = Body(model)
+        self._weights = Weights(model, Checkpoint(folder))
+        self._references: dict[str, _Loaded] = {}
+
+    @property
+    def mode(self) -> str:
+        """The numeric mode: near ties fall differently in different ones."""
+        return f"{self._spec.dtype}/{self._device.type}/{self._spec.attention}/eager"
+
+    def manifest(self) -> ModelManifest:
+        if self._manifest is None:
+            self._manifest = read_manifest(self._spec)
+        return self._manifest
+
+    def cut_prompts(
+        self, texts: Sequence[str], count: int, prompt_tokens: int, continuation_tokens: int, seed: int
+    ) -> tuple[PromptTokens, str]:
+        """Prompts of `texts` (see `dtmsearch.model.prompts`), and the id that their reference has or will have."""
+        length = prompt_tokens + continuation_tokens
+        if self._context is not None and length > self._context:
+            raise ValueError(
+                f"prompt_tokens + continuation_tokens is {length}, but {self._spec.path} reads {self._context} at most"
+            )
+        prompts = cut_prompts(texts, self._tokenizer, count, prompt_tokens, continuation_tokens, seed)
+        return prompts, reference_id(self.manifest().id, self.mode, prompts)
+
+    @torch.inference_mode()
+    def make_reference(self, prompts: PromptTokens) -> Reference:
+        """The base model's greedy continuations of `prompts`, and where its own single pass disagrees with them."""
+        self._to_base()
+        continuation = self._halving_batches(lambda: self._continue(prompts))
+        reference = Reference(
+            id=reference_id(self.manifest().id, self.mode, prompts),
+            manifest_id=self.manifest().id,
+            mode=self.mode,
+            text=prompts.tokens,
+            continuation=continuation,
+            agrees=np.ones(continuation.shape, dtype=np.bool_),
+            suppressed=self._suppressed,
+        )
+        loaded = _Loaded(reference)
+        request = EvalRequest(Plan(), reference.id, (0, reference.num_prompts))
+        check = self._halving_batches(lambda: self._divergence(loaded, request)["continuation"])
+        return Reference(**{**reference.__dict__, "agrees": ~check.diverged})
+
+    def _continue(self, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:
+        rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
+        batches = rows.split(self._rows_in_batch(prompts.tokens.shape[1]))
+        length = prompts.continuation_tokens
+        parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
+        return torch.cat(parts).numpy().astype(np.int32)
+
+    def use(self, reference: Reference) -> None:
+        """Take a reference, against which requests may be made from now on."""
+        if reference.mode != self.mode:
+            raise ValueError(
+                f"reference {reference.id} was made in mode {reference.mode}, this replica runs in {self.mode}"
+            )
+        self._references.setdefault(reference.id, _Loaded(reference))
+
+    @torch.inference_mode()
+    def canary(self, reference_id: str) -> float:
+        """Share of the reference's tokens on which this replica's dense model diverges: 0 where all is well."""
+        loaded = self._references[reference_id]
+        request = EvalRequest(Plan(), reference_id, (0, loaded.reference.num_prompts))
+        diverged = self._halving_batches(lambda: self._divergence(loaded, request)["continuation"]).diverged
+        return float((diverged & loaded.reference.agrees).mean())
+
+    @torch.inference_mode()
+    def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
+        """An outcome for each request, in the order of the requests."""
+        order = sorted(range(len(requests)), key=lambda i: self._place(requests[i]))
+        outcomes = {i: self._evaluate(requests[i]) for i in order}
+        return [outcomes[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def generate(self, plan: Plan, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Free greedy generation with the compressed model: [num_prompts, continuation_tokens]."""
+        self._to_base()
+        with self._weights.perturbed(plan):
+            return self._continue(prompts)
+
+    def _place(self, request: EvalRequest) -> tuple[str, str, tuple[int, int], int]:
+        return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self.manifest())
+
+    def _evaluate(self, request: EvalRequest) -> Outcome:
+        started_at = time.perf_counter()
+        loaded = self._references[request.reference_id]
+        try:
+            streams = self._halving_batches(lambda: self._divergence(loaded, request))
+            failure = self._check_finite(streams)
+        except ValueError as error:
+            streams, failure = {}, ("invalid", str(error))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            streams, failure = {}, ("out_of_memory", f"even with one prompt in a batch: {error}")
+        provenance = Provenance(
+            replica=self._name,
+            node=self._node,
+            wall_seconds=time.perf_counter() - started_at,
+            tokens=sum(s.nll.shape[0] * loaded.reference.text.shape[1] for s in streams.values()),
+            finished_at=time.time(),
+        )
+        if failure is not None:
+            return EvalFailure(request.id, failure[0], failure[1], provenance)  # type: ignore[arg-type]
+        return self._result(request, streams, loaded.reference, provenance)
+
+    @staticmethod
+    def _check_finite(streams: dict[str, Divergence]) -> tuple[str, str] | None:
+        for name, stream in streams.items():
+            bad = ~np.isfinite(stream.nll)
+            if bad.any():
+                return "nonfinite", f"{bad.any(axis=1).sum()} of {len(bad)} prompts ({name}) got non-finite logits"
+        return None
+
+    @staticmethod
+    def _result(
+        request: EvalRequest, streams: dict[str, Divergence], reference: Reference, provenance: Provenance
+    ) -> EvalResult:
+        measured = streams["continuation"]
+        diverged = measured.diverged & reference.agrees[slice(*request.prompts)]
+        return EvalResult(
+            request_id=request.id,
+            fdt=first_divergent_token(diverged),
+            sdt=share_of_divergent_tokens(diverged),
+            dppl=perplexity(measured.nll),
+            kl=None if measured.kl is None else measured.kl.mean(axis=1, dtype=np.float64).astype(np.float32),
+            ppl=perplexity(streams["text"].nll) if "text" in streams else None,
+            provenance=provenance,
+        )
+
+    def _divergence(self, loaded: _Loaded, request: EvalRequest) -> dict[str, Divergence]:
+        """What the request's plan makes of each stream, from the first layer in which it leaves its parent."""
+        self._set_range(loaded, request.prompts)
+        names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
+        if "kl" in request.extra_metrics and loaded.base_hidden is None:
+            loaded.base_hidden = self._base_hidden(loaded)
+        boundary = first_changed_layer(request, self.manifest())
+        self._to_parent(request.parent)
+        for name in names:
+            self._advance(loaded.streams[name], boundary)
+        with self._weights.perturbed(request.plan):
+            return {
+                name: self._measure(loaded.streams[name], loaded, kl="kl" in request.extra_metrics and not index)
+                for index, name in enumerate(names)
+            }
+
+    def _set_range(self, loaded: _Loaded, prompts: tuple[int, int]) -> None:
+        if loaded.prompts == prompts:
+            return
+        reference = loaded.reference
+        rows = slice(*prompts)
+        start = reference.prompt_tokens
+        greedy = np.concatenate([reference.text[rows, :start], reference.continuation[rows]], axis=1)
+        device = self._body.input_device
+        loaded.prompts, loaded.base_hidden = prompts, None
+        loaded.streams = {
+            "continuation": _Stream(torch.from_numpy(greedy).long().to(device), start),
+            "text": _Stream(torch.from_numpy(reference.text[rows]).long().to(device), 1),
+        }
+
+    def _to_parent(self, parent: Plan) -> None:
+        if self._weights.plan.id != parent.id:
+            self._forget_states()
+            self._weights.become(parent)
+
+    def _to_base(self) -> None:
+        self._to_parent(Plan())
+
+    def _forget_states(self) -> None:
+        for loaded in self._references.values():
+            for stream in loaded.streams.values():
+                stream.forget()
+
+    def _batches(self, stream: _Stream) -> Sequence[Tensor]:
+        batches: Sequence[Tensor] = stream.tokens.split(self._rows_in_batch(stream.tokens.shape[1]))
+        return batches
+
+    def _rows_in_batch(self, row_tokens: int) -> int:
+        return max(1, self._batch_tokens // row_tokens)
+
+    def _advance(self, stream: _Stream, boundary: int) -> None:
+        """Carry the parent's states up to `boundary`; below where they are, start again from the tokens."""
+        if boundary < stream.boundary:
+            stream.forget()
+        if boundary > stream.boundary:
+            batches = self._batches(stream)
+            before: Sequence[Tensor | None] = stream.states or [None] * len(batches)
+            states = list(before)
+            for index, batch in enumerate(batches):
+                states[index] = self._body.advance(batch, before[index], stream.boundary, boundary)
+            stream.states = [state for state in states if state is not None]
+            stream.boundary = boundary
+
+    def _hidden(self, stream: _Stream) -> list[Tensor]:
+        """Inputs of the head [rows of a batch, targets, hidden], where targets are predicted, a batch at a time."""
+        first = stream.targets_from - 1
+        states: Sequence[Tensor | None] = stream.states or [None] * len(self._batches(stream))
+        return [
+            self._body.finish(batch, state, stream.boundary)[:, first:-1]
+            for batch, state in zip(self._batches(stream), states, strict=True)
+        ]
+
+    def _base_hidden(self, loaded: _Loaded) -> list[Tensor]:
+        """The base model's inputs of the head, kept to compare distributions with."""
+        self._to_base()
+        stream = loaded.streams["continuation"]
+        stream.forget()
+        return [hidden.clone() for hidden in self._hidden(stream)]
+
+    def _measure(self, stream: _Stream, loaded: _Loaded, kl: bool) -> Divergence:
+        first = stream.targets_from - 1
+        parts = []
+        for index, batch in enumerate(self._batches(stream)):
+            state = stream.states[index] if stream.states else None
+            hidden = self._body.finish(batch, state, stream.boundary)[:, first:-1]
+            base = loaded.base_hidden[index] if kl and loaded.base_hidden is not None else None
+            parts.append(compare(self._body, hidden, batch[:, stream.targets_from :], base, self._suppressed))
+        return Divergence.join(parts)
+
+    def _halving_batches(self, work: Callable[[], _T]) -> _T:
+        """`work`, with smaller batches for as long as memory does not suffice."""
+        while True:
+            try:
+                return work()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                message = str(error)
+            self._release_memory()
+            if not self._smaller_batches():
+                raise torch.OutOfMemoryError(message)
+
+    def _smaller_batches(self) -> bool:
+        longest = max((r.reference.text.shape[1] for r in self._references.values()), default=1)
+        if self._batch_tokens <= longest:
+            return False
+        self._batch_tokens //= 2
+        log.warning("out of memory: batches of %d tokens from now on", self._batch_tokens)
+        return True
+
+    def _release_memory(self) -> None:
+        for loaded in self._references.values():
+            loaded.prompts, loaded.base_hidden, loaded.streams = None, None, {}
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,131 @@
+"""The weights of a loaded model under a plan: applied by difference, restored by pointer.
+
+Holds one copy of the model: the current plan's. A component's original weights, once replaced for good, are read
+again from the checkpoint (a memory map, so usually the page cache) when they are next needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dtmsearch.model.compress.bitsandbytes import compressed_module
+from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.plans.components import read_header, weight_files
+from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.schemes import DENSE, parse_scheme
+
+
+@dataclass(frozen=True)
+class _Installed:
+    """What stands in a component's place: a module, and its dense weights if it has any."""
+
+    module: nn.Module
+    weight: Tensor | None
+
+
+class Checkpoint:
+    """Original weights by module name, read one at a time. Knows which names the files hold as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file_of = {name: path for path in weight_files(folder) for name in read_header(path)}
+
+    def holds(self, component: str) -> bool:
+        return f"{component}.weight" in self._file_of
+
+    def read(self, component: str) -> Tensor:
+        name = f"{component}.weight"
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+class Weights:
+    """A model's components under a plan, `Plan()` to begin with."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._dense_modules: dict[str, nn.Module] = {}
+        self._kept: dict[str, Tensor] = {}
+        self.plan = Plan()
+
+    def become(self, plan: Plan) -> None:
+        """Apply `plan` for good; what it replaces is let go."""
+        for component, scheme in plan.diff(self.plan).items():
+            replaced = self._replace(component, scheme)
+            self._let_go(component, replaced)
+            changed = self.plan.schemes | {component: scheme}
+            self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
+
+    @contextmanager
+    def perturbed(self, plan: Plan) -> Iterator[None]:
+        """`plan` within, the current plan again after it, by pointer."""
+        replaced: list[tuple[str, _Installed]] = []
+        try:
+            for component, scheme in plan.diff(self.plan).items():
+                replaced.append((component, self._replace(component, scheme)))
+            yield
+        finally:
+            for component, installed in reversed(replaced):
+                self._install(component, installed)
+
+    def _replace(self, component: str, scheme: str) -> _Installed:
+        now = self._installed(component)
+        self._install(component, self._make(component, scheme, now))
+        return now
+
+    def _make(self, component: str, scheme: str, now: _Installed) -> _Installed:
+        dense = self._dense_modules.setdefault(component, now.module)
+        weight = self._original(component, now)
+        parsed = parse_scheme(scheme)
+        if parsed.family == "rounding":
+            matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
+            return _Installed(dense, round_weight(matrix, parsed).reshape(weight.shape))
+        if parsed.family == "bitsandbytes":
+            if not isinstance(dense, nn.Linear):
+                raise ValueError(f"{scheme} needs a linear layer; {component} is {type(dense).__name__}")
+            return _Installed(compressed_module(dense, weight, parsed), None)
+        return _Installed(dense, weight)
+
+    def _original(self, component: str, now: _Installed) -> Tensor:
+        """The component's own weights, on its device."""
+        if self.plan.scheme_of(component) == DENSE:
+            assert now.weight is not None
+            return now.weight
+        if component in self._kept:
+            return self._kept[component]
+        here = next(now.module.parameters())
+        return self._checkpoint.read(component).to(here.device, self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._model.dtype  # type: ignore[assignment]
+        return dtype
+
+    def _installed(self, component: str) -> _Installed:
+        module = self._model.get_submodule(component)
+        dense = self._dense_modules.get(component, module)
+        return _Installed(module, module.weight.data if module is dense else None)  # type: ignore[arg-type]
+
+    def _install(self, component: str, installed: _Installed) -> None:
+        parent, _, attribute = component.rpartition(".")
+        self._model.get_submodule(parent)._modules[attribute] = installed.module
+        if installed.weight is not None:
+            installed.module.weight.data = installed.weight
+
+    def _let_go(self, component: str, replaced: _Installed) -> None:
+        """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""
+        if self.plan.scheme_of(component) == DENSE and not self._checkpoint.holds(component):
+            assert replaced.weight is not None
+            self._kept[component] = replaced.weight
+        now = self._model.get_submodule(component)
+        dense = self._dense_modules[component]
+        if now is not dense:
+            dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[union-attr,arg-type]

@@ -1,0 +1,353 @@
+"""Composition: the one place where the rooms meet. A search from its file to its validated plan.
+
+`run` and `resume` are one function: what the store holds is replayed, the rest is measured.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import dtmsearch
+from dtmsearch import config, texts
+from dtmsearch.cluster.pool import PoolSettings as Where
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.config import PromptsSection, SearchFile
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, Reference
+from dtmsearch.plans.metrics import Summary, summarize
+from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.plans.schemes import parse_scheme, siblings
+from dtmsearch.results.store import ResultStore, RunWriter
+from dtmsearch.results.summary import RunSummary, summarize_run
+from dtmsearch.search.scheduler import Decision, Observer, Progress, SearchStopped, measure, search
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import make_strategy
+
+__all__ = ["PlanMeasurement", "Where", "demo", "evaluate", "open_store", "resume", "run", "stop"]
+
+# A uniform plan counts as one of the same size up to this relative difference in stored bits.
+_SAME_SIZE = 0.05
+
+
+class _Silent:
+    """An observer that looks away."""
+
+    def on_progress(self, progress: Progress) -> None: ...
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None: ...
+
+    def on_note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class PlanMeasurement:
+    """One plan on the prompts of a search file: its size, and its values or the reason why there are none."""
+
+    label: str
+    plan: Plan
+    size: PlanSize
+    num_prompts: int
+    summary: Summary | None
+    failure: str | None
+
+
+def open_store(url: str) -> ResultStore:
+    """The store at a local path or a bucket's URL; created on first writing."""
+    return ResultStore(url)
+
+
+def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+    """Start a search, or continue it where it was; a finished one returns at once.
+
+    Raises `ValueError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
+    `StoreError` when the store cannot be used, `ClusterUnreachable`, `SearchFailed`.
+    """
+    results = open_store(store)
+    previous = results.run(file.run)
+    if previous is not None:
+        _check_same_search(previous, file, store)
+        if previous.status == "finished":
+            return replace(summarize_run(results, file.run), already_complete=True)
+    with results.writer(file.run) as writer:
+        _Session(file, results, writer, where, observer or _Silent(), previous).run()
+    return summarize_run(results, file.run)
+
+
+def resume(run_name: str, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+    """Continue a search by its name, from the search file that the store remembers."""
+    return run(_stored_file(open_store(store), run_name), store, where, observer)
+
+
+def demo(store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+    """A whole search of the model inside the package, over the package's own source text."""
+    package = Path(dtmsearch.__file__).parent
+    text = (package / "demo" / "demo.yaml").read_text(encoding="utf-8")
+    return run(config.parse(text, "demo.yaml", package), store, where, observer)
+
+
+def stop(run_name: str, store: str) -> None:
+    """Ask a running search to stop; it ends within a second or so of its replicas' present calls."""
+    results = open_store(store)
+    _record_of(results, run_name)
+    if not results.is_running(run_name):
+        raise ValueError(f"run {run_name!r} is not running")
+    results.request_stop(run_name)
+
+
+def evaluate(
+    file: SearchFile, plan: str, store: str, where: Where = Where(), observer: Observer | None = None
+) -> PlanMeasurement:
+    """Measure one plan on the prompts of a search file, in all metrics.
+
+    `plan` is a plan file, a run of the store that has a plan, or `uniform:SCHEME` over the file's components.
+    """
+    observer = observer or _Silent()
+    results = open_store(store)
+    with results.evaluate_writer(file.run) as writer, _pool(file, where, observer) as pool, _interruptible():
+        manifest = pool.manifest()
+        space = _space(file, manifest)
+        chosen = _find_plan(plan, space, manifest, results)
+        writer.put_components(manifest, space.components)
+        reference = _reference(pool, results, writer, file, file.prompts, None)
+        pool.use(reference)
+        request = EvalRequest(chosen, reference.id, (0, reference.num_prompts), EXTRA_METRICS)
+        outcome = measure({plan: request}, pool, writer, "evaluate")[plan]
+    failed = isinstance(outcome, EvalFailure)
+    return PlanMeasurement(
+        label=plan,
+        plan=chosen,
+        size=space.size(chosen),
+        num_prompts=reference.num_prompts,
+        summary=None if isinstance(outcome, EvalFailure) else summarize(outcome),
+        failure=f"{outcome.kind}: {outcome.message}" if failed and isinstance(outcome, EvalFailure) else None,
+    )
+
+
+class _Session:
+    """One driver's time with a search: prepare, search, validate, and say in the store how it ended."""
+
+    def __init__(
+        self,
+        file: SearchFile,
+        results: ResultStore,
+        writer: RunWriter,
+        where: Where,
+        observer: Observer,
+        previous: RunRecord | None,
+    ) -> None:
+        self._file, self._results, self._writer = file, results, writer
+        self._where, self._observer, self._previous = where, observer, previous
+        self._record = previous or RunRecord(
+            run=file.run,
+            status="running",
+            config=file.to_yaml(),
+            config_folder=str(file.folder.absolute()),
+            manifest_id=None,
+            reference_id=None,
+            validation_reference_id=None,
+            final_plan_id=None,
+            created_at=time.time(),
+            finished_at=None,
+            version=dtmsearch.__version__,
+        )
+
+    def run(self) -> None:
+        for note in self._results.notes:
+            self._observer.on_note(note)
+        try:
+            with _interruptible(), _pool(self._file, self._where, self._observer) as pool:
+                self._run(pool)
+        except (KeyboardInterrupt, SearchStopped):
+            self._save(status="stopped", finished_at=time.time())
+            raise SearchStopped from None
+        except BaseException as error:
+            with suppress(Exception):  # the first error is the one to report, also when the store cannot take it
+                self._save(status="failed", finished_at=time.time(), message=str(error))
+            raise
+
+    def _save(self, **changes: object) -> None:
+        self._record = replace(self._record, **changes)  # type: ignore[arg-type]
+        self._writer.put_run(self._record)
+
+    def _run(self, pool: ReplicaPool) -> None:
+        texts.check_readable(self._file)
+        manifest = pool.manifest()
+        space = _space(self._file, manifest)
+        if self._record.manifest_id not in (None, manifest.id):
+            raise ValueError(
+                f"run {self._file.run!r} began with another model: manifest {self._record.manifest_id}, now "
+                f"{manifest.id} at {manifest.model}. Give the search another run name"
+            )
+        self._writer.put_components(manifest, space.components)
+        self._save(status="running", manifest_id=manifest.id, finished_at=None, message=None)
+        reference = _reference(
+            pool, self._results, self._writer, self._file, self._file.prompts, self._record.reference_id
+        )
+        self._save(reference_id=reference.id)
+        pool.use(reference)
+        plan = self._search(pool, space, reference)
+        self._save(final_plan_id=None if plan is None else plan.id)
+        held_out = self._file.validation_prompts
+        if plan is not None and held_out is not None:
+            self._validate(pool, space, plan, held_out)
+        self._save(status="finished", finished_at=time.time())
+
+    def _search(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> Plan | None:
+        section = self._file.search
+        extra = tuple(m for m in EXTRA_METRICS if m == section.rank_by)
+
+        def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+            return EvalRequest(plan, reference.id, (0, reference.num_prompts), extra, parent)
+
+        strategy = make_strategy(
+            section.strategy,
+            space,
+            request_for,
+            rank_by=section.rank_by,
+            width=section.width,
+            expand=section.expand,
+            min_fdt=section.stop.min_fdt,
+        )
+        return search(strategy, pool, self._writer, self._observer, self._stop_requested, section.stop.seconds)
+
+    def _validate(self, pool: ReplicaPool, space: SearchSpace, plan: Plan, held_out: PromptsSection) -> None:
+        self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
+        known = self._record.validation_reference_id
+        reference = _reference(pool, self._results, self._writer, self._file, held_out, known)
+        self._save(validation_reference_id=reference.id)
+        pool.use(reference)
+        requests = {
+            label: EvalRequest(candidate, reference.id, (0, reference.num_prompts), EXTRA_METRICS)
+            for label, candidate in validation_plans(space, plan).items()
+        }
+        measure(requests, pool, self._writer, "validation", self._stop_requested)
+
+    def _stop_requested(self) -> bool:
+        return self._results.stop_requested(self._file.run)
+
+
+def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
+    """What a final plan is held against: label -> plan, itself among them.
+
+    The uniform plan of each scheme of the search (`uniform:SCHEME`) and, where one comes within 5% of the plan's
+    stored bits, the uniform plan nearest in real size (`uniform-nearest:SCHEME`), from the same granularities.
+    """
+    wanted = space.size(plan).stored_bits
+
+    def gap(scheme: str) -> float:
+        return abs(space.size(space.uniform(scheme)).stored_bits / wanted - 1.0)
+
+    plans = {f"uniform:{scheme}": space.uniform(scheme) for scheme in space.schemes}
+    candidates = dict.fromkeys(sibling for scheme in space.schemes for sibling in siblings(scheme))
+    nearest = min(candidates, key=gap)
+    if gap(nearest) <= _SAME_SIZE:
+        plans.pop(f"uniform:{nearest}", None)
+        plans[f"uniform-nearest:{nearest}"] = space.uniform(nearest)
+    return {label: other for label, other in plans.items() if other.id != plan.id} | {"plan": plan}
+
+
+def _pool(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
+    if where.address is None:
+        texts.check_model(file)
+    return ReplicaPool(file.model_spec, where, observer.on_note)
+
+
+def _space(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
+    section = file.search
+    return SearchSpace(
+        components=manifest.select(section.components.include, section.components.exclude),
+        schemes=section.schemes,
+        tied=section.tied,
+        dense_bits=manifest.dense_bits,
+        budget=section.stop.budget,
+    )
+
+
+def _reference(
+    pool: ReplicaPool,
+    results: ResultStore,
+    writer: RunWriter,
+    file: SearchFile,
+    prompts: PromptsSection,
+    known_id: str | None,
+) -> Reference:
+    """The reference that a run began with; else that of its prompts, from the store if any run has made it before."""
+    stored = None if known_id is None else results.reference(known_id)
+    if stored is not None:
+        return stored
+    tokens, wanted_id = pool.cut_prompts(
+        texts.read(file, prompts), prompts.count, prompts.prompt_tokens, prompts.continuation_tokens, prompts.seed
+    )
+    reference = results.reference(wanted_id)
+    if reference is None:
+        reference = pool.make_reference(tokens)
+        writer.put_reference(reference)
+    return reference
+
+
+def _find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: ResultStore) -> Plan:
+    if plan.startswith("uniform:"):
+        scheme = plan.removeprefix("uniform:")
+        parse_scheme(scheme)
+        return space.uniform(scheme)
+    path = Path(plan)
+    if path.is_file():
+        return plan_from_json(path.read_text(encoding="utf-8"), manifest, plan)
+    record = results.run(plan)
+    if record is None:
+        raise ValueError(f"--plan {plan!r} is no file, no run of this store, and not uniform:SCHEME")
+    found = None if record.final_plan_id is None else results.plan(record.final_plan_id, plan)
+    if found is None:
+        raise ValueError(f"run {plan!r} has no final plan (it is {record.status})")
+    if record.manifest_id != manifest.id:
+        raise ValueError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
+    return found
+
+
+def _record_of(results: ResultStore, run_name: str) -> RunRecord:
+    record = results.run(run_name)
+    if record is None:
+        names = ", ".join(r.run for r in results.runs()) or "none"
+        raise ValueError(f"no run {run_name!r} in this store; it holds: {names}")
+    return record
+
+
+def _stored_file(results: ResultStore, run_name: str) -> SearchFile:
+    record = _record_of(results, run_name)
+    return config.parse(record.config, f"the search file of run {run_name}", Path(record.config_folder))
+
+
+def _check_same_search(previous: RunRecord, file: SearchFile, store: str) -> None:
+    changes = config.difference(previous.config, file.to_yaml())
+    if changes:
+        lines = "\n  ".join(changes)
+        raise ValueError(
+            f"run {file.run!r} in {store} was started from another search file:\n  {lines}\n"
+            f"Give this search a name of its own (run: {file.run}-2, or --set run={file.run}-2), or undo the change"
+        )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the search as Ctrl-C does: recorded as stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,299 @@
+"""A replica measures purely: what it did before, and how requests are grouped, changes no bit."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import DEMO_MODEL, llama_config, replica, result, values, with_reference, write_model
+
+from dtmsearch.model import replica as replica_module
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult
+from dtmsearch.plans.plan import Perturbation, Plan
+
+ALL = ("kl", "ppl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def component(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.{name}"
+
+
+MIXED = Plan.of(
+    {
+        component(0, "self_attn.q_proj"): "int4-g16",
+        component(1, "mlp.down_proj"): "nf4",
+        component(1, "self_attn.v_proj"): "w8a8",
+        component(2, "mlp.gate_proj"): "int8-channel",
+    }
+)
+
+
+def test_the_dense_plan_has_no_divergent_token(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    measured = result(model.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ALL)])[0])
+    assert (measured.sdt.tolist(), measured.fdt.tolist()) == ([0] * 6, [12] * 6)
+
+
+def test_the_dense_plan_has_no_kl(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    measured = result(model.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ALL)])[0])
+    assert measured.kl is not None
+    assert measured.kl.max() < 1e-6
+
+
+def test_the_same_plan_gives_the_same_bits_after_others(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    a = EvalRequest(MIXED, reference.id, (0, 6), ALL)
+    b = EvalRequest(Plan.uniform(model.manifest().components, "int3-g8"), reference.id, (0, 6), ALL)
+    first = values(model.evaluate([a])[0])
+    model.evaluate([b])
+    assert values(model.evaluate([a])[0]) == first
+
+
+@pytest.mark.parametrize("scheme", ["int4-channel", "nf4", "w8a8", "int2-g8-asym"])
+def test_shared_prefixes_change_no_bit(folder: Path, scheme: str) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plans = [MIXED.with_(Perturbation(c.name, scheme)) for c in model.manifest().components]
+    shared = model.evaluate([EvalRequest(p, reference.id, (0, 6), ALL, parent=MIXED) for p in plans])
+    # A fresh replica that runs each plan whole, from the tokens up.
+    alone = replica(folder)
+    alone.use(reference)
+    whole = [alone.evaluate([EvalRequest(p, reference.id, (0, 6), ALL, parent=p)])[0] for p in plans]
+    assert [values(o) for o in shared] == [values(o) for o in whole]
+
+
+def test_any_order_of_requests_gives_the_same_bits(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plans = [Plan().with_(Perturbation(c.name, "int3-g8")) for c in model.manifest().components]
+    requests = [EvalRequest(p, reference.id, (0, 6), ALL, parent=MIXED) for p in plans]
+    forwards = {o.request_id: values(o) for o in model.evaluate(requests)}
+    one_by_one = {r.id: values(model.evaluate([r])[0]) for r in reversed(requests)}
+    assert one_by_one == forwards
+
+
+def test_a_second_reference_does_not_disturb_the_first(folder: Path) -> None:
+    model = replica(folder)
+    first, second = with_reference(model), with_reference(model, count=3, prompt=5)
+    request = EvalRequest(MIXED, first.id, (0, 6), ALL, parent=Plan())
+    before = values(model.evaluate([request])[0])
+    model.evaluate([EvalRequest(MIXED, second.id, (0, 3), ALL, parent=Plan())])
+    assert values(model.evaluate([request])[0]) == before
+
+
+def test_a_range_of_prompts_is_a_part_of_the_whole(folder: Path) -> None:
+    model = replica(folder, batch_tokens=1)
+    reference = with_reference(model)
+    whole = result(model.evaluate([EvalRequest(MIXED, reference.id, (0, 6))])[0])
+    part = result(model.evaluate([EvalRequest(MIXED, reference.id, (2, 5))])[0])
+    assert part.fdt.tolist() == whole.fdt[2:5].tolist()
+
+
+def test_batch_size_changes_no_more_than_rounding_noise(folder: Path) -> None:
+    reference = with_reference(replica(folder))
+    measured = []
+    for batch_tokens in (1, 10_000):
+        model = replica(folder, batch_tokens=batch_tokens)
+        model.use(reference)
+        measured.append(result(model.evaluate([EvalRequest(MIXED, reference.id, (0, 6))])[0]).dppl)
+    np.testing.assert_allclose(measured[0], measured[1], rtol=1e-4)
+
+
+def test_fdt_and_sdt_are_those_of_a_plain_forward_pass(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.uniform(model.manifest().components, "int4-g16")
+    measured = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0])
+    plain = write_rounded(folder, plan)
+    tokens = torch.from_numpy(np.concatenate([reference.text[:, :10], reference.continuation], axis=1)).long()
+    with torch.inference_mode():
+        logits = plain(tokens).logits[:, 9:-1].float()
+        logits[..., list(reference.suppressed)] = -torch.inf
+    diverged = (logits.argmax(-1) != tokens[:, 10:]).numpy()
+    assert measured.sdt.tolist() == diverged.sum(axis=1).tolist()
+
+
+def write_rounded(folder: Path, plan: Plan) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    from dtmsearch.model.compress.rounding import round_weight
+    from dtmsearch.plans.schemes import parse_scheme
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, scheme in plan.entries:
+        module = model.get_submodule(name)
+        module.weight.data = round_weight(module.weight.data, parse_scheme(scheme))
+    return model.eval()
+
+
+def test_kl_is_the_mean_over_positions_of_the_definition(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.uniform(model.manifest().components, "int4-g16")
+    measured = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL)])[0])
+    tokens = torch.from_numpy(np.concatenate([reference.text[:, :10], reference.continuation], axis=1)).long()
+    with torch.inference_mode():
+        base = write_rounded(folder, Plan())(tokens).logits[:, 9:-1].log_softmax(-1)
+        compressed = write_rounded(folder, plan)(tokens).logits[:, 9:-1].log_softmax(-1)
+    expected = (base.exp() * (base - compressed)).sum(-1).mean(-1)
+    np.testing.assert_allclose(measured.kl, expected.numpy(), rtol=1e-4)
+
+
+def test_positions_where_the_base_model_leaves_itself_count_no_divergence(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    nowhere = type(reference)(**{**reference.__dict__, "id": "masked", "agrees": np.zeros_like(reference.agrees)})
+    model.use(nowhere)
+    plan = Plan.uniform(model.manifest().components, "int2-g8")
+    assert result(model.evaluate([EvalRequest(plan, "masked", (0, 6))])[0]).sdt.tolist() == [0] * 6
+
+
+def test_end_of_text_is_never_chosen(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model, count=20)
+    assert not np.isin(reference.continuation, reference.suppressed).any()
+
+
+def test_the_canary_of_a_sound_replica_is_silent(folder: Path) -> None:
+    reference = with_reference(replica(folder))
+    other = replica(folder)
+    other.use(reference)
+    assert other.canary(reference.id) == 0.0
+
+
+def test_the_canary_of_other_weights_is_loud(folder: Path, tmp_path: Path) -> None:
+    reference = with_reference(replica(folder))
+    other = replica(write_model(tmp_path, seed=1))
+    other.use(reference)
+    assert other.canary(reference.id) > 0.5
+
+
+def test_non_finite_logits_are_a_failure_value(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_model(tmp_path)
+    broken = AutoModelForCausalLM.from_pretrained(tmp_path)
+    broken.model.layers[1].mlp.down_proj.weight.data *= 1e38
+    broken.save_pretrained(tmp_path)
+    model = replica(tmp_path)
+    reference = with_reference(model)
+    outcome = model.evaluate([EvalRequest(Plan(), reference.id, (0, 6))])[0]
+    assert isinstance(outcome, EvalFailure)
+    assert outcome.kind == "nonfinite"
+
+
+def test_out_of_memory_is_answered_with_smaller_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    request = EvalRequest(MIXED, reference.id, (0, 6))
+    run = model._body.finish
+
+    def limited(tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(tokens, *rest)
+
+    monkeypatch.setattr(model._body, "finish", limited)
+    assert isinstance(model.evaluate([request])[0], EvalResult)
+
+
+def test_out_of_memory_with_single_prompts_is_a_failure_value(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+
+    def never(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(model._body, "finish", never)
+    outcome = model.evaluate([EvalRequest(MIXED, reference.id, (0, 6))])[0]
+    assert isinstance(outcome, EvalFailure)
+    assert outcome.kind == "out_of_memory"
+
+
+def test_a_scheme_that_a_component_cannot_take_is_a_failure_value(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.of({"model.embed_tokens": "nf4"})
+    outcome = model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0]
+    assert isinstance(outcome, EvalFailure)
+    assert outcome.kind == "invalid"
+
+
+def test_embeddings_and_norms_can_be_rounded_by_name(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.of({"model.embed_tokens": "int2-g8", "model.norm": "int2-g8"})
+    assert result(model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0]).sdt.sum() > 0
+
+
+def test_weights_are_the_checkpoints_again_after_any_plans(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    for scheme in ("int4-g16", "nf4", "w8a8", "int2-g8"):
+        plan = Plan.uniform(model.manifest().components, scheme)
+        model.evaluate([EvalRequest(MIXED, reference.id, (0, 6), parent=plan)])
+    assert model.canary(reference.id) == 0.0
+
+
+def test_a_component_the_checkpoint_names_otherwise_comes_back_from_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module.Checkpoint, "holds", lambda *_: False)
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.uniform(model.manifest().components, "nf4")
+    model.evaluate([EvalRequest(MIXED, reference.id, (0, 6), parent=plan)])
+    assert model.canary(reference.id) == 0.0
+
+
+def test_a_replica_holds_one_copy_of_the_weights(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.uniform(model.manifest().components, "int4-g16")
+    model.evaluate([EvalRequest(plan, reference.id, (0, 6), parent=plan)])
+    gc.collect()
+    own = sum(p.numel() for p in model._body.model.parameters())
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    matrices = [t for t in tensors if t.is_floating_point() and t.ndim == 2]
+    held = sum({t.untyped_storage().data_ptr(): t.numel() for t in matrices}.values())
+    assert held <= 1.2 * own
+
+
+def test_a_reference_of_another_numeric_mode_is_refused(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    other = type(reference)(**{**reference.__dict__, "mode": "bfloat16/cuda/sdpa/eager"})
+    with pytest.raises(ValueError, match="made in mode bfloat16/cuda"):
+        replica(folder).use(other)
+
+
+def test_prompts_longer_than_the_model_reads_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="reads 128 at most"):
+        replica(folder).cut_prompts(["x"], 1, 100, 100, 0)
+
+
+def test_a_tied_head_feels_rounded_embeddings(tmp_path: Path) -> None:
+    model = replica(write_model(tmp_path, llama_config(tie_word_embeddings=True)))
+    reference = with_reference(model)
+    plan = Plan.of({"model.embed_tokens": "int2-tensor"})
+    measured = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL)])[0])
+    assert measured.sdt.sum() > 0
+
+
+def test_the_packaged_model_continues_python(tmp_path: Path) -> None:
+    model = replica(DEMO_MODEL)
+    reference = with_reference(model, count=4, prompt=30, continuation=20)
+    text = model._tokenizer.decode(reference.continuation[0].tolist())
+    assert "return" in text or "def" in text

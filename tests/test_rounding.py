@@ -1,0 +1,69 @@
+"""Rounding against the formula, written as a loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.plans.schemes import parse_scheme
+
+SCHEMES = [f"int{b}-{g}{a}" for b in (2, 3, 4, 8) for g in ("tensor", "channel", "g8", "g5") for a in ("", "-asym")]
+
+
+def literal(weight: np.ndarray, name: str) -> np.ndarray:
+    scheme, out = parse_scheme(name), np.empty_like(weight)
+    rows, cols = weight.shape
+    width = {"tensor": cols, "channel": cols, "group": scheme.group_size}[scheme.granularity]
+    blocks = [np.s_[:, :]] if scheme.granularity == "tensor" else []
+    blocks = blocks or [np.s_[r : r + 1, c : c + width] for r in range(rows) for c in range(0, cols, width)]
+    for block in blocks:
+        w = weight[block]
+        if scheme.asymmetric:
+            low, high, steps = min(w.min(), 0), max(w.max(), 0), 2**scheme.bits - 1
+            scale = np.float32((high - low) / np.float32(steps))
+            zero = np.round(-low / scale)
+            out[block] = (np.clip(np.round(w / scale) + zero, 0, steps) - zero) * scale
+        else:
+            top = 2 ** (scheme.bits - 1) - 1
+            scale = np.float32(np.abs(w).max() / np.float32(top))
+            out[block] = np.clip(np.round(w / scale), -top, top) * scale
+    return out
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_rounding_is_the_formula_to_the_last_bit(name: str) -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 24)).astype(np.float32)
+    rounded = round_weight(torch.from_numpy(weight), parse_scheme(name))
+    assert rounded.numpy().tolist() == literal(weight, name).tolist()
+
+
+@pytest.mark.parametrize("name", ["int4-channel", "int4-g8-asym"])
+def test_a_row_of_zeros_stays_zero(name: str) -> None:
+    weight = torch.randn(3, 16)
+    weight[1] = 0.0
+    assert round_weight(weight, parse_scheme(name))[1].tolist() == [0.0] * 16
+
+
+def test_halves_go_to_the_even_code() -> None:
+    weight = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5]])
+    assert round_weight(weight, parse_scheme("int4-channel")).tolist() == [[7.0, 0.0, 2.0, 2.0, 0.0]]
+
+
+def test_rounding_keeps_the_dtype() -> None:
+    weight = torch.randn(4, 8, dtype=torch.bfloat16)
+    assert round_weight(weight, parse_scheme("int3-g4")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["int2-g8", "int3-channel", "int5-tensor"])
+def test_rounding_leaves_no_more_values_than_codes(name: str) -> None:
+    weight = torch.randn(1, 64)
+    per_scale = round_weight(weight, parse_scheme(name)).reshape(-1, 8 if "g8" in name else 64)
+    assert max(len(group.unique()) for group in per_scale) <= 2 ** parse_scheme(name).bits - 1
+
+
+def test_a_coarser_code_errs_more() -> None:
+    weight = torch.randn(16, 64)
+    errors = [(round_weight(weight, parse_scheme(f"int{b}-g16")) - weight).norm().item() for b in range(2, 9)]
+    assert errors == sorted(errors, reverse=True)

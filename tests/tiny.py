@@ -1,0 +1,71 @@
+"""Models of random weights, small enough to make in a test, with a tokenizer of bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+import dtmsearch
+from dtmsearch.model.replica import Replica
+from dtmsearch.plans.evaluation import EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+
+DEMO_MODEL = Path(dtmsearch.__file__).parent / "demo" / "model"
+VOCABULARY = 258
+TEXT = "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(400))
+
+
+def llama_config(**changes: object) -> LlamaConfig:
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "eos_token_id": 257,
+        "bos_token_id": 256,
+        "initializer_range": 0.2,
+    }
+    return LlamaConfig(**(settings | changes))
+
+
+def write_model(folder: Path, config: PretrainedConfig | None = None, seed: int = 0) -> Path:
+    """A checkpoint of random weights in `folder`, float32, with its tokenizer."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config or llama_config()).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def replica(folder: Path, **settings: int) -> Replica:
+    return Replica(ModelSpec(str(folder), dtype="float32"), ReplicaSettings(**({"num_threads": 1} | settings)))
+
+
+def with_reference(model: Replica, count: int = 6, prompt: int = 10, continuation: int = 12) -> Reference:
+    """A reference over TEXT, already in use by the replica."""
+    prompts, _ = model.cut_prompts([TEXT], count, prompt, continuation, 0)
+    reference = model.make_reference(prompts)
+    model.use(reference)
+    return reference
+
+
+def result(outcome: Outcome) -> EvalResult:
+    assert isinstance(outcome, EvalResult), outcome
+    return outcome
+
+
+def values(outcome: Outcome) -> list[list[float]]:
+    """Everything measured, to compare bit by bit."""
+    measured = result(outcome)
+    arrays = (measured.fdt, measured.sdt, measured.dppl, measured.kl, measured.ppl)
+    return [np.asarray(array).tolist() for array in arrays if array is not None]
