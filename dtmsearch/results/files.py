@@ -136,6 +136,14 @@ class LocalFolder(Folder):
     def __init__(self, url: str, path: Path) -> None:
         super().__init__(url, fs.LocalFileSystem(), str(path.absolute()))
 
+    def remove(self, path: str) -> None:
+        with self._explained("remove", path):
+            Path(self.full(path)).unlink(missing_ok=True)
+
+    def move(self, path: str, to: str) -> None:
+        with self._explained("rename", path):
+            Path(self.full(path)).rename(self.full(to))
+
     def _put(self, path: str, content: pa.Buffer | bytes) -> None:
         target = Path(self.full(path))
         temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
@@ -162,8 +170,9 @@ class LocalFolder(Folder):
 
     def _make(self, folder: Path) -> None:
         """Create a folder and those above it, each durable in its parent."""
-        if not folder.parent.exists():
-            self._make(folder.parent)
+        if folder.is_dir():
+            return
+        self._make(folder.parent)
         folder.mkdir(exist_ok=True)
         _sync_folder(folder.parent)
 

@@ -75,7 +75,9 @@ class Lock(Protocol):
 
 
 def lock_of(folder: Folder, name: str) -> Lock:
-    return FileLock(folder, name) if isinstance(folder, LocalFolder) else Lease(folder, name)
+    if isinstance(folder, LocalFolder):
+        return FileLock(folder, name)
+    return Lease(folder, name, _BEAT_SECONDS, _STALE_SECONDS)
 
 
 def _locked(name: str, holder: Holder | None) -> RunLocked:
@@ -186,9 +188,7 @@ class Lease:
     two start in the same instant, the one whose object stays wins: buckets offer no test-and-set to every client.
     """
 
-    def __init__(
-        self, folder: Folder, name: str, beat_seconds: float = _BEAT_SECONDS, stale_seconds: float = _STALE_SECONDS
-    ) -> None:
+    def __init__(self, folder: Folder, name: str, beat_seconds: float, stale_seconds: float) -> None:
         self._folder, self._name = folder, name
         self._path = f"{FOLDER}/{name}.lease"
         self._beat_seconds, self._stale_seconds = beat_seconds, stale_seconds

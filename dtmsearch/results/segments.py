@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from dtmsearch.results.files import Folder, StoreError, StoreReadOnly
-from dtmsearch.results.tables import FORMAT_VERSION, SCHEMAS
+from dtmsearch.results.tables import SCHEMAS
 
 DAMAGED = ".damaged"
 ROWS_PER_GROUP = 1024
@@ -102,14 +102,14 @@ class Segments:
 
     def write(self, segment: Segment, rows: pa.Table) -> None:
         """Commit rows: durable when this returns."""
-        coded = [field.name for field in rows.schema if pa.types.is_dictionary(field.type)]
+        repeating = [f.name for f in rows.schema if pa.types.is_dictionary(f.type) or pa.types.is_integer(f.type)]
         sink = pa.BufferOutputStream()
         pq.write_table(
             rows.combine_chunks(),
             sink,
             row_group_size=ROWS_PER_GROUP if segment.table == "evaluations" else None,
             compression="zstd",
-            use_dictionary=coded,
+            use_dictionary=repeating,
             write_page_checksum=True,
         )
         self.folder.write(segment.path, sink.getvalue())
@@ -175,8 +175,7 @@ class Segments:
         return changed
 
     def _damage(self, segment: Segment, content: pa.Buffer) -> str | None:
-        """What is wrong with a segment's content. Raises `StoreError` when a newer version wrote it."""
-        schema = SCHEMAS[segment.table]
+        """What is wrong with a segment's content; None if nothing is."""
         try:
             rows = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
             rows.validate(full=True)
@@ -184,10 +183,7 @@ class Segments:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
             return " ".join(str(error).split())
-        written_by = int((rows.schema.metadata or {}).get(b"dtmsearch.format", b"0"))
-        if written_by > FORMAT_VERSION:
-            raise newer_version(self.folder.url, written_by)
-        return None if rows.schema.equals(schema) else "its columns are not those of the table"
+        return None if rows.schema.equals(SCHEMAS[segment.table]) else "its columns are not those of the table"
 
     def _set_aside(self, segment: Segment, damage: str) -> None:
         self.num_damaged += 1
@@ -245,10 +241,3 @@ def _groups(segments: Sequence[Segment]) -> list[list[Segment]]:
             groups[-1].append(segment)
             room -= segment.size
     return [group for group in groups if len(group) > 1]
-
-
-def newer_version(url: str, found: int) -> StoreError:
-    return StoreError(
-        f"the store {url} has format version {found}, this dtmsearch reads up to version {FORMAT_VERSION}. Use the "
-        "version of dtmsearch that wrote it, or a newer one"
-    )

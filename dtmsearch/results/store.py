@@ -26,7 +26,7 @@ from dtmsearch.results import tables
 from dtmsearch.results.elsewhere import Elsewhere
 from dtmsearch.results.files import TEMPORARY, StoreError, StoreFull, StoreReadOnly, open_folder
 from dtmsearch.results.locks import RunLocked, lock_of
-from dtmsearch.results.segments import Segment, Segments, newer_version
+from dtmsearch.results.segments import Segment, Segments
 
 __all__ = ["ResultStore", "RunLocked", "RunWriter", "StoreError", "StoreFull", "StoreReadOnly"]
 
@@ -78,7 +78,10 @@ class ResultStore:
         except (ValueError, KeyError, TypeError):
             raise StoreError(f"{self.url} is no store that can be read: its {_MARKER} is damaged") from None
         if version > tables.FORMAT_VERSION:
-            raise newer_version(self.url, version)
+            raise StoreError(
+                f"the store {self.url} has format version {version}, this dtmsearch reads up to version "
+                f"{tables.FORMAT_VERSION}. Use the version of dtmsearch that wrote it, or a newer one"
+            )
         return True
 
     def create(self) -> None:
@@ -268,13 +271,20 @@ class RunWriter:
         """The ids recorded so far, read anew when a segment was set aside meanwhile."""
         if self._recorded is None or self._recorded.num_damaged != self._segments.num_damaged:
             evaluations = self._segments.read("evaluations", [self._key], ["evaluation_id"])["evaluation_id"]
-            plans = self._segments.read("plans", [self._key])["plan_id"]
             self._recorded = _Recorded(
                 evaluations=set(evaluations.to_pylist()),
-                plans=set(pc.unique(plans).to_pylist()),
+                plans=self._segments.scanning("plans", [self._key], self._plan_ids),
                 num_damaged=self._segments.num_damaged,
             )
         return self._recorded
+
+    def _plan_ids(self, segments: Sequence[Segment]) -> set[str]:
+        """Ids of the plans in segments, which are read in full, to see that they are whole, but one at a time."""
+        ids: set[str] = set()
+        for segment in segments:
+            rows = self._segments.dataset("plans", [segment]).to_table()
+            ids.update(pc.unique(rows["plan_id"]).to_pylist())
+        return ids
 
     def decisions(self) -> Sequence[StepRecord]:
         return tables.step_records(self._segments.read("steps", [self._key]))

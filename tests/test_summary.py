@@ -1,0 +1,197 @@
+"""What a run's summary says, and that it claims no more than was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import toy_components, toy_manifest
+
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.plans.metrics import summarize
+from dtmsearch.plans.plan import Plan, plan_size
+from dtmsearch.plans.records import EvaluationRecord, Purpose, RunRecord, StepRecord
+from dtmsearch.results.store import ResultStore, RunWriter
+from dtmsearch.results.summary import RunSummary, runs_overview, summarize_run
+
+NUM_PROMPTS = 40
+PLAN = Plan.of({c.name: "int4-g32" for c in toy_components()[:4]})
+NEAREST = Plan.uniform(toy_components(), "int8-channel")
+SEARCH, HELD_OUT = "search-reference", "held-out-reference"
+RECORD = RunRecord("run", "finished", "", "/", "toy", SEARCH, HELD_OUT, PLAN.id, 1e9, 1e9 + 60, "0.1.0")
+
+
+def result(request: EvalRequest, fdt: float, sdt: float = 10.0, kl: float | None = None) -> EvalResult:
+    """Values around the given means, prompt by prompt the same wave."""
+    wave = np.arange(NUM_PROMPTS) % 5 - 2
+    return EvalResult(
+        request.id,
+        fdt=np.round(fdt + wave).astype(np.int32),
+        sdt=np.round(sdt + wave).astype(np.int32),
+        dppl=np.full(NUM_PROMPTS, 1.5, np.float32),
+        kl=None if kl is None else np.full(NUM_PROMPTS, kl, np.float32),
+    )
+
+
+def request(plan: Plan, reference: str = HELD_OUT) -> EvalRequest:
+    return EvalRequest(plan, reference, (0, NUM_PROMPTS))
+
+
+def record(plan: Plan, label: str | None, outcome: Outcome, purpose: Purpose = "validation") -> EvaluationRecord:
+    reference = HELD_OUT if purpose == "validation" else SEARCH
+    return EvaluationRecord(request(plan, reference), outcome, purpose, label=label)
+
+
+def write(place: Path, *records: EvaluationRecord, run: RunRecord = RECORD, steps: tuple[StepRecord, ...] = ()) -> None:
+    with ResultStore(place).writer("run") as writer:
+        fill(writer, *records, run=run, steps=steps)
+
+
+def fill(writer: RunWriter, *records: EvaluationRecord, run: RunRecord, steps: tuple[StepRecord, ...]) -> None:
+    writer.put_run(run)
+    writer.put_components(toy_manifest(), toy_components())
+    writer.append(records)
+    writer.decide(steps)
+
+
+def summary_of(place: Path, *records: EvaluationRecord) -> RunSummary:
+    write(place, *records)
+    return summarize_run(ResultStore(place), "run")
+
+
+def measured(plan: Plan, label: str, fdt: float, sdt: float = 10.0, kl: float | None = None) -> EvaluationRecord:
+    return record(plan, label, result(request(plan), fdt, sdt, kl))
+
+
+def step(number: int, plan: Plan = PLAN) -> StepRecord:
+    return StepRecord(number, plan.id, None, 90.0, number + 1, 0.25, 12.0, 0.0, 6 * number, 3.5)
+
+
+@pytest.mark.parametrize(
+    ("plan_fdt", "words"), [(60, "better than"), (40, "worse than"), (50, "not distinguishable from")]
+)
+def test_verdict_follows_the_interval_against_the_plan_of_the_same_size(
+    tmp_path: Path, plan_fdt: float, words: str
+) -> None:
+    found = summary_of(
+        tmp_path, measured(PLAN, "plan", plan_fdt), measured(NEAREST, "uniform-nearest:int8-channel", 50)
+    )
+    assert f": {words} the uniform plan of its size, int8-channel" in found.verdict
+
+
+def test_verdict_names_figures_and_interval(tmp_path: Path) -> None:
+    found = summary_of(tmp_path, measured(PLAN, "plan", 60), measured(NEAREST, "uniform-nearest:int8-channel", 50))
+    bits = plan_size(PLAN, toy_components(), 16).bits_per_weight
+    assert found.verdict.startswith(
+        f"On 40 held-out prompts the plan ({bits:.2f} bits per weight) first diverges after 60.0"
+    )
+    assert "with 50.0 (difference +10.0 tokens, 95% interval +10.0 to +10.0)" in found.verdict
+
+
+def test_verdict_says_when_other_metrics_disagree(tmp_path: Path) -> None:
+    plan = measured(PLAN, "plan", 60, sdt=20, kl=0.5)
+    found = summary_of(tmp_path, plan, measured(NEAREST, "uniform-nearest:int8-channel", 50, sdt=10, kl=0.25))
+    assert "but its SDT worse (+10.0) and KL worse (+0.2500)" in found.verdict
+
+
+def test_without_a_uniform_plan_of_its_size_the_plan_is_called_neither_better_nor_worse(tmp_path: Path) -> None:
+    found = summary_of(tmp_path, measured(PLAN, "plan", 60), measured(NEAREST, "uniform:int8-channel", 50))
+    assert "no uniform plan of its size was measured, so it is called neither better nor worse" in found.verdict
+
+
+@pytest.mark.parametrize("failed", ["plan", "uniform-nearest:int8-channel"])
+def test_failed_measurement_makes_no_claim(tmp_path: Path, failed: str) -> None:
+    records = {
+        label: measured(p, label, 60) for label, p in (("plan", PLAN), ("uniform-nearest:int8-channel", NEAREST))
+    }
+    bad = records[failed]
+    records[failed] = replace(bad, outcome=EvalFailure(bad.request.id, "nonfinite", "prompt 3"))
+    found = summary_of(tmp_path, *records.values())
+    assert "could not be measured" in found.verdict
+    assert "nonfinite: prompt 3" in found.verdict
+
+
+def test_plan_without_held_out_prompts_makes_no_claim(tmp_path: Path) -> None:
+    write(tmp_path, run=replace(RECORD, validation_reference_id=None))
+    assert summarize_run(ResultStore(tmp_path), "run").verdict.startswith("The plan was not measured on held-out")
+
+
+def test_difference_is_the_plan_minus_the_other_paired_over_prompts(tmp_path: Path) -> None:
+    plan = measured(PLAN, "plan", 60, sdt=7, kl=0.5)
+    found = summary_of(tmp_path, plan, measured(NEAREST, "uniform:int8-channel", 50, sdt=9, kl=0.25))
+    row = found.validation[1]
+    assert row.fdt_vs_plan is not None and row.sdt_vs_plan is not None and row.kl_vs_plan is not None
+    assert (row.fdt_vs_plan.mean, row.sdt_vs_plan.mean, row.kl_vs_plan.mean) == (10.0, -2.0, 0.25)
+
+
+def test_difference_of_what_was_not_measured_is_none(tmp_path: Path) -> None:
+    found = summary_of(tmp_path, measured(PLAN, "plan", 60, kl=0.5), measured(NEAREST, "uniform:int8-channel", 50))
+    assert found.validation[1].kl_vs_plan is None
+
+
+def test_validation_holds_the_plan_first_then_others_from_large_to_small(tmp_path: Path) -> None:
+    small = Plan.uniform(toy_components(), "int4-g32")
+    found = summary_of(
+        tmp_path,
+        measured(small, "uniform:int4-g32", 30),
+        measured(NEAREST, "uniform:int8-channel", 70),
+        measured(PLAN, "plan", 50),
+    )
+    assert [row.label for row in found.validation] == ["plan", "uniform:int8-channel", "uniform:int4-g32"]
+
+
+def test_validation_row_has_the_metrics_and_sizes(tmp_path: Path) -> None:
+    plan = measured(PLAN, "plan", 60)
+    (row,) = summary_of(tmp_path, plan).validation
+    size = plan_size(PLAN, toy_components(), 16)
+    assert isinstance(plan.outcome, EvalResult)
+    assert row.summary == summarize(plan.outcome)
+    assert (row.num_compressed, row.share, row.bits_per_weight) == (4, size.share, size.bits_per_weight)
+
+
+def test_final_plan_is_put_together_again(tmp_path: Path) -> None:
+    assert summary_of(tmp_path, measured(PLAN, "plan", 60)).final_plan == PLAN
+
+
+def test_evaluations_are_those_of_the_search_and_failures_count_by_kind(tmp_path: Path) -> None:
+    plans = [Plan.of({c.name: "nf4"}) for c in toy_components()[:3]]
+    asked = [request(plan, SEARCH) for plan in plans]
+    outcomes = [
+        result(asked[0], 50),
+        EvalFailure(asked[1].id, "out_of_memory", ""),
+        EvalFailure(asked[2].id, "out_of_memory", ""),
+    ]
+    searched = [record(plan, None, outcome, "search") for plan, outcome in zip(plans, outcomes, strict=True)]
+    found = summary_of(tmp_path, *searched, measured(PLAN, "plan", 60))
+    assert (found.num_evaluations, found.failures) == (3, {"out_of_memory": 2})
+
+
+def test_run_without_a_driver_that_counts_as_running_is_interrupted(tmp_path: Path) -> None:
+    run = replace(RECORD, status="running", final_plan_id=None, finished_at=None)
+    store = ResultStore(tmp_path)
+    with store.writer("run") as writer:
+        fill(writer, run=run, steps=())
+        during = summarize_run(store, "run").interrupted
+    assert (during, summarize_run(store, "run").interrupted) == (False, True)
+
+
+def test_unknown_run_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"no run 'runn' .* it holds: run$"):
+        summarize_run(ResultStore(tmp_path), "runn")
+
+
+def test_overview_shows_the_last_decision(tmp_path: Path) -> None:
+    searched = record(PLAN, None, result(request(PLAN, SEARCH), 55), "search")
+    write(tmp_path, searched, steps=(step(0), step(1)))
+    (line,) = runs_overview(ResultStore(tmp_path))
+    assert (line.run, line.status, line.model, line.num_evaluations) == ("run", "finished", "toy", 1)
+    assert (line.last_step, line.share, line.bits_per_weight, line.score, line.fdt) == (1, 0.25, 12.0, 90.0, 55.0)
+
+
+def test_overview_of_a_run_that_has_decided_nothing_leaves_it_open(tmp_path: Path) -> None:
+    write(tmp_path)
+    (line,) = runs_overview(ResultStore(tmp_path))
+    assert (line.last_step, line.share, line.score, line.fdt) == (None, None, None, None)
