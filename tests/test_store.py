@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from contracts import ResultLogContract, ids, make_record, make_records, make_request
+from contracts import ResultLogContract, ids, make_record, make_records, make_request, make_step
 from fakes import MemoryLog, evaluate, toy_components, toy_manifest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -560,6 +560,23 @@ def test_damaged_segment_is_set_aside_by_name(
     assert path in heard[0]
 
 
+def test_decisions_after_a_damaged_one_are_made_again_and_stand_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.Segments, "compact", lambda *arguments: None)
+        with opened(ResultStore(tmp_path)) as writer:
+            for step in range(3):
+                writer.decide([make_step(step)])
+    path = segment_files(tmp_path, "steps")[1]
+    path.write_bytes(truncate(path.read_bytes()))
+    with opened(ResultStore(tmp_path)) as writer:
+        before = list(writer.decisions())
+        writer.decide([make_step(1), make_step(2)])
+    steps = ResultStore(tmp_path).table("steps")["step"].to_pylist()
+    assert (before, sorted(steps)) == ([make_step(0)], [0, 1, 2])
+
+
 def test_readers_go_on_without_a_damaged_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged_store(tmp_path, "evaluations", flip_bytes, monkeypatch)
     assert ResultStore(tmp_path).table("evaluations")["evaluation_id"].to_pylist() == ids(make_records(1, 3))
@@ -629,6 +646,18 @@ def test_file_in_place_of_a_store_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Not a directory"):
         ResultStore(tmp_path / "file")
+
+
+@pytest.mark.parametrize("url", ["s4://bucket/store", "gs://"])
+def test_url_that_leads_nowhere_is_reported(url: str) -> None:
+    with pytest.raises(StoreError, match="cannot open the store"):
+        ResultStore(url)
+
+
+def test_credentials_in_a_url_are_not_shown() -> None:
+    with pytest.raises(StoreError) as caught:
+        ResultStore("s4://user:secret@bucket/store")
+    assert "secret" not in str(caught.value)
 
 
 def test_reading_creates_nothing(tmp_path: Path) -> None:

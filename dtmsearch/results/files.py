@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -111,18 +112,19 @@ class Folder:
             yield
         except FileNotFoundError:
             raise
-        except OSError as error:
+        except (OSError, pa.ArrowInvalid) as error:
             raise self.error(verb, path, error) from error
 
-    def error(self, verb: str, path: str, error: OSError) -> StoreError:
-        """What an OSError means for the user."""
-        reason = error.strerror or str(error)
-        if error.errno in _FULL:
+    def error(self, verb: str, path: str, error: OSError | pa.ArrowInvalid) -> StoreError:
+        """What an error of a filesystem means for the user."""
+        number = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or str(error)
+        if number in _FULL:
             return StoreFull(
                 f"no room left in the store {self.url} ({reason}). Nothing that was recorded is lost: make room and "
                 "run again to resume"
             )
-        if verb not in ("read", "list", "look for") and (error.errno in _FORBIDDEN or "ACCESS_DENIED" in str(error)):
+        if verb not in ("read", "list", "look for") and (number in _FORBIDDEN or "ACCESS_DENIED" in str(error)):
             return StoreReadOnly(
                 f"cannot {verb} {path or 'anything'} in the store {self.url}: {reason}. The store is read-only for "
                 "this user; give --store a place that can be written"
@@ -203,7 +205,14 @@ def open_folder(url: str | os.PathLike[str], filesystem: fs.FileSystem | None = 
     try:
         filesystem, root = fs.FileSystem.from_uri(url)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"cannot open the store {url}: {error}") from None
+        raise StoreError(f"cannot open the store {_without_secrets(url)}: {_without_secrets(str(error))}") from None
     if isinstance(filesystem, fs.LocalFileSystem):
         return LocalFolder(url, Path(root))
-    return Folder(url, filesystem, root)
+    if not root.strip("/"):
+        raise StoreError(f"cannot open the store {_without_secrets(url)}: it names no bucket")
+    return Folder(_without_secrets(url), filesystem, root)
+
+
+def _without_secrets(url: str) -> str:
+    """A URI without the credentials that it may hold, for messages."""
+    return re.sub(r"://[^/?#]*@", "://", url)

@@ -52,8 +52,8 @@ class ResultStore:
         filesystem: fs.FileSystem | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
-        self.url = os.fspath(url)
         self.folder = open_folder(url, filesystem)
+        self.url = self.folder.url
         self.segments = Segments(self.folder, on_note)
         self._check_marker()
 
@@ -167,6 +167,7 @@ class RunWriter:
         self._since_compaction: dict[str, int] = {}
         self._plan_rows: tables.PlanRows | None = None
         self._recorded: _Recorded | None = None
+        self._recorded_steps: set[int] | None = None
         self._elsewhere = Elsewhere(store.segments, key)
 
     def __enter__(self) -> Self:
@@ -287,10 +288,20 @@ class RunWriter:
         return ids
 
     def decisions(self) -> Sequence[StepRecord]:
-        return tables.step_records(self._segments.read("steps", [self._key]))
+        """The recorded decisions up to the first that is missing; those after it are decided again."""
+        records = tables.step_records(self._segments.read("steps", [self._key]))
+        self._recorded_steps = {record.step for record in records}
+        return [record for expected, record in enumerate(records) if record.step == expected]
 
     def decide(self, steps: Sequence[StepRecord]) -> None:
-        self._commit("steps", tables.steps_table(self._run, steps))
+        """Record decisions; one that is recorded already stays as it is."""
+        if self._recorded_steps is None:
+            self.decisions()
+        assert self._recorded_steps is not None
+        new = [step for step in steps if step.step not in self._recorded_steps]
+        if new:
+            self._commit("steps", tables.steps_table(self._run, new))
+            self._recorded_steps |= {step.step for step in new}
 
     def _commit(self, table: str, rows: pa.Table) -> None:
         self._commits += 1
