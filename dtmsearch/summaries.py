@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dtmsearch.output import plain
 from dtmsearch.plans.metrics import PairedDifference, Summary
 from dtmsearch.plans.plan import Plan
-from dtmsearch.terminal import duration, table
+from dtmsearch.terminal import components, duration, table
 
 if TYPE_CHECKING:
     from dtmsearch.doctor import Finding
@@ -90,7 +90,7 @@ def _plan_lines(summary: RunSummary) -> list[str]:
 
 
 def _size(num_compressed: int | None, share: float, bits_per_weight: float) -> str:
-    return f"{num_compressed} components, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits a weight"
+    return f"{components(num_compressed)}, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits a weight"
 
 
 def _schemes(plan: Plan) -> str:

@@ -1,0 +1,461 @@
+"""The command line: its verbs and options, its exit codes, and what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fakes import toy_components, toy_manifest
+
+import dtmsearch
+from dtmsearch.cli import cli, main
+from dtmsearch.doctor import Finding, Status
+from dtmsearch.plans.metrics import PairedDifference, Summary
+from dtmsearch.plans.plan import Plan, plan_size
+from dtmsearch.plans.records import RunRecord, StepRecord
+from dtmsearch.results.store import ResultStore
+from dtmsearch.results.summary import RunSummary, ValidationRow
+from dtmsearch.run import PlanMeasurement, Where
+from dtmsearch.search.scheduler import SearchStopped
+from dtmsearch.summaries import DEMO_QUERIES, PLAN_QUERY
+
+GOLDEN = Path(__file__).parent / "golden" / "cli.json"
+PLAN = Plan.of({c.name: "int8-channel" for c in toy_components()[:4]})
+VALUES = Summary(64, 27.5, 20.0, 31.0, 32.0, 0.25, 2.1, 26.4, 0.0003)
+SEARCH_FILE = """
+run: mine
+model: {path: some/model}
+prompts: {files: [text.txt]}
+search: {schemes: [int8-channel]}
+"""
+
+
+def a_summary(**changes: Any) -> RunSummary:
+    fields: dict[str, Any] = {
+        "run": "mine",
+        "status": "finished",
+        "interrupted": False,
+        "message": None,
+        "model": "some/model",
+        "manifest_id": "toy",
+        "reference_id": "search",
+        "validation_reference_id": "held-out",
+        "num_evaluations": 120,
+        "failures": {"nonfinite": 3},
+        "num_steps": 4,
+        "last_step": StepRecord(3, PLAN.id, "layers.0.q=int8-channel", 27.9, 4, 0.5, 12.0, 0.0, 120, 65.0),
+        "final_plan_id": PLAN.id,
+        "final_plan": PLAN,
+        "num_compressed": 4,
+        "share": 0.5,
+        "bits_per_weight": 12.0,
+        "wall_seconds": 65.0,
+        "created_at": 1e9,
+        "finished_at": 1e9 + 70,
+        "validation": (
+            ValidationRow("plan", PLAN.id, 4, 12.0, 0.5, VALUES, None),
+            ValidationRow("uniform:w8a8", "u", 8, 8.1, 1.0, VALUES, None, PairedDifference(0.5, -0.25, 1.0, 0.95)),
+            ValidationRow("uniform:nf4", "n", 8, 4.5, 1.0, None, "nonfinite: layer 3"),
+        ),
+        "verdict": "The plan is as good as the other.",
+    }
+    return RunSummary(**(fields | changes))
+
+
+@pytest.fixture
+def replace_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, ...]]]:
+    """Put fakes in the place of functions of `dtmsearch.run`; gives the list of what they are called with."""
+
+    def replace(**answers: Any) -> list[tuple[Any, ...]]:
+        calls: list[tuple[Any, ...]] = []
+        fake = ModuleType("dtmsearch.run")
+        fake.Where = Where  # type: ignore[attr-defined]
+        for name, answer in answers.items():
+            setattr(fake, name, _recording(calls, answer))
+        monkeypatch.setitem(sys.modules, "dtmsearch.run", fake)
+        return calls
+
+    return replace
+
+
+def _recording(calls: list[tuple[Any, ...]], answer: Any) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer(*arguments) if callable(answer) else answer
+
+    return called
+
+
+@pytest.fixture
+def search_file(tmp_path: Path) -> str:
+    path = tmp_path / "search.yaml"
+    path.write_text(SEARCH_FILE)
+    return str(path)
+
+
+def store_with_a_run(place: Path) -> str:
+    record = RunRecord("mine", "finished", "", "/", "toy", "search", None, PLAN.id, 1e9, 1e9 + 70, "0.1.0")
+    with ResultStore(place).writer("mine") as writer:
+        writer.put_run(record)
+        writer.put_components(toy_manifest(), toy_components())
+        writer.decide([StepRecord(0, PLAN.id, "layers.0.q=int8-channel", 27.9, 4, 0.5, 12.0, 0.0, 8, 2.0)])
+    return str(place)
+
+
+# The command line as a whole
+
+
+def described() -> dict[str, Any]:
+    """Every verb with its arguments and options, as a user types them."""
+    return {name: _described(verb) for name, verb in sorted(cli.commands.items())}
+
+
+def _described(verb: click.Command) -> list[str]:
+    arguments = [p.make_metavar(click.Context(verb)) for p in verb.params if isinstance(p, click.Argument)]
+    return arguments + sorted(_option(p) for p in verb.params if isinstance(p, click.Option))
+
+
+def _option(option: click.Option) -> str:
+    value = "" if option.is_flag else " " + option.make_metavar(click.Context(cli))
+    return "/".join(option.opts) + value + (" ..." if option.multiple else "")
+
+
+def test_verbs_and_options_are_those_that_are_promised() -> None:
+    assert described() == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("verb", sorted(cli.commands))
+def test_the_help_of_every_verb_ends_with_examples_of_it(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([verb, "--help"])
+    assert f"  dtmsearch {verb}" in capsys.readouterr().out.partition("Examples:")[2]
+
+
+@pytest.mark.parametrize("verb", ["", *sorted(cli.commands)])
+def test_help_is_answered_without_heavy_libraries(verb: str) -> None:
+    code = (
+        "import sys; from dtmsearch.cli import main\n"
+        f"main({[verb, '--help'] if verb else ['--help']})\n"
+        "heavy = {'torch', 'ray', 'duckdb', 'pyarrow', 'numpy', 'pydantic', 'rich', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unknown_verb_is_a_usage_error_that_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["qery"])
+    assert code == 2 and "query" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_a_usage_error_that_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["run", "--replica", "2", "x.yaml"])
+    assert code == 2 and "--replicas" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"{dtmsearch.__version__}\n"
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("builtins.ValueError", 2),
+        ("dtmsearch.results.store.StoreError", 4),
+        ("dtmsearch.results.store.StoreReadOnly", 4),
+        ("dtmsearch.results.store.StoreFull", 3),
+        ("dtmsearch.results.store.RunLocked", 1),
+        ("dtmsearch.cluster.pool.ClusterUnreachable", 5),
+        ("dtmsearch.cluster.pool.ReplicasFailed", 1),
+        ("dtmsearch.search.scheduler.SearchFailed", 1),
+    ],
+)
+def test_what_went_wrong_is_said_in_a_line_and_told_by_the_exit_code(
+    error: str, code: int, replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, name = error.rpartition(".")
+    replace_run(run=getattr(importlib.import_module(module), name)("what happened"))
+    assert (main(["run", search_file]), *capsys.readouterr()) == (code, "", "error: what happened\n")
+
+
+def test_a_fault_of_ours_is_one_line_and_its_traceback_a_file(
+    replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_run(run=RuntimeError("boom"))
+    main(["run", search_file])
+    first, second = capsys.readouterr().err.splitlines()
+    log = Path(second.rpartition(" ")[2])
+    traceback = log.read_text()
+    log.unlink()
+    assert first == "error: RuntimeError: boom" and "Traceback" in traceback
+
+
+def test_a_fault_of_ours_exits_1(replace_run: Any, search_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(Path(search_file).parent))
+    replace_run(run=KeyError("boom"))
+    assert main(["run", search_file]) == 1
+
+
+@pytest.mark.parametrize("stop", [SearchStopped(), KeyboardInterrupt()])
+def test_a_stopped_search_exits_3_and_says_how_to_go_on(
+    stop: BaseException, replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_run(run=stop)
+    code = main(["run", search_file, "--store", "my store"])
+    assert code == 3 and "dtmsearch resume mine --store 'my store'\n" in capsys.readouterr().err
+
+
+def test_a_kill_stops_a_search_as_ctrl_c_does(replace_run: Any, search_file: str) -> None:
+    replace_run(run=lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["run", search_file]) == 3
+
+
+def test_a_search_leaves_the_signals_as_they_were(replace_run: Any, search_file: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    replace_run(run=a_summary())
+    main(["run", search_file])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_missing_search_file_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["run", "nowhere.yaml"])
+    assert code == 2 and "nowhere.yaml" in capsys.readouterr().err
+
+
+# run, resume, demo
+
+
+def test_run_gives_the_search_file_with_overrides_the_store_and_the_place(replace_run: Any, search_file: str) -> None:
+    calls = replace_run(run=a_summary())
+    options = ["--replicas", "3", "--gpus-per-replica", "0.5", "--batch-tokens", "800", "--address", "auto"]
+    main(["run", search_file, "--set", "search.width=4", "--set", "run=wide", "--store", "s3://b/s", *options])
+    [(file, store, where, _)] = calls
+    assert (file.run, file.search.width, store, where) == ("wide", 4, "s3://b/s", Where("auto", 3, 0.5, 800))
+
+
+def test_without_options_the_place_is_chosen_by_the_machine(replace_run: Any, search_file: str) -> None:
+    calls = replace_run(run=a_summary())
+    main(["run", search_file])
+    assert calls[0][1:3] == ("dtm-store", Where())
+
+
+def test_the_store_can_be_named_by_the_environment(replace_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DTMSEARCH_STORE", "elsewhere")
+    calls = replace_run(resume=a_summary())
+    main(["resume", "mine"])
+    assert calls[0][:2] == ("mine", "elsewhere")
+
+
+def test_the_summary_holds_size_validation_failures_verdict_and_plan(
+    replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_run(run=a_summary())
+    main(["run", search_file])
+    said = capsys.readouterr().out
+    wanted = ["50.0%", "12.00 bits", "3 nonfinite", "+0.50 [-0.25, +1.00]", "nonfinite: layer 3", "as good as", PLAN.id]
+    assert [words for words in wanted if words not in said] == []
+
+
+def test_the_summary_in_json_is_all_that_stdout_holds(
+    replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_run(run=a_summary())
+    main(["run", search_file, "--format", "json"])
+    assert json.loads(capsys.readouterr().out)["final_plan"] == PLAN.schemes
+
+
+def test_a_finished_demo_says_that_it_is_complete_and_exits_0(
+    replace_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_run(demo=a_summary(already_complete=True))
+    code = main(["demo"])
+    assert code == 0 and "already complete" in capsys.readouterr().out
+
+
+def test_the_demo_ends_with_three_queries_of_its_store(
+    replace_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_run(demo=a_summary())
+    main(["demo", "--store", str(tmp_path)])
+    asked = capsys.readouterr().out.partition("Ask its tables:")[2]
+    lines = [line for line in asked.splitlines() if "dtmsearch query" in line]
+    assert len(lines) == 3 and all(line.endswith(f'" --store {tmp_path}') for line in lines)
+
+
+def test_progress_goes_to_stderr_alone(replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_file: object, _store: str, _where: Where, observer: Any) -> RunSummary:
+        observer.on_note("a replica was replaced")
+        return a_summary()
+
+    replace_run(run=run)
+    main(["run", search_file])
+    out, err = capsys.readouterr()
+    assert "replaced" not in out and err == "a replica was replaced\n"
+
+
+# ls, status, stop, query
+
+
+def test_ls_lists_the_runs_of_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["ls", "--store", store_with_a_run(tmp_path), "--format", "json"])
+    [run] = json.loads(capsys.readouterr().out)
+    assert (run["run"], run["status"], run["share"]) == ("mine", "finished", 0.5)
+
+
+def test_ls_of_no_store_is_an_empty_list_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["ls", "--store", str(tmp_path / "none"), "--format", "json"])
+    assert json.loads(capsys.readouterr().out) == [] and not (tmp_path / "none").exists()
+
+
+def test_status_shows_a_run_as_a_person_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["status", "mine", "--store", store_with_a_run(tmp_path)])
+    assert capsys.readouterr().out.startswith("run mine: finished\n")
+
+
+def test_status_of_an_unknown_run_names_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["status", "yours", "--store", store_with_a_run(tmp_path)])
+    assert code == 2 and "mine" in capsys.readouterr().err
+
+
+def test_stop_says_how_to_go_on(replace_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = replace_run(stop=None)
+    main(["stop", "mine"])
+    assert calls == [("mine", "dtm-store")] and "dtmsearch resume mine" in capsys.readouterr().err
+
+
+def test_query_prints_json_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["query", "SELECT run, step, share FROM steps", "--format", "json", "--store", store_with_a_run(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == [{"run": "mine", "step": 0, "share": 0.5}]
+
+
+def test_query_prints_csv_with_lists_as_json_and_null_as_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["query", "SELECT [1, 2] AS l, NULL AS n, 'a,b' AS t", "--format", "csv", "--store", str(tmp_path)])
+    assert list(csv.reader(io.StringIO(capsys.readouterr().out))) == [["l", "n", "t"], ["[1, 2]", "", "a,b"]]
+
+
+def test_query_keeps_columns_of_one_name_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["query", "SELECT 1 AS a, 2 AS a", "--format", "csv", "--store", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[1] == "1,2"
+
+
+def test_query_prints_numbers_that_json_lacks_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["query", "SELECT 'inf'::DOUBLE AS a, sum(2::BIGINT) AS b", "--format", "json", "--store", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out) == [{"a": "inf", "b": 2}]
+
+
+def test_query_writes_parquet_to_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    main(["query", "SELECT 1 AS a", "--format", "parquet", "--out", str(out), "--store", str(tmp_path / "store")])
+    assert pq.read_table(out) == pa.table({"a": pa.array([1], pa.int32())})
+
+
+def test_query_writes_any_form_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.csv"
+    main(["query", "SELECT 1 AS a", "--format", "csv", "--out", str(out), "--store", str(tmp_path / "store")])
+    assert (out.read_text(), capsys.readouterr().out) == ("a\n1\n", "")
+
+
+def test_parquet_without_a_file_is_a_usage_error(tmp_path: Path) -> None:
+    assert main(["query", "SELECT 1", "--format", "parquet", "--store", str(tmp_path)]) == 2
+
+
+def test_anything_but_a_select_is_a_usage_error(tmp_path: Path) -> None:
+    assert main(["query", "DROP TABLE runs", "--store", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("sql", [*DEMO_QUERIES, PLAN_QUERY])
+def test_the_queries_that_are_offered_can_be_asked(sql: str, tmp_path: Path) -> None:
+    assert main(["query", sql.format(run="mine", plan_id=PLAN.id), "--store", store_with_a_run(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize("sql", [*DEMO_QUERIES, PLAN_QUERY])
+def test_the_queries_that_are_offered_survive_a_shells_double_quotes(sql: str) -> None:
+    assert set(sql) & set('"$`!\\') == set()
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+    sql = "SELECT range AS a FROM range(100000)"
+    command = f"{sys.executable} -c 'from dtmsearch.cli import main; main()' query '{sql}' --store {tmp_path} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+# evaluate, doctor
+
+
+def a_measurement(summary: Summary | None, failure: str | None = None) -> PlanMeasurement:
+    return PlanMeasurement("uniform:w8a8", PLAN, plan_size(PLAN, toy_components(), 16), 64, summary, failure)
+
+
+def test_evaluate_prints_metrics_size_and_plan(
+    replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = replace_run(evaluate=a_measurement(VALUES))
+    main(["evaluate", search_file, "--plan", "uniform:w8a8", "--format", "json"])
+    said = json.loads(capsys.readouterr().out)
+    assert calls[0][1] == "uniform:w8a8"
+    assert (said["summary"]["fdt_mean"], said["plan"], said["size"]["num_compressed"]) == (27.5, PLAN.schemes, 4)
+
+
+def test_evaluate_says_why_a_plan_could_not_be_measured_and_exits_1(
+    replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_run(evaluate=a_measurement(None, "nonfinite: layer 3"))
+    code = main(["evaluate", search_file, "--plan", "uniform:w8a8"])
+    assert code == 1 and "nonfinite: layer 3" in capsys.readouterr().out
+
+
+def test_evaluate_needs_a_plan(search_file: str) -> None:
+    assert main(["evaluate", search_file]) == 2
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("missing", 1)])
+def test_doctor_exits_1_when_something_needed_is_missing(
+    status: Status, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = Finding("store", status, "a file", "choose another")
+    monkeypatch.setattr(importlib.import_module("dtmsearch.doctor"), "examine", lambda _store: [finding])
+    assert main(["doctor", "--format", "json"]) == code
+    assert json.loads(capsys.readouterr().out) == [
+        {"name": "store", "status": status, "found": "a file", "remedy": "choose another"}
+    ]
+
+
+# The Python API
+
+
+@pytest.mark.parametrize("verb", ["demo", "doctor", "evaluate", "ls", "query", "resume", "run", "status", "stop"])
+def test_every_verb_is_a_function_of_the_package_also_once_its_module_is_loaded(verb: str) -> None:
+    importlib.import_module("dtmsearch.run")
+    importlib.import_module("dtmsearch.doctor")
+    assert callable(getattr(dtmsearch, verb))
+
+
+def test_the_package_has_no_other_verbs_than_it_says() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'rnu'"):
+        dtmsearch.rnu  # noqa: B018 - asking is the test
+
+
+def test_the_package_reads_a_search_file(search_file: str) -> None:
+    assert dtmsearch.load(Path(search_file)).run == "mine"
