@@ -8,12 +8,12 @@ from pathlib import Path
 
 _ID_HEX_DIGITS = 32
 _HASH_BLOCK_BYTES = 1 << 22
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def identity(value: object) -> str:
     """The identity of a JSON-like value: 128 bits of SHA-256 over its canonical JSON, in hexadecimal."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return identity_of_text(text)
+    return identity_of_text(_CANONICAL.encode(value))
 
 
 def identity_of_text(text: str) -> str:
