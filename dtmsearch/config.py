@@ -130,7 +130,9 @@ class SearchFile(_Section):
         """The held-out prompts, unset fields filled from `prompts`; None when the file has no validation."""
         if self.validation is None:
             return None
-        values = self.prompts.model_dump() | self.validation.model_dump(exclude_unset=True)
+        # Not by `exclude_unset`: a file that was written out by `to_yaml` sets every key, many of them to nothing.
+        own = {key: value for key, value in self.validation.model_dump().items() if value not in (None, ())}
+        values = self.prompts.model_dump() | own
         if self.validation.dataset is not None:
             values["files"] = ()
         elif self.validation.files:

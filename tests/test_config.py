@@ -195,6 +195,11 @@ def test_a_file_reads_back_from_its_own_yaml() -> None:
     assert read(read().to_yaml()) == read()
 
 
+def test_held_out_prompts_are_the_same_from_a_file_written_out_in_full() -> None:
+    file = read(TEXT, "prompts.seed=5", "validation.seed=0")
+    assert read(file.to_yaml()).validation_prompts == file.validation_prompts
+
+
 def test_files_that_mean_the_same_do_not_differ() -> None:
     assert difference(read().to_yaml(), read(TEXT + "seed: 0\n").to_yaml()) == []
 
