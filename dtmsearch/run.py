@@ -26,7 +26,7 @@ from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.plans.schemes import parse_scheme, siblings
-from dtmsearch.results.store import ResultStore, RunWriter
+from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFull
 from dtmsearch.results.summary import RunSummary, summarize_run
 from dtmsearch.search.scheduler import Decision, Observer, Progress, SearchStopped, measure, search
 from dtmsearch.search.space import SearchSpace
@@ -71,14 +71,15 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
     Raises `ValueError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
     `StoreError` when the store cannot be used, `ClusterUnreachable`, `SearchFailed`.
     """
-    results = open_store(store)
+    observer = observer or _Silent()
+    results = ResultStore(store, on_note=observer.on_note)
     previous = results.run(file.run)
     if previous is not None:
         _check_same_search(previous, file, store)
         if previous.status == "finished":
             return replace(summarize_run(results, file.run), already_complete=True)
     with results.writer(file.run) as writer:
-        _Session(file, results, writer, where, observer or _Silent(), previous).run()
+        _Session(file, results, writer, where, observer, previous).run()
     return summarize_run(results, file.run)
 
 
@@ -111,7 +112,7 @@ def evaluate(
     `plan` is a plan file, a run of the store that has a plan, or `uniform:SCHEME` over the file's components.
     """
     observer = observer or _Silent()
-    results = open_store(store)
+    results = ResultStore(store, on_note=observer.on_note)
     with results.evaluate_writer(file.run) as writer, _pool(file, where, observer) as pool, _interruptible():
         manifest = pool.manifest()
         space = _space(file, manifest)
@@ -161,8 +162,6 @@ class _Session:
         )
 
     def run(self) -> None:
-        for note in self._results.notes:
-            self._observer.on_note(note)
         try:
             with _interruptible(), _pool(self._file, self._where, self._observer) as pool:
                 self._run(pool)
@@ -170,8 +169,9 @@ class _Session:
             self._save(status="stopped", finished_at=time.time())
             raise SearchStopped from None
         except BaseException as error:
-            with suppress(Exception):  # the first error is the one to report, also when the store cannot take it
-                self._save(status="failed", finished_at=time.time(), message=str(error))
+            status = "stopped" if isinstance(error, StoreFull) else "failed"
+            with suppress(StoreError):  # the first error is the one to report, also when the store cannot take it
+                self._save(status=status, finished_at=time.time(), message=str(error))
             raise
 
     def _save(self, **changes: object) -> None:
@@ -289,8 +289,7 @@ def _reference(
     )
     reference = results.reference(wanted_id)
     if reference is None:
-        reference = pool.make_reference(tokens)
-        writer.put_reference(reference)
+        reference = writer.put_reference(pool.make_reference(tokens))
     return reference
 
 

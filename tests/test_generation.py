@@ -41,9 +41,7 @@ def prepare(folder: Path, text: str) -> tuple[Replica, PromptTokens, Reference]:
     return model, prompts, reference
 
 
-def both_fdts(
-    model: Replica, prompts: PromptTokens, reference: Reference, plan: Plan
-) -> tuple[np.ndarray, np.ndarray]:
+def both_fdts(model: Replica, prompts: PromptTokens, reference: Reference, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     single = result(model.evaluate([EvalRequest(plan, reference.id, (0, 12))])[0]).fdt
     generated = model.generate(plan, prompts)
     return single, first_divergent_token((generated != reference.continuation) & reference.agrees)

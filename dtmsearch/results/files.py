@@ -82,14 +82,15 @@ class Folder:
             written = self.filesystem.get_file_info(self.full(path)).mtime
         return None if written is None else float(written.timestamp())
 
-    def write(self, path: str, content: pa.Buffer | bytes) -> None:
-        """Put a whole file; when this returns, it is durable."""
+    def write(self, path: str, content: pa.Buffer | bytes, keep_existing: bool = False) -> None:
+        """Put a whole file; when this returns, it is durable. With `keep_existing` a file that is there stays; in a
+        bucket that holds but for writers at the same moment."""
         with self._explained("write", path):
             try:
-                self._put(path, content)
+                self._put(path, content, keep_existing)
             except FileNotFoundError:
                 self.filesystem.create_dir(self.full(path).rpartition("/")[0], recursive=True)
-                self._put(path, content)
+                self._put(path, content, keep_existing)
 
     def remove(self, path: str) -> None:
         """Remove a file; no fault if it is gone already."""
@@ -101,7 +102,9 @@ class Folder:
         with self._explained("rename", path):
             self.filesystem.move(self.full(path), self.full(to))
 
-    def _put(self, path: str, content: pa.Buffer | bytes) -> None:
+    def _put(self, path: str, content: pa.Buffer | bytes, keep_existing: bool) -> None:
+        if keep_existing and self.exists(path):
+            return
         with self.filesystem.open_output_stream(self.full(path)) as stream:
             stream.write(content)
 
@@ -146,12 +149,17 @@ class LocalFolder(Folder):
         with self._explained("rename", path):
             Path(self.full(path)).rename(self.full(to))
 
-    def _put(self, path: str, content: pa.Buffer | bytes) -> None:
+    def _put(self, path: str, content: pa.Buffer | bytes, keep_existing: bool) -> None:
         target = Path(self.full(path))
         temporary = target.with_name(f"{TEMPORARY}{target.name}.{os.getpid()}")
         try:
             self._write_synced(temporary, content)
-            temporary.replace(target)
+            if keep_existing:
+                with suppress(FileExistsError):
+                    target.hardlink_to(temporary)  # unlike a rename, it fails where another writer was first
+                temporary.unlink()
+            else:
+                temporary.replace(target)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()

@@ -100,8 +100,8 @@ class Segments:
         epochs = (int(epoch) for path in paths for epoch, _ in re.findall(_COMMIT, path.rpartition("/")[2]))
         return max(epochs, default=0)
 
-    def write(self, segment: Segment, rows: pa.Table) -> None:
-        """Commit rows: durable when this returns."""
+    def write(self, segment: Segment, rows: pa.Table, keep_existing: bool = False) -> None:
+        """Commit rows: durable when this returns. With `keep_existing` a segment of that name stays as it is."""
         repeating = [f.name for f in rows.schema if pa.types.is_dictionary(f.type) or pa.types.is_integer(f.type)]
         sink = pa.BufferOutputStream()
         pq.write_table(
@@ -112,7 +112,7 @@ class Segments:
             use_dictionary=repeating,
             write_page_checksum=True,
         )
-        self.folder.write(segment.path, sink.getvalue())
+        self.folder.write(segment.path, sink.getvalue(), keep_existing)
 
     def dataset(self, table: str, segments: Sequence[Segment]) -> ds.Dataset:
         """The rows of these segments, to be scanned with every page that is read verified.

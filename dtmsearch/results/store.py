@@ -219,12 +219,16 @@ class RunWriter:
         if new:
             self._commit("components", tables.components_table(manifest, new))
 
-    def put_reference(self, reference: Reference) -> None:
-        """Record a reference, for all runs."""
+    def put_reference(self, reference: Reference) -> Reference:
+        """Record a reference, for all runs; the one that counts is returned. Of two runs that make it at once the first
+        wins, for near ties may fall differently in the two."""
         if not self._segments.live("prompts", reference.id):
-            # Whoever writes it writes the same, so the name need not tell writers apart.
             number = 1 + self._segments.last_epoch(reference.id)
-            self._write(Segment("prompts", reference.id, (number, 1), (number, 1)), tables.prompts_table(reference))
+            segment = Segment("prompts", reference.id, (number, 1), (number, 1))
+            self._write(segment, tables.prompts_table(reference), keep_existing=True)
+        recorded = self._store.reference(reference.id)
+        assert recorded is not None
+        return recorded
 
     def replay(self) -> Iterator[Outcome]:
         """Every outcome that this run has recorded, in recorded order, as views into the rows' memory.
@@ -313,10 +317,10 @@ class RunWriter:
             with suppress(StoreError):  # the rows are recorded; what is wrong, the next commit says
                 self._segments.compact(table, self._key)
 
-    def _write(self, segment: Segment, rows: pa.Table) -> None:
+    def _write(self, segment: Segment, rows: pa.Table, keep_existing: bool = False) -> None:
         assert self._epoch, "the writer is used in a with statement"
         self._lock.check()
-        self._segments.write(segment, rows)
+        self._segments.write(segment, rows, keep_existing)
 
 
 class _Recorded:

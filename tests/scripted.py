@@ -1,0 +1,89 @@
+"""A replica without a model, for tests of the pool: answers by the toy formula, and misbehaves where a plan says so.
+
+What it does to a request is written in the plan's component names, so it crosses the process border with the request.
+`marks` is a folder in which faults that happen once leave a mark.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from fakes import evaluate, toy_manifest
+
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import (
+    EvalRequest,
+    ModelSpec,
+    Outcome,
+    PromptTokens,
+    Provenance,
+    Reference,
+    ReplicaSettings,
+    reference_id,
+)
+
+SECONDS_VARIABLE = "SCRIPTED_SECONDS"
+
+
+class Scripted:
+    """`spec.path` holds its orders, separated by spaces: `seconds=S` an evaluation, `die-once=FOLDER`, `die-on=SCHEME`,
+    `bad-start=FOLDER` (the first to start fails), `liar=FOLDER` (the first to start has another model),
+    `mistake` (a user's mistake at the start), `broken` (every start fails)."""
+
+    def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str, node: str) -> None:
+        self._orders = dict(order.partition("=")[::2] for order in spec.path.split())
+        self._name, self._node = name, node
+        if "mistake" in self._orders:
+            raise ValueError("no model at all")
+        if "broken" in self._orders or self._first("bad-start"):
+            raise OSError("the disk is on fire")
+        self._lies = self._first("liar")
+
+    def _first(self, order: str) -> bool:
+        """True for the first that asks, among all replicas."""
+        folder = self._orders.get(order)
+        if folder is None:
+            return False
+        try:
+            (Path(folder) / order).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def manifest(self) -> ModelManifest:
+        return toy_manifest(num_layers=8)
+
+    def cut_prompts(
+        self, texts: Sequence[str], count: int, prompt: int, continuation: int, seed: int
+    ) -> tuple[PromptTokens, str]:
+        prompts = PromptTokens(np.zeros((count, prompt + continuation), np.int32) + seed, prompt)
+        return prompts, reference_id(self.manifest().id, "toy", prompts)
+
+    def make_reference(self, prompts: PromptTokens) -> Reference:
+        continuation = prompts.tokens[:, prompts.prompt_tokens :]
+        agrees = np.ones(continuation.shape, np.bool_)
+        made = reference_id("toy", "toy", prompts)
+        return Reference(made, "toy", "toy", prompts.tokens, continuation, agrees, ())
+
+    def use(self, reference: Reference) -> None:
+        return None
+
+    def canary(self, reference_id: str) -> float:
+        return 1.0 if self._lies else 0.0
+
+    def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: EvalRequest) -> Outcome:
+        started_at = time.perf_counter()
+        if self._orders.get("die-on") in request.plan.schemes.values() or self._first("die-once"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(float(self._orders.get("seconds", 0)))
+        seconds = time.perf_counter() - started_at
+        return replace(evaluate(request), provenance=Provenance(self._name, self._node, wall_seconds=seconds))

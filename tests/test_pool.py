@@ -1,0 +1,127 @@
+"""The pool over real Ray actors, some of which die: every request is answered once, whatever happens to replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from fakes import evaluate, toy_components
+
+from dtmsearch.cluster.pool import PoolSettings, ReplicaPool, ReplicasFailed, connect
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
+from dtmsearch.plans.plan import Perturbation, Plan
+
+# Ray leaves the sockets and files of its own processes to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
+        connect(None)
+    yield
+    ray.shutdown()
+
+
+def pool_of(orders: str, notes: list[str] | None = None, replicas: int = 2) -> ReplicaPool:
+    settings = PoolSettings(replicas=replicas)
+    on_note = (notes if notes is not None else []).append
+    return ReplicaPool(ModelSpec(orders), settings, on_note, replica_class="scripted:Scripted")
+
+
+def requests(schemes: tuple[str, ...] = ("int8-channel", "int4-g32")) -> list[EvalRequest]:
+    plans = [Plan().with_(Perturbation(c.name, scheme)) for c in toy_components(8) for scheme in schemes]
+    return [EvalRequest(plan, "toy-reference", (0, 8), ("kl", "ppl")) for plan in plans]
+
+
+def answers(pool: ReplicaPool, asked: list[EvalRequest]) -> list[Outcome]:
+    pool.manifest()
+    pool.submit(asked)
+    arrived: list[Outcome] = []
+    while len(arrived) < len(asked):
+        arrived += pool.poll(1.0)
+    return arrived
+
+
+def test_every_request_is_answered_once() -> None:
+    with pool_of("") as pool:
+        arrived = answers(pool, requests())
+    assert sorted(o.request_id for o in arrived) == sorted(r.id for r in requests())
+
+
+def test_answers_are_the_replicas_own() -> None:
+    expected = {r.id: evaluate(r).fdt.tolist() for r in requests()}
+    with pool_of("") as pool:
+        arrived = answers(pool, requests())
+    assert {o.request_id: o.fdt.tolist() for o in arrived if isinstance(o, EvalResult)} == expected
+
+
+def test_a_replica_that_dies_loses_no_request(tmp_path: Path) -> None:
+    with pool_of(f"die-once={tmp_path} seconds=0.01") as pool:
+        arrived = answers(pool, requests())
+    assert all(isinstance(outcome, EvalResult) for outcome in arrived)
+
+
+def test_a_lost_replica_is_named_with_its_reason(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with pool_of(f"die-once={tmp_path} seconds=0.01", notes) as pool:
+        answers(pool, requests())
+    assert any("was lost and is replaced" in note for note in notes)
+
+
+def test_only_the_request_that_kills_replicas_fails() -> None:
+    killer = EvalRequest(Plan.of({toy_components(8)[4].name: "int2-tensor"}), "toy-reference", (0, 8), ("kl", "ppl"))
+    with pool_of("die-on=int2-tensor seconds=0.01") as pool:
+        arrived = answers(pool, [*requests(), killer])
+    assert [o.request_id for o in arrived if isinstance(o, EvalFailure)] == [killer.id]
+
+
+def test_a_request_that_kills_replicas_says_how_many() -> None:
+    killer = EvalRequest(Plan.of({toy_components(8)[4].name: "int2-tensor"}), "toy-reference", (0, 8), ("kl", "ppl"))
+    with pool_of("die-on=int2-tensor") as pool:
+        failure = answers(pool, [killer])[0]
+    assert (failure.provenance.attempts, getattr(failure, "kind", None)) == (3, "replica_lost")
+
+
+def test_a_replica_that_does_not_start_is_replaced(tmp_path: Path) -> None:
+    with pool_of(f"bad-start={tmp_path}") as pool:
+        arrived = answers(pool, requests())
+    assert len(arrived) == len(requests())
+
+
+def test_replicas_that_never_start_end_the_search_with_their_reason() -> None:
+    with pytest.raises(ReplicasFailed, match="the disk is on fire"), pool_of("broken") as pool:
+        pool.manifest()
+
+
+def test_a_users_mistake_comes_back_as_itself() -> None:
+    with pytest.raises(ValueError, match="no model at all"), pool_of("mistake") as pool:
+        pool.manifest()
+
+
+def test_a_replica_with_another_model_is_dismissed_by_its_canary(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with pool_of(f"liar={tmp_path}", notes) as pool:
+        pool.manifest()
+        prompts, _ = pool.cut_prompts([""], 4, 4, 4, 0)
+        pool.use(pool.make_reference(prompts))
+        answers(pool, requests())
+    assert any("diverges on 100.0% of the reference" in note for note in notes)
+
+
+def test_a_second_reference_reaches_replicas_that_still_take_the_first() -> None:
+    with pool_of("") as pool:
+        pool.manifest()
+        for seed in (0, 1):
+            prompts, _ = pool.cut_prompts([""], 4, 4, 4, seed)
+            pool.use(pool.make_reference(prompts))
+        assert len(answers(pool, requests())) == len(requests())
+
+
+def test_gpus_that_are_not_there_are_a_users_mistake() -> None:
+    settings = PoolSettings(gpus_per_replica=1.0)
+    with pytest.raises(ValueError, match="asks for 1 GPUs, but this machine has 0"):
+        ReplicaPool(ModelSpec(""), settings, replica_class="scripted:Scripted")
