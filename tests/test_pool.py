@@ -9,7 +9,7 @@ import pytest
 import ray
 from fakes import evaluate, toy_components
 
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool, ReplicasFailed, connect
+from dtmsearch.cluster.pool import ClusterUnreachable, PoolSettings, ReplicaPool, ReplicasFailed, connect
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
 from dtmsearch.plans.plan import Perturbation, Plan
 
@@ -125,3 +125,9 @@ def test_gpus_that_are_not_there_are_a_users_mistake() -> None:
     settings = PoolSettings(gpus_per_replica=1.0)
     with pytest.raises(ValueError, match="asks for 1 GPUs, but this machine has 0"):
         ReplicaPool(ModelSpec(""), settings, replica_class="scripted:Scripted")
+
+
+def test_an_address_where_nobody_listens_is_said_at_once() -> None:
+    ray.shutdown()
+    with pytest.raises(ClusterUnreachable, match="no Ray cluster at 127.0.0.1:9"):
+        connect("127.0.0.1:9")

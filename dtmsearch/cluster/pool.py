@@ -7,10 +7,12 @@ search nor what a replica does.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -42,6 +44,7 @@ _MAX_FAILED_STARTS = 3
 _HUNG_FACTOR, _HUNG_FLOOR_SECONDS = 20.0, 180.0
 # A canary may diverge by near ties on other hardware; more than this share is a broken replica.
 _CANARY_LIMIT = 0.02
+_CONNECT_SECONDS = 10.0
 
 
 class ClusterUnreachable(RuntimeError):
@@ -324,6 +327,8 @@ def connect(address: str | None) -> bool:
     """
     if ray.is_initialized():
         return False
+    if address is not None:
+        _check_listening(address)
     try:
         ray.init(
             address=address or "local",
@@ -336,6 +341,16 @@ def connect(address: str | None) -> bool:
         where = f"no Ray cluster at {address}" if address else "Ray did not start here"
         raise ClusterUnreachable(f"{where}: {str(error).strip().splitlines()[0][:300]}") from error
     return True
+
+
+def _check_listening(address: str) -> None:
+    """Ray itself would try for minutes to reach a host and port where nobody listens."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if parts.hostname is not None and parts.port is not None:
+            socket.create_connection((parts.hostname, parts.port), _CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ClusterUnreachable(f"no Ray cluster at {address}: {error}") from error
 
 
 def _shares(settings: PoolSettings) -> tuple[float, float, int]:

@@ -128,4 +128,4 @@ class Weights:
         now = self._model.get_submodule(component)
         dense = self._dense_modules[component]
         if now is not dense:
-            dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[union-attr,arg-type]
+            dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]
