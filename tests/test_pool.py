@@ -129,5 +129,5 @@ def test_gpus_that_are_not_there_are_a_users_mistake() -> None:
 
 def test_an_address_where_nobody_listens_is_said_at_once() -> None:
     ray.shutdown()
-    with pytest.raises(ClusterUnreachable, match="no Ray cluster at 127.0.0.1:9"):
+    with pytest.raises(ClusterUnreachable, match="no Ray cluster at"):
         connect("127.0.0.1:9")
