@@ -33,6 +33,7 @@ class ModelSection(_Section):
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     trust_remote_code: bool = False
+    compile: Literal["auto", "always", "never"] = "auto"
 
 
 class DatasetSection(_Section):
@@ -150,7 +151,8 @@ class SearchFile(_Section):
         folder = self.resolve(self.model.path)
         path = str(folder.absolute()) if folder.is_dir() else self.model.path
         section = self.model
-        return ModelSpec(path, section.revision, section.dtype, section.attention, section.trust_remote_code)
+        options = (section.dtype, section.attention, section.trust_remote_code, section.compile)
+        return ModelSpec(path, section.revision, *options)
 
     def to_yaml(self) -> str:
         """The file as YAML with every default written out, so that two files that mean the same read the same."""

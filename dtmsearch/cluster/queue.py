@@ -10,6 +10,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EvalRequest, first_changed_layer
@@ -18,9 +19,18 @@ from dtmsearch.plans.evaluation import EvalRequest, first_changed_layer
 _FIXED_COST = 1.0
 
 
+class _Waiting(NamedTuple):
+    """A request and what it will cost, ordered as replicas do them. No two that wait have the same id."""
+
+    layer: int
+    id: str
+    cost: float
+    request: EvalRequest
+
+
 @dataclass
 class _Group:
-    requests: list[tuple[int, str, EvalRequest]] = field(default_factory=list)
+    requests: list[_Waiting] = field(default_factory=list)
     cost: float = 0.0
     taken: int = 0
 
@@ -31,7 +41,7 @@ class RequestQueue:
     def __init__(self, manifest: ModelManifest) -> None:
         self._manifest = manifest
         self._groups: dict[str, _Group] = {}
-        self._alone: deque[EvalRequest] = deque()
+        self._alone: deque[_Waiting] = deque()
         self.cost = 0.0
 
     def __len__(self) -> int:
@@ -40,17 +50,19 @@ class RequestQueue:
     def add(self, requests: Sequence[EvalRequest], alone: bool = False) -> None:
         """`alone`: to be sent by itself, and before all others."""
         for request in requests:
-            self.cost += self.cost_of(request)
+            waiting = self._waiting(request)
+            self.cost += waiting.cost
             if alone:
-                self._alone.append(request)
+                self._alone.append(waiting)
                 continue
             group = self._groups.setdefault(request.parent.id, _Group())
-            insort(group.requests, (first_changed_layer(request, self._manifest), request.id, request))
-            group.cost += self.cost_of(request)
+            insort(group.requests, waiting)
+            group.cost += waiting.cost
 
-    def cost_of(self, request: EvalRequest) -> float:
-        layers = self._manifest.num_layers - first_changed_layer(request, self._manifest) + _FIXED_COST
-        return layers * (request.prompts[1] - request.prompts[0])
+    def _waiting(self, request: EvalRequest) -> _Waiting:
+        layer = first_changed_layer(request, self._manifest)
+        layers = self._manifest.num_layers - layer + _FIXED_COST
+        return _Waiting(layer, request.id, layers * (request.prompts[1] - request.prompts[0]), request)
 
     def take(self, budget: float, parent_id: str | None) -> tuple[list[EvalRequest], str, float]:
         """The next requests of about `budget` in cost, at least one, all of one parent: (requests, parent, cost).
@@ -58,29 +70,29 @@ class RequestQueue:
         `parent_id` is the parent whose states the replica holds.
         """
         if self._alone:
-            request = self._alone.popleft()
-            taken, parent = [request], request.parent.id
+            taken = [self._alone.popleft()]
+            parent = taken[0].request.parent.id
         else:
             parent = self._choose(parent_id)
-            taken = self._take_from(self._groups[parent], budget)
+            taken = _take_from(self._groups[parent], budget)
             if not self._groups[parent].requests:
                 del self._groups[parent]
-        cost = sum(self.cost_of(request) for request in taken)
+        cost = sum(waiting.cost for waiting in taken)
         self.cost -= cost
-        return taken, parent, cost
+        return [waiting.request for waiting in taken], parent, cost
 
     def _choose(self, parent_id: str | None) -> str:
         if parent_id in self._groups:
             return str(parent_id)
         return max(self._groups, key=lambda parent: (self._groups[parent].taken == 0, self._groups[parent].cost))
 
-    def _take_from(self, group: _Group, budget: float) -> list[EvalRequest]:
-        count, cost = 0, 0.0
-        while count < len(group.requests) and (count == 0 or cost < budget):
-            cost += self.cost_of(group.requests[count][2])
-            count += 1
-        taken = [request for _, _, request in group.requests[:count]]
-        del group.requests[:count]
-        group.cost -= cost
-        group.taken += count
-        return taken
+
+def _take_from(group: _Group, budget: float) -> list[_Waiting]:
+    count, cost = 0, 0.0
+    while count < len(group.requests) and (count == 0 or cost < budget):
+        cost += group.requests[count].cost
+        count += 1
+    taken, group.requests[:count] = group.requests[:count], []
+    group.cost -= cost
+    group.taken += count
+    return taken

@@ -4,8 +4,9 @@ distribution has moved. Never holds logits of more than a chunk of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -40,13 +41,21 @@ class Divergence:
 
 
 def compare(
-    body: Body, hidden: Tensor, targets: Tensor, base_hidden: Tensor | None, suppressed: tuple[int, ...]
+    body: Body,
+    hidden: Tensor,
+    targets: Tensor,
+    base_hidden: Tensor | None,
+    suppressed: tuple[int, ...],
+    compiled: bool = False,
 ) -> Divergence:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
     The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
     `suppressed` tokens never. Likelihoods are of the full distribution.
     """
+    score = _compiled_score() if compiled else _score
+    never = torch.zeros(body.vocabulary_size, dtype=torch.bool, device=hidden.device)
+    never[list(suppressed)] = True
     shape = targets.shape
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     base_rows = None if base_hidden is None else base_hidden.reshape(rows.shape)
@@ -58,22 +67,32 @@ def compare(
         for at in range(0, len(rows), chunk):
             part = slice(at, at + chunk)
             logits = body.logits(rows[part])
-            target = wanted[part].to(logits.device).unsqueeze(1)
-            scores = logits.float()
-            total = scores.logsumexp(dim=1, keepdim=True)
-            nll.append((total - scores.gather(1, target)).squeeze(1))
-            if base_rows is not None:
-                kl.append(_kl(body.logits(base_rows[part]).float(), scores, total))
-            scores[:, list(suppressed)] = -torch.inf
-            diverged.append(scores.argmax(dim=1) != target.squeeze(1))
+            base_logits = None if base_rows is None else body.logits(base_rows[part])
+            scored = score(logits, wanted[part].to(logits.device), base_logits, never)
+            for column, values in zip((diverged, nll, kl), scored, strict=True):
+                column.append(values)
     return Divergence(
         torch.cat(diverged).reshape(shape).cpu().numpy(),
         torch.cat(nll).reshape(shape).cpu().numpy(),
-        torch.cat(kl).reshape(shape).cpu().numpy() if kl else None,
+        None if base_rows is None else torch.cat(kl).reshape(shape).cpu().numpy(),
     )
 
 
-def _kl(base_scores: Tensor, scores: Tensor, total: Tensor) -> Tensor:
-    """KL(base || compressed) [rows] from logits [rows, vocabulary], the latter's log normaliser given; at least 0."""
-    base = base_scores.log_softmax(dim=1)
-    return (base.exp() * (base - scores + total)).sum(dim=1).clamp_(min=0.0)
+def _score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(diverged, negative log likelihood, KL), each [rows], from logits [rows, vocabulary]; KL empty without the base
+    model's. `never` [vocabulary] marks tokens that may not be chosen. Overwrites `logits`."""
+    scores, target = logits.float(), targets.unsqueeze(1)
+    total = scores.logsumexp(dim=1, keepdim=True)
+    nll = (total - scores.gather(1, target)).squeeze(1)
+    if base_logits is None:
+        kl = nll.new_empty(0)
+    else:
+        base = base_logits.float().log_softmax(dim=1)
+        kl = (base.exp() * (base - scores + total)).sum(dim=1).clamp(min=0.0)
+    return scores.masked_fill_(never, -torch.inf).argmax(dim=1) != targets, nll, kl
+
+
+@cache
+def _compiled_score() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_score` in one pass over the logits, where several kernels would read and write them again and again."""
+    return torch.compile(_score, dynamic=False)

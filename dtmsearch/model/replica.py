@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dtmsearch.model.body import Body
-from dtmsearch.model.discovery import read_manifest
+from dtmsearch.model.compiled import compile_layers, eager
+from dtmsearch.model.discovery import find_layers, read_manifest
 from dtmsearch.model.divergence import Divergence, compare
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens
 from dtmsearch.model.prompts import cut_prompts
@@ -46,7 +47,17 @@ log = logging.getLogger(__name__)
 # Tokens of a forward batch unless the settings say otherwise: on a processor what its cache likes, on a GPU what
 # keeps its matrix products busy.
 _BATCH_TOKENS = {"cpu": 1_600, "cuda": 25_600}
+# From this width on compiled layers pay.
+_WIDE = 1_024
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _LoadedModel:
+    model: Any
+    tokenizer: Any
+    manifest: ModelManifest
+    checkpoint: Checkpoint
 
 
 @dataclass
@@ -87,24 +98,29 @@ class Replica:
         if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
             raise ValueError(f"{settings.num_devices} GPUs a replica, but it sees {torch.cuda.device_count()}")
         self._batch_tokens = settings.batch_tokens or _BATCH_TOKENS[self._device.type]
-        folder = checkpoint_folder(spec)
-        self._tokenizer = load_tokenizer(folder, spec)
-        self._manifest: ModelManifest | None = None
-        model = load_model(folder, spec, self._device, settings.num_devices)
+        loaded = self._load(spec, settings)
+        model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
         self._context = getattr(model.config, "max_position_embeddings", None)
         self._suppressed = suppressed_tokens(model, self._tokenizer)
         self._body = Body(model)
-        self._weights = Weights(model, Checkpoint(folder))
+        self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
+        slots = compile_layers(*find_layers(model)) if self._compiled else {}
+        self._weights = Weights(model, loaded.checkpoint, slots)
         self._references: dict[str, _Loaded] = {}
+
+    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> _LoadedModel:
+        folder = checkpoint_folder(spec)
+        manifest = read_manifest(spec)
+        model = load_model(folder, spec, self._device, settings.num_devices)
+        return _LoadedModel(model, load_tokenizer(folder, spec), manifest, Checkpoint(folder))
 
     @property
     def mode(self) -> str:
         """The numeric mode: near ties fall differently in different ones."""
-        return f"{self._spec.dtype}/{self._device.type}/{self._spec.attention}/eager"
+        way = "compiled" if self._compiled else "eager"
+        return f"{self._spec.dtype}/{self._device.type}/{self._spec.attention}/{way}"
 
     def manifest(self) -> ModelManifest:
-        if self._manifest is None:
-            self._manifest = read_manifest(self._spec)
         return self._manifest
 
     def cut_prompts(
@@ -117,7 +133,7 @@ class Replica:
                 f"prompt_tokens + continuation_tokens is {length}, but {self._spec.path} reads {self._context} at most"
             )
         prompts = cut_prompts(texts, self._tokenizer, count, prompt_tokens, continuation_tokens, seed)
-        return prompts, reference_id(self.manifest().id, self.mode, prompts)
+        return prompts, reference_id(self._manifest.id, self.mode, prompts)
 
     @torch.inference_mode()
     def make_reference(self, prompts: PromptTokens) -> Reference:
@@ -125,8 +141,8 @@ class Replica:
         self._to_base()
         continuation = self._halving_batches(lambda: self._continue(prompts))
         reference = Reference(
-            id=reference_id(self.manifest().id, self.mode, prompts),
-            manifest_id=self.manifest().id,
+            id=reference_id(self._manifest.id, self.mode, prompts),
+            manifest_id=self._manifest.id,
             mode=self.mode,
             text=prompts.tokens,
             continuation=continuation,
@@ -142,7 +158,8 @@ class Replica:
         rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
         batches = rows.split(self._rows_in_batch(prompts.tokens.shape[1]))
         length = prompts.continuation_tokens
-        parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
+        with eager():  # its shapes change with every token
+            parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
         return torch.cat(parts).numpy().astype(np.int32)
 
     def use(self, reference: Reference) -> None:
@@ -176,7 +193,7 @@ class Replica:
             return self._continue(prompts)
 
     def _place(self, request: EvalRequest) -> tuple[str, str, tuple[int, int], int]:
-        return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self.manifest())
+        return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self._manifest)
 
     def _evaluate(self, request: EvalRequest) -> Outcome:
         started_at = time.perf_counter()
@@ -231,7 +248,7 @@ class Replica:
         names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
         if "kl" in request.extra_metrics and loaded.base_hidden is None:
             loaded.base_hidden = self._base_hidden(loaded)
-        boundary = first_changed_layer(request, self.manifest())
+        boundary = first_changed_layer(request, self._manifest)
         self._to_parent(request.parent)
         for name in names:
             self._advance(loaded.streams[name], boundary)
@@ -311,7 +328,8 @@ class Replica:
             state = stream.states[index] if stream.states else None
             hidden = self._body.finish(batch, state, stream.boundary)[:, first:-1]
             base = loaded.base_hidden[index] if kl and loaded.base_hidden is not None else None
-            parts.append(compare(self._body, hidden, batch[:, stream.targets_from :], base, self._suppressed))
+            targets = batch[:, stream.targets_from :]
+            parts.append(compare(self._body, hidden, targets, base, self._suppressed, self._compiled))
         return Divergence.join(parts)
 
     def _halving_batches(self, work: Callable[[], _T]) -> _T:
@@ -341,6 +359,13 @@ class Replica:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _pays_to_compile(spec: ModelSpec, model: Any, device: torch.device) -> bool:
+    """Narrow models spend their time on launches, and a search of theirs is over before compiling has paid."""
+    if spec.compile == "auto":
+        return device.type == "cuda" and bool(model.config.get_text_config().hidden_size >= _WIDE)
+    return spec.compile == "always"
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -6,7 +6,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from dtmsearch.model.compiled import Slot
 from dtmsearch.model.compress.bitsandbytes import compressed_module
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.plans.components import read_header, weight_files
@@ -49,8 +50,9 @@ class Checkpoint:
 class Weights:
     """A model's components under a plan, `Plan()` to begin with."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, slots: Mapping[str, Slot] | None = None) -> None:
         self._model = model
+        self._slots = slots or {}
         self._checkpoint = checkpoint
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
@@ -110,13 +112,21 @@ class Weights:
         return dtype
 
     def _installed(self, component: str) -> _Installed:
-        module = self._model.get_submodule(component)
+        module = self._module(component)
         dense = self._dense_modules.get(component, module)
         return _Installed(module, module.weight.data if module is dense else None)  # type: ignore[arg-type]
 
+    def _module(self, component: str) -> nn.Module:
+        if component in self._slots:
+            return self._slots[component].module
+        return self._model.get_submodule(component)
+
     def _install(self, component: str, installed: _Installed) -> None:
-        parent, _, attribute = component.rpartition(".")
-        self._model.get_submodule(parent)._modules[attribute] = installed.module
+        if component in self._slots:
+            self._slots[component].put(installed.module)
+        else:
+            parent, _, attribute = component.rpartition(".")
+            self._model.get_submodule(parent)._modules[attribute] = installed.module
         if installed.weight is not None:
             installed.module.weight.data = installed.weight
 
@@ -125,7 +135,6 @@ class Weights:
         if self.plan.scheme_of(component) == DENSE and not self._checkpoint.holds(component):
             assert replaced.weight is not None
             self._kept[component] = replaced.weight
-        now = self._model.get_submodule(component)
         dense = self._dense_modules[component]
-        if now is not dense:
+        if self._module(component) is not dense:
             dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    compile: Literal["auto", "always", "never"] = "auto"
 
 
 @dataclass(frozen=True)
