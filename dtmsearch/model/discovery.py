@@ -29,7 +29,7 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
         raise ValueError(f"{spec.path} is quantized already: a search starts from 16- or 32-bit weights")
     model = empty_model(folder, spec)
     layers_name, layers = find_layers(model)
-    components = _components(model, layers_name, layers)
+    components = components_of(layers_name, layers)
     if not components:
         raise ValueError(
             f"{spec.path} has no components: no nn.Linear module lies inside {layers_name} ({type(layers[0]).__name__})"
@@ -57,7 +57,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
-def _components(model: nn.Module, layers_name: str, layers: nn.ModuleList) -> tuple[Component, ...]:
+def components_of(layers_name: str, layers: nn.ModuleList) -> tuple[Component, ...]:
+    """The linear layers inside the layers of the list of that name, in model order."""
     return tuple(
         Component(f"{layers_name}.{index}.{name}", index, kind_of(name), (module.out_features, module.in_features))
         for index, layer in enumerate(layers)

@@ -25,7 +25,7 @@ from dtmsearch.model.divergence import Divergence, compare
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens
 from dtmsearch.model.prompts import cut_prompts
 from dtmsearch.model.weights import Checkpoint, Weights
-from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.components import ModelManifest, weight_files
 from dtmsearch.plans.evaluation import (
     EvalFailure,
     EvalRequest,
@@ -53,7 +53,9 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class _LoadedModel:
+class LoadedModel:
+    """What a replica is made of."""
+
     model: Any
     tokenizer: Any
     manifest: ModelManifest
@@ -108,11 +110,11 @@ class Replica:
         self._weights = Weights(model, loaded.checkpoint, slots)
         self._references: dict[str, _Loaded] = {}
 
-    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> _LoadedModel:
+    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         folder = checkpoint_folder(spec)
         manifest = read_manifest(spec)
         model = load_model(folder, spec, self._device, settings.num_devices)
-        return _LoadedModel(model, load_tokenizer(folder, spec), manifest, Checkpoint(folder))
+        return LoadedModel(model, load_tokenizer(folder, spec), manifest, Checkpoint(weight_files(folder)))
 
     @property
     def mode(self) -> str:

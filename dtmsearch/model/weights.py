@@ -6,7 +6,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dtmsearch.model.compiled import Slot
 from dtmsearch.model.compress.bitsandbytes import compressed_module
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.plans.components import read_header, weight_files
+from dtmsearch.plans.components import read_header
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import DENSE, parse_scheme
 
@@ -34,8 +34,8 @@ class _Installed:
 class Checkpoint:
     """Original weights by module name, read one at a time. Knows which names the files hold as they are."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file_of = {name: path for path in weight_files(folder) for name in read_header(path)}
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._file_of = {name: path for path in files for name in read_header(path)}
 
     def holds(self, component: str) -> bool:
         return f"{component}.weight" in self._file_of

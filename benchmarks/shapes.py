@@ -1,0 +1,46 @@
+"""Models of a given shape with random weights, made on the device: throughput needs no trained ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dtmsearch.model import replica
+from dtmsearch.model.discovery import components_of, find_layers
+from dtmsearch.model.weights import Checkpoint
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import ModelSpec, ReplicaSettings
+
+SHAPES = {
+    "llama2-7b": {
+        "vocab_size": 32_000, "hidden_size": 4_096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4_096,
+    },
+    "small": {
+        "vocab_size": 8_192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1_024,
+    },
+}  # fmt: skip
+
+
+class ShapedReplica(replica.Replica):
+    """A replica whose `spec.path` names a shape."""
+
+    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> replica.LoadedModel:
+        config = LlamaConfig(**SHAPES[spec.path], eos_token_id=2, tie_word_embeddings=False)
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, spec.dtype))
+        try:
+            with torch.device(self._device):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=spec.attention).eval()
+        finally:
+            torch.set_default_dtype(before)
+        model.requires_grad_(False)
+        layers_name, layers = find_layers(model)
+        manifest = ModelManifest(
+            spec.path, None, spec.dtype, len(layers), spec.path, components_of(layers_name, layers)
+        )
+        return replica.LoadedModel(model, SimpleNamespace(eos_token_id=None), manifest, Checkpoint([]))
