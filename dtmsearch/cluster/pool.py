@@ -38,6 +38,8 @@ REPLICA_CLASS = "dtmsearch.model.replica:Replica"
 _CALL_SECONDS = 1.0
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
+# Outcomes are handed over this far apart, for each time costs the driver a commit; at once when no more are under way.
+_GATHER_SECONDS = 0.1
 _MAX_ATTEMPTS = 3
 _MAX_FAILED_STARTS = 3
 # A call is given up after this many times its expected length, and never before the floor.
@@ -115,6 +117,7 @@ class ReplicaPool:
         self._queue: RequestQueue | None = None
         self._attempts: dict[str, int] = {}
         self._arrived: list[Outcome] = []
+        self._gather_until = 0.0
         self._seconds_per_cost: float | None = None
 
     def __enter__(self) -> ReplicaPool:
@@ -131,6 +134,11 @@ class ReplicaPool:
         self._members.clear()
         if self._own_ray:
             ray.shutdown()
+
+    def wait_until_ready(self) -> None:
+        """Wait for every replica; a search need not, for it begins with the first."""
+        while not all(member.ready for member in self._members):
+            self._welcome(timeout_seconds=1.0)
 
     # Preparation: whole answers from any one replica.
 
@@ -181,18 +189,31 @@ class ReplicaPool:
         self._dispatch()
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
+        """See `dtmsearch.search.scheduler.Evaluator`. What arrives within moments is handed over together."""
         self._welcome(timeout_seconds=0)
         self._dispatch()
-        waiting = {ref: m for m in self._members for ref in m.calls} | {
-            m.starting: m for m in self._members if not m.ready
-        }
-        if waiting and not self._arrived:
-            ray.wait(list(waiting), num_returns=1, timeout=timeout_seconds)
+        if not self._arrived:
+            self._wait(timeout_seconds)
+        while self._arrived and self._in_flight and (left := self._gather_until - time.monotonic()) > 0:
+            self._wait(left)
+        if self._arrived:
+            self._gather_until = time.monotonic() + _GATHER_SECONDS
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    @property
+    def _in_flight(self) -> bool:
+        return any(member.calls for member in self._members)
+
+    def _wait(self, timeout_seconds: float) -> None:
+        """Wait for a call or a start to end, take what has ended, keep the replicas busy."""
+        waiting = [reference for member in self._members for reference in member.calls]
+        waiting += [member.starting for member in self._members if not member.ready]
+        if waiting:
+            ray.wait(waiting, num_returns=1, timeout=timeout_seconds)
         for member in list(self._members):
             self._collect(member)
         self._dispatch()
-        arrived, self._arrived = self._arrived, []
-        return arrived
 
     def _collect(self, member: _Member) -> None:
         """Take what a replica has finished; give it up if it is lost or hangs."""
