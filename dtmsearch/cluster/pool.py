@@ -190,7 +190,6 @@ class ReplicaPool:
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
         """See `dtmsearch.search.scheduler.Evaluator`. What arrives within moments is handed over together."""
-        self._welcome(timeout_seconds=0)
         self._dispatch()
         if not self._arrived:
             self._wait(timeout_seconds)
@@ -211,6 +210,7 @@ class ReplicaPool:
         waiting += [member.starting for member in self._members if not member.ready]
         if waiting:
             ray.wait(waiting, num_returns=1, timeout=timeout_seconds)
+        self._welcome(timeout_seconds=0)
         for member in list(self._members):
             self._collect(member)
         self._dispatch()
