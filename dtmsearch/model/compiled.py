@@ -4,7 +4,7 @@ other weights or for another module, without compiling anything anew and without
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from weakref import WeakValueDictionary
@@ -62,19 +62,32 @@ def compile_layers(layers_name: str, layers: nn.ModuleList) -> dict[str, Slot]:
     """
     torch._dynamo.config.recompile_limit = _MOST_SHAPES
     torch._dynamo.config.accumulated_recompile_limit = 64 * _MOST_SHAPES
-    slots = {}
+    slots: dict[str, Slot] = {}
     for index, layer in enumerate(layers):
         linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        for name, module in linears:
-            parent, _, attribute = name.rpartition(".")
-            slots[f"{layers_name}.{index}.{name}"] = slot = Slot(module)
-            layer.get_submodule(parent)._modules[attribute] = slot
+        slots |= {f"{index}.{name}": Slot(module) for name, module in linears}
         layer.compile(dynamic=False)
-    return slots
+    _fill(layers, slots)
+    return {f"{layers_name}.{name}": slot for name, slot in slots.items()}
 
 
 @contextmanager
-def eager() -> Iterator[None]:
-    """Within, compiled layers run eagerly: for generation, whose shapes change with every token."""
-    with torch.compiler.set_stance("force_eager"):
+def as_loaded(layers_name: str, layers: nn.ModuleList, slots: Mapping[str, Slot]) -> Iterator[None]:
+    """Within, layers run eagerly and what is in the slots stands in its own place."""
+    compiled = [layer._compiled_call_impl for layer in layers]
+    places = {name.removeprefix(f"{layers_name}."): slot for name, slot in slots.items()}
+    _fill(layers, {name: slot.module for name, slot in places.items()})
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
         yield
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
+        _fill(layers, places)
+
+
+def _fill(layers: nn.ModuleList, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        parent, _, attribute = name.rpartition(".")
+        layers.get_submodule(parent)._modules[attribute] = module

@@ -30,14 +30,24 @@ class Divergence:
     nll: FloatArray
     kl: FloatArray | None
 
-    @staticmethod
-    def join(parts: Sequence[Divergence]) -> Divergence:
-        kl = [part.kl for part in parts if part.kl is not None]
-        return Divergence(
-            np.concatenate([part.diverged for part in parts]),
-            np.concatenate([part.nll for part in parts]),
-            np.concatenate(kl) if kl else None,
-        )
+
+@dataclass(frozen=True)
+class Scores:
+    """The values of a `Divergence` for one batch, still on the device."""
+
+    diverged: Tensor
+    nll: Tensor
+    kl: Tensor | None
+
+
+def fetch(batches: Sequence[Scores]) -> Divergence:
+    """Wait for the device, and take what it has found."""
+    kl = [batch.kl.cpu() for batch in batches if batch.kl is not None]
+    return Divergence(
+        torch.cat([batch.diverged.cpu() for batch in batches]).numpy(),
+        torch.cat([batch.nll.cpu() for batch in batches]).numpy(),
+        torch.cat(kl).numpy() if kl else None,
+    )
 
 
 def compare(
@@ -47,11 +57,11 @@ def compare(
     base_hidden: Tensor | None,
     suppressed: tuple[int, ...],
     compiled: bool = False,
-) -> Divergence:
+) -> Scores:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
     The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
-    `suppressed` tokens never. Likelihoods are of the full distribution.
+    `suppressed` tokens never. Likelihoods are of the full distribution. Returns before a GPU has done the work.
     """
     score = _compiled_score() if compiled else _score
     never = torch.zeros(body.vocabulary_size, dtype=torch.bool, device=hidden.device)
@@ -71,10 +81,10 @@ def compare(
             scored = score(logits, wanted[part].to(logits.device), base_logits, never)
             for column, values in zip((diverged, nll, kl), scored, strict=True):
                 column.append(values)
-    return Divergence(
-        torch.cat(diverged).reshape(shape).cpu().numpy(),
-        torch.cat(nll).reshape(shape).cpu().numpy(),
-        None if base_rows is None else torch.cat(kl).reshape(shape).cpu().numpy(),
+    return Scores(
+        torch.cat(diverged).reshape(shape),
+        torch.cat(nll).reshape(shape),
+        None if base_rows is None else torch.cat(kl).reshape(shape),
     )
 
 

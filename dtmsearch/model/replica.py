@@ -11,6 +11,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dtmsearch.model.body import Body
-from dtmsearch.model.compiled import compile_layers, eager
+from dtmsearch.model.compiled import as_loaded, compile_layers
 from dtmsearch.model.discovery import find_layers, read_manifest
-from dtmsearch.model.divergence import Divergence, compare
+from dtmsearch.model.divergence import Divergence, Scores, compare, fetch
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens
 from dtmsearch.model.prompts import cut_prompts
 from dtmsearch.model.weights import Checkpoint, Weights
@@ -30,6 +31,7 @@ from dtmsearch.plans.evaluation import (
     EvalFailure,
     EvalRequest,
     EvalResult,
+    FailureKind,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -85,6 +87,15 @@ class _Loaded:
     base_hidden: list[Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A request whose work is on its way: what its streams will score, a batch at a time, or why there is nothing."""
+
+    request: EvalRequest
+    scores: dict[str, list[Scores]] = field(default_factory=dict)
+    failure: tuple[FailureKind, str] | None = None
+
+
 class Replica:
     """A model on a device, with every method a whole answer.
 
@@ -106,9 +117,10 @@ class Replica:
         self._suppressed = suppressed_tokens(model, self._tokenizer)
         self._body = Body(model)
         self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
-        slots = compile_layers(*find_layers(model)) if self._compiled else {}
-        self._weights = Weights(model, loaded.checkpoint, slots)
+        self._slots = compile_layers(*find_layers(model)) if self._compiled else {}
+        self._weights = Weights(model, loaded.checkpoint, self._slots)
         self._references: dict[str, _Loaded] = {}
+        self._finished_at = 0.0
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         folder = checkpoint_folder(spec)
@@ -152,15 +164,18 @@ class Replica:
             suppressed=self._suppressed,
         )
         loaded = _Loaded(reference)
-        request = EvalRequest(Plan(), reference.id, (0, reference.num_prompts))
-        check = self._halving_batches(lambda: self._divergence(loaded, request)["continuation"])
+        check = self._dense_divergence(loaded)
         return Reference(**{**reference.__dict__, "agrees": ~check.diverged})
+
+    def _generating(self) -> AbstractContextManager[None]:
+        """Layers as they were loaded: shapes change with every token, so compiled ones would compile for ever."""
+        return as_loaded(*find_layers(self._body.model), self._slots)
 
     def _continue(self, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:
         rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
         batches = rows.split(self._rows_in_batch(prompts.tokens.shape[1]))
         length = prompts.continuation_tokens
-        with eager():  # its shapes change with every token
+        with self._generating():
             parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
         return torch.cat(parts).numpy().astype(np.int32)
 
@@ -176,15 +191,27 @@ class Replica:
     def canary(self, reference_id: str) -> float:
         """Share of the reference's tokens on which this replica's dense model diverges: 0 where all is well."""
         loaded = self._references[reference_id]
-        request = EvalRequest(Plan(), reference_id, (0, loaded.reference.num_prompts))
-        diverged = self._halving_batches(lambda: self._divergence(loaded, request)["continuation"]).diverged
+        diverged = self._dense_divergence(loaded).diverged
         return float((diverged & loaded.reference.agrees).mean())
+
+    def _dense_divergence(self, loaded: _Loaded) -> Divergence:
+        request = EvalRequest(Plan(), loaded.reference.id, (0, loaded.reference.num_prompts))
+        return fetch(self._halving_batches(lambda: self._score(loaded, request))["continuation"])
 
     @torch.inference_mode()
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         """An outcome for each request, in the order of the requests."""
-        order = sorted(range(len(requests)), key=lambda i: self._place(requests[i]))
-        outcomes = {i: self._evaluate(requests[i]) for i in order}
+        outcomes: dict[int, Outcome] = {}
+        launched: tuple[int, _Launched] | None = None
+        self._finished_at = time.perf_counter()
+        for index in sorted(range(len(requests)), key=lambda i: self._place(requests[i])):
+            # The next is on its way before the last is waited for, so that a GPU never waits for us.
+            following = index, self._launch(requests[index])
+            if launched is not None:
+                outcomes[launched[0]] = self._finish(launched[1])
+            launched = following
+        if launched is not None:
+            outcomes[launched[0]] = self._finish(launched[1])
         return [outcomes[i] for i in range(len(requests))]
 
     @torch.inference_mode()
@@ -197,31 +224,35 @@ class Replica:
     def _place(self, request: EvalRequest) -> tuple[str, str, tuple[int, int], int]:
         return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self._manifest)
 
-    def _evaluate(self, request: EvalRequest) -> Outcome:
-        started_at = time.perf_counter()
+    def _launch(self, request: EvalRequest) -> _Launched:
         loaded = self._references[request.reference_id]
         try:
-            streams = self._halving_batches(lambda: self._divergence(loaded, request))
-            failure = self._check_finite(streams)
+            return _Launched(request, self._halving_batches(lambda: self._score(loaded, request)))
         except ValueError as error:
-            streams, failure = {}, ("invalid", str(error))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+            return _Launched(request, failure=("invalid", str(error)))
+        except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            streams, failure = {}, ("out_of_memory", f"even with one prompt in a batch: {error}")
+            return _Launched(request, failure=("out_of_memory", f"even with one prompt in a batch: {error}"))
+
+    def _finish(self, launched: _Launched) -> Outcome:
+        request, reference = launched.request, self._references[launched.request.reference_id].reference
+        streams = {name: fetch(scores) for name, scores in launched.scores.items()}
+        failure = launched.failure or self._check_finite(streams)
+        started_at, self._finished_at = self._finished_at, time.perf_counter()
         provenance = Provenance(
             replica=self._name,
             node=self._node,
-            wall_seconds=time.perf_counter() - started_at,
-            tokens=sum(s.nll.shape[0] * loaded.reference.text.shape[1] for s in streams.values()),
+            wall_seconds=self._finished_at - started_at,
+            tokens=sum(s.nll.shape[0] * reference.text.shape[1] for s in streams.values()),
             finished_at=time.time(),
         )
         if failure is not None:
-            return EvalFailure(request.id, failure[0], failure[1], provenance)  # type: ignore[arg-type]
-        return self._result(request, streams, loaded.reference, provenance)
+            return EvalFailure(request.id, *failure, provenance)
+        return self._result(request, streams, reference, provenance)
 
     @staticmethod
-    def _check_finite(streams: dict[str, Divergence]) -> tuple[str, str] | None:
+    def _check_finite(streams: dict[str, Divergence]) -> tuple[FailureKind, str] | None:
         for name, stream in streams.items():
             bad = ~np.isfinite(stream.nll)
             if bad.any():
@@ -244,7 +275,7 @@ class Replica:
             provenance=provenance,
         )
 
-    def _divergence(self, loaded: _Loaded, request: EvalRequest) -> dict[str, Divergence]:
+    def _score(self, loaded: _Loaded, request: EvalRequest) -> dict[str, list[Scores]]:
         """What the request's plan makes of each stream, from the first layer in which it leaves its parent."""
         self._set_range(loaded, request.prompts)
         names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
@@ -323,23 +354,23 @@ class Replica:
         stream.forget()
         return [hidden.clone() for hidden in self._hidden(stream)]
 
-    def _measure(self, stream: _Stream, loaded: _Loaded, kl: bool) -> Divergence:
+    def _measure(self, stream: _Stream, loaded: _Loaded, kl: bool) -> list[Scores]:
         first = stream.targets_from - 1
-        parts = []
+        parts: list[Scores] = []
         for index, batch in enumerate(self._batches(stream)):
             state = stream.states[index] if stream.states else None
             hidden = self._body.finish(batch, state, stream.boundary)[:, first:-1]
             base = loaded.base_hidden[index] if kl and loaded.base_hidden is not None else None
             targets = batch[:, stream.targets_from :]
             parts.append(compare(self._body, hidden, targets, base, self._suppressed, self._compiled))
-        return Divergence.join(parts)
+        return parts
 
     def _halving_batches(self, work: Callable[[], _T]) -> _T:
         """`work`, with smaller batches for as long as memory does not suffice."""
         while True:
             try:
                 return work()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
                 message = str(error)
