@@ -31,6 +31,7 @@ _FAILED, _USAGE, _STOPPED, _STORE_UNREADABLE, _CLUSTER_UNREACHABLE = 1, 2, 3, 4,
 # modules; the nearest class counts. Any other exception is a fault of ours, whose traceback is kept.
 _EXIT_CODES = {
     "ValueError": _USAGE,
+    "ClusterLost": _STOPPED,
     "ClusterUnreachable": _CLUSTER_UNREACHABLE,
     "ReplicasFailed": _FAILED,
     "RunLocked": _FAILED,

@@ -17,8 +17,8 @@ from typing import NoReturn
 
 import dtmsearch
 from dtmsearch import config, texts
+from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
 from dtmsearch.cluster.pool import PoolSettings as Where
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import PromptsSection, SearchFile
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, Reference
@@ -169,7 +169,7 @@ class _Session:
             self._save(status="stopped", finished_at=time.time())
             raise SearchStopped from None
         except BaseException as error:
-            status = "stopped" if isinstance(error, StoreFull) else "failed"
+            status = "stopped" if isinstance(error, StoreFull | ClusterLost) else "failed"
             with suppress(StoreError):  # the first error is the one to report, also when the store cannot take it
                 self._save(status=status, finished_at=time.time(), message=str(error))
             raise

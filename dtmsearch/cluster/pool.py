@@ -7,9 +7,12 @@ search nor what a replica does.
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,6 +45,8 @@ _CALLS_AHEAD = 2
 _GATHER_SECONDS = 0.1
 _MAX_ATTEMPTS = 3
 _MAX_FAILED_STARTS = 3
+# Processes of a local Ray without which nothing goes on.
+_VITAL = ("raylet", "gcs_server")
 # A call is given up after this many times its expected length, and never before the floor.
 _HUNG_FACTOR, _HUNG_FLOOR_SECONDS = 20.0, 180.0
 # A canary may diverge by near ties on other hardware; more than this share is a broken replica.
@@ -51,6 +56,10 @@ _CONNECT_SECONDS = 10.0
 
 class ClusterUnreachable(RuntimeError):
     """There is no Ray cluster at the address, or it does not let us in."""
+
+
+class ClusterLost(RuntimeError):
+    """The Ray that was started for this search has died; the search can be resumed."""
 
 
 class ReplicasFailed(RuntimeError):
@@ -178,8 +187,22 @@ class ReplicaPool:
 
     def _first_ready(self) -> _Member:
         while not (ready := [m for m in self._members if m.ready]):
+            self._check_ray()
             self._welcome(timeout_seconds=1.0)
         return ready[0]
+
+    def _check_ray(self) -> None:
+        """Raise `ClusterLost` if a Ray of our own has lost what it cannot live without.
+
+        Ray itself would end this process at its next call, without a word.
+        """
+        node = ray._private.worker._global_node if self._own_ray else None
+        dead = [] if node is None else [kind for kind, _ in node.dead_processes() if kind in _VITAL]
+        if dead:
+            raise ClusterLost(
+                f"Ray's {dead[0]} process on this machine was killed, perhaps for want of memory. Nothing that was "
+                "recorded is lost: run again to resume"
+            )
 
     # Evaluator.
 
@@ -190,6 +213,7 @@ class ReplicaPool:
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
         """See `dtmsearch.search.scheduler.Evaluator`. What arrives within moments is handed over together."""
+        self._check_ray()
         self._dispatch()
         if not self._arrived:
             self._wait(timeout_seconds)
@@ -351,17 +375,31 @@ def connect(address: str | None) -> bool:
     if address is not None:
         _check_listening(address)
     try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="dtmsearch",
-        )
+        with _keeping_sigterm():
+            ray.init(
+                address=address or "local",
+                include_dashboard=False if address is None else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="dtmsearch",
+            )
     except (ConnectionError, RuntimeError, TimeoutError, GetTimeoutError) as error:
         where = f"no Ray cluster at {address}" if address else "Ray did not start here"
         raise ClusterUnreachable(f"{where}: {str(error).strip().splitlines()[0][:300]}") from error
     return True
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Ray puts handlers of its own in the place of ours, which end the process as if the search had failed."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # Ray's own handler, while it starts
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_listening(address: str) -> None:
