@@ -38,6 +38,7 @@ from dtmsearch.plans.evaluation import (
     Provenance,
     Reference,
     ReplicaSettings,
+    Speed,
     first_changed_layer,
     reference_id,
 )
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 _BATCH_TOKENS = {"cpu": 1_600, "cuda": 25_600}
 # From this width on compiled layers pay.
 _WIDE = 1_024
+# Tokens generated to time generation.
+_TIMED_TOKENS = 8
 _T = TypeVar("_T")
 
 
@@ -115,6 +118,7 @@ class Replica:
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
         self._context = getattr(model.config, "max_position_embeddings", None)
         self._suppressed = suppressed_tokens(model, self._tokenizer)
+        self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._body = Body(model)
         self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
         self._slots = compile_layers(*find_layers(model)) if self._compiled else {}
@@ -178,6 +182,39 @@ class Replica:
         with self._generating():
             parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
         return torch.cat(parts).numpy().astype(np.int32)
+
+    @torch.inference_mode()
+    def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
+        """What one of `count` prompts takes, timed on one batch of random tokens."""
+        length = prompt_tokens + continuation_tokens
+        rows = min(count, self._rows_in_batch(length))
+        tokens = torch.randint(self._body.vocabulary_size, (rows, length), device=self._body.input_device)
+        first = prompt_tokens - 1
+        hidden = self._body.finish(tokens, None, 0)[:, first:-1]
+        targets = tokens[:, prompt_tokens:]
+
+        def head() -> None:
+            fetch([compare(self._body, hidden, targets, None, self._suppressed, self._compiled)])
+
+        def generate() -> None:
+            with self._generating():
+                self._body.generate(tokens[:, :prompt_tokens], _TIMED_TOKENS, self._suppressed).cpu()
+
+        layers_seconds = _seconds(lambda: self._body.finish(tokens, None, 0)[:, -1].cpu())
+        return Speed(
+            layers_seconds=layers_seconds / rows,
+            head_seconds=_seconds(head) / rows,
+            text_head_factor=(length - 1) / continuation_tokens,
+            generation_seconds=_seconds(generate) / rows * continuation_tokens / _TIMED_TOKENS,
+            memory_bytes=self._memory_bytes(hidden),
+        )
+
+    def _memory_bytes(self, hidden: Tensor) -> int:
+        """Weights and the activations of one batch: the device's own count, or what the widest layer makes of it."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        widest = max(max(c.shape) for c in self._manifest.components)
+        return self._weight_bytes + 4 * self._batch_tokens * widest * hidden.element_size()
 
     def use(self, reference: Reference) -> None:
         """Take a reference, against which requests may be made from now on."""
@@ -392,6 +429,17 @@ class Replica:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shorter of two runs, after one to warm up. `work` waits for the device itself."""
+    work()
+    seconds = []
+    for _ in range(2):
+        started_at = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started_at)
+    return min(seconds)
 
 
 def _pays_to_compile(spec: ModelSpec, model: Any, device: torch.device) -> bool:

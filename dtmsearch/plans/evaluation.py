@@ -141,6 +141,19 @@ def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What a replica takes for one prompt, in seconds: all layers, the head where continuations are predicted, and
+    generating the continuation. `text_head_factor` is how much more head there is over human text. `memory_bytes`: the
+    weights and the activations of one batch."""
+
+    layers_seconds: float
+    head_seconds: float
+    text_head_factor: float
+    generation_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where and when an outcome came about; never part of an identity. `finished_at` in seconds since the epoch."""
 
