@@ -36,6 +36,8 @@ __all__ = ["PlanMeasurement", "Where", "demo", "evaluate", "open_store", "resume
 
 # A uniform plan counts as one of the same size up to this relative difference in stored bits.
 _SAME_SIZE = 0.05
+# How `evaluate` is asked for the uniform plan of a scheme.
+_UNIFORM = "uniform:"
 
 
 class _Silent:
@@ -73,13 +75,11 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
     """
     observer = observer or _Silent()
     results = ResultStore(store, on_note=observer.on_note)
-    previous = results.run(file.run)
-    if previous is not None:
-        _check_same_search(previous, file, store)
-        if previous.status == "finished":
-            return replace(summarize_run(results, file.run), already_complete=True)
+    previous = _begun(results, file)
+    if previous is not None and previous.status == "finished":
+        return replace(summarize_run(results, file.run), already_complete=True)
     with results.writer(file.run) as writer:
-        _Session(file, results, writer, where, observer, previous).run()
+        _Session(file, results, writer, where, observer, _begun(results, file)).run()
     return summarize_run(results, file.run)
 
 
@@ -113,6 +113,8 @@ def evaluate(
     """
     observer = observer or _Silent()
     results = ResultStore(store, on_note=observer.on_note)
+    _check_plan_argument(plan, results)
+    texts.check_readable(file)
     with results.evaluate_writer(file.run) as writer, _pool(file, where, observer) as pool, _interruptible():
         manifest = pool.manifest()
         space = _space(file, manifest)
@@ -163,6 +165,7 @@ class _Session:
 
     def run(self) -> None:
         try:
+            texts.check_readable(self._file)
             with _interruptible(), _pool(self._file, self._where, self._observer) as pool:
                 self._run(pool)
         except (KeyboardInterrupt, SearchStopped):
@@ -179,7 +182,6 @@ class _Session:
         self._writer.put_run(self._record)
 
     def _run(self, pool: ReplicaPool) -> None:
-        texts.check_readable(self._file)
         manifest = pool.manifest()
         space = _space(self._file, manifest)
         if self._record.manifest_id not in (None, manifest.id):
@@ -256,6 +258,10 @@ def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
 
 
 def _pool(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
+    if file.model.trust_remote_code:
+        observer.on_note(
+            f"WARNING: TRUST_REMOTE_CODE IS ON. PYTHON CODE THAT COMES WITH {file.model.path} RUNS WITH ALL YOUR RIGHTS"
+        )
     if where.address is None:
         texts.check_model(file)
     return ReplicaPool(file.model_spec, where, observer.on_note)
@@ -293,22 +299,30 @@ def _reference(
     return reference
 
 
+def _check_plan_argument(plan: str, results: ResultStore) -> None:
+    """Raises `ValueError` for what can be told to be no plan before the model is known."""
+    if plan.startswith(_UNIFORM):
+        parse_scheme(plan.removeprefix(_UNIFORM))
+    elif not Path(plan).is_file():
+        record = results.run(plan)
+        if record is None:
+            raise ValueError(f"--plan {plan!r} is no file, no run of this store, and not {_UNIFORM}SCHEME")
+        if record.final_plan_id is None:
+            raise ValueError(f"run {plan!r} has no final plan (it is {record.status})")
+
+
 def _find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: ResultStore) -> Plan:
-    if plan.startswith("uniform:"):
-        scheme = plan.removeprefix("uniform:")
-        parse_scheme(scheme)
-        return space.uniform(scheme)
+    if plan.startswith(_UNIFORM):
+        return space.uniform(plan.removeprefix(_UNIFORM))
     path = Path(plan)
     if path.is_file():
         return plan_from_json(path.read_text(encoding="utf-8"), manifest, plan)
-    record = results.run(plan)
-    if record is None:
-        raise ValueError(f"--plan {plan!r} is no file, no run of this store, and not uniform:SCHEME")
-    found = None if record.final_plan_id is None else results.plan(record.final_plan_id, plan)
-    if found is None:
-        raise ValueError(f"run {plan!r} has no final plan (it is {record.status})")
+    record = _record_of(results, plan)
     if record.manifest_id != manifest.id:
         raise ValueError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
+    found = None if record.final_plan_id is None else results.plan(record.final_plan_id, plan)
+    if found is None:
+        raise ValueError(f"the final plan of run {plan!r} is not in the store")
     return found
 
 
@@ -325,14 +339,24 @@ def _stored_file(results: ResultStore, run_name: str) -> SearchFile:
     return config.parse(record.config, f"the search file of run {run_name}", Path(record.config_folder))
 
 
-def _check_same_search(previous: RunRecord, file: SearchFile, store: str) -> None:
-    changes = config.difference(previous.config, file.to_yaml())
+def _begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
+    """What is recorded of the run; None if it came to nothing yet, so that a mistake in its file can be mended.
+
+    Raises `ValueError` when it was begun from another search file.
+    """
+    previous = results.run(file.run)
+    if previous is None or previous.reference_id is None:
+        return None
+    # As this version writes it: a key that came later stands there with its default.
+    before = config.parse(previous.config, f"the search file of run {file.run}", Path(previous.config_folder))
+    changes = config.difference(before.to_yaml(), file.to_yaml())
     if changes:
         lines = "\n  ".join(changes)
         raise ValueError(
-            f"run {file.run!r} in {store} was started from another search file:\n  {lines}\n"
+            f"run {file.run!r} in {results.url} was started from another search file:\n  {lines}\n"
             f"Give this search a name of its own (run: {file.run}-2, or --set run={file.run}-2), or undo the change"
         )
+    return previous
 
 
 @contextmanager

@@ -197,7 +197,9 @@ class ReplicaPool:
         Ray itself would end this process at its next call, without a word.
         """
         node = ray._private.worker._global_node if self._own_ray else None
-        dead = [] if node is None else [kind for kind, _ in node.dead_processes() if kind in _VITAL]
+        if node is None:
+            return
+        dead = [kind for kind, _ in node.dead_processes() if kind in _VITAL]
         if dead:
             raise ClusterLost(
                 f"Ray's {dead[0]} process on this machine was killed, perhaps for want of memory. Nothing that was "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,20 @@ def _fetch(spec: ModelSpec) -> Path:
         ) from error
 
 
+@contextmanager
+def _explained(what: str, folder: Path) -> Iterator[None]:
+    """What transformers cannot make of a folder is a user's mistake, and the message says which folder."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the machine, not of the folder
+        raise ValueError(f"cannot load the {what} in {folder}: {str(error).strip()}") from error
+
+
 def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    with _explained("tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     tokenizer.model_max_length = 10**9  # documents are longer than contexts, and are cut by us
     return tokenizer
 
@@ -55,14 +69,15 @@ def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices:
     transformers_logging.disable_progress_bar()
     if spec.trust_remote_code:
         log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, spec.dtype),
-        attn_implementation=spec.attention,
-        device_map="balanced" if num_devices > 1 else {"": str(device)},
-        use_safetensors=True,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    with _explained("model", folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+            device_map="balanced" if num_devices > 1 else {"": str(device)},
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+        )
     result: nn.Module = model.eval().requires_grad_(False)
     return result
 

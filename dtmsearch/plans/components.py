@@ -108,8 +108,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"no model at {folder}: the folder does not exist")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"no model at {folder}: it holds no config.json")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no model at {folder}: it holds no config.json") from None
+    except ValueError as error:
+        raise ValueError(f"the model at {folder} has a config.json that is no JSON: {error}") from None
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
