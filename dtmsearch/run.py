@@ -114,7 +114,7 @@ def evaluate(
     observer = observer or _Silent()
     results = ResultStore(store, on_note=observer.on_note)
     _check_plan_argument(plan, results)
-    texts.check_readable(file)
+    texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     with results.evaluate_writer(file.run) as writer, _pool(file, where, observer) as pool, _interruptible():
         manifest = pool.manifest()
         space = _space(file, manifest)
@@ -165,6 +165,7 @@ class _Session:
 
     def run(self) -> None:
         try:
+            self._save(status="running", finished_at=None, message=None)
             texts.check_readable(self._file)
             with _interruptible(), _pool(self._file, self._where, self._observer) as pool:
                 self._run(pool)
@@ -190,7 +191,7 @@ class _Session:
                 f"{manifest.id} at {manifest.model}. Give the search another run name"
             )
         self._writer.put_components(manifest, space.components)
-        self._save(status="running", manifest_id=manifest.id, finished_at=None, message=None)
+        self._save(manifest_id=manifest.id)
         reference = _reference(
             pool, self._results, self._writer, self._file, self._file.prompts, self._record.reference_id
         )
