@@ -1,0 +1,217 @@
+"""The command line in processes of its own, and what happens to such processes: for tests from end to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import yaml
+from tiny import TEXT, write_model
+
+from dtmsearch.results.store import ResultStore
+
+COMMAND = str(Path(sys.executable).with_name("dtmsearch"))
+# The longest that anything waited for here may take, on a machine that is busy with other things.
+PATIENCE_SECONDS = 180.0
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment() -> dict[str, str]:
+    offline = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
+    return os.environ | offline
+
+
+def dtmsearch(*arguments: str | Path, cwd: Path | None = None) -> Ended:
+    """The command, from start to end."""
+    return ended([COMMAND, *map(str, arguments)], cwd)
+
+
+def ended(command: list[str], cwd: Path | None = None) -> Ended:
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=PATIENCE_SECONDS, check=False
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+class Driver:
+    """The command at work, in a process group of its own, as a shell would start it. Use in a `with` statement."""
+
+    def __init__(self, log: Path, *arguments: str | Path) -> None:
+        self._log = log
+        with log.open("w") as stream:
+            self._process = subprocess.Popen(
+                [COMMAND, *map(str, arguments)],
+                stdout=stream,
+                stderr=stream,
+                stdin=subprocess.DEVNULL,
+                env=environment(),
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Wait until something happened; that this process has ended first is an error."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not happened():
+            assert self.is_running, f"ended too early, with {self._process.returncode}:\n{self.output}"
+            assert time.monotonic() < deadline, f"waited too long:\n{self.output}"
+            time.sleep(0.01)
+
+    def says(self, text: str) -> bool:
+        return text in self.output
+
+    def starts(self, name: str) -> bool:
+        """Whether a process with `name` in its command line runs below this one."""
+        return bool(self.below(name))
+
+    def below(self, name: str) -> list[int]:
+        """Ids of the processes below this one with `name` in their command line."""
+        return _below(self._process.pid, name)
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """As a terminal does with Ctrl-C."""
+        os.killpg(self._process.pid, number)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to one process below this one, such as the raylet."""
+        os.kill(self.below(name)[0], signal.SIGKILL)
+
+    def wait(self) -> int:
+        return self._process.wait(PATIENCE_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It does not outlive the `with` statement."""
+        if self.is_running:
+            self.signal(signal.SIGTERM)
+            try:
+                self._process.wait(20.0)
+            except subprocess.TimeoutExpired:
+                self.signal_group(signal.SIGKILL)
+                self._process.wait()
+
+
+def process_ends(pid: int) -> bool:
+    """Whether a process ends before our patience does."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while _command_line(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _below(pid: int, name: str) -> list[int]:
+    """Process ids of descendants with `name` in their command line."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sorted(child for child in below - {pid} if name in _command_line(child))
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def tiny_search(folder: Path, **changes: Any) -> Path:
+    """A search file over a tiny model of random weights, both in `folder`; `changes` replace its keys, such as
+    `search__width`."""
+    if not (folder / "model").is_dir():
+        write_model(folder / "model")
+        (folder / "text.txt").write_text(TEXT)
+    content: dict[str, Any] = {
+        "run": "tiny",
+        "model": {"path": "model", "dtype": "float32"},
+        "prompts": {"files": ["text.txt"], "count": 8, "prompt_tokens": 10, "continuation_tokens": 12},
+        "validation": {"files": ["text.txt"], "count": 6, "seed": 1},
+        "search": {"strategy": "beam", "width": 2, "schemes": ["int4-channel", "int8-channel"], "stop": {"share": 0.4}},
+    }
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        section = content
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    path = folder / f"{content['run']}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def rows(store: Path, table: str, run: str | None = None, without: tuple[str, ...] = ()) -> Rows:
+    """A table's rows in recorded order; no rows where nothing is recorded yet."""
+    found: Rows = ResultStore(store).table(table, run=run).to_pylist()
+    return [{key: value for key, value in row.items() if key not in without} for row in found]
+
+
+def num_recorded(store: Path, run: str = "tiny") -> int:
+    """Evaluations that are recorded for a run."""
+    return ResultStore(store).table("evaluations", ["evaluation_id"], run).num_rows
+
+
+def last_status(store: Path, run: str = "tiny") -> str:
+    record = ResultStore(store).run(run)
+    assert record is not None
+    return record.status
+
+
+def no_traceback(done: Ended) -> bool:
+    return "Traceback" not in done.err + done.out
+
+
+@contextmanager
+def tmpfs(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own at `folder`, which can fill up or turn read-only. Skips where mounting is forbidden."""
+    folder.mkdir()
+    mounted = ended(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)])
+    if mounted.code != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.err.strip()}")
+    try:
+        yield folder
+    finally:
+        ended(["umount", "--lazy", str(folder)])
+
+
+def remount(folder: Path, options: str) -> None:
+    assert ended(["mount", "-o", f"remount,{options}", str(folder)]).code == 0

@@ -1,0 +1,169 @@
+"""One search, killed and stopped in every way there is, each time continued; beside it the same search undisturbed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from processes import (
+    PATIENCE_SECONDS,
+    Driver,
+    Ended,
+    Rows,
+    dtmsearch,
+    last_status,
+    num_recorded,
+    process_ends,
+    rows,
+    tiny_search,
+)
+
+from dtmsearch.results.store import ResultStore
+
+pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
+
+# What differs between two runs of one search: where and when.
+_CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One driver's time: how it ended, and what was recorded then."""
+
+    code: int
+    output: str
+    status: str
+    recorded: Rows
+
+
+@dataclass(frozen=True)
+class History:
+    """A search through all its sessions, and the same search undisturbed."""
+
+    store: Path
+    undisturbed: Path
+    sessions: dict[str, Session]
+    replica_of_killed_driver: int
+    resumed: Ended
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
+    folder = tmp_path_factory.mktemp("killed")
+    store, undisturbed = folder / "store", folder / "undisturbed"
+    file = tiny_search(folder)
+    sessions: dict[str, Session] = {}
+
+    def session(name: str) -> Driver:
+        return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1")
+
+    def over(name: str, process: Driver) -> None:
+        code = process.wait()
+        sessions[name] = Session(code, process.output, last_status(store), rows(store, "evaluations"))
+
+    def until_more(process: Driver) -> None:
+        before = num_recorded(store)
+        process.until(lambda: num_recorded(store) > before)
+
+    with Driver(folder / "undisturbed.log", "run", file, "--store", undisturbed, "--replicas", "1") as calm:
+        with session("all at once") as process:
+            process.until(lambda: process.starts("raylet"))
+            process.signal_group(signal.SIGKILL)
+            over("all at once", process)
+        with session("driver") as process:
+            until_more(process)
+            replica = process.below("ray::_Host")[0]
+            process.signal(signal.SIGKILL)
+            over("driver", process)
+        calm.wait()
+        with session("raylet") as process:
+            until_more(process)
+            process.kill("raylet/raylet")
+            over("raylet", process)
+        with session("replica, then Ctrl-C") as process:
+            until_more(process)
+            process.kill("ray::_Host")
+            process.until(lambda: process.says("was lost and is replaced"))
+            until_more(process)
+            process.signal_group(signal.SIGINT)
+            over("replica, then Ctrl-C", process)
+        with session("SIGTERM") as process:
+            until_more(process)
+            process.signal(signal.SIGTERM)
+            over("SIGTERM", process)
+        with session("driver while validating") as process:
+            process.until(lambda: process.says("held-out"))
+            process.signal(signal.SIGKILL)
+            over("driver while validating", process)
+    resumed = dtmsearch("resume", "tiny", "--store", store, "--replicas", "2")
+    yield History(store, undisturbed, sessions, replica, resumed)
+
+
+def final_plan(store: Path) -> Rows:
+    record = ResultStore(store).run("tiny")
+    assert record is not None
+    return [row for row in rows(store, "plans") if row["plan_id"] == record.final_plan_id]
+
+
+def by_id(evaluations: Rows) -> dict[str, dict[str, object]]:
+    return {row["evaluation_id"]: row for row in evaluations}
+
+
+def test_a_search_that_was_killed_and_stopped_ends(history: History) -> None:
+    assert (history.resumed.code, last_status(history.store)) == (0, "finished"), history.resumed
+
+
+def test_it_ends_with_the_plan_of_an_undisturbed_search(history: History) -> None:
+    assert final_plan(history.store) == final_plan(history.undisturbed) != []
+
+
+def test_its_steps_are_those_of_an_undisturbed_search(history: History) -> None:
+    steps = rows(history.store, "steps", without=("wall_seconds",))
+    assert steps == rows(history.undisturbed, "steps", without=("wall_seconds",))
+
+
+def test_its_evaluations_are_those_of_an_undisturbed_search_bit_by_bit(history: History) -> None:
+    evaluations = rows(history.store, "evaluations", without=_CIRCUMSTANCES)
+    assert by_id(evaluations) == by_id(rows(history.undisturbed, "evaluations", without=_CIRCUMSTANCES))
+
+
+def test_no_evaluation_is_recorded_twice(history: History) -> None:
+    ids = [row["evaluation_id"] for row in rows(history.store, "evaluations")]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("fault", ["driver", "raylet", "replica, then Ctrl-C", "SIGTERM", "driver while validating"])
+def test_what_was_recorded_before_a_fault_is_not_measured_again(history: History, fault: str) -> None:
+    recorded = by_id(history.sessions[fault].recorded)
+    at_the_end = by_id(rows(history.store, "evaluations"))
+    assert recorded and {i: at_the_end.get(i) for i in recorded} == recorded
+
+
+@pytest.mark.parametrize("fault", ["raylet", "replica, then Ctrl-C", "SIGTERM"])
+def test_a_driver_that_can_still_act_leaves_its_run_stopped(history: History, fault: str) -> None:
+    session = history.sessions[fault]
+    assert (session.code, session.status) == (3, "stopped"), session.output
+
+
+@pytest.mark.parametrize("fault", ["replica, then Ctrl-C", "SIGTERM"])
+def test_a_stopped_driver_says_how_to_go_on(history: History, fault: str) -> None:
+    assert f"To continue: dtmsearch resume tiny --store {history.store}" in history.sessions[fault].output
+
+
+def test_a_driver_whose_ray_dies_says_how_to_go_on(history: History) -> None:
+    assert "raylet process on this machine was killed" in history.sessions["raylet"].output
+
+
+def test_no_fault_shows_a_traceback(history: History) -> None:
+    assert [name for name, session in history.sessions.items() if "Traceback" in session.output] == []
+
+
+def test_a_killed_driver_takes_its_replica_along(history: History) -> None:
+    assert process_ends(history.replica_of_killed_driver)
+
+
+def test_a_search_is_on_record_before_ray_has_started(history: History) -> None:
+    assert history.sessions["all at once"].status == "running"
