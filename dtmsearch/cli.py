@@ -167,6 +167,7 @@ def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
     "run",
     epilog=examples(
         "dtmsearch run search.yaml",
+        "dtmsearch run search.yaml --dry-run",
         "dtmsearch run search.yaml --set search.width=4 --set run=wider",
         "dtmsearch run search.yaml --address 10.0.0.5:6379 --replicas 8 --store s3://bucket/store",
     ),
@@ -175,13 +176,22 @@ def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
 @set_option
 @store_option
 @where_options
+@click.option("--dry-run", is_flag=True, help="Say what the search will cost, and run nothing.")
 @format_option("table", "json")
-def run_verb(file: Path, overrides: tuple[str, ...], store: str, form: str, quiet: bool, **where: Any) -> None:
+def run_verb(
+    file: Path, overrides: tuple[str, ...], store: str, dry_run: bool, form: str, quiet: bool, **where: Any
+) -> None:
     """Start or continue the search in FILE."""
     from dtmsearch.config import load
     from dtmsearch.run import run
 
     search_file = load(file, overrides)
+    if dry_run:
+        from dtmsearch.estimate import estimate
+        from dtmsearch.summaries import estimate_text
+
+        _show(estimate(search_file, _where(**where)), form, estimate_text)
+        return
     with _resumable(_resume_command(search_file.run, store)), _watching(quiet) as observer:
         summary = run(search_file, store, _where(**where), observer)
     _show_run(summary, store, form)

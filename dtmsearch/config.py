@@ -159,8 +159,9 @@ class SearchFile(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load(path: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> SearchFile:
     """Read a search file and apply overrides such as `search.width=4`. Raises `ValueError` for a user's mistake."""
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

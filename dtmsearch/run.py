@@ -20,6 +20,7 @@ from dtmsearch import config, texts
 from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
 from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.config import PromptsSection, SearchFile
+from dtmsearch.estimate import search_space
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, Reference
 from dtmsearch.plans.metrics import Summary, summarize
@@ -32,7 +33,18 @@ from dtmsearch.search.scheduler import Decision, Observer, Progress, SearchStopp
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies import make_strategy
 
-__all__ = ["PlanMeasurement", "Where", "demo", "evaluate", "open_store", "resume", "run", "stop"]
+__all__ = [
+    "Estimate",
+    "PlanMeasurement",
+    "Where",
+    "demo",
+    "estimate",
+    "evaluate",
+    "open_store",
+    "resume",
+    "run",
+    "stop",
+]
 
 # A uniform plan counts as one of the same size up to this relative difference in stored bits.
 _SAME_SIZE = 0.05
@@ -117,7 +129,7 @@ def evaluate(
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     with results.evaluate_writer(file.run) as writer, _pool(file, where, observer) as pool, _interruptible():
         manifest = pool.manifest()
-        space = _space(file, manifest)
+        space = search_space(file, manifest)
         chosen = _find_plan(plan, space, manifest, results)
         writer.put_components(manifest, space.components)
         reference = _reference(pool, results, writer, file, file.prompts, None)
@@ -184,7 +196,7 @@ class _Session:
 
     def _run(self, pool: ReplicaPool) -> None:
         manifest = pool.manifest()
-        space = _space(self._file, manifest)
+        space = search_space(self._file, manifest)
         if self._record.manifest_id not in (None, manifest.id):
             raise ValueError(
                 f"run {self._file.run!r} began with another model: manifest {self._record.manifest_id}, now "
@@ -266,17 +278,6 @@ def _pool(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
     if where.address is None:
         texts.check_model(file)
     return ReplicaPool(file.model_spec, where, observer.on_note)
-
-
-def _space(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
-    section = file.search
-    return SearchSpace(
-        components=manifest.select(section.components.include, section.components.exclude),
-        schemes=section.schemes,
-        tied=section.tied,
-        dense_bits=manifest.dense_bits,
-        budget=section.stop.budget,
-    )
 
 
 def _reference(

@@ -17,6 +17,7 @@ from dtmsearch.terminal import components, duration, table
 
 if TYPE_CHECKING:
     from dtmsearch.doctor import Finding
+    from dtmsearch.estimate import Estimate
     from dtmsearch.results.summary import RunOverview, RunSummary, ValidationRow
     from dtmsearch.run import PlanMeasurement
 
@@ -160,6 +161,20 @@ def measurement_text(measurement: PlanMeasurement) -> str:
     columns = [*_METRIC_COLUMNS, "FDT p25", "p50", "p75"]
     cells = [*_metric_cells(summary), summary.fdt_p25, summary.fdt_p50, summary.fdt_p75]
     return "\n".join([*lines, table(columns, [cells])])
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """What a search will cost."""
+    return "\n".join(
+        [
+            _line("search", f"about {estimate.evaluations:,} evaluations, {estimate.tokens / 1e6:,.1f} million tokens"),
+            _line("work", f"{estimate.operations / 1e12:,.1f} TFLOP in matrix products, shared prefixes left out"),
+            _line("memory", f"{estimate.memory_bytes / 2**30:.2f} GiB a replica, {estimate.replicas} replicas"),
+            _line("rate", f"{estimate.evaluation_seconds:.3g} s an evaluation, as timed here on one replica"),
+            _line("time", f"{duration(estimate.search_seconds)} of search"),
+            _line("", f"{duration(estimate.other_seconds)} for the reference and the validation"),
+        ]
+    )
 
 
 def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:

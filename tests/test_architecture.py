@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "texts": {"plans", "config"},
     "cluster": {"plans"},
     "cluster.sweep": {"plans", "run"},
-    "run": {"plans", "config", "search", "results", "texts", "cluster"},
+    "estimate": {"plans", "config", "search", "texts", "cluster"},
+    "run": {"plans", "config", "search", "results", "texts", "cluster", "estimate"},
 }
 
 # room -> what it may load that is neither ours nor Python's.
@@ -38,6 +39,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "results": {"pyarrow", "duckdb", "numpy"},
     "model": {
         "torch",
+        "triton",
         "transformers",
         "accelerate",
         "bitsandbytes",

@@ -31,6 +31,7 @@ from dtmsearch.plans.evaluation import (
     Provenance,
     Reference,
     ReplicaSettings,
+    Speed,
 )
 
 log = logging.getLogger(__name__)
@@ -164,6 +165,11 @@ class ReplicaPool:
         """See `dtmsearch.model.replica.Replica.make_reference`."""
         reference: Reference = self._ask_one("make_reference", prompts)
         return reference
+
+    def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
+        """See `dtmsearch.model.replica.Replica.measure_speed`."""
+        speed: Speed = self._ask_one("measure_speed", count, prompt_tokens, continuation_tokens)
+        return speed
 
     def use(self, reference: Reference) -> None:
         """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""

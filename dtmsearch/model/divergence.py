@@ -56,14 +56,13 @@ def compare(
     targets: Tensor,
     base_hidden: Tensor | None,
     suppressed: tuple[int, ...],
-    compiled: bool = False,
 ) -> Scores:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
     The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
     `suppressed` tokens never. Likelihoods are of the full distribution. Returns before a GPU has done the work.
     """
-    score = _compiled_score() if compiled else _score
+    score = _fused_score() if hidden.is_cuda else _score
     never = torch.zeros(body.vocabulary_size, dtype=torch.bool, device=hidden.device)
     never[list(suppressed)] = True
     shape = targets.shape
@@ -103,6 +102,10 @@ def _score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: T
 
 
 @cache
-def _compiled_score() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`_score` in one pass over the logits, where several kernels would read and write them again and again."""
-    return torch.compile(_score, dynamic=False)
+def _fused_score() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_score` as one pass over the logits, where there is Triton, as there is with torch for CUDA."""
+    try:
+        from dtmsearch.model.kernels import score
+    except ImportError:
+        return _score
+    return score

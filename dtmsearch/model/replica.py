@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,6 +54,8 @@ _BATCH_TOKENS = {"cpu": 1_600, "cuda": 25_600}
 _WIDE = 1_024
 # Tokens generated to time generation.
 _TIMED_TOKENS = 8
+# The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
+_MOST_HELD_TWICE = 0.1
 _T = TypeVar("_T")
 
 
@@ -130,7 +132,9 @@ class Replica:
         folder = checkpoint_folder(spec)
         manifest = read_manifest(spec)
         model = load_model(folder, spec, self._device, settings.num_devices)
-        return LoadedModel(model, load_tokenizer(folder, spec), manifest, Checkpoint(weight_files(folder)))
+        checkpoint = Checkpoint(weight_files(folder))
+        checkpoint.map_apart(model)
+        return LoadedModel(model, load_tokenizer(folder, spec), manifest, checkpoint)
 
     @property
     def mode(self) -> str:
@@ -194,7 +198,7 @@ class Replica:
         targets = tokens[:, prompt_tokens:]
 
         def head() -> None:
-            fetch([compare(self._body, hidden, targets, None, self._suppressed, self._compiled)])
+            fetch([compare(self._body, hidden, targets, None, self._suppressed)])
 
         def generate() -> None:
             with self._generating():
@@ -214,7 +218,7 @@ class Replica:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
         widest = max(max(c.shape) for c in self._manifest.components)
-        return self._weight_bytes + 4 * self._batch_tokens * widest * hidden.element_size()
+        return int(self._weight_bytes + 4 * self._batch_tokens * widest * hidden.element_size())
 
     def use(self, reference: Reference) -> None:
         """Take a reference, against which requests may be made from now on."""
@@ -254,9 +258,8 @@ class Replica:
     @torch.inference_mode()
     def generate(self, plan: Plan, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Free greedy generation with the compressed model: [num_prompts, continuation_tokens]."""
-        self._to_base()
-        with self._weights.perturbed(plan):
-            return self._continue(prompts)
+        self._to_parent(plan)
+        return self._continue(prompts)
 
     def _place(self, request: EvalRequest) -> tuple[str, str, tuple[int, int], int]:
         return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self._manifest)
@@ -318,6 +321,7 @@ class Replica:
         names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
         if "kl" in request.extra_metrics and loaded.base_hidden is None:
             loaded.base_hidden = self._base_hidden(loaded)
+        request = self._with_near_parent(request)
         boundary = first_changed_layer(request, self._manifest)
         self._to_parent(request.parent)
         for name in names:
@@ -327,6 +331,15 @@ class Replica:
                 name: self._measure(loaded.streams[name], loaded, kl="kl" in request.extra_metrics and not index)
                 for index, name in enumerate(names)
             }
+
+    def _with_near_parent(self, request: EvalRequest) -> EvalRequest:
+        """The request; with the plan as its own parent where the two are so far apart that memory would hold much of
+        the model twice, once for each."""
+        changed = [self._manifest.by_name[component] for component in request.plan.diff(request.parent)]
+        if len({component.layer for component in changed}) <= 1:
+            return request
+        share = sum(c.num_weights for c in changed) / sum(c.num_weights for c in self._manifest.components)
+        return request if share <= _MOST_HELD_TWICE else replace(request, parent=request.plan)
 
     def _set_range(self, loaded: _Loaded, prompts: tuple[int, int]) -> None:
         if loaded.prompts == prompts:
@@ -399,7 +412,7 @@ class Replica:
             hidden = self._body.finish(batch, state, stream.boundary)[:, first:-1]
             base = loaded.base_hidden[index] if kl and loaded.base_hidden is not None else None
             targets = batch[:, stream.targets_from :]
-            parts.append(compare(self._body, hidden, targets, base, self._suppressed, self._compiled))
+            parts.append(compare(self._body, hidden, targets, base, self._suppressed))
         return parts
 
     def _halving_batches(self, work: Callable[[], _T]) -> _T:
