@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tiny import DEMO_MODEL, llama_config, replica, result, values, with_reference, write_model
 
 from dtmsearch.model import replica as replica_module
+from dtmsearch.model.replica import Replica
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult
 from dtmsearch.plans.plan import Perturbation, Plan
 
@@ -258,17 +260,38 @@ def test_a_component_the_checkpoint_names_otherwise_comes_back_from_memory(
     assert model.canary(reference.id) == 0.0
 
 
+def held(model: Replica) -> float:
+    """Weights in memory, as a multiple of the model's own."""
+    gc.collect()
+    own = sum(p.numel() for p in model._body.model.parameters())
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    matrices = [t for t in tensors if t.is_floating_point() and t.ndim == 2]
+    return sum({t.untyped_storage().data_ptr(): t.numel() for t in matrices}.values()) / own
+
+
 def test_a_replica_holds_one_copy_of_the_weights(folder: Path) -> None:
     model = replica(folder)
     reference = with_reference(model)
     plan = Plan.uniform(model.manifest().components, "int4-g16")
     model.evaluate([EvalRequest(plan, reference.id, (0, 6), parent=plan)])
-    gc.collect()
-    own = sum(p.numel() for p in model._body.model.parameters())
-    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    matrices = [t for t in tensors if t.is_floating_point() and t.ndim == 2]
-    held = sum({t.untyped_storage().data_ptr(): t.numel() for t in matrices}.values())
-    assert held <= 1.2 * own
+    assert held(model) <= 1.2
+
+
+def test_a_plan_far_from_its_parent_is_measured_without_holding_both(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    run, seen = model._body.finish, []
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(held(model))
+        return run(*arguments)
+
+    monkeypatch.setattr(model._body, "finish", watched)
+    plan = Plan.uniform(model.manifest().components, "int4-g16")
+    model.evaluate([EvalRequest(plan, reference.id, (0, 6), parent=Plan())])
+    assert max(seen) <= 1.2
 
 
 def test_a_reference_of_another_numeric_mode_is_refused(folder: Path) -> None:

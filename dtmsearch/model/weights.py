@@ -6,6 +6,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,20 @@ class Checkpoint:
         return f"{component}.weight" in self._file_of
 
     def read(self, component: str) -> Tensor:
-        name = f"{component}.weight"
+        return self._tensor(f"{component}.weight")
+
+    def map_apart(self, model: nn.Module) -> None:
+        """Give every weight on the processor a mapping of its file for itself.
+
+        The loader maps a file once for all its weights, and memory holds the whole as long as one of them is in use.
+        """
+        for name, parameter in model.named_parameters():
+            if parameter.device.type == "cpu":
+                own = self._tensor(name) if name in self._file_of else parameter.data.clone()
+                if own.dtype == parameter.dtype:  # else the loader has made a copy
+                    parameter.data = own
+
+    def _tensor(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -65,6 +79,7 @@ class Weights:
             self._let_go(component, replaced)
             changed = self.plan.schemes | {component: scheme}
             self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
+        _trim_heap()
 
     @contextmanager
     def perturbed(self, plan: Plan) -> Iterator[None]:
@@ -138,3 +153,10 @@ class Weights:
         dense = self._dense_modules[component]
         if self._module(component) is not dense:
             dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system, which the C library's heap would keep for matrices to come."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
