@@ -114,9 +114,11 @@ def one_gpu(shape_name: str, count: int, many: int, every: int) -> None:
     reference = random_reference(replica, count, shape["vocab_size"])
     replica.use(reference)
     generated = timed(lambda: replica.generate(Plan(), random_prompts(count, shape["vocab_size"])))
+    static = static_generation_seconds(replica, count, shape["vocab_size"])
     warm_up = timed(lambda: replica.canary(reference.id))
     again = timed(lambda: replica.canary(reference.id))
-    print(f"generating the reference {generated:.1f} s; compiling {warm_up - again:.1f} s; a dense pass {again:.2f} s")
+    print(f"generating the reference {generated:.1f} s, with transformers' static cache {static:.1f} s")
+    print(f"compiling {warm_up - again:.1f} s; a dense pass {again:.2f} s")
     print(f"compiled and eager choose differently on {disagreement():.2%} of a trained model's tokens", flush=True)
     plain = plain_seconds(replica, reference, manifest.components[:: len(manifest.components) // 5])
     print(f"{'what':42s} {'seconds':>8s} {'floor':>8s} {'ratio':>6s} {'TFLOP/s':>8s}")
@@ -135,6 +137,19 @@ def one_gpu(shape_name: str, count: int, many: int, every: int) -> None:
     report(f"int8-channel, {many} prompts, every {every}th component", seconds, floor, rate)
     print(f"(of those {seconds:.1f} s, about {sweep:.1f} s carry the parent's states, once a probe)")
     print(f"most memory used: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def static_generation_seconds(replica: ShapedReplica, count: int, vocabulary: int) -> float:
+    """Seconds in which transformers generates the same with its static cache, not compiled."""
+    from transformers import GenerationConfig
+
+    tokens = torch.from_numpy(random_prompts(count, vocabulary).tokens[:, :PROMPT]).long().cuda()
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=CONTINUATION, suppress_tokens=[2], eos_token_id=None, pad_token_id=0,
+        cache_implementation="static", disable_compile=True,
+    )  # fmt: skip
+    with torch.inference_mode(), replica._generating():
+        return timed(lambda: replica._body.model.generate(tokens, generation_config=settings))
 
 
 def disagreement() -> float:
