@@ -54,7 +54,10 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
     except (ValueError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the machine, not of the folder
-        raise ValueError(f"cannot load the {what} in {folder}: {str(error).strip()}") from error
+        reason = str(error).strip()
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code of its own. If you trust its author: model.trust_remote_code: true"
+        raise ValueError(f"cannot load the {what} in {folder}: {reason}") from error
 
 
 def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
@@ -84,8 +87,8 @@ def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices:
 
 def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     """The module tree without weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-    with torch.device("meta"):
+    with _explained("model", folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     return model
 
