@@ -1,0 +1,280 @@
+"""What a user, a disk or a model gets wrong is said clearly, without a traceback, and loses nothing that was recorded.
+
+What is known before Ray starts is asked of the command in this process, what a model's files are of a replica here. The
+rest are processes of their own, which run side by side before the first test that looks at one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import PATIENCE_SECONDS, Ended, Rows, dtmsearch, last_status, remount, rows, tiny_search, tmpfs
+from safetensors.torch import load_file, save_file
+from tiny import replica, write_model
+from transformers import GPT2Config
+
+from dtmsearch.cli import main
+
+pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
+
+# More than processors, for a process that starts Ray waits a good deal.
+_AT_ONCE = 3
+
+Command = Callable[[Path], list[str | Path]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mistake: how its command is made in a folder of its own, with what code it ends, and what it says."""
+
+    command: Command
+    code: int
+    says: tuple[str, ...]
+
+
+def run(*options: str, **changes: Any) -> Command:
+    """`dtmsearch run` of the tiny search with some keys changed."""
+    return lambda folder: ["run", tiny_search(folder, **changes), *options]
+
+
+def with_model(write: Callable[[Path], None]) -> Command:
+    """`dtmsearch run` of a model that `write` makes."""
+
+    def command(folder: Path) -> list[str | Path]:
+        file = tiny_search(folder, model__path="other")
+        write(folder / "other")
+        return ["run", file]
+
+    return command
+
+
+def evaluate(plan: str, **content: Any) -> Command:
+    """`dtmsearch evaluate` of a plan file with this content, or of what is no file."""
+
+    def command(folder: Path) -> list[str | Path]:
+        if content:
+            (folder / plan).write_text(json.dumps({"model": "elsewhere"} | content))
+        return ["evaluate", tiny_search(folder), "--plan", str(folder / plan) if content else plan]
+
+    return command
+
+
+def in_a_newer_store(folder: Path) -> list[str | Path]:
+    (folder / "store").mkdir()
+    (folder / "store" / "store.json").write_text('{"format": 99}')
+    return ["run", tiny_search(folder)]
+
+
+def pickled_only(folder: Path) -> None:
+    shutil.copytree(folder.parent / "model", folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def damaged_configuration(folder: Path) -> None:
+    shutil.copytree(folder.parent / "model", folder)
+    (folder / "config.json").write_text('{"model_type": "lla')
+
+
+# What is known before Ray starts.
+AT_ONCE_KNOWN = {
+    "a key with a typo": Case(run(search__widht=3), 2, ("unknown key 'search.widht'", "did you mean 'search.width'?")),
+    "a scheme with a typo": Case(
+        run(search__schemes=["int8-chanel"]), 2, ("unknown scheme 'int8-chanel'", "the nearest is 'int8-channel'")
+    ),
+    "a model that is not there": Case(run(model__path="./nowhere"), 2, ("no model at", "does not exist")),
+    "a pickled model": Case(with_model(pickled_only), 2, ("pickled weights only (pytorch_model.bin)", "safetensors")),
+    "a damaged config.json": Case(with_model(damaged_configuration), 2, ("has a config.json that is no JSON",)),
+    "prompts that are not there": Case(run(prompts__files=["none.txt"]), 2, ("no prompt file 'none.txt'",)),
+    "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version 1")),
+    "a plan that is nothing": Case(evaluate("nothing"), 2, ("'nothing' is no file, no run of this store",)),
+    "a scheme that is none": Case(evaluate("uniform:int8"), 2, ("unknown scheme 'int8'", "the nearest is")),
+    "a run that is not there": Case(lambda folder: ["resume", "nobody"], 2, ("no run 'nobody' in this store",)),
+    "code that came with the model": Case(
+        run(model={"path": "./nowhere", "trust_remote_code": True}), 2, ("WARNING: TRUST_REMOTE_CODE IS ON",)
+    ),
+    "a cluster that is not there": Case(run("--address", "127.0.0.1:1"), 5, ("no Ray cluster at 127.0.0.1:1",)),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONCE_KNOWN)
+def test_a_mistake_is_said_at_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = AT_ONCE_KNOWN[name]
+    code = main([*map(str, case.command(tmp_path)), "--store", str(tmp_path / "store")])
+    said = capsys.readouterr().err
+    assert (code, [text for text in case.says if text not in said], "raceback" in said) == (case.code, [], False), said
+
+
+def test_a_mistake_that_is_mended_may_keep_the_run_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("not-here.txt", "nor-here.txt"):
+        main(["run", str(tiny_search(tmp_path, prompts__files=[name])), "--store", str(tmp_path / "store")])
+    assert "no prompt file 'nor-here.txt'" in capsys.readouterr().err
+
+
+# What is wrong with a model's files.
+
+
+def test_a_model_without_linear_modules_has_no_components(tmp_path: Path) -> None:
+    write_model(tmp_path, GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    with pytest.raises(ValueError, match=r"has no components: no nn\.Linear module lies inside transformer\.h"):
+        replica(tmp_path).manifest()
+
+
+def test_weights_that_are_cut_short_are_said(tmp_path: Path) -> None:
+    weights = write_model(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:20_000])
+    with pytest.raises(ValueError, match="a cut one: it has 20000 bytes"):
+        replica(tmp_path)
+
+
+def test_a_model_without_tokenizer_is_said(tmp_path: Path) -> None:
+    for file in write_model(tmp_path).glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"cannot load the tokenizer in {tmp_path}"):
+        replica(tmp_path)
+
+
+@pytest.fixture
+def model_with_code(tmp_path: Path) -> Path:
+    """A model that needs Python code of its own, which leaves the file `it-ran` wherever it is imported."""
+    folder = write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.Strange"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "strange", "auto_map": auto_map}))
+    (folder / "strange.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'it-ran')!r}).touch()\n")
+    return folder
+
+
+def test_code_that_is_not_trusted_is_asked_for(model_with_code: Path) -> None:
+    with pytest.raises(ValueError, match=r"If you trust its author: model\.trust_remote_code: true"):
+        replica(model_with_code)
+
+
+def test_code_that_is_not_trusted_does_not_run(model_with_code: Path) -> None:
+    with pytest.raises(ValueError, match="trust"):
+        replica(model_with_code)
+    assert not (model_with_code.parent / "it-ran").exists()
+
+
+# What is known only once Ray is there, and most of it once the model is.
+
+
+def overflowing(folder: Path) -> None:
+    """In float16 one channel comes near the largest number there is, and rounding to two bits carries it over."""
+    path = write_model(folder) / "model.safetensors"
+    tensors = load_file(path)
+    row = tensors["model.layers.0.mlp.down_proj.weight"][0]
+    row[:] = 0.51 * 8000.0  # which two bits make 8000
+    row[0] = 8000.0
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def search_of_an_overflowing_model(folder: Path) -> list[str | Path]:
+    overflowing(folder / "overflowing")
+    model = {"path": "overflowing", "dtype": "float16"}
+    search = {"strategy": "greedy", "schemes": ["int2-tensor", "int8-channel"], "stop": {"components": 1}}
+    return ["run", tiny_search(folder, model=model, search=search, validation=None)]
+
+
+PROCESSES = {
+    "too little text": Case(run(prompts__count=5000), 2, ("asks for 5000 prompts of 10 + 12 tokens", "holds 592")),
+    "GPUs where there are none": Case(
+        run("--gpus-per-replica", "1000"), 2, ("asks for 1000 GPUs, but this machine has",)
+    ),
+    "another model's plan": Case(
+        evaluate("plan.json", manifest_id="foreign", schemes={}), 2, ("made for another model", "foreign (elsewhere)")
+    ),
+    "candidates that overflow": Case(search_of_an_overflowing_model, 0, ()),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """Where the processes ran, and what they said, as soon as it is known."""
+
+    folders: dict[str, Path]
+    said: dict[str, Future[Ended]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    root = tmp_path_factory.mktemp("bad")
+    folders, said = {}, {}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for name, case in PROCESSES.items():
+            folders[name] = root / name.replace(" ", "-")
+            folders[name].mkdir()
+            command = [*case.command(folders[name]), "--store", folders[name] / "store", "--replicas", "1"]
+            said[name] = pool.submit(dtmsearch, *command)
+        yield World(folders, said)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_mistake_that_a_process_finds_is_said(world: World, name: str) -> None:
+    case, said = PROCESSES[name], world.said[name].result()
+    silent = [text for text in case.says if text not in said.err]
+    assert (said.code, silent, "raceback" in said.err) == (case.code, [], False), said
+
+
+def test_a_candidate_that_overflows_is_recorded_as_nonfinite(world: World) -> None:
+    name = "candidates that overflow"
+    world.said[name].result()
+    statuses = {
+        (row["component"], row["scheme"]): row["status"] for row in rows(world.folders[name] / "store", "evaluations")
+    }
+    assert statuses["model.layers.0.mlp.down_proj", "int2-tensor"] == "nonfinite"
+
+
+# Disks.
+
+
+def test_a_read_only_store_answers_but_takes_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tmpfs(tmp_path / "disk", "4m") as disk:
+        main(["run", str(tiny_search(tmp_path, prompts__files=["none.txt"])), "--store", str(disk / "store")])
+        remount(disk, "ro")
+        listed = main(["ls", "--store", str(disk / "store")])
+        refused = main(["run", str(tiny_search(tmp_path, run="other")), "--store", str(disk / "store")])
+    assert (listed, refused, "The store is read-only" in capsys.readouterr().err) == (0, 4, True)
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    """A search on a disk that filled up, and again when there was room."""
+
+    full: Ended
+    status: str
+    recorded: Rows
+    resumed: Ended
+    recorded_in_the_end: Rows
+
+
+@pytest.fixture(scope="module")
+def full_disk(tmp_path_factory: pytest.TempPathFactory) -> FullDisk:
+    root = tmp_path_factory.mktemp("full")
+    file = tiny_search(root, validation=None, search__stop={"components": 3})
+    with tmpfs(root / "disk", "100k") as disk:
+        store = disk / "store"
+        full = dtmsearch("run", file, "--store", store, "--replicas", "1")
+        status, recorded = last_status(store), rows(store, "evaluations")
+        remount(disk, "size=64m")
+        resumed = dtmsearch("resume", "tiny", "--store", store, "--replicas", "1")
+        return FullDisk(full, status, recorded, resumed, rows(store, "evaluations"))
+
+
+def test_a_full_disk_stops_the_search(full_disk: FullDisk) -> None:
+    says = "no room left in the store" in full_disk.full.err and "run again to resume" in full_disk.full.err
+    assert (full_disk.full.code, says) == (3, True), full_disk.full
+
+
+def test_with_room_again_the_search_goes_on(full_disk: FullDisk) -> None:
+    assert full_disk.resumed.code == 0, full_disk.resumed
+
+
+def test_a_full_disk_loses_nothing(full_disk: FullDisk) -> None:
+    assert full_disk.recorded and full_disk.recorded_in_the_end[: len(full_disk.recorded)] == full_disk.recorded
