@@ -207,7 +207,14 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"--set {override}: {parent} is a value, not a section")
         section = inner
-    section[last] = yaml.safe_load(value)
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ValueError(
+            f"--set {override}: the value is not YAML ({problem}). Quote what YAML gives a meaning to, such as "
+            """--set 'search.components.include=["*attn*"]'"""
+        ) from None
 
 
 def _explain(error: ValidationError) -> list[str]:

@@ -20,7 +20,11 @@ from safetensors.torch import load_file, save_file
 from tiny import replica, write_model
 from transformers import GPT2Config
 
+import dtmsearch as dtm
 from dtmsearch.cli import main
+from dtmsearch.config import load
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.results.store import ResultStore
 
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
@@ -115,6 +119,14 @@ def test_a_mistake_that_is_mended_may_keep_the_run_name(tmp_path: Path, capsys: 
     for name in ("not-here.txt", "nor-here.txt"):
         main(["run", str(tiny_search(tmp_path, prompts__files=[name])), "--store", str(tmp_path / "store")])
     assert "no prompt file 'nor-here.txt'" in capsys.readouterr().err
+
+
+def test_a_search_file_from_before_a_key_existed_is_the_same_search(tmp_path: Path) -> None:
+    file = load(tiny_search(tmp_path))
+    old = "".join(line for line in file.to_yaml().splitlines(keepends=True) if not line.startswith("seed:"))
+    with ResultStore(tmp_path / "store").writer("tiny") as writer:
+        writer.put_run(RunRecord("tiny", "finished", old, str(tmp_path), None, "reference", None, None, 1.0, 2.0, "0"))
+    assert dtm.run(file, str(tmp_path / "store")).already_complete
 
 
 # What is wrong with a model's files.
