@@ -34,11 +34,9 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies import make_strategy
 
 __all__ = [
-    "Estimate",
     "PlanMeasurement",
     "Where",
     "demo",
-    "estimate",
     "evaluate",
     "open_store",
     "resume",

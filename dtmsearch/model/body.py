@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dtmsearch.model.discovery import find_layers
@@ -48,6 +49,18 @@ class _HiddenStates(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=self.hidden_states)
+
+
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Rows are never several packed sequences here. transformers would ask the device so at every pass, and the host
+    would wait for all work under way before it could hand out more."""
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
 
 
 class Body:
@@ -86,7 +99,8 @@ class Body:
         return device
 
     def _run(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = getattr(self.model, self._prefix)(input_ids=tokens, use_cache=False).last_hidden_state
+        with _no_questions():
+            hidden: Tensor = getattr(self.model, self._prefix)(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
 
     @contextmanager

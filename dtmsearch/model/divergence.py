@@ -55,16 +55,15 @@ def compare(
     hidden: Tensor,
     targets: Tensor,
     base_hidden: Tensor | None,
-    suppressed: tuple[int, ...],
+    never: Tensor,
 ) -> Scores:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
     The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
-    `suppressed` tokens never. Likelihoods are of the full distribution. Returns before a GPU has done the work.
+    tokens marked in `never` [vocabulary] not at all. Likelihoods are of the full distribution. Returns before a GPU
+    has done the work.
     """
     score = _fused_score() if hidden.is_cuda else _score
-    never = torch.zeros(body.vocabulary_size, dtype=torch.bool, device=hidden.device)
-    never[list(suppressed)] = True
     shape = targets.shape
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     base_rows = None if base_hidden is None else base_hidden.reshape(rows.shape)

@@ -6,8 +6,6 @@ same definitions as `dtmsearch.model.divergence._score`, which serves where ther
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,18 +15,10 @@ _BLOCK = 4_096
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _score_rows(
-    logits: Any,
-    base_logits: Any,
-    targets: Any,
-    never: Any,
-    diverged: Any,
-    nll: Any,
-    kl: Any,
-    vocabulary: tl.constexpr,
-    with_base: tl.constexpr,
-    block: tl.constexpr,
-) -> None:
+def _score_rows(  # type: ignore[no-untyped-def] # annotations are read as code of the kernel
+    logits, base_logits, targets, never, diverged, nll, kl,
+    vocabulary: tl.constexpr, with_base: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = row * vocabulary
     # Running maximum and sum of exponentials of this model's row, and the best token that may be chosen.

@@ -23,7 +23,7 @@ from dtmsearch.model.body import Body
 from dtmsearch.model.compiled import as_loaded, compile_layers
 from dtmsearch.model.discovery import find_layers, read_manifest
 from dtmsearch.model.divergence import Divergence, Scores, compare, fetch
-from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens
+from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens, vocabulary_size
 from dtmsearch.model.prompts import cut_prompts
 from dtmsearch.model.weights import Checkpoint, Weights
 from dtmsearch.plans.components import ModelManifest, weight_files
@@ -120,6 +120,9 @@ class Replica:
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
         self._context = getattr(model.config, "max_position_embeddings", None)
         self._suppressed = suppressed_tokens(model, self._tokenizer)
+        self._never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
+        self._never[list(self._suppressed)] = True
+        self._never = self._never.to(model.get_output_embeddings().weight.device)
         self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._body = Body(model)
         self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
@@ -198,7 +201,7 @@ class Replica:
         targets = tokens[:, prompt_tokens:]
 
         def head() -> None:
-            fetch([compare(self._body, hidden, targets, None, self._suppressed)])
+            fetch([compare(self._body, hidden, targets, None, self._never)])
 
         def generate() -> None:
             with self._generating():
@@ -412,7 +415,7 @@ class Replica:
             hidden = self._body.finish(batch, state, stream.boundary)[:, first:-1]
             base = loaded.base_hidden[index] if kl and loaded.base_hidden is not None else None
             targets = batch[:, stream.targets_from :]
-            parts.append(compare(self._body, hidden, targets, base, self._suppressed))
+            parts.append(compare(self._body, hidden, targets, base, self._never))
         return parts
 
     def _halving_batches(self, work: Callable[[], _T]) -> _T:
