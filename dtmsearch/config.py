@@ -149,7 +149,7 @@ class SearchFile(_Section):
     def model_spec(self) -> ModelSpec:
         """What replicas load. A path that names no folder here is left as it stands: a hub id."""
         folder = self.resolve(self.model.path)
-        path = str(folder.absolute()) if folder.is_dir() else self.model.path
+        path = str(folder.resolve()) if folder.is_dir() else self.model.path
         section = self.model
         options = (section.dtype, section.attention, section.trust_remote_code, section.compile)
         return ModelSpec(path, section.revision, *options)

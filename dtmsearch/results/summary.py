@@ -135,8 +135,14 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         created_at=record.created_at,
         finished_at=record.finished_at,
         validation=rows,
-        verdict=verdict(rows) if record.final_plan_id is not None else "The search has not come to a plan yet.",
+        verdict=verdict(rows) if record.final_plan_id is not None else _without_plan(record),
     )
+
+
+def _without_plan(record: RunRecord) -> str:
+    if record.status == "finished":
+        return "This strategy chooses no plan; its ranking is the run's rows of the table steps."
+    return "The search has not come to a plan yet."
 
 
 def runs_overview(store: ResultStore) -> list[RunOverview]:
