@@ -320,3 +320,24 @@ def test_the_packaged_model_continues_python(tmp_path: Path) -> None:
     reference = with_reference(model, count=4, prompt=30, continuation=20)
     text = model._tokenizer.decode(reference.continuation[0].tolist())
     assert "return" in text or "def" in text
+
+
+def test_a_model_that_accelerate_has_spread_measures_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import dispatch_model
+
+    plain = replica(folder)
+    reference = with_reference(plain)
+    plans = [MIXED.with_(Perturbation(c.name, "int4-channel")) for c in plain.manifest().components]
+    requests = [EvalRequest(p, reference.id, (0, 6), ALL, parent=MIXED) for p in plans]
+    load = replica_module.load_model
+
+    def spread(*arguments: object) -> torch.nn.Module:
+        model = load(*arguments)
+        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        layers = {f"model.layers.{index}": "cpu" for index in range(3)}
+        return dispatch_model(model, places | layers, main_device="cpu", force_hooks=True)
+
+    monkeypatch.setattr(replica_module, "load_model", spread)
+    hooked = replica(folder)
+    hooked.use(reference)
+    assert [values(o) for o in hooked.evaluate(requests)] == [values(o) for o in plain.evaluate(requests)]
