@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 from dtmsearch import texts
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.compose import extra_metrics_of, space_of, strategy_of
 from dtmsearch.config import SearchFile
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalRequest, Speed
-from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.evaluation import EXTRA_METRICS, Speed
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import make_strategy
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,10 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
     prompts, held_out = file.prompts, file.validation_prompts
     with ReplicaPool(file.model_spec, where) as pool:
         manifest = pool.manifest()
-        space = search_space(file, manifest)
+        space = space_of(file, manifest)
         speed = pool.measure_speed(prompts.count, prompts.prompt_tokens, prompts.continuation_tokens)
         replicas = pool.num_replicas
-    extra = tuple(m for m in EXTRA_METRICS if m == file.search.rank_by)
+    extra = extra_metrics_of(file)
     evaluations = _expected_evaluations(file, space)
     share = sum(manifest.num_layers - max(c.layer, 0) for c in space.components) / (
         manifest.num_layers * len(space.components)
@@ -69,18 +67,6 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
     )
 
 
-def search_space(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
-    """The space of a search file over a model. Raises `ValueError` for components, ties or budgets that cannot be."""
-    section = file.search
-    return SearchSpace(
-        components=manifest.select(section.components.include, section.components.exclude),
-        schemes=section.schemes,
-        tied=section.tied,
-        dense_bits=manifest.dense_bits,
-        budget=section.stop.budget,
-    )
-
-
 def evaluation_seconds(speed: Speed, share_of_layers: float, extra_metrics: tuple[str, ...]) -> float:
     """Seconds a prompt: the layers that run, the head once more for KL, all of it again over human text for PPL."""
     layers, head = share_of_layers * speed.layers_seconds, speed.head_seconds
@@ -89,19 +75,6 @@ def evaluation_seconds(speed: Speed, share_of_layers: float, extra_metrics: tupl
 
 
 def _expected_evaluations(file: SearchFile, space: SearchSpace) -> int:
-    section = file.search
-
-    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
-        return EvalRequest(plan, "", (0, file.prompts.count), (), parent)
-
-    strategy = make_strategy(
-        section.strategy,
-        space,
-        request_for,
-        rank_by=section.rank_by,
-        width=section.width,
-        expand=section.expand,
-        min_fdt=section.stop.min_fdt,
-    )
+    strategy = strategy_of(file, space, reference_id="")
     strategy.ask()
     return strategy.expected_evaluations() or 0

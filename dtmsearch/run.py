@@ -19,8 +19,8 @@ import dtmsearch
 from dtmsearch import config, texts
 from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
 from dtmsearch.cluster.pool import PoolSettings as Where
+from dtmsearch.compose import space_of, strategy_of
 from dtmsearch.config import PromptsSection, SearchFile
-from dtmsearch.estimate import search_space
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, Reference
 from dtmsearch.plans.metrics import Summary, summarize
@@ -31,7 +31,6 @@ from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFul
 from dtmsearch.results.summary import RunSummary, summarize_run
 from dtmsearch.search.scheduler import Decision, Observer, Progress, SearchStopped, measure, search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import make_strategy
 
 __all__ = [
     "PlanMeasurement",
@@ -127,7 +126,7 @@ def evaluate(
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     with results.evaluate_writer(file.run) as writer, _pool(file, where, observer) as pool, _interruptible():
         manifest = pool.manifest()
-        space = search_space(file, manifest)
+        space = space_of(file, manifest)
         chosen = _find_plan(plan, space, manifest, results)
         writer.put_components(manifest, space.components)
         reference = _reference(pool, results, writer, file, file.prompts, None)
@@ -194,7 +193,7 @@ class _Session:
 
     def _run(self, pool: ReplicaPool) -> None:
         manifest = pool.manifest()
-        space = search_space(self._file, manifest)
+        space = space_of(self._file, manifest)
         if self._record.manifest_id not in (None, manifest.id):
             raise ValueError(
                 f"run {self._file.run!r} began with another model: manifest {self._record.manifest_id}, now "
@@ -215,22 +214,9 @@ class _Session:
         self._save(status="finished", finished_at=time.time())
 
     def _search(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> Plan | None:
-        section = self._file.search
-        extra = tuple(m for m in EXTRA_METRICS if m == section.rank_by)
-
-        def request_for(plan: Plan, parent: Plan) -> EvalRequest:
-            return EvalRequest(plan, reference.id, (0, reference.num_prompts), extra, parent)
-
-        strategy = make_strategy(
-            section.strategy,
-            space,
-            request_for,
-            rank_by=section.rank_by,
-            width=section.width,
-            expand=section.expand,
-            min_fdt=section.stop.min_fdt,
-        )
-        return search(strategy, pool, self._writer, self._observer, self._stop_requested, section.stop.seconds)
+        strategy = strategy_of(self._file, space, reference.id)
+        limit_seconds = self._file.search.stop.seconds
+        return search(strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds)
 
     def _validate(self, pool: ReplicaPool, space: SearchSpace, plan: Plan, held_out: PromptsSection) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")

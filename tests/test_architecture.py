@@ -27,8 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "texts": {"plans", "config"},
     "cluster": {"plans"},
     "cluster.sweep": {"plans", "run"},
-    "estimate": {"plans", "config", "search", "texts", "cluster"},
-    "run": {"plans", "config", "search", "results", "texts", "cluster", "estimate"},
+    "compose": {"plans", "config", "search"},
+    "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
+    "run": {"plans", "config", "search", "results", "texts", "cluster", "compose"},
 }
 
 # room -> what it may load that is neither ours nor Python's.
