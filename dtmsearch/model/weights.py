@@ -79,7 +79,6 @@ class Weights:
             self._let_go(component, replaced)
             changed = self.plan.schemes | {component: scheme}
             self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
-        _trim_heap()
 
     @contextmanager
     def perturbed(self, plan: Plan) -> Iterator[None]:
@@ -153,10 +152,12 @@ class Weights:
         dense = self._dense_modules[component]
         if self._module(component) is not dense:
             dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]
+        _trim_heap()
 
 
 def _trim_heap() -> None:
-    """Give freed memory back to the system, which the C library's heap would keep for matrices to come."""
+    """Give freed memory back to the system. The C library's heap would keep it for matrices to come, and where those
+    are larger, grow beyond it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
