@@ -37,7 +37,8 @@ class Ended:
 
 def environment() -> dict[str, str]:
     offline = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
-    return os.environ | offline
+    # Several processes share few processors here: a thread that waits by spinning would take them from the others.
+    return os.environ | offline | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def dtmsearch(*arguments: str | Path, cwd: Path | None = None) -> Ended:

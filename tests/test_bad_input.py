@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import PATIENCE_SECONDS, Ended, Rows, dtmsearch, last_status, remount, rows, tiny_search, tmpfs
+from processes import PATIENCE_SECONDS, Ended, Rows, dtmsearch, remount, rows, tiny_search, tmpfs
 from safetensors.torch import load_file, save_file
 from tiny import replica, write_model
 from transformers import GPT2Config
@@ -207,11 +207,32 @@ PROCESSES = {
 
 
 @dataclass(frozen=True)
+class FullDisk:
+    """A search on a disk that filled up, and again when there was room."""
+
+    full: Ended
+    recorded: Rows
+    resumed: Ended
+    recorded_in_the_end: Rows
+
+
+def search_on_a_full_disk(folder: Path, file: Path) -> FullDisk:
+    with tmpfs(folder / "disk", "100k") as disk:
+        store = disk / "store"
+        full = dtmsearch("run", file, "--store", store, "--replicas", "1")
+        recorded = rows(store, "evaluations")
+        remount(disk, "size=64m")
+        resumed = dtmsearch("resume", "tiny", "--store", store, "--replicas", "1")
+        return FullDisk(full, recorded, resumed, rows(store, "evaluations"))
+
+
+@dataclass(frozen=True)
 class World:
     """Where the processes ran, and what they said, as soon as it is known."""
 
     folders: dict[str, Path]
     said: dict[str, Future[Ended]]
+    full_disk: Future[FullDisk]
 
 
 @pytest.fixture(scope="module")
@@ -219,12 +240,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("bad")
     folders, said = {}, {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
+        file = tiny_search(root, validation=None, search__stop={"components": 3})
+        full_disk = pool.submit(search_on_a_full_disk, root, file)
         for name, case in PROCESSES.items():
             folders[name] = root / name.replace(" ", "-")
             folders[name].mkdir()
             command = [*case.command(folders[name]), "--store", folders[name] / "store", "--replicas", "1"]
             said[name] = pool.submit(dtmsearch, *command)
-        yield World(folders, said)
+        yield World(folders, said, full_disk)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -255,38 +278,17 @@ def test_a_read_only_store_answers_but_takes_no_run(tmp_path: Path, capsys: pyte
     assert (listed, refused, "The store is read-only" in capsys.readouterr().err) == (0, 4, True)
 
 
-@dataclass(frozen=True)
-class FullDisk:
-    """A search on a disk that filled up, and again when there was room."""
-
-    full: Ended
-    status: str
-    recorded: Rows
-    resumed: Ended
-    recorded_in_the_end: Rows
+def test_a_full_disk_stops_the_search(world: World) -> None:
+    found = world.full_disk.result()
+    says = "no room left in the store" in found.full.err and "run again to resume" in found.full.err
+    assert (found.full.code, says) == (3, True), found.full
 
 
-@pytest.fixture(scope="module")
-def full_disk(tmp_path_factory: pytest.TempPathFactory) -> FullDisk:
-    root = tmp_path_factory.mktemp("full")
-    file = tiny_search(root, validation=None, search__stop={"components": 3})
-    with tmpfs(root / "disk", "100k") as disk:
-        store = disk / "store"
-        full = dtmsearch("run", file, "--store", store, "--replicas", "1")
-        status, recorded = last_status(store), rows(store, "evaluations")
-        remount(disk, "size=64m")
-        resumed = dtmsearch("resume", "tiny", "--store", store, "--replicas", "1")
-        return FullDisk(full, status, recorded, resumed, rows(store, "evaluations"))
+def test_with_room_again_the_search_goes_on(world: World) -> None:
+    found = world.full_disk.result()
+    assert found.resumed.code == 0, found.resumed
 
 
-def test_a_full_disk_stops_the_search(full_disk: FullDisk) -> None:
-    says = "no room left in the store" in full_disk.full.err and "run again to resume" in full_disk.full.err
-    assert (full_disk.full.code, says) == (3, True), full_disk.full
-
-
-def test_with_room_again_the_search_goes_on(full_disk: FullDisk) -> None:
-    assert full_disk.resumed.code == 0, full_disk.resumed
-
-
-def test_a_full_disk_loses_nothing(full_disk: FullDisk) -> None:
-    assert full_disk.recorded and full_disk.recorded_in_the_end[: len(full_disk.recorded)] == full_disk.recorded
+def test_a_full_disk_loses_nothing(world: World) -> None:
+    found = world.full_disk.result()
+    assert found.recorded and found.recorded_in_the_end[: len(found.recorded)] == found.recorded
