@@ -22,6 +22,8 @@ class _Host:
 
     def load(self, spec: ModelSpec, settings: ReplicaSettings) -> tuple[str, int]:
         """Load the model; where this process runs: (host name, process id)."""
+        # Threads that wait for each other spinning, as is the default, bring a busy machine to a standstill.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         module, _, name = self._replica_class.partition(":")
         replica = getattr(importlib.import_module(module), name)
         self._replica = replica(spec, settings, self._name, socket.gethostname())
