@@ -54,7 +54,8 @@ class History:
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     folder = tmp_path_factory.mktemp("killed")
     store, undisturbed = folder / "store", folder / "undisturbed"
-    file = tiny_search(folder)
+    # Long enough that no session ends before it is disturbed, however fast the machine.
+    file = tiny_search(folder, prompts__count=64)
     sessions: dict[str, Session] = {}
 
     def session(name: str) -> Driver:
