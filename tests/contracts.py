@@ -12,7 +12,7 @@ from fakes import evaluate, toy_components
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.search.scheduler import ResultLog
+from dtmsearch.search.scheduler import Evaluator, ResultLog
 
 _SCHEMES = [f"int{bits}-{grain}" for bits in range(2, 9) for grain in ("tensor", "channel", "g32", "g64")]
 
@@ -132,3 +132,32 @@ class ResultLogContract:
         with self.opened(tmp_path, "run") as log:
             log.append(make_records(1))
             assert log.recorded_elsewhere(ids(make_records(1))) == {}
+
+
+class EvaluatorContract:
+    """For `Evaluator`. `evaluator` is one that answers by the toy formula, fresh for every test."""
+
+    @staticmethod
+    def arrivals(evaluator: Evaluator, count: int) -> list[Outcome]:
+        arrived: list[Outcome] = []
+        while len(arrived) < count:
+            arrived += evaluator.poll(1.0)
+        return arrived
+
+    def test_nothing_arrives_unasked(self, evaluator: Evaluator) -> None:
+        assert evaluator.poll(0.01) == []
+
+    def test_every_request_is_answered_once(self, evaluator: Evaluator) -> None:
+        asked = [make_request(number) for number in range(12)]
+        evaluator.submit(asked)
+        assert sorted(ids(self.arrivals(evaluator, 12))) == sorted(request.id for request in asked)
+
+    def test_requests_may_follow_while_others_are_under_way(self, evaluator: Evaluator) -> None:
+        evaluator.submit([make_request(number) for number in range(6)])
+        evaluator.submit([make_request(number) for number in range(6, 9)])
+        assert len(set(ids(self.arrivals(evaluator, 9)))) == 9
+
+    def test_answers_are_those_of_the_model(self, evaluator: Evaluator) -> None:
+        evaluator.submit([make_request(3)])
+        (answer,) = self.arrivals(evaluator, 1)
+        assert isinstance(answer, EvalResult) and answer.fdt.tolist() == evaluate(make_request(3)).fdt.tolist()

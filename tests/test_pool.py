@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from contracts import EvaluatorContract
 from fakes import evaluate, toy_components
 
 from dtmsearch.cluster.pool import ClusterUnreachable, PoolSettings, ReplicaPool, ReplicasFailed, connect
@@ -44,6 +45,16 @@ def answers(pool: ReplicaPool, asked: list[EvalRequest]) -> list[Outcome]:
     while len(arrived) < len(asked):
         arrived += pool.poll(1.0)
     return arrived
+
+
+class TestRayPool(EvaluatorContract):
+    """With a replica killed in the middle."""
+
+    @pytest.fixture
+    def evaluator(self, tmp_path: Path) -> Iterator[ReplicaPool]:
+        with pool_of(f"die-once={tmp_path}") as pool:
+            pool.manifest()
+            yield pool
 
 
 def test_every_request_is_answered_once() -> None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 
 import pytest
+from contracts import EvaluatorContract
 from fakes import (
     FakeEvaluator,
     Killed,
@@ -399,3 +400,15 @@ def test_the_evaluator_in_process_answers_everything() -> None:
     in_process = InProcess(lambda requests: [evaluate(request) for request in requests])
     plan = search(small_beam(), in_process, MemoryLog(), SilentObserver())
     assert plan == run_search(small_beam())
+
+
+class TestInProcess(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self) -> InProcess:
+        return InProcess(lambda requests: [evaluate(request) for request in requests])
+
+
+class TestFake(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self) -> FakeEvaluator:
+        return FakeEvaluator()
