@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.compress.rounding import round_codes, round_weight
 from dtmsearch.plans.schemes import parse_scheme
 
 SCHEMES = [f"int{b}-{g}{a}" for b in (2, 3, 4, 8) for g in ("tensor", "channel", "g8", "g5") for a in ("", "-asym")]
@@ -67,3 +67,34 @@ def test_a_coarser_code_errs_more() -> None:
     weight = torch.randn(16, 64)
     errors = [(round_weight(weight, parse_scheme(f"int{b}-g16")) - weight).norm().item() for b in range(2, 9)]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_the_same_rounding_before_it_is_dense_again(name: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 24).to(dtype)
+    restored = round_codes(weight, parse_scheme(name)).dense(dtype)
+    assert torch.equal(restored, round_weight(weight, parse_scheme(name)))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_codes_fit_their_bits(name: str) -> None:
+    scheme = parse_scheme(name)
+    codes = round_codes(torch.randn(6, 24), scheme)
+    low, high = (
+        (0, 2**scheme.bits - 1) if scheme.asymmetric else (1 - 2 ** (scheme.bits - 1), 2 ** (scheme.bits - 1) - 1)
+    )
+    values = torch.cat([t.flatten().int() for t in (codes.codes, codes.zeros) if t is not None])
+    assert low <= int(values.min()) and int(values.max()) <= high
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_there_is_a_scale_for_each_that_the_size_counts(name: str) -> None:
+    scheme = parse_scheme(name)
+    assert round_codes(torch.randn(6, 24), scheme).scales.numel() == scheme.num_scales((6, 24))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_scales_can_be_of_16_bits(name: str) -> None:
+    scales = round_codes(torch.randn(6, 24), parse_scheme(name), torch.bfloat16).scales
+    assert torch.equal(scales.bfloat16().float(), scales)

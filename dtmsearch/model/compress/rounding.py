@@ -1,6 +1,10 @@
-"""AbsMax rounding of a weight matrix: codes and scales by the scheme's granularity, given back as a dense matrix."""
+"""AbsMax rounding of a weight matrix: codes and scales by the scheme's granularity, kept as such or given back as a
+dense matrix. Both come from one computation, so that what is exported is what was measured."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,48 +12,97 @@ from torch import Tensor
 from dtmsearch.plans.schemes import Scheme
 
 
-def round_weight(weight: Tensor, scheme: Scheme) -> Tensor:
+@dataclass(frozen=True)
+class Codes:
+    """A rounded matrix as what is stored of it: `(codes - zeros) * scales`, one scale for `block` inputs of a row.
+
+    `codes` [rows, cols] are int8 around zero or, with zero points, uint8 from zero. `scales` are float32 and `zeros`
+    uint8 (None for symmetric schemes), both [rows, blocks]; [1, 1] where one scale serves the whole matrix.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    block: int
+    bits: int
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix [rows, cols] that `round_weight` gives."""
+        cols = self.codes.shape[1]
+        values = self.codes.float()
+        if self.zeros is not None:
+            values -= self._per_weight(self.zeros.float(), cols)
+        return values.mul_(self._per_weight(self.scales, cols)).to(dtype)
+
+    def _per_weight(self, per_block: Tensor, cols: int) -> Tensor:
+        return per_block.repeat_interleave(min(self.block, cols), dim=1)[:, :cols] if self.block < cols else per_block
+
+
+def round_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """`weight` [rows, cols] after rounding and back, in its own dtype; arithmetic in float32.
 
     Symmetric: scale = max|w| / (2^(bits-1) - 1), codes round(w / scale) half to even. Asymmetric: 2^bits - 1 steps
     between the smallest and the largest weight (zero counted among them, so that the zero point fits `bits` bits).
+    Scales are rounded to `scale_dtype` before any code is computed with them.
     """
-    values = weight.float()
+    parts = [_restored(*_quantized(block, scheme, scale_dtype)) for block in _blocks(weight.float(), scheme)]
+    return _joined(parts, weight.shape[0], scheme).reshape(weight.shape).to(weight.dtype)
+
+
+def round_codes(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Codes:
+    """The codes of which `round_weight` gives the dense matrix."""
+    parts = [_quantized(block, scheme, scale_dtype) for block in _blocks(weight.float(), scheme)]
+    rows, cols = weight.shape
+    code_dtype = torch.uint8 if scheme.asymmetric else torch.int8
+    scale_rows = 1 if scheme.granularity == "tensor" else rows
+    zeros = [zero.to(torch.uint8) for _, _, zero in parts if zero is not None]
+    return Codes(
+        codes=_joined([codes.to(code_dtype) for codes, _, _ in parts], rows, scheme).reshape(rows, cols),
+        scales=_joined([scale for _, scale, _ in parts], scale_rows, scheme),
+        zeros=_joined(zeros, scale_rows, scheme) if zeros else None,
+        block=scheme.group_size if scheme.granularity == "group" else cols,
+        bits=scheme.bits,
+    )
+
+
+def _blocks(values: Tensor, scheme: Scheme) -> list[Tensor]:
+    """`values` [rows, cols] as matrices of which every row has a scale of its own."""
     if scheme.granularity == "tensor":
-        rounded = _round_rows(values.reshape(1, -1), scheme).reshape(values.shape)
-    elif scheme.granularity == "channel":
-        rounded = _round_rows(values, scheme)
-    else:
-        rounded = _round_groups(values, scheme)
-    return rounded.to(weight.dtype)
-
-
-def _round_groups(values: Tensor, scheme: Scheme) -> Tensor:
-    rows, cols = values.shape
+        return [values.reshape(1, -1)]
+    if scheme.granularity == "channel":
+        return [values]
+    cols = values.shape[1]
     whole = cols - cols % scheme.group_size
-    groups = values[:, :whole].reshape(-1, scheme.group_size)
-    parts = [_round_rows(groups, scheme).reshape(rows, whole)] if whole else []
-    if whole < cols:
-        parts.append(_round_rows(values[:, whole:], scheme))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    parts = [values[:, :whole].reshape(-1, scheme.group_size)] if whole else []
+    return parts + ([values[:, whole:]] if whole < cols else [])
 
 
-def _round_rows(values: Tensor, scheme: Scheme) -> Tensor:
-    """Each row of `values` with a scale of its own."""
-    if scheme.asymmetric:
-        return _round_asymmetric(values, scheme.bits)
-    top = 2 ** (scheme.bits - 1) - 1
-    scale = _positive(values.abs().amax(dim=1, keepdim=True) / top)
-    return (values / scale).round_().clamp_(-top, top).mul_(scale)
+def _joined(parts: Sequence[Tensor], rows: int, scheme: Scheme) -> Tensor:
+    """What was made of each of `_blocks`, side by side again: [rows, anything]."""
+    if scheme.granularity != "group":
+        return parts[0]
+    return (
+        torch.cat([part.reshape(rows, -1) for part in parts], dim=1) if len(parts) > 1 else parts[0].reshape(rows, -1)
+    )
 
 
-def _round_asymmetric(values: Tensor, bits: int) -> Tensor:
-    steps = 2**bits - 1
+def _quantized(values: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (as float32), scales and zero points [rows, 1] of `values`, each row with a scale of its own."""
+    if not scheme.asymmetric:
+        top = 2 ** (scheme.bits - 1) - 1
+        scale = _positive((values.abs().amax(dim=1, keepdim=True) / top).to(scale_dtype).float())
+        return (values / scale).round_().clamp_(-top, top), scale, None
+    steps = 2**scheme.bits - 1
     low = values.amin(dim=1, keepdim=True).clamp_(max=0.0)
     high = values.amax(dim=1, keepdim=True).clamp_(min=0.0)
-    scale = _positive((high - low) / steps)
-    zero = (-low / scale).round_()
-    return (values / scale).round_().add_(zero).clamp_(0, steps).sub_(zero).mul_(scale)
+    scale = _positive(((high - low) / steps).to(scale_dtype).float())
+    zero = (-low / scale).round_().clamp_(max=steps)
+    return (values / scale).round_().add_(zero).clamp_(0, steps), scale, zero
+
+
+def _restored(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """The weights that codes stand for; overwrites `codes`."""
+    return (codes if zero is None else codes.sub_(zero)).mul_(scale)
 
 
 def _positive(scale: Tensor) -> Tensor:
