@@ -240,7 +240,7 @@ def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     The uniform plan of each scheme of the search (`uniform:SCHEME`) and, where one comes within 5% of the plan's
     stored bits, the uniform plan nearest in real size (`uniform-nearest:SCHEME`), from the same granularities.
     """
-    wanted = space.size(plan).stored_bits
+    wanted = max(1, space.size(plan).stored_bits)  # nothing is left where all is dropped
 
     def gap(scheme: str) -> float:
         return abs(space.size(space.uniform(scheme)).stored_bits / wanted - 1.0)

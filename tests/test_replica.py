@@ -63,7 +63,10 @@ def test_the_same_plan_gives_the_same_bits_after_others(folder: Path) -> None:
     assert values(model.evaluate([a])[0]) == first
 
 
-@pytest.mark.parametrize("scheme", ["int4-channel", "nf4", "w8a8", "int2-g8-asym"])
+PRUNED = ["magnitude-0.5", "magnitude-2:4", "random-0.1", "drop", "int4-g8-asym+magnitude-0.25"]
+
+
+@pytest.mark.parametrize("scheme", ["int4-channel", "nf4", "w8a8", "int2-g8-asym", *PRUNED])
 def test_shared_prefixes_change_no_bit(folder: Path, scheme: str) -> None:
     model = replica(folder)
     reference = with_reference(model)
@@ -243,7 +246,7 @@ def test_embeddings_and_norms_can_be_rounded_by_name(folder: Path) -> None:
 def test_weights_are_the_checkpoints_again_after_any_plans(folder: Path) -> None:
     model = replica(folder)
     reference = with_reference(model)
-    for scheme in ("int4-g16", "nf4", "w8a8", "int2-g8"):
+    for scheme in ("int4-g16", "nf4", "w8a8", "int2-g8", *PRUNED):
         plan = Plan.uniform(model.manifest().components, scheme)
         model.evaluate([EvalRequest(MIXED, reference.id, (0, 6), parent=plan)])
     assert model.canary(reference.id) == 0.0

@@ -105,6 +105,17 @@ def test_a_budget_at_the_very_edge_of_reach_is_accepted() -> None:
     assert space.budget.reached(space.size(space.uniform("int4-channel")))
 
 
+def test_a_sparsity_budget_is_within_reach_of_pruning() -> None:
+    space = SearchSpace(attention(0), ("magnitude-0.5",), budget=Budget(sparsity=0.5))
+    assert space.budget.reached(space.size(space.uniform("magnitude-0.5")))
+
+
+def test_a_dropped_component_is_all_zeros() -> None:
+    wide, tall = Component("wide", 0, "wide", (1, 64)), Component("tall", 0, "tall", (64, 3))
+    space = SearchSpace((wide, tall), ("drop",), budget=Budget(sparsity=0.75))
+    assert space.size(Plan.of({"tall": "drop"})).sparsity == 0.75
+
+
 def test_the_least_bits_within_reach_mix_schemes() -> None:
     wide, tall = Component("wide", 0, "wide", (1, 64)), Component("tall", 0, "tall", (64, 1))
     space = SearchSpace((wide, tall), ("int4-channel", "int4-tensor"), budget=Budget(bits_per_weight=4.25))

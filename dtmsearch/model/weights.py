@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from dtmsearch.model.compiled import Slot
 from dtmsearch.model.compress.bitsandbytes import compressed_module
+from dtmsearch.model.compress.pruning import Pruner
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.plans.components import read_header
 from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import DENSE, parse_scheme
+from dtmsearch.plans.schemes import DENSE, Scheme, parse_scheme
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Weights:
         self._checkpoint = checkpoint
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
+        self._pruner = Pruner()
         self.plan = Plan()
 
     def become(self, plan: Plan) -> None:
@@ -101,14 +103,24 @@ class Weights:
         dense = self._dense_modules.setdefault(component, now.module)
         weight = self._original(component, now)
         parsed = parse_scheme(scheme)
-        if parsed.family == "rounding":
-            matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
-            return _Installed(dense, round_weight(matrix, parsed).reshape(weight.shape))
+        if parsed.family == "dense":
+            return _Installed(dense, weight)
         if parsed.family == "bitsandbytes":
             if not isinstance(dense, nn.Linear):
                 raise ValueError(f"{scheme} needs a linear layer; {component} is {type(dense).__name__}")
             return _Installed(compressed_module(dense, weight, parsed), None)
-        return _Installed(dense, weight)
+        matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
+        return _Installed(dense, self._compressed(component, matrix, parsed).reshape(weight.shape))
+
+    def _compressed(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        """What `scheme` makes of a component's own weights [rows, cols]: a dense matrix of their dtype."""
+        if scheme.family == "drop":
+            return torch.zeros_like(weight)
+        if scheme.needs_calibration:
+            raise ValueError(f"{scheme.name} needs calibration statistics, and this replica has none")
+        if scheme.pruning is not None:
+            weight = self._pruner.prune(component, weight, scheme.pruning)
+        return round_weight(weight, scheme) if scheme.bits else weight
 
     def _original(self, component: str, now: _Installed) -> Tensor:
         """The component's own weights, on its device."""

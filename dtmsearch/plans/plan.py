@@ -115,7 +115,7 @@ class PlanSize:
 
 def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> PlanSize:
     """Size of a plan over `components`; what the plan says of other components is left out."""
-    num_compressed = num_weights = compressed_weights = stored_bits = 0
+    num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = 0
     for component in components:
         scheme = parse_scheme(plan.scheme_of(component.name))
         num_weights += component.num_weights
@@ -123,7 +123,8 @@ def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> P
         if scheme.name != DENSE:
             num_compressed += 1
             compressed_weights += component.num_weights
-    return PlanSize(num_compressed, num_weights, compressed_weights, stored_bits)
+            pruned_weights += scheme.pruned_weights(component.shape)
+    return PlanSize(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights)
 
 
 @dataclass(frozen=True)

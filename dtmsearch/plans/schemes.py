@@ -1,6 +1,6 @@
 """Schemes: how a component is compressed. A scheme's name is its whole identity.
 
-Holds the grammar of the names and the arithmetic of stored sizes; the tensors are rounded in
+Holds the grammar of the names and the arithmetic of stored sizes; the tensors are rounded and pruned in
 `dtmsearch.model.compress`.
 """
 
@@ -13,6 +13,7 @@ from functools import lru_cache
 from math import ceil
 
 DENSE = "dense"
+DROP = "drop"
 SCALE_BITS = 16
 BITSANDBYTES_BLOCK = 64
 
@@ -23,16 +24,68 @@ _BITSANDBYTES: dict[str, tuple[int, int | None]] = {
     "nf4": (4, BITSANDBYTES_BLOCK),
     "fp4": (4, BITSANDBYTES_BLOCK),
 }
-_ROUNDING = re.compile(r"int([2-8])-(?:(tensor|channel)|g([1-9][0-9]*))(-asym)?")
+_SALIENCIES = ("magnitude", "wanda", "sparsegpt", "random")
+# A share is written in one way only, for two names would be two schemes.
+_PRUNING = re.compile(rf"({'|'.join(_SALIENCIES)})-(?:(0\.[0-9]*[1-9])|([1-9][0-9]*):([1-9][0-9]*))")
+_ROUNDING = re.compile(r"(gptq-)?int([2-8])-(?:(tensor|channel)|g([1-9][0-9]*))(-asym)?")
+_SIBLING_SHARES = tuple(f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5))
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which weights of a matrix become zero: the least salient ones.
+
+    `saliency` is `magnitude`, `wanda`, `sparsegpt` or `random`. Pruned is either a `share` of the weights or, where
+    `pattern` is (N, M), all but N of every M consecutive inputs of a row; of a shorter last group N are kept, too.
+    """
+
+    name: str
+    saliency: str
+    share: float = 0.0
+    pattern: tuple[int, int] | None = None
+
+    def pruned_in_row(self, cols: int) -> int:
+        """Zeros in each row of `cols` inputs, where every row has as many: under patterns, and by Wanda's saliency."""
+        if self.pattern is None:
+            return round(self.share * cols)
+        kept, of = self.pattern
+        return cols // of * (of - kept) + max(0, cols % of - kept)
+
+    def pruned_weights(self, shape: tuple[int, int]) -> int:
+        """Zeros in a matrix. Wanda prunes every row alike (arXiv 2306.11695, section 3); the others choose over the
+        whole matrix."""
+        rows, cols = shape
+        if self.pattern is not None or self.saliency == "wanda":
+            return rows * self.pruned_in_row(cols)
+        return round(self.share * rows * cols)
+
+    def mask_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that say where the zeros are.
+
+        Patterns: the place of each kept weight in its group, ceil(log2 M) bits. Shares: one bit a weight or, if that
+        is less, the positions of the pruned weights or of the kept ones, ceil(log2 weights) bits each.
+        """
+        num_weights = shape[0] * shape[1]
+        pruned = self.pruned_weights(shape)
+        if self.pattern is not None:
+            return (num_weights - pruned) * _index_bits(self.pattern[1])
+        return min(num_weights, min(pruned, num_weights - pruned) * _index_bits(num_weights))
+
+
+def _index_bits(count: int) -> int:
+    """Bits that tell `count` places apart."""
+    return (count - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Scheme:
     """A parsed scheme.
 
-    `family` is `dense`, `rounding` (weight-only AbsMax) or `bitsandbytes`; `bits` of a code; `granularity` is what
-    shares one scale: `tensor`, `channel` (an output row), `group` (`group_size` inputs of a row) or `block`
-    (`group_size` consecutive weights of the flattened matrix); `asymmetric` schemes store a zero point with each scale.
+    `family` is `dense`, `rounding` (weight-only AbsMax), `gptq`, `bitsandbytes`, `pruning`, `pair` (pruned, then
+    quantized) or `drop`. Where there are codes, `bits` is their width and `granularity` what shares one scale:
+    `tensor`, `channel` (an output row), `group` (`group_size` inputs of a row) or `block` (`group_size` consecutive
+    weights of the flattened matrix); `asymmetric` schemes store a zero point with each scale. `quantizer` names the
+    scheme that a pair's pruned weights are quantized by. `pruning` is None where nothing is pruned.
     """
 
     name: str
@@ -41,6 +94,19 @@ class Scheme:
     granularity: str
     group_size: int = 0
     asymmetric: bool = False
+    pruning: Pruning | None = None
+    quantizer: str | None = None
+
+    @property
+    def needs_hessians(self) -> bool:
+        """Whether it follows from X^T X over the component's inputs."""
+        own = self.pruning is not None and self.pruning.saliency == "sparsegpt"
+        return own or (self.quantizer or self.name).startswith("gptq-")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it follows from the component's inputs over calibration text."""
+        return self.needs_hessians or (self.pruning is not None and self.pruning.saliency == "wanda")
 
     def num_scales(self, shape: tuple[int, int]) -> int:
         rows, cols = shape
@@ -53,48 +119,105 @@ class Scheme:
         }
         return per_granularity[self.granularity]
 
+    def pruned_weights(self, shape: tuple[int, int]) -> int:
+        """Weights that the scheme itself makes zero; small ones that a quantizer rounds to zero are not counted."""
+        if self.family == DROP:
+            return shape[0] * shape[1]
+        return 0 if self.pruning is None else self.pruning.pruned_weights(shape)
+
     def stored_bits(self, shape: tuple[int, int], dense_bits: int) -> int:
-        """Bits that a matrix of `shape` takes: codes, 16 for each scale, `bits` for each zero point."""
-        num_weights = shape[0] * shape[1]
-        if self.family == DENSE:
-            return num_weights * dense_bits
+        """Bits that a matrix of `shape` takes: codes or dense values of the weights that are kept, 16 for each scale,
+        `bits` for each zero point, and the mask. A dropped matrix takes none."""
+        kept = shape[0] * shape[1] - self.pruned_weights(shape)
+        mask_bits = 0 if self.pruning is None else self.pruning.mask_bits(shape)
         per_scale = SCALE_BITS + (self.bits if self.asymmetric else 0)
-        return num_weights * self.bits + self.num_scales(shape) * per_scale
+        return kept * (self.bits or dense_bits) + self.num_scales(shape) * per_scale + mask_bits
 
 
 @lru_cache(maxsize=4096)
 def parse_scheme(name: str) -> Scheme:
     """The scheme of a name. Raises `ValueError` that names the nearest scheme when there is none of that name."""
-    if name == DENSE:
-        return Scheme(DENSE, DENSE, 0, "none")
+    if name in (DENSE, DROP):
+        return Scheme(name, name, 0, "none")
     if name in _BITSANDBYTES:
         bits, block = _BITSANDBYTES[name]
         return Scheme(name, "bitsandbytes", bits, "block" if block else "channel", block or 0)
-    match = _ROUNDING.fullmatch(name)
-    if match is None:
+    quantized, plus, pruned = name.partition("+")
+    pruning = _pruning(pruned if plus else name)
+    if pruning is not None and not plus:
+        return Scheme(name, "pruning", 0, "none", pruning=pruning)
+    match = _ROUNDING.fullmatch(quantized)
+    if match is None or (plus and pruning is None):
         raise ValueError(_unknown(name))
-    width, whole, group, asymmetric = match.groups()
-    return Scheme(name, "rounding", int(width), whole or "group", int(group or 0), asymmetric is not None)
+    gptq, width, whole, group, asymmetric = match.groups()
+    family = "pair" if plus else "gptq" if gptq else "rounding"
+    grain = (int(width), whole or "group", int(group or 0), asymmetric is not None)
+    return Scheme(name, family, *grain, pruning, quantized if plus else None)
+
+
+def _pruning(name: str) -> Pruning | None:
+    match = _PRUNING.fullmatch(name)
+    if match is None:
+        return None
+    saliency, share, kept, of = match.groups()
+    if share is not None:
+        return Pruning(name, saliency, float(share))
+    return Pruning(name, saliency, pattern=(int(kept), int(of))) if int(kept) < int(of) else None
 
 
 def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, list(_examples()), n=1, cutoff=0.0)
     return (
-        f"unknown scheme {name!r}; the nearest is {nearest[0]!r}. Schemes are {DENSE}, {', '.join(_BITSANDBYTES)}, and "
-        "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym"
+        f"unknown scheme {name!r}; the nearest is {_nearest(name)!r}. Schemes are {DENSE}, {', '.join(_BITSANDBYTES)}, "
+        "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "
+        f"with gptq- before it; {', '.join(f'{s}-S' for s in _SALIENCIES)} (S the pruned share between 0 and 1, such "
+        "as 0.5, or N:M for N kept of every M inputs, such as 2:4); an int one, a plus sign and a pruning one for "
+        f"both; and {DROP}"
     )
 
 
+def _nearest(name: str) -> str:
+    first, plus, second = name.partition("+")
+    if not plus:
+        return _alike(name, (DENSE, DROP, *_BITSANDBYTES, *_quantizing_examples(), *_pruning_examples()))
+    if _pruning(first) is not None:  # the wrong way round
+        first, second = second, first
+    return f"{_alike(first, _quantizing_examples())}+{_alike(second, _pruning_examples())}"
+
+
+def _alike(name: str, known: tuple[str, ...]) -> str:
+    return name if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
 @lru_cache(maxsize=1)
-def _examples() -> tuple[str, ...]:
+def _quantizing_examples() -> tuple[str, ...]:
     grains = ("tensor", "channel", "g32", "g64", "g128")
-    rounding = (f"int{bits}-{grain}{asym}" for bits in range(2, 9) for grain in grains for asym in ("", "-asym"))
-    return (DENSE, *_BITSANDBYTES, *rounding)
+    names = [f"int{bits}-{grain}{asym}" for bits in range(2, 9) for grain in grains for asym in ("", "-asym")]
+    return (*names, *(f"gptq-{name}" for name in names))
+
+
+@lru_cache(maxsize=1)
+def _pruning_examples() -> tuple[str, ...]:
+    return tuple(f"{s}-{amount}" for s in _SALIENCIES for amount in (*_SIBLING_SHARES, "2:4", "4:8", "1:4"))
 
 
 def siblings(name: str) -> tuple[str, ...]:
-    """Schemes of the same granularity at every bit width, the scheme itself among them; only itself if it has none."""
+    """Schemes that differ from this one only in how much they compress, itself among them.
+
+    Of rounding and GPTQ every bit width (of a pair under the same pruning); of pruning every twentieth as the share,
+    or every N of the same M.
+    """
     scheme = parse_scheme(name)
-    if scheme.family != "rounding":
+    if scheme.family == "pruning":
+        assert scheme.pruning is not None
+        return _pruning_siblings(name, scheme.pruning)
+    if scheme.family not in ("rounding", "gptq", "pair"):
         return (name,)
-    return tuple(f"int{bits}{name[4:]}" for bits in range(2, 9))
+    at = name.index("int") + len("int")
+    return tuple(f"{name[:at]}{bits}{name[at + 1 :]}" for bits in range(2, 9))
+
+
+def _pruning_siblings(name: str, pruning: Pruning) -> tuple[str, ...]:
+    if pruning.pattern is not None:
+        of = pruning.pattern[1]
+        return tuple(f"{pruning.saliency}-{kept}:{of}" for kept in range(1, of))
+    return tuple(dict.fromkeys((*(f"{pruning.saliency}-{share}" for share in _SIBLING_SHARES), name)))

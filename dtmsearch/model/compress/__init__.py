@@ -1,1 +1,1 @@
-"""Tensor -> tensor (rounding) and module -> module (bitsandbytes): what a scheme does to one component."""
+"""Tensor -> tensor (rounding, pruning) and module -> module (bitsandbytes): what a scheme does to one component."""

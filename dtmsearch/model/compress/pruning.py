@@ -1,0 +1,137 @@
+"""Pruning a weight matrix: which weights are the least salient, exactly as many as the scheme says.
+
+Saliencies are compared as integer keys: the bits of |w|, which order non-negative numbers as their values do. A cut
+(the last key that is pruned, and how far its ties are) is all that a share needs, so that pruning again costs two
+elementwise passes. Ties go by position, the earlier ones first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtmsearch.plans.schemes import Pruning
+
+# Keys have 31 bits, or 15 where weights have 16; histograms are over the upper 15.
+_BINS = 1 << 15
+_KEY_TYPES = {2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a share prunes of flattened keys: all below `key`, and those equal to it up to position `last`."""
+
+    key: int
+    last: int
+
+
+def magnitude_keys(weight: Tensor) -> Tensor:
+    """|w| as integers of the same order, shape and width."""
+    return weight.abs().view(_KEY_TYPES[weight.element_size()])
+
+
+def random_keys(shape: tuple[int, ...], name: str, device: torch.device) -> Tensor:
+    """Keys that follow from a position and `name` alone, the same on every device: mixed as by Chris Wellon's
+    `lowbias32`, each with a seed of its own."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    keys = torch.arange(int(np.prod(shape)), device=device).add_(seed)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        keys.bitwise_xor_(keys >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
+    return (keys >> 1).to(torch.int32).reshape(shape)
+
+
+def histogram(keys: Tensor) -> NDArray[np.int32]:
+    """How many keys lie in or below each bin."""
+    counts: NDArray[np.int64] = torch.bincount(_coarse(keys).reshape(-1).int(), minlength=_BINS).cpu().numpy()
+    return counts.cumsum(dtype=np.int32)
+
+
+def _coarse(keys: Tensor) -> Tensor:
+    return keys if keys.dtype == torch.int16 else keys >> 16
+
+
+def cut(keys: Tensor, cumulative: NDArray[np.int32], count: int) -> Cut:
+    """The cut that prunes the `count` smallest of `keys`, whose `histogram` is `cumulative`."""
+    if count == 0:
+        return Cut(0, -1)
+    number = int(np.searchsorted(cumulative, count))
+    inside = (_coarse(keys).reshape(-1) == number).nonzero().squeeze(1)
+    left = count - int(cumulative[number - 1] if number else 0)
+    ordered, order = keys.reshape(-1)[inside].sort(stable=True)
+    return Cut(int(ordered[left - 1]), int(inside[order[left - 1]]))
+
+
+def prune_below(weight: Tensor, keys: Tensor, cut: Cut) -> Tensor:
+    """`weight` with zeros where `cut` prunes."""
+    flat, flat_keys = weight.reshape(-1), keys.reshape(-1)
+    upto = cut.last + 1
+    pruned = flat.clone()
+    for part, strict in ((slice(0, upto), False), (slice(upto, None), True)):
+        gone = flat_keys[part] < cut.key if strict else flat_keys[part] <= cut.key
+        pruned[part].masked_fill_(gone, 0.0)
+    return pruned.reshape(weight.shape)
+
+
+def pruned_by_pattern(keys: Tensor, kept: int, of: int) -> Tensor:
+    """Mask [rows, cols] of all but the `kept` largest keys among every `of` consecutive ones of a row; of a shorter
+    last group as many are kept."""
+    rows, cols = keys.shape
+    whole = cols - cols % of
+    parts = [_pruned_in_groups(keys[:, :whole].reshape(rows, -1, of), kept).reshape(rows, whole)]
+    if whole < cols:
+        parts.append(_pruned_in_groups(keys[:, whole:].unsqueeze(1), kept).squeeze(1))
+    return torch.cat(parts, dim=1)
+
+
+def _pruned_in_groups(groups: Tensor, kept: int) -> Tensor:
+    """By the rank of each key in its group [rows, groups, keys of a group]: how many of them go before it."""
+    size = groups.shape[2]
+    place = torch.arange(size, device=groups.device)
+    rank = torch.zeros(groups.shape, dtype=torch.int16, device=groups.device)
+    for other in range(size):
+        key = groups[:, :, other : other + 1]
+        rank += (key < groups) | ((key == groups) & (other < place))
+    return rank < size - kept
+
+
+def pruned_in_rows(keys: Tensor, count: int) -> Tensor:
+    """Mask [rows, cols] of the `count` smallest keys of each row."""
+    if count == 0:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    last = keys.kthvalue(count, dim=1, keepdim=True).values
+    below, tied = keys < last, keys == last
+    left = count - below.sum(dim=1, keepdim=True)
+    return below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= left))
+
+
+class Pruner:
+    """Prunes components, and remembers of each what makes doing so again cheap: a histogram, and the cuts made."""
+
+    def __init__(self) -> None:
+        self._histograms: dict[str, NDArray[np.int32]] = {}
+        self._cuts: dict[tuple[str, str], Cut] = {}
+
+    def prune(self, component: str, weight: Tensor, pruning: Pruning) -> Tensor:
+        """`weight` [rows, cols], the component's own, with zeros where magnitude or chance prunes it."""
+        by_chance = pruning.saliency == "random"
+        name = f"{component}={pruning.name}"
+        keys = random_keys(tuple(weight.shape), name, weight.device) if by_chance else magnitude_keys(weight)
+        if pruning.pattern is not None:
+            return weight.masked_fill(pruned_by_pattern(keys, *pruning.pattern), 0.0)
+        found = self._cuts.get((component, pruning.name))
+        if found is None:
+            rows, cols = weight.shape
+            cumulative = histogram(keys) if by_chance else self._histogram(component, keys)
+            found = cut(keys, cumulative, pruning.pruned_weights((rows, cols)))
+            self._cuts[component, pruning.name] = found
+        return prune_below(weight, keys, found)
+
+    def _histogram(self, component: str, keys: Tensor) -> NDArray[np.int32]:
+        if component not in self._histograms:
+            self._histograms[component] = histogram(keys)
+        return self._histograms[component]
