@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dtmsearch.config import load
     from dtmsearch.doctor import examine as doctor
+    from dtmsearch.exporting import export
     from dtmsearch.results.query import query
     from dtmsearch.results.summary import runs_overview as ls
     from dtmsearch.results.summary import summarize_run as status
@@ -25,6 +26,7 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "export",
     "load",
     "ls",
     "open_store",
@@ -42,6 +44,7 @@ _LAZY = {
     "demo": ("dtmsearch.run", "demo"),
     "doctor": ("dtmsearch.doctor", "examine"),
     "evaluate": ("dtmsearch.run", "evaluate"),
+    "export": ("dtmsearch.exporting", "export"),
     "load": ("dtmsearch.config", "load"),
     "ls": ("dtmsearch.results.summary", "runs_overview"),
     "open_store": ("dtmsearch.run", "open_store"),

@@ -33,6 +33,7 @@ _EXIT_CODES = {
     "ValueError": _USAGE,
     "ClusterLost": _STOPPED,
     "ClusterUnreachable": _CLUSTER_UNREACHABLE,
+    "ExportFailed": _FAILED,
     "ReplicasFailed": _FAILED,
     "RunLocked": _FAILED,
     "SearchFailed": _FAILED,
@@ -40,6 +41,9 @@ _EXIT_CODES = {
     "StoreError": _STORE_UNREADABLE,
     "StoreFull": _STOPPED,
 }
+
+# What `dtmsearch.export.formats` can write, by name, because naming them must not load torch; a test holds them equal.
+EXPORT_FORMATS = ("json", "dense")
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -313,6 +317,43 @@ def evaluate_verb(
         measurement = evaluate(search_file, plan, store, _where(**where), observer)
     _show(measurement, form, measurement_text, measurement_values)
     return _FAILED if measurement.summary is None else 0
+
+
+@cli.command(
+    "export",
+    epilog=examples(
+        "dtmsearch export my-run --to dense --out my-model",
+        "dtmsearch export plan.json --to json --out recipe --store s3://bucket/store",
+        "dtmsearch export my-run --to dense --out my-model --model /mnt/models/llama --no-check",
+    ),
+)
+@click.argument("source", metavar="RUN|PLAN")
+@click.option("--to", required=True, type=click.Choice(EXPORT_FORMATS), help="Format to write.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--model", help="Where the base model lies now, if not where the search found it.")
+@click.option("--check/--no-check", default=True, help="Load what was written and measure it against the store.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch of the check.")
+@store_option
+@format_option("table", "json")
+def export_verb(
+    source: str,
+    to: str,
+    out: Path,
+    model: str | None,
+    check: bool,
+    batch_tokens: int | None,
+    store: str,
+    form: str,
+) -> None:
+    """Write the plan of a run, or a plan file, in a format that others load.
+
+    A model is loaded again in a fresh process and measured: FDT and SDT as recorded, or the export fails.
+    """
+    from dtmsearch.exporting import export
+    from dtmsearch.summaries import exported_text, exported_values
+
+    result = export(source, to, out, store, check=check, model=model, batch_tokens=batch_tokens or 0, say=say)
+    _show(result, form, exported_text, exported_values)
 
 
 @cli.command("doctor", epilog=examples("dtmsearch doctor", "dtmsearch doctor --store s3://bucket/store --format json"))

@@ -18,6 +18,7 @@ from dtmsearch.terminal import components, duration, table
 if TYPE_CHECKING:
     from dtmsearch.doctor import Finding
     from dtmsearch.estimate import Estimate
+    from dtmsearch.exporting import Exported
     from dtmsearch.results.summary import RunOverview, RunSummary, ValidationRow
     from dtmsearch.run import PlanMeasurement
 
@@ -183,6 +184,31 @@ def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:
     derived = {"share": size.share, "bits_per_weight": size.bits_per_weight, "size_mb": size.size_mb}
     values: dict[str, Any] = plain(measurement)
     return values | {"plan_id": measurement.plan.id, "plan": measurement.plan.schemes, "size": values["size"] | derived}
+
+
+def exported_text(result: Exported) -> str:
+    """What an export wrote, how large it is, and what its check measured."""
+    size, check = result.size, result.check
+    lines = [
+        f"{result.format} in {result.folder}",
+        _line("plan", result.plan.id),
+        _line("size", _size(size.num_compressed, size.share, size.bits_per_weight)),
+        _line("files", f"{len(result.files)}, {sum(result.files.values()):,} bytes"),
+    ]
+    if result.tensor_bytes is not None and result.plan_bytes is not None:
+        extra = "".join(f", {number:+,} for {what}" for what, number in result.extra_bytes.items())
+        lines.append(_line("tensors", f"{result.tensor_bytes:,} bytes: {result.plan_bytes:,} by the plan{extra}"))
+    if check is None:
+        return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", "not measured")])
+    verdict = "as recorded" if check.equal else f"{check.differing} prompts differ"
+    figures = f"FDT {check.fdt_measured:.4f}, SDT {check.sdt_measured:.4f} on {check.num_prompts} prompts: {verdict}"
+    return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", figures)])
+
+
+def exported_values(result: Exported) -> dict[str, Any]:
+    """An export for JSON: its plan as component -> scheme."""
+    values: dict[str, Any] = plain(result)
+    return values | {"plan_id": result.plan.id, "plan": result.plan.schemes}
 
 
 def findings_text(findings: Sequence[Finding]) -> str:

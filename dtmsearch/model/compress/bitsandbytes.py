@@ -65,3 +65,12 @@ def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
         compress_statistics=False,
     )
     return module
+
+
+def restored_weight(module: nn.Module) -> Tensor:
+    """The dense weights [rows, cols] that a 4-bit module of ours multiplies with."""
+    from bitsandbytes import functional
+
+    weight: Any = module.weight
+    restored: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+    return restored

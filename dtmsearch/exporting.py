@@ -1,0 +1,337 @@
+"""The verb `export`: a plan of the store or of a file, written in a format, loaded again in a fresh process, measured
+against what is recorded of it, and described.
+
+Knows where plans and their measurements lie; what a format looks like is the business of `dtmsearch.export`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+import dtmsearch
+from dtmsearch import config
+from dtmsearch.config import SearchFile
+from dtmsearch.export.card import Card, card_text
+from dtmsearch.export.folder import header_bytes
+from dtmsearch.export.formats import FORMATS, Format
+from dtmsearch.export.job import Job, Written
+from dtmsearch.model.discovery import read_manifest
+from dtmsearch.model.loading import checkpoint_folder
+from dtmsearch.model.served import write_job
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import IntArray, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json, plan_size
+from dtmsearch.results.store import ResultStore
+
+_COLUMNS = ["run", "purpose", "label", "reference_id", "num_prompts", "fdt", "sdt", "dppl", "finished_at"]
+
+
+class ExportFailed(RuntimeError):
+    """What was written is not what was measured."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A measurement of a plan in the store: of which run, against which reference, per prompt."""
+
+    run: str
+    reference: Reference
+    fdt: IntArray
+    sdt: IntArray
+
+
+@dataclass(frozen=True)
+class Check:
+    """The exported folder, measured by a fresh process, beside what the store holds of the plan. Means over prompts, in
+    tokens; `differing` prompts have another FDT or SDT."""
+
+    run: str
+    reference_id: str
+    num_prompts: int
+    fdt_recorded: float
+    fdt_measured: float
+    sdt_recorded: float
+    sdt_measured: float
+    differing: int
+
+    @property
+    def equal(self) -> bool:
+        return self.differing == 0
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made. `files`: name -> bytes. `tensor_bytes` are those of the files without headers, `plan_bytes`
+    what the plan's arithmetic gives, `extra_bytes` what the format stores beyond it; None where no weights are
+    written. `check` is None where nothing was measured."""
+
+    format: str
+    folder: str
+    plan: Plan
+    size: PlanSize
+    files: Mapping[str, int]
+    tensor_bytes: int | None
+    plan_bytes: int | None
+    extra_bytes: Mapping[str, int]
+    notes: Sequence[str]
+    check: Check | None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A plan, the model that it is for, and what the store holds of it."""
+
+    plan: Plan
+    spec: ModelSpec
+    manifest: ModelManifest
+    recorded: Recorded | None
+    file: SearchFile | None
+
+
+def export(
+    source: str,
+    to: str,
+    out: str | Path,
+    store: str,
+    *,
+    check: bool = True,
+    model: str | None = None,
+    batch_tokens: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """Write the plan of a run, or of a plan file, to the new folder `out`.
+
+    `model` is where the base model lies now, if not where the search found it. Raises `ValueError` for a plan that
+    cannot be found or that the format cannot hold, `ExportFailed` when the written folder does not measure as the
+    store says; it is left beside `out` then.
+    """
+    form = FORMATS[to]
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--out {target} is there already: give a folder that is new or empty")
+    found = _find(source, ResultStore(store), model)
+    wants_check = check and form.is_model
+    if wants_check and found.recorded is None:
+        raise ValueError(
+            f"the store {store} holds no measurement of this plan to hold the export against. Measure it first "
+            f"(dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
+        )
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    job = _job(found)
+    say(f"writing {to} of {found.manifest.model}: {len(found.plan)} compressed components")
+    written = form.write(job, partial)
+    _check_bytes(job, written)
+    result = _exported(form, target, partial, found, job, written)
+    if wants_check:
+        assert found.recorded is not None
+        say("measuring it in a fresh process")
+        result = replace(result, check=_measured(partial, found, found.recorded, batch_tokens))
+    (partial / "README.md").write_text(_card(result, form, found, source, store), encoding="utf-8")
+    _raise_unless_equal(result, partial)
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
+    return result
+
+
+def _job(found: _Source) -> Job:
+    mode = None if found.recorded is None else found.recorded.reference.mode
+    on_gpu = torch.cuda.is_available() and (mode is None or "/cuda/" in mode)
+    return Job(
+        folder=checkpoint_folder(found.spec),
+        manifest=found.manifest,
+        plan=found.plan,
+        dtype=getattr(torch, found.spec.dtype),
+        device=torch.device("cuda" if on_gpu else "cpu"),
+    )
+
+
+def _find(source: str, results: ResultStore, model: str | None) -> _Source:
+    path = Path(source)
+    if path.is_file():
+        return _find_file(path, results, model)
+    record = results.run(source)
+    if record is None:
+        names = ", ".join(r.run for r in results.runs()) or "none"
+        raise ValueError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
+    if record.final_plan_id is None:
+        raise ValueError(f"run {source!r} has no final plan (it is {record.status})")
+    plan = results.plan(record.final_plan_id, source)
+    if plan is None:
+        raise ValueError(f"the final plan of run {source!r} is not in the store")
+    file = config.parse(record.config, f"the search file of run {source}", Path(record.config_folder))
+    spec = _spec(file, model)
+    manifest = read_manifest(spec)
+    if manifest.id != record.manifest_id:
+        raise ValueError(
+            f"run {source!r} searched the model with manifest {record.manifest_id}; the one at {spec.path} has "
+            f"{manifest.id}. If the model lies elsewhere now, say where with --model"
+        )
+    preferred = [i for i in (record.validation_reference_id, record.reference_id) if i is not None]
+    return _Source(plan, spec, manifest, _recorded(results, plan, source, preferred), file)
+
+
+def _find_file(path: Path, results: ResultStore, model: str | None) -> _Source:
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+        where = str(content["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
+    manifest = read_manifest(ModelSpec(model or where))
+    plan = plan_from_json(text, manifest, str(path))
+    recorded = _recorded(results, plan, None, [])
+    if recorded is None:
+        return _Source(plan, ModelSpec(model or where, dtype=manifest.dtype), manifest, None, None)
+    record = results.run(recorded.run)
+    if record is None:  # measured by `evaluate`, which keeps no record of its file
+        dtype, _, attention = recorded.reference.mode.split("/")[:3]
+        return _Source(plan, ModelSpec(model or where, None, dtype, attention), manifest, recorded, None)
+    file = config.parse(record.config, f"the search file of run {recorded.run}", Path(record.config_folder))
+    return _Source(plan, _spec(file, model or where), manifest, recorded, file)
+
+
+def _spec(file: SearchFile, model: str | None) -> ModelSpec:
+    return file.model_spec if model is None else replace(file.model_spec, path=model)
+
+
+def _recorded(results: ResultStore, plan: Plan, run: str | None, preferred: Sequence[str]) -> Recorded | None:
+    """The measurement of a plan over most prompts; one against a preferred reference first."""
+    fits = (pc.field("plan_id") == plan.id) & (pc.field("status") == "ok")
+    rows = results.table("evaluations", _COLUMNS, run, fits).to_pylist()
+
+    def rank(row: Mapping[str, object]) -> tuple[int, int]:
+        place = preferred.index(str(row["reference_id"])) if row["reference_id"] in preferred else len(preferred)
+        return place, -int(str(row["num_prompts"]))
+
+    for row in sorted(rows, key=rank):
+        reference = results.reference(row["reference_id"])
+        if reference is not None and reference.num_prompts == row["num_prompts"]:
+            return Recorded(row["run"], reference, np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32))
+    return None
+
+
+def _check_bytes(job: Job, written: Written) -> None:
+    """The files hold what the plan's arithmetic and the format's own account for, to the byte."""
+    if not written.tensor_bytes:
+        return
+    on_disk = sum(path.stat().st_size - header_bytes(path) for path in written.files)
+    expected = job.plan_bytes + sum(written.extra_bytes.values())
+    assert on_disk == written.tensor_bytes == expected, (on_disk, written.tensor_bytes, expected, written.extra_bytes)
+
+
+def _exported(form: Format, target: Path, partial: Path, found: _Source, job: Job, written: Written) -> Exported:
+    return Exported(
+        format=form.name,
+        folder=str(target.absolute()),
+        plan=found.plan,
+        size=plan_size(found.plan, found.manifest.components, job.dtype.itemsize * 8),
+        files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+        tensor_bytes=written.tensor_bytes or None,
+        plan_bytes=job.plan_bytes if written.tensor_bytes else None,
+        extra_bytes=written.extra_bytes,
+        notes=tuple(written.notes),
+        check=None,
+    )
+
+
+def _measured(folder: Path, found: _Source, recorded: Recorded, batch_tokens: int) -> Check:
+    """The folder as a fresh process finds it, in the numeric mode of what is recorded."""
+    mode = recorded.reference.mode
+    spec = replace(found.spec, path=str(folder.absolute()), revision=None)
+    spec = replace(spec, compile="always" if mode.endswith("/compiled") else "never")
+    answer = measure_apart(spec, ReplicaSettings(batch_tokens=batch_tokens), recorded.reference)
+    fdt, sdt = np.array(answer["fdt"]), np.array(answer["sdt"])
+    return Check(
+        run=recorded.run,
+        reference_id=recorded.reference.id,
+        num_prompts=len(fdt),
+        fdt_recorded=float(recorded.fdt.mean()),
+        fdt_measured=float(fdt.mean()),
+        sdt_recorded=float(recorded.sdt.mean()),
+        sdt_measured=float(sdt.mean()),
+        differing=int(((fdt != recorded.fdt) | (sdt != recorded.sdt)).sum()),
+    )
+
+
+def measure_apart(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> dict[str, list[float]]:
+    """The folder at `spec.path` against a reference, by a fresh process: metric -> value of each prompt.
+
+    Raises `ExportFailed` when it cannot be loaded or measured.
+    """
+    with tempfile.TemporaryDirectory(prefix="dtmsearch-check-") as scratch:
+        job = write_job(Path(scratch), spec, settings, reference)
+        command = [sys.executable, "-m", "dtmsearch.model.served", str(job)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ExportFailed(f"the folder {spec.path} cannot be loaded and measured: {last}")
+    answer: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _raise_unless_equal(result: Exported, folder: Path) -> None:
+    check = result.check
+    if check is not None and not check.equal:
+        raise ExportFailed(
+            f"the {result.format} folder does not say what the plan said when it was measured: "
+            f"FDT {check.fdt_measured:.4f} instead of {check.fdt_recorded:.4f} "
+            f"({check.fdt_measured - check.fdt_recorded:+.4f}), SDT {check.sdt_measured:.4f} instead of "
+            f"{check.sdt_recorded:.4f} ({check.sdt_measured - check.sdt_recorded:+.4f}); {check.differing} of "
+            f"{check.num_prompts} prompts differ. It was left in {folder}"
+        )
+
+
+def _card(result: Exported, form: Format, found: _Source, source: str, store: str) -> str:
+    check = result.check
+    if check is None:
+        measured = [
+            "not measured: " + ("checked by nobody (`--no-check`)" if form.is_model else "it is no model to load")
+        ]
+    else:
+        measured = [
+            f"FDT {check.fdt_measured:.4f} and SDT {check.sdt_measured:.4f} on {check.num_prompts} prompts of run "
+            f"`{check.run}` (reference `{check.reference_id}`), loaded by a fresh process with "
+            "`AutoModelForCausalLM.from_pretrained`",
+            f"recorded by the search: FDT {check.fdt_recorded:.4f} and SDT {check.sdt_recorded:.4f}; "
+            f"{check.differing} prompts differ",
+        ]
+    parts = ["dtmsearch", "export", source, "--to", form.name, "--out", Path(result.folder).name, "--store", store]
+    return card_text(
+        Card(
+            base_model=found.manifest.model,
+            format_name=form.name,
+            loads=form.loads,
+            plan=found.plan,
+            size=result.size,
+            files=result.files,
+            measured=measured,
+            notes=[*_size_notes(result), *result.notes],
+            command=shlex.join(parts),
+            version=dtmsearch.__version__,
+        )
+    )
+
+
+def _size_notes(result: Exported) -> list[str]:
+    if result.tensor_bytes is None or result.plan_bytes is None:
+        return []
+    extra = "".join(f", {number:+,} for {what}" for what, number in result.extra_bytes.items())
+    return [
+        f"Tensors take {result.tensor_bytes:,} bytes (file headers apart): {result.plan_bytes:,} by the plan's "
+        f"arithmetic{extra}."
+    ]

@@ -1,0 +1,168 @@
+"""Exports: what is written measures as the store says, takes the bytes that are accounted for, and says what it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from exports import RUN, Measured, in_process, measured_plan
+from safetensors.torch import load_file, save_file
+from tiny import llama_config, write_model
+from transformers import AutoModelForCausalLM
+
+from dtmsearch.cli import EXPORT_FORMATS, main
+from dtmsearch.export.formats import FORMATS
+from dtmsearch.exporting import ExportFailed, export
+from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.plans.plan import plan_from_json
+from dtmsearch.plans.schemes import parse_scheme
+
+MIXED = {
+    "model.layers.0.self_attn.q_proj": "int4-g16",
+    "model.layers.0.mlp.down_proj": "int3-g32-asym",
+    "model.layers.1.self_attn.v_proj": "int8-channel",
+    "model.layers.1.mlp.up_proj": "nf4",
+    "model.layers.2.self_attn.o_proj": "int2-tensor",
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = tmp_path_factory.mktemp("mixed")
+    return measured_plan(write_model(folder / "model"), folder / "store", MIXED)
+
+
+def test_the_command_line_names_every_format() -> None:
+    assert set(EXPORT_FORMATS) == set(FORMATS)
+
+
+def test_a_dense_export_measures_as_recorded_in_a_fresh_process(mixed: Measured, tmp_path: Path) -> None:
+    check = mixed.export("dense", tmp_path / "out").check
+    assert check is not None and check.equal and check.fdt_measured < 12
+
+
+def test_a_dense_export_holds_the_rounded_weights(mixed: Measured, tmp_path: Path) -> None:
+    mixed.export("dense", tmp_path / "out", check=False)
+    before = load_file(Path(mixed.manifest.model) / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(after[f"{name}.weight"], round_weight(before[f"{name}.weight"], parse_scheme(MIXED[name])))
+
+
+def test_what_the_plan_leaves_dense_is_untouched(mixed: Measured, tmp_path: Path) -> None:
+    mixed.export("dense", tmp_path / "out", check=False)
+    before = load_file(Path(mixed.manifest.model) / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    untouched = [name for name in before if name.removesuffix(".weight") not in MIXED]
+    assert [name for name in untouched if not torch.equal(before[name], after[name])] == []
+
+
+def test_a_folder_that_says_something_else_fails_the_export(
+    mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+
+    def write_wrongly(job, folder):  # type: ignore[no-untyped-def]
+        written = FORMATS["dense"].write(job, folder)
+        tensors = load_file(written.files[0])
+        tensors["model.layers.2.mlp.down_proj.weight"].neg_()
+        save_file(tensors, written.files[0], metadata={"format": "pt"})
+        return written
+
+    from dataclasses import replace
+
+    from dtmsearch import exporting
+
+    monkeypatch.setattr(exporting, "FORMATS", {"dense": replace(FORMATS["dense"], write=write_wrongly)})
+    with pytest.raises(ExportFailed, match=r"FDT [0-9.]+ instead of [0-9.]+ \([-+][0-9.]+\)"):
+        mixed.export("dense", tmp_path / "out")
+
+
+def test_a_failed_export_leaves_no_folder_of_that_name(
+    mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtmsearch import exporting
+
+    monkeypatch.setattr(exporting, "measure_apart", lambda *_: {"fdt": [0] * 6, "sdt": [0] * 6})
+    with pytest.raises(ExportFailed):
+        mixed.export("dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_reported_are_bytes_of_files(mixed: Measured, tmp_path: Path) -> None:
+    files = mixed.export("dense", tmp_path / "out", check=False).files
+    on_disk = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name != "README.md"}
+    assert dict(files) == on_disk
+
+
+def test_a_json_export_is_the_plan(mixed: Measured, tmp_path: Path) -> None:
+    mixed.export("json", tmp_path / "out")
+    text = (tmp_path / "out" / "plan.json").read_text()
+    assert plan_from_json(text, mixed.manifest, "plan.json") == mixed.plan
+
+
+def test_a_plan_file_is_exported_like_its_run(mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    mixed.export("json", tmp_path / "json")
+    check = export(str(tmp_path / "json" / "plan.json"), "dense", tmp_path / "out", str(mixed.store)).check
+    assert check is not None and check.equal
+
+
+def test_a_plan_that_nobody_measured_is_not_exported_unchecked(mixed: Measured, tmp_path: Path) -> None:
+    mixed.export("json", tmp_path / "json")
+    plan = tmp_path / "json" / "plan.json"
+    content = json.loads(plan.read_text())
+    content["schemes"] = {"model.layers.0.mlp.up_proj": "int8-tensor"}
+    plan.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds no measurement of this plan"):
+        export(str(plan), "dense", tmp_path / "out", str(mixed.store))
+
+
+def test_the_card_says_what_the_folder_is(mixed: Measured, tmp_path: Path) -> None:
+    mixed.export("dense", tmp_path / "out", check=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    wanted = [f"base_model: {mixed.manifest.model}", mixed.plan.id, "`int4-g16`", "dtmsearch export mine --to dense"]
+    assert [text for text in wanted if text not in card] == []
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten(mixed: Measured, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ValueError, match="new or empty"):
+        mixed.export("dense", tmp_path)
+
+
+def test_activations_that_are_rounded_have_no_dense_form(tmp_path: Path) -> None:
+    plan = {"model.layers.0.mlp.up_proj": "w8a8"}
+    measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan)
+    with pytest.raises(ValueError, match=r"round activations as well[^$]*\n  model.layers.0.mlp.up_proj: w8a8"):
+        measured.export("dense", tmp_path / "out")
+
+
+def test_a_large_model_goes_into_several_files(
+    mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtmsearch.export import folder
+
+    monkeypatch.setattr(folder, "_LEAST_SHARD_BYTES", 1)
+    exported = mixed.export("dense", tmp_path / "out", check=False)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len([name for name in exported.files if name.endswith(".safetensors")]) > 2
+
+
+def test_the_verb_exports_and_says_so_in_json(
+    mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_process(monkeypatch)
+    out = str(tmp_path / "out")
+    assert main(["export", RUN, "--to", "dense", "--out", out, "--store", str(mixed.store), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["check"]["differing"] == 0
+
+
+def test_half_precision_is_exported_as_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    config = llama_config(tie_word_embeddings=True, dtype="bfloat16")
+    measured = measured_plan(write_model(tmp_path / "model", config), tmp_path / "store", "int4-g16")
+    check = measured.export("dense", tmp_path / "out").check
+    assert check is not None and check.equal
