@@ -270,7 +270,7 @@ def stop_verb(name: str, store: str) -> None:
 def query_verb(sql: str, store: str, form: str, out: Path | None) -> None:
     """Answer one SQL SELECT over the store.
 
-    Its tables are runs, components, prompts, evaluations, plans and steps.
+    Its tables are runs, components, prompts, evaluations, plans, steps and continuations.
     """
     from dtmsearch.results.query import query
 

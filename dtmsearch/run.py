@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import numpy as np
+
 import dtmsearch
 from dtmsearch import config, texts
 from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
@@ -22,7 +24,7 @@ from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.compose import space_of, strategy_of
 from dtmsearch.config import PromptsSection, SearchFile
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, Reference
+from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json
 from dtmsearch.plans.records import RunRecord
@@ -45,6 +47,10 @@ __all__ = [
 
 # A uniform plan counts as one of the same size up to this relative difference in stored bits.
 _SAME_SIZE = 0.05
+# What the final plan is called among the plans that are validated.
+_PLAN = "plan"
+# Of the held-out prompts, so many at either end are recorded as text.
+_READ_AT_ENDS = 3
 # How `evaluate` is asked for the uniform plan of a scheme.
 _UNIFORM = "uniform:"
 
@@ -228,7 +234,21 @@ class _Session:
             label: EvalRequest(candidate, reference.id, (0, reference.num_prompts), EXTRA_METRICS)
             for label, candidate in validation_plans(space, plan).items()
         }
-        measure(requests, pool, self._writer, "validation", self._stop_requested)
+        outcomes = measure(requests, pool, self._writer, "validation", self._stop_requested)
+        self._record_continuations(pool, reference, plan, outcomes[_PLAN])
+
+    def _record_continuations(self, pool: ReplicaPool, reference: Reference, plan: Plan, outcome: Outcome) -> None:
+        """Have the plan's own texts for a few held-out prompts, the least and the most robust, for people to read."""
+        if isinstance(outcome, EvalFailure) or self._writer.has_continuations(reference.id, plan.id):
+            return
+        prompts = telling_prompts(outcome.fdt)
+        try:
+            written = pool.continuations(plan, reference.id, prompts)
+        except RuntimeError as error:  # they explain the plan; without them it is no worse
+            first_line = str(error).splitlines()[0]
+            self._observer.on_note(f"the plan's own texts could not be recorded: {first_line}")
+        else:
+            self._writer.put_continuations(reference.id, plan.id, written)
 
     def _stop_requested(self) -> bool:
         return self._results.stop_requested(self._file.run)
@@ -237,7 +257,7 @@ class _Session:
 def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     """What a final plan is held against: label -> plan, itself among them.
 
-    The uniform plan of each scheme of the search (`uniform:SCHEME`) and, where one comes within 5% of the plan's
+    The base model (`base`, whose FDT and SDT say nothing, but whose perplexities do), the uniform plan of each scheme of the search (`uniform:SCHEME`) and, where one comes within 5% of the plan's
     stored bits, the uniform plan nearest in real size (`uniform-nearest:SCHEME`), from the same granularities.
     """
     wanted = max(1, space.size(plan).stored_bits)  # nothing is left where all is dropped
@@ -251,7 +271,17 @@ def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     if gap(nearest) <= _SAME_SIZE:
         plans.pop(f"uniform:{nearest}", None)
         plans[f"uniform-nearest:{nearest}"] = space.uniform(nearest)
-    return {label: other for label, other in plans.items() if other.id != plan.id} | {"plan": plan}
+    plans["base"] = Plan()
+    return {label: other for label, other in plans.items() if other.id != plan.id} | {_PLAN: plan}
+
+
+def telling_prompts(fdt: IntArray) -> list[int]:
+    """Prompts to read, from the least to the most robust: the ends of the order by `fdt` [num_prompts], and its
+    middle."""
+    order = np.argsort(fdt, kind="stable").tolist()
+    middle = len(order) // 2
+    chosen = [*order[:_READ_AT_ENDS], *order[middle - 1 : middle + 1], *order[-_READ_AT_ENDS:]]
+    return list(dict.fromkeys(chosen))
 
 
 def _pool(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:

@@ -24,6 +24,7 @@ from dtmsearch.cluster.host import start_host
 from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import (
+    Continuation,
     EvalFailure,
     EvalRequest,
     ModelSpec,
@@ -33,6 +34,7 @@ from dtmsearch.plans.evaluation import (
     ReplicaSettings,
     Speed,
 )
+from dtmsearch.plans.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +172,11 @@ class ReplicaPool:
         """See `dtmsearch.model.replica.Replica.measure_speed`."""
         speed: Speed = self._ask_one("measure_speed", count, prompt_tokens, continuation_tokens)
         return speed
+
+    def continuations(self, plan: Plan, reference_id: str, prompts: Sequence[int]) -> list[Continuation]:
+        """See `dtmsearch.model.replica.Replica.continuations`."""
+        written: list[Continuation] = self._ask_one("continuations", plan, reference_id, tuple(prompts))
+        return written
 
     def use(self, reference: Reference) -> None:
         """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""

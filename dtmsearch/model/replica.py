@@ -26,12 +26,15 @@ from dtmsearch.model.divergence import Divergence, Scores, compare, fetch
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens, vocabulary_size
 from dtmsearch.model.prompts import cut_prompts
 from dtmsearch.model.weights import Checkpoint, Weights
+from dtmsearch.model.writing import margins, written_out
 from dtmsearch.plans.components import ModelManifest, weight_files
 from dtmsearch.plans.evaluation import (
+    Continuation,
     EvalFailure,
     EvalRequest,
     EvalResult,
     FailureKind,
+    FloatArray,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -263,6 +266,24 @@ class Replica:
         """Free greedy generation with the compressed model: [num_prompts, continuation_tokens]."""
         self._to_parent(plan)
         return self._continue(prompts)
+
+    @torch.inference_mode()
+    def continuations(self, plan: Plan, reference_id: str, prompts: Sequence[int]) -> list[Continuation]:
+        """How the base model and the compressed one go on from some prompts of a reference that is in use."""
+        reference = self._references[reference_id].reference
+        rows = reference.text[list(prompts)]
+        start = PromptTokens(rows, reference.prompt_tokens)
+        self._to_parent(plan)
+        own = self._halving_batches(lambda: self._continue(start))
+        own_margins = self._margins(start, own)
+        self._to_base()
+        base = reference.continuation[list(prompts)]
+        return written_out(self._tokenizer, prompts, start, (base, self._margins(start, base)), (own, own_margins))
+
+    def _margins(self, start: PromptTokens, continuation: np.ndarray[Any, np.dtype[np.int32]]) -> FloatArray:
+        tokens = np.concatenate([start.tokens[:, : start.prompt_tokens], continuation], axis=1)
+        rows = torch.from_numpy(tokens).long().to(self._body.input_device)
+        return np.concatenate([margins(self._body, row, start.prompt_tokens, self._never) for row in rows.split(1)])
 
     def _place(self, request: EvalRequest) -> tuple[str, str, tuple[int, int], int]:
         return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self._manifest)

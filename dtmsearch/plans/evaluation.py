@@ -182,6 +182,26 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """A text that a model wrote: its `tokens`, the characters that each added (`pieces`; none for a token within a
+    character), and the `margins` in nats by which each was likelier than the runner-up."""
+
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...]
+    margins: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How the base model and a compressed one each go on from a prompt of a reference, in text."""
+
+    prompt: int
+    prompt_text: str
+    base: Writing
+    own: Writing
+
+
+@dataclass(frozen=True)
 class EvalFailure:
     """Why there is no measurement; a value like any other."""
 

@@ -34,7 +34,7 @@ _USER_ERRORS = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogEx
 
 
 def query(store: ResultStore, sql: str, time_limit_seconds: float = 60.0) -> pa.Table:
-    """Answer one SELECT (WITH before it is fine) over runs, components, prompts, evaluations, plans and steps.
+    """Answer one SELECT (WITH before it is fine) over the store's tables (`dtmsearch.results.tables.SCHEMAS`).
 
     `runs` has one row a run, its last record; `plans` and `components` hold no row twice. Times are in UTC. Raises
     `ValueError` for anything but one SELECT, for what DuckDB makes nothing of, and when the answer takes longer than

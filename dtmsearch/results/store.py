@@ -19,7 +19,7 @@ from pyarrow import fs
 
 import dtmsearch
 from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.evaluation import Outcome, Reference
+from dtmsearch.plans.evaluation import Continuation, Outcome, Reference
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
 from dtmsearch.results import tables
@@ -306,6 +306,15 @@ class RunWriter:
         if new:
             self._commit("steps", tables.steps_table(self._run, new))
             self._recorded_steps |= {step.step for step in new}
+
+    def has_continuations(self, reference_id: str, plan_id: str) -> bool:
+        """Whether the run has recorded how a plan continues prompts of a reference."""
+        rows = self._segments.read("continuations", [self._key], ["reference_id", "plan_id"])
+        return (reference_id, plan_id) in set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+
+    def put_continuations(self, reference_id: str, plan_id: str, continuations: Sequence[Continuation]) -> None:
+        """Record how the base model and a plan continue prompts of a reference."""
+        self._commit("continuations", tables.continuations_table(self._run, reference_id, plan_id, continuations))
 
     def _commit(self, table: str, rows: pa.Table) -> None:
         self._commits += 1

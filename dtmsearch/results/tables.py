@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.evaluation import EvalFailure, EvalResult, Outcome, Provenance, Reference
+from dtmsearch.plans.evaluation import Continuation, EvalFailure, EvalResult, Outcome, Provenance, Reference, Writing
 from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
@@ -137,6 +137,23 @@ PLANS = _schema(
         ("num_weights", pa.int64()),
     ],
 )
+# How the base model and a run's final plan go on from some held-out prompts; `own` is the compressed model's.
+CONTINUATIONS = _schema(
+    "continuations",
+    [
+        ("run", _CODED),
+        ("reference_id", _CODED),
+        ("plan_id", _CODED),
+        ("prompt", pa.int32()),
+        ("prompt_text", pa.string()),
+        ("base_tokens", _INTS),
+        ("base_pieces", pa.list_(pa.string())),
+        ("base_margins", _FLOATS),
+        ("own_tokens", _INTS),
+        ("own_pieces", pa.list_(pa.string())),
+        ("own_margins", _FLOATS),
+    ],
+)
 STEPS = _schema(
     "steps",
     [
@@ -161,6 +178,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "evaluations": EVALUATIONS,
     "plans": PLANS,
     "steps": STEPS,
+    "continuations": CONTINUATIONS,
 }
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
 
@@ -245,6 +263,25 @@ def step_records(table: pa.Table) -> list[StepRecord]:
     rows = table.drop_columns(["run"]).to_pylist()
     first = {row["step"]: row for row in reversed(rows)}
     return [StepRecord(**first[step]) for step in sorted(first)]
+
+
+# Continuations
+
+
+def continuations_table(run: str, reference_id: str, plan_id: str, continuations: Sequence[Continuation]) -> pa.Table:
+    number = len(continuations)
+    columns: dict[str, Any] = {
+        "run": _coded_constant(run, number),
+        "reference_id": _coded_constant(reference_id, number),
+        "plan_id": _coded_constant(plan_id, number),
+        "prompt": [c.prompt for c in continuations],
+        "prompt_text": [c.prompt_text for c in continuations],
+    }
+    for source in ("base", "own"):
+        writings: list[Writing] = [getattr(c, source) for c in continuations]
+        for part in ("tokens", "pieces", "margins"):
+            columns[f"{source}_{part}"] = [list(getattr(writing, part)) for writing in writings]
+    return _from_columns(CONTINUATIONS, columns)
 
 
 # Components
