@@ -257,9 +257,9 @@ class _Session:
 def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     """What a final plan is held against: label -> plan, itself among them.
 
-    The base model (`base`, whose FDT and SDT say nothing, but whose perplexities do), the uniform plan of each scheme of
-    the search (`uniform:SCHEME`) and, where one comes within 5% of the plan's stored bits, the uniform plan nearest in
-    real size (`uniform-nearest:SCHEME`), from the same granularities.
+    The base model (`base`, whose FDT and SDT say nothing, but whose perplexities do), the uniform plan of each scheme
+    of the search (`uniform:SCHEME`) and, where one comes within 5% of the plan's stored bits, the uniform plan nearest
+    in real size (`uniform-nearest:SCHEME`), from the same granularities.
     """
     wanted = max(1, space.size(plan).stored_bits)  # nothing is left where all is dropped
 
