@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dtmsearch.results.summary import runs_overview as ls
     from dtmsearch.results.summary import summarize_run as status
     from dtmsearch.run import Where, demo, evaluate, open_store, resume, run, stop
+    from dtmsearch.submission import submit
 
 __all__ = [
     "Where",
@@ -35,6 +36,7 @@ __all__ = [
     "run",
     "status",
     "stop",
+    "submit",
 ]
 __version__ = "0.1.0"
 
@@ -53,6 +55,7 @@ _LAZY = {
     "run": ("dtmsearch.run", "run"),
     "status": ("dtmsearch.results.summary", "summarize_run"),
     "stop": ("dtmsearch.run", "stop"),
+    "submit": ("dtmsearch.submission", "submit"),
 }
 
 

@@ -6,6 +6,7 @@ that `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -34,6 +35,7 @@ _EXIT_CODES = {
     "ClusterLost": _STOPPED,
     "ClusterUnreachable": _CLUSTER_UNREACHABLE,
     "ExportFailed": _FAILED,
+    "JobEnded": _STOPPED,
     "ReplicasFailed": _FAILED,
     "RunLocked": _FAILED,
     "SearchFailed": _FAILED,
@@ -216,6 +218,75 @@ def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> 
     with _resumable(_resume_command(name, store)), _watching(quiet) as observer:
         summary = resume(name, store, _where(**where), observer)
     _show_run(summary, store, form)
+
+
+@cli.command(
+    "submit",
+    epilog=examples(
+        "dtmsearch submit search.yaml --address http://127.0.0.1:8265 --store s3://bucket/store --follow",
+        "dtmsearch submit search.yaml --address http://127.0.0.1:8265 --replicas 8 --gpus-per-replica 1",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--address",
+    required=True,
+    envvar="RAY_API_SERVER_ADDRESS",
+    show_envvar=True,
+    help="The cluster's dashboard, such as http://127.0.0.1:8265.",
+)
+@set_option
+@store_option
+@click.option("--follow/--detach", default=False, help="Show what the search says until it ends, or return at once.")
+@click.option(
+    "--pins",
+    type=click.Choice(("check", "install", "none")),
+    default="check",
+    show_default=True,
+    help="This machine's package versions: demand them of the nodes, have them installed there, or neither.",
+)
+@click.option("--replicas", type=click.IntRange(min=1), help="Copies of the model that measure side by side.")
+@click.option("--gpus-per-replica", type=click.FloatRange(min=0), help="GPUs of each, such as 0.5, 1 or 4.")
+@click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch.")
+@format_option("table", "json")
+def submit_verb(
+    file: Path, overrides: tuple[str, ...], address: str, store: str, follow: bool, pins: Any, form: str, **where: Any
+) -> int:
+    """Run the search in FILE as a job of a Ray cluster.
+
+    Attaches to the run's job if one is at work; continues the run if it ended anywhere. Weights are not sent.
+    """
+    from dtmsearch.submission import submit
+
+    options = [part for name, value in where.items() if value for part in (_option(name), f"{value:g}")]
+    submission = submit(file, overrides, address, store, options, pins)
+    for note in submission.notes:
+        say(f"note: {note}")
+    job, run = submission.job, submission.run
+    say(f"{'attached to' if job.attached else 'submitted'} job {job.id}; it goes on without this command")
+    if follow:
+        return _follow(address, job.id)
+    if form == "json":
+        _show({"run": run, "job": job.id, "attached": job.attached, "store": submission.store}, form, str)
+    else:
+        _print(job.id)
+        argument = _store_argument(submission.store)
+        say(f"to see how far it is: dtmsearch status {run}{argument}\nto stop it: dtmsearch stop {run}{argument}")
+    return 0
+
+
+def _follow(address: str, job_id: str) -> int:
+    from dtmsearch.cluster.submit import Jobs
+
+    try:
+        return Jobs(address).follow(job_id, lambda text: click.echo(text, nl=False))
+    except KeyboardInterrupt:
+        say(f"no longer following; job {job_id} goes on")
+        return 0
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @cli.command("ls", epilog=examples("dtmsearch ls", "dtmsearch ls --store s3://bucket/store --format json"))
@@ -451,7 +522,8 @@ def _print(text: str) -> None:
 
 
 def _resume_command(run: str, store: str) -> str:
-    return f"dtmsearch resume {run}{_store_argument(store)}"
+    submitted = os.environ.get("DTMSEARCH_RESUME_COMMAND")  # set by `dtmsearch submit` for the driver that it sends
+    return submitted or f"dtmsearch resume {run}{_store_argument(store)}"
 
 
 def _query_command(sql: str, store: str) -> str:

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "texts": {"plans", "config"},
     "cluster": {"plans"},
     "cluster.sweep": {"plans", "run"},
+    "submission": {"config", "texts", "cluster"},
     "compose": {"plans", "config", "search"},
     "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
     "run": {"plans", "config", "search", "results", "texts", "cluster", "compose"},

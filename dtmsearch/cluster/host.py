@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from dtmsearch.cluster import pins
 from dtmsearch.plans.evaluation import ModelSpec, Reference, ReplicaSettings
 
 
@@ -22,6 +23,7 @@ class _Host:
 
     def load(self, spec: ModelSpec, settings: ReplicaSettings) -> tuple[str, int]:
         """Load the model; where this process runs: (host name, process id)."""
+        pins.check()
         # Threads that wait for each other spinning, as is the default, bring a busy machine to a standstill.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         module, _, name = self._replica_class.partition(":")

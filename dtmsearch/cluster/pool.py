@@ -18,10 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from dtmsearch.cluster.host import start_host
 from dtmsearch.cluster.queue import RequestQueue
+from dtmsearch.cluster.tokens import refused
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import (
     Continuation,
@@ -388,7 +389,7 @@ def connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     if address is not None:
-        _check_listening(address)
+        check_listening(address)
     try:
         with _keeping_sigterm():
             ray.init(
@@ -398,7 +399,12 @@ def connect(address: str | None) -> bool:
                 logging_level=logging.ERROR,
                 namespace="dtmsearch",
             )
-    except (ConnectionError, RuntimeError, TimeoutError, GetTimeoutError) as error:
+    except AuthenticationError as error:
+        raise ClusterUnreachable(refused(address or "this machine", str(error))) from None
+    except ConnectionError as error:
+        # It listens, as was checked: a wrong token looks to Ray as if nobody were there.
+        raise ClusterUnreachable(refused(address) if address else f"Ray did not start here: {error}") from error
+    except (RuntimeError, TimeoutError, GetTimeoutError) as error:
         where = f"no Ray cluster at {address}" if address else "Ray did not start here"
         raise ClusterUnreachable(f"{where}: {str(error).strip().splitlines()[0][:300]}") from error
     return True
@@ -417,8 +423,11 @@ def _keeping_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _check_listening(address: str) -> None:
-    """Ray itself would try for minutes to reach a host and port where nobody listens."""
+def check_listening(address: str) -> None:
+    """Raises `ClusterUnreachable` where nobody listens.
+
+    Ray itself would try for minutes to reach such a host and port.
+    """
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         if parts.hostname is not None and parts.port is not None:

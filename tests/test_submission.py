@@ -1,0 +1,120 @@
+"""What travels to a cluster and what does not, and what its nodes are held to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtmsearch.cluster import pins
+from dtmsearch.cluster.pool import ClusterUnreachable
+from dtmsearch.cluster.submit import Jobs, Order
+from dtmsearch.cluster.tokens import refused
+from dtmsearch.config import SearchFile, load
+from dtmsearch.submission import pack, submit
+from dtmsearch.texts import text_files
+
+SEARCH = """
+run: mine
+model: {{path: hub/model}}
+prompts: {{files: {files}}}
+search: {{schemes: [int8-channel]}}
+"""
+
+
+def search_file(folder: Path, *files: str) -> SearchFile:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mine.yaml").write_text(SEARCH.format(files=list(files)))
+    return load(folder / "mine.yaml")
+
+
+def unpacked(file: SearchFile, into: Path) -> SearchFile:
+    """The search file as the driver on the cluster reads it."""
+    parcel = pack(file)
+    parcel.write(into, (file.folder / "mine.yaml").read_text())
+    return load(into / parcel.search_path, parcel.overrides)
+
+
+def contents(file: SearchFile) -> list[str]:
+    return [path.read_text() for path in text_files(file, file.prompts)]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of searches, with texts beside it, above it and below it."""
+    for name in ("home/searches/beside.txt", "home/searches/below/a.txt", "home/above.txt", "far.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "home/searches/below/b.txt").write_text("b")
+    return tmp_path / "home" / "searches"
+
+
+@pytest.mark.parametrize(
+    "names", [["beside.txt"], ["below/*.txt"], ["../above.txt", "beside.txt"], ["../../far.txt", "../above.txt"]]
+)
+def test_relative_names_mean_the_same_in_a_parcel(texts: Path, tmp_path: Path, names: list[str]) -> None:
+    file = search_file(texts, *names)
+    assert contents(unpacked(file, tmp_path / "there")) == contents(file)
+
+
+def test_a_parcel_leaves_a_search_of_relative_names_as_it_is(texts: Path, tmp_path: Path) -> None:
+    file = search_file(texts, "../above.txt", "below/*.txt")
+    assert unpacked(file, tmp_path / "there").to_yaml() == file.to_yaml()
+
+
+def test_an_absolute_name_travels_into_the_parcel(texts: Path, tmp_path: Path) -> None:
+    file = search_file(texts, str(texts / "below" / "*.txt"))
+    there = unpacked(file, tmp_path / "there")
+    assert all(path.is_relative_to(tmp_path / "there") for path in text_files(there, there.prompts))
+
+
+def test_a_parcel_holds_texts_and_nothing_else(texts: Path) -> None:
+    (texts / "model.safetensors").write_text("weights")
+    assert sorted(path.name for path in pack(search_file(texts, "below/*.txt")).files.values()) == ["a.txt", "b.txt"]
+
+
+def test_a_missing_text_is_said_before_anything_is_sent(texts: Path) -> None:
+    with pytest.raises(ValueError, match=r"no prompt file 'gone\.txt'"):
+        pack(search_file(texts, "gone.txt"))
+
+
+def test_credentials_in_the_store_s_url_are_refused(texts: Path) -> None:
+    search_file(texts, "beside.txt")
+    with pytest.raises(ValueError, match="holds credentials"):
+        submit(texts / "mine.yaml", (), "http://127.0.0.1:9", "s3://key:secret@bucket/store")
+
+
+def test_a_dashboard_that_is_not_there_is_said_at_once() -> None:
+    with pytest.raises(ClusterUnreachable, match="Connection refused"):
+        Jobs("http://127.0.0.1:9")
+
+
+def test_pinned_versions_that_are_installed_pass() -> None:
+    pins.check(pins.environment(pins.versions()))
+
+
+def test_another_version_than_the_pinned_one_is_named_with_both() -> None:
+    here = pins.versions()["numpy"]
+    with pytest.raises(ValueError, match=rf"numpy {here} \(pinned to 0\.1\).*--pins install"):
+        pins.check(pins.environment({"numpy": "0.1"}))
+
+
+def test_without_pins_every_version_passes() -> None:
+    pins.check({})
+
+
+def test_pins_that_are_to_be_installed_stand_in_the_job_s_environment() -> None:
+    order = Order("true", Path("work"), pip=("numpy==2.0.0",))
+    assert order.runtime_env["pip"] == {"packages": ["numpy==2.0.0"], "pip_check": False}
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("Authentication required: 401", "lets nobody in without its token. Set RAY_AUTH_MODE=token"),
+        ("Authentication failed: 403", "does not accept this token"),
+        ("", "If it is a Ray cluster, it wants its token"),
+    ],
+)
+def test_a_refusal_says_what_to_do_about_the_token(error: str, says: str) -> None:
+    assert says in refused("http://there:8265", error)
