@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from fakes import evaluate, toy_manifest
+from numpy.typing import NDArray
 
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import (
     EvalRequest,
+    EvalResult,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -27,6 +29,7 @@ from dtmsearch.plans.evaluation import (
     ReplicaSettings,
     reference_id,
 )
+from dtmsearch.plans.plan import Plan
 
 SECONDS_VARIABLE = "SCRIPTED_SECONDS"
 
@@ -34,7 +37,9 @@ SECONDS_VARIABLE = "SCRIPTED_SECONDS"
 class Scripted:
     """`spec.path` holds its orders, separated by spaces: `seconds=S` an evaluation, `die-once=FOLDER`, `die-on=SCHEME`,
     `bad-start=FOLDER` (the first to start fails), `liar=FOLDER` (the first to start has another model),
-    `mistake` (a user's mistake at the start), `broken` (every start fails)."""
+    `hang-once=FOLDER` and `wrong-once=FOLDER` (of the replicas that have evaluated `after=N` requests the first stops
+    answering, or returns wrong numbers from then on), `wrong-on=SCHEME` (and so does each that evaluates it), `mistake`
+    (a user's mistake at the start), `broken` (every start fails)."""
 
     def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str, node: str) -> None:
         self._orders = dict(order.partition("=")[::2] for order in spec.path.split())
@@ -44,6 +49,8 @@ class Scripted:
         if "broken" in self._orders or self._first("bad-start"):
             raise OSError("the disk is on fire")
         self._lies = self._first("liar")
+        self._wrong = False
+        self._evaluated = 0
 
     def _first(self, order: str) -> bool:
         """True for the first that asks, among all replicas."""
@@ -77,6 +84,10 @@ class Scripted:
     def canary(self, reference_id: str) -> float:
         return 1.0 if self._lies else 0.0
 
+    def check(self, plan: Plan, reference_id: str, num_prompts: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        found = self._measured(EvalRequest(plan, reference_id, (0, num_prompts)))
+        return found.sdt, found.dppl
+
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         return [self._answer(request) for request in requests]
 
@@ -84,6 +95,16 @@ class Scripted:
         started_at = time.perf_counter()
         if self._orders.get("die-on") in request.plan.schemes.values() or self._first("die-once"):
             os.kill(os.getpid(), signal.SIGKILL)
+        self._evaluated += 1
+        if self._evaluated > int(self._orders.get("after", 0)):
+            if self._first("hang-once"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            self._wrong |= self._first("wrong-once")
+        self._wrong |= self._orders.get("wrong-on") in request.plan.schemes.values()
         time.sleep(float(self._orders.get("seconds", 0)))
         seconds = time.perf_counter() - started_at
-        return replace(evaluate(request), provenance=Provenance(self._name, self._node, wall_seconds=seconds))
+        return replace(self._measured(request), provenance=Provenance(self._name, self._node, wall_seconds=seconds))
+
+    def _measured(self, request: EvalRequest) -> EvalResult:
+        right = evaluate(request)
+        return replace(right, sdt=right.sdt + 9, dppl=2 * right.dppl, fdt=right.fdt // 2) if self._wrong else right

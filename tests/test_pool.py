@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import ray
 from contracts import EvaluatorContract
 from fakes import evaluate, toy_components
 
+from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import ClusterUnreachable, PoolSettings, ReplicaPool, ReplicasFailed, connect
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
 from dtmsearch.plans.plan import Perturbation, Plan
@@ -27,15 +29,17 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def pool_of(orders: str, notes: list[str] | None = None, replicas: int = 2) -> ReplicaPool:
+def pool_of(orders: str, notes: list[str] | None = None, replicas: int = 2, health: Health = Health()) -> ReplicaPool:
     settings = PoolSettings(replicas=replicas)
     on_note = (notes if notes is not None else []).append
-    return ReplicaPool(ModelSpec(orders), settings, on_note, replica_class="scripted:Scripted")
+    return ReplicaPool(ModelSpec(orders), settings, on_note, replica_class="scripted:Scripted", health=health)
 
 
-def requests(schemes: tuple[str, ...] = ("int8-channel", "int4-g32")) -> list[EvalRequest]:
+def requests(
+    schemes: tuple[str, ...] = ("int8-channel", "int4-g32"), reference_id: str = "toy-reference"
+) -> list[EvalRequest]:
     plans = [Plan().with_(Perturbation(c.name, scheme)) for c in toy_components(8) for scheme in schemes]
-    return [EvalRequest(plan, "toy-reference", (0, 8), ("kl", "ppl")) for plan in plans]
+    return [EvalRequest(plan, reference_id, (0, 8), ("kl", "ppl")) for plan in plans]
 
 
 def answers(pool: ReplicaPool, asked: list[EvalRequest]) -> list[Outcome]:
@@ -121,6 +125,60 @@ def test_a_replica_with_another_model_is_dismissed_by_its_canary(tmp_path: Path)
         pool.use(pool.make_reference(prompts))
         answers(pool, requests())
     assert any("diverges on 100.0% of the reference" in note for note in notes)
+
+
+def watched(orders: str, notes: list[str], health: Health = Health()) -> tuple[list[Outcome], list[EvalRequest]]:
+    """Requests against a reference that replicas have taken, so that canaries can be sent; and their outcomes."""
+    with pool_of(f"{orders} seconds=0.01", notes, health=health) as pool:
+        pool.manifest()
+        prompts, _ = pool.cut_prompts([""], 8, 4, 100, 0)
+        reference = pool.make_reference(prompts)
+        pool.use(reference)
+        asked = requests(reference_id=reference.id)
+        return answers(pool, asked), asked
+
+
+@dataclass(frozen=True)
+class Deceived:
+    """A pool of which a replica turned wrong after some requests."""
+
+    arrived: list[Outcome]
+    asked: list[EvalRequest]
+    notes: list[str]
+
+
+@pytest.fixture(scope="module")
+def deceived(tmp_path_factory: pytest.TempPathFactory) -> Deceived:
+    notes: list[str] = []
+    arrived, asked = watched(f"wrong-once={tmp_path_factory.mktemp('wrong')} after=5", notes)
+    return Deceived(arrived, asked, notes)
+
+
+def test_wrong_numbers_reach_nobody(deceived: Deceived) -> None:
+    right = {r.id: evaluate(r).fdt.tolist() for r in deceived.asked}
+    assert {o.request_id: o.fdt.tolist() for o in deceived.arrived if isinstance(o, EvalResult)} == right
+
+
+def test_a_replica_that_turns_wrong_is_dismissed_with_what_no_canary_verified(deceived: Deceived) -> None:
+    assert any("its canary is off by" in note and "measured again" in note for note in deceived.notes)
+
+
+def test_wrong_numbers_cost_no_request_an_attempt(deceived: Deceived) -> None:
+    assert {outcome.provenance.attempts for outcome in deceived.arrived} == {1}
+
+
+def test_a_search_whose_replicas_all_turn_wrong_ends_with_the_reason() -> None:
+    with pytest.raises(ReplicasFailed, match="replicas in a row returned wrong numbers"):
+        watched("wrong-on=int4-g32", [])
+
+
+def test_a_replica_that_hangs_loses_no_request(tmp_path: Path) -> None:
+    notes: list[str] = []
+    arrived, asked = watched(f"hang-once={tmp_path} after=5", notes, Health(floor_seconds=0.3))
+    assert (sorted(o.request_id for o in arrived), any("no answer for" in note for note in notes)) == (
+        sorted(r.id for r in asked),
+        True,
+    )
 
 
 def test_a_second_reference_reaches_replicas_that_still_take_the_first() -> None:

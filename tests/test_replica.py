@@ -13,7 +13,7 @@ from tiny import DEMO_MODEL, llama_config, replica, result, values, with_referen
 
 from dtmsearch.model import replica as replica_module
 from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Reference
 from dtmsearch.plans.plan import Perturbation, Plan
 
 ALL = ("kl", "ppl")
@@ -95,6 +95,42 @@ def test_a_second_reference_does_not_disturb_the_first(folder: Path) -> None:
     request = EvalRequest(MIXED, first.id, (0, 6), ALL, parent=Plan())
     before = values(model.evaluate([request])[0])
     model.evaluate([EvalRequest(MIXED, second.id, (0, 3), ALL, parent=Plan())])
+    assert values(model.evaluate([request])[0]) == before
+
+
+def test_a_canary_finds_what_evaluations_of_its_plan_found(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    measured = result(model.evaluate([EvalRequest(MIXED, reference.id, (0, 6))])[0])
+    sdt, dppl = model.check(MIXED, reference.id, 4)
+    assert (sdt.tolist(), dppl.tolist()) == (measured.sdt[:4].tolist(), pytest.approx(measured.dppl[:4].tolist()))
+
+
+def test_a_canary_sees_a_weight_that_is_not_what_it_should_be(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    with torch.no_grad():
+        model._body.model.get_submodule(component(1, "mlp.up_proj")).weight *= 1.5
+    _, dppl = model.check(Plan(), reference.id, 4)
+    assert dppl.tolist() != pytest.approx(result(dense_outcome(folder, reference)).dppl[:4].tolist(), rel=1e-3)
+
+
+def dense_outcome(folder: Path, reference: Reference) -> Outcome:
+    """What an undamaged replica finds of the dense plan."""
+    model = replica(folder)
+    model.use(reference)
+    return model.evaluate([EvalRequest(Plan(), reference.id, (0, 6))])[0]
+
+
+@pytest.mark.parametrize("plan", [Plan(), MIXED])
+def test_a_canary_does_not_disturb_what_follows(folder: Path, plan: Plan) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    request = EvalRequest(
+        MIXED.with_(Perturbation(component(2, "mlp.up_proj"), "nf4")), reference.id, (0, 6), ALL, MIXED
+    )
+    before = values(model.evaluate([request])[0])
+    model.check(plan, reference.id, 4)
     assert values(model.evaluate([request])[0]) == before
 
 

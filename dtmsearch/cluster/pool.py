@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.exceptions import ActorDiedError, AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample
 from dtmsearch.cluster.host import start_host
 from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.tokens import refused
@@ -28,6 +29,7 @@ from dtmsearch.plans.evaluation import (
     Continuation,
     EvalFailure,
     EvalRequest,
+    EvalResult,
     ModelSpec,
     Outcome,
     Provenance,
@@ -51,8 +53,6 @@ _MAX_ATTEMPTS = 3
 _MAX_FAILED_STARTS = 3
 # Processes of a local Ray without which nothing goes on.
 _VITAL = ("raylet", "gcs_server")
-# A call is given up after this many times its expected length, and never before the floor.
-_HUNG_FACTOR, _HUNG_FLOOR_SECONDS = 20.0, 180.0
 # A canary may diverge by near ties on other hardware; more than this share is a broken replica.
 _CANARY_LIMIT = 0.02
 _CONNECT_SECONDS = 10.0
@@ -80,13 +80,26 @@ class PoolSettings:
     batch_tokens: int = 0
 
 
+class WrongNumbers(RuntimeError):
+    """A replica's canary says that it cannot be trusted."""
+
+
 @dataclass
 class _Call:
-    """Requests under way on a replica; `cost` in the queue's units."""
+    """Requests under way on a replica, or a canary; `cost` in the queue's units."""
 
     requests: list[EvalRequest]
     cost: float
     started_at: float
+    check: Check | None = None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a replica has answered since its last good canary."""
+
+    call: _Call
+    outcomes: list[Outcome]
 
 
 @dataclass(eq=False)
@@ -99,9 +112,21 @@ class _Member:
     node: str = ""
     parent_id: str | None = None
     ready: bool = False
+    taking_since: float | None = None
     idle_since: float = 0.0
     references: set[str] = field(default_factory=set)
     calls: dict[Any, _Call] = field(default_factory=dict)
+    held: list[_Held] = field(default_factory=list)
+    record: Record = field(default_factory=Record)
+
+    @property
+    def checking(self) -> bool:
+        return any(call.check is not None for call in self.calls.values())
+
+    @property
+    def unverified(self) -> list[_Call]:
+        """Calls whose outcomes no canary that has been sent will verify, oldest first."""
+        return [] if self.checking else [*(held.call for held in self.held), *self.calls.values()]
 
 
 class ReplicaPool:
@@ -113,8 +138,10 @@ class ReplicaPool:
         settings: PoolSettings = PoolSettings(),
         on_note: Callable[[str], None] = log.warning,
         replica_class: str = REPLICA_CLASS,
+        health: Health = Health(),
     ) -> None:
         self._spec, self._settings, self._on_note = spec, settings, on_note
+        self._health, self._pace, self._known = health, Pace(health), Known(health)
         self._replica_class = replica_class
         self._own_ray = connect(settings.address)
         self._num_gpus, self._num_cpus, self.num_replicas = _shares(settings)
@@ -126,12 +153,12 @@ class ReplicaPool:
         self._members: list[_Member] = []
         self._started = 0
         self._failed_starts = 0
-        self._references: dict[str, Any] = {}
+        self._dismissed = 0
+        self._references: dict[str, tuple[Any, Reference]] = {}
         self._queue: RequestQueue | None = None
         self._attempts: dict[str, int] = {}
         self._arrived: list[Outcome] = []
         self._gather_until = 0.0
-        self._seconds_per_cost: float | None = None
 
     def __enter__(self) -> ReplicaPool:
         for _ in range(self.num_replicas):
@@ -183,7 +210,7 @@ class ReplicaPool:
         """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""
         if reference.id in self._references:
             return
-        self._references[reference.id] = ray.put(reference)
+        self._references[reference.id] = ray.put(reference), reference
         for member in self._members:
             if member.ready:
                 self._begin_or_take(member)
@@ -253,38 +280,63 @@ class ReplicaPool:
         self._welcome(timeout_seconds=0)
         for member in list(self._members):
             self._collect(member)
+            if member.taking_since is not None and not member.calls:
+                self._check_time(member, member.taking_since, self._health.first_seconds)
         self._dispatch()
 
     def _collect(self, member: _Member) -> None:
-        """Take what a replica has finished; give it up if it is lost or hangs."""
+        """Take what a replica has finished; give it up if it is lost or hangs, or its canary is wrong."""
         if not member.calls:
             return
         done, _ = ray.wait(list(member.calls), num_returns=len(member.calls), timeout=0)
         try:
-            for reference in list(member.calls):
+            for reference in list(member.calls):  # in the order in which the replica does them
                 if reference in done:
-                    outcomes: list[Outcome] = ray.get(reference)
-                    self._accept(member.calls.pop(reference), outcomes, member)
-        except RayError as error:
+                    answer = ray.get(reference)
+                    self._accept(member.calls.pop(reference), answer, member)
+        except (RayError, WrongNumbers) as error:
             self._lose(member, error)
             return
         head = next(iter(member.calls.values()), None)
-        if head is not None and time.monotonic() - head.started_at > self._patience(head):
-            self._lose(member, TimeoutError(f"no answer for {time.monotonic() - head.started_at:.0f} s"))
+        if head is not None:
+            self._check_time(member, max(head.started_at, member.idle_since), self._pace.limit_seconds(head.cost))
 
-    def _accept(self, call: _Call, outcomes: list[Outcome], member: _Member) -> None:
+    def _check_time(self, member: _Member, since: float, limit: float) -> None:
+        """Give a replica up that has been at one thing for longer than it can need."""
+        seconds = time.monotonic() - since
+        if seconds > limit:
+            self._lose(member, TimeoutError(f"no answer for {seconds:.0f} s, where {limit:.0f} s are the most"))
+
+    def _accept(self, call: _Call, answer: Any, member: _Member) -> None:
         now = time.monotonic()
-        for outcome in outcomes:
-            attempts = self._attempts.pop(outcome.request_id, 0) + 1
-            self._arrived.append(replace(outcome, provenance=replace(outcome.provenance, attempts=attempts)))
-        measured = (now - max(call.started_at, member.idle_since)) / call.cost
-        known = self._seconds_per_cost
-        self._seconds_per_cost = measured if known is None else 0.7 * known + 0.3 * measured
+        seconds = now - max(call.started_at, member.idle_since)
         member.idle_since = now
+        if call.check is not None:
+            self._verify(member, call.check, Sample(*answer), seconds)
+            return
+        self._pace.learn(call.cost, seconds)
+        member.held.append(_Held(call, answer))
+        if call.requests[0].reference_id not in member.references:  # nothing to hold it against
+            self._release(member)
 
-    def _patience(self, call: _Call) -> float:
-        expected = call.cost * (self._seconds_per_cost or 0.0) * _CALLS_AHEAD
-        return max(_HUNG_FLOOR_SECONDS, _HUNG_FACTOR * expected) if self._seconds_per_cost else float("inf")
+    def _verify(self, member: _Member, check: Check, found: Sample, seconds: float) -> None:
+        """Hand over what the replica has answered before its canary. Raises `WrongNumbers`."""
+        fault = self._known.fault(check, found, member.record.samples.get(check.key))
+        if fault is not None:
+            raise WrongNumbers(fault)
+        member.record.keep(check, found, time.monotonic(), seconds)
+        self._dismissed = 0
+        self._release(member)
+
+    def _release(self, member: _Member) -> None:
+        held, member.held = member.held, []
+        for each in held:
+            for request, outcome in zip(each.call.requests, each.outcomes, strict=True):
+                if isinstance(outcome, EvalResult) and request.reference_id in self._references:
+                    num_prompts = self._num_canary_prompts(self._references[request.reference_id][1])
+                    self._known.learn(request, outcome, num_prompts)
+                attempts = self._attempts.pop(outcome.request_id, 0) + 1
+                self._arrived.append(replace(outcome, provenance=replace(outcome.provenance, attempts=attempts)))
 
     def _dispatch(self) -> None:
         if self._queue is None:
@@ -292,12 +344,41 @@ class ReplicaPool:
         ready = [m for m in self._members if m.ready]
         for ahead in range(_CALLS_AHEAD):  # everyone's first call before anyone's second
             for member in ready:
-                if len(member.calls) <= ahead and len(self._queue):
+                if len(member.calls) > ahead:
+                    continue
+                if self._canary_is_due(member):
+                    self._send_canary(member)
+                elif len(self._queue):
                     self._send(member, len(ready))
+
+    def _canary_is_due(self, member: _Member) -> bool:
+        """After its interval; and at once when nothing else waits, for a round may wait for what is unverified."""
+        unverified = member.unverified
+        if not unverified or unverified[-1].requests[-1].reference_id not in member.references:
+            return False
+        interval = self._health.canary_interval(member.record.seconds)
+        assert self._queue is not None
+        return not len(self._queue) or time.monotonic() - member.record.verified_at > interval
+
+    def _send_canary(self, member: _Member) -> None:
+        """Of the plan that the replica holds, if it is known what comes out, and else of the dense model."""
+        last = member.unverified[-1].requests[-1]
+        reference = self._references[last.reference_id][1]
+        num_prompts = self._num_canary_prompts(reference)
+        known = (last.parent.id, reference.id) in self._known
+        plan = last.parent if known else Plan()
+        check = Check(plan, reference.id, num_prompts, reference.continuation_tokens)
+        call = member.actor.call.remote("check", plan, reference.id, num_prompts)
+        assert self._queue is not None
+        member.calls[call] = _Call([], self._queue.full_cost(num_prompts), time.monotonic(), check)
+
+    def _num_canary_prompts(self, reference: Reference) -> int:
+        return min(self._health.canary_prompts, reference.num_prompts)
 
     def _send(self, member: _Member, num_ready: int) -> None:
         assert self._queue is not None
-        budget = 0.0 if self._seconds_per_cost is None else _CALL_SECONDS / self._seconds_per_cost
+        rate = self._pace.seconds_per_cost
+        budget = 0.0 if rate is None else _CALL_SECONDS / rate
         budget = min(budget, self._queue.cost / (2 * num_ready))
         requests, member.parent_id, cost = self._queue.take(budget, member.parent_id)
         if not member.calls:
@@ -344,23 +425,35 @@ class ReplicaPool:
         member.ready = not missing
         if missing:
             member.references |= missing
-            member.starting = member.actor.take.remote(*(self._references[i] for i in sorted(missing)))
+            member.taking_since = time.monotonic()
+            member.starting = member.actor.take.remote(*(self._references[i][0] for i in sorted(missing)))
         else:
             self._failed_starts = 0
+            member.taking_since = None
+            member.record.verified_at = time.monotonic()
 
     def _lose(self, member: _Member, error: Exception) -> None:
         """Kill a replica, send again what it held, and start another in its place.
 
         Only the oldest call may be to blame, so only its requests are charged an attempt, and they go out one by one
-        from now on. Preemption charges nothing.
+        from now on. Preemption and wrong numbers charge nothing. What no canary has verified is measured again.
         """
         self._members.remove(member)
         ray.kill(member.actor)
         reason = str(_cause(error) if isinstance(error, RayTaskError) else error).strip().splitlines()[0][:300]
-        self._on_note(f"{member.name} ({member.node or 'starting'}) was lost and is replaced: {reason}")
+        unverified = sum(len(held.outcomes) for held in member.held)
+        again = f"; {unverified} results that no canary had verified are measured again" if unverified else ""
+        self._on_note(f"{member.name} ({member.node or 'starting'}) was lost and is replaced: {reason}{again}")
         preempted = isinstance(error, ActorDiedError) and bool(error.preempted)
+        blameless = preempted or isinstance(error, WrongNumbers)
+        for held in member.held:
+            self._send_again(held.call, member, reason, charged=False)
         for position, call in enumerate(member.calls.values()):
-            self._send_again(call, member, reason, charged=position == 0 and not preempted)
+            self._send_again(call, member, reason, charged=position == 0 and not blameless)
+        if isinstance(error, WrongNumbers):
+            self._dismissed += 1
+            if self._dismissed > self.num_replicas + _MAX_FAILED_STARTS:
+                raise ReplicasFailed(f"{self._dismissed} replicas in a row returned wrong numbers; the last: {reason}")
         if not member.ready:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:

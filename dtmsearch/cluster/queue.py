@@ -64,6 +64,10 @@ class RequestQueue:
         layers = self._manifest.num_layers - layer + _FIXED_COST
         return _Waiting(layer, request.id, layers * (request.prompts[1] - request.prompts[0]), request)
 
+    def full_cost(self, num_prompts: int) -> float:
+        """The cost of all layers over so many prompts."""
+        return (self._manifest.num_layers + _FIXED_COST) * num_prompts
+
     def take(self, budget: float, parent_id: str | None) -> tuple[list[EvalRequest], str, float]:
         """The next requests of about `budget` in cost, at least one, all of one parent: (requests, parent, cost).
 

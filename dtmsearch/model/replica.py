@@ -35,6 +35,7 @@ from dtmsearch.plans.evaluation import (
     EvalResult,
     FailureKind,
     FloatArray,
+    IntArray,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -241,6 +242,21 @@ class Replica:
         diverged = self._dense_divergence(loaded).diverged
         return float((diverged & loaded.reference.agrees).mean())
 
+    @torch.inference_mode()
+    def check(self, plan: Plan, reference_id: str, num_prompts: int) -> tuple[IntArray, FloatArray]:
+        """`plan` on a reference's first prompts, from the tokens upward: (SDT, DPPL), each [num_prompts].
+
+        Of no plan is less to do than of the one whose weights stand here already. Layers run eagerly: a compiled graph
+        for these few rows would cost more than they do.
+        """
+        loaded = self._references[reference_id]
+        rows = slice(0, num_prompts)
+        self._to_parent(plan)
+        stream = self._greedy_stream(loaded.reference, rows)
+        with self._generating():
+            found = fetch(self._halving_batches(lambda: self._measure(stream, loaded, kl=False)))
+        return share_of_divergent_tokens(found.diverged & loaded.reference.agrees[rows]), perplexity(found.nll)
+
     def _dense_divergence(self, loaded: _Loaded) -> Divergence:
         request = EvalRequest(Plan(), loaded.reference.id, (0, loaded.reference.num_prompts))
         return fetch(self._halving_batches(lambda: self._score(loaded, request))["continuation"])
@@ -370,14 +386,15 @@ class Replica:
             return
         reference = loaded.reference
         rows = slice(*prompts)
+        text = torch.from_numpy(reference.text[rows]).long().to(self._body.input_device)
+        loaded.prompts, loaded.base_hidden = prompts, None
+        loaded.streams = {"continuation": self._greedy_stream(reference, rows), "text": _Stream(text, 1)}
+
+    def _greedy_stream(self, reference: Reference, rows: slice) -> _Stream:
+        """Prompts and the base model's own continuations of them."""
         start = reference.prompt_tokens
         greedy = np.concatenate([reference.text[rows, :start], reference.continuation[rows]], axis=1)
-        device = self._body.input_device
-        loaded.prompts, loaded.base_hidden = prompts, None
-        loaded.streams = {
-            "continuation": _Stream(torch.from_numpy(greedy).long().to(device), start),
-            "text": _Stream(torch.from_numpy(reference.text[rows]).long().to(device), 1),
-        }
+        return _Stream(torch.from_numpy(greedy).long().to(self._body.input_device), start)
 
     def _to_parent(self, parent: Plan) -> None:
         if self._weights.plan.id != parent.id:

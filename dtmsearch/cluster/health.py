@@ -1,0 +1,157 @@
+"""When a replica is given up: it takes too long, or its canary says that its numbers are wrong. Pure.
+
+A canary is the plan that a replica holds, or the dense model, measured anew on a few prompts. What comes out must be
+what is known of that plan: from evaluations that were verified, and from the replica's own earlier canaries.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult, FloatArray, IntArray
+from dtmsearch.plans.plan import Plan
+
+# Verified plans that are remembered: more than the candidates of a round, whose best are the next round's parents.
+_MOST_KNOWN = 1 << 14
+
+
+@dataclass(frozen=True)
+class Health:
+    """How replicas are watched.
+
+    Time: a call is given up after `factor` times what its cost leads to expect, never before `floor_seconds` nor
+    before three times the longest call so far, and after `first_seconds` while nothing has been measured.
+
+    Numbers: a canary of `canary_prompts` prompts comes every `canary_seconds`, or more rarely where canaries would take
+    more than `canary_share` of the time; and whenever results that a round waits for would have to wait for one. On
+    other batches near ties fall differently: up to `token_share` of the tokens and `nats` on average may differ from
+    what other replicas found. What the same replica found on the same batch it must find again, up to `own_nats`.
+    """
+
+    first_seconds: float = 3600.0
+    floor_seconds: float = 60.0
+    factor: float = 20.0
+    canary_prompts: int = 8
+    canary_seconds: float = 10.0
+    canary_share: float = 0.02
+    token_share: float = 0.05
+    nats: float = 0.05
+    own_nats: float = 5e-3
+
+    def canary_interval(self, canary_seconds: float) -> float:
+        """Seconds between canaries that take `canary_seconds` each."""
+        return max(self.canary_seconds, canary_seconds / self.canary_share)
+
+
+@dataclass
+class Pace:
+    """How fast replicas are, learned from their calls; costs are in the queue's units (layers times prompts)."""
+
+    health: Health
+    seconds_per_cost: float | None = None
+    longest_seconds: float = 0.0
+
+    def learn(self, cost: float, seconds: float) -> None:
+        measured, known = seconds / cost, self.seconds_per_cost
+        self.seconds_per_cost = measured if known is None else 0.7 * known + 0.3 * measured
+        self.longest_seconds = max(self.longest_seconds, seconds)
+
+    def limit_seconds(self, cost: float) -> float:
+        """How long a replica may work on a call before it counts as hung."""
+        if self.seconds_per_cost is None:
+            return self.health.first_seconds
+        expected = cost * self.seconds_per_cost
+        return max(self.health.floor_seconds, self.health.factor * expected, 3 * self.longest_seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A plan on the first prompts of a reference: divergent tokens and perplexity, each [num_prompts]."""
+
+    sdt: IntArray
+    dppl: FloatArray
+
+    @staticmethod
+    def of(result: EvalResult, num_prompts: int) -> Sample:
+        # Copies, so that the whole arrays need not be held.
+        return Sample(result.sdt[:num_prompts].copy(), result.dppl[:num_prompts].copy())
+
+    def nats_from(self, other: Sample) -> float:
+        """Mean distance of the perplexities' logarithms; infinite where one is no number."""
+        distance = float(np.abs(np.log(self.dppl.astype(np.float64)) - np.log(other.dppl.astype(np.float64))).mean())
+        return distance if np.isfinite(distance) else float("inf")
+
+    def tokens_from(self, other: Sample) -> float:
+        """Mean distance of the numbers of divergent tokens."""
+        return float(np.abs(self.sdt - other.sdt).mean())
+
+
+@dataclass(frozen=True)
+class Check:
+    """A canary: `plan` on the first prompts of a reference."""
+
+    plan: Plan
+    reference_id: str
+    num_prompts: int
+    continuation_tokens: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.plan.id, self.reference_id
+
+
+class Known:
+    """What verified evaluations say of plans on the first prompts of their references; the latest are remembered."""
+
+    def __init__(self, health: Health) -> None:
+        self._health = health
+        self._samples: OrderedDict[tuple[str, str], Sample] = OrderedDict()  # by plan and reference
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._samples
+
+    def learn(self, request: EvalRequest, result: EvalResult, num_prompts: int) -> None:
+        """Of prompts from the first on; a plan so damaged that its perplexity overflows says nothing."""
+        if request.prompts[0] == 0 and len(result.sdt) >= num_prompts and np.isfinite(result.dppl[:num_prompts]).all():
+            self._samples[request.plan.id, request.reference_id] = Sample.of(result, num_prompts)
+            if len(self._samples) > _MOST_KNOWN:
+                self._samples.popitem(last=False)
+
+    def fault(self, check: Check, found: Sample, own: Sample | None) -> str | None:
+        """Why what a canary `found` is wrong; None if it is not. `own` is the replica's earlier canary of that plan.
+
+        What others found of a plan is held against one replica only: the second could not be the one to blame.
+        """
+        if not np.isfinite(found.dppl).all():
+            return "its canary's perplexity is no number"
+        if own is not None and (found.nats_from(own) > self._health.own_nats or found.tokens_from(own) > 0.5):
+            return f"its canary moved by {found.nats_from(own):.3g} nats and {found.tokens_from(own):.3g} tokens"
+        expected = self._samples.get(check.key)
+        if expected is None and len(check.plan) == 0:
+            expected = Sample(np.zeros_like(found.sdt), found.dppl)
+        if expected is None:
+            return None
+        share, nats = found.tokens_from(expected) / check.continuation_tokens, found.nats_from(expected)
+        if share > self._health.token_share or nats > self._health.nats:
+            self._samples.pop(check.key, None)
+            return f"its canary is off by {share:.1%} of the tokens and {nats:.3g} nats"
+        return None
+
+
+@dataclass
+class Record:
+    """A replica's own canaries: what they found, when the last good one was, and how long one takes."""
+
+    verified_at: float = 0.0
+    seconds: float = 0.0
+    samples: dict[tuple[str, str], Sample] = field(default_factory=dict)
+
+    def keep(self, check: Check, found: Sample, now: float, seconds: float) -> None:
+        if len(check.plan):
+            # Replicas come back to the dense model, but not to parents of the past.
+            self.samples = {key: sample for key, sample in self.samples.items() if key[0] == Plan().id}
+        self.samples[check.key] = found
+        self.verified_at, self.seconds = now, seconds

@@ -1,0 +1,124 @@
+"""How long a replica may take, and what its canary may find."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fakes import evaluate, toy_components
+
+from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample
+from dtmsearch.plans.evaluation import EvalRequest
+from dtmsearch.plans.plan import Plan
+
+HEALTH = Health(first_seconds=1000.0, floor_seconds=1.0, factor=20.0)
+PLAN = Plan.of({toy_components()[0].name: "int4-g32"})
+REQUEST = EvalRequest(PLAN, "reference", (0, 8))
+CHECK = Check(PLAN, "reference", 4, continuation_tokens=100)
+DENSE = Check(Plan(), "reference", 4, continuation_tokens=100)
+
+
+def right(num_prompts: int = 4) -> Sample:
+    return Sample.of(evaluate(REQUEST), num_prompts)
+
+
+def sample(sdt: float = 0.0, dppl: float = 1.0) -> Sample:
+    return Sample(np.full(4, sdt, np.int32), np.full(4, dppl, np.float32))
+
+
+def known() -> Known:
+    plans = Known(HEALTH)
+    plans.learn(REQUEST, evaluate(REQUEST), 4)
+    return plans
+
+
+def test_patience_is_generous_while_nothing_is_measured() -> None:
+    assert Pace(HEALTH).limit_seconds(1.0) == 1000.0
+
+
+def test_patience_follows_the_layers_to_run() -> None:
+    pace = Pace(HEALTH)
+    pace.learn(cost=10.0, seconds=1.0)
+    assert pace.limit_seconds(1000.0) == pytest.approx(20 * 100.0)
+
+
+def test_patience_has_a_floor() -> None:
+    pace = Pace(HEALTH)
+    pace.learn(cost=10.0, seconds=1e-6)
+    assert pace.limit_seconds(1.0) == 1.0
+
+
+def test_a_call_as_long_as_the_longest_so_far_is_waited_for() -> None:
+    pace = Pace(HEALTH)
+    pace.learn(cost=1e6, seconds=500.0)
+    for _ in range(99):
+        pace.learn(cost=1e6, seconds=0.1)
+    assert pace.limit_seconds(1.0) > 500.0
+
+
+def test_patience_learns_from_replicas_that_grow_slower() -> None:
+    pace = Pace(HEALTH)
+    for seconds in (1.0, 1.0, *[5.0] * 20):
+        pace.learn(cost=10.0, seconds=seconds)
+    assert pace.limit_seconds(1000.0) == pytest.approx(20 * 500.0, rel=0.01)
+
+
+def test_canaries_that_take_long_come_rarely() -> None:
+    assert Health(canary_seconds=10.0, canary_share=0.02).canary_interval(3.0) == pytest.approx(150.0)
+
+
+def test_a_canary_that_finds_what_is_known_is_good() -> None:
+    assert known().fault(CHECK, right(), None) is None
+
+
+def test_near_ties_may_fall_differently_on_other_batches() -> None:
+    found = right()
+    assert known().fault(CHECK, Sample(found.sdt + 2, found.dppl * np.float32(1.01)), None) is None
+
+
+@pytest.mark.parametrize(("tokens", "factor"), [(10, 1.0), (0, 1.2)])
+def test_a_canary_that_finds_something_else_is_a_fault(tokens: int, factor: float) -> None:
+    found = right()
+    fault = known().fault(CHECK, Sample(found.sdt + tokens, found.dppl * np.float32(factor)), None)
+    assert fault is not None and "its canary is off by" in fault
+
+
+def test_what_two_replicas_contradict_is_not_held_against_a_third() -> None:
+    plans = known()
+    plans.fault(CHECK, sample(50, 3.0), None)
+    assert CHECK.key not in plans
+
+
+def test_a_dense_model_that_diverges_is_a_fault() -> None:
+    assert Known(HEALTH).fault(DENSE, sample(sdt=6), None) is not None
+
+
+def test_a_replica_must_find_again_what_it_found() -> None:
+    fault = Known(HEALTH).fault(DENSE, sample(dppl=1.02), sample(dppl=1.0))
+    assert fault is not None and "its canary moved" in fault
+
+
+@pytest.mark.parametrize("dppl", [float("nan"), float("inf")])
+def test_a_perplexity_that_is_no_number_is_a_fault(dppl: float) -> None:
+    assert Known(HEALTH).fault(DENSE, sample(dppl=dppl), None) is not None
+
+
+def test_the_dense_canary_is_remembered_beyond_those_of_parents() -> None:
+    record = Record()
+    for check in (DENSE, CHECK, Check(Plan.of({"other": "nf4"}), "reference", 4, 100)):
+        record.keep(check, sample(), now=1.0, seconds=0.1)
+    assert set(record.samples) == {DENSE.key, (Plan.of({"other": "nf4"}).id, "reference")}
+
+
+def test_plans_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtmsearch.cluster.health._MOST_KNOWN", 1)
+    plans = known()
+    other = EvalRequest(Plan.of({toy_components()[1].name: "nf4"}), "reference", (0, 8))
+    plans.learn(other, evaluate(other), 4)
+    assert CHECK.key not in plans
+
+
+def test_a_part_of_the_prompts_that_is_not_the_first_tells_nothing() -> None:
+    plans = Known(HEALTH)
+    part = EvalRequest(PLAN, "reference", (4, 8))
+    plans.learn(part, evaluate(part), 4)
+    assert CHECK.key not in plans
