@@ -43,4 +43,6 @@ def strategy_of(file: SearchFile, space: SearchSpace, reference_id: str) -> Stra
         width=section.width,
         expand=section.expand,
         min_fdt=section.stop.min_fdt,
+        confidence=section.confidence,
+        continuation_tokens=file.prompts.continuation_tokens,
     )

@@ -95,6 +95,7 @@ class SearchSection(_Section):
     rank_by: Metric = "fdt"
     width: int = Field(default=10, ge=1)
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    confidence: float = Field(default=1.0, gt=0, le=1)
     schemes: tuple[str, ...] = Field(min_length=1)
     components: ComponentsSection = ComponentsSection()
     tied: tuple[tuple[str, ...], ...] = ()
@@ -109,6 +110,17 @@ class SearchSection(_Section):
         if len(set(names)) < len(names):
             raise ValueError("a scheme stands there twice")
         return names
+
+    @model_validator(mode="after")
+    def _can_race(self) -> SearchSection:
+        if self.confidence < 1.0 and self.strategy not in ("greedy", "beam"):
+            raise ValueError(f"confidence: {self.strategy} needs every value; greedy and beam can do with fewer")
+        if self.confidence < 1.0 and self.rank_by not in ("fdt", "sdt", "kl"):
+            raise ValueError(
+                f"confidence below 1 goes with rank_by fdt, sdt or kl, got {self.rank_by}: the values of a perplexity "
+                "have no bound that would let a candidate leave early"
+            )
+        return self
 
 
 class SearchFile(_Section):

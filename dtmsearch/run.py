@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from dtmsearch.plans.records import RunRecord
 from dtmsearch.plans.schemes import parse_scheme, siblings
 from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFull
 from dtmsearch.results.summary import RunSummary, summarize_run
-from dtmsearch.search.scheduler import Decision, Observer, Progress, SearchStopped, measure, search
+from dtmsearch.search.scheduler import Decision, Observer, Progress, SearchStopped, measure, remarks_of, search
 from dtmsearch.search.space import SearchSpace
 
 __all__ = [
@@ -212,17 +212,19 @@ class _Session:
         )
         self._save(reference_id=reference.id)
         pool.use(reference)
-        plan = self._search(pool, space, reference)
-        self._save(final_plan_id=None if plan is None else plan.id)
+        plan, remarks = self._search(pool, space, reference)
+        self._save(final_plan_id=None if plan is None else plan.id, message="; ".join(remarks) or None)
         held_out = self._file.validation_prompts
         if plan is not None and held_out is not None:
             self._validate(pool, space, plan, held_out)
         self._save(status="finished", finished_at=time.time())
 
-    def _search(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> Plan | None:
+    def _search(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> tuple[Plan | None, Sequence[str]]:
+        """The plan that the search comes to, and what its strategy has to say of it."""
         strategy = strategy_of(self._file, space, reference.id)
         limit_seconds = self._file.search.stop.seconds
-        return search(strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds)
+        plan = search(strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds)
+        return plan, remarks_of(strategy)
 
     def _validate(self, pool: ReplicaPool, space: SearchSpace, plan: Plan, held_out: PromptsSection) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")

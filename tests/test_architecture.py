@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_LOAD: dict[str, set[str]] = {
     "plans": {"numpy"},
     "config": {"pydantic", "yaml"},
-    "search": set(),
+    "search": {"numpy"},
     "results": {"pyarrow", "duckdb", "numpy"},
     "model": {
         "torch",

@@ -5,6 +5,7 @@ Values only. Arrays are numpy's, so that neither side needs the other's librarie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -212,3 +213,18 @@ class EvalFailure:
 
 
 Outcome = EvalResult | EvalFailure
+
+
+def combine(request_id: str, parts: Sequence[EvalResult]) -> EvalResult:
+    """The results of one plan on ranges of prompts that join up, in their order, as one. It costs no tokens."""
+    kl = [part.kl for part in parts if part.kl is not None]
+    ppl = [part.ppl for part in parts if part.ppl is not None]
+    return EvalResult(
+        request_id,
+        fdt=np.concatenate([part.fdt for part in parts]),
+        sdt=np.concatenate([part.sdt for part in parts]),
+        dppl=np.concatenate([part.dppl for part in parts]),
+        kl=np.concatenate(kl) if kl else None,
+        ppl=np.concatenate(ppl) if ppl else None,
+        provenance=Provenance(attempts=0, finished_at=max(part.provenance.finished_at for part in parts)),
+    )

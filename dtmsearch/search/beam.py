@@ -12,6 +12,7 @@ from typing import Literal
 
 from dtmsearch.plans.evaluation import Outcome
 from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.search.racing import RacedRound, Racing
 from dtmsearch.search.rounds import Answer, RequestFactory, Round
 from dtmsearch.search.scheduler import Ask, Decision
 from dtmsearch.search.space import SearchSpace
@@ -24,7 +25,8 @@ class Beam:
     latest round that measured them; one that no round has measured is always taken, so the first round measures all.
     Of equal plans the best-ranked parent keeps its child. The search ends when the leader meets the budget, when
     nothing is legal any more, or when the leader's mean FDT falls below `min_fdt`: then the leader before it is the
-    best, and the dense plan if there is none. Width 1 is the greedy search.
+    best, and the dense plan if there is none. Width 1 is the greedy search. With `racing`, whose width must be this
+    one, candidates leave a round as soon as they cannot be among its best.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Beam:
         width: int = 10,
         expand: Literal["all"] | int = "all",
         min_fdt: float | None = None,
+        racing: Racing | None = None,
     ) -> None:
         self._space = space
         self._request_for = request_for
@@ -42,6 +45,7 @@ class Beam:
         self._width = width
         self._expand = expand
         self._min_fdt = min_fdt
+        self._racing = racing
         self._kept = [Plan()]
         self._latest_rank: dict[Perturbation, int] = {}
         # Where a component may be compressed more than once, rounds can share plans. Each is asked for once.
@@ -49,8 +53,11 @@ class Beam:
         self._decisions: list[Decision] = []
         self._best: Plan | None = None
         self._done = False
+        # In rounds that are over: evaluations asked for, and candidates.
         self._num_asked = 0
+        self._num_candidates = 0
         self._num_to_come = 0
+        self._round: Round | RacedRound
         if space.budget.reached(space.size(Plan())):
             self._round = Round(0, (), request_for)
             self._end(Plan())
@@ -73,8 +80,17 @@ class Beam:
     def decisions(self) -> Sequence[Decision]:
         return self._decisions
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the result should know."""
+        return [] if self._racing is None else [self._racing.remark]
+
     def expected_evaluations(self) -> int:
-        return self._num_asked + self._num_to_come
+        asked = self._num_asked + self._round.num_asked
+        if self._racing is None:
+            return asked + self._num_to_come
+        # A candidate of a race is asked for in blocks: in as many as so far.
+        return asked + round(self._num_to_come * asked / max(self._num_candidates + len(self._round.candidates), 1))
 
     def ask(self) -> list[Ask]:
         return self._round.ask()
@@ -84,13 +100,19 @@ class Beam:
         while self._round.complete and not self._done:
             self._decide()
             if not self._done:
+                self._num_asked += self._round.num_asked
+                self._num_candidates += len(self._round.candidates)
                 self._round = self._next_round()
 
-    def _next_round(self) -> Round:
+    def _next_round(self) -> Round | RacedRound:
         edges = ((parent, edge) for parent in self._kept for edge in self._chosen(self._space.perturbations(parent)))
-        candidates = Round(len(self._decisions), edges, self._request_for, self._known)
+        step = len(self._decisions)
+        candidates: Round | RacedRound
+        if self._racing is None:
+            candidates = Round(step, edges, self._request_for, self._known)
+        else:
+            candidates = self._racing.round(step, edges, self._request_for)
         if candidates.candidates:
-            self._num_asked += candidates.num_asked
             self._num_to_come = self._estimate_to_come(len(candidates.candidates))
         else:
             self._end(self._kept[0])

@@ -6,7 +6,7 @@ Knows nothing of the round before it or after it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, Outcome
@@ -30,6 +30,15 @@ class Candidate:
     answer: Answer | None = None
 
 
+def distinct_candidates(edges: Iterable[tuple[Plan, Perturbation]]) -> tuple[Candidate, ...]:
+    """Candidates from edges (parent, perturbation); of equal plans the first."""
+    distinct: dict[str, Candidate] = {}
+    for parent, perturbation in edges:
+        candidate = Candidate(parent.with_(perturbation), perturbation, parent)
+        distinct.setdefault(candidate.plan.id, candidate)
+    return tuple(distinct.values())
+
+
 class Round:
     """Candidates from edges (parent, perturbation); of equal plans the first keeps its place.
 
@@ -44,11 +53,7 @@ class Round:
         known: Mapping[str, Answer] | None = None,
     ) -> None:
         self.step = step
-        distinct: dict[str, Candidate] = {}
-        for parent, perturbation in edges:
-            candidate = Candidate(parent.with_(perturbation), perturbation, parent)
-            distinct.setdefault(candidate.plan.id, candidate)
-        self.candidates = tuple(distinct.values())
+        self.candidates = distinct_candidates(edges)
         self._waiting: dict[str, Candidate] = {}
         self._unasked: list[Ask] = []
         for candidate in self.candidates:
@@ -87,13 +92,15 @@ class Round:
         """
         measured = [(c, c.answer) for c in self.candidates if isinstance(c.answer, Summary)]
         if not measured:
-            raise SearchFailed(self._all_failed())
+            raise SearchFailed(all_failed(self.step, self.candidates))
         return sorted(measured, key=lambda pair: rank_key(pair[1], metric))
 
-    def _all_failed(self) -> str:
-        failures = [c.answer for c in self.candidates if isinstance(c.answer, EvalFailure)]
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(f.kind for f in failures).most_common())
-        return (
-            f"all {len(failures)} candidates of round {self.step} failed ({kinds}); the first, "
-            f"{self.candidates[0].perturbation}: {failures[0].message}"
-        )
+
+def all_failed(step: int, candidates: Sequence[Candidate]) -> str:
+    """What to say of a round in which nothing could be measured."""
+    failures = [c.answer for c in candidates if isinstance(c.answer, EvalFailure)]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(f.kind for f in failures).most_common())
+    return (
+        f"all {len(failures)} candidates of round {step} failed ({kinds}); the first, "
+        f"{candidates[0].perturbation}: {failures[0].message}"
+    )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from dtmsearch.plans.evaluation import EvalRequest, Outcome
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.metrics import Summary
 from dtmsearch.plans.plan import Perturbation, Plan, PlanSize
 from dtmsearch.plans.records import EvaluationRecord, Purpose, StepRecord
@@ -34,10 +34,14 @@ class SearchFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Ask:
-    """One candidate of a round: the request, and the edge from its parent."""
+    """One candidate of a round: the request, and the edge from its parent.
+
+    `answer` is given where the strategy has put the result together from others: it is recorded, not measured.
+    """
 
     request: EvalRequest
     perturbation: Perturbation | None = None
+    answer: EvalResult | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,18 @@ class Strategy(Protocol):
         """Candidates that were not asked yet; empty while the round waits for outcomes."""
 
     def tell(self, request_id: str, outcome: Outcome) -> None: ...
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A strategy that has something to say of its result: what it left out, and with what guarantee."""
+
+    @property
+    def remarks(self) -> Sequence[str]: ...
+
+
+def remarks_of(strategy: Strategy) -> Sequence[str]:
+    return strategy.remarks if isinstance(strategy, Remarking) else ()
 
 
 class Evaluator(Protocol):
@@ -153,9 +169,11 @@ class _Loop:
         unknown = [a for a in asks if a.request.id not in self.known]
         elsewhere = self.log.recorded_elsewhere([a.request.id for a in unknown]) if unknown else {}
         step = self.strategy.step
-        fresh = [a for a in unknown if a.request.id not in elsewhere]
+        given = {a.request.id: (None, a.answer) for a in unknown if a.answer is not None}
+        answers: dict[str, tuple[str | None, Outcome]] = {**given, **elsewhere}
+        fresh = [a for a in unknown if a.request.id not in answers]
         self.in_flight |= {a.request.id: (a, step) for a in fresh}
-        self._take([(a, step, elsewhere[a.request.id]) for a in unknown if a.request.id in elsewhere])
+        self._take([(a, step, answers[a.request.id]) for a in unknown if a.request.id in answers])
         for ask in asks:
             if ask.request.id in self.known:
                 self._tell(ask.request.id)
@@ -210,7 +228,7 @@ class _Loop:
         elapsed = time.monotonic() - self.started_at
         rate = self.measured / elapsed if elapsed > 0 else 0.0
         expected = self.strategy.expected_evaluations()
-        left = (expected - self.answered) / rate if expected is not None and rate > 0 else None
+        left = max(expected - self.answered, 0) / rate if expected is not None and rate > 0 else None
         decisions = self.strategy.decisions
         return Progress(
             step=self.strategy.step,

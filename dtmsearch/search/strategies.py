@@ -7,6 +7,7 @@ from typing import Literal
 
 from dtmsearch.search.beam import Beam
 from dtmsearch.search.probe import Probe
+from dtmsearch.search.racing import Racing
 from dtmsearch.search.rounds import RequestFactory
 from dtmsearch.search.scheduler import Strategy
 from dtmsearch.search.space import SearchSpace
@@ -20,11 +21,20 @@ def make_strategy(
     width: int = 10,
     expand: Literal["all"] | int = "all",
     min_fdt: float | None = None,
+    confidence: float = 1.0,
+    continuation_tokens: int = 0,
 ) -> Strategy:
     """A strategy at its start; each takes of the settings what it has a use for. A new strategy is a line here."""
+
+    def racing(keep: int) -> Racing | None:
+        if confidence == 1.0:
+            return None
+        # Where a component may be compressed more than once, rounds can share plans.
+        return Racing(rank_by, keep, confidence, continuation_tokens, remember=space.budget.limits_size)
+
     makers: dict[str, Callable[[], Strategy]] = {
         "probe": lambda: Probe(space, request_for, rank_by),
-        "greedy": lambda: Beam(space, request_for, rank_by, 1, expand, min_fdt),
-        "beam": lambda: Beam(space, request_for, rank_by, width, expand, min_fdt),
+        "greedy": lambda: Beam(space, request_for, rank_by, 1, expand, min_fdt, racing(1)),
+        "beam": lambda: Beam(space, request_for, rank_by, width, expand, min_fdt, racing(width)),
     }
     return makers[name]()
