@@ -81,6 +81,16 @@ def test_verdict_follows_the_interval_against_the_plan_of_the_same_size(
     assert f": {words} the uniform plan of its size, int8-channel" in found.verdict
 
 
+def test_a_plans_fdt_is_that_on_all_prompts_not_that_of_a_block(tmp_path: Path) -> None:
+    whole = request(PLAN, SEARCH)
+    block = replace(whole, prompts=(0, 10))
+    part = result(block, 20.0)
+    part = replace(part, fdt=part.fdt[:10], sdt=part.sdt[:10], dppl=part.dppl[:10])
+    records = [EvaluationRecord(block, part, "search", 0), EvaluationRecord(whole, result(whole, 50.0), "search", 0)]
+    write(tmp_path, *records, steps=(step(0),))
+    assert runs_overview(ResultStore(tmp_path))[0].fdt == 50.0
+
+
 def test_verdict_names_figures_and_interval(tmp_path: Path) -> None:
     found = summary_of(tmp_path, measured(PLAN, "plan", 60), measured(NEAREST, "uniform-nearest:int8-channel", 50))
     bits = plan_size(PLAN, toy_components(), 16).bits_per_weight

@@ -189,8 +189,13 @@ def _fdt_of(store: ResultStore, record: RunRecord, plan_id: str) -> float | None
     if record.reference_id is None:
         return None
     where = (pc.field("plan_id") == plan_id) & (pc.field("reference_id") == record.reference_id)
-    values: list[float | None] = store.table("evaluations", ["fdt_mean"], record.run, where)["fdt_mean"].to_pylist()
-    return next((value for value in values if value is not None), None)
+    rows = store.table("evaluations", ["fdt_mean", "num_prompts"], record.run, where).to_pylist()
+    return next((row["fdt_mean"] for row in _whole_first(rows) if row["fdt_mean"] is not None), None)
+
+
+def _whole_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A plan's evaluation on all prompts before those on blocks of them, which racing leaves behind too."""
+    return sorted(rows, key=lambda row: -int(row["num_prompts"]))
 
 
 # Validation
@@ -223,7 +228,7 @@ def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
     )
     rows = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where)
     found: dict[str, _Measured] = {}
-    for row in rows.to_pylist():
+    for row in _whole_first(rows.to_pylist()):
         label = _PLAN if row["plan_id"] == record.final_plan_id else row["label"]
         if label is not None:
             found.setdefault(label, _Measured(row, label, _per_prompt(row)))
