@@ -114,6 +114,7 @@ def where_options(verb: Verb) -> Verb:
         click.option("--address", help="Address of a Ray cluster; without it, Ray starts on this machine."),
         click.option("--replicas", type=click.IntRange(min=1), help="Copies of the model that measure side by side."),
         click.option("--gpus-per-replica", type=click.FloatRange(min=0), help="GPUs of each, such as 0.5, 1 or 4."),
+        click.option("--cpus-per-replica", type=click.FloatRange(min=0.01), help="Processors of each."),
         click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch."),
         click.option("--quiet", is_flag=True, help="No progress."),
     )
@@ -247,6 +248,7 @@ def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> 
 )
 @click.option("--replicas", type=click.IntRange(min=1), help="Copies of the model that measure side by side.")
 @click.option("--gpus-per-replica", type=click.FloatRange(min=0), help="GPUs of each, such as 0.5, 1 or 4.")
+@click.option("--cpus-per-replica", type=click.FloatRange(min=0.01), help="Processors of each.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch.")
 @format_option("table", "json")
 def submit_verb(
@@ -444,11 +446,15 @@ def doctor_verb(store: str, form: str) -> int:
 
 
 def _where(
-    address: str | None, replicas: int | None, gpus_per_replica: float | None, batch_tokens: int | None
+    address: str | None,
+    replicas: int | None,
+    gpus_per_replica: float | None,
+    cpus_per_replica: float | None,
+    batch_tokens: int | None,
 ) -> Where:
     from dtmsearch.run import Where
 
-    return Where(address, replicas or 0, gpus_per_replica, batch_tokens or 0)
+    return Where(address, replicas or 0, gpus_per_replica, batch_tokens or 0, cpus_per_replica)
 
 
 def _open(store: str) -> ResultStore:

@@ -21,7 +21,8 @@ import ray
 from ray.exceptions import ActorDiedError, AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample
-from dtmsearch.cluster.host import start_host
+from dtmsearch.cluster.host import Hosted, give_back, start_host
+from dtmsearch.cluster.placement import Patience, Room, Share, alive_nodes, share_of
 from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.plans.components import ModelManifest
@@ -72,12 +73,14 @@ class ReplicasFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """Where replicas run. `replicas` 0 and `gpus_per_replica` None are chosen from what the cluster has."""
+    """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
+    None are chosen from what the cluster has."""
 
     address: str | None = None
     replicas: int = 0
     gpus_per_replica: float | None = None
     batch_tokens: int = 0
+    cpus_per_replica: float | None = None
 
 
 class WrongNumbers(RuntimeError):
@@ -109,6 +112,7 @@ class _Member:
     name: str
     actor: Any
     starting: Any
+    host: Hosted
     node: str = ""
     parent_id: str | None = None
     ready: bool = False
@@ -144,13 +148,15 @@ class ReplicaPool:
         self._health, self._pace, self._known = health, Pace(health), Known(health)
         self._replica_class = replica_class
         self._own_ray = connect(settings.address)
-        self._num_gpus, self._num_cpus, self.num_replicas = _shares(settings)
+        self._share = _share(settings)
+        self._room, self._patience = Room(self._share, settings.replicas), Patience(self._share)
         self._replica_settings = ReplicaSettings(
             batch_tokens=settings.batch_tokens,
-            num_devices=max(1, int(self._num_gpus)),
-            num_threads=0 if self._num_gpus else max(1, int(self._num_cpus)),
+            num_devices=max(1, int(self._share.num_gpus)),
+            num_threads=0 if self._share.num_gpus else max(1, int(self._share.num_cpus)),
         )
         self._members: list[_Member] = []
+        self._groups: list[Any] = []  # reserved places whose replica was lost
         self._started = 0
         self._failed_starts = 0
         self._dismissed = 0
@@ -161,16 +167,23 @@ class ReplicaPool:
         self._gather_until = 0.0
 
     def __enter__(self) -> ReplicaPool:
-        for _ in range(self.num_replicas):
-            self._start_member()
+        self._say_share()
+        self._fill()
         return self
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that are asked for, there or not."""
+        return self._room.wanted
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         for member in self._members:
-            ray.kill(member.actor)
+            member.host.leave()
+        for group in self._groups:
+            give_back(group)
         self._members.clear()
         if self._own_ray:
             ray.shutdown()
@@ -229,6 +242,7 @@ class ReplicaPool:
     def _first_ready(self) -> _Member:
         while not (ready := [m for m in self._members if m.ready]):
             self._check_ray()
+            self._fill()
             self._welcome(timeout_seconds=1.0)
         return ready[0]
 
@@ -277,6 +291,7 @@ class ReplicaPool:
         waiting += [member.starting for member in self._members if not member.ready]
         if waiting:
             ray.wait(waiting, num_returns=1, timeout=timeout_seconds)
+        self._fill()
         self._welcome(timeout_seconds=0)
         for member in list(self._members):
             self._collect(member)
@@ -391,8 +406,45 @@ class ReplicaPool:
     def _start_member(self) -> None:
         name = f"replica-{self._started}"
         self._started += 1
-        actor = start_host(self._replica_class, name, self._num_cpus, self._num_gpus)
-        self._members.append(_Member(name, actor, actor.load.remote(self._spec, self._replica_settings)))
+        group = self._groups.pop() if self._groups else None
+        host = start_host(self._replica_class, name, self._share.num_cpus, self._share.num_gpus, group)
+        starting = host.actor.load.remote(self._spec, self._replica_settings)
+        self._members.append(_Member(name, host.actor, starting, host))
+
+    def _fill(self) -> None:
+        """Ask for as many replicas as there shall be, let go of those that wait for a place that is gone, and say
+        what the others wait for."""
+        wanted = self._room.wanted
+        while len(self._members) < wanted:
+            self._start_member()
+        while self._groups:
+            give_back(self._groups.pop())
+        unplaced = self._unplaced()
+        while unplaced and len(self._members) > wanted:
+            self._members.remove(unplaced[-1])
+            unplaced.pop().host.leave()
+        note = self._patience.note([m.name for m in unplaced], sum(m.ready for m in self._members))
+        if note is not None:
+            self._on_note(note)
+
+    def _unplaced(self) -> list[_Member]:
+        """Replicas that have no place in the cluster yet."""
+        waiting = {m.host.placed: m for m in self._members if not m.ready}
+        if not waiting:
+            return []
+        placed, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        return [member for reference, member in waiting.items() if reference not in placed]
+
+    def _say_share(self) -> None:
+        """On a cluster that others may use, say how much of it this search will hold."""
+        if self._settings.address is None or self._share.num_gpus:
+            return
+        free = ray.available_resources().get("CPU", 0.0)
+        if self.num_replicas * self._share.num_cpus >= free:
+            self._on_note(
+                f"this search holds all {free:g} free processors of the cluster ({self.num_replicas} x {self._share}), "
+                "so another one would wait: --replicas with --cpus-per-replica leaves some to others"
+            )
 
     def _welcome(self, timeout_seconds: float) -> None:
         """Let replicas that have loaded take the references, and those that have taken them begin."""
@@ -439,7 +491,9 @@ class ReplicaPool:
         from now on. Preemption and wrong numbers charge nothing. What no canary has verified is measured again.
         """
         self._members.remove(member)
-        ray.kill(member.actor)
+        member.host.end()
+        if member.host.group is not None:
+            self._groups.append(member.host.group)
         reason = str(_cause(error) if isinstance(error, RayTaskError) else error).strip().splitlines()[0][:300]
         unverified = sum(len(held.outcomes) for held in member.held)
         again = f"; {unverified} results that no canary had verified are measured again" if unverified else ""
@@ -454,11 +508,13 @@ class ReplicaPool:
             self._dismissed += 1
             if self._dismissed > self.num_replicas + _MAX_FAILED_STARTS:
                 raise ReplicasFailed(f"{self._dismissed} replicas in a row returned wrong numbers; the last: {reason}")
-        if not member.ready:
+        if isinstance(error, RayActorError):
+            self._room.count_again()
+        if not member.ready and not _with_its_node(error):
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise ReplicasFailed(f"{self._failed_starts} replicas in a row did not start; the last: {reason}")
-        self._start_member()
+        self._fill()
 
     def _send_again(self, call: _Call, member: _Member, reason: str, charged: bool) -> None:
         assert self._queue is not None
@@ -529,17 +585,21 @@ def check_listening(address: str) -> None:
         raise ClusterUnreachable(f"no Ray cluster at {address}: {error}") from error
 
 
-def _shares(settings: PoolSettings) -> tuple[float, float, int]:
-    """GPUs a replica, processors a replica, number of replicas. Raises `ValueError` for what no cluster here has."""
-    total = ray.cluster_resources()
-    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)
-    each = settings.gpus_per_replica if settings.gpus_per_replica is not None else (1.0 if gpus else 0.0)
-    if each > gpus and settings.address is None:
-        raise ValueError(f"--gpus-per-replica asks for {each:g} GPUs, but this machine has {gpus:g}")
-    if each:
-        return each, 1.0, settings.replicas or max(1, int(gpus // each))
-    replicas = settings.replicas or max(1, int(cpus))
-    return 0.0, max(0.01, cpus / replicas if cpus < replicas else float(cpus // replicas)), replicas
+def _share(settings: PoolSettings) -> Share:
+    """The share of each replica. Raises `ValueError` for what this machine does not have; a cluster may grow."""
+    nodes = alive_nodes()
+    share = share_of(nodes, settings.replicas, settings.gpus_per_replica, settings.cpus_per_replica)
+    if settings.address is None and not share.room(nodes):
+        for option, kind, each in (("gpus", "GPU", share.num_gpus), ("cpus", "CPU", share.num_cpus)):
+            has = sum(node.get(kind, 0.0) for node in nodes)
+            if each > has:
+                raise ValueError(f"--{option}-per-replica asks for {each:g} {kind}s, but this machine has {has:g}")
+    return share
+
+
+def _with_its_node(error: Exception) -> bool:
+    """Whether a replica died because its node did, which says nothing about the replica."""
+    return isinstance(error, ActorDiedError) and (bool(error.preempted) or "node has died" in str(error))
 
 
 def _cause(error: RayTaskError) -> Exception:
