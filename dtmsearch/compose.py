@@ -45,4 +45,6 @@ def strategy_of(file: SearchFile, space: SearchSpace, reference_id: str) -> Stra
         min_fdt=section.stop.min_fdt,
         confidence=section.confidence,
         continuation_tokens=file.prompts.continuation_tokens,
+        audit=section.audit,
+        seed=file.seed,
     )

@@ -91,11 +91,12 @@ class StopSection(_Section):
 
 
 class SearchSection(_Section):
-    strategy: Literal["probe", "greedy", "beam"] = "beam"
+    strategy: Literal["probe", "greedy", "beam", "lazy_greedy", "lazy_beam"] = "beam"
     rank_by: Metric = "fdt"
     width: int = Field(default=10, ge=1)
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     confidence: float = Field(default=1.0, gt=0, le=1)
+    audit: float = Field(default=0.0, ge=0, le=1)
     schemes: tuple[str, ...] = Field(min_length=1)
     components: ComponentsSection = ComponentsSection()
     tied: tuple[tuple[str, ...], ...] = ()
