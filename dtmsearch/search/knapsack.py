@@ -103,7 +103,7 @@ def _price(units: Sequence[_Unit], capacity: int) -> float:
     for at in np.argsort(-np.array(slopes), kind="stable").tolist():
         left -= widths[at]
         if left < 0:
-            return slopes[at]
+            return float(slopes[at])
     return 0.0
 
 

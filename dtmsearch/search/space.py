@@ -16,7 +16,7 @@ from dtmsearch.plans.schemes import DENSE
 
 
 @dataclass(frozen=True)
-class _Unit:
+class Unit:
     """Components that change together, in model order.
 
     `edges` are the perturbations that are ever legal, in order of the schemes; `sizes` gives the unit's own size under
@@ -50,7 +50,7 @@ class SearchSpace:
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget, self._units)
+        _check_budget(self.budget, self.units)
 
     def perturbations(self, plan: Plan) -> list[Perturbation]:
         """Legal edges from a plan, in model order of the components, then in order of the schemes.
@@ -61,11 +61,11 @@ class SearchSpace:
         schemes = plan.schemes
         legal: list[Perturbation] = []
         if self.budget.limits_size:
-            for unit in self._units:
+            for unit in self.units:
                 bits = unit.sizes[schemes.get(unit.name, DENSE)].stored_bits
                 legal += [edge for edge in unit.edges if unit.sizes[edge.scheme].stored_bits < bits]
         else:
-            for unit in self._units:
+            for unit in self.units:
                 if unit.name not in schemes:
                     legal += unit.edges
         return legal
@@ -98,16 +98,17 @@ class SearchSpace:
         """Perturbations from the dense model to the end of the search, each taken as an average one."""
         uniform = [self.progress(self.uniform(scheme)) for scheme in self.schemes]
         useful = [progress for progress in uniform if progress > 0]
-        return len(self._units) * len(useful) / sum(useful)
+        return len(self.units) * len(useful) / sum(useful)
 
     @cached_property
     def _dense_size(self) -> PlanSize:
         return self.size(Plan())
 
     @cached_property
-    def _units(self) -> tuple[_Unit, ...]:
+    def units(self) -> tuple[Unit, ...]:
+        """What is chosen a scheme for: components alone or tied together, in model order."""
         partners = _tied_sets(self.components, self.tied)
-        units: list[_Unit] = []
+        units: list[Unit] = []
         seen: set[str] = set()
         for component in self.components:
             if component.name not in seen:
@@ -116,13 +117,13 @@ class SearchSpace:
                 units.append(self._unit(together))
         return tuple(units)
 
-    def _unit(self, together: tuple[Component, ...]) -> _Unit:
+    def _unit(self, together: tuple[Component, ...]) -> Unit:
         first, *others = (c.name for c in together)
         edges = tuple(Perturbation(first, scheme, tuple(others)) for scheme in self.schemes)
         sizes = {s: plan_size(Plan.uniform(together, s), together, self.dense_bits) for s in (DENSE, *self.schemes)}
         if self.budget.limits_size:
             edges = tuple(e for e in edges if sizes[e.scheme].stored_bits < sizes[DENSE].stored_bits)
-        return _Unit(together, edges, sizes)
+        return Unit(together, edges, sizes)
 
 
 def _tied_sets(
@@ -159,7 +160,7 @@ def _unknown_tied(entry: str, names: Iterable[str], kinds: Iterable[str]) -> str
     )
 
 
-def _check_budget(budget: Budget, units: tuple[_Unit, ...]) -> None:
+def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
     """Raise `ValueError` for a stop rule that no plan of these units meets."""
     choices = [[unit.sizes[DENSE], *(unit.sizes[edge.scheme] for edge in unit.edges)] for unit in units]
     extreme = PlanSize(

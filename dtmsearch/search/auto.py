@@ -1,0 +1,134 @@
+"""`sensitivity` and `auto`: a plan from one measured scheme a unit, and its correction by measured plans.
+
+1. Every unit alone under one scheme of each family, on few prompts: what all schemes cost, by the law.
+2. The solver's plan within the budget.
+3. Rounds of correction around the plan that leads: units moved alone, and whole plans drawn from the belief; each
+   measured difference corrects it.
+4. The leading plans on all prompts, in the metric that ranks, beside the uniform plans of the budget.
+
+`sensitivity` leaves the third step out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.search.belief import Belief
+from dtmsearch.search.choices import Options
+from dtmsearch.search.procedure import Part, Script, mean_loss
+from dtmsearch.search.rounds import RequestFactory
+from dtmsearch.search.sensitivity import WeightErrors, family_of, predicted, probings, unit_errors
+from dtmsearch.search.solver import Solver, paired, probe_noise
+from dtmsearch.search.space import SearchSpace
+
+Floats = NDArray[np.float64]
+
+# Spread of measured over predicted damages: the law's own, and what a plan does to all units alike.
+_LAW_SPREAD, _COMMON_SPREAD = 0.15, 0.5
+# The part of a difference between plans that is no sum over units.
+_INTERACTION = 0.15
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: prompts of a probe; rounds of correction, their prompts, plans drawn in each; plans of the
+    last comparison."""
+
+    probe_prompts: int = 4
+    rounds: int = 3
+    prompts: int = 32
+    plans: int = 12
+    finalists: int = 3
+
+
+class Auto(Solver):
+    """See the module. `errors` are those of every component under every scheme of the search."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        errors: WeightErrors,
+        rank_by: str = "kl",
+        effort: Effort = Effort(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(space, request_for, rank_by, seed)
+        self._effort = effort
+        self._errors = unit_errors(self._choices, errors)
+
+    def script(self) -> Script:
+        belief = yield from self._probe()
+        leader = self._choices.solve(belief.tables()).options
+        self._best = self._choices.plan(leader)
+        pool = [leader]
+        for number in range(self._effort.rounds):
+            belief, leader, good = yield from self._correct(belief, leader, number)
+            pool = list(dict.fromkeys((*good, *pool)))
+        yield from self._final(pool[: self._effort.finalists])
+
+    def _probe(self) -> Part[Belief]:
+        """Sensitivities, and the belief that they make."""
+        probed = probings(self._choices, self._errors)
+        self._num_to_come = self._effort.rounds * (len(self._choices.units) + self._effort.plans + 1) + 2
+        answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
+        damages = [mean_loss(answer, "kl") for answer in answers]
+        tables = predicted(self._choices, self._errors, probed, damages)
+        families = [[family_of(scheme) for scheme in schemes] for schemes in self._choices.schemes]
+        own = float(np.hypot(_LAW_SPREAD, min(probe_noise(answers), 1.0)))
+        return Belief.of(tables, families, own, _COMMON_SPREAD)
+
+    def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, Options, list[Options]]]:
+        """A round of correction: (belief, leader, the best candidates)."""
+        prompts = self._first(self._effort.prompts)
+        (base,) = yield from self._measured([leader], prompts)
+        self._lead(leader, base)
+        moves = [(unit, self._telling(leader, unit)) for unit in range(len(leader))]
+        answers = yield from self._moves(leader, moves, prompts)
+        for (unit, option), answer in zip(moves, answers, strict=True):
+            moved = (*leader[:unit], option, *leader[unit + 1 :])
+            belief = self._learn(belief, moved, leader, *paired(answer, base, "kl"))
+        random = self._random(number)
+        drawn = [self._choices.solve(belief.tables())]
+        drawn += [self._choices.solve(belief.tables(belief.sample(random))) for _ in range(self._effort.plans - 1)]
+        candidates = list(dict.fromkeys(s.options for s in drawn if s.options != leader))
+        if not candidates:
+            return belief, leader, [leader]
+        answers = yield from self._measured(candidates, prompts, self._choices.plan(leader))
+        seen = [paired(answer, base, "kl") for answer in answers]
+        for options, (value, variance) in zip(candidates, seen, strict=True):
+            belief = self._learn(belief, options, leader, value, variance)
+        last = self._choices.solve(belief.tables()).options
+        field = dict.fromkeys([last, leader, *candidates])
+        measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
+        order = sorted(field, key=lambda options: self._estimate(belief, options, leader, measured.get(options)))
+        return belief, order[0], order
+
+    def _telling(self, leader: Options, unit: int) -> int:
+        """The option whose measurement tells most about a unit: the next one that costs fewer bits, else more."""
+        bits, now = self._choices.bits[unit], leader[unit]
+        errors = self._errors[unit]
+        worse = [k for k in range(len(bits)) if errors[k] > errors[now]]
+        better = [k for k in range(len(bits)) if errors[k] < errors[now]]
+        if worse:
+            return min(worse, key=lambda k: (errors[k], k))
+        return max(better, key=lambda k: (errors[k], k))
+
+    @staticmethod
+    def _learn(belief: Belief, options: Options, other: Options, value: float, variance: float) -> Belief:
+        if not np.isfinite(value):
+            return belief
+        return belief.observed(options, other, value, variance + (_INTERACTION * value) ** 2)
+
+    @staticmethod
+    def _estimate(belief: Belief, options: Options, other: Options, seen: tuple[float, float] | None) -> float:
+        """What a candidate's damage exceeds the leader's by: belief and its own measurement, each by its precision."""
+        mean, variance = belief.difference(options, other)
+        if seen is None or not np.isfinite(seen[0]):
+            return mean
+        variance += (_INTERACTION * mean) ** 2
+        total = variance + seen[1]
+        return mean if total <= 0 else (mean * seen[1] + seen[0] * variance) / total

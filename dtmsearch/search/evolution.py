@@ -1,0 +1,172 @@
+"""`evolution` and `local`: a plan changed by switches at constant real size.
+
+`evolution` is the (1 + lambda) search of EvoPress (arXiv 2410.14649, section 3): each child makes one to three
+switches, most often one; a switch moves one unit to an option with fewer bits and another to one with more. Children
+are selected in stages, few left at each and more prompts; the leader goes only for a child that is better.
+
+`local` goes through all switches of the leader until none of them is better on all prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtmsearch.search.choices import Options
+from dtmsearch.search.procedure import Script, mean_loss
+from dtmsearch.search.rounds import RequestFactory
+from dtmsearch.search.solver import Solver, paired
+from dtmsearch.search.space import SearchSpace
+
+# A switch that finds no partner is tried anew so often.
+_MOST_TRIES = 100
+
+
+@dataclass(frozen=True)
+class Stages:
+    """`generations` of `children`; at each stage the prompts of a candidate, and how many go on from it."""
+
+    generations: int = 400
+    children: int = 16
+    prompts: tuple[int, ...] = (8, 32, 64)
+    survivors: tuple[int, ...] = (4, 2, 1)
+
+
+class Evolution(Solver):
+    """Starts from the largest uniform plan of the budget, or from `start`."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        rank_by: str = "kl",
+        stages: Stages = Stages(),
+        seed: int = 0,
+        start: Options | None = None,
+    ) -> None:
+        super().__init__(space, request_for, rank_by, seed)
+        self._stages = stages
+        self._start = start or self._largest_start()
+
+    def script(self) -> Script:
+        stages, leader = self._stages, self._start
+        each = sum((stages.children, *stages.survivors[:-1])) + 1
+        for generation in range(stages.generations):
+            self._num_to_come = (stages.generations - generation) * each
+            children = [self._child(leader, generation, index) for index in range(stages.children)]
+            field = [child for child in dict.fromkeys(children) if child != leader]
+            last = len(stages.prompts) - 1
+            for stage, count in enumerate(stages.prompts):
+                prompts = self._sample(count, generation, stage)
+                # The leader defends its place on the prompts of the last stage.
+                contenders = [leader, *field] if stage == last else field
+                answers = yield from self._measured(contenders, prompts, self._choices.plan(leader))
+                order = sorted(range(len(contenders)), key=lambda i: mean_loss(answers[i], self._rank_by))
+                field = [contenders[i] for i in order[: stages.survivors[stage]]]
+            if field[0] != leader:
+                leader = field[0]
+                self._lead(leader, answers[order[0]])
+        yield from self._final([leader])
+
+    def _sample(self, count: int, *place: int) -> tuple[int, int]:
+        """Prompts of a stage: a stretch of them from a place by chance."""
+        count = min(count, self.num_prompts)
+        first = int(self._random(1, *place).integers(self.num_prompts - count + 1))
+        return first, first + count
+
+    def _child(self, parent: Options, generation: int, index: int) -> Options:
+        random = self._random(2, generation, index)
+        # The least of two draws: 1 switch in five of nine cases, 3 in one.
+        switches = int(min(random.integers(1, 4, 2)))
+        child = parent
+        for _ in range(switches):
+            child = self._switched(child, random)
+        return child
+
+    def _switched(self, options: Options, random: np.random.Generator) -> Options:
+        """One unit to fewer bits, another of equal size to more, such that the budget is met as before."""
+        for _ in range(_MOST_TRIES):
+            down, up = (int(u) for u in random.choice(len(options), 2, replace=False))
+            if self._choices.units[down].sizes["dense"].num_weights != (
+                self._choices.units[up].sizes["dense"].num_weights
+            ):
+                continue
+            fewer, more = self._neighbour(options, down, -1), self._neighbour(options, up, +1)
+            if fewer is None or more is None:
+                continue
+            changed = list(options)
+            changed[down], changed[up] = fewer, more
+            if self._choices.meets(changed):
+                return tuple(changed)
+        return options
+
+
+class Local(Solver):
+    """Every switch of the leader, in an order by chance, a round of `children` at a time: the best of a round by its
+    first prompts becomes the leader if it is better on all of them.
+
+    `rounds` bounds how long it goes on.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        rank_by: str = "kl",
+        children: int = 16,
+        prompts: int = 32,
+        rounds: int = 100,
+        seed: int = 0,
+        start: Options | None = None,
+    ) -> None:
+        super().__init__(space, request_for, rank_by, seed)
+        self._children, self._prompts, self._rounds = children, prompts, rounds
+        self._start = start or self._largest_start()
+
+    def script(self) -> Script:
+        leader = self._start
+        everything, few = self._first(self.num_prompts), self._first(self._prompts)
+        (answer,) = yield from self._measured([leader], everything)
+        self._lead(leader, answer)
+        rounds = 0
+        untried = iter(self._switches(leader, rounds))
+        while rounds < self._rounds and (field := [s for s, _ in zip(untried, range(self._children), strict=False)]):
+            self._num_to_come = (self._rounds - rounds) * self._children
+            rounds += 1
+            (base,) = yield from self._measured([leader], few)
+            answers = yield from self._measured(field, few, self._choices.plan(leader))
+            values = [paired(a, base, self._rank_by)[0] for a in answers]
+            at = int(np.argmin(values))
+            if values[at] >= 0.0:
+                continue
+            (better,) = yield from self._measured([field[at]], everything, self._choices.plan(leader))
+            if paired(better, answer, self._rank_by)[0] < 0.0:
+                leader, answer = field[at], better
+                self._lead(leader, answer)
+                untried = iter(self._switches(leader, rounds))
+        yield from self._final([leader])
+
+    def _switches(self, leader: Options, number: int) -> Iterator[Options]:
+        """Every choice that one move, or one unit down and another up, leads to within the budget, in an order by
+        chance; those first that come nearest to the capacity are not told apart."""
+        moves = [
+            (unit, option)
+            for unit, schemes in enumerate(self._choices.schemes)
+            for option in range(len(schemes))
+            if option != leader[unit]
+        ]
+        pairs: list[tuple[tuple[int, int], ...]] = [(move,) for move in moves]
+        pairs += [(a, b) for i, a in enumerate(moves) for b in moves[i + 1 :] if a[0] != b[0]]
+        for at in self._random(3, number).permutation(len(pairs)).tolist():
+            changed = list(leader)
+            for unit, option in pairs[at]:
+                changed[unit] = option
+            if self._choices.meets(changed) and not self._pointless(leader, pairs[at]):
+                yield tuple(changed)
+
+    def _pointless(self, leader: Options, moves: Sequence[tuple[int, int]]) -> bool:
+        """Whether every move goes to fewer bits: no better plan is found that way."""
+        bits = self._choices.bits
+        return all(bits[unit][option] <= bits[unit][leader[unit]] for unit, option in moves)
