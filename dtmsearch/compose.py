@@ -6,9 +6,13 @@ from dtmsearch.config import SearchFile
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalRequest
 from dtmsearch.plans.plan import Plan
+from dtmsearch.search.additive import SpdySearch
+from dtmsearch.search.auto import Effort
+from dtmsearch.search.evolution import Stages, Switching
 from dtmsearch.search.scheduler import Strategy
+from dtmsearch.search.sensitivity import WeightErrors
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import make_strategy
+from dtmsearch.search.strategies import SolverSettings, make_strategy
 
 
 def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
@@ -28,8 +32,11 @@ def extra_metrics_of(file: SearchFile) -> tuple[str, ...]:
     return tuple(metric for metric in EXTRA_METRICS if metric == file.search.rank_by)
 
 
-def strategy_of(file: SearchFile, space: SearchSpace, reference_id: str) -> Strategy:
-    """The strategy of a search file, which asks for evaluations against a reference of the file's prompts."""
+def strategy_of(
+    file: SearchFile, space: SearchSpace, reference_id: str, errors: WeightErrors | None = None
+) -> Strategy:
+    """The strategy of a search file, which asks for evaluations against a reference of the file's prompts. `errors`
+    are what some strategies (`NEED_ERRORS`) know of schemes without measuring them."""
     section, extra = file.search, extra_metrics_of(file)
 
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
@@ -47,4 +54,17 @@ def strategy_of(file: SearchFile, space: SearchSpace, reference_id: str) -> Stra
         continuation_tokens=file.prompts.continuation_tokens,
         audit=section.audit,
         seed=file.seed,
+        solver=_solver_settings(file, errors),
+    )
+
+
+def _solver_settings(file: SearchFile, errors: WeightErrors | None) -> SolverSettings:
+    section = file.search
+    return SolverSettings(
+        auto=Effort(**section.auto.model_dump()),
+        knapsack_prompts=section.knapsack.prompts,
+        spdy=SpdySearch(**section.spdy.model_dump()),
+        evolution=Stages(**section.evolution.model_dump()),
+        local=Switching(**section.local.model_dump()),
+        errors=errors,
     )

@@ -90,8 +90,55 @@ class StopSection(_Section):
         return Budget(self.share, self.components, self.bits_per_weight, self.sparsity, self.size_mb)
 
 
+class AutoSection(_Section):
+    """How much `auto` measures: prompts of a unit's probe; rounds of correction, their prompts, and the plans drawn in
+    each. `sensitivity` takes the probe from here."""
+
+    probe_prompts: int = Field(default=4, ge=1)
+    rounds: int = Field(default=3, ge=0)
+    prompts: int = Field(default=32, ge=1)
+    plans: int = Field(default=12, ge=1)
+
+
+class KnapsackSection(_Section):
+    prompts: int = Field(default=256, ge=1)
+
+
+class SpdySection(_Section):
+    starts: int = Field(default=100, ge=1)
+    generations: int = Field(default=20, ge=0)
+    children: int = Field(default=16, ge=1)
+    prompts: int = Field(default=32, ge=1)
+
+
+class EvolutionSection(_Section):
+    """`prompts` of each stage of selection; `survivors` of all but the last, which leaves one."""
+
+    generations: int = Field(default=400, ge=1)
+    children: int = Field(default=16, ge=1)
+    prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8, 32, 64), min_length=1)
+    survivors: tuple[Annotated[int, Field(ge=1)], ...] = (4, 2)
+
+    @model_validator(mode="after")
+    def _a_stage_each(self) -> EvolutionSection:
+        if len(self.survivors) != len(self.prompts) - 1:
+            raise ValueError(f"survivors: {len(self.prompts)} stages have {len(self.prompts) - 1} between them")
+        return self
+
+
+class LocalSection(_Section):
+    """`children` are the switches of a round, `prompts` what they are first measured on."""
+
+    rounds: int = Field(default=100, ge=1)
+    children: int = Field(default=16, ge=1)
+    prompts: int = Field(default=32, ge=1)
+
+
 class SearchSection(_Section):
-    strategy: Literal["probe", "greedy", "beam", "lazy_greedy", "lazy_beam"] = "beam"
+    strategy: Literal[
+        "probe", "greedy", "beam", "lazy_greedy", "lazy_beam",
+        "knapsack", "sensitivity", "auto", "spdy", "evolution", "local",
+    ] = "beam"  # fmt: skip
     rank_by: Metric = "fdt"
     width: int = Field(default=10, ge=1)
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
@@ -101,6 +148,11 @@ class SearchSection(_Section):
     components: ComponentsSection = ComponentsSection()
     tied: tuple[tuple[str, ...], ...] = ()
     stop: StopSection = StopSection()
+    auto: AutoSection = AutoSection()
+    knapsack: KnapsackSection = KnapsackSection()
+    spdy: SpdySection = SpdySection()
+    evolution: EvolutionSection = EvolutionSection()
+    local: LocalSection = LocalSection()
 
     @field_validator("schemes")
     @classmethod

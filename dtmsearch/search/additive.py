@@ -52,7 +52,7 @@ class Knapsack(Solver):
         tables = [np.zeros(len(schemes)) for schemes in self._choices.schemes]
         for probing, answer in zip(probed, answers, strict=True):
             tables[probing.unit][probing.option] = mean_loss(answer, "kl")
-        found = self._choices.solve(tables).options
+        found = self._solve(tables)
         self._best = self._choices.plan(found)
         yield from self._final([found])
 
@@ -118,4 +118,4 @@ class Spdy(Solver):
 
     def _solution(self, coefficients: Floats) -> Options:
         tables = [error * each for error, each in zip(self._errors, coefficients, strict=True)]
-        return self._choices.solve(tables).options
+        return self._solve(tables)

@@ -62,7 +62,7 @@ class Auto(Solver):
 
     def script(self) -> Script:
         belief = yield from self._probe()
-        leader = self._choices.solve(belief.tables()).options
+        leader = self._solve(belief.tables())
         self._best = self._choices.plan(leader)
         pool = [leader]
         for number in range(self._effort.rounds):
@@ -92,16 +92,16 @@ class Auto(Solver):
             moved = (*leader[:unit], option, *leader[unit + 1 :])
             belief = self._learn(belief, moved, leader, *paired(answer, base, "kl"))
         random = self._random(number)
-        drawn = [self._choices.solve(belief.tables())]
-        drawn += [self._choices.solve(belief.tables(belief.sample(random))) for _ in range(self._effort.plans - 1)]
-        candidates = list(dict.fromkeys(s.options for s in drawn if s.options != leader))
+        drawn = [self._solve(belief.tables())]
+        drawn += [self._solve(belief.tables(belief.sample(random))) for _ in range(self._effort.plans - 1)]
+        candidates = [options for options in dict.fromkeys(drawn) if options != leader]
         if not candidates:
             return belief, leader, [leader]
         answers = yield from self._measured(candidates, prompts, self._choices.plan(leader))
         seen = [paired(answer, base, "kl") for answer in answers]
         for options, (value, variance) in zip(candidates, seen, strict=True):
             belief = self._learn(belief, options, leader, value, variance)
-        last = self._choices.solve(belief.tables()).options
+        last = self._solve(belief.tables())
         field = dict.fromkeys([last, leader, *candidates])
         measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
         order = sorted(field, key=lambda options: self._estimate(belief, options, leader, measured.get(options)))

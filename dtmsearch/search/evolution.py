@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -22,16 +23,28 @@ from dtmsearch.search.space import SearchSpace
 
 # A switch that finds no partner is tried anew so often.
 _MOST_TRIES = 100
+# Above this many options in all, only neighbouring ones are paired.
+_MOST_MOVES = 1_000
 
 
 @dataclass(frozen=True)
 class Stages:
-    """`generations` of `children`; at each stage the prompts of a candidate, and how many go on from it."""
+    """`generations` of `children`; the prompts of a candidate at each stage, and how many go on from all
+    but the last, which leaves one."""
 
     generations: int = 400
     children: int = 16
     prompts: tuple[int, ...] = (8, 32, 64)
-    survivors: tuple[int, ...] = (4, 2, 1)
+    survivors: tuple[int, ...] = (4, 2)
+
+
+@dataclass(frozen=True)
+class Switching:
+    """Rounds of a local search, the switches tried in each, and the prompts that they are first measured on."""
+
+    rounds: int = 100
+    children: int = 16
+    prompts: int = 32
 
 
 class Evolution(Solver):
@@ -52,11 +65,13 @@ class Evolution(Solver):
 
     def script(self) -> Script:
         stages, leader = self._stages, self._start
-        each = sum((stages.children, *stages.survivors[:-1])) + 1
+        each = stages.children + sum(stages.survivors) + 1
         for generation in range(stages.generations):
             self._num_to_come = (stages.generations - generation) * each
             children = [self._child(leader, generation, index) for index in range(stages.children)]
             field = [child for child in dict.fromkeys(children) if child != leader]
+            if not field:
+                break  # there is nothing to switch
             last = len(stages.prompts) - 1
             for stage, count in enumerate(stages.prompts):
                 prompts = self._sample(count, generation, stage)
@@ -64,7 +79,7 @@ class Evolution(Solver):
                 contenders = [leader, *field] if stage == last else field
                 answers = yield from self._measured(contenders, prompts, self._choices.plan(leader))
                 order = sorted(range(len(contenders)), key=lambda i: mean_loss(answers[i], self._rank_by))
-                field = [contenders[i] for i in order[: stages.survivors[stage]]]
+                field = [contenders[i] for i in order[: (*stages.survivors, 1)[stage]]]
             if field[0] != leader:
                 leader = field[0]
                 self._lead(leader, answers[order[0]])
@@ -107,7 +122,7 @@ class Local(Solver):
     """Every switch of the leader, in an order by chance, a round of `children` at a time: the best of a round by its
     first prompts becomes the leader if it is better on all of them.
 
-    `rounds` bounds how long it goes on.
+    It ends when the leader has no better switch, or after the rounds of its settings.
     """
 
     def __init__(
@@ -115,29 +130,28 @@ class Local(Solver):
         space: SearchSpace,
         request_for: RequestFactory,
         rank_by: str = "kl",
-        children: int = 16,
-        prompts: int = 32,
-        rounds: int = 100,
+        switching: Switching = Switching(),
         seed: int = 0,
         start: Options | None = None,
     ) -> None:
         super().__init__(space, request_for, rank_by, seed)
-        self._children, self._prompts, self._rounds = children, prompts, rounds
+        self._switching = switching
         self._start = start or self._largest_start()
 
     def script(self) -> Script:
+        most, size = self._switching.rounds, self._switching.children
+        everything, few = self._first(self.num_prompts), self._first(self._switching.prompts)
         leader = self._start
-        everything, few = self._first(self.num_prompts), self._first(self._prompts)
         (answer,) = yield from self._measured([leader], everything)
         self._lead(leader, answer)
-        rounds = 0
-        untried = iter(self._switches(leader, rounds))
-        while rounds < self._rounds and (field := [s for s, _ in zip(untried, range(self._children), strict=False)]):
-            self._num_to_come = (self._rounds - rounds) * self._children
-            rounds += 1
-            (base,) = yield from self._measured([leader], few)
-            answers = yield from self._measured(field, few, self._choices.plan(leader))
-            values = [paired(a, base, self._rank_by)[0] for a in answers]
+        untried = self._switches(leader, 0)
+        for number in range(1, most + 1):
+            field = list(islice(untried, size))
+            if not field:
+                break
+            self._num_to_come = (most - number + 1) * size
+            base, *answers = yield from self._measured([leader, *field], few, self._choices.plan(leader))
+            values = [paired(each, base, self._rank_by)[0] for each in answers]
             at = int(np.argmin(values))
             if values[at] >= 0.0:
                 continue
@@ -145,18 +159,13 @@ class Local(Solver):
             if paired(better, answer, self._rank_by)[0] < 0.0:
                 leader, answer = field[at], better
                 self._lead(leader, answer)
-                untried = iter(self._switches(leader, rounds))
+                untried = self._switches(leader, number)
         yield from self._final([leader])
 
     def _switches(self, leader: Options, number: int) -> Iterator[Options]:
         """Every choice that one move, or one unit down and another up, leads to within the budget, in an order by
         chance; those first that come nearest to the capacity are not told apart."""
-        moves = [
-            (unit, option)
-            for unit, schemes in enumerate(self._choices.schemes)
-            for option in range(len(schemes))
-            if option != leader[unit]
-        ]
+        moves = self._single_moves(leader)
         pairs: list[tuple[tuple[int, int], ...]] = [(move,) for move in moves]
         pairs += [(a, b) for i, a in enumerate(moves) for b in moves[i + 1 :] if a[0] != b[0]]
         for at in self._random(3, number).permutation(len(pairs)).tolist():
@@ -165,6 +174,16 @@ class Local(Solver):
                 changed[unit] = option
             if self._choices.meets(changed) and not self._pointless(leader, pairs[at]):
                 yield tuple(changed)
+
+    def _single_moves(self, leader: Options) -> list[tuple[int, int]]:
+        """(unit, option): all options, or where that is too many pairs the next ones up and down."""
+        everything = sum(len(schemes) for schemes in self._choices.schemes) <= _MOST_MOVES
+        moves: list[tuple[int, int]] = []
+        for unit, schemes in enumerate(self._choices.schemes):
+            near = (self._neighbour(leader, unit, direction) for direction in (-1, 1))
+            options = range(len(schemes)) if everything else [k for k in near if k is not None]
+            moves += [(unit, option) for option in options if option != leader[unit]]
+        return moves
 
     def _pointless(self, leader: Options, moves: Sequence[tuple[int, int]]) -> bool:
         """Whether every move goes to fewer bits: no better plan is found that way."""

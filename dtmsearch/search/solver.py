@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from dtmsearch.plans.evaluation import EvalFailure, EvalResult, Outcome
 from dtmsearch.plans.plan import Plan
 from dtmsearch.search.choices import Choices, Options
+from dtmsearch.search.knapsack import Infeasible
 from dtmsearch.search.procedure import DENSE_PLAN, Part, Procedure, Trial, losses, mean_loss
 from dtmsearch.search.rounds import RequestFactory
+from dtmsearch.search.scheduler import SearchFailed
 from dtmsearch.search.sensitivity import Probing
 from dtmsearch.search.space import SearchSpace
 
@@ -31,13 +33,21 @@ class Solver(Procedure):
         uniforms = self._choices.uniforms()
         self._best = self._choices.plan(uniforms[0]) if uniforms else None
 
+    def _solve(self, damages: Sequence[Floats]) -> Options:
+        """The options of least total damage within the budget. Raises `SearchFailed` when what could be measured
+        leaves none."""
+        try:
+            return self._choices.solve(damages).options
+        except Infeasible as error:
+            raise SearchFailed(f"without what cannot be measured no plan is within the budget: {error}") from None
+
     def _largest_start(self) -> Options:
         """The uniform plan of the budget that stores most, or where none fits, what fits with the fewest bits cut."""
         uniforms = self._choices.uniforms()
         if uniforms:
             return max(uniforms, key=lambda options: self._choices.cost(self._choices.bits, options))
         cut = [np.square(1.0 - bits / bits[0]) * bits[0] for bits in self._choices.bits]
-        return self._choices.solve(cut).options
+        return self._solve(cut)
 
     def _neighbour(self, options: Options, unit: int, direction: int) -> int | None:
         """The option of a unit with the next more (+1) or fewer (-1) stored bits; None at the end."""
@@ -88,9 +98,11 @@ class Solver(Procedure):
 
 
 def paired(a: Outcome, b: Outcome, metric: str) -> tuple[float, float]:
-    """Mean over prompts of a's loss less b's, and the variance of that mean; infinite where a failed."""
+    """Mean over prompts of a's loss less b's, and the variance of that mean; infinite where one of them failed."""
     if isinstance(a, EvalFailure):
         return np.inf, 0.0
+    if isinstance(b, EvalFailure):
+        return -np.inf, 0.0
     difference = losses(a, metric) - losses(b, metric)
     variance = float(difference.var(ddof=1)) / len(difference) if len(difference) > 1 else float(difference[0] ** 2)
     return float(difference.mean()), variance

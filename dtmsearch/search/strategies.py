@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from dtmsearch.search.additive import Knapsack, Spdy, SpdySearch
+from dtmsearch.search.auto import Auto, Effort
 from dtmsearch.search.beam import Beam
+from dtmsearch.search.evolution import Evolution, Local, Stages, Switching
 from dtmsearch.search.lazy import Lazy
 from dtmsearch.search.probe import Probe
 from dtmsearch.search.racing import Racing
 from dtmsearch.search.rounds import RequestFactory
 from dtmsearch.search.scheduler import Strategy
+from dtmsearch.search.sensitivity import WeightErrors
 from dtmsearch.search.space import SearchSpace
+
+# Strategies that need the weight errors of every component under every scheme.
+NEED_ERRORS = frozenset({"sensitivity", "auto", "spdy"})
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """What the strategies around the solver are given: how much each measures, and the weight errors."""
+
+    auto: Effort = field(default_factory=Effort)
+    knapsack_prompts: int = 256
+    spdy: SpdySearch = field(default_factory=SpdySearch)
+    evolution: Stages = field(default_factory=Stages)
+    local: Switching = field(default_factory=Switching)
+    errors: WeightErrors | None = None
 
 
 def make_strategy(
@@ -26,8 +46,10 @@ def make_strategy(
     continuation_tokens: int = 0,
     audit: float = 0.0,
     seed: int = 0,
+    solver: SolverSettings = SolverSettings(),
 ) -> Strategy:
     """A strategy at its start; each takes of the settings what it has a use for. A new strategy is a line here."""
+    errors = solver.errors or {}
 
     def racing(keep: int) -> Racing | None:
         if confidence == 1.0:
@@ -44,5 +66,11 @@ def make_strategy(
         "beam": lambda: Beam(space, request_for, rank_by, width, expand, min_fdt, racing(width)),
         "lazy_greedy": lambda: lazy(1),
         "lazy_beam": lambda: lazy(width),
+        "knapsack": lambda: Knapsack(space, request_for, rank_by, solver.knapsack_prompts, seed),
+        "sensitivity": lambda: Auto(space, request_for, errors, rank_by, replace(solver.auto, rounds=0), seed),
+        "auto": lambda: Auto(space, request_for, errors, rank_by, solver.auto, seed),
+        "spdy": lambda: Spdy(space, request_for, errors, rank_by, solver.spdy, seed),
+        "evolution": lambda: Evolution(space, request_for, rank_by, solver.evolution, seed),
+        "local": lambda: Local(space, request_for, rank_by, solver.local, seed),
     }
     return makers[name]()

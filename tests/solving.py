@@ -1,0 +1,75 @@
+"""Searches for the strategies around the solver: the toy model, whose damage is known, and small settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from fakes import CONTINUATION_TOKENS, NUM_PROMPTS, REFERENCE_ID, chance
+
+from dtmsearch.plans.components import Component
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult
+from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.search.additive import SpdySearch
+from dtmsearch.search.auto import Effort
+from dtmsearch.search.evolution import Stages, Switching
+from dtmsearch.search.scheduler import Strategy
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import SolverSettings, make_strategy
+
+LEVELS = tuple(f"int{bits}-channel" for bits in range(2, 7))
+STRATEGIES = ("knapsack", "sensitivity", "auto", "spdy", "evolution", "local")
+SMALL = SolverSettings(
+    auto=Effort(probe_prompts=2, rounds=2, prompts=4, plans=4),
+    knapsack_prompts=4,
+    spdy=SpdySearch(starts=6, generations=3, children=3, prompts=4),
+    evolution=Stages(generations=6, children=4, prompts=(2, 4), survivors=(2,)),
+    local=Switching(rounds=5, children=6, prompts=4),
+)
+
+
+def equal_components(number: int = 5) -> tuple[Component, ...]:
+    return tuple(Component(f"model.layers.{i}.mlp.up_proj", i, "up", (64, 64)) for i in range(number))
+
+
+def errors_of(space: SearchSpace) -> dict[tuple[str, str], float]:
+    """A quarter for every bit more."""
+    return {(c.name, s): 4.0 ** (1 - parse_scheme(s).bits) for c in space.components for s in space.schemes}
+
+
+def alpha(component: str) -> float:
+    return 0.02 + chance("alpha", component)
+
+
+def additive_damage(plan: Plan) -> float:
+    return sum(alpha(c) * 4.0 ** (1 - parse_scheme(s).bits) for c, s in plan.entries)
+
+
+def additive(request: EvalRequest) -> EvalResult:
+    """A model for which the law holds exactly: KL is the sum over components, every prompt's in proportion."""
+    sensitivity = np.array([0.5 + chance("prompt", p) for p in range(*request.prompts)])
+    kl = (additive_damage(request.plan) * sensitivity).astype(np.float32)
+    share = np.minimum(0.28 * np.sqrt(kl), 1.0)
+    fdt = np.floor(CONTINUATION_TOKENS * (1.0 - share)).astype(np.int32)
+    sdt = np.round(CONTINUATION_TOKENS * share).astype(np.int32)
+    return EvalResult(request.id, fdt, sdt, np.exp(kl), kl if "kl" in request.extra_metrics else None)
+
+
+def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+    return EvalRequest(plan, REFERENCE_ID, (0, NUM_PROMPTS), (), parent)
+
+
+def space_with(budget: Budget, components: tuple[Component, ...] | None = None, **changes: Any) -> SearchSpace:
+    return SearchSpace(components or equal_components(), LEVELS, budget=budget, **changes)
+
+
+def strategy(name: str, space: SearchSpace, settings: SolverSettings = SMALL, **changes: Any) -> Strategy:
+    settings = replace(settings, errors=errors_of(space), **changes)
+    return make_strategy(name, space, request_for, rank_by="kl", solver=settings)
+
+
+def schemes_by_bits(plan: Plan) -> Mapping[str, int]:
+    return {component: parse_scheme(scheme).bits for component, scheme in plan.entries}

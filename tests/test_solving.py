@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, failing, run_search, toy_components
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from solving import (
+    LEVELS,
+    SMALL,
+    STRATEGIES,
+    additive,
+    additive_damage,
+    equal_components,
+    errors_of,
+    request_for,
+    space_with,
+    strategy,
+)
+
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, Outcome
+from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.search.choices import Choices
+from dtmsearch.search.evolution import Switching
+from dtmsearch.search.scheduler import SearchFailed
+from dtmsearch.search.strategies import make_strategy
+
+BUDGET = Budget(bits_per_weight=4.5)
+
+
+def found(name: str, budget: Budget = BUDGET, evaluator: FakeEvaluator | None = None, **changes: object) -> Plan:
+    plan = run_search(strategy(name, space_with(budget), **changes), evaluator or FakeEvaluator(additive))
+    assert plan is not None
+    return plan
+
+
+def best_by_trying(budget: Budget) -> Plan:
+    space = space_with(budget)
+    plans = (
+        Plan.of({c.name: s for c, s in zip(space.components, schemes, strict=True)})
+        for schemes in product(("dense", *LEVELS), repeat=len(space.components))
+    )
+    return min((p for p in plans if budget.reached(space.size(p))), key=additive_damage)
+
+
+@pytest.mark.parametrize("name", ["knapsack", "sensitivity", "auto"])
+@pytest.mark.parametrize("budget", [BUDGET, Budget(size_mb=0.00831), Budget(share=0.6), Budget(components=4)])
+def test_where_damages_add_up_the_plan_is_the_best_there_is(name: str, budget: Budget) -> None:
+    assert additive_damage(found(name, budget)) == pytest.approx(additive_damage(best_by_trying(budget)))
+
+
+def test_a_local_search_to_its_end_finds_the_best_plan_of_units_alike() -> None:
+    everything = Switching(rounds=10_000, children=40, prompts=8)
+    plan = run_search(strategy("local", space_with(BUDGET), local=everything), FakeEvaluator(additive))
+    assert plan is not None
+    assert additive_damage(plan) == pytest.approx(additive_damage(best_by_trying(BUDGET)))
+
+
+@pytest.mark.parametrize("name", ["spdy", "evolution"])
+def test_searching_is_better_than_uniform(name: str) -> None:
+    budget = Budget(bits_per_weight=space_with(BUDGET).size(space_with(BUDGET).uniform("int3-channel")).bits_per_weight)
+    plan = found(name, budget)
+    assert additive_damage(plan) < additive_damage(space_with(budget).uniform("int3-channel"))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("order", ["as asked", "backwards"])
+def test_the_order_of_answers_changes_nothing(name: str, order: str) -> None:
+    def turned(waiting: list[EvalRequest]) -> list[EvalRequest]:
+        return waiting[::-1] if order == "backwards" else sorted(waiting, key=lambda request: request.id)
+
+    logs = MemoryLog(), MemoryLog()
+    run_search(strategy(name, space_with(BUDGET, toy_components())), log=logs[0])
+    run_search(strategy(name, space_with(BUDGET, toy_components())), FakeEvaluator(order=turned, per_poll=3), logs[1])
+    assert [step.plan_id for step in logs[1].steps] == [step.plan_id for step in logs[0].steps] != []
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_search_killed_again_and_again_ends_as_if_it_had_not_been(name: str) -> None:
+    undisturbed, log = MemoryLog(), MemoryLog()
+    expected = run_search(strategy(name, space_with(BUDGET, toy_components())), log=undisturbed)
+    evaluated: list[str] = []
+    while True:
+        evaluator = FakeEvaluator(per_poll=1)
+        try:
+            plan = run_search(
+                strategy(name, space_with(BUDGET, toy_components())), evaluator, KilledAfter(log, num_records=7)
+            )
+            break
+        except Killed:
+            evaluated += evaluator.evaluated
+    ids = [record.request.id for record in log.records]
+    assert plan == expected
+    assert (len(ids), sorted(ids)) == (len(set(ids)), sorted(r.request.id for r in undisturbed.records))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_the_budget_is_never_exceeded(name: str, data: st.DataObject) -> None:
+    rule, low, high = data.draw(
+        st.sampled_from([("bits_per_weight", 2.6, 15.0), ("size_mb", 0.0064, 0.04), ("share", 0.05, 1.0)])
+    )
+    budget = Budget(**{rule: data.draw(st.floats(low, high))})
+    tied = data.draw(st.sampled_from([(), (("q", "k"),)]))
+    space = space_with(budget, toy_components(), tied=tied)
+    searched = strategy(name, space)
+    plan = run_search(searched)
+    leaders = [decision.plan for decision in searched.decisions]
+    assert plan is not None
+    assert all(budget.reached(space.size(each)) for each in (plan, *leaders))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_search_that_may_take_no_time_has_a_plan_within_the_budget(name: str) -> None:
+    space = space_with(BUDGET)
+    plan = run_search(strategy(name, space), FakeEvaluator(additive), limit_seconds=0.0)
+    assert plan is not None and BUDGET.reached(space.size(plan))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_tied_components_share_a_scheme(name: str) -> None:
+    plan = run_search(strategy(name, space_with(BUDGET, toy_components(), tied=(("q", "k"),))))
+    assert plan is not None
+    for layer in range(2):
+        attention = f"model.layers.{layer}.self_attn"
+        assert plan.scheme_of(f"{attention}.q_proj") == plan.scheme_of(f"{attention}.k_proj")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_cannot_be_measured_is_not_chosen(name: str) -> None:
+    def answer(request: EvalRequest) -> Outcome:
+        if request.plan.scheme_of("model.layers.0.mlp.up_proj") == "int2-channel":
+            return EvalFailure(request.id, "nonfinite", "two bits are too few here")
+        return additive(request)
+
+    budget = Budget(bits_per_weight=3.5)
+    plan = found(name, budget, FakeEvaluator(answer))
+    assert plan.scheme_of("model.layers.0.mlp.up_proj") != "int2-channel"
+
+
+def test_a_search_of_which_nothing_can_be_measured_says_so() -> None:
+    with pytest.raises(SearchFailed, match="without what cannot be measured"):
+        run_search(strategy("auto", space_with(BUDGET)), FakeEvaluator(failing({"layers": "nonfinite"})))
+
+
+def test_uniform_is_the_answer_where_nothing_is_better() -> None:
+    space = space_with(Budget(bits_per_weight=4.25), equal_components(1))
+    plan = run_search(strategy("auto", space), FakeEvaluator(additive))
+    assert plan == space.uniform("int4-channel")
+
+
+def test_errors_that_are_missing_are_named() -> None:
+    space = space_with(BUDGET)
+    errors = errors_of(space)
+    del errors["model.layers.3.mlp.up_proj", "int5-channel"]
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp\.up_proj under int5-channel"):
+        make_strategy("auto", space, request_for, solver=type(SMALL)(errors=errors))
+
+
+def test_a_capacity_is_what_the_budget_compares_with() -> None:
+    space = space_with(Budget(bits_per_weight=0.1 + 4.2))
+    (rule,) = Choices(space).rules
+    num_weights = sum(c.num_weights for c in space.components)
+    assert rule.capacity / num_weights <= 0.1 + 4.2 < (rule.capacity + 1) / num_weights
