@@ -49,6 +49,7 @@ MAY_LOAD: dict[str, set[str]] = {
         "datasets",
         "huggingface_hub",
         "numpy",
+        "psutil",
     },
     "export": {"torch", "safetensors", "numpy"},
     "cluster": {"ray", "numpy"},

@@ -83,6 +83,16 @@ class Body:
     def num_layers(self) -> int:
         return len(self._real)
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value of a state."""
+        return int(self.model.dtype.itemsize)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a token's state at one boundary."""
+        return int(self.model.config.get_text_config().hidden_size) * self.itemsize
+
     def _note_what_layers_return(self) -> None:
         def note(layer: nn.Module, args: Any, output: Any) -> None:
             self._stand_ins[self._real.index(layer)].returns_tuple = isinstance(output, tuple)
@@ -154,7 +164,7 @@ class Body:
     def generate(self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...]) -> Tensor:
         """Greedy continuations [prompts, num_tokens] of `prompts` [prompts, tokens], with a cache; `suppressed` tokens
         are never chosen. Nothing of the checkpoint's own generation settings applies."""
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StaticCache
 
         settings = GenerationConfig(
             do_sample=False,
@@ -163,11 +173,17 @@ class Body:
             eos_token_id=None,
             pad_token_id=0,
             use_cache=True,
+            disable_compile=True,
         )
+        # One that grows is copied at every token. It is made here, for the model would keep the length of an earlier.
+        cache = StaticCache(self.model.config.get_text_config(), max_cache_len=prompts.shape[1] + num_tokens)
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             output: Tensor = self.model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), generation_config=settings
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_config=settings,
+                past_key_values=cache,
             )
         finally:
             self.model.generation_config = own

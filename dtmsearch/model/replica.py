@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from dtmsearch.model.body import Body
-from dtmsearch.model.compiled import as_loaded, compile_layers
+from dtmsearch.model.compiled import Slot, as_loaded, compile_layers
 from dtmsearch.model.discovery import find_layers, read_manifest
 from dtmsearch.model.divergence import Divergence, Scores, compare, fetch
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens, vocabulary_size
+from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_prompts
+from dtmsearch.model.reuse import Reuse
+from dtmsearch.model.stream import Room, Stream
 from dtmsearch.model.weights import Checkpoint, Weights
 from dtmsearch.model.writing import margins, written_out
 from dtmsearch.plans.components import ModelManifest, weight_files
@@ -61,6 +64,8 @@ _TIMED_TOKENS = 8
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
 _T = TypeVar("_T")
+# Parent, reference, prompts, first layer that differs.
+_Place = tuple[str, str, tuple[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -74,25 +79,12 @@ class LoadedModel:
 
 
 @dataclass
-class _Stream:
-    """Token rows [prompts, tokens] that evaluations run over, in batches, with the parent's states at a boundary."""
-
-    tokens: Tensor
-    targets_from: int
-    boundary: int = 0
-    states: list[Tensor] = field(default_factory=list)
-
-    def forget(self) -> None:
-        self.boundary, self.states = 0, []
-
-
-@dataclass
 class _Loaded:
     """A reference on the device, and its streams for the range of prompts in use."""
 
     reference: Reference
     prompts: tuple[int, int] | None = None
-    streams: dict[str, _Stream] = field(default_factory=dict)
+    streams: dict[str, Stream] = field(default_factory=dict)
     base_hidden: list[Tensor] | None = None
 
 
@@ -129,9 +121,17 @@ class Replica:
         self._never = self._never.to(model.get_output_embeddings().weight.device)
         self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._body = Body(model)
+        self._slots: dict[str, Slot] = {}
+        places = Places(model, self._slots)
+        self._reuse = Reuse(self._body, self._manifest, places)
         self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
-        self._slots = compile_layers(*find_layers(model)) if self._compiled else {}
-        self._weights = Weights(model, loaded.checkpoint, self._slots)
+        if self._compiled:
+            self._slots.update(compile_layers(*find_layers(model)))
+        self._weights = Weights(model, loaded.checkpoint, places)
+        self._states = settings.states
+        # False once memory has not sufficed: nothing is kept then that is not needed.
+        self._roomy = True
+        self._place_before: _Place | None = None
         self._references: dict[str, _Loaded] = {}
         self._finished_at = 0.0
 
@@ -254,7 +254,9 @@ class Replica:
         self._to_parent(plan)
         stream = self._greedy_stream(loaded.reference, rows)
         with self._generating():
-            found = fetch(self._halving_batches(lambda: self._measure(stream, loaded, kl=False)))
+            found = fetch(
+                self._halving_batches(lambda: self._measure(stream.head_inputs(0, ()), stream.targets_from, None))
+            )
         return share_of_divergent_tokens(found.diverged & loaded.reference.agrees[rows]), perplexity(found.nll)
 
     def _dense_divergence(self, loaded: _Loaded) -> Divergence:
@@ -267,9 +269,12 @@ class Replica:
         outcomes: dict[int, Outcome] = {}
         launched: tuple[int, _Launched] | None = None
         self._finished_at = time.perf_counter()
-        for index in sorted(range(len(requests)), key=lambda i: self._place(requests[i])):
+        places = [self._place(request) for request in requests]
+        for index in sorted(range(len(requests)), key=places.__getitem__):
             # The next is on its way before the last is waited for, so that a GPU never waits for us.
-            following = index, self._launch(requests[index])
+            shared = places.count(places[index]) > 1 or places[index] == self._place_before
+            following = index, self._launch(requests[index], shared)
+            self._place_before = places[index]
             if launched is not None:
                 outcomes[launched[0]] = self._finish(launched[1])
             launched = following
@@ -301,13 +306,14 @@ class Replica:
         rows = torch.from_numpy(tokens).long().to(self._body.input_device)
         return np.concatenate([margins(self._body, row, start.prompt_tokens, self._never) for row in rows.split(1)])
 
-    def _place(self, request: EvalRequest) -> tuple[str, str, tuple[int, int], int]:
+    def _place(self, request: EvalRequest) -> _Place:
+        """Where a request leaves its parent: those that do so at the same place share all that comes before."""
         return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self._manifest)
 
-    def _launch(self, request: EvalRequest) -> _Launched:
+    def _launch(self, request: EvalRequest, shared: bool) -> _Launched:
         loaded = self._references[request.reference_id]
         try:
-            return _Launched(request, self._halving_batches(lambda: self._score(loaded, request)))
+            return _Launched(request, self._halving_batches(lambda: self._score(loaded, request, shared)))
         except ValueError as error:
             return _Launched(request, failure=("invalid", str(error)))
         except RuntimeError as error:
@@ -355,8 +361,9 @@ class Replica:
             provenance=provenance,
         )
 
-    def _score(self, loaded: _Loaded, request: EvalRequest) -> dict[str, list[Scores]]:
-        """What the request's plan makes of each stream, from the first layer in which it leaves its parent."""
+    def _score(self, loaded: _Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
+        """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
+        other requests leave this parent there too."""
         self._set_range(loaded, request.prompts)
         names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
         if "kl" in request.extra_metrics and loaded.base_hidden is None:
@@ -364,12 +371,19 @@ class Replica:
         request = self._with_near_parent(request)
         boundary = first_changed_layer(request, self._manifest)
         self._to_parent(request.parent)
+        changed = request.plan.diff(request.parent).keys()
         for name in names:
-            self._advance(loaded.streams[name], boundary)
+            loaded.streams[name].carry(boundary)
+            if shared:
+                loaded.streams[name].look_ahead(boundary)
         with self._weights.perturbed(request.plan):
             return {
-                name: self._measure(loaded.streams[name], loaded, kl="kl" in request.extra_metrics and not index)
-                for index, name in enumerate(names)
+                name: self._measure(
+                    loaded.streams[name].head_inputs(boundary, changed),
+                    loaded.streams[name].targets_from,
+                    loaded.base_hidden if name == "continuation" and "kl" in request.extra_metrics else None,
+                )
+                for name in names
             }
 
     def _with_near_parent(self, request: EvalRequest) -> EvalRequest:
@@ -386,75 +400,53 @@ class Replica:
             return
         reference = loaded.reference
         rows = slice(*prompts)
-        text = torch.from_numpy(reference.text[rows]).long().to(self._body.input_device)
+        text = self._stream(reference.text[rows], 1)
         loaded.prompts, loaded.base_hidden = prompts, None
-        loaded.streams = {"continuation": self._greedy_stream(reference, rows), "text": _Stream(text, 1)}
+        loaded.streams = {"continuation": self._greedy_stream(reference, rows), "text": text}
 
-    def _greedy_stream(self, reference: Reference, rows: slice) -> _Stream:
+    def _greedy_stream(self, reference: Reference, rows: slice) -> Stream:
         """Prompts and the base model's own continuations of them."""
         start = reference.prompt_tokens
         greedy = np.concatenate([reference.text[rows, :start], reference.continuation[rows]], axis=1)
-        return _Stream(torch.from_numpy(greedy).long().to(self._body.input_device), start)
+        return self._stream(greedy, start)
+
+    def _stream(self, tokens: IntArray, targets_from: int) -> Stream:
+        on_device = torch.from_numpy(tokens).long().to(self._body.input_device)
+        room = Room.on(self._body.input_device, self._weight_bytes) if self._roomy else Room.none()
+        rows = self._rows_in_batch(tokens.shape[1])
+        return Stream(self._body, self._reuse, on_device, targets_from, rows, room, self._states)
 
     def _to_parent(self, parent: Plan) -> None:
-        if self._weights.plan.id != parent.id:
-            self._forget_states()
+        changed = parent.diff(self._weights.plan)
+        if changed:
+            above = first_changed_layer(EvalRequest(parent, "", (0, 0), parent=self._weights.plan), self._manifest)
+            for stream in self._streams():
+                stream.forget(above)
             self._weights.become(parent)
 
     def _to_base(self) -> None:
         self._to_parent(Plan())
 
-    def _forget_states(self) -> None:
-        for loaded in self._references.values():
-            for stream in loaded.streams.values():
-                stream.forget()
-
-    def _batches(self, stream: _Stream) -> Sequence[Tensor]:
-        batches: Sequence[Tensor] = stream.tokens.split(self._rows_in_batch(stream.tokens.shape[1]))
-        return batches
+    def _streams(self) -> list[Stream]:
+        return [stream for loaded in self._references.values() for stream in loaded.streams.values()]
 
     def _rows_in_batch(self, row_tokens: int) -> int:
         return max(1, self._batch_tokens // row_tokens)
 
-    def _advance(self, stream: _Stream, boundary: int) -> None:
-        """Carry the parent's states up to `boundary`; below where they are, start again from the tokens."""
-        if boundary < stream.boundary:
-            stream.forget()
-        if boundary > stream.boundary:
-            batches = self._batches(stream)
-            before: Sequence[Tensor | None] = stream.states or [None] * len(batches)
-            states = list(before)
-            for index, batch in enumerate(batches):
-                states[index] = self._body.advance(batch, before[index], stream.boundary, boundary)
-            stream.states = [state for state in states if state is not None]
-            stream.boundary = boundary
-
-    def _hidden(self, stream: _Stream) -> list[Tensor]:
-        """Inputs of the head [rows of a batch, targets, hidden], where targets are predicted, a batch at a time."""
-        first = stream.targets_from - 1
-        states: Sequence[Tensor | None] = stream.states or [None] * len(self._batches(stream))
-        return [
-            self._body.finish(batch, state, stream.boundary)[:, first:-1]
-            for batch, state in zip(self._batches(stream), states, strict=True)
-        ]
-
     def _base_hidden(self, loaded: _Loaded) -> list[Tensor]:
         """The base model's inputs of the head, kept to compare distributions with."""
         self._to_base()
-        stream = loaded.streams["continuation"]
-        stream.forget()
-        return [hidden.clone() for hidden in self._hidden(stream)]
+        return [hidden.clone() for _, hidden in loaded.streams["continuation"].head_inputs(0, ())]
 
-    def _measure(self, stream: _Stream, loaded: _Loaded, kl: bool) -> list[Scores]:
-        first = stream.targets_from - 1
-        parts: list[Scores] = []
-        for index, batch in enumerate(self._batches(stream)):
-            state = stream.states[index] if stream.states else None
-            hidden = self._body.finish(batch, state, stream.boundary)[:, first:-1]
-            base = loaded.base_hidden[index] if kl and loaded.base_hidden is not None else None
-            targets = batch[:, stream.targets_from :]
-            parts.append(compare(self._body, hidden, targets, base, self._never))
-        return parts
+    def _measure(
+        self, head_inputs: Iterator[tuple[Tensor, Tensor]], targets_from: int, base_hidden: list[Tensor] | None
+    ) -> list[Scores]:
+        return [
+            compare(
+                self._body, hidden, tokens[:, targets_from:], base_hidden[index] if base_hidden else None, self._never
+            )
+            for index, (tokens, hidden) in enumerate(head_inputs)
+        ]
 
     def _halving_batches(self, work: Callable[[], _T]) -> _T:
         """`work`, with smaller batches for as long as memory does not suffice."""
@@ -466,7 +458,9 @@ class Replica:
                     raise
                 message = str(error)
             self._release_memory()
-            if not self._smaller_batches():
+            if self._roomy:
+                self._roomy = False
+            elif not self._smaller_batches():
                 raise torch.OutOfMemoryError(message)
 
     def _smaller_batches(self) -> bool:

@@ -7,7 +7,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dtmsearch.model.compiled import Slot
 from dtmsearch.model.compress.bitsandbytes import compressed_module
 from dtmsearch.model.compress.pruning import Pruner
 from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.places import Places
 from dtmsearch.plans.components import read_header
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import DENSE, Scheme, parse_scheme
@@ -65,9 +65,9 @@ class Checkpoint:
 class Weights:
     """A model's components under a plan, `Plan()` to begin with."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, slots: Mapping[str, Slot] | None = None) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, places: Places) -> None:
         self._model = model
-        self._slots = slots or {}
+        self._places = places
         self._checkpoint = checkpoint
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
@@ -138,21 +138,12 @@ class Weights:
         return dtype
 
     def _installed(self, component: str) -> _Installed:
-        module = self._module(component)
+        module = self._places.get(component)
         dense = self._dense_modules.get(component, module)
         return _Installed(module, module.weight.data if module is dense else None)  # type: ignore[arg-type]
 
-    def _module(self, component: str) -> nn.Module:
-        if component in self._slots:
-            return self._slots[component].module
-        return self._model.get_submodule(component)
-
     def _install(self, component: str, installed: _Installed) -> None:
-        if component in self._slots:
-            self._slots[component].put(installed.module)
-        else:
-            parent, _, attribute = component.rpartition(".")
-            self._model.get_submodule(parent)._modules[attribute] = installed.module
+        self._places.put(component, installed.module)
         if installed.weight is not None:
             installed.module.weight.data = installed.weight
 
@@ -162,7 +153,7 @@ class Weights:
             assert replaced.weight is not None
             self._kept[component] = replaced.weight
         dense = self._dense_modules[component]
-        if self._module(component) is not dense:
+        if self._places.get(component) is not dense:
             dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]
         _trim_heap()
 

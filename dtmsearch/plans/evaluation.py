@@ -24,6 +24,8 @@ IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 FailureKind = Literal["replica_lost", "out_of_memory", "nonfinite", "invalid"]
 EXTRA_METRICS = ("kl", "ppl")
+# Where a replica keeps its parent's hidden states: beside the model, in the host's memory, or one boundary at a time.
+StatesKept = Literal["auto", "device", "host", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class ReplicaSettings:
     """How a replica runs; none of it changes what it answers, beyond the noise of batch shapes.
 
     `batch_tokens` bounds the tokens of one forward batch (0: chosen by device), `num_devices` spreads the model over
-    several GPUs, `num_threads` bounds the processor threads (0: torch's choice).
+    several GPUs, `num_threads` bounds the processor threads (0: torch's choice), `states` says where hidden states of
+    the parent plan are kept (`auto`: by the memory there is).
     """
 
     batch_tokens: int = 0
     num_devices: int = 1
     num_threads: int = 0
+    states: StatesKept = "auto"
 
 
 @dataclass(frozen=True)
