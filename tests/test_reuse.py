@@ -1,0 +1,150 @@
+"""What a candidate is spared: the parent's states and outputs below its change, and positions where nothing is
+predicted. None of it changes a bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import llama_config, replica, values, with_reference, write_model
+
+from dtmsearch.model import stream as stream_module
+from dtmsearch.model.replica import Replica
+from dtmsearch.model.stream import Room
+from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, ReplicaSettings, StatesKept
+from dtmsearch.plans.plan import Perturbation, Plan
+
+ALL = ("kl", "ppl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def kept(folder: Path, states: StatesKept) -> Replica:
+    return Replica(ModelSpec(str(folder), dtype="float32"), ReplicaSettings(states=states, batch_tokens=50))
+
+
+def probe(model: Replica, reference_id: str, components: slice = slice(None)) -> list[EvalRequest]:
+    plans = [Plan().with_(Perturbation(c.name, "int3-g8")) for c in model.manifest().components[components]]
+    return [EvalRequest(plan, reference_id, (0, 6), ALL) for plan in plans]
+
+
+@contextmanager
+def counted(model: Replica) -> Iterator[Counter[str]]:
+    """Positions over which each component really runs, within."""
+    positions: Counter[str] = Counter()
+
+    def note(name: str) -> Any:
+        def hook(module: object, inputs: tuple[Any, ...]) -> None:
+            positions[name] += inputs[0].shape[0] * inputs[0].shape[1]
+
+        return hook
+
+    names = [component.name for component in model.manifest().components]
+    hooks = [model._body.model.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
+    yield positions
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("states", ["device", "host", "sweep"])
+def test_where_states_are_kept_changes_no_bit(folder: Path, states: StatesKept) -> None:
+    model, other = kept(folder, states), kept(folder, "auto")
+    reference = with_reference(model)
+    other.use(reference)
+    requests = probe(model, reference.id)
+    assert [values(o) for o in model.evaluate(requests)] == [values(other.evaluate([r])[0]) for r in requests[::-1]][
+        ::-1
+    ]
+
+
+def test_without_room_for_outputs_nothing_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kept(folder, "auto")
+    reference = with_reference(model)
+    requests = probe(model, reference.id)
+    roomy = [values(o) for o in model.evaluate(requests)]
+    monkeypatch.setattr(stream_module.Room, "on", lambda *_: Room.none())
+    poor = kept(folder, "auto")
+    poor.use(reference)
+    assert [values(o) for o in poor.evaluate(requests)] == roomy
+
+
+def test_room_for_one_batch_of_outputs_changes_no_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = kept(folder, "auto")
+    reference = with_reference(model)
+    requests = probe(model, reference.id)
+    roomy = [values(o) for o in model.evaluate(requests)]
+    one_batch = model._reuse.bytes_of(0, 50, 4)
+    monkeypatch.setattr(stream_module.Room, "on", lambda *_: Room(0.0, 0.0, one_batch))
+    poor = kept(folder, "auto")
+    poor.use(reference)
+    assert [values(o) for o in poor.evaluate(requests)] == roomy
+
+
+def test_a_change_in_the_mlp_leaves_attention_alone(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    names = [c.name for c in model.manifest().components]
+    mlp = [n for n in names if ".1.mlp" in n]
+    requests = [EvalRequest(Plan.of({n: "int3-g8"}), reference.id, (0, 6)) for n in mlp]
+    model.evaluate(requests[:2])  # the parent's outputs of that layer are there now
+    with counted(model) as positions:
+        model.evaluate(requests[2:])
+    assert not any(positions[n] for n in names if ".1.self_attn" in n)
+
+
+def test_a_change_of_keys_leaves_queries_and_values_alone(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    attention = "model.layers.1.self_attn"
+    requests = [EvalRequest(Plan.of({f"{attention}.k_proj": s}), reference.id, (0, 6)) for s in ("int3-g8", "int4-g8")]
+    model.evaluate(requests)
+    with counted(model) as positions:
+        model.evaluate([EvalRequest(Plan.of({f"{attention}.k_proj": "int2-g8"}), reference.id, (0, 6))])
+    assert positions[f"{attention}.q_proj"] == positions[f"{attention}.v_proj"] == 0
+
+
+def test_the_last_layer_runs_where_something_is_predicted(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    last = f"model.layers.{model.manifest().num_layers - 1}"
+    with counted(model) as positions:
+        model.evaluate([EvalRequest(Plan(), reference.id, (0, 6))])
+    predicted = reference.continuation.size
+    assert (positions[f"{last}.mlp.down_proj"], positions[f"{last}.self_attn.q_proj"]) == (predicted, predicted)
+
+
+def test_keys_and_values_of_the_last_layer_run_everywhere(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    last = f"model.layers.{model.manifest().num_layers - 1}.self_attn"
+    with counted(model) as positions:
+        model.evaluate([EvalRequest(Plan(), reference.id, (0, 6))])
+    assert positions[f"{last}.k_proj"] == positions[f"{last}.v_proj"] == reference.text.size
+
+
+def test_a_parent_that_differs_above_keeps_the_states_below(folder: Path) -> None:
+    model = kept(folder, "device")
+    reference = with_reference(model)
+    first, second = Plan(), Plan.of({"model.layers.2.mlp.up_proj": "int4-g8"})
+    changed = Perturbation("model.layers.1.mlp.down_proj", "int3-g8")
+    model.evaluate([EvalRequest(first.with_(changed), reference.id, (0, 6), parent=first)])
+    with counted(model) as positions:
+        model.evaluate([EvalRequest(second.with_(changed), reference.id, (0, 6), parent=second)])
+    assert not any(positions[c.name] for c in model.manifest().components if c.layer == 0)
+
+
+def test_a_norm_of_the_layer_leaves_nothing_to_reuse(tmp_path: Path) -> None:
+    model = replica(write_model(tmp_path, llama_config(num_hidden_layers=2)))
+    reference = with_reference(model)
+    plan = Plan.of({"model.layers.0.input_layernorm": "int2-g8"})
+    shared = model.evaluate([*probe(model, reference.id), EvalRequest(plan, reference.id, (0, 6), ALL)])[-1]
+    alone = replica(tmp_path)
+    alone.use(reference)
+    assert values(alone.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL, parent=plan)])[0]) == values(shared)
