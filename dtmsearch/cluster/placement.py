@@ -131,5 +131,5 @@ def waiting_line(
     if not any(share.fits(node) for node in nodes):
         help_ = "no node that is there is large enough for one"
     else:
-        help_ = "another program may hold the rest; a smaller --cpus-per-replica or fewer --replicas need less"
+        help_ = "another program holds the rest, or a process is slow to start; a smaller --cpus-per-replica needs less"
     return f"{names} {verb} for a place with {share}: the cluster's {len(nodes)} nodes have {has} ({help_}); {goes_on}"

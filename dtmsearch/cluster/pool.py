@@ -18,7 +18,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import ActorDiedError, AuthenticationError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    AuthenticationError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample
 from dtmsearch.cluster.host import Hosted, give_back, start_host
@@ -599,7 +607,9 @@ def _share(settings: PoolSettings) -> Share:
 
 def _with_its_node(error: Exception) -> bool:
     """Whether a replica died because its node did, which says nothing about the replica."""
-    return isinstance(error, ActorDiedError) and (bool(error.preempted) or "node has died" in str(error))
+    if isinstance(error, ActorDiedError):
+        return bool(error.preempted) or "node has died" in str(error)
+    return isinstance(error, ActorUnavailableError)  # what the first call hears of a node that has just died
 
 
 def _cause(error: RayTaskError) -> Exception:
