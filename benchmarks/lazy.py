@@ -1,8 +1,9 @@
-"""Lazy greedy against full greedy: evaluations, and the plans' values on held-out prompts, paired.
+"""Lazy and racing greedy against full greedy: what they measure, and the plans' values on held-out prompts, paired.
 
     python benchmarks/lazy.py MODEL TEXT HELD_OUT [--rank-by kl] [--scheme int4-g32] [--components 42] [--prompts 128]
 
-Evaluations are all that a search asks for, its first round over all components included.
+Evaluations are all that a search asks for, its first round over all components included (a race's blocks count one
+each); `prompts` is the share of full greedy's prompts, and so of its tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dtmsearch.search.strategies import make_strategy
 # label -> strategy and its settings
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy": ("greedy", {}),
+    "greedy, racing at 0.99": ("greedy", {"confidence": 0.99}),
     "lazy, one a step": ("lazy_greedy", {"expand": 1}),
     "lazy, 0.2% audited": ("lazy_greedy", {"expand": 1, "audit": 0.002}),
     "lazy until it holds": ("lazy_greedy", {}),
@@ -65,6 +67,7 @@ def main(
 
     rows: list[dict[str, Any]] = []
     full: EvalResult | None = None
+    all_prompts = 0
     for label, (name, settings) in SEARCHES.items():
         strategy = make_strategy(name, space, request_for, rank_by, min_fdt=None, continuation_tokens=100, **settings)
         evaluator, quiet = Measuring(replica), Forgetful()
@@ -75,11 +78,13 @@ def main(
         request = EvalRequest(plan, unseen.id, (0, validation), ("kl",))
         measured = result(replica.evaluate([request])[0])
         full = full or measured
+        all_prompts = all_prompts or evaluator.prompts
         ahead = paired_difference(measured.fdt, full.fdt, 0)
         rows.append(
             {
                 "search": label,
                 "evaluations": evaluator.evaluations,
+                "prompts": round(evaluator.prompts / all_prompts, 4),
                 "seconds": round(seconds, 1),
                 "on its prompts": round(strategy.decisions[-1].score, 5),
                 "fdt": round(summarize(measured).fdt_mean, 2),
