@@ -123,7 +123,8 @@ class EvalRequest:
     """An evaluation to make: `plan` against a reference, on its prompts from `prompts[0]` up to `prompts[1]`.
 
     `extra_metrics` names what is measured beside fdt, sdt and dppl. `parent` is a plan whose intermediate states are
-    likely to serve this one too: a hint, and no part of the identity.
+    likely to serve this one too: a hint, and no part of the identity. `calibration_id` says by which text calibrated
+    schemes are calibrated; it is part of the identity of plans that hold one, and of no others.
     """
 
     plan: Plan
@@ -131,12 +132,13 @@ class EvalRequest:
     prompts: tuple[int, int]
     extra_metrics: tuple[str, ...] = ()
     parent: Plan = field(default=Plan(), compare=False)
+    calibration_id: str = ""
 
     @cached_property
     def id(self) -> str:
-        return identity(
-            [self.plan.id, self.reference_id, list(self.prompts), sorted(self.extra_metrics), METRICS_VERSION]
-        )
+        parts = [self.plan.id, self.reference_id, list(self.prompts), sorted(self.extra_metrics), METRICS_VERSION]
+        calibrated = [self.calibration_id] if self.calibration_id and self.plan.needs_calibration else []
+        return identity(parts + calibrated)
 
 
 def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:

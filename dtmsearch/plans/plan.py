@@ -61,6 +61,11 @@ class Plan:
     def schemes(self) -> dict[str, str]:
         return dict(self.entries)
 
+    @cached_property
+    def needs_calibration(self) -> bool:
+        """Whether what the plan makes of the model depends on calibration text."""
+        return any(parse_scheme(scheme).needs_calibration for scheme in {scheme for _, scheme in self.entries})
+
     def scheme_of(self, component: str) -> str:
         return self.schemes.get(component, DENSE)
 

@@ -1,0 +1,100 @@
+"""Solved matrices as few bytes: codes bit by bit, masks a bit a weight. What is packed here is what is measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtmsearch.model.compress.gptq import Solved, scale_dtype
+from dtmsearch.model.compress.rounding import Codes
+from dtmsearch.plans.calibration import PackedMatrix
+
+_NOTHING: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+
+def pack(component: str, scheme: str, solved: Solved, dtype: torch.dtype) -> PackedMatrix:
+    """A solved matrix of a model in `dtype`."""
+    codes = solved.codes
+    if codes is None:
+        assert solved.weight is not None and solved.kept is not None
+        weight = solved.weight.to(dtype)
+        shape, kept = (weight.shape[0], weight.shape[1]), solved.kept
+        mask, values = _pack_bits(kept.to(torch.uint8), 1), _bytes(weight[kept])
+        bits = weight.element_size() * 8
+        return PackedMatrix(component, scheme, shape, bits, 0, "", values, _NOTHING, _NOTHING, mask)
+    shape = (codes.codes.shape[0], codes.codes.shape[1])
+    scales = codes.scales.to(scale_dtype(dtype))
+    return PackedMatrix(
+        component,
+        scheme,
+        shape,
+        bits=codes.bits,
+        block=codes.block,
+        scale_dtype=str(scales.dtype).removeprefix("torch."),
+        codes=_pack_bits((codes.codes.int() + _offset(codes)).to(torch.uint8), codes.bits),
+        scales=_bytes(scales),
+        zeros=_NOTHING if codes.zeros is None else _bytes(codes.zeros),
+        mask=_NOTHING,
+    )
+
+
+def unpack(packed: PackedMatrix, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix [rows, cols] that a model in `dtype` computes with."""
+    if not packed.mask.size:
+        return packed_codes(packed, device).dense(dtype)
+    rows, cols = packed.shape
+    kept = _unpack_bits(packed.mask, 1, rows * cols, device).bool().reshape(rows, cols)
+    weight = torch.zeros(rows, cols, dtype=dtype, device=device)
+    weight[kept] = _on(packed.codes, device).view(dtype)
+    return weight
+
+
+def packed_codes(packed: PackedMatrix, device: torch.device) -> Codes:
+    """The codes of a quantized matrix."""
+    rows, cols = packed.shape
+    unsigned = _unpack_bits(packed.codes, packed.bits, rows * cols, device).reshape(rows, cols)
+    scales = _on(packed.scales, device).view(getattr(torch, packed.scale_dtype)).float()
+    scales = scales.reshape(-1, -(-cols // packed.block))
+    if packed.zeros.size:
+        zeros = _on(packed.zeros, device).reshape(scales.shape)
+        return Codes(unsigned, scales, zeros, packed.block, packed.bits)
+    codes = Codes(unsigned, scales, None, packed.block, packed.bits)
+    return Codes((unsigned.int() - _offset(codes)).to(torch.int8), scales, None, packed.block, packed.bits)
+
+
+def _offset(codes: Codes) -> int:
+    """What makes a code no less than zero."""
+    return 0 if codes.zeros is not None else int(2 ** (codes.bits - 1) - 1)
+
+
+def _pack_bits(values: Tensor, bits: int) -> NDArray[np.uint8]:
+    """Unsigned bytes below 2^bits without gaps, the lowest bit first."""
+    flat = values.reshape(-1, 1)
+    spread = ((flat >> torch.arange(bits, dtype=torch.uint8, device=flat.device)) & 1).reshape(-1)
+    spread = torch.nn.functional.pad(spread, (0, -len(spread) % 8)).reshape(-1, 8)
+    packed = torch.zeros(len(spread), dtype=torch.uint8, device=flat.device)
+    for place in range(8):
+        packed |= spread[:, place] << place
+    return _bytes(packed)
+
+
+def _unpack_bits(packed: NDArray[np.uint8], bits: int, count: int, device: torch.device) -> Tensor:
+    """`count` unsigned bytes out of what `_pack_bits` made of them."""
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    spread = ((_on(packed, device).unsqueeze(1) >> places) & 1).reshape(-1)[: count * bits].reshape(count, bits)
+    values = spread[:, 0].clone()
+    for place in range(1, bits):
+        values |= spread[:, place] << place
+    return values
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return array
+
+
+def _on(array: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """The bytes on a device; copied, for they may be a read-only view."""
+    return torch.from_numpy(np.array(array)).to(device)
