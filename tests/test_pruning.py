@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dtmsearch.model.compress.pruning import Pruner, pruned_in_rows
+from dtmsearch.model.compress.pruning import Pruner, row_cuts, wanda_keys
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.plans.schemes import Pruning, parse_scheme
 
@@ -127,7 +127,7 @@ def test_rows_are_pruned_alike(shape: tuple[int, int], seed: int, data: st.DataO
     weight = weights(shape, seed)
     count = data.draw(st.integers(0, shape[1]))
     keys = weight.abs().view(torch.int32)
-    mask = pruned_in_rows(keys, count)
+    mask = row_cuts(keys, count).mask(keys)
     assert [r.nonzero().squeeze(1).tolist() for r in mask] == [literal_magnitude(r, count) for r in weight]
 
 
@@ -136,3 +136,33 @@ def test_a_quantizer_keeps_zeros_exactly(quantizer: str) -> None:
     pruned = prune(torch.randn(9, 40) + 0.3, "magnitude-0.5")
     rounded = round_weight(pruned, parse_scheme(quantizer))
     assert set(zeros(pruned)) <= set(zeros(rounded))
+
+
+def test_wanda_prunes_by_weight_times_input_norm_row_by_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, mean_squares = torch.randn(7, 30, generator=generator), torch.rand(30, generator=generator)
+    pruned = Pruner().prune("c", weight, pruning("wanda-0.4"), mean_squares)
+    expected = [
+        sorted(sorted(range(30), key=lambda j: abs(float(row[j])) * float(mean_squares[j]) ** 0.5)[:12])
+        for row in weight
+    ]
+    assert [(row == 0).nonzero().squeeze(1).tolist() for row in pruned] == expected
+
+
+def test_wanda_s_patterns_weigh_inputs() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    pruned = Pruner().prune("c", weight, pruning("wanda-2:4"), torch.tensor([100.0, 1.0, 100.0, 1.0]))
+    assert pruned.tolist() == [[1.0, 0.0, 3.0, 0.0]]
+
+
+def test_wanda_again_is_the_same() -> None:
+    pruner, weight, mean_squares = Pruner(), weights((9, 40)), torch.ones(40)
+    first = pruner.prune("c", weight, pruning("wanda-0.35"), mean_squares).tolist()
+    assert pruner.prune("c", weight, pruning("wanda-0.35"), mean_squares).tolist() == first
+
+
+def test_keys_order_as_saliencies_do() -> None:
+    weight = torch.randn(4, 50)
+    saliency = weight.abs() * 3.0
+    keys = wanda_keys(weight, torch.full((50,), 9.0))
+    assert keys.argsort(dim=1, stable=True).tolist() == saliency.argsort(dim=1, stable=True).tolist()

@@ -11,7 +11,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -20,16 +20,19 @@ import torch
 from torch import Tensor
 
 from dtmsearch.model.body import Body
+from dtmsearch.model.calibrator import Calibrator
 from dtmsearch.model.compiled import Slot, as_loaded, compile_layers
+from dtmsearch.model.compressor import Fetch
 from dtmsearch.model.discovery import find_layers, read_manifest
 from dtmsearch.model.divergence import Divergence, Scores, compare, fetch
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens, vocabulary_size
 from dtmsearch.model.places import Places
-from dtmsearch.model.prompts import cut_prompts
+from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
 from dtmsearch.model.stream import Room, Stream
 from dtmsearch.model.weights import Checkpoint, Weights
 from dtmsearch.model.writing import margins, written_out
+from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError, calibration_id
 from dtmsearch.plans.components import ModelManifest, weight_files
 from dtmsearch.plans.evaluation import (
     Continuation,
@@ -128,6 +131,9 @@ class Replica:
         if self._compiled:
             self._slots.update(compile_layers(*find_layers(model)))
         self._weights = Weights(model, loaded.checkpoint, places)
+        self._calibrator = Calibrator(
+            self._body, self._weights, self._manifest, self._to_base, self._generating, self._rows_in_batch
+        )
         self._states = settings.states
         # False once memory has not sufficed: nothing is kept then that is not needed.
         self._roomy = True
@@ -227,6 +233,49 @@ class Replica:
         widest = max(max(c.shape) for c in self._manifest.components)
         return int(self._weight_bytes + 4 * self._batch_tokens * widest * hidden.element_size())
 
+    def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
+        """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
+        if self._context is not None and tokens > self._context:
+            raise ValueError(f"calibration.tokens is {tokens}, but {self._spec.path} reads {self._context} at most")
+        rows = cut_calibration(texts, self._tokenizer, count, tokens, seed)
+        return Calibration(calibration_id(self._manifest.id, self.mode, rows), self._manifest.id, rows)
+
+    def use_calibration(self, calibration: Calibration, statistics: InputStatistics | None = None) -> None:
+        """Take a calibration, which requests may name from now on, with its statistics if they are known."""
+        self._calibrator.use(calibration, statistics)
+
+    def use_solved(self, calibration_id: str, fetch: Fetch) -> None:
+        """Take solved matrices from `fetch` (component, scheme), and solve only for those of which it gives None."""
+        self._calibrator.fetch_from(calibration_id, fetch)
+
+    @torch.inference_mode()
+    def gather_statistics(self, calibration: Calibration) -> InputStatistics:
+        """Mean squares of all components' inputs over a calibration, which is in use from then on."""
+        self._calibrator.use(calibration, None)
+        return self._halving_batches(lambda: self._calibrator.statistics(calibration.id))
+
+    @torch.inference_mode()
+    def solve(self, calibration_id: str, pairs: Sequence[tuple[str, str]]) -> list[PackedMatrix]:
+        """Solve for (component, scheme) pairs whose scheme needs Hessians, in one sweep up the layers."""
+
+        def solved() -> list[PackedMatrix]:
+            self._calibrator.activate(calibration_id)
+            return self._calibrator.solve(pairs)
+
+        return self._halving_batches(solved)
+
+    @torch.inference_mode()
+    def weight_errors(
+        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str = "", by_hessian: bool = False
+    ) -> list[WeightError]:
+        """How far schemes move components' weights: for each component, in this order, each scheme.
+
+        No evaluation; with a calibration also weighted by mean squared inputs and, with `by_hessian`, by Hessians.
+        """
+        return self._halving_batches(
+            lambda: self._calibrator.weight_errors(components, schemes, calibration_id, by_hessian)
+        )
+
     def use(self, reference: Reference) -> None:
         """Take a reference, against which requests may be made from now on."""
         if reference.mode != self.mode:
@@ -268,6 +317,7 @@ class Replica:
         """An outcome for each request, in the order of the requests."""
         outcomes: dict[int, Outcome] = {}
         launched: tuple[int, _Launched] | None = None
+        self._solve_ahead(requests)
         self._finished_at = time.perf_counter()
         places = [self._place(request) for request in requests]
         for index in sorted(range(len(requests)), key=places.__getitem__):
@@ -305,6 +355,15 @@ class Replica:
         tokens = np.concatenate([start.tokens[:, : start.prompt_tokens], continuation], axis=1)
         rows = torch.from_numpy(tokens).long().to(self._body.input_device)
         return np.concatenate([margins(self._body, row, start.prompt_tokens, self._never) for row in rows.split(1)])
+
+    def _solve_ahead(self, requests: Sequence[EvalRequest]) -> None:
+        """Solve what several requests need in one sweep up the layers. What goes wrong, each request says itself."""
+        calibrations = dict.fromkeys(r.calibration_id for r in requests if r.plan.needs_calibration)
+        for name in calibrations:
+            plans = {plan.id: plan for r in requests if r.calibration_id == name for plan in (r.plan, r.parent)}
+            with suppress(ValueError, RuntimeError):
+                self._calibrator.prepare(plans.values(), name)
+        self._calibrator.rest()
 
     def _place(self, request: EvalRequest) -> _Place:
         """Where a request leaves its parent: those that do so at the same place share all that comes before."""
@@ -364,6 +423,7 @@ class Replica:
     def _score(self, loaded: _Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
         """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
         other requests leave this parent there too."""
+        self._calibrator.prepare((request.plan, request.parent), request.calibration_id)
         self._set_range(loaded, request.prompts)
         names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
         if "kl" in request.extra_metrics and loaded.base_hidden is None:
@@ -417,6 +477,7 @@ class Replica:
         return Stream(self._body, self._reuse, on_device, targets_from, rows, room, self._states)
 
     def _to_parent(self, parent: Plan) -> None:
+        self._calibrator.prepare((parent,))
         changed = parent.diff(self._weights.plan)
         if changed:
             above = first_changed_layer(EvalRequest(parent, "", (0, 0), parent=self._weights.plan), self._manifest)
@@ -474,6 +535,7 @@ class Replica:
     def _release_memory(self) -> None:
         for loaded in self._references.values():
             loaded.prompts, loaded.base_hidden, loaded.streams = None, None, {}
+        self._calibrator.forget()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

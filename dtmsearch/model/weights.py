@@ -17,12 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dtmsearch.model.compress.bitsandbytes import compressed_module
-from dtmsearch.model.compress.pruning import Pruner
-from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.compressor import Compressor
 from dtmsearch.model.places import Places
 from dtmsearch.plans.components import read_header
 from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import DENSE, Scheme, parse_scheme
+from dtmsearch.plans.schemes import DENSE, parse_scheme
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Weights:
         self._checkpoint = checkpoint
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
-        self._pruner = Pruner()
+        self.compressor = Compressor()
         self.plan = Plan()
 
     def become(self, plan: Plan) -> None:
@@ -94,6 +93,10 @@ class Weights:
             for component, installed in reversed(replaced):
                 self._install(component, installed)
 
+    def original(self, component: str) -> Tensor:
+        """A component's own weights, whatever the plan makes of it, on its device."""
+        return self._original(component, self._installed(component))
+
     def _replace(self, component: str, scheme: str) -> _Installed:
         now = self._installed(component)
         self._install(component, self._make(component, scheme, now))
@@ -110,17 +113,7 @@ class Weights:
                 raise ValueError(f"{scheme} needs a linear layer; {component} is {type(dense).__name__}")
             return _Installed(compressed_module(dense, weight, parsed), None)
         matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
-        return _Installed(dense, self._compressed(component, matrix, parsed).reshape(weight.shape))
-
-    def _compressed(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
-        """What `scheme` makes of a component's own weights [rows, cols]: a dense matrix of their dtype."""
-        if scheme.family == "drop":
-            return torch.zeros_like(weight)
-        if scheme.needs_calibration:
-            raise ValueError(f"{scheme.name} needs calibration statistics, and this replica has none")
-        if scheme.pruning is not None:
-            weight = self._pruner.prune(component, weight, scheme.pruning)
-        return round_weight(weight, scheme) if scheme.bits else weight
+        return _Installed(dense, self.compressor.compress(component, matrix, parsed).reshape(weight.shape))
 
     def _original(self, component: str, now: _Installed) -> Tensor:
         """The component's own weights, on its device."""

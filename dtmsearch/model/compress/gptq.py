@@ -72,7 +72,10 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def solve(jobs: Sequence[Job], factor: Tensor) -> list[Solved]:
-    """Solve jobs over matrices that read one input; `factor` [cols, cols] is the `inverse_factor` of its Hessian."""
+    """Solve jobs over matrices that read one input; `factor` [cols, cols] is the `inverse_factor` of its Hessian.
+
+    Each comes out as it would alone, to the last bit.
+    """
     solved: dict[int, Solved] = {}
     for shared in dict.fromkeys(job.sweep for job in jobs):
         numbers = [number for number, job in enumerate(jobs) if job.sweep == shared]
@@ -102,7 +105,9 @@ class _Sweep:
     def run(self) -> list[Solved]:
         for start, stop in _blocks(self._cols, self._group):
             losses = self._solve_block(start, stop)
-            self._work[stop:].addmm_(self._factor[start:stop, stop:].T, losses, alpha=-1)
+            carried = self._factor[start:stop, stop:].T.contiguous()
+            for rows in self._rows:  # one by one: what a product comes to must not depend on who is solved beside it
+                self._work[stop:, rows] -= carried @ losses[:, rows].contiguous()
         return [self._result(job, rows) for job, rows in zip(self._jobs, self._rows, strict=True)]
 
     def _solve_block(self, start: int, stop: int) -> Tensor:
@@ -120,7 +125,8 @@ class _Sweep:
                 settled = column * kept
             torch.div(column - settled, diagonal, out=losses[at - start])
             self._work[at] = settled
-            self._work[at + 1 : stop].addr_(self._factor[at, at + 1 : stop], losses[at - start], alpha=-1)
+            # In two steps: fused, some rows would be rounded once and others twice, by where they happen to lie.
+            self._work[at + 1 : stop] -= self._factor[at, at + 1 : stop].unsqueeze(1) * losses[at - start]
         return losses
 
     def _kept_in(self, start: int, stop: int) -> Tensor | None:

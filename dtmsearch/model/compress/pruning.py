@@ -99,14 +99,35 @@ def _pruned_in_groups(groups: Tensor, kept: int) -> Tensor:
     return rank < size - kept
 
 
-def pruned_in_rows(keys: Tensor, count: int) -> Tensor:
-    """Mask [rows, cols] of the `count` smallest keys of each row."""
+@dataclass(frozen=True)
+class RowCuts:
+    """A cut for each row: all keys below `keys` [rows, 1], and those equal to them up to column `last` [rows, 1]."""
+
+    keys: Tensor
+    last: Tensor
+
+    def mask(self, keys: Tensor) -> Tensor:
+        """What is pruned [rows, cols]."""
+        cols = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
+        return (keys < self.keys) | ((keys == self.keys) & (cols <= self.last))
+
+
+def row_cuts(keys: Tensor, count: int) -> RowCuts:
+    """The cuts that prune the `count` smallest of each row of `keys` [rows, cols]."""
     if count == 0:
-        return torch.zeros_like(keys, dtype=torch.bool)
+        nowhere = torch.full((len(keys), 1), -1, dtype=torch.int32, device=keys.device)
+        return RowCuts(torch.zeros_like(nowhere).to(keys.dtype), nowhere)
     last = keys.kthvalue(count, dim=1, keepdim=True).values
-    below, tied = keys < last, keys == last
-    left = count - below.sum(dim=1, keepdim=True)
-    return below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= left))
+    tied = keys == last
+    left = count - (keys < last).sum(dim=1, keepdim=True)
+    reached = tied & (tied.cumsum(dim=1, dtype=torch.int32) == left)
+    return RowCuts(last, reached.to(torch.int32).argmax(dim=1, keepdim=True).to(torch.int32))
+
+
+def wanda_keys(weight: Tensor, mean_squares: Tensor) -> Tensor:
+    """|w| times the norm of its input, as integers of the same order (arXiv 2306.11695, equation 1; norms up to a
+    common factor)."""
+    return (weight.float().abs() * mean_squares.sqrt()).view(torch.int32)
 
 
 class Pruner:
@@ -115,9 +136,16 @@ class Pruner:
     def __init__(self) -> None:
         self._histograms: dict[str, NDArray[np.int32]] = {}
         self._cuts: dict[tuple[str, str], Cut] = {}
+        self._row_cuts: dict[tuple[str, str], RowCuts] = {}
 
-    def prune(self, component: str, weight: Tensor, pruning: Pruning) -> Tensor:
-        """`weight` [rows, cols], the component's own, with zeros where magnitude or chance prunes it."""
+    def prune(self, component: str, weight: Tensor, pruning: Pruning, mean_squares: Tensor | None = None) -> Tensor:
+        """`weight` [rows, cols], the component's own, with zeros where magnitude, chance or Wanda prunes it.
+
+        Wanda needs the `mean_squares` [cols] of the component's inputs.
+        """
+        if pruning.saliency == "wanda":
+            assert mean_squares is not None
+            return self._prune_by_wanda(component, weight, pruning, mean_squares)
         by_chance = pruning.saliency == "random"
         name = f"{component}={pruning.name}"
         keys = random_keys(tuple(weight.shape), name, weight.device) if by_chance else magnitude_keys(weight)
@@ -130,6 +158,15 @@ class Pruner:
             found = cut(keys, cumulative, pruning.pruned_weights((rows, cols)))
             self._cuts[component, pruning.name] = found
         return prune_below(weight, keys, found)
+
+    def _prune_by_wanda(self, component: str, weight: Tensor, pruning: Pruning, mean_squares: Tensor) -> Tensor:
+        keys = wanda_keys(weight, mean_squares)
+        if pruning.pattern is not None:
+            return weight.masked_fill(pruned_by_pattern(keys, *pruning.pattern), 0.0)
+        cuts = self._row_cuts.get((component, pruning.name))
+        if cuts is None:
+            cuts = self._row_cuts[component, pruning.name] = row_cuts(keys, pruning.pruned_in_row(weight.shape[1]))
+        return weight.masked_fill(cuts.mask(keys), 0.0)
 
     def _histogram(self, component: str, keys: Tensor) -> NDArray[np.int32]:
         if component not in self._histograms:

@@ -1,0 +1,278 @@
+"""Calibrated schemes on a replica: statistics against plain hooks, purity, identities, errors of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import TEXT, llama_config, replica, result, values, with_reference, write_model
+from transformers import AutoModelForCausalLM
+
+from dtmsearch.model import calibrator as calibrator_module
+from dtmsearch.model.replica import Replica
+from dtmsearch.plans.calibration import Calibration
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest
+from dtmsearch.plans.plan import Perturbation, Plan
+
+ALL = ("kl", "ppl")
+CALIBRATED = [
+    *("wanda-0.5", "wanda-2:4", "sparsegpt-0.5", "gptq-int3-g16", "gptq-int4-channel-asym"),
+    *("int4-g16+wanda-0.5", "gptq-int3-g16+wanda-0.5", "int8-channel+sparsegpt-0.5"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), llama_config(num_hidden_layers=2))
+
+
+def calibrated(model: Replica, seed: int = 3) -> Calibration:
+    calibration = model.cut_calibration([TEXT], 12, 24, seed)
+    model.use_calibration(calibration)
+    return calibration
+
+
+def inputs_of(folder: Path, calibration: Calibration, component: str) -> torch.Tensor:
+    """[tokens, cols] of what a component of the base model reads, from a plain forward pass."""
+    model, seen = AutoModelForCausalLM.from_pretrained(folder).eval(), []
+    module = model.get_submodule(component)
+    module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].reshape(-1, module.in_features)))
+    with torch.inference_mode():
+        model(torch.from_numpy(calibration.tokens).long())
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("component", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"])
+def test_mean_squares_are_those_of_a_plain_pass(folder: Path, component: str) -> None:
+    model = replica(folder)
+    calibration = calibrated(model)
+    found = model.gather_statistics(calibration).mean_squares[component]
+    expected = inputs_of(folder, calibration, component).square().mean(dim=0)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
+
+
+def test_statistics_reach_every_component(folder: Path) -> None:
+    model = replica(folder)
+    found = model.gather_statistics(calibrated(model)).mean_squares
+    assert {name: len(values) for name, values in found.items()} == {
+        c.name: c.shape[1] for c in model.manifest().components
+    }
+
+
+def hessians(model: Replica, calibration: Calibration) -> dict[tuple[str, ...], torch.Tensor]:
+    with torch.inference_mode():
+        model._calibrator.activate(calibration.id)
+        return {h.components: h.hessian for layer in (0, 1) for h in model._calibrator.hessians(layer)}
+
+
+def test_hessians_are_those_of_a_plain_pass(folder: Path) -> None:
+    model = replica(folder, batch_tokens=100)
+    calibration = calibrated(model)
+    for components, found in hessians(model, calibration).items():
+        inputs = inputs_of(folder, calibration, components[-1])
+        torch.testing.assert_close(found, inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_components_that_read_the_same_share_a_hessian(folder: Path) -> None:
+    model = replica(folder)
+    kinds = [[name.rpartition(".")[2][0] for name in names] for names in hessians(model, calibrated(model))]
+    assert kinds == 2 * [["q", "k", "v"], ["o"], ["g", "u"], ["d"]]
+
+
+def mixed(model: Replica) -> Plan:
+    components = model.manifest().components
+    return Plan.of({components[0].name: "gptq-int3-g16", components[9].name: "wanda-0.5"})
+
+
+@pytest.mark.parametrize("scheme", CALIBRATED)
+def test_shared_prefixes_change_no_bit(folder: Path, scheme: str) -> None:
+    model = replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    parent = mixed(model)
+    plans = [parent.with_(Perturbation(c.name, scheme)) for c in model.manifest().components[::3]]
+    asked = [EvalRequest(p, reference.id, (0, 6), ALL, parent, calibration.id) for p in plans]
+    shared = model.evaluate(asked)
+    alone = replica(folder)
+    alone.use(reference)
+    alone.use_calibration(calibration)
+    whole = [alone.evaluate([EvalRequest(p, reference.id, (0, 6), ALL, p, calibration.id)])[0] for p in plans]
+    assert [values(o) for o in shared] == [values(o) for o in whole]
+
+
+def test_the_same_plan_gives_the_same_bits_after_others(folder: Path) -> None:
+    model = replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    a = EvalRequest(mixed(model), reference.id, (0, 6), ALL, calibration_id=calibration.id)
+    others = [
+        EvalRequest(
+            Plan.uniform(model.manifest().components, scheme), reference.id, (0, 6), ALL, Plan(), calibration.id
+        )
+        for scheme in CALIBRATED
+    ]
+    first = values(model.evaluate([a])[0])
+    model.evaluate(others)
+    assert values(model.evaluate([a])[0]) == first
+
+
+def test_another_calibration_between_changes_no_bit(folder: Path) -> None:
+    model = replica(folder)
+    reference, first, second = with_reference(model), calibrated(model), calibrated(model, seed=8)
+    plan = mixed(model)
+    one = EvalRequest(plan, reference.id, (0, 6), ALL, plan, first.id)
+    other = EvalRequest(plan, reference.id, (0, 6), ALL, plan, second.id)
+    before = values(model.evaluate([one])[0])
+    between = values(model.evaluate([other])[0])
+    assert (values(model.evaluate([one])[0]) == before, between == before) == (True, False)
+
+
+def test_solved_matrices_that_are_handed_over_give_the_same_bits(folder: Path) -> None:
+    model = replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    plan = mixed(model)
+    request = EvalRequest(plan, reference.id, (0, 6), ALL, plan, calibration.id)
+    own = values(model.evaluate([request])[0])
+    matrices = {(p.component, p.scheme): p for p in model.solve(calibration.id, plan.entries)}
+    other = replica(folder)
+    other.use(reference)
+    other.use_calibration(calibration, model.gather_statistics(calibration))
+    other.use_solved(calibration.id, lambda component, scheme: matrices.get((component, scheme)))
+    other._calibrator.hessians = None  # type: ignore[method-assign, assignment]  # nothing is left to solve for
+    assert (values(other.evaluate([request])[0]), list(matrices)) == (own, [plan.entries[0]])
+
+
+def test_the_model_is_dense_again_after_calibrated_plans(folder: Path) -> None:
+    model = replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    for scheme in CALIBRATED:
+        plan = Plan.uniform(model.manifest().components, scheme)
+        result(model.evaluate([EvalRequest(plan, reference.id, (0, 6), (), plan, calibration.id)])[0])
+    assert model.canary(reference.id) == 0.0
+
+
+def test_wanda_s_zeros_stand_in_the_model(folder: Path) -> None:
+    model = replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    plan = Plan.uniform(model.manifest().components, "int4-g16+wanda-0.5")
+    model.evaluate([EvalRequest(plan, reference.id, (0, 6), (), plan, calibration.id)])
+    for component in model.manifest().components:
+        weight = model._body.model.get_submodule(component.name).weight
+        assert bool(((weight == 0).sum(dim=1) >= component.shape[1] // 2).all())
+
+
+def failure(outcome: Any) -> str:
+    assert isinstance(outcome, EvalFailure)
+    return f"{outcome.kind}: {outcome.message}"
+
+
+def test_a_calibrated_plan_without_calibration_is_a_failure_value(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    outcome = model.evaluate([EvalRequest(mixed(model), reference.id, (0, 6))])[0]
+    assert failure(outcome).startswith("invalid: a calibrated scheme needs calibration text; the request names none")
+
+
+def test_a_component_outside_the_layers_cannot_be_solved(folder: Path) -> None:
+    model = replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    request = EvalRequest(Plan.of({"lm_head": "gptq-int4-g16"}), reference.id, (0, 6), (), Plan(), calibration.id)
+    assert "lm_head lies outside the layers" in failure(model.evaluate([request])[0])
+
+
+def test_a_calibration_of_another_model_is_refused(folder: Path) -> None:
+    calibration = Calibration("id", "another", np.zeros((1, 4), np.int32))
+    with pytest.raises(ValueError, match="is of another model"):
+        replica(folder).use_calibration(calibration)
+
+
+def test_calibration_rows_longer_than_the_model_reads_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"calibration.tokens is 200, .* reads 128 at most"):
+        replica(folder).cut_calibration([TEXT], 1, 200, 0)
+
+
+def test_too_little_calibration_text_says_how_much_there_is(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"calibration.count asks for 9 rows of 24 tokens, but the text holds 2"):
+        replica(folder).cut_calibration([TEXT[:60]], 9, 24, 0)
+
+
+# Identities.
+
+
+def test_an_identity_holds_the_calibration_only_of_calibrated_plans() -> None:
+    rounded, calibrated_plan = Plan.of({"a": "int4-g128"}), Plan.of({"a": "int4-g128+wanda-0.5"})
+    same = [
+        EvalRequest(plan, "r", (0, 1)).id == EvalRequest(plan, "r", (0, 1), calibration_id="c").id
+        for plan in (rounded, calibrated_plan)
+    ]
+    assert same == [True, False]
+
+
+def test_identities_of_before_there_was_calibration_stand() -> None:
+    request = EvalRequest(Plan.of({"model.layers.0.mlp.up_proj": "int4-g128"}), "reference", (0, 8), ("kl",))
+    assert request.id == "9521f6c06b6939c71a771c65cedd2946"
+
+
+def test_a_calibration_s_identity_follows_its_text(folder: Path) -> None:
+    model = replica(folder)
+    ids = [model.cut_calibration([TEXT], 4, 24, seed).id for seed in (0, 0, 1)]
+    assert (ids[0] == ids[1], ids[0] == ids[2]) == (True, False)
+
+
+# Errors of weights.
+
+
+def test_weight_errors_are_the_definitions(folder: Path) -> None:
+    model = replica(folder)
+    calibration = calibrated(model)
+    component = "model.layers.1.self_attn.v_proj"
+    scheme = "wanda-0.5"
+    (found,) = model.weight_errors([component], [scheme], calibration.id, by_hessian=True)
+    weight = model._weights.original(component).double()
+    inputs = inputs_of(folder, calibration, component).double()
+    plan = Plan.of({component: scheme})
+    reference = with_reference(model)
+    model.evaluate([EvalRequest(plan, reference.id, (0, 6), (), plan, calibration.id)])
+    change = model._body.model.get_submodule(component).weight.double() - weight
+    squares = inputs.square().mean(dim=0)
+    expected = (
+        float(change.square().sum() / weight.square().sum()),
+        float((change.square() * squares).sum() / (weight.square() * squares).sum()),
+        float((inputs @ change.T).square().sum() / (inputs @ weight.T).square().sum()),
+    )
+    assert found.weighted_by_inputs is not None and found.weighted_by_hessian is not None
+    np.testing.assert_allclose([found.plain, found.weighted_by_inputs, found.weighted_by_hessian], expected, rtol=1e-4)
+
+
+def test_weight_errors_come_in_order_of_components_then_schemes(folder: Path) -> None:
+    model = replica(folder)
+    components, schemes = [c.name for c in model.manifest().components[::-4]], ["int3-g16", "nf4", "w8a8", "drop"]
+    found = model.weight_errors(components, schemes)
+    assert [(e.component, e.scheme) for e in found] == [(c, s) for c in components for s in schemes]
+
+
+def test_a_dropped_component_errs_wholly(folder: Path) -> None:
+    model = replica(folder)
+    (found,) = model.weight_errors(["model.layers.0.mlp.up_proj"], ["drop"], calibrated(model).id, by_hessian=True)
+    assert (found.plain, found.weighted_by_inputs, found.weighted_by_hessian) == (1.0, 1.0, 1.0)
+
+
+def test_without_calibration_only_plain_errors_are_known(folder: Path) -> None:
+    (found,) = replica(folder).weight_errors(["model.layers.0.mlp.up_proj"], ["int4-g16"])
+    assert (found.plain > 0, found.weighted_by_inputs, found.weighted_by_hessian) == (True, None, None)
+
+
+def test_gptq_s_outputs_err_less_than_rounding_s(folder: Path) -> None:
+    model = replica(folder)
+    components = [c.name for c in model.manifest().components]
+    found = model.weight_errors(components, ["int3-g16", "gptq-int3-g16"], calibrated(model).id, by_hessian=True)
+    rounding, gptq = (np.array([e.weighted_by_hessian for e in found[at::2]]) for at in (0, 1))
+    assert (gptq < rounding).mean() > 0.9
+
+
+def test_weight_errors_again_cost_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replica(folder)
+    first = model.weight_errors(["model.layers.0.mlp.up_proj"], ["int4-g16"])
+    monkeypatch.setattr(calibrator_module, "_norms", None)
+    assert model.weight_errors(["model.layers.0.mlp.up_proj"], ["int4-g16"]) == first
