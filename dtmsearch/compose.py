@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from dtmsearch.config import SearchFile
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalRequest
-from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.search.additive import SpdySearch
 from dtmsearch.search.auto import Effort
 from dtmsearch.search.evolution import Stages, Switching
+from dtmsearch.search.rounds import RequestFactory
 from dtmsearch.search.scheduler import Strategy
 from dtmsearch.search.sensitivity import WeightErrors
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.sparsity import Errors, Recover, Sparsity, SparsitySettings, scheme_name
 from dtmsearch.search.strategies import SolverSettings, make_strategy
 
 
 def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
     """The space of a search file over a model. Raises `ValueError` for components, ties or budgets that cannot be."""
     section = file.search
+    sparsity = section.strategy == "sparsity"  # its rounds say when it ends, and its end is what is uniform
     return SearchSpace(
         components=manifest.select(section.components.include, section.components.exclude),
-        schemes=section.schemes,
+        schemes=(scheme_name(section.prune, sum(section.pruning_rounds) / 100),) if sparsity else section.schemes,
         tied=section.tied,
         dense_bits=manifest.dense_bits,
-        budget=section.stop.budget,
+        budget=Budget() if sparsity else section.stop.budget,
     )
 
 
 def extra_metrics_of(file: SearchFile) -> tuple[str, ...]:
-    """What is measured of every candidate beside fdt, sdt and dppl: the metric that ranks, if it is another."""
-    return tuple(metric for metric in EXTRA_METRICS if metric == file.search.rank_by)
+    """What is measured of every candidate beside fdt, sdt and dppl: the metric that ranks, if it is another, and the
+    one that sparsity is allocated by."""
+    wanted = {file.search.rank_by} | ({"kl"} if file.search.strategy == "sparsity" else set())
+    return tuple(metric for metric in EXTRA_METRICS if metric in wanted)
+
+
+def sparsity_of(file: SearchFile) -> SparsitySettings:
+    """What the sparsity search of a file is."""
+    section = file.search
+    return SparsitySettings(
+        rounds=section.pruning_rounds,
+        allocate=section.allocate,
+        prune=section.prune,
+        probe_points=section.probe_points,
+        cap=section.cap,
+        continuation_tokens=file.prompts.continuation_tokens,
+    )
+
+
+def sparsity_search_of(
+    file: SearchFile,
+    space: SearchSpace,
+    reference_id: str,
+    recover: Recover | None = None,
+    errors: Errors | None = None,
+    outliers: Mapping[int, float] | None = None,
+) -> Sparsity:
+    """The sparsity search of a file: with what trains after its rounds, and what is known of the weights."""
+    request_for = _request_factory(file, reference_id)
+    return Sparsity(space, request_for, sparsity_of(file), file.search.rank_by, recover, errors, outliers)
 
 
 def strategy_of(
@@ -37,15 +70,13 @@ def strategy_of(
 ) -> Strategy:
     """The strategy of a search file, which asks for evaluations against a reference of the file's prompts. `errors`
     are what some strategies (`NEED_ERRORS`) know of schemes without measuring them."""
-    section, extra = file.search, extra_metrics_of(file)
-
-    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
-        return EvalRequest(plan, reference_id, (0, file.prompts.count), extra, parent)
-
+    section = file.search
+    if section.strategy == "sparsity":
+        return sparsity_search_of(file, space, reference_id)
     return make_strategy(
         section.strategy,
         space,
-        request_for,
+        _request_factory(file, reference_id),
         rank_by=section.rank_by,
         width=section.width,
         expand=section.expand,
@@ -56,6 +87,15 @@ def strategy_of(
         seed=file.seed,
         solver=_solver_settings(file, errors),
     )
+
+
+def _request_factory(file: SearchFile, reference_id: str) -> RequestFactory:
+    extra = extra_metrics_of(file)
+
+    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+        return EvalRequest(plan, reference_id, (0, file.prompts.count), extra, parent)
+
+    return request_for
 
 
 def _solver_settings(file: SearchFile, errors: WeightErrors | None) -> SolverSettings:

@@ -134,17 +134,48 @@ class LocalSection(_Section):
     prompts: int = Field(default=32, ge=1)
 
 
+class RecoverySection(_Section):
+    """Training after a round of pruning: `masked_steps` with what is pruned held at zero, then `unmasked_steps`."""
+
+    files: tuple[str, ...] = Field(min_length=1)
+    masked_steps: int = Field(default=450, ge=0)
+    unmasked_steps: int = Field(default=50, ge=0)
+    batch_tokens: int = Field(default=65_536, ge=1)
+    sequence_tokens: int = Field(default=512, ge=2)
+    lr: float = Field(default=1e-4, gt=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    accumulate: int = Field(default=1, ge=1)
+    checkpointing: bool = False
+    checkpoint_steps: int = Field(default=100, ge=1)
+    distill: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> RecoverySection:
+        if self.masked_steps + self.unmasked_steps == 0:
+            raise ValueError("masked_steps and unmasked_steps are both 0: leave recovery out to train nothing")
+        if self.batch_tokens < self.sequence_tokens * self.accumulate:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is less than {self.accumulate} x sequence_tokens "
+                f"{self.sequence_tokens}: every part of an accumulated batch holds a sequence at least"
+            )
+        return self
+
+
 class SearchSection(_Section):
     strategy: Literal[
         "probe", "greedy", "beam", "lazy_greedy", "lazy_beam",
-        "knapsack", "sensitivity", "auto", "spdy", "evolution", "local",
+        "knapsack", "sensitivity", "auto", "spdy", "evolution", "local", "sparsity",
     ] = "beam"  # fmt: skip
     rank_by: Metric = "fdt"
     width: int = Field(default=10, ge=1)
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     confidence: float = Field(default=1.0, gt=0, le=1)
     audit: float = Field(default=0.0, ge=0, le=1)
-    schemes: tuple[str, ...] = Field(min_length=1)
+    schemes: tuple[str, ...] = ()
     components: ComponentsSection = ComponentsSection()
     tied: tuple[tuple[str, ...], ...] = ()
     stop: StopSection = StopSection()
@@ -153,6 +184,12 @@ class SearchSection(_Section):
     spdy: SpdySection = SpdySection()
     evolution: EvolutionSection = EvolutionSection()
     local: LocalSection = LocalSection()
+    rounds: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    allocate: Literal["sensitivity", "knapsack", "fdt75", "fdt_mean", "sdt", "kl", "owl", "uniform"] = "sensitivity"
+    prune: Literal["magnitude", "wanda", "sparsegpt", "random"] = "magnitude"
+    probe_points: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    cap: float = Field(default=1.0, gt=0, le=1)
+    recovery: RecoverySection | None = None
 
     @field_validator("schemes")
     @classmethod
@@ -163,6 +200,29 @@ class SearchSection(_Section):
         if len(set(names)) < len(names):
             raise ValueError("a scheme stands there twice")
         return names
+
+    @model_validator(mode="after")
+    def _what_the_strategy_needs(self) -> SearchSection:
+        if self.strategy != "sparsity":
+            if not self.schemes:
+                raise ValueError("search.schemes is missing: the schemes to choose from, such as [int8-channel]")
+            if self.rounds or self.recovery is not None:
+                raise ValueError(f"rounds and recovery go with strategy: sparsity, not with {self.strategy}")
+            return self
+        if self.schemes:
+            raise ValueError("strategy: sparsity takes prune: magnitude, wanda, ... and shares of its own, no schemes")
+        if not self.pruning_rounds:
+            raise ValueError("strategy: sparsity needs rounds, such as [20, 15, 10], or stop.sparsity for a single one")
+        if sum(self.pruning_rounds) > 100:
+            raise ValueError(f"rounds add up to {sum(self.pruning_rounds):g} points, but there are 100 to prune")
+        return self
+
+    @property
+    def pruning_rounds(self) -> tuple[float, ...]:
+        """Percentage points that each round of a sparsity search adds; one round where only the end is given."""
+        if self.rounds or self.stop.sparsity is None:
+            return self.rounds
+        return (100.0 * self.stop.sparsity,)
 
     @model_validator(mode="after")
     def _can_race(self) -> SearchSection:
@@ -295,7 +355,8 @@ def _explain(error: ValidationError) -> list[str]:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
-            lines.append(f"{where}: {message}{got}" if where else message)
+            names_its_key = not where or message.startswith(f"{where}.")
+            lines.append(message if names_its_key else f"{where}: {message}{got}")
     return lines
 
 

@@ -225,7 +225,7 @@ def test_the_difference_shows_sections_that_only_one_file_has() -> None:
     assert "validation.count: unset -> 4" in difference(bare.to_yaml(), read().to_yaml())
 
 
-@pytest.mark.parametrize("name", get_args(SearchSection.model_fields["strategy"].annotation))
+@pytest.mark.parametrize("name", set(get_args(SearchSection.model_fields["strategy"].annotation)) - {"sparsity"})
 def test_every_strategy_that_a_file_may_name_can_be_made(name: str) -> None:
     space = SearchSpace(toy_components(), ("nf4",))
     strategy = make_strategy(name, space, request_for, solver=SolverSettings(errors=errors_of(space)))
@@ -238,3 +238,26 @@ def test_greedy_is_a_beam_of_width_one() -> None:
     run_search(greedy)
     run_search(beam)
     assert greedy.decisions == beam.decisions
+
+
+HEAD = "run: toy\nmodel: {path: toy}\nprompts: {files: [a.txt]}\n"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "message"),
+    [
+        ("rounds: [60, 45]", r"rounds add up to 105 points, but there are 100"),
+        ("width: 3", r"needs rounds, such as \[20, 15, 10\], or stop.sparsity"),
+        ("rounds: [20]\n  schemes: [magnitude-0.5]", "no schemes"),
+        ("rounds: [20]\n  recovery: {files: [a], masked_steps: 0, unmasked_steps: 0}", "are both 0"),
+        ("rounds: [20]\n  recovery: {files: [a], batch_tokens: 256}", "batch_tokens 256 is less than 1 x"),
+    ],
+)
+def test_a_sparsity_search_that_cannot_be_is_explained(rounds: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(f"{HEAD}search:\n  strategy: sparsity\n  {rounds}\n", "search.yaml", Path())
+
+
+def test_a_single_sparsity_is_a_single_round() -> None:
+    text = f"{HEAD}search:\n  strategy: sparsity\n  stop: {{sparsity: 0.5}}\n"
+    assert parse(text, "search.yaml", Path()).search.pruning_rounds == (50.0,)

@@ -124,7 +124,8 @@ class EvalRequest:
 
     `extra_metrics` names what is measured beside fdt, sdt and dppl. `parent` is a plan whose intermediate states are
     likely to serve this one too: a hint, and no part of the identity. `calibration_id` says by which text calibrated
-    schemes are calibrated; it is part of the identity of plans that hold one, and of no others.
+    schemes are calibrated; it is part of the identity of plans that hold one, and of no others. `weights_id` names
+    trained weights that the plan is applied to; empty for the base model's own.
     """
 
     plan: Plan
@@ -133,12 +134,14 @@ class EvalRequest:
     extra_metrics: tuple[str, ...] = ()
     parent: Plan = field(default=Plan(), compare=False)
     calibration_id: str = ""
+    weights_id: str = ""
 
     @cached_property
     def id(self) -> str:
         parts = [self.plan.id, self.reference_id, list(self.prompts), sorted(self.extra_metrics), METRICS_VERSION]
         calibrated = [self.calibration_id] if self.calibration_id and self.plan.needs_calibration else []
-        return identity(parts + calibrated)
+        trained = [{"weights": self.weights_id}] if self.weights_id else []
+        return identity(parts + calibrated + trained)
 
 
 def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:

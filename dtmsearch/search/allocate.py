@@ -160,6 +160,19 @@ def uniform_allocation(current: Sequence[float], share: float) -> Allocation:
     return Allocation(tuple(max(share - now, 0.0) for now in current))
 
 
+def owl_allocation(
+    outliers: Sequence[float], weights: Sequence[float], current: Sequence[float], target: float, spread: float = 0.08
+) -> Allocation:
+    """Shares that add up to `target` with what is pruned already, lower where there are more outliers, at most
+    `spread` from the average (OWL, arXiv 2310.05175, section 3: the part of each layer's weights that stand out)."""
+    widest = max(outliers) - min(outliers)
+    lowered = [2.0 * spread * (part - min(outliers)) / widest if widest else 0.0 for part in outliers]
+    average = target / math.fsum(weights)
+    shift = _total(lowered, weights) / math.fsum(weights)
+    wanted = (min(max(average + shift - less, 0.0), 1.0) for less in lowered)
+    return Allocation(tuple(max(share - now, 0.0) for share, now in zip(wanted, current, strict=True)))
+
+
 @dataclass(frozen=True)
 class DamageCurve:
     """Damage (lower is better) at added shares, the first of them 0 with no damage."""

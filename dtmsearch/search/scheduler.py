@@ -257,6 +257,7 @@ def search(
     """
     loop = _Loop(strategy, evaluator, log, observer)
     while True:
+        loop.record_decisions()  # before the strategy is asked again, which may train for hours
         while not strategy.done and loop.ask():
             loop.record_decisions()
         loop.record_decisions()
