@@ -429,6 +429,31 @@ def export_verb(
     _show(result, form, exported_text, exported_values)
 
 
+@cli.command(
+    "report",
+    epilog=examples(
+        "dtmsearch report my-run",
+        "dtmsearch report my-run --out report.html --figures figures/",
+        "dtmsearch report my-run --store s3://bucket/store",
+    ),
+)
+@click.argument("name", metavar="RUN")
+@store_option
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The page's file  [default: RUN.html]")
+@click.option(
+    "--figures", type=click.Path(path_type=Path, file_okay=False), help="Folder for each figure as SVG and PNG."
+)
+def report_verb(name: str, store: str, out: Path | None, figures: Path | None) -> None:
+    """Write a run as one page of HTML.
+
+    It needs no network, and works for a run that is still going on.
+    """
+    from dtmsearch.report.writing import write_report
+
+    for path in write_report(_open(store), name, out or Path(f"{name}.html"), figures):
+        _print(str(path))
+
+
 @cli.command("doctor", epilog=examples("dtmsearch doctor", "dtmsearch doctor --store s3://bucket/store --format json"))
 @store_option
 @format_option("table", "json")

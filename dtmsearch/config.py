@@ -397,3 +397,13 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for name, inner in value.items() for k, v in _flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def section_of(text: str, name: str) -> dict[str, Any]:
+    """A section of a search file's YAML text as it stands, whichever version wrote it; empty where there is none."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    section = content.get(name) if isinstance(content, dict) else None
+    return section if isinstance(section, dict) else {}

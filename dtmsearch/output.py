@@ -1,4 +1,4 @@
-"""Data as text for stdout: JSON, CSV and tables of plain values. Knows no type of ours."""
+"""Data as text: JSON and CSV of plain values, numbers and durations as a person reads them. Knows no type of ours."""
 
 from __future__ import annotations
 
@@ -52,3 +52,24 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         values = [plain(value) for value in row]
         writer.writerow([json.dumps(v) if isinstance(v, list | dict) else v for v in values])
     return out.getvalue().rstrip("\n")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: `8 s`, `2:05 min`, `3:20 h`."""
+    whole = max(round(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
+def number(value: float) -> str:
+    """Four significant digits, and no fewer digits than stand before the point."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def components(num: int | None) -> str:
+    return f"{num} component{'' if num == 1 else 's'}"

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtmsearch.output import plain
+from dtmsearch.output import components, duration, plain
 from dtmsearch.plans.metrics import PairedDifference, Summary
 from dtmsearch.plans.plan import Plan
-from dtmsearch.terminal import components, duration, table
+from dtmsearch.terminal import table
 
 if TYPE_CHECKING:
     from dtmsearch.doctor import Finding

@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dtmsearch.output import components, duration, number
 from dtmsearch.search.scheduler import Decision, Observer, Progress
 
 # Elsewhere than in a terminal: at most one progress line in this time.
@@ -158,10 +159,6 @@ def decision_line(decision: Decision) -> str:
     )
 
 
-def components(number: int | None) -> str:
-    return f"{number} component{'' if number == 1 else 's'}"
-
-
 def progress_line(progress: Progress) -> str:
     recorded = f" ({progress.replayed} from the store)" if progress.replayed else ""
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
@@ -169,16 +166,6 @@ def progress_line(progress: Progress) -> str:
         f"step {progress.step}: {progress.evaluations} evaluations{recorded}, {progress.in_flight} in flight, "
         f"{progress.evaluations_per_second:.1f} a second{left}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: `8 s`, `2:05 min`, `3:20 h`."""
-    whole = max(round(seconds), 0)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], stream: TextIO | None = None) -> str:
@@ -218,13 +205,6 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return number(value)
     return str(value)
-
-
-def number(value: float) -> str:
-    """Four significant digits, and no fewer digits than stand before the point."""
-    if value != value or value in (float("inf"), float("-inf")):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _is_number(text: str) -> bool:

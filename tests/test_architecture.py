@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compose": {"plans", "config", "search"},
     "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
     "run": {"plans", "config", "search", "results", "texts", "cluster", "compose"},
+    "report": {"plans", "config", "results", "output"},
 }
 
 # room -> what it may load that is neither ours nor Python's.
@@ -54,6 +55,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "export": {"torch", "safetensors", "numpy"},
     "cluster": {"ray", "numpy"},
     "run": {"numpy", "yaml"},
+    "report": {"altair", "jinja2", "markupsafe", "vl_convert", "pyarrow", "numpy"},
 }
 
 

@@ -7,10 +7,11 @@ import re
 
 import pytest
 
+from dtmsearch.output import duration, number
 from dtmsearch.plans.metrics import Summary
 from dtmsearch.plans.plan import Perturbation, Plan, PlanSize
 from dtmsearch.search.scheduler import Decision, Progress
-from dtmsearch.terminal import LiveProgress, PlainProgress, done_share, duration, number, table, watching
+from dtmsearch.terminal import LiveProgress, PlainProgress, done_share, table, watching
 
 
 class Screen(io.StringIO):

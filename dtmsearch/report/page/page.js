@@ -1,0 +1,99 @@
+// Draws the page's charts in its colours, light or dark, and lets a cell that is selected filter the table.
+(() => {
+  "use strict";
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const drawn = new Map();
+  const rows = (columns) => {
+    const names = Object.keys(columns);
+    const length = names.length ? columns[names[0]].length : 0;
+    return Array.from({ length }, (_, at) => Object.fromEntries(names.map((name) => [name, columns[name][at]])));
+  };
+  const datasets = Object.fromEntries(Object.entries(data.datasets).map(([name, columns]) => [name, rows(columns)]));
+
+  const theme = () => {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const text = { labelColor: colour("--soft"), titleColor: colour("--soft"), titleFontWeight: "normal" };
+    return {
+      background: "transparent",
+      font: "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif",
+      view: { stroke: null },
+      axis: { ...text, gridColor: colour("--line"), domainColor: colour("--line"), tickColor: colour("--line"),
+        labelFontSize: 11, titleFontSize: 12, gridOpacity: 0.7 },
+      legend: { ...text, labelFontSize: 11, titleFontSize: 11 },
+      title: { color: colour("--ink"), anchor: "start", fontWeight: "normal", fontSize: 13 },
+      range: {
+        category: ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"],
+        heatmap: { scheme: dark.matches ? "inferno" : "yelloworangebrown" },
+        ramp: { scheme: "viridis" },
+      },
+    };
+  };
+
+  const draw = async (element) => {
+    const name = element.dataset.figure;
+    drawn.get(name)?.finalize();
+    const spec = { ...structuredClone(data.figures[name]), datasets };
+    const options = { renderer: "svg", actions: false, config: theme(), tooltip: { theme: "custom" } };
+    const result = await vegaEmbed(element, spec, options);
+    drawn.set(name, result);
+    result.view.addEventListener("click", (event, item) => {
+      if (item && item.datum && item.datum.kind !== undefined) select(item.datum.layer, item.datum.kind);
+    });
+    element.dataset.drawn = "yes";
+  };
+
+  // A chart is drawn when it is first shown, and again when the colours change.
+  const draw_shown = async (again) => {
+    for (const element of document.querySelectorAll("[data-figure]")) {
+      const shown = element.closest("[hidden]") === null;
+      if (shown && (again || !element.dataset.drawn)) await draw(element);
+      if (!shown && again) delete element.dataset.drawn;
+    }
+    document.documentElement.dataset.ready = "yes";
+  };
+
+  // What is chosen in each of a place's groups of buttons, together, names the alternative that is shown.
+  for (const place of document.querySelectorAll(".place")) {
+    for (const button of place.querySelectorAll("button[data-part]")) {
+      button.addEventListener("click", () => {
+        for (const other of button.parentElement.querySelectorAll("button"))
+          other.setAttribute("aria-pressed", String(other === button));
+        const chosen = [...place.querySelectorAll("button[aria-pressed=true]")].map((one) => one.dataset.part).join("|");
+        for (const alternative of place.querySelectorAll(".alternative"))
+          alternative.hidden = alternative.dataset.choice !== chosen;
+        draw_shown(false);
+      });
+    }
+  }
+
+  const table = document.getElementById("components");
+  const names = ["layer", "kind", "scheme"];
+  const inputs = names.map((name) => document.getElementById(name));
+  const filter = () => {
+    if (!table) return;
+    let number = 0;
+    for (const row of table.tBodies[0].rows) {
+      row.hidden = names.some((name, at) => inputs[at].value !== "" && inputs[at].value !== row.dataset[name]);
+      number += row.hidden ? 0 : 1;
+    }
+    document.getElementById("found").textContent = `${number} of ${table.tBodies[0].rows.length} components`;
+  };
+  const select = (layer, kind) => {
+    if (!table) return;
+    [inputs[0].value, inputs[1].value, inputs[2].value] = [String(layer), kind, ""];
+    filter();
+  };
+  if (table) {
+    for (const input of inputs) input.addEventListener("change", filter);
+    document.getElementById("clear").addEventListener("click", () => {
+      for (const input of inputs) input.value = "";
+      filter();
+    });
+    filter();
+  }
+
+  dark.addEventListener("change", () => draw_shown(true));
+  draw_shown(false);
+})();

@@ -1,0 +1,228 @@
+"""A report as one HTML page that needs nothing else: text, tables, and charts drawn by scripts that it carries.
+
+All that comes from a store is escaped: by the template where it is text, as JSON where it is data. Knows how a page is
+put together, nothing of how its facts were found.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dtmsearch import __version__
+from dtmsearch.output import components, duration, number, plain
+from dtmsearch.plans.metrics import PairedDifference
+from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save
+from dtmsearch.report.extra import jinja2, vl_convert
+from dtmsearch.report.facts import COLUMN, Row, RunFacts, gather, interval, per_prompt
+from dtmsearch.results.store import ResultStore
+from dtmsearch.results.summary import ValidationRow
+
+
+def write_report(store: ResultStore, run: str, out: Path, figures_folder: Path | None = None) -> list[Path]:
+    """Write a run's page to `out`, and its figures into a folder; the files written.
+
+    Raises `ValueError` when the store has no such run, or a library of the extra `report` is missing.
+    """
+    facts = gather(store, run)
+    drawn = figures(facts)
+    out.write_text(page(store, facts, drawn), encoding="utf-8")
+    return [out] + ([] if figures_folder is None else save(drawn, figures_folder))
+
+
+def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
+    """The whole HTML text of a run's report."""
+    context = {
+        "facts": facts,
+        "summary": facts.summary,
+        "held_out": _held_out_rows(store, facts),
+        "places": _places(drawn),
+        "components": _component_rows(facts),
+        "alone": list(dict.fromkeys(row["scheme"] for row in facts.sensitivity)),
+        "texts": [_side_by_side(row) for row in facts.texts],
+        "titles": TITLES,
+        "tiles": _tiles(facts),
+        "store": store.url,
+    }
+    data = {
+        "figures": {figure.name: figure.chart.to_dict() for figure in drawn},
+        "datasets": {name: _columns(rows) for figure in drawn for name, rows in figure.data.items()},
+    }
+    return render("run.html", context, data)
+
+
+def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
+    """A page from its template, with the charts' library, our script and its data inside. Only these two scripts run:
+    the page's own policy names them by their hashes, and forbids every request."""
+    scripts = [_library(), _asset("page.js")]
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "duration": duration,
+        "number": lambda value: "-" if value is None else number(value),
+        "percent": lambda value: "-" if value is None else f"{value:.1%}",
+        "count": lambda value: f"{value:,}",
+        "plan_name": plan_name,
+        "choice_parts": _choice_parts,
+    }
+    environment.filters |= filters
+    return environment.get_template(template).render(
+        **context,
+        version=__version__,
+        style=_safe(_asset("page.css")),
+        scripts=[_safe(script) for script in scripts],
+        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+        data=_safe(_json(data)),
+    )
+
+
+def _safe(text: str) -> Any:
+    """Text of our own, or escaped already."""
+    from markupsafe import Markup
+
+    return Markup(text)  # noqa: S704 (never text from a store)
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand inside a script element, whatever the strings in it are."""
+    text = json.dumps(plain(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Rows as columns, numbers with as many digits as a picture shows: a third of the bytes."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [_short(row.get(name)) for row in rows] for name in names}
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+@cache
+def _asset(name: str) -> str:
+    return (files("dtmsearch.report") / "page" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    # Inside an HTML page nothing may look like the script's end, nor hide what follows.
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+# What the tables show
+
+
+def _held_out_rows(store: ResultStore, facts: RunFacts) -> list[Row]:
+    """Each validated plan with its values and their intervals over prompts, and how far the plan is ahead."""
+    lists = per_prompt(store, facts.record, facts.summary)
+    rows = []
+    for row in facts.summary.validation:
+        values = lists.get(row.label, {})
+        spans = {
+            metric: interval(values[column]) if values.get(column) is not None else None
+            for metric, column in (("fdt", "fdt"), ("sdt", "sdt"), ("kl", "kl_list"))
+        }
+        rows.append({"row": row, "spans": {m: _span(s, m) for m, s in spans.items()}, "ahead": _ahead(row.fdt_vs_plan)})
+    return rows
+
+
+def _span(found: PairedDifference | None, metric: str) -> str:
+    if found is None:
+        return "-"
+    digits = {"fdt": 1, "sdt": 2, "kl": 4}[metric]
+    half = (found.high - found.low) / 2
+    return f"{found.mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def _ahead(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+
+
+def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
+    """The headline's numbers: (value, what it is, what it stands beside)."""
+    summary, tiles = facts.summary, []
+    if summary.share is not None and summary.bits_per_weight is not None:
+        dense = facts.components[0]["dense_bits"] if facts.components else 16
+        tiles.append((f"{summary.share:.1%}", "of the weights compressed", components(summary.num_compressed)))
+        tiles.append((f"{summary.bits_per_weight:.2f}", "bits a weight", f"{dense} in the base model"))
+    if facts.size_mb is not None and facts.dense_size_mb is not None:
+        beside = f"{facts.dense_size_mb:.3g} MB in the base model"
+        tiles.append((f"{facts.size_mb:.3g} MB", "of searched components", beside))
+    plan, rival = _plan_and_rival(summary.validation)
+    for metric in ("fdt", "sdt", "kl"):
+        value, other = _value(plan, metric), _value(rival, metric)
+        if value is not None:
+            beside = "" if other is None or rival is None else f"{plan_name(rival.label)}: {other:.3g}"
+            tiles.append((f"{value:.3g}", f"{metric.upper()}, held out", beside))
+    return tiles
+
+
+def _plan_and_rival(rows: Sequence[ValidationRow]) -> tuple[ValidationRow | None, ValidationRow | None]:
+    """The final plan, and the uniform plan that it is first held against: that of its size, if there is one."""
+    plan = next((row for row in rows if row.label == "plan"), None)
+    uniform = sorted(
+        (row for row in rows if row.label.startswith("uniform")), key=lambda row: "nearest" not in row.label
+    )
+    return plan, next(iter(uniform), None)
+
+
+def _value(row: ValidationRow | None, metric: str) -> float | None:
+    value: float | None = None if row is None or row.summary is None else getattr(row.summary, COLUMN[metric])
+    return value
+
+
+def _places(drawn: list[Figure]) -> dict[str, dict[str, list[Figure]]]:
+    """section -> choice -> figures that are shown together."""
+    found: dict[str, dict[str, list[Figure]]] = {}
+    for figure in drawn:
+        found.setdefault(figure.section, {}).setdefault(figure.choice, []).append(figure)
+    return found
+
+
+def _choice_parts(choices: Iterable[str]) -> list[list[str]]:
+    """What there is to choose from in each part of choices such as `KL|share`."""
+    parts = zip(*(choice.split("|") for choice in choices), strict=True)
+    return [list(dict.fromkeys(values)) for values in parts]
+
+
+def _component_rows(facts: RunFacts) -> list[Row]:
+    """The components of the plan with what each scheme does to them alone, for the table that a click filters."""
+    alone: dict[str, dict[str, float]] = {}
+    for row in facts.sensitivity:
+        if facts.rank_by in row:
+            alone.setdefault(row["component"], {})[row["scheme"]] = row[facts.rank_by]
+    return [{**row, "alone": alone.get(row["component"], {})} for row in facts.plan_rows]
+
+
+def _side_by_side(row: Row) -> Row:
+    """A prompt's two texts as lists of (piece, same, margin), equal up to the first divergence."""
+    at = row["diverges_at"]
+    sides = {}
+    for side in ("base", "own"):
+        tokens = zip(row[f"{side}_pieces"], row[f"{side}_tokens"], row[f"{side}_margins"], strict=True)
+        other = row["own_tokens" if side == "base" else "base_tokens"]
+        sides[side] = [
+            {"piece": piece, "state": "same" if n < at else "first" if n == at else "after", "margin": margin}
+            for n, (piece, token, margin) in enumerate(tokens)
+            if n < len(other) or token is not None
+        ]
+    return {**row, **sides, "length": len(row["base_tokens"])}

@@ -1,0 +1,97 @@
+"""A store with a whole run in it, made without a model: a beam search over the toy model, validated, with texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+from fakes import CONTINUATION_TOKENS, FakeEvaluator, SilentObserver, evaluate, toy_components, toy_manifest
+
+from dtmsearch.plans.evaluation import Continuation, EvalRequest, Outcome, Reference, Writing
+from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.results.store import ResultStore
+from dtmsearch.run import validation_plans
+from dtmsearch.search.beam import Beam
+from dtmsearch.search.scheduler import measure, search
+from dtmsearch.search.space import SearchSpace
+
+NUM_LAYERS = 4
+NUM_PROMPTS = 8
+SCHEMES = ("int8-channel", "int4-channel")
+# What a page must show as text, wherever it comes from.
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;"
+CONFIG = {"run": "toy", "model": {"path": HOSTILE}, "search": {"strategy": "beam", "rank_by": "kl", "width": 2}}
+
+
+def make_run(
+    folder: Path,
+    run: str = "toy",
+    share: float = 0.6,
+    width: int = 2,
+    status: str = "finished",
+    num_layers: int = NUM_LAYERS,
+) -> ResultStore:
+    """A recorded run; one that is not finished has neither plan nor validation."""
+    store = ResultStore(folder)
+    finished = status == "finished"
+    references = [reference("search", num_layers), reference("held out", num_layers)]
+    with store.writer(run) as writer:
+        manifest, components = toy_manifest(num_layers), toy_components(num_layers)
+        writer.put_components(manifest, components)
+        for one in references:
+            writer.put_reference(one)
+        space = SearchSpace(components, SCHEMES, budget=Budget(share=share))
+        beam = Beam(space, lambda plan, parent: request(plan, references[0], parent), "kl", width)
+        plan = search(beam, FakeEvaluator(answer, per_poll=8), writer, SilentObserver())
+        assert plan is not None
+        if finished:
+            plans = validation_plans(space, plan)
+            requests = {label: request(other, references[1]) for label, other in plans.items()}
+            measure(requests, FakeEvaluator(answer, per_poll=8), writer, "validation")
+            writer.put_continuations(references[1].id, plan.id, [written(prompt) for prompt in range(3)])
+        writer.put_run(
+            RunRecord(
+                run=run,
+                status=status,  # type: ignore[arg-type]
+                config=yaml.safe_dump(CONFIG | {"run": run}),
+                config_folder="/",
+                manifest_id=manifest.id,
+                reference_id=references[0].id,
+                validation_reference_id=references[1].id if finished else None,
+                final_plan_id=plan.id if finished else None,
+                created_at=1.7e9,
+                finished_at=1.7e9 + 60 if finished else None,
+                version="0.1.0",
+                message=HOSTILE if status == "failed" else None,
+            )
+        )
+    return store
+
+
+def request(plan: Plan, against: Reference, parent: Plan = Plan()) -> EvalRequest:
+    return EvalRequest(plan, against.id, (0, NUM_PROMPTS), ("kl", "ppl"), parent)
+
+
+def answer(asked: EvalRequest) -> Outcome:
+    return evaluate(asked)
+
+
+def reference(name: str, num_layers: int) -> Reference:
+    tokens = np.arange(NUM_PROMPTS * (10 + CONTINUATION_TOKENS), dtype=np.int32).reshape(NUM_PROMPTS, -1)
+    agrees = np.ones((NUM_PROMPTS, CONTINUATION_TOKENS), np.bool_)
+    agrees[0, 5] = False
+    manifest_id = toy_manifest(num_layers).id
+    return Reference(name, manifest_id, "float32/cpu", tokens, tokens[:, 10:].copy(), agrees, (0,))
+
+
+def written(prompt: int) -> Continuation:
+    """Texts that part at token `prompt`, one piece of which is hostile."""
+    base = tuple(range(CONTINUATION_TOKENS))
+    own = (*base[:prompt], *(token + 1000 for token in base[prompt:]))
+    pieces = (HOSTILE, *(f" {token}" for token in base[1:]))
+    margins = tuple(0.25 for _ in base)
+    return Continuation(
+        prompt, f"{HOSTILE} \N{REPLACEMENT CHARACTER}", Writing(base, pieces, margins), Writing(own, pieces, margins)
+    )
