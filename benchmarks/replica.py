@@ -1,12 +1,15 @@
 """How near a replica comes to what the machine forces: a probe of every component, against a plain loop and a floor.
 
-    python benchmarks/replica.py MODEL TEXT [--prompts 16] [--prompt-tokens 100] [--continuation-tokens 100] [--every 1]
+    python benchmarks/replica.py MODEL --text TEXT [--prompts 16] [--scheme int8-channel] [--every 1]
+    PYTHONPATH=benchmarks python benchmarks/replica.py llama2-7b --prompts 128 --plain-every 45
 
-The plain loop rounds a component, runs the whole model as transformers gives it, compares the logits of all positions
-that matter with the reference, and puts the component back. The floor is the matrix products alone, of the layers from
-the changed one upward and of the head where continuations are predicted, at the rate of a large matrix product. The
-three take turns, a component each, so that what else the machine does falls on all alike. Continuations are the text's
-own: the same work as with the model's, without generating them.
+MODEL is a folder, or a shape of `shapes.py` with random weights (and random text). The plain loop compresses a
+component, runs the whole model as transformers gives it, compares the logits of all positions that matter with the
+reference, and puts the component back. The floor is the matrix products alone, of the layers from the changed one
+upward and of the head where continuations are predicted, at the rate of a large matrix product. On a processor the
+three take turns, a component each, so that what else the machine does falls on all alike; on a GPU the replica gets
+the probe whole, as in a search, and of the plain loop a sample is extrapolated. Continuations are the text's own: the
+same work as with the model's, without generating them.
 """
 
 from __future__ import annotations
@@ -24,13 +27,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica import Replica
 from dtmsearch.plans.components import Component
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.plans.evaluation import (
+    EvalRequest,
+    EvalResult,
+    ModelSpec,
+    PromptTokens,
+    Reference,
+    ReplicaSettings,
+    reference_id,
+)
 from dtmsearch.plans.metrics import share_of_divergent_tokens
 from dtmsearch.plans.plan import Perturbation, Plan
-from dtmsearch.plans.schemes import parse_scheme
 
 Array = NDArray[Any]
 _MATRIX = {"cpu": 2_048, "cuda": 8_192}
@@ -80,12 +89,10 @@ class Probe:
     @torch.inference_mode()
     def plain(self, component: Component) -> Array:
         """Divergent tokens of each prompt, by the plain loop."""
-        module = self.replica._body.model.get_submodule(component.name)
-        original = module.weight.data
-        module.weight.data = round_weight(original, parse_scheme(self.scheme))
         batches = self.tokens.split(self.replica._rows_in_batch(self.tokens.shape[1]))
-        diverged = torch.cat([self._compare(batch) for batch in batches]).cpu().numpy()
-        module.weight.data = original
+        plan = Plan().with_(Perturbation(component.name, self.scheme))
+        with self.replica._weights.perturbed(plan), self.replica._generating():
+            diverged = torch.cat([self._compare(batch) for batch in batches]).cpu().numpy()
         return share_of_divergent_tokens(diverged)
 
     def _compare(self, batch: Tensor) -> Tensor:
@@ -98,10 +105,15 @@ class Probe:
 
     def ours(self, component: Component) -> Array:
         """Divergent tokens of each prompt, by the replica."""
-        plan = Plan().with_(Perturbation(component.name, self.scheme))
-        (outcome,) = self.replica.evaluate([EvalRequest(plan, self.reference.id, (0, self.reference.num_prompts))])
-        assert isinstance(outcome, EvalResult), outcome
-        return outcome.sdt
+        return self.ours_together([component])
+
+    def ours_together(self, components: Sequence[Component]) -> Array:
+        """Divergent tokens of each component and prompt, one after the other, by the replica in one call."""
+        plans = [Plan().with_(Perturbation(component.name, self.scheme)) for component in components]
+        requests = [EvalRequest(plan, self.reference.id, (0, self.reference.num_prompts)) for plan in plans]
+        outcomes = self.replica.evaluate(requests)
+        assert all(isinstance(outcome, EvalResult) for outcome in outcomes), outcomes
+        return np.concatenate([outcome.sdt for outcome in outcomes if isinstance(outcome, EvalResult)])
 
     def operations(self, component: Component) -> float:
         """Matrix-product operations of an evaluation whose lowest changed component this is."""
@@ -122,7 +134,7 @@ class Probe:
         return 2.0 * size**3, self.timed(work)[0]
 
 
-def measure(probe: Probe, components: Sequence[Component]) -> Times:
+def take_turns(probe: Probe, components: Sequence[Component]) -> Times:
     """A probe of components, which are in order of their layers."""
     times = Times()
     probe.ours(components[-1])
@@ -140,50 +152,102 @@ def measure(probe: Probe, components: Sequence[Component]) -> Times:
     return times
 
 
+def one_after_the_other(probe: Probe, components: Sequence[Component], plain_every: int) -> Times:
+    """The same on a GPU; the plain loop over every `plain_every`th component stands for all."""
+    times = Times()
+    probe.ours(components[-1])
+    sample = list(range(0, len(components), plain_every))
+    probe.plain(components[0])
+    for _ in range(10):
+        operations, seconds = probe.matrix_product()
+        times.matrix_operations += operations
+        times.matrix_seconds += seconds
+    expected = {}
+    for index in sample:
+        seconds, expected[index] = probe.timed(partial(probe.plain, components[index]))
+        times.plain += seconds * len(components) / len(sample)
+    times.ours, found = probe.timed(partial(probe.ours_together, components))
+    times.operations = sum(probe.operations(component) for component in components)
+    by_component = found.reshape(len(components), -1)
+    times.differing = sum(int(np.abs(values - by_component[index]).sum()) for index, values in expected.items())
+    return times
+
+
 @click.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("model")
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Random tokens without it.")
 @click.option("--prompts", default=16, show_default=True)
 @click.option("--prompt-tokens", default=100, show_default=True)
 @click.option("--continuation-tokens", default=100, show_default=True)
-@click.option("--scheme", default="int8-channel", show_default=True, help="A rounding scheme.")
-@click.option("--dtype", default="float32", show_default=True)
+@click.option("--scheme", "schemes", multiple=True, default=("int8-channel",), show_default=True)
+@click.option("--dtype", help="float32 on a processor, bfloat16 on a GPU unless given.")
 @click.option("--batch-tokens", default=0, show_default=True, help="0: the replica's choice.")
-@click.option("--every", default=1, show_default=True, help="Take every Nth component of a layer.")
+@click.option("--every", default=1, show_default=True, help="Take every Nth component.")
+@click.option("--plain-every", default=1, show_default=True, help="On a GPU: the plain loop takes every Nth of these.")
 def main(
-    model: Path,
-    text: Path,
+    model: str,
+    text: Path | None,
     prompts: int,
     prompt_tokens: int,
     continuation_tokens: int,
-    scheme: str,
-    dtype: str,
+    schemes: tuple[str, ...],
+    dtype: str | None,
     batch_tokens: int,
     every: int,
+    plain_every: int,
 ) -> None:
-    replica = Replica(ModelSpec(str(model), dtype=dtype), ReplicaSettings(batch_tokens=batch_tokens))
-    reference = text_reference(replica, text, prompts, prompt_tokens, continuation_tokens)
+    on_gpu = torch.cuda.is_available()
+    replica = make_replica(model, dtype or ("bfloat16" if on_gpu else "float32"), batch_tokens)
+    reference = make_reference(replica, text, prompts, prompt_tokens, continuation_tokens)
     components = replica.manifest().components[::every]
-    times = measure(Probe(replica, reference, scheme), components)
-    choices = len(components) * reference.continuation.size
-    click.echo(
-        f"{len(components)} components, {prompts} prompts x ({prompt_tokens} + {continuation_tokens}), {scheme}, "
-        f"{dtype}, {replica._body.input_device.type} with {torch.get_num_threads()} threads, "
-        f"{times.rate / 1e9:.0f} GFLOP/s"
+    for scheme in schemes:
+        probe = Probe(replica, reference, scheme)
+        times = one_after_the_other(probe, components, plain_every) if on_gpu else take_turns(probe, components)
+        report(probe, times, len(components), len(components[::plain_every]) if on_gpu else len(components))
+
+
+def report(probe: Probe, times: Times, num_components: int, num_compared: int) -> None:
+    reference, replica = probe.reference, probe.replica
+    choices = num_compared * reference.continuation.size
+    device = (
+        torch.cuda.get_device_name() if probe.device.type == "cuda" else f"{torch.get_num_threads()} processor threads"
     )
-    click.echo(f"{'':10s} {'seconds':>9s} {'of the floor':>13s} {'of the plain loop':>18s}")
+    click.echo(
+        f"{num_components} components, {reference.num_prompts} prompts x ({reference.prompt_tokens} + "
+        f"{reference.continuation_tokens}), {probe.scheme}, {replica.mode}, {device}, {times.rate / 1e12:.3g} TFLOP/s; "
+        f"parent's states kept: {replica.states_kept}"
+    )
+    click.echo(f"{'':10s} {'seconds':>9s} {'of the floor':>13s} {'of the plain loop':>18s} {'TFLOP/s':>9s}")
     for name, seconds in (("plain loop", times.plain), ("ours", times.ours), ("floor", times.floor)):
-        click.echo(f"{name:10s} {seconds:9.1f} {seconds / times.floor:13.2f} {seconds / times.plain:18.2f}")
+        rate = times.operations / seconds / 1e12
+        click.echo(f"{name:10s} {seconds:9.1f} {seconds / times.floor:13.3f} {seconds / times.plain:18.3f} {rate:9.3g}")
     click.echo(f"{times.plain / times.ours:.2f} x faster; {times.differing} of {choices} choices differ")
+    if probe.device.type == "cuda":
+        click.echo(f"most memory used: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-def text_reference(replica: Replica, text: Path, count: int, prompt: int, continuation: int) -> Reference:
+def make_replica(model: str, dtype: str, batch_tokens: int) -> Replica:
+    settings = ReplicaSettings(batch_tokens=batch_tokens)
+    if Path(model).is_dir():
+        return Replica(ModelSpec(model, dtype=dtype), settings)
+    from shapes import ShapedReplica
+
+    return ShapedReplica(ModelSpec(model, dtype=dtype), settings)
+
+
+def make_reference(replica: Replica, text: Path | None, count: int, prompt: int, continuation: int) -> Reference:
     """A reference in use by the replica, whose continuations are the text's own."""
-    cut, reference_id = replica.cut_prompts([text.read_text(encoding="utf-8")], count, prompt, continuation, 0)
+    length = prompt + continuation
+    if text is None:
+        tokens = np.random.default_rng(0).integers(3, replica._body.vocabulary_size, (count, length))
+        cut = PromptTokens(tokens.astype(np.int32), prompt)
+    else:
+        cut, _ = replica.cut_prompts([text.read_text(encoding="utf-8")], count, prompt, continuation, 0)
     targets = cut.tokens[:, prompt:]
     agrees = np.ones(targets.shape, np.bool_)
     manifest_id = replica.manifest().id
-    made = Reference(reference_id, manifest_id, replica.mode, cut.tokens, targets, agrees, replica._suppressed)
+    identity = reference_id(manifest_id, replica.mode, cut)
+    made = Reference(identity, manifest_id, replica.mode, cut.tokens, targets, agrees, replica._suppressed)
     replica.use(made)
     return made
 

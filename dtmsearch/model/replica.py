@@ -49,6 +49,7 @@ from dtmsearch.plans.evaluation import (
     Reference,
     ReplicaSettings,
     Speed,
+    StatesKept,
     first_changed_layer,
     reference_id,
 )
@@ -157,6 +158,11 @@ class Replica:
 
     def manifest(self) -> ModelManifest:
         return self._manifest
+
+    @property
+    def states_kept(self) -> StatesKept:
+        """Where the states of parents are kept for the prompts in use; what the settings say while there are none."""
+        return next((stream.kept for stream in self._streams()), self._states)
 
     def cut_prompts(
         self, texts: Sequence[str], count: int, prompt_tokens: int, continuation_tokens: int, seed: int
