@@ -45,7 +45,7 @@ _EXIT_CODES = {
 }
 
 # What `dtmsearch.export.formats` can write, by name, because naming them must not load torch; a test holds them equal.
-EXPORT_FORMATS = ("json", "dense")
+EXPORT_FORMATS = ("json", "dense", "bitsandbytes", "compressed-tensors")
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -183,16 +183,17 @@ def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
 @set_option
 @store_option
 @where_options
+@click.option("--fused", is_flag=True, help="Tie q, k, v and gate, up, as fused runtimes demand: search.fused=true.")
 @click.option("--dry-run", is_flag=True, help="Say what the search will cost, and run nothing.")
 @format_option("table", "json")
 def run_verb(
-    file: Path, overrides: tuple[str, ...], store: str, dry_run: bool, form: str, quiet: bool, **where: Any
+    file: Path, overrides: tuple[str, ...], store: str, fused: bool, dry_run: bool, form: str, quiet: bool, **where: Any
 ) -> None:
     """Start or continue the search in FILE."""
     from dtmsearch.config import load
     from dtmsearch.run import run
 
-    search_file = load(file, overrides)
+    search_file = load(file, (*overrides, "search.fused=true") if fused else overrides)
     if dry_run:
         from dtmsearch.estimate import estimate
         from dtmsearch.summaries import estimate_text
@@ -403,6 +404,13 @@ def evaluate_verb(
 @click.argument("source", metavar="RUN|PLAN")
 @click.option("--to", required=True, type=click.Choice(EXPORT_FORMATS), help="Format to write.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What shall load a compressed-tensors folder; vllm takes less, and fuses q, k, v and gate, up.",
+)
 @click.option("--model", help="Where the base model lies now, if not where the search found it.")
 @click.option("--check/--no-check", default=True, help="Load what was written and measure it against the store.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch of the check.")
@@ -412,6 +420,7 @@ def export_verb(
     source: str,
     to: str,
     out: Path,
+    runtime: str,
     model: str | None,
     check: bool,
     batch_tokens: int | None,
@@ -425,7 +434,9 @@ def export_verb(
     from dtmsearch.exporting import export
     from dtmsearch.summaries import exported_text, exported_values
 
-    result = export(source, to, out, store, check=check, model=model, batch_tokens=batch_tokens or 0, say=say)
+    result = export(
+        source, to, out, store, check=check, model=model, runtime=runtime, batch_tokens=batch_tokens or 0, say=say
+    )
     _show(result, form, exported_text, exported_values)
 
 

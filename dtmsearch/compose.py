@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dtmsearch.config import SearchFile
-from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalRequest
+from dtmsearch.plans.fused import FUSED_KINDS
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.search.additive import SpdySearch
 from dtmsearch.search.auto import Effort
@@ -23,13 +24,21 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
     """The space of a search file over a model. Raises `ValueError` for components, ties or budgets that cannot be."""
     section = file.search
     sparsity = section.strategy == "sparsity"  # its rounds say when it ends, and its end is what is uniform
+    components = manifest.select(section.components.include, section.components.exclude)
     return SearchSpace(
-        components=manifest.select(section.components.include, section.components.exclude),
+        components=components,
         schemes=(scheme_name(section.prune, sum(section.pruning_rounds) / 100),) if sparsity else section.schemes,
-        tied=section.tied,
+        tied=(*section.tied, *(_fused_kinds(components) if section.fused else ())),
         dense_bits=manifest.dense_bits,
         budget=Budget() if sparsity else section.stop.budget,
     )
+
+
+def _fused_kinds(components: Sequence[Component]) -> tuple[tuple[str, ...], ...]:
+    """What a fused runtime ties, of the kinds that are searched."""
+    searched = {component.kind for component in components}
+    groups = (tuple(kind for kind in kinds if kind in searched) for kinds in FUSED_KINDS)
+    return tuple(group for group in groups if len(group) > 1)
 
 
 def extra_metrics_of(file: SearchFile) -> tuple[str, ...]:

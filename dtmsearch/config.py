@@ -34,6 +34,7 @@ class ModelSection(_Section):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     trust_remote_code: bool = False
     compile: Literal["auto", "always", "never"] = "auto"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 class DatasetSection(_Section):
@@ -178,6 +179,7 @@ class SearchSection(_Section):
     schemes: tuple[str, ...] = ()
     components: ComponentsSection = ComponentsSection()
     tied: tuple[tuple[str, ...], ...] = ()
+    fused: bool = False
     stop: StopSection = StopSection()
     auto: AutoSection = AutoSection()
     knapsack: KnapsackSection = KnapsackSection()
@@ -276,7 +278,10 @@ class SearchFile(_Section):
         folder = self.resolve(self.model.path)
         path = str(folder.resolve()) if folder.is_dir() else self.model.path
         section = self.model
-        options = (section.dtype, section.attention, section.trust_remote_code, section.compile)
+        options = (
+            *(section.dtype, section.attention, section.trust_remote_code, section.compile),
+            section.scale_dtype,
+        )
         return ModelSpec(path, section.revision, *options)
 
     def to_yaml(self) -> str:

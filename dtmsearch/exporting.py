@@ -26,13 +26,16 @@ from dtmsearch.config import SearchFile
 from dtmsearch.export.card import Card, card_text
 from dtmsearch.export.folder import header_bytes
 from dtmsearch.export.formats import FORMATS, Format
-from dtmsearch.export.job import Job, Written
+from dtmsearch.export.job import Job, Written, refuse
+from dtmsearch.export.packed import NAME as PACKED
 from dtmsearch.model.discovery import read_manifest
 from dtmsearch.model.loading import checkpoint_folder
+from dtmsearch.model.replica import Replica
 from dtmsearch.model.served import write_job
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import IntArray, ModelSpec, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json, plan_size
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult, IntArray, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.plans.fused import tied_plan, untied_groups
+from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json, plan_size, plan_to_json
 from dtmsearch.results.store import ResultStore
 
 _COLUMNS = ["run", "purpose", "label", "reference_id", "num_prompts", "fdt", "sdt", "dppl", "finished_at"]
@@ -73,9 +76,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made. `files`: name -> bytes. `tensor_bytes` are those of the files without headers, `plan_bytes`
-    what the plan's arithmetic gives, `extra_bytes` what the format stores beyond it; None where no weights are
-    written. `check` is None where nothing was measured."""
+    """What an export made. `files`: name -> bytes. `tensor_bytes` are those of the files without headers, `plan_bits`
+    what the plan's arithmetic gives, `extra_bits` what the format stores beyond it, by what it is; None where no
+    weights are written. `check` is None where nothing was measured."""
 
     format: str
     folder: str
@@ -83,8 +86,8 @@ class Exported:
     size: PlanSize
     files: Mapping[str, int]
     tensor_bytes: int | None
-    plan_bytes: int | None
-    extra_bytes: Mapping[str, int]
+    plan_bits: int | None
+    extra_bits: Mapping[str, int]
     notes: Sequence[str]
     check: Check | None
 
@@ -108,6 +111,7 @@ def export(
     *,
     check: bool = True,
     model: str | None = None,
+    runtime: str = "transformers",
     batch_tokens: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
@@ -131,7 +135,9 @@ def export(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    job = _job(found)
+    job = _job(found, runtime)
+    if runtime == "vllm" and to == PACKED:
+        _require_tied(found, target, job)
     say(f"writing {to} of {found.manifest.model}: {len(found.plan)} compressed components")
     written = form.write(job, partial)
     _check_bytes(job, written)
@@ -148,16 +154,59 @@ def export(
     return result
 
 
-def _job(found: _Source) -> Job:
+def _job(found: _Source, runtime: str) -> Job:
     mode = None if found.recorded is None else found.recorded.reference.mode
+    dtype = getattr(torch, found.spec.dtype)
     on_gpu = torch.cuda.is_available() and (mode is None or "/cuda/" in mode)
     return Job(
         folder=checkpoint_folder(found.spec),
         manifest=found.manifest,
         plan=found.plan,
-        dtype=getattr(torch, found.spec.dtype),
+        dtype=dtype,
         device=torch.device("cuda" if on_gpu else "cpu"),
+        # vLLM keeps scales in the model's dtype, whatever the file says.
+        scale_dtype=dtype if runtime == "vllm" else getattr(torch, found.spec.scale_dtype),
+        runtime=runtime,
     )
+
+
+def _require_tied(found: _Source, target: Path, job: Job) -> None:
+    """Raises `ValueError` for a plan that splits what vLLM fuses, with the repairs there are and what each costs."""
+    components, bits = found.manifest.components, job.dtype.itemsize * 8
+    groups = untied_groups(found.plan, components)
+    if not groups:
+        return
+    lines = [", ".join(f"{c.name}: {found.plan.scheme_of(c.name)}" for c in group) for group in groups]
+    repairs = {word: tied_plan(found.plan, groups, bits, word == "widest") for word in ("widest", "narrowest")}
+    fdt = _fdt_of(found, repairs)
+    before = plan_size(found.plan, components, bits).stored_bits
+    for word, plan in repairs.items():
+        change = (plan_size(plan, components, bits).stored_bits - before) / 8
+        lines.append(f"repair: each to its {word} scheme: {change:+,.0f} bytes, {fdt[word][1]}")
+    # The narrower one costs nothing if it says the same.
+    cheapest = "narrowest" if fdt["narrowest"][0] >= fdt["unrepaired"][0] else "widest"
+    path = target.with_name(target.name + ".repaired.json")
+    path.write_text(plan_to_json(repairs[cheapest], found.manifest), encoding="utf-8")
+    lines.append(f"the cheapest repair ({cheapest}) is in {path}; measure it with `dtmsearch evaluate`, then export it")
+    lines.append("or search with `fused: true`, which ties them from the start; or --runtime transformers")
+    raise refuse(PACKED, "vLLM runs q, k, v and gate, up as one matrix each, of one scheme", lines)
+
+
+def _fdt_of(found: _Source, plans: Mapping[str, Plan]) -> dict[str, tuple[float, str]]:
+    """Mean FDT of plans, and of the found one as `unrepaired`, with words for it."""
+    if found.recorded is None:
+        return dict.fromkeys((*plans, "unrepaired"), (0.0, "FDT not measured: the store has no reference for it"))
+    reference = found.recorded.reference
+    replica = Replica(found.spec, ReplicaSettings())
+    replica.use(reference)
+    requests = [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans.values()]
+    before = float(found.recorded.fdt.mean())
+    fdt = {"unrepaired": (before, f"FDT {before:.2f}")}
+    for word, outcome in zip(plans, replica.evaluate(requests), strict=True):
+        assert isinstance(outcome, EvalResult), outcome
+        mean = float(outcome.fdt.mean())
+        fdt[word] = (mean, f"FDT {mean:.2f} ({mean - before:+.2f})")
+    return fdt
 
 
 def _find(source: str, results: ResultStore, model: str | None) -> _Source:
@@ -199,14 +248,20 @@ def _find_file(path: Path, results: ResultStore, model: str | None) -> _Source:
         return _Source(plan, ModelSpec(model or where, dtype=manifest.dtype), manifest, None, None)
     record = results.run(recorded.run)
     if record is None:  # measured by `evaluate`, which keeps no record of its file
-        dtype, _, attention = recorded.reference.mode.split("/")[:3]
-        return _Source(plan, ModelSpec(model or where, None, dtype, attention), manifest, recorded, None)
+        return _Source(plan, _spec_of_mode(model or where, recorded.reference.mode), manifest, recorded, None)
     file = config.parse(record.config, f"the search file of run {recorded.run}", Path(record.config_folder))
     return _Source(plan, _spec(file, model or where), manifest, recorded, file)
 
 
 def _spec(file: SearchFile, model: str | None) -> ModelSpec:
     return file.model_spec if model is None else replace(file.model_spec, path=model)
+
+
+def _spec_of_mode(path: str, mode: str) -> ModelSpec:
+    dtype, _, attention, _, *scales = mode.split("/")
+    return ModelSpec(
+        path, None, dtype, attention, scale_dtype=scales[0].removesuffix("-scales") if scales else "float32"
+    )
 
 
 def _recorded(results: ResultStore, plan: Plan, run: str | None, preferred: Sequence[str]) -> Recorded | None:
@@ -230,8 +285,8 @@ def _check_bytes(job: Job, written: Written) -> None:
     if not written.tensor_bytes:
         return
     on_disk = sum(path.stat().st_size - header_bytes(path) for path in written.files)
-    expected = job.plan_bytes + sum(written.extra_bytes.values())
-    assert on_disk == written.tensor_bytes == expected, (on_disk, written.tensor_bytes, expected, written.extra_bytes)
+    accounted = job.plan_bits + sum(written.extra_bits.values())
+    assert 8 * on_disk == 8 * written.tensor_bytes == accounted, (on_disk, written, accounted)
 
 
 def _exported(form: Format, target: Path, partial: Path, found: _Source, job: Job, written: Written) -> Exported:
@@ -242,8 +297,8 @@ def _exported(form: Format, target: Path, partial: Path, found: _Source, job: Jo
         size=plan_size(found.plan, found.manifest.components, job.dtype.itemsize * 8),
         files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
         tensor_bytes=written.tensor_bytes or None,
-        plan_bytes=job.plan_bytes if written.tensor_bytes else None,
-        extra_bytes=written.extra_bytes,
+        plan_bits=job.plan_bits if written.tensor_bytes else None,
+        extra_bits=written.extra_bits,
         notes=tuple(written.notes),
         check=None,
     )
@@ -253,7 +308,7 @@ def _measured(folder: Path, found: _Source, recorded: Recorded, batch_tokens: in
     """The folder as a fresh process finds it, in the numeric mode of what is recorded."""
     mode = recorded.reference.mode
     spec = replace(found.spec, path=str(folder.absolute()), revision=None)
-    spec = replace(spec, compile="always" if mode.endswith("/compiled") else "never")
+    spec = replace(spec, compile="always" if "compiled" in mode.split("/") else "never")
     answer = measure_apart(spec, ReplicaSettings(batch_tokens=batch_tokens), recorded.reference)
     fdt, sdt = np.array(answer["fdt"]), np.array(answer["sdt"])
     return Check(
@@ -328,10 +383,13 @@ def _card(result: Exported, form: Format, found: _Source, source: str, store: st
 
 
 def _size_notes(result: Exported) -> list[str]:
-    if result.tensor_bytes is None or result.plan_bytes is None:
-        return []
-    extra = "".join(f", {number:+,} for {what}" for what, number in result.extra_bytes.items())
-    return [
-        f"Tensors take {result.tensor_bytes:,} bytes (file headers apart): {result.plan_bytes:,} by the plan's "
-        f"arithmetic{extra}."
-    ]
+    account = size_account(result)
+    return [] if account is None else [f"Tensors take {account} (file headers apart)."]
+
+
+def size_account(result: Exported) -> str | None:
+    """How the bytes of the tensors come about; None where no weights were written."""
+    if result.tensor_bytes is None or result.plan_bits is None:
+        return None
+    extra = "".join(f", {bits / 8:+,.0f} for {what}" for what, bits in result.extra_bits.items())
+    return f"{result.tensor_bytes:,} bytes: {result.plan_bits / 8:,.0f} by the plan's arithmetic{extra}"

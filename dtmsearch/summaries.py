@@ -188,6 +188,8 @@ def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:
 
 def exported_text(result: Exported) -> str:
     """What an export wrote, how large it is, and what its check measured."""
+    from dtmsearch.exporting import size_account
+
     size, check = result.size, result.check
     lines = [
         f"{result.format} in {result.folder}",
@@ -195,9 +197,8 @@ def exported_text(result: Exported) -> str:
         _line("size", _size(size.num_compressed, size.share, size.bits_per_weight)),
         _line("files", f"{len(result.files)}, {sum(result.files.values()):,} bytes"),
     ]
-    if result.tensor_bytes is not None and result.plan_bytes is not None:
-        extra = "".join(f", {number:+,} for {what}" for what, number in result.extra_bytes.items())
-        lines.append(_line("tensors", f"{result.tensor_bytes:,} bytes: {result.plan_bytes:,} by the plan{extra}"))
+    account = size_account(result)
+    lines += [] if account is None else [_line("tensors", account)]
     if check is None:
         return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", "not measured")])
     verdict = "as recorded" if check.equal else f"{check.differing} prompts differ"

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiny import TEXT, replica, result, with_reference
+from tiny import TEXT, result, with_reference
 
 from dtmsearch import exporting
 from dtmsearch.config import parse
 from dtmsearch.exporting import Exported, export
+from dtmsearch.model.replica import Replica
 from dtmsearch.model.served import measure
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
@@ -34,9 +35,11 @@ class Measured:
         return export(RUN, to, out, str(self.store), **options)
 
 
-def measured_plan(model: Path, store: Path, schemes: dict[str, str] | str, **settings: Any) -> Measured:
+def measured_plan(
+    model: Path, store: Path, schemes: dict[str, str] | str, dtype: str = "float32", scale_dtype: str = "float32"
+) -> Measured:
     """Measure a plan (component -> scheme, or one scheme for all) and record it as the outcome of a run."""
-    base = replica(model)
+    base = Replica(ModelSpec(str(model), dtype=dtype, scale_dtype=scale_dtype), ReplicaSettings(num_threads=1))
     manifest = base.manifest()
     plan = Plan.uniform(manifest.components, schemes) if isinstance(schemes, str) else Plan.of(schemes)
     reference = with_reference(base)
@@ -46,11 +49,11 @@ def measured_plan(model: Path, store: Path, schemes: dict[str, str] | str, **set
     text.write_text(TEXT)
     file = f"""
 run: {RUN}
-model: {{path: {model}, dtype: float32}}
+model: {{path: {model}, dtype: {dtype}, scale_dtype: {scale_dtype}}}
 prompts: {{files: [{text}], count: 6, prompt_tokens: 10, continuation_tokens: 12}}
 search: {{schemes: [int8-channel]}}
 """
-    parsed = parse(file, "search.yaml", store.parent, tuple(f"{key}={value}" for key, value in settings.items()))
+    parsed = parse(file, "search.yaml", store.parent)
     record = RunRecord(
         run=RUN,
         status="finished",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dtmsearch.export.dense import write_dense
 from dtmsearch.export.job import Job, Written
+from dtmsearch.export.packed import write_packed
+from dtmsearch.export.quantized_modules import write_modules
 from dtmsearch.plans.plan import plan_to_json
 
 
@@ -33,5 +35,7 @@ FORMATS = {
     for form in (
         Format("json", write_json, "`dtmsearch evaluate --plan` and `dtmsearch export`", is_model=False),
         Format("dense", write_dense, "anything that loads a Hugging Face checkpoint", is_model=True),
+        Format("bitsandbytes", write_modules, "transformers with bitsandbytes", is_model=True),
+        Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
     )
 }

@@ -18,7 +18,10 @@ from dtmsearch.plans.schemes import DENSE, parse_scheme
 
 @dataclass(frozen=True)
 class Job:
-    """A plan over the checkpoint in `folder`, as it was measured: weights in `dtype`, scales in `scale_dtype`."""
+    """A plan over the checkpoint in `folder`, as it was measured: weights in `dtype`, scales in `scale_dtype`.
+
+    `runtime` is what shall load it, where a format has several.
+    """
 
     folder: Path
     manifest: ModelManifest
@@ -26,6 +29,7 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     scale_dtype: torch.dtype = torch.float32
+    runtime: str = "transformers"
 
     def __post_init__(self) -> None:
         missing = [name for name in self.plan.schemes if f"{name}.weight" not in self.shapes]
@@ -45,6 +49,12 @@ class Job:
     def dtypes(self) -> dict[str, str]:
         return {name: dtype for path in weight_files(self.folder) for name, (dtype, _) in read_header(path).items()}
 
+    @cached_property
+    def linear(self) -> tuple[str, ...]:
+        """The linear layers of the model: its components and an untied head."""
+        after = [c for c in self.manifest.others if c.layer == self.manifest.num_layers and min(c.shape) > 1]
+        return tuple(c.name for c in (*self.manifest.components, *after))
+
     def component(self, tensor: str) -> Component | None:
         """The component whose weights a tensor holds, if the plan compresses it."""
         name = tensor.removesuffix(".weight")
@@ -59,8 +69,8 @@ class Job:
                     yield name, tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     @property
-    def plan_bytes(self) -> int:
-        """Bytes of all tensors by the plan's arithmetic: components under their schemes, the rest in the dtype."""
+    def plan_bits(self) -> int:
+        """Bits of all tensors by the plan's arithmetic: components under their schemes, the rest in the dtype."""
         bits = 0
         width = self.dtype.itemsize * 8
         for name, shape in self.shapes.items():
@@ -70,7 +80,7 @@ class Job:
             else:
                 stored = width if self.dtypes[name] in DTYPE_BITS else _INTEGER_BITS[self.dtypes[name]]
                 bits += stored * _count(shape)
-        return -(-bits // 8)
+        return bits
 
     @property
     def largest_layer_bytes(self) -> int:
@@ -86,11 +96,11 @@ class Job:
 @dataclass(frozen=True)
 class Written:
     """What an exporter has written: its files, the bytes of their tensors, and what the format stores beyond the plan's
-    arithmetic, by what it is (negative where it stores less)."""
+    arithmetic, in bits by what it is (negative where it stores less)."""
 
     files: tuple[Path, ...]
     tensor_bytes: int = 0
-    extra_bytes: Mapping[str, int] = field(default_factory=dict)
+    extra_bits: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 

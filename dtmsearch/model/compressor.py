@@ -37,7 +37,8 @@ def solved_scheme(scheme: Scheme) -> str | None:
 class Compressor:
     """Compresses components. Calibrated schemes need `calibrate` first, solved ones `keep` or `fetch_from`."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale_dtype: torch.dtype = torch.float32) -> None:
+        self._scale_dtype = scale_dtype
         self._pruner = Pruner()
         self._calibrated: str | None = None
         self._mean_squares: dict[str, Tensor] = {}
@@ -93,9 +94,9 @@ class Compressor:
             if packed is None:
                 raise ValueError(f"{component} has not been solved for {solved}")
             found = unpack(packed, weight.dtype, weight.device)
-            return found if solved == scheme.name else round_weight(found, scheme)
+            return found if solved == scheme.name else round_weight(found, scheme, self._scale_dtype)
         pruned = weight if scheme.pruning is None else self._pruned(component, weight, scheme)
-        return round_weight(pruned, scheme) if scheme.bits else pruned
+        return round_weight(pruned, scheme, self._scale_dtype) if scheme.bits else pruned
 
     def _pruned(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         assert scheme.pruning is not None

@@ -131,7 +131,7 @@ class Replica:
         self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
         if self._compiled:
             self._slots.update(compile_layers(*find_layers(model)))
-        self._weights = Weights(model, loaded.checkpoint, places)
+        self._weights = Weights(model, loaded.checkpoint, places, getattr(torch, spec.scale_dtype))
         self._calibrator = Calibrator(
             self._body, self._weights, self._manifest, self._to_base, self._generating, self._rows_in_batch
         )
@@ -154,7 +154,8 @@ class Replica:
     def mode(self) -> str:
         """The numeric mode: near ties fall differently in different ones."""
         way = "compiled" if self._compiled else "eager"
-        return f"{self._spec.dtype}/{self._device.type}/{self._spec.attention}/{way}"
+        scales = "" if self._spec.scale_dtype == "float32" else f"/{self._spec.scale_dtype}-scales"
+        return f"{self._spec.dtype}/{self._device.type}/{self._spec.attention}/{way}{scales}"
 
     def manifest(self) -> ModelManifest:
         return self._manifest

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from dtmsearch.model.loading import load_tokenizer
 from dtmsearch.model.replica import LoadedModel, Replica
 from dtmsearch.model.weights import Checkpoint
-from dtmsearch.plans.components import ModelManifest, weight_files
+from dtmsearch.plans.components import ModelManifest, read_header, weight_files
 from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.plans.plan import Plan
 
@@ -32,12 +33,55 @@ class ServedReplica(Replica):
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         transformers_logging.disable_progress_bar()
         folder = Path(spec.path)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(self._device)
-        )
-        nothing = ModelManifest(str(folder), None, spec.dtype, model.config.get_text_config().num_hidden_layers, "", ())
-        checkpoint = Checkpoint(weight_files(folder))
-        return LoadedModel(model.eval().requires_grad_(False), load_tokenizer(folder, spec), nothing, checkpoint)
+        load = decompressed_model if _has_packed_zeros(folder) else _plain_model
+        model = load(folder, spec, self._device).eval().requires_grad_(False)
+        with torch.no_grad():  # some weights are unpacked when the model first runs as a whole
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
+        num_layers = model.config.get_text_config().num_hidden_layers
+        nothing = ModelManifest(str(folder), None, spec.dtype, num_layers, "", ())
+        return LoadedModel(model, load_tokenizer(folder, spec), nothing, Checkpoint(weight_files(folder)))
+
+
+def _plain_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
+    """As a user loads it; but on processors with AVX-512 in bfloat16, bitsandbytes is kept from rounding the scales of
+    its 4-bit weights once more, as the search kept it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(device)
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that types know of
+    return model
+
+
+def _has_packed_zeros(folder: Path) -> bool:
+    """Whether it has what transformers cannot load: compressed-tensors' packed zero points."""
+    headers = (read_header(path) for path in weight_files(folder))
+    return any(name.endswith(".weight_zero_point") and kind == "I32" for h in headers for name, (kind, _) in h.items())
+
+
+def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
+    """A folder of compressed-tensors as a dense model, by that library's own decompression."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    quantization = QuantizationConfig.model_validate(config.quantization_config)
+    del config.quantization_config
+    state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path, str(device)).items()}
+    for scheme in quantization.config_groups.values():
+        for module in scheme.targets:
+            own = {
+                name.rpartition(".")[2]: state.pop(name) for name in list(state) if name.startswith(f"{module}.weight")
+            }
+            compressor = BaseCompressor.get_value_from_registry(scheme.format)
+            state[f"{module}.weight"] = compressor.decompress(own, scheme)["weight"]
+    options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+    model = AutoModelForCausalLM.from_config(config, **options).to(device)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    assert not unexpected and set(missing) <= set(model.all_tied_weights_keys), (missing, unexpected)
+    return model
 
 
 def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> EvalResult:

@@ -62,15 +62,17 @@ class Checkpoint:
 
 
 class Weights:
-    """A model's components under a plan, `Plan()` to begin with."""
+    """A model's components under a plan, `Plan()` to begin with; scales of rounded ones as `scale_dtype` holds them."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, places: Places) -> None:
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32
+    ) -> None:
         self._model = model
         self._places = places
         self._checkpoint = checkpoint
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
-        self.compressor = Compressor()
+        self.compressor = Compressor(scale_dtype)
         self.plan = Plan()
 
     def become(self, plan: Plan) -> None:

@@ -34,12 +34,14 @@ class Component:
 
     `name` is the path of its module, `layer` the index of its layer (-1 before the layers, the number of layers
     after them), `kind` its role inside the layer (`q`, `down`, ...), `shape` its rows (outputs) and columns (inputs).
+    `transposed`: the model keeps it as columns by rows.
     """
 
     name: str
     layer: int
     kind: str
     shape: tuple[int, int]
+    transposed: bool = False
 
     @property
     def num_weights(self) -> int:

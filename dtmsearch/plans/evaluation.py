@@ -30,7 +30,8 @@ StatesKept = Literal["auto", "device", "host", "sweep"]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model a replica loads, and in which numeric mode. `path` is a folder or a hub id."""
+    """Which model a replica loads, and in which numeric mode. `path` is a folder or a hub id; scales of rounded weights
+    are those that `scale_dtype` can hold, as they are once they are stored in it."""
 
     path: str
     revision: str | None = None
@@ -38,6 +39,7 @@ class ModelSpec:
     attention: str = "sdpa"
     trust_remote_code: bool = False
     compile: Literal["auto", "always", "never"] = "auto"
+    scale_dtype: str = "float32"
 
 
 @dataclass(frozen=True)

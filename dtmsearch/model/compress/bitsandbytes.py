@@ -20,12 +20,12 @@ from bitsandbytes import nn as bitsandbytes_nn  # noqa: E402 - after the lines t
 modules: Any = bitsandbytes_nn  # it ships types that say less than they should
 
 # Activation features above it stay in 16 bits; 0 is plain AbsMax of weights and activations.
-_OUTLIER_THRESHOLD = {"w8a8": 0.0, "llm-int8": 6.0}
+OUTLIER_THRESHOLD = {"w8a8": 0.0, "llm-int8": 6.0}
 
 
 def compressed_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> nn.Module:
     """A bitsandbytes module that computes what `linear` does with `weight` [rows, cols] under `scheme`."""
-    make = _int8_module if scheme.name in _OUTLIER_THRESHOLD else _4bit_module
+    make = _int8_module if scheme.name in OUTLIER_THRESHOLD else _4bit_module
     module = make(linear, weight.detach(), scheme)
     module.bias = linear.bias
     with torch.no_grad():
@@ -39,7 +39,7 @@ def _int8_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
         linear.out_features,
         bias=False,
         has_fp16_weights=False,
-        threshold=_OUTLIER_THRESHOLD[scheme.name],
+        threshold=OUTLIER_THRESHOLD[scheme.name],
         device="meta",
     )
     module.weight = modules.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)

@@ -1,0 +1,186 @@
+"""Exports of quantized tensors, bitsandbytes and compressed-tensors: transformers loads what was recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from exports import RUN, Measured, in_process, measured_plan
+from safetensors.torch import load_file
+from tiny import llama_config, write_model
+
+from dtmsearch.exporting import ExportFailed, export
+from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.schemes import parse_scheme
+
+LAYERS = "model.layers"
+MIXED = {
+    f"{LAYERS}.0.self_attn.q_proj": "int4-g16",
+    f"{LAYERS}.0.mlp.down_proj": "int3-g16-asym",
+    f"{LAYERS}.1.self_attn.v_proj": "int8-channel",
+    f"{LAYERS}.1.mlp.gate_proj": "int8-channel-asym",
+    f"{LAYERS}.1.mlp.up_proj": "int4-channel-asym",
+    f"{LAYERS}.2.self_attn.o_proj": "int2-tensor",
+    f"{LAYERS}.2.mlp.up_proj": "int6-tensor-asym",
+    f"{LAYERS}.2.self_attn.k_proj": "int5-g32",
+}
+TIED = {
+    f"{LAYERS}.{layer}.{name}_proj": scheme
+    for layer, scheme in ((0, "int4-g32-asym"), (1, "int8-channel"), (2, "int4-g32"))
+    for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = tmp_path_factory.mktemp("mixed")
+    return measured_plan(write_model(folder / "model"), folder / "store", MIXED)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = tmp_path_factory.mktemp("half")
+    config = llama_config(dtype="bfloat16", tie_word_embeddings=True)
+    return measured_plan(write_model(folder / "model", config), folder / "store", TIED, "bfloat16", "bfloat16")
+
+
+def test_every_kind_of_rounding_in_one_model_measures_as_recorded(mixed: Measured, tmp_path: Path) -> None:
+    check = mixed.export("compressed-tensors", tmp_path / "out").check
+    assert check is not None and check.equal and check.sdt_measured > 0
+
+
+def test_the_librarys_own_decompression_gives_the_rounded_weights(mixed: Measured, tmp_path: Path) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    mixed.export("compressed-tensors", tmp_path / "out", check=False)
+    before = load_file(Path(mixed.manifest.model) / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    wrong = []
+    for scheme in QuantizationConfig.model_validate(config).config_groups.values():
+        for name in scheme.targets:
+            own = {key.rpartition(".")[2]: value for key, value in after.items() if key.startswith(f"{name}.weight")}
+            restored = BaseCompressor.get_value_from_registry(scheme.format).decompress(own, scheme)["weight"]
+            wanted = round_weight(before[f"{name}.weight"], parse_scheme(MIXED[name]))
+            wrong += [] if torch.equal(restored, wanted) else [name]
+    assert wrong == []
+
+
+def test_scales_of_16_bits_take_the_plans_bytes(half: Measured, tmp_path: Path) -> None:
+    exported = half.export("compressed-tensors", tmp_path / "out", runtime="vllm")
+    assert dict(exported.extra_bits) == {"shapes": 128 * len(TIED)}
+
+
+def test_packed_zero_points_are_checked_by_the_librarys_decompression(half: Measured, tmp_path: Path) -> None:
+    check = half.export("compressed-tensors", tmp_path / "out", runtime="vllm").check
+    assert check is not None and check.equal
+
+
+def test_scales_are_counted_where_they_take_32_bits(mixed: Measured, tmp_path: Path) -> None:
+    extra = mixed.export("compressed-tensors", tmp_path / "out", check=False).extra_bits
+    num_scales = sum(parse_scheme(s).num_scales(mixed.manifest.by_name[name].shape) for name, s in MIXED.items())
+    assert extra["scales of 32 bits"] == 16 * num_scales
+
+
+def test_schemes_that_are_no_integers_are_refused_by_name(tmp_path: Path) -> None:
+    plan = {f"{LAYERS}.0.mlp.up_proj": "nf4", f"{LAYERS}.1.mlp.up_proj": "int8-channel"}
+    measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj: nf4: it stores integers"):
+        measured.export("compressed-tensors", tmp_path / "out")
+
+
+def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path: Path) -> None:
+    plan = {f"{LAYERS}.0.mlp.up_proj": "int4-g24"}
+    measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan)
+    with pytest.raises(ValueError, match="24 does not divide 32"):
+        measured.export("compressed-tensors", tmp_path / "out")
+
+
+def test_widths_without_a_kernel_are_refused_for_vllm(tmp_path: Path) -> None:
+    measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", "int3-channel")
+    with pytest.raises(ValueError, match="kernels read 4 and 8 bits"):
+        measured.export("compressed-tensors", tmp_path / "out", runtime="vllm")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = tmp_path_factory.mktemp("untied")
+    plan = {f"{LAYERS}.0.self_attn.q_proj": "int8-channel", f"{LAYERS}.0.self_attn.k_proj": "int4-g32"}
+    return measured_plan(write_model(folder / "model"), folder / "store", plan)
+
+
+def test_an_untied_plan_is_refused_for_vllm_with_what_is_untied(untied: Measured, tmp_path: Path) -> None:
+    wanted = "layers.0.self_attn.q_proj: int8-channel, .*k_proj: int4-g32, .*v_proj: dense"
+    with pytest.raises(ValueError, match=wanted):
+        untied.export("compressed-tensors", tmp_path / "out", runtime="vllm")
+
+
+def test_an_untied_plan_is_refused_with_the_measured_price_of_its_repair(untied: Measured, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"widest scheme: \+[0-9,]+ bytes, FDT 12.00 \([-+][0-9.]+\)"):
+        untied.export("compressed-tensors", tmp_path / "out", runtime="vllm")
+
+
+def test_the_repaired_plan_is_left_to_be_exported(untied: Measured, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cheapest repair"):
+        untied.export("compressed-tensors", tmp_path / "out", runtime="vllm")
+    schemes = json.loads((tmp_path / "out.repaired.json").read_text())["schemes"]
+    assert len({schemes.get(f"{LAYERS}.0.self_attn.{kind}_proj") for kind in "qkv"}) == 1
+
+
+def test_transformers_alone_loads_an_untied_plan(untied: Measured, tmp_path: Path) -> None:
+    check = untied.export("compressed-tensors", tmp_path / "out").check
+    assert check is not None and check.equal
+
+
+@pytest.mark.parametrize("schemes", [["w8a8"], ["llm-int8"], ["nf4", "fp4"]], ids=["w8a8", "llm-int8", "4-bit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitsandbytes_modules_measure_as_recorded(tmp_path: Path, schemes: list[str], dtype: str) -> None:
+    config = llama_config(dtype=dtype, tie_word_embeddings=dtype == "bfloat16")
+    names = [f"{LAYERS}.{layer}.{name}_proj" for layer in (0, 2) for name in ("self_attn.q", "mlp.gate", "mlp.down")]
+    plan = {name: schemes[i % len(schemes)] for i, name in enumerate(names)}
+    measured = measured_plan(write_model(tmp_path / "model", config), tmp_path / "store", plan, dtype)
+    check = measured.export("bitsandbytes", tmp_path / "out").check
+    assert check is not None and check.equal
+
+
+def test_components_that_stay_dense_are_skipped_one_by_one(tmp_path: Path) -> None:
+    plan = {f"{LAYERS}.1.mlp.up_proj": "nf4"}
+    measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan)
+    measured.export("bitsandbytes", tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert [name for name, tensor in after.items() if tensor.dtype == torch.uint8 and name.endswith(".weight")] == [
+        f"{LAYERS}.1.mlp.up_proj.weight"
+    ]
+
+
+def test_bitsandbytes_of_8_and_4_bits_in_one_model_is_refused_with_the_list(tmp_path: Path) -> None:
+    plan = {f"{LAYERS}.{layer}.mlp.up_proj": scheme for layer, scheme in enumerate(("nf4", "nf4", "w8a8"))}
+    measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan)
+    with pytest.raises(ValueError, match=r"in 8 bits or in 4 bits[^$]*without\n  model.layers.2.mlp.up_proj: w8a8$"):
+        measured.export("bitsandbytes", tmp_path / "out")
+
+
+def test_plain_rounding_is_no_bitsandbytes(mixed: Measured, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stores w8a8, llm-int8, nf4 and fp4 only"):
+        mixed.export("bitsandbytes", tmp_path / "out")
+
+
+def test_an_export_of_another_scale_dtype_is_another_measurement(tmp_path: Path) -> None:
+    config = llama_config(dtype="bfloat16")
+    plan = dict.fromkeys(TIED, "int4-g32")
+    measured = measured_plan(write_model(tmp_path / "model", config), tmp_path / "store", plan, "bfloat16")
+    with pytest.raises(ExportFailed, match="prompts differ"):
+        export(RUN, "compressed-tensors", tmp_path / "out", str(measured.store), runtime="vllm")
+
+
+def test_the_plan_is_in_the_folder_as_it_was(mixed: Measured, tmp_path: Path) -> None:
+    assert mixed.export("compressed-tensors", tmp_path / "out", check=False).plan == Plan.of(MIXED)
