@@ -21,7 +21,7 @@ import dtmsearch
 from dtmsearch import config, texts
 from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
 from dtmsearch.cluster.pool import PoolSettings as Where
-from dtmsearch.compose import space_of, strategy_of
+from dtmsearch.compose import space_of, sparsity_search_of, strategy_of
 from dtmsearch.config import PromptsSection, SearchFile
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, IntArray, Outcome, Reference
@@ -31,8 +31,18 @@ from dtmsearch.plans.records import RunRecord
 from dtmsearch.plans.schemes import parse_scheme, siblings
 from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFull
 from dtmsearch.results.summary import RunSummary, summarize_run
-from dtmsearch.search.scheduler import Decision, Observer, Progress, SearchStopped, measure, remarks_of, search
+from dtmsearch.search.scheduler import (
+    Decision,
+    Observer,
+    Progress,
+    SearchStopped,
+    Strategy,
+    measure,
+    remarks_of,
+    search,
+)
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.sparsity import Milestone, Sparsity
 
 __all__ = [
     "PlanMeasurement",
@@ -164,6 +174,7 @@ class _Session:
     ) -> None:
         self._file, self._results, self._writer = file, results, writer
         self._where, self._observer, self._previous = where, observer, previous
+        self._milestones: Sequence[Milestone] = ()
         self._record = previous or RunRecord(
             run=file.run,
             status="running",
@@ -221,10 +232,17 @@ class _Session:
 
     def _search(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> tuple[Plan | None, Sequence[str]]:
         """The plan that the search comes to, and what its strategy has to say of it."""
-        strategy = strategy_of(self._file, space, reference.id)
+        strategy = self._strategy(pool, space, reference)
         limit_seconds = self._file.search.stop.seconds
         plan = search(strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds)
+        if isinstance(strategy, Sparsity):
+            self._milestones = strategy.milestones
         return plan, remarks_of(strategy)
+
+    def _strategy(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> Strategy:
+        if self._file.search.strategy == "sparsity":
+            return sparsity_search_of(self._file, space, reference.id)
+        return strategy_of(self._file, space, reference.id)
 
     def _validate(self, pool: ReplicaPool, space: SearchSpace, plan: Plan, held_out: PromptsSection) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
@@ -236,6 +254,9 @@ class _Session:
             label: EvalRequest(candidate, reference.id, (0, reference.num_prompts), EXTRA_METRICS)
             for label, candidate in validation_plans(space, plan).items()
         }
+        for model in self._milestones:  # the last of them is the plan itself, over the weights that it ended with
+            label = _PLAN if model is self._milestones[-1] else model.label
+            requests[label] = replace(requests[_PLAN], plan=model.plan, weights_id=model.weights_id)
         outcomes = measure(requests, pool, self._writer, "validation", self._stop_requested)
         self._record_continuations(pool, reference, plan, outcomes[_PLAN])
 
