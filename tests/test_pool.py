@@ -181,6 +181,30 @@ def test_a_replica_that_hangs_loses_no_request(tmp_path: Path) -> None:
     )
 
 
+def test_a_guess_that_is_submitted_later_is_answered_once() -> None:
+    with pool_of("seconds=0.02") as pool:
+        pool.manifest()
+        guessed, real = requests()[:8], requests()[4:16]
+        pool.submit_guesses(guessed)
+        pool.submit(real)
+        arrived: list[Outcome] = []
+        while len(arrived) < 16:
+            arrived += pool.poll(1.0)
+        arrived += pool.poll(0.3)
+    assert sorted(o.request_id for o in arrived) == sorted(r.id for r in requests()[:16])
+
+
+def test_replicas_that_idle_are_offered_where_there_are_many() -> None:
+    offered = []
+    with pool_of("") as pool:
+        pool.manifest()
+        pool.wait_until_ready()
+        for guess_from in (8, 2):
+            pool._settings = PoolSettings(replicas=2, guess_from=guess_from)
+            offered.append(pool.num_idle())
+    assert offered == [0, 2]
+
+
 def test_a_second_reference_reaches_replicas_that_still_take_the_first() -> None:
     with pool_of("") as pool:
         pool.manifest()

@@ -25,21 +25,26 @@ class Health:
     Time: a call is given up after `factor` times what its cost leads to expect, never before `floor_seconds` nor
     before three times the longest call so far, and after `first_seconds` while nothing has been measured.
 
-    Numbers: a canary of `canary_prompts` prompts comes every `canary_seconds`, or more rarely where canaries would take
-    more than `canary_share` of the time; and whenever results that a round waits for would have to wait for one. On
-    other batches near ties fall differently: up to `token_share` of the tokens and `nats` on average may differ from
-    what other replicas found. What the same replica found on the same batch it must find again, up to `own_nats`.
+    Numbers: a canary of `canary_part` of the prompts, at most `canary_prompts`, comes every `canary_seconds`, or more
+    rarely where canaries would take more than `canary_share` of the time; and whenever results that a round waits for
+    would have to wait for one. On other batches near ties fall differently: up to `token_share` of the tokens and
+    `nats` on average may differ from what other replicas found. What the same replica found on the same batch it must
+    find again, up to `own_nats`.
     """
 
     first_seconds: float = 3600.0
     floor_seconds: float = 60.0
     factor: float = 20.0
     canary_prompts: int = 8
+    canary_part: float = 1 / 64
     canary_seconds: float = 10.0
     canary_share: float = 0.02
     token_share: float = 0.05
     nats: float = 0.05
     own_nats: float = 5e-3
+
+    def num_canary_prompts(self, num_prompts: int) -> int:
+        return max(1, min(self.canary_prompts, int(num_prompts * self.canary_part)))
 
     def canary_interval(self, canary_seconds: float) -> float:
         """Seconds between canaries that take `canary_seconds` each."""
@@ -52,10 +57,12 @@ class Pace:
 
     health: Health
     seconds_per_cost: float | None = None
+    seconds_per_request: float = float("inf")
     longest_seconds: float = 0.0
 
-    def learn(self, cost: float, seconds: float) -> None:
+    def learn(self, cost: float, seconds: float, num_requests: int = 1) -> None:
         measured, known = seconds / cost, self.seconds_per_cost
+        self.seconds_per_request = seconds / num_requests
         self.seconds_per_cost = measured if known is None else 0.7 * known + 0.3 * measured
         self.longest_seconds = max(self.longest_seconds, seconds)
 

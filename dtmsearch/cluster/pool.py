@@ -59,6 +59,8 @@ _CALLS_AHEAD = 2
 # Outcomes are handed over this far apart, for each time costs the driver a commit; at once when no more are under way.
 _GATHER_SECONDS = 0.1
 _MAX_ATTEMPTS = 3
+# Guesses that a replica without work takes at once: its next real work waits until it has done them.
+_MOST_GUESSES = 8
 _MAX_FAILED_STARTS = 3
 # Processes of a local Ray without which nothing goes on.
 _VITAL = ("raylet", "gcs_server")
@@ -82,13 +84,15 @@ class ReplicasFailed(RuntimeError):
 @dataclass(frozen=True)
 class PoolSettings:
     """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
-    None are chosen from what the cluster has."""
+    None are chosen from what the cluster has. From `guess_from` replicas on, those that idle are offered to guesses:
+    with fewer, the end of a round costs too little."""
 
     address: str | None = None
     replicas: int = 0
     gpus_per_replica: float | None = None
     batch_tokens: int = 0
     cpus_per_replica: float | None = None
+    guess_from: int = 8
 
 
 class WrongNumbers(RuntimeError):
@@ -170,6 +174,8 @@ class ReplicaPool:
         self._dismissed = 0
         self._references: dict[str, tuple[Any, Reference]] = {}
         self._queue: RequestQueue | None = None
+        self._guesses: RequestQueue | None = None
+        self._guessed: set[str] = set()  # under way, submitted as guesses only
         self._attempts: dict[str, int] = {}
         self._arrived: list[Outcome] = []
         self._gather_until = 0.0
@@ -205,7 +211,7 @@ class ReplicaPool:
 
     def manifest(self) -> ModelManifest:
         manifest: ModelManifest = self._ask_one("manifest")
-        self._queue = RequestQueue(manifest)
+        self._queue, self._guesses = RequestQueue(manifest), RequestQueue(manifest)
         return manifest
 
     def cut_prompts(self, *arguments: Any) -> Any:
@@ -272,8 +278,28 @@ class ReplicaPool:
     # Evaluator.
 
     def submit(self, requests: Sequence[EvalRequest]) -> None:
-        assert self._queue is not None, "the manifest is read before anything is submitted"
-        self._queue.add(requests)
+        assert self._queue is not None and self._guesses is not None, "the manifest is read first"
+        ids = self._guessed.intersection(request.id for request in requests)
+        self._guessed -= ids
+        self._queue.add([request for request in requests if request.id not in ids])
+        self._queue.add(self._guesses.remove(ids))
+        self._dispatch()
+
+    def num_idle(self) -> int:
+        """See `dtmsearch.search.scheduler.Offering`: what replicas without work would do in one call each."""
+        if self._queue is None or self._guesses is None or len(self._queue):
+            return 0
+        ready = [m for m in self._members if m.ready]
+        if len(ready) < self._settings.guess_from:
+            return 0
+        each = min(max(int(_CALL_SECONDS / self._pace.seconds_per_request), 1), _MOST_GUESSES)
+        return max(sum(not m.calls for m in ready) * each - len(self._guesses), 0)
+
+    def submit_guesses(self, requests: Sequence[EvalRequest]) -> None:
+        """See `dtmsearch.search.scheduler.Offering`."""
+        assert self._guesses is not None
+        self._guessed |= {request.id for request in requests}
+        self._guesses.add(requests)
         self._dispatch()
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
@@ -337,7 +363,7 @@ class ReplicaPool:
         if call.check is not None:
             self._verify(member, call.check, Sample(*answer), seconds)
             return
-        self._pace.learn(call.cost, seconds)
+        self._pace.learn(call.cost, seconds, len(call.requests))
         member.held.append(_Held(call, answer))
         if call.requests[0].reference_id not in member.references:  # nothing to hold it against
             self._release(member)
@@ -359,10 +385,11 @@ class ReplicaPool:
                     num_prompts = self._num_canary_prompts(self._references[request.reference_id][1])
                     self._known.learn(request, outcome, num_prompts)
                 attempts = self._attempts.pop(outcome.request_id, 0) + 1
+                self._guessed.discard(outcome.request_id)
                 self._arrived.append(replace(outcome, provenance=replace(outcome.provenance, attempts=attempts)))
 
     def _dispatch(self) -> None:
-        if self._queue is None:
+        if self._queue is None or self._guesses is None:
             return
         ready = [m for m in self._members if m.ready]
         for ahead in range(_CALLS_AHEAD):  # everyone's first call before anyone's second
@@ -372,16 +399,19 @@ class ReplicaPool:
                 if self._canary_is_due(member):
                     self._send_canary(member)
                 elif len(self._queue):
-                    self._send(member, len(ready))
+                    self._send(member, self._queue, len(ready))
+                elif len(self._guesses) and not member.calls:
+                    self._send(member, self._guesses, len(ready))
 
     def _canary_is_due(self, member: _Member) -> bool:
-        """After its interval; and at once when nothing else waits, for a round may wait for what is unverified."""
+        """After its interval; and at once when nothing else waits and a round may wait for what is unverified."""
         unverified = member.unverified
         if not unverified or unverified[-1].requests[-1].reference_id not in member.references:
             return False
         interval = self._health.canary_interval(member.record.seconds)
         assert self._queue is not None
-        return not len(self._queue) or time.monotonic() - member.record.verified_at > interval
+        waited_for = any(request.id not in self._guessed for call in unverified for request in call.requests)
+        return (waited_for and not len(self._queue)) or time.monotonic() - member.record.verified_at > interval
 
     def _send_canary(self, member: _Member) -> None:
         """Of the plan that the replica holds, if it is known what comes out, and else of the dense model."""
@@ -396,14 +426,13 @@ class ReplicaPool:
         member.calls[call] = _Call([], self._queue.full_cost(num_prompts), time.monotonic(), check)
 
     def _num_canary_prompts(self, reference: Reference) -> int:
-        return min(self._health.canary_prompts, reference.num_prompts)
+        return self._health.num_canary_prompts(reference.num_prompts)
 
-    def _send(self, member: _Member, num_ready: int) -> None:
-        assert self._queue is not None
+    def _send(self, member: _Member, queue: RequestQueue, num_ready: int) -> None:
         rate = self._pace.seconds_per_cost
         budget = 0.0 if rate is None else _CALL_SECONDS / rate
-        budget = min(budget, self._queue.cost / (2 * num_ready))
-        requests, member.parent_id, cost = self._queue.take(budget, member.parent_id)
+        budget = min(budget, queue.cost / (2 * num_ready))
+        requests, member.parent_id, cost = queue.take(budget, member.parent_id)
         if not member.calls:
             member.idle_since = time.monotonic()
         call = member.actor.call.remote("evaluate", requests)
@@ -525,13 +554,15 @@ class ReplicaPool:
         self._fill()
 
     def _send_again(self, call: _Call, member: _Member, reason: str, charged: bool) -> None:
-        assert self._queue is not None
+        assert self._queue is not None and self._guesses is not None
         for request in call.requests:
+            queue = self._guesses if request.id in self._guessed else self._queue
             if charged:
                 self._attempts[request.id] = self._attempts.get(request.id, 0) + 1
             if self._attempts.get(request.id, 0) < _MAX_ATTEMPTS:
-                self._queue.add([request], alone=charged)
+                queue.add([request], alone=charged)
                 continue
+            self._guessed.discard(request.id)
             attempts = self._attempts.pop(request.id)
             provenance = Provenance(member.name, member.node, attempts, finished_at=time.time())
             message = f"{attempts} replicas were lost while they measured it; the last: {reason}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -63,6 +63,21 @@ class RequestQueue:
         layer = first_changed_layer(request, self._manifest)
         layers = self._manifest.num_layers - layer + _FIXED_COST
         return _Waiting(layer, request.id, layers * (request.prompts[1] - request.prompts[0]), request)
+
+    def remove(self, ids: Collection[str]) -> list[EvalRequest]:
+        """Take requests out of turn: those of `ids` that wait here."""
+        removed = [waiting for waiting in self._alone if waiting.id in ids]
+        self._alone = deque(waiting for waiting in self._alone if waiting.id not in ids)
+        for parent, group in list(self._groups.items()):
+            mine = [waiting for waiting in group.requests if waiting.id in ids]
+            if mine:
+                group.requests = [waiting for waiting in group.requests if waiting.id not in ids]
+                group.cost -= sum(waiting.cost for waiting in mine)
+                removed += mine
+            if not group.requests:
+                del self._groups[parent]
+        self.cost -= sum(waiting.cost for waiting in removed)
+        return [waiting.request for waiting in removed]
 
     def full_cost(self, num_prompts: int) -> float:
         """The cost of all layers over so many prompts."""

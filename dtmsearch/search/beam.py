@@ -6,14 +6,15 @@ the order of the answers changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Literal
 
 from dtmsearch.plans.evaluation import Outcome
+from dtmsearch.plans.metrics import Summary
 from dtmsearch.plans.plan import Perturbation, Plan
 from dtmsearch.search.racing import RacedRound, Racing
-from dtmsearch.search.rounds import Answer, RequestFactory, Round
+from dtmsearch.search.rounds import Answer, Candidate, RequestFactory, Round
 from dtmsearch.search.scheduler import Ask, Decision
 from dtmsearch.search.space import SearchSpace
 
@@ -94,6 +95,25 @@ class Beam:
 
     def ask(self) -> list[Ask]:
         return self._round.ask()
+
+    def guesses(self) -> Iterator[Ask]:
+        """Children of the candidates that are the best so far, the leader's first; none where the leader would end the
+        search. (Races decide too early in a round to guess anything.)"""
+        if isinstance(self._round, RacedRound):
+            return
+        best = self._round.ranked_so_far(self._rank_by)[: self._width]
+        if not best or self._ends_with(*best[0]):
+            return
+        told = self._known | self._round.answers if self._space.budget.limits_size else {}
+        for candidate, _ in best:
+            for edge in self._chosen(self._space.perturbations(candidate.plan)):
+                child = candidate.plan.with_(edge)
+                if child.id not in told:
+                    yield Ask(self._request_for(child, candidate.plan), edge)
+
+    def _ends_with(self, leader: Candidate, summary: Summary) -> bool:
+        too_bad = self._min_fdt is not None and summary.fdt_mean < self._min_fdt
+        return too_bad or self._space.budget.reached(self._space.size(leader.plan))
 
     def tell(self, request_id: str, outcome: Outcome) -> None:
         self._round.tell(request_id, outcome)

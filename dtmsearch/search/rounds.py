@@ -90,9 +90,14 @@ class Round:
 
         Raises `SearchFailed` when none of them could be measured.
         """
-        measured = [(c, c.answer) for c in self.candidates if isinstance(c.answer, Summary)]
+        measured = self.ranked_so_far(metric)
         if not measured:
             raise SearchFailed(all_failed(self.step, self.candidates))
+        return measured
+
+    def ranked_so_far(self, metric: str) -> list[tuple[Candidate, Summary]]:
+        """As `ranked`, of those that are told; none before the first."""
+        measured = [(c, c.answer) for c in self.candidates if isinstance(c.answer, Summary)]
         return sorted(measured, key=lambda pair: rank_key(pair[1], metric))
 
 

@@ -7,8 +7,9 @@ Owns the protocols that the rest implements: `Strategy` (chooses), `Evaluator` (
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Outcome
@@ -95,6 +96,27 @@ def remarks_of(strategy: Strategy) -> Sequence[str]:
     return strategy.remarks if isinstance(strategy, Remarking) else ()
 
 
+@runtime_checkable
+class Guessing(Protocol):
+    """A strategy that can say what it will probably ask for next, so that replicas need not idle at a round's end."""
+
+    def guesses(self) -> Iterator[Ask]:
+        """What the next round asks for if the present one ends as it stands, the most certain first. Tells it nothing,
+        changes nothing."""
+
+
+@runtime_checkable
+class Offering(Protocol):
+    """An evaluator that says when it has nothing better to do."""
+
+    def num_idle(self) -> int:
+        """How many requests more could be begun at once, with none that wait."""
+
+    def submit_guesses(self, requests: Sequence[EvalRequest]) -> None:
+        """Measure these when there is nothing else to do. One that is submitted later is measured no second time, and
+        waits no longer than others."""
+
+
 class Evaluator(Protocol):
     """Measures, in any order, on whatever it has."""
 
@@ -148,8 +170,13 @@ class Observer(Protocol):
 class _Loop:
     """The state of one session of a search: what is known, what is in flight, how fast it goes."""
 
-    def __init__(self, strategy: Strategy, evaluator: Evaluator, log: ResultLog, observer: Observer) -> None:
+    def __init__(
+        self, strategy: Strategy, evaluator: Evaluator, log: ResultLog, observer: Observer, guess_share: float
+    ) -> None:
         self.strategy, self.evaluator, self.log, self.observer = strategy, evaluator, log, observer
+        self.guess_share = guess_share
+        self.guessed: set[str] = set()  # under way, asked for by nobody yet
+        self.elsewhere: set[str] = set()  # what need not be guessed, for other runs have measured it
         self.known = {outcome.request_id: outcome for outcome in log.replay()}
         self.recorded_steps = list(log.decisions())
         self.earlier_seconds = self.recorded_steps[-1].wall_seconds if self.recorded_steps else 0.0
@@ -173,6 +200,7 @@ class _Loop:
         answers: dict[str, tuple[str | None, Outcome]] = {**given, **elsewhere}
         fresh = [a for a in unknown if a.request.id not in answers]
         self.in_flight |= {a.request.id: (a, step) for a in fresh}
+        self.guessed.difference_update(a.request.id for a in asks)
         self._take([(a, step, answers[a.request.id]) for a in unknown if a.request.id in answers])
         for ask in asks:
             if ask.request.id in self.known:
@@ -186,7 +214,33 @@ class _Loop:
         self._take([(*self.in_flight.pop(request_id), (None, outcome)) for request_id, outcome in arrived.items()])
         self.measured += len(arrived)
         for request_id in arrived:
-            self._tell(request_id)
+            if request_id in self.guessed:
+                self.guessed.remove(request_id)  # from now on it is known, and waits until it is asked for
+            else:
+                self._tell(request_id)
+
+    def guess(self) -> None:
+        """Give replicas that idle what the next round will probably ask for.
+
+        Never more than `guess_share` of the evaluations told so far wait for somebody to ask for them: no more can
+        have been in vain.
+        """
+        if not (self.guess_share and isinstance(self.strategy, Guessing) and isinstance(self.evaluator, Offering)):
+            return
+        allowed = int(self.guess_share * self.answered) - len(self.known) - len(self.guessed)
+        most = min(allowed, self.evaluator.num_idle())
+        if most <= 0:
+            return
+        new = (ask for ask in self.strategy.guesses() if not self._is_known(ask.request.id))
+        guesses = {ask.request.id: ask for ask in islice(new, most)}
+        self.elsewhere |= self.log.recorded_elsewhere(list(guesses)).keys()
+        fresh = {i: ask for i, ask in guesses.items() if i not in self.elsewhere}
+        self.in_flight |= {i: (ask, self.strategy.step + 1) for i, ask in fresh.items()}
+        self.guessed |= fresh.keys()
+        self.evaluator.submit_guesses([ask.request for ask in fresh.values()])
+
+    def _is_known(self, request_id: str) -> bool:
+        return request_id in self.known or request_id in self.in_flight or request_id in self.elsewhere
 
     def _take(self, answers: Sequence[tuple[Ask, int, tuple[str | None, Outcome]]]) -> None:
         """Write first: nothing is known before it is durable."""
@@ -248,16 +302,21 @@ def search(
     observer: Observer,
     stop_requested: Callable[[], bool] = lambda: False,
     limit_seconds: float | None = None,
+    guess_share: float = 0.15,
 ) -> Plan | None:
     """Run a strategy to its end and return the plan that it comes to.
 
     What the log holds is answered from it, in this session or any later one, so running again after a kill resumes.
     `limit_seconds` bounds the search's own time over all its sessions. Raises `SearchStopped` when
     `stop_requested` turns true, `SearchStalled` rather than ending without being done.
+
+    `guess_share`: how many evaluations more may be made to keep replicas busy at a round's end, where strategy and
+    evaluator know how. They are results like any other, and change no decision.
     """
-    loop = _Loop(strategy, evaluator, log, observer)
+    loop = _Loop(strategy, evaluator, log, observer, guess_share)
     while True:
-        loop.record_decisions()  # before the strategy is asked again, which may train for hours
+        # Before the strategy is asked again, which may train for hours, and before it is told what is known already.
+        loop.record_decisions()
         while not strategy.done and loop.ask():
             loop.record_decisions()
         loop.record_decisions()
@@ -266,6 +325,7 @@ def search(
             return strategy.best
         if stop_requested():
             raise SearchStopped
+        loop.guess()
         if not loop.in_flight:
             raise SearchStalled(f"round {strategy.step} waits for outcomes that nobody measures")
         loop.receive(evaluator.poll(_POLL_SECONDS))

@@ -1,0 +1,130 @@
+"""What replicas that idle do at a round's end: a wrong guess costs time, never a decision."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+
+import pytest
+from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, evaluate, request_for, run_search, toy_components
+
+from dtmsearch.plans.evaluation import EvalRequest, Outcome
+from dtmsearch.plans.plan import Budget
+from dtmsearch.search.beam import Beam
+from dtmsearch.search.space import SearchSpace
+
+
+class Idling(FakeEvaluator):
+    """Measures `slots` requests side by side, which end in an order drawn from `seed`; offers slots that are free."""
+
+    def __init__(self, slots: int, seed: int = 0) -> None:
+        super().__init__()
+        self.slots = slots
+        self._chance = random.Random(seed)
+        self._guesses: list[EvalRequest] = []
+        self._busy: list[EvalRequest] = []
+        self.guessed: list[str] = []
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        under_way = {request.id for request in (*self._busy, *self._guesses)}
+        super().submit([request for request in requests if request.id not in under_way])
+
+    def num_idle(self) -> int:
+        return max(self.slots - len(self._busy) - len(self._waiting) - len(self._guesses), 0)
+
+    def submit_guesses(self, requests: Sequence[EvalRequest]) -> None:
+        self._guesses += requests
+        self.guessed += [request.id for request in requests]
+        self.evaluated += [request.id for request in requests]
+
+    def poll(self, timeout_seconds: float) -> list[Outcome]:
+        while len(self._busy) < self.slots and (self._waiting or self._guesses):
+            self._busy.append((self._waiting or self._guesses).pop(0))
+        self._chance.shuffle(self._busy)
+        ended = [self._busy.pop() for _ in range(min(self._chance.randint(1, 3), len(self._busy)))]
+        return [evaluate(request) for request in ended]
+
+
+def beam(width: int = 3, budget: Budget = Budget(share=0.7)) -> Beam:
+    space = SearchSpace(toy_components(4), ("int4-g32", "int8-channel"), budget=budget)
+    return Beam(space, request_for, width=width)
+
+
+def steps_of(log: MemoryLog) -> list[tuple[object, ...]]:
+    return [(s.step, s.plan_id, s.perturbation, s.score, s.evaluations) for s in log.steps]
+
+
+CALM = MemoryLog()
+run_search(beam(), log=CALM)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("slots", [4, 16, 64])
+def test_guesses_change_no_decision(seed: int, slots: int) -> None:
+    log = MemoryLog()
+    run_search(beam(), Idling(slots, seed), log)
+    assert steps_of(log) == steps_of(CALM)
+
+
+@pytest.mark.parametrize("budget", [Budget(bits_per_weight=7.0), Budget(components=5)])
+def test_guesses_change_no_decision_under_other_budgets(budget: Budget) -> None:
+    calm, guessing = MemoryLog(), MemoryLog()
+    run_search(beam(2, budget), log=calm)
+    run_search(beam(2, budget), Idling(16), guessing)
+    assert steps_of(guessing) == steps_of(calm)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_guesses_cost_no_more_than_their_share(seed: int) -> None:
+    evaluator = Idling(16, seed)
+    run_search(beam(), evaluator)
+    assert len(evaluator.evaluated) <= 1.15 * len(CALM.records)
+
+
+def test_without_a_share_nothing_is_guessed() -> None:
+    evaluator = Idling(16)
+    run_search(beam(), evaluator, guess_share=0.0)
+    assert evaluator.guessed == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_most_guesses_come_right(seed: int) -> None:
+    evaluator, log = Idling(8, seed), MemoryLog()
+    run_search(beam(), evaluator, log)
+    wanted = {record.request.id for record in CALM.records}
+    assert len(evaluator.guessed) > 10
+    assert sum(request_id in wanted for request_id in evaluator.guessed) > len(evaluator.guessed) / 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_evaluated_twice(seed: int) -> None:
+    evaluator = Idling(16, seed)
+    run_search(beam(), evaluator)
+    assert len(evaluator.evaluated) == len(set(evaluator.evaluated))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again_with_guesses_it_evaluates_nothing_that_is_recorded_again(seed: int) -> None:
+    log, again = MemoryLog(), []
+    for session in range(200):
+        known = {record.request.id for record in log.records}
+        evaluator = Idling(16, seed + session)
+        with suppress(Killed):
+            run_search(beam(), evaluator, KilledAfter(log, 11))
+            break
+        again += [i for i in evaluator.evaluated if i in known]
+    assert (again, steps_of(log)) == ([], steps_of(CALM))
+
+
+def test_what_another_run_measured_is_not_guessed() -> None:
+    evaluator = Idling(16)
+    run_search(beam(), evaluator, MemoryLog({"other": CALM}))
+    wanted = {record.request.id for record in CALM.records}
+    assert [i for i in evaluator.guessed if i in wanted] == []
+
+
+def test_the_last_round_guesses_nothing() -> None:
+    evaluator = Idling(64)
+    run_search(beam(budget=Budget(components=1)), evaluator)
+    assert evaluator.guessed == []
