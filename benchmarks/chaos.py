@@ -54,8 +54,17 @@ _WEIGHTS = {
 }
 KILLS = ("driver", "replica", "hang", "worker", "head")
 _PATIENCE_SECONDS = 240.0
-# What differs between two runs of one search: where and when.
-_CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
+# What differs between two runs of one search: where and when; and who guessed that an evaluation would be asked for.
+_CIRCUMSTANCES = (
+    "replica",
+    "node",
+    "attempts",
+    "wall_seconds",
+    "finished_at",
+    "step",
+    "parent_plan_id",
+    "perturbation",
+)
 _FULL, _REFUSED = 3, 4
 
 

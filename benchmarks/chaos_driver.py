@@ -57,7 +57,8 @@ def main(file: str, store: str, address: str, replicas: str) -> int:
     if "CHAOS_FAIL_EVERY" in os.environ:
         fail_every(int(os.environ["CHAOS_FAIL_EVERY"]))
     try:
-        composed.run(config.load(file), store, composed.Where(address=address, replicas=int(replicas)), Notes())
+        where = composed.Where(address=address, replicas=int(replicas), guess_from=1)
+        composed.run(config.load(file), store, where, Notes())
     except (SearchStopped, StoreFull, ClusterLost) as stopped:
         print("stopped:", stopped)
         return 3
