@@ -63,10 +63,11 @@ class Job:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's tensors, one at a time, on the job's device; floating-point ones in the measured dtype."""
         for path in weight_files(self.folder):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping, though it has keys
+            for name in read_header(path):
+                # A file stays mapped, and its pages in memory, as long as it is open: so it is opened for each.
+                with safe_open(path, framework="pt") as file:
                     tensor: Tensor = file.get_tensor(name)
-                    yield name, tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+                yield name, tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
     @property
     def plan_bits(self) -> int:
