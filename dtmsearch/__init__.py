@@ -12,14 +12,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dtmsearch.cluster.sweep import sweep
     from dtmsearch.config import load
     from dtmsearch.doctor import examine as doctor
     from dtmsearch.exporting import export
+    from dtmsearch.results.pareto import candidates as pareto
     from dtmsearch.results.query import query
     from dtmsearch.results.summary import runs_overview as ls
     from dtmsearch.results.summary import summarize_run as status
     from dtmsearch.run import Where, demo, evaluate, open_store, resume, run, stop
     from dtmsearch.submission import submit
+    from dtmsearch.sweepfile import load_sweep
 
 __all__ = [
     "Where",
@@ -29,14 +32,17 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "load_sweep",
     "ls",
     "open_store",
+    "pareto",
     "query",
     "resume",
     "run",
     "status",
     "stop",
     "submit",
+    "sweep",
 ]
 __version__ = "0.1.0"
 
@@ -48,14 +54,17 @@ _LAZY = {
     "evaluate": ("dtmsearch.run", "evaluate"),
     "export": ("dtmsearch.exporting", "export"),
     "load": ("dtmsearch.config", "load"),
+    "load_sweep": ("dtmsearch.sweepfile", "load_sweep"),
     "ls": ("dtmsearch.results.summary", "runs_overview"),
     "open_store": ("dtmsearch.run", "open_store"),
+    "pareto": ("dtmsearch.results.pareto", "candidates"),
     "query": ("dtmsearch.results.query", "query"),
     "resume": ("dtmsearch.run", "resume"),
     "run": ("dtmsearch.run", "run"),
     "status": ("dtmsearch.results.summary", "summarize_run"),
     "stop": ("dtmsearch.run", "stop"),
     "submit": ("dtmsearch.submission", "submit"),
+    "sweep": ("dtmsearch.cluster.sweep", "sweep"),
 }
 
 

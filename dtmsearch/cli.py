@@ -292,6 +292,71 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+@cli.command(
+    "sweep",
+    epilog=examples(
+        "dtmsearch sweep configs/llama-demo-sweep.yaml",
+        "dtmsearch sweep sweep.yaml --dry-run",
+        "dtmsearch sweep sweep.yaml --address 10.0.0.5:6379 --replicas 4 --store s3://bucket/store",
+    ),
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@set_option
+@store_option
+@where_options
+@click.option("--dry-run", is_flag=True, help="List the searches, and run nothing.")
+@format_option("table", "json")
+def sweep_verb(
+    file: Path, overrides: tuple[str, ...], store: str, dry_run: bool, form: str, quiet: bool, **where: Any
+) -> int:
+    """Run the many searches of a sweep FILE side by side.
+
+    Run it again and it goes on where it was; --replicas is for each search.
+    """
+    from dtmsearch.sweepfile import load_sweep
+
+    plan, files = load_sweep(file, overrides)
+    if dry_run:
+        _show({"sweep": plan.sweep, "runs": [f.run for f in files]}, form, lambda v: "\n".join(v["runs"]))
+        return 0
+    from dtmsearch.cluster.sweep import sweep
+    from dtmsearch.plans.pareto import Race
+    from dtmsearch.summaries import sweep_text
+
+    rules = plan.stop_dominated
+    race = None if rules is None else Race(rules.margin, rules.patience)
+    with _resumable("run the same command again"):
+        outcome = sweep(files, store, _where(**where), race, (lambda text: None) if quiet else say)
+    _show(outcome, form, sweep_text)
+    if form == "table":
+        say(f"the plans that count: dtmsearch pareto '{plan.sweep}*'{_store_argument(store)}")
+    if outcome.is_complete:
+        return 0
+    return _FAILED if "failed" in outcome.statuses.values() else _STOPPED
+
+
+@cli.command(
+    "pareto",
+    epilog=examples("dtmsearch pareto", "dtmsearch pareto 'my-sweep*' --all --format json"),
+)
+@click.argument("pattern", default="*")
+@click.option("--all", "everything", is_flag=True, help="Also the plans than which others are smaller and better.")
+@store_option
+@format_option("table", "json")
+def pareto_verb(pattern: str, everything: bool, store: str, form: str) -> None:
+    """Show the validated plans that no other beats in size and quality.
+
+    PATTERN chooses runs by name. Plans are compared on the same held-out prompts, by FDT, SDT and KL.
+    """
+    from dtmsearch.results.pareto import candidates
+    from dtmsearch.summaries import front_text
+
+    found = candidates(_open(store), pattern)
+    _show([c for c in found if everything or c.fronts], form, front_text)
+    if not found:
+        say(f"no run {pattern} of {store} has a plan that was measured on held-out prompts")
+
+
 @cli.command("ls", epilog=examples("dtmsearch ls", "dtmsearch ls --store s3://bucket/store --format json"))
 @store_option
 @format_option("table", "json")

@@ -61,6 +61,8 @@ _SAME_SIZE = 0.05
 _PLAN = "plan"
 # Of the held-out prompts, so many at either end are recorded as text.
 _READ_AT_ENDS = 3
+# How the reason begins for which a sweep stops a run.
+DOMINATED = "dominated by "
 # How `evaluate` is asked for the uniform plan of a scheme.
 _UNIFORM = "uniform:"
 
@@ -120,13 +122,24 @@ def demo(store: str, where: Where = Where(), observer: Observer | None = None) -
     return run(config.parse(text, "demo.yaml", package), store, where, observer)
 
 
-def stop(run_name: str, store: str) -> None:
-    """Ask a running search to stop; it ends within a second or so of its replicas' present calls."""
+def stop(run_name: str, store: str, reason: str = "") -> None:
+    """Ask a running search to stop; it ends within a second or so of its replicas' present calls.
+
+    A reason is kept as the run's message.
+    """
     results = open_store(store)
     _record_of(results, run_name)
     if not results.is_running(run_name):
         raise ValueError(f"run {run_name!r} is not running")
-    results.request_stop(run_name)
+    results.request_stop(run_name, reason)
+
+
+def is_left_out(results: ResultStore, run_name: str) -> bool:
+    """Whether a sweep has nothing more to do for a run: it is finished, or was stopped because another dominates it."""
+    record = results.run(run_name)
+    if record is None:
+        return False
+    return record.status == "finished" or (record.status == "stopped" and (record.message or "").startswith(DOMINATED))
 
 
 def evaluate(
@@ -196,7 +209,8 @@ class _Session:
             with _interruptible(), _pool(self._file, self._where, self._observer) as pool:
                 self._run(pool)
         except (KeyboardInterrupt, SearchStopped):
-            self._save(status="stopped", finished_at=time.time())
+            reason = self._results.stop_reason(self._file.run)
+            self._save(status="stopped", finished_at=time.time(), message=reason or None)
             raise SearchStopped from None
         except BaseException as error:
             status = "stopped" if isinstance(error, StoreFull | ClusterLost) else "failed"

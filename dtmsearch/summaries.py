@@ -16,9 +16,11 @@ from dtmsearch.plans.plan import Plan
 from dtmsearch.terminal import table
 
 if TYPE_CHECKING:
+    from dtmsearch.cluster.sweep import SweepOutcome
     from dtmsearch.doctor import Finding
     from dtmsearch.estimate import Estimate
     from dtmsearch.exporting import Exported
+    from dtmsearch.results.pareto import Candidate
     from dtmsearch.results.summary import RunOverview, RunSummary, ValidationRow
     from dtmsearch.run import PlanMeasurement
 
@@ -210,6 +212,24 @@ def exported_values(result: Exported) -> dict[str, Any]:
     """An export for JSON: its plan as component -> scheme."""
     values: dict[str, Any] = plain(result)
     return values | {"plan_id": result.plan.id, "plan": result.plan.schemes}
+
+
+def sweep_text(outcome: SweepOutcome) -> str:
+    """How each search of a sweep stands."""
+    rows = [[run, status, outcome.messages.get(run)] for run, status in outcome.statuses.items()]
+    return table(["run", "status", "message"], rows)
+
+
+def front_text(candidates: Sequence[Candidate]) -> str:
+    """Plans from small to large, those of each model and set of held-out prompts together."""
+    columns = ["model", "run", "plan", "bits", "share", *_METRIC_COLUMNS, "no better as small in"]
+    return table(columns, [_front_cells(candidate) for candidate in candidates])
+
+
+def _front_cells(c: Candidate) -> list[object]:
+    size = [f"{c.bits_per_weight:.2f}", f"{c.share:.1%}"]
+    metrics = [c.fdt_mean, c.sdt_mean, c.dppl, c.ppl, c.kl]
+    return [c.model, c.run, c.label, *size, *metrics, " ".join(c.fronts).upper() or None]
 
 
 def findings_text(findings: Sequence[Finding]) -> str:

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"plans", "model.compress"},
     "texts": {"plans", "config"},
     "cluster": {"plans"},
-    "cluster.sweep": {"plans", "run"},
+    "cluster.sweep": {"plans", "config", "search", "results", "run"},
+    "sweepfile": {"config"},
     "submission": {"config", "texts", "cluster"},
     "compose": {"plans", "config", "search"},
     "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_LOAD: dict[str, set[str]] = {
     "plans": {"numpy"},
     "config": {"pydantic", "yaml"},
+    "sweepfile": {"pydantic", "yaml"},
     "search": {"numpy"},
     "results": {"pyarrow", "duckdb", "numpy"},
     "model": {

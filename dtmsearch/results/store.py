@@ -132,9 +132,16 @@ class ResultStore:
         """Whether a driver works on the run."""
         return lock_of(self.folder, run).is_held()
 
-    def request_stop(self, run: str) -> None:
+    def request_stop(self, run: str, reason: str = "") -> None:
         """Ask the run's driver to stop; the request is gone when a driver next starts."""
-        self.folder.write(_stop_marker(run), b"")
+        self.folder.write(_stop_marker(run), reason.encode())
+
+    def stop_reason(self, run: str) -> str:
+        """What was said with the request to stop; empty without one."""
+        try:
+            return str(self.folder.read(_stop_marker(run)).to_pybytes(), "utf-8")
+        except FileNotFoundError:
+            return ""
 
     def stop_requested(self, run: str) -> bool:
         return self.folder.exists(_stop_marker(run))

@@ -1,0 +1,86 @@
+"""The sweep file: a base search file, and for some of its keys the values to try; every combination is a search.
+
+Knows what the searches are, nothing of where they run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dtmsearch.config import RunName, SearchFile, load
+
+_LONGEST_NAME = 100
+
+
+class StopDominated(BaseModel):
+    """A search is stopped when at `patience` decisions in a row another one on the same prompts had a plan as small or
+    smaller whose mean FDT there was higher by `margin` tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    margin: float = Field(default=1.0, ge=0)
+    patience: int = Field(default=3, ge=1)
+
+
+class SweepFile(BaseModel):
+    """`grid`: keys as `--set` takes them, each with its values."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sweep: RunName
+    base: str
+    grid: dict[str, list[Any]] = Field(min_length=1)
+    stop_dominated: StopDominated | None = None
+
+
+def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> tuple[SweepFile, list[SearchFile]]:
+    """A sweep file and its searches, in the grid's order; `overrides` are those of every search.
+
+    Raises `ValueError` for a user's mistake in it, in the base file or in a combination.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the sweep file {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no sweep file: it should hold the keys sweep, base and grid")
+    try:
+        sweep = SweepFile.model_validate(content)
+    except ValidationError as error:
+        problems = (f"{path}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+        raise ValueError("\n".join(problems)) from None
+    empty = [key for key, values in sweep.grid.items() if not values]
+    if empty or "run" in sweep.grid:
+        raise ValueError(f"{path}: grid.{empty[0] if empty else 'run'}: give other keys, with at least one value each")
+    base = path.parent / sweep.base
+    return sweep, [_search(sweep, base, overrides, values) for values in itertools.product(*sweep.grid.values())]
+
+
+def _search(sweep: SweepFile, base: Path, overrides: tuple[str, ...], values: tuple[Any, ...]) -> SearchFile:
+    chosen = dict(zip(sweep.grid, values, strict=True))
+    settings = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
+    return load(base, (*overrides, *settings, f"run={run_name(sweep, chosen)}"))
+
+
+def run_name(sweep: SweepFile, chosen: dict[str, Any]) -> str:
+    """The name of a combination's run: always the same, so that a sweep that is run again finds its runs."""
+    varied = [key for key, values in sweep.grid.items() if len(values) > 1]
+    parts = [f"{key.rpartition('.')[2]}-{_plain(chosen[key])}" for key in varied]
+    name = ".".join([sweep.sweep, *parts])
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{name[: _LONGEST_NAME - 13]}.{digest}"
+
+
+def _plain(value: Any) -> str:
+    text = "_".join(map(str, value)) if isinstance(value, list) else str(value)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
