@@ -106,6 +106,16 @@ def test_an_audit_states_the_regret_that_it_found() -> None:
     assert f"{search.count.missed} were better than the choice, by at most" in search.remarks[0]
 
 
+def test_at_the_start_a_child_a_step_is_expected_after_the_first_round() -> None:
+    assert lazy(expand=1).expected_evaluations() == 24 + 11
+
+
+def test_at_the_end_what_was_asked_for_is_expected() -> None:
+    search, evaluator = lazy(), FakeEvaluator()
+    leaders(search, evaluator)
+    assert search.expected_evaluations() == len(evaluator.evaluated)
+
+
 def test_expand_bounds_what_a_round_measures() -> None:
     search = lazy(expand=1)
     leaders(search)

@@ -122,12 +122,13 @@ class Lazy:
             f"most {count.regret:.4g} in {self._rank_by}"
         ]
 
-    def expected_evaluations(self) -> int | None:
-        if self._done or not self._decisions:
+    def expected_evaluations(self) -> int:
+        if self._done:
             return self._num_asked
-        to_come = max(self._space.expected_steps - len(self._decisions), 0)
+        to_come = max(self._space.expected_steps - max(len(self._decisions), 1), 0.0)
         after_first = self._num_asked - len(self._space.perturbations(Plan()))
-        return self._num_asked + round(to_come * after_first / max(len(self._decisions) - 1, 1))
+        rounds = len(self._decisions) - 1
+        return self._num_asked + round(to_come * (after_first / rounds if rounds > 0 else self._width))
 
     def ask(self) -> list[Ask]:
         return self._round.ask()
