@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from dtmsearch.config import load
     from dtmsearch.doctor import examine as doctor
     from dtmsearch.exporting import export
+    from dtmsearch.report.writing import write_report as report
     from dtmsearch.results.pareto import candidates as pareto
     from dtmsearch.results.query import query
+    from dtmsearch.results.questions import ask
     from dtmsearch.results.summary import runs_overview as ls
     from dtmsearch.results.summary import summarize_run as status
     from dtmsearch.run import Where, demo, evaluate, open_store, resume, run, stop
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Where",
     "__version__",
+    "ask",
     "demo",
     "doctor",
     "evaluate",
@@ -37,6 +40,7 @@ __all__ = [
     "open_store",
     "pareto",
     "query",
+    "report",
     "resume",
     "run",
     "status",
@@ -49,6 +53,7 @@ __version__ = "0.1.0"
 # name here -> module, name there
 _LAZY = {
     "Where": ("dtmsearch.run", "Where"),
+    "ask": ("dtmsearch.results.questions", "ask"),
     "demo": ("dtmsearch.run", "demo"),
     "doctor": ("dtmsearch.doctor", "examine"),
     "evaluate": ("dtmsearch.run", "evaluate"),
@@ -59,6 +64,7 @@ _LAZY = {
     "open_store": ("dtmsearch.run", "open_store"),
     "pareto": ("dtmsearch.results.pareto", "candidates"),
     "query": ("dtmsearch.results.query", "query"),
+    "report": ("dtmsearch.report.writing", "write_report"),
     "resume": ("dtmsearch.run", "resume"),
     "run": ("dtmsearch.run", "run"),
     "status": ("dtmsearch.results.summary", "summarize_run"),

@@ -400,22 +400,24 @@ def stop_verb(name: str, store: str) -> None:
         'dtmsearch query "SELECT run, status, created_at FROM runs"',
         "dtmsearch query \"SELECT step, perturbation, score FROM steps WHERE run = 'my-run' ORDER BY step\"",
         'dtmsearch query "SELECT * FROM evaluations" --format parquet --out evaluations.parquet',
+        "dtmsearch query --list",
+        "dtmsearch query sensitivity my-run --format csv",
     ),
 )
-@click.argument("sql")
+@click.argument("sql", metavar="SQL|QUESTION", required=False)
+@click.argument("name", metavar="[RUN]", required=False)
 @store_option
 @format_option("table", "json", "csv", "parquet")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write instead of stdout.")
-def query_verb(sql: str, store: str, form: str, out: Path | None) -> None:
-    """Answer one SQL SELECT over the store.
+@click.option("--list", "listed", is_flag=True, help="The questions that have names, and what they ask.")
+def query_verb(sql: str | None, name: str | None, store: str, form: str, out: Path | None, listed: bool) -> None:
+    """Answer one SQL SELECT, or a question by its name about a RUN, over the store.
 
     Its tables are runs, components, prompts, evaluations, plans, steps and continuations.
     """
-    from dtmsearch.results.query import query
-
     if form == "parquet" and out is None:
         raise click.UsageError("parquet is no text for a terminal: give a file with --out")
-    answer = query(_open(store), sql)
+    answer = _answer(store, sql, name, listed)
     if form == "parquet":
         from pyarrow import parquet
 
@@ -605,6 +607,24 @@ def _show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Calla
         _print(json_text(value if as_values is None else as_values(value)))
     else:
         _print(as_text(value))
+
+
+def _answer(store: str, sql: str | None, run: str | None, listed: bool) -> Any:
+    """The rows that `query` was asked for: a SELECT's, a named question's, or the list of these."""
+    from dtmsearch.results.query import query
+    from dtmsearch.results.questions import ask, list_of_questions
+
+    if listed:
+        return list_of_questions()
+    if sql is None:
+        raise click.UsageError("give a SELECT or the name of a question (`dtmsearch query --list` shows the names)")
+    if not any(character.isspace() for character in sql):
+        if run is None:
+            raise click.UsageError(f"give the run that {sql!r} asks about: dtmsearch query {sql} RUN")
+        return ask(_open(store), sql, run)
+    if run is not None:
+        raise click.UsageError(f"a SELECT names its runs itself (WHERE run = '{run}'); RUN goes with a question's name")
+    return query(_open(store), sql)
 
 
 def _query_text(answer: Any, form: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fakes
 import numpy as np
 import yaml
-from fakes import CONTINUATION_TOKENS, FakeEvaluator, SilentObserver, evaluate, toy_components, toy_manifest
+from fakes import CONTINUATION_TOKENS, FakeEvaluator, SilentObserver, toy_components, toy_manifest
 
-from dtmsearch.plans.evaluation import Continuation, EvalRequest, Outcome, Reference, Writing
+from dtmsearch.plans.evaluation import Continuation, EvalRequest, Reference, Writing
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.results.store import ResultStore
@@ -31,6 +32,7 @@ def make_run(
     share: float = 0.6,
     width: int = 2,
     status: str = "finished",
+    failing: bool = False,
     num_layers: int = NUM_LAYERS,
 ) -> ResultStore:
     """A recorded run; one that is not finished has neither plan nor validation."""
@@ -44,12 +46,13 @@ def make_run(
             writer.put_reference(one)
         space = SearchSpace(components, SCHEMES, budget=Budget(share=share))
         beam = Beam(space, lambda plan, parent: request(plan, references[0], parent), "kl", width)
-        plan = search(beam, FakeEvaluator(answer, per_poll=8), writer, SilentObserver())
+        answers = fakes.failing({"layers.1.mlp": "nonfinite"}) if failing else fakes.evaluate
+        plan = search(beam, FakeEvaluator(answers, per_poll=8), writer, SilentObserver())
         assert plan is not None
         if finished:
             plans = validation_plans(space, plan)
             requests = {label: request(other, references[1]) for label, other in plans.items()}
-            measure(requests, FakeEvaluator(answer, per_poll=8), writer, "validation")
+            measure(requests, FakeEvaluator(fakes.evaluate, per_poll=8), writer, "validation")
             writer.put_continuations(references[1].id, plan.id, [written(prompt) for prompt in range(3)])
         writer.put_run(
             RunRecord(
@@ -72,10 +75,6 @@ def make_run(
 
 def request(plan: Plan, against: Reference, parent: Plan = Plan()) -> EvalRequest:
     return EvalRequest(plan, against.id, (0, NUM_PROMPTS), ("kl", "ppl"), parent)
-
-
-def answer(asked: EvalRequest) -> Outcome:
-    return evaluate(asked)
 
 
 def reference(name: str, num_layers: int) -> Reference:
