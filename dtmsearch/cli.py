@@ -383,6 +383,22 @@ def status_verb(name: str, store: str, form: str) -> None:
     _show(summarize_run(_open(store), name), form, run_text, run_values)
 
 
+@cli.command("watch", epilog=examples("dtmsearch watch my-run", "dtmsearch watch my-run --store s3://bucket/store"))
+@click.argument("name", metavar="RUN")
+@store_option
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two looks."
+)
+def watch_verb(name: str, store: str, interval: float) -> None:
+    """Show a run as it goes, from any machine that reads the store.
+
+    Ends when nobody works on the run any more; Ctrl-C stops watching, not the run.
+    """
+    from dtmsearch.watch import watch
+
+    watch(_open(store), name, interval)
+
+
 @cli.command("stop", epilog=examples("dtmsearch stop my-run", "dtmsearch stop my-run --store s3://bucket/store"))
 @click.argument("name", metavar="RUN")
 @store_option

@@ -23,7 +23,11 @@ NUM_PROMPTS = 8
 SCHEMES = ("int8-channel", "int4-channel")
 # What a page must show as text, wherever it comes from.
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;"
-CONFIG = {"run": "toy", "model": {"path": HOSTILE}, "search": {"strategy": "beam", "rank_by": "kl", "width": 2}}
+CONFIG = {
+    "run": "toy",
+    "model": {"path": HOSTILE},
+    "search": {"strategy": "beam", "rank_by": "kl", "width": 2, "stop": {"share": 0.6}},
+}
 
 
 def make_run(
