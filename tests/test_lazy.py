@@ -63,6 +63,18 @@ def test_where_damages_add_up_greedy_measures_one_child_a_step() -> None:
     assert len(evaluator.evaluated) == 24 + steps - 1
 
 
+def test_while_the_order_holds_the_guesses_are_what_is_asked_next() -> None:
+    search, asked, guessed = lazy(), [], []
+    while not search.done:
+        guessed.append([ask.request.id for ask in search.guesses()])
+        asks = search.ask()
+        asked.append([ask.request.id for ask in asks])
+        for ask in asks:
+            search.tell(ask.request.id, additive(ask.request))
+    path = [ids[0] for ids in asked[2:]]
+    assert guessed[1] == path
+
+
 def test_where_damages_interact_lazy_measures_more_and_says_that_the_order_was_wrong() -> None:
     search = lazy()
     leaders(search)

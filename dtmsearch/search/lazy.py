@@ -82,6 +82,7 @@ class Lazy:
         self._stale: dict[tuple[str, str], _Stale] = {}
         self._drift = 1.0
         self._known: dict[str, Answer] = {}
+        self._queue: list[Candidate] = []
         self._decisions: list[Decision] = []
         self._best: Plan | None = None
         self._done = False
@@ -133,6 +134,21 @@ class Lazy:
     def ask(self) -> list[Ask]:
         return self._round.ask()
 
+    def guesses(self) -> Iterator[Ask]:
+        """The plans of the rounds to come if the stale order holds: the queue's head, extended by what follows it.
+
+        One after the other, a queue's heads would keep a single replica busy.
+        """
+        plan = self._queue[0].plan if self._queue and not self._done else Plan()
+        for following in self._queue[1:]:
+            if self._space.budget.reached(self._space.size(plan)):
+                return
+            edge = following.perturbation
+            if edge in self._space.perturbations(plan):
+                parent, plan = plan, plan.with_(edge)
+                if plan.id not in self._known:
+                    yield Ask(self._request_for(plan, parent), edge)
+
     def tell(self, request_id: str, outcome: Outcome) -> None:
         self._round.tell(request_id, outcome)
         self._go_on()
@@ -164,7 +180,7 @@ class Lazy:
             self._learn(children, drifting=False)
             return
         predicted = {child.plan.id: self._predict(child) for child in children}
-        queue = sorted(children, key=lambda child: predicted[child.plan.id])
+        queue = self._queue = sorted(children, key=lambda child: predicted[child.plan.id])
         most = self._expand * len(self._kept)
         at = 0
         while at < len(queue):
