@@ -72,8 +72,17 @@ def measure(model: str, text: str, out: str, prompts: int, scheme: str, around: 
 @click.option("--repetitions", default=100)
 @click.option("--width", default=1)
 @click.option("--prompts", default=0, help="of those measured, in another choice each time; 0: all")
+@click.option("--indifference", default=0.0, help="in units of the metric")
 @click.option("--resampled", is_flag=True, help="draw prompts with replacement, more than there are")
-def race(files: list[str], confidence: float, repetitions: int, width: int, prompts: int, resampled: bool) -> None:
+def race(
+    files: list[str],
+    confidence: float,
+    repetitions: int,
+    width: int,
+    prompts: int,
+    indifference: float,
+    resampled: bool,
+) -> None:
     click.echo(f"confidence {confidence}, width {width}, {repetitions} repetitions")
     click.echo(
         "values                       metric  candidates  prompts  same best  share of prompts: mean, least, most"
@@ -87,7 +96,7 @@ def race(files: list[str], confidence: float, repetitions: int, width: int, prom
                 generator = np.random.default_rng(repetition)
                 number = prompts or rows.shape[1]
                 order = generator.choice(rows.shape[1], number, replace=resampled)
-                found, share = race_once(rows[:, order], parent[order], metric, confidence, width)
+                found, share = race_once(rows[:, order], parent[order], metric, confidence, width, indifference)
                 best = np.argsort(loss(rows[:, order], metric).mean(axis=1), kind="stable")[:width]
                 same += set(found) == set(best.tolist())
                 shares.append(share)
@@ -103,7 +112,12 @@ def loss(values: np.ndarray[Any, Any], metric: str) -> np.ndarray[Any, Any]:
 
 
 def race_once(
-    rows: np.ndarray[Any, Any], parent: np.ndarray[Any, Any], metric: str, confidence: float, width: int
+    rows: np.ndarray[Any, Any],
+    parent: np.ndarray[Any, Any],
+    metric: str,
+    confidence: float,
+    width: int,
+    indifference: float = 0.0,
 ) -> tuple[list[int], float]:
     """The best candidates by a race over these values [candidates, prompts], and the share of them that it read."""
     number = rows.shape[1]
@@ -123,7 +137,7 @@ def race_once(
         fdt, sdt = (values if metric == m else none for m in ("fdt", "sdt"))
         return EvalResult(request.id, fdt, sdt, none + np.float32(1), values if metric == "kl" else None)
 
-    racing = Racing(metric, width, confidence, TOKENS)
+    racing = Racing(metric, width, confidence, TOKENS, indifference=indifference)
     for edges in (
         [(Plan(), Perturbation("parent", "nf4"))],
         [(root, Perturbation(f"c{i}", "nf4")) for i in range(len(rows))],

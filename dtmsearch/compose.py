@@ -91,6 +91,7 @@ def strategy_of(
         expand=section.expand,
         min_fdt=section.stop.min_fdt,
         confidence=section.confidence,
+        indifference=section.indifference,
         continuation_tokens=file.prompts.continuation_tokens,
         audit=section.audit,
         seed=file.seed,

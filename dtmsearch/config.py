@@ -175,6 +175,7 @@ class SearchSection(_Section):
     width: int = Field(default=10, ge=1)
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     confidence: float = Field(default=1.0, gt=0, le=1)
+    indifference: float = Field(default=0.0, ge=0)
     audit: float = Field(default=0.0, ge=0, le=1)
     schemes: tuple[str, ...] = ()
     components: ComponentsSection = ComponentsSection()
@@ -228,6 +229,8 @@ class SearchSection(_Section):
 
     @model_validator(mode="after")
     def _can_race(self) -> SearchSection:
+        if self.indifference and self.confidence == 1.0:
+            raise ValueError("indifference says when a candidate may leave early, which needs a confidence below 1")
         if self.confidence < 1.0 and self.strategy not in ("greedy", "beam"):
             raise ValueError(f"confidence: {self.strategy} needs every value; greedy and beam can do with fewer")
         if self.confidence < 1.0 and self.rank_by not in ("fdt", "sdt", "kl"):

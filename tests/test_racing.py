@@ -74,11 +74,11 @@ def test_in_a_hundred_races_the_same_is_best_as_when_all_is_measured_for_a_quart
     assert measured <= 100 * 40 * 400 / 4
 
 
-def race(kl: np.ndarray) -> tuple[int, int]:
+def race(kl: np.ndarray, indifference: float = 0.0) -> tuple[int, int]:
     """The best row of [candidates, prompts], and how many of its values the race read."""
     names = [f"c{i}" for i in range(len(kl))]
     read = 0
-    running = Racing("kl", 1, 0.99, TOKENS).round(
+    running = Racing("kl", 1, 0.99, TOKENS, indifference=indifference).round(
         0,
         [(Plan(), Perturbation(name, "nf4")) for name in names],
         lambda plan, parent: EvalRequest(plan, "values", (0, kl.shape[1]), ("kl",)),
@@ -172,6 +172,15 @@ def test_a_candidate_that_fails_leaves() -> None:
 def test_a_round_in_which_all_fail_says_so() -> None:
     with pytest.raises(SearchFailed, match="all 18 candidates of round 0 failed"):
         leaders(beam(1), FakeEvaluator(failing({"model": "invalid"})))
+
+
+def test_indifference_saves_and_costs_no_more_than_it_says() -> None:
+    generator = np.random.default_rng(0)
+    losses = generator.exponential(size=(20, 400)) * (1.0 + 0.01 * np.arange(20)[:, None])
+    (_, everything), (best, read) = race(losses), race(losses, indifference=0.3)
+    means = losses.mean(axis=1)
+    assert means[best] <= means.min() + 0.3
+    assert read < 0.5 * everything
 
 
 def test_few_prompts_are_one_block() -> None:

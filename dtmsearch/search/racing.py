@@ -90,7 +90,8 @@ class Racer:
 
 class Racing:
     """Makes the rounds of one search, which race. `confidence` is that of each round: with at least this probability
-    no candidate leaves that would be among the best `width` when all were measured on all prompts.
+    no candidate leaves that would be among the best `width` when all were measured on all prompts, or with an
+    `indifference`, in units of the metric, that would be better than the worst of those kept by more than that.
 
     `remember` is for searches whose rounds may share plans: nothing is measured again then.
     """
@@ -102,12 +103,14 @@ class Racing:
         confidence: float,
         continuation_tokens: int,
         remember: bool = False,
+        indifference: float = 0.0,
     ) -> None:
         if metric not in RACED_METRICS:
             raise ValueError(f"racing ranks by one of {', '.join(RACED_METRICS)}, got {metric}")
         self.metric = metric
         self.width = width
         self.confidence = confidence
+        self.indifference = indifference
         self.continuation_tokens = continuation_tokens
         self.count = RaceCount()
         self._remember = remember
@@ -135,11 +138,12 @@ class Racing:
         """What was left out, and with what guarantee."""
         count = self.count
         measured = count.prompts / max(count.all_prompts, 1)
+        more = f", differences of at most {self.indifference:g} aside" if self.indifference else ""
         return (
             f"racing: {count.left:,} of {count.candidates:,} candidates left early in {count.rounds} rounds; "
             f"{measured:.1%} of their values by prompt were measured. In each round, with a probability of at least "
             f"{self.confidence:g} over the order of the prompts, none left that would be among the best {self.width} "
-            f"by {self.metric} on all of these prompts"
+            f"by {self.metric} on all of these prompts{more}"
         )
 
 
@@ -258,11 +262,12 @@ class RacedRound:
             return
         confidence = self._racing.confidence
         enough = log(width / (1.0 - confidence)) if confidence < 1.0 else inf
+        bound = known[width - 1] - self._racing.indifference
         # What an earlier round has measured of a plan may reach further than this round's blocks.
         for seen in {r.seen for r in others}:
             alike = [r for r in others if r.seen == seen]
             losses, covariates = np.stack([r.losses for r in alike]), np.stack([r.covariate for r in alike])
-            for racer, evidence in zip(alike, log_evidence_above(losses, covariates, known[width - 1]), strict=True):
+            for racer, evidence in zip(alike, log_evidence_above(losses, covariates, bound), strict=True):
                 racer.racing = bool(evidence < enough)
 
     def _count(self, num_prompts: int) -> None:

@@ -43,6 +43,7 @@ def make_strategy(
     expand: Literal["all"] | int = "all",
     min_fdt: float | None = None,
     confidence: float = 1.0,
+    indifference: float = 0.0,
     continuation_tokens: int = 0,
     audit: float = 0.0,
     seed: int = 0,
@@ -55,7 +56,8 @@ def make_strategy(
         if confidence == 1.0:
             return None
         # Where a component may be compressed more than once, rounds can share plans.
-        return Racing(rank_by, keep, confidence, continuation_tokens, remember=space.budget.limits_size)
+        remember = space.budget.limits_size
+        return Racing(rank_by, keep, confidence, continuation_tokens, remember, indifference)
 
     def lazy(keep: int) -> Lazy:
         return Lazy(space, request_for, rank_by, keep, expand, min_fdt, audit, seed, continuation_tokens)
