@@ -1,0 +1,357 @@
+"""Search strategies on identical weights, prompts and budgets: what each finds, for how many tokens forwarded.
+
+    python benchmarks/search_quality.py MODEL TEXT HELD_OUT --out FOLDER [--cases bits-3,bits-4] [--strategies auto,...]
+
+Every strategy runs with each seed, which cuts the search's prompts and draws its chances; all plans are measured on the
+same held-out prompts. Tokens are counted whole, prompt and continuation of every evaluation, without what shared
+prefixes save. Writes FOLDER/search_quality.json and, last, one table.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from dtmsearch.model.replica import LoadedModel, Replica
+from dtmsearch.model.weights import Checkpoint
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.plans.metrics import paired_difference, summarize
+from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.search.auto import Effort
+from dtmsearch.search.evolution import Stages, Switching
+from dtmsearch.search.scheduler import Decision, Progress, search
+from dtmsearch.search.sensitivity import WeightErrors
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import SolverSettings, make_strategy
+
+PROMPT, CONTINUATION = 100, 100
+HELD_OUT_SEED = 1_000
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 64, 256
+_LEVELS = tuple(f"int{bits}-g32-asym" for bits in range(2, 7))
+_SHARES = tuple(f"magnitude-{share / 100:.2f}".rstrip("0") for share in range(10, 100, 5))
+_MIXED = tuple(
+    f"{gptq}int{bits}-g{group}{asym}"
+    for gptq in ("", "gptq-")
+    for bits in range(2, 7)
+    for group in (32, 64, 128)
+    for asym in ("", "-asym")
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A set of schemes and the uniform plan whose size (or sparsity) is the budget."""
+
+    name: str
+    schemes: tuple[str, ...]
+    uniform: str
+    sparsity: float | None = None
+
+    def budget(self, space: SearchSpace) -> Budget:
+        if self.sparsity is not None:
+            return Budget(sparsity=self.sparsity)
+        return Budget(bits_per_weight=space.size(space.uniform(self.uniform)).bits_per_weight)
+
+
+CASES = (
+    Case("bits-3", _LEVELS, "int3-g32-asym"),
+    Case("bits-4", _LEVELS, "int4-g32-asym"),
+    Case("prune-50", _SHARES, "magnitude-0.5", 0.5),
+    Case("prune-60", _SHARES, "magnitude-0.6", 0.6),
+    Case("mixed-3", _MIXED, "gptq-int3-g32-asym"),
+)
+# Names of the table -> strategy and settings.
+_SETTINGS: dict[str, tuple[str, SolverSettings]] = {
+    "sensitivity": ("sensitivity", SolverSettings()),
+    "auto": ("auto", SolverSettings()),
+    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, rounds=4, prompts=64, plans=12))),
+    "knapsack-64": ("knapsack", SolverSettings(knapsack_prompts=64)),
+    "spdy": ("spdy", SolverSettings()),
+    "evolution-100": ("evolution", SolverSettings(evolution=Stages(generations=100))),
+    "evolution-400": ("evolution", SolverSettings(evolution=Stages(generations=400))),
+    "local": ("local", SolverSettings(local=Switching(rounds=60))),
+}
+
+
+class Kept(Replica):
+    """A replica that keeps the model's own weights beside a plan's: small models are read once."""
+
+    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
+        return replace(super()._load(spec, settings), checkpoint=Checkpoint([]))
+
+
+@dataclass
+class Counter:
+    """An evaluator that counts; nothing is recorded."""
+
+    replica: Replica
+    row_tokens: int
+    tokens: int = 0
+    evaluations: int = 0
+    _waiting: list[EvalRequest] = field(default_factory=list)
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        self._waiting += requests
+
+    def poll(self, timeout_seconds: float) -> list[Outcome]:
+        requests, self._waiting = self._waiting, []
+        self.evaluations += len(requests)
+        self.tokens += self.row_tokens * sum(r.prompts[1] - r.prompts[0] for r in requests)
+        return self.replica.evaluate(requests)
+
+
+class Forgetful:
+    """A log of nothing: every strategy measures for itself."""
+
+    def replay(self) -> list[Outcome]:
+        return []
+
+    def recorded_elsewhere(self, request_ids: Sequence[str]) -> dict[str, tuple[str, Outcome]]:
+        return {}
+
+    def append(self, records: Sequence[object]) -> None:
+        return None
+
+    def decisions(self) -> list[Any]:
+        return []
+
+    def decide(self, steps: Sequence[object]) -> None:
+        return None
+
+
+@dataclass
+class Watcher:
+    """Notes the tokens forwarded when each decision was made."""
+
+    counter: Counter
+    path: list[tuple[int, Plan]] = field(default_factory=list)
+
+    def on_progress(self, progress: Progress) -> None:
+        return None
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        self.path.append((self.counter.tokens, decision.plan))
+
+    def on_note(self, text: str) -> None:
+        return None
+
+
+@dataclass
+class Row:
+    """A line of the table; `kl_vs_uniform` is the ratio of means, differences are paired over the held-out prompts."""
+
+    case: str
+    strategy: str
+    seed: int
+    megatokens: float
+    evaluations: int
+    seconds: float
+    bits_per_weight: float
+    sparsity: float
+    kl: float
+    kl_vs_uniform: float
+    fdt: float
+    sdt: float
+    ppl: float
+    path: list[tuple[float, float]] = field(default_factory=list)
+    plan: dict[str, str] = field(default_factory=dict)
+
+
+class Bench:
+    """A model, its held-out reference, and what has been measured on it."""
+
+    def __init__(
+        self, model: Path, text: Path, held_out: Path, prompts: int, held_out_prompts: int, dtype: str
+    ) -> None:
+        spec = ModelSpec(str(model), dtype=dtype, compile="never")
+        self.replica = Kept(spec, ReplicaSettings(batch_tokens=0))
+        self.num_prompts = prompts
+        self._text = text.read_text(encoding="utf-8")
+        self.held_out = self._reference(held_out.read_text(encoding="utf-8"), held_out_prompts, HELD_OUT_SEED)
+        self._measured: dict[str, EvalResult] = {}
+        self._references: dict[int, Reference] = {}
+        self._calibration_id = ""
+
+    def _reference(self, text: str, count: int, seed: int) -> Reference:
+        tokens, _ = self.replica.cut_prompts([text], count, PROMPT, CONTINUATION, seed)
+        made = self.replica.make_reference(tokens)
+        self.replica.use(made)
+        return made
+
+    def reference(self, seed: int) -> Reference:
+        if seed not in self._references:
+            self._references[seed] = self._reference(self._text, self.num_prompts, seed)
+        return self._references[seed]
+
+    def calibrate(self) -> str:
+        """The id of the calibration, over the search's own text."""
+        if not self._calibration_id:
+            calibration = self.replica.cut_calibration([self._text], CALIBRATION_ROWS, CALIBRATION_TOKENS, 0)
+            self.replica.use_calibration(calibration)
+            self._calibration_id = calibration.id
+        return self._calibration_id
+
+    def errors(self, case: Case, kind: str) -> WeightErrors:
+        components = [c.name for c in self.replica.manifest().components]
+        calibration_id = "" if kind == "plain" else self.calibrate()
+        found = self.replica.weight_errors(components, case.schemes, calibration_id, kind == "hessian")
+        values = {"plain": "plain", "inputs": "weighted_by_inputs", "hessian": "weighted_by_hessian"}
+        return {(e.component, e.scheme): getattr(e, values[kind]) for e in found}
+
+    def measure(self, plan: Plan, metrics: tuple[str, ...] = ("kl", "ppl")) -> EvalResult:
+        if plan.id not in self._measured:
+            request = EvalRequest(plan, self.held_out.id, (0, self.held_out.num_prompts), metrics, plan)
+            (outcome,) = self.replica.evaluate([self.named(request)])
+            assert isinstance(outcome, EvalResult), outcome
+            self._measured[plan.id] = outcome
+        return self._measured[plan.id]
+
+    def named(self, request: EvalRequest) -> EvalRequest:
+        """The request with the calibration named, where its plan needs one."""
+        return request
+
+    def run(self, case: Case, name: str, seed: int, space: SearchSpace, errors: WeightErrors) -> Row:
+        reference = self.reference(seed)
+        strategy_name, settings = _SETTINGS[name]
+
+        def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+            return self.named(EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent))
+
+        strategy = make_strategy(
+            strategy_name, space, request_for, "kl", solver=replace(settings, errors=errors), seed=seed
+        )
+        counter = Counter(self.replica, PROMPT + CONTINUATION)
+        watcher = Watcher(counter)
+        started_at = time.perf_counter()
+        plan = search(strategy, counter, Forgetful(), watcher)
+        seconds = time.perf_counter() - started_at
+        assert plan is not None
+        size, found = space.size(plan), summarize(self.measure(plan))
+        uniform = summarize(self.measure(space.uniform(case.uniform)))
+        assert found.kl is not None and uniform.kl is not None and found.ppl is not None
+        return Row(
+            case.name, name, seed, counter.tokens / 1e6, counter.evaluations, seconds, size.bits_per_weight,
+            size.sparsity, found.kl, found.kl / uniform.kl, found.fdt_mean, found.sdt_mean, found.ppl,
+            path=self._path(watcher.path), plan=plan.schemes,
+        )  # fmt: skip
+
+    def _path(self, decisions: list[tuple[int, Plan]], points: int = 8) -> list[tuple[float, float]]:
+        """(megatokens, held-out KL) of some of a search's decisions, the last among them."""
+        at = np.unique(np.linspace(0, len(decisions) - 1, points).round().astype(int)) if decisions else []
+        chosen = [decisions[i] for i in at]
+        return [(tokens / 1e6, float(summarize(self.measure(plan)).kl or 0.0)) for tokens, plan in chosen]
+
+    def uniform_row(self, case: Case, space: SearchSpace) -> Row:
+        plan = space.uniform(case.uniform)
+        size, found = space.size(plan), summarize(self.measure(plan))
+        assert found.kl is not None and found.ppl is not None
+        return Row(
+            case.name, f"uniform {case.uniform}", 0, 0.0, 0, 0.0, size.bits_per_weight, size.sparsity, found.kl, 1.0,
+            found.fdt_mean, found.sdt_mean, found.ppl, plan=plan.schemes,
+        )  # fmt: skip
+
+    def compare(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """`auto` less every other strategy of the same case and seed, paired over the held-out prompts."""
+        found = []
+        for ours in (row for row in rows if row.strategy.startswith("auto")):
+            for other in rows:
+                if other.case == ours.case and other.strategy != ours.strategy and other.seed in (ours.seed, 0):
+                    if other.seed != ours.seed and not other.strategy.startswith("uniform"):
+                        continue
+                    a, b = self.measure(Plan.of(ours.plan)), self.measure(Plan.of(other.plan))
+                    assert a.kl is not None and b.kl is not None
+                    kl, fdt = paired_difference(a.kl, b.kl, 0), paired_difference(a.fdt, b.fdt, 0)
+                    found.append(
+                        {"case": ours.case, "seed": ours.seed, "ours": ours.strategy, "other": other.strategy}
+                        | {"kl": [kl.mean, kl.low, kl.high], "fdt": [fdt.mean, fdt.low, fdt.high]}
+                    )
+        return found
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("held_out", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option("--cases", default="bits-3,bits-4,prune-50,prune-60", show_default=True)
+@click.option("--strategies", default="sensitivity,auto,auto-long,knapsack-64,spdy,evolution-100,local",
+              show_default=True)  # fmt: skip
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--prompts", default=256, show_default=True)
+@click.option("--held-out-prompts", default=256, show_default=True)
+@click.option("--errors", "kind", type=click.Choice(["plain", "inputs", "hessian"]), default="plain", show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--seconds", default=1e9, help="Begin no search after so many seconds.")
+def main(
+    model: Path, text: Path, held_out: Path, out: Path, cases: str, strategies: str, seeds: str, prompts: int,
+    held_out_prompts: int, kind: str, dtype: str, seconds: float,
+) -> None:  # fmt: skip
+    started_at = time.perf_counter()
+    bench = Bench(model, text, held_out, prompts, held_out_prompts, dtype)
+    rows: list[Row] = []
+    left_out: list[str] = []
+    jobs = [(c, int(s)) for s in seeds.split(",") for c in CASES if c.name in cases.split(",")]
+    spaces: dict[str, tuple[SearchSpace, WeightErrors]] = {}
+    for name in strategies.split(","):
+        for case, seed in jobs:
+            if time.perf_counter() - started_at > seconds:
+                left_out.append(f"{name} {case.name} seed {seed}")
+                continue
+            if case.name not in spaces:
+                spaces[case.name] = _space(bench, case), bench.errors(case, kind)
+                rows.append(bench.uniform_row(case, spaces[case.name][0]))
+            rows.append(bench.run(case, name, seed, *spaces[case.name]))
+            print(_line(rows[-1]), flush=True)
+            _write(out, rows, [], left_out)
+    _write(out, rows, bench.compare(rows), left_out)
+    _print_table(rows, left_out)
+
+
+def _space(bench: Bench, case: Case) -> SearchSpace:
+    manifest = bench.replica.manifest()
+
+    def space(budget: Budget) -> SearchSpace:
+        return SearchSpace(manifest.components, case.schemes, dense_bits=manifest.dense_bits, budget=budget)
+
+    return space(case.budget(space(Budget())))
+
+
+def _write(out: Path, rows: Sequence[Row], comparisons: list[dict[str, Any]], left_out: list[str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"rows": [asdict(row) for row in rows], "comparisons": comparisons, "left_out": left_out}
+    (out / "search_quality.json").write_text(json.dumps(content, indent=1))
+
+
+def _line(row: Row) -> str:
+    return (
+        f"{row.case:9s} {row.strategy:27s} {row.seed:4d} {row.megatokens:8.3f} {row.evaluations:6d} {row.seconds:7.1f}"
+        f" {row.bits_per_weight:7.4f} {row.sparsity:7.4f} {row.kl:8.4f} {row.kl_vs_uniform:6.3f} {row.fdt:6.2f}"
+        f" {row.sdt:6.2f} {row.ppl:8.3f}"
+    )
+
+
+def _print_table(rows: Sequence[Row], left_out: Sequence[str]) -> None:
+    """Means over seeds."""
+    print(
+        "case      strategy                    seed  Mtokens  evals seconds  bits/w sparsity       KL  ratio    FDT"
+        "    SDT      PPL"
+    )
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.strategy), []).append(row)
+    for group in sorted(groups.values(), key=lambda group: (group[0].case, group[0].megatokens)):
+        numeric = [name for name, value in asdict(group[0]).items() if isinstance(value, float)]
+        means = {name: float(np.mean([getattr(row, name) for row in group])) for name in numeric}
+        print(_line(replace(group[0], seed=len(group), **means)))
+    print(f"(seed: how many; left out for want of time: {', '.join(left_out) or 'none'})")
+
+
+if __name__ == "__main__":
+    main()
