@@ -15,9 +15,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from dtmsearch.plans.calibration import WeightError
 from search_quality import CONTINUATION, Bench
 
+from dtmsearch.plans.calibration import WeightError
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest
 from dtmsearch.plans.plan import Perturbation, Plan
 from dtmsearch.plans.schemes import parse_scheme

@@ -47,7 +47,8 @@ _MIXED = tuple(
 
 @dataclass(frozen=True)
 class Case:
-    """A set of schemes and the uniform plan whose size (or sparsity) is the budget."""
+    """A set of schemes and the uniform plan whose size (or sparsity) is the budget. What is found is held against the
+    uniform plan within the budget that is best on the held-out prompts."""
 
     name: str
     schemes: tuple[str, ...]
@@ -215,7 +216,7 @@ class Bench:
 
     def named(self, request: EvalRequest) -> EvalRequest:
         """The request with the calibration named, where its plan needs one."""
-        return request
+        return replace(request, calibration_id=self.calibrate()) if request.plan.needs_calibration else request
 
     def run(self, case: Case, name: str, seed: int, space: SearchSpace, errors: WeightErrors) -> Row:
         reference = self.reference(seed)
@@ -234,7 +235,7 @@ class Bench:
         seconds = time.perf_counter() - started_at
         assert plan is not None
         size, found = space.size(plan), summarize(self.measure(plan))
-        uniform = summarize(self.measure(space.uniform(case.uniform)))
+        uniform = summarize(self.measure(self.best_uniform(space)))
         assert found.kl is not None and uniform.kl is not None and found.ppl is not None
         return Row(
             case.name, name, seed, counter.tokens / 1e6, counter.evaluations, seconds, size.bits_per_weight,
@@ -248,12 +249,18 @@ class Bench:
         chosen = [decisions[i] for i in at]
         return [(tokens / 1e6, float(summarize(self.measure(plan)).kl or 0.0)) for tokens, plan in chosen]
 
+    def best_uniform(self, space: SearchSpace) -> Plan:
+        plans = [space.uniform(scheme) for scheme in space.schemes]
+        fitting = [plan for plan in plans if space.budget.reached(space.size(plan))]
+        return min(fitting, key=lambda plan: summarize(self.measure(plan)).kl or np.inf)
+
     def uniform_row(self, case: Case, space: SearchSpace) -> Row:
-        plan = space.uniform(case.uniform)
+        plan = self.best_uniform(space)
         size, found = space.size(plan), summarize(self.measure(plan))
         assert found.kl is not None and found.ppl is not None
+        (scheme,) = set(plan.schemes.values())
         return Row(
-            case.name, f"uniform {case.uniform}", 0, 0.0, 0, 0.0, size.bits_per_weight, size.sparsity, found.kl, 1.0,
+            case.name, f"uniform {scheme}", 0, 0.0, 0, 0.0, size.bits_per_weight, size.sparsity, found.kl, 1.0,
             found.fdt_mean, found.sdt_mean, found.ppl, plan=plan.schemes,
         )  # fmt: skip
 
@@ -282,7 +289,7 @@ class Bench:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--cases", default="bits-3,bits-4,prune-50,prune-60", show_default=True)
 @click.option("--strategies", default="sensitivity,auto,auto-long,knapsack-64,spdy,evolution-100,local",
-              show_default=True)  # fmt: skip
+              show_default=True, help="NAME or NAME:CASE+CASE for some of the cases.")  # fmt: skip
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--prompts", default=256, show_default=True)
 @click.option("--held-out-prompts", default=256, show_default=True)
@@ -299,8 +306,11 @@ def main(
     left_out: list[str] = []
     jobs = [(c, int(s)) for s in seeds.split(",") for c in CASES if c.name in cases.split(",")]
     spaces: dict[str, tuple[SearchSpace, WeightErrors]] = {}
-    for name in strategies.split(","):
+    for entry in strategies.split(","):
+        name, _, only = entry.partition(":")
         for case, seed in jobs:
+            if only and case.name not in only.split("+"):
+                continue
             if time.perf_counter() - started_at > seconds:
                 left_out.append(f"{name} {case.name} seed {seed}")
                 continue

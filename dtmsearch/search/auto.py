@@ -6,7 +6,7 @@
    measured difference corrects it.
 4. The leading plans on all prompts, in the metric that ranks, beside the uniform plans of the budget.
 
-`sensitivity` leaves the third step out.
+`sensitivity` leaves the third step out, and compares on fewer prompts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ Floats = NDArray[np.float64]
 
 # Spread of measured over predicted damages: the law's own, and what a plan does to all units alike.
 _LAW_SPREAD, _COMMON_SPREAD = 0.15, 0.5
+# Of how many units one is moved alone in later rounds.
+_DOUBTED = 4
 # The part of a difference between plans that is no sum over units.
 _INTERACTION = 0.15
 
@@ -68,7 +70,8 @@ class Auto(Solver):
         for number in range(self._effort.rounds):
             belief, leader, good = yield from self._correct(belief, leader, number)
             pool = list(dict.fromkeys((*good, *pool)))
-        yield from self._final(pool[: self._effort.finalists])
+        few = None if self._effort.rounds else self._effort.prompts
+        yield from self._final(pool[: self._effort.finalists], few)
 
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""
@@ -86,11 +89,10 @@ class Auto(Solver):
         prompts = self._first(self._effort.prompts)
         (base,) = yield from self._measured([leader], prompts)
         self._lead(leader, base)
-        moves = [(unit, self._telling(leader, unit)) for unit in range(len(leader))]
+        moves = self._doubtful(belief, leader, number)
         answers = yield from self._moves(leader, moves, prompts)
         for (unit, option), answer in zip(moves, answers, strict=True):
-            moved = (*leader[:unit], option, *leader[unit + 1 :])
-            belief = self._learn(belief, moved, leader, *paired(answer, base, "kl"))
+            belief = self._learn(belief, _moved(leader, unit, option), leader, *paired(answer, base, "kl"))
         random = self._random(number)
         drawn = [self._solve(belief.tables())]
         drawn += [self._solve(belief.tables(belief.sample(random))) for _ in range(self._effort.plans - 1)]
@@ -106,6 +108,15 @@ class Auto(Solver):
         measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
         order = sorted(field, key=lambda options: self._estimate(belief, options, leader, measured.get(options)))
         return belief, order[0], order
+
+    def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
+        """(unit, option) to move alone: every unit in the first round, later those whose damage is most in doubt."""
+        moves = [(unit, self._telling(leader, unit)) for unit in range(len(leader))]
+        if number == 0:
+            return moves
+        doubt = [belief.difference(_moved(leader, *move), leader)[1] for move in moves]
+        most = np.argsort(-np.array(doubt), kind="stable")[: max(len(moves) // _DOUBTED, 1)]
+        return [moves[at] for at in sorted(most.tolist())]
 
     def _telling(self, leader: Options, unit: int) -> int:
         """The option whose measurement tells most about a unit: the next one that costs fewer bits, else more."""
@@ -132,3 +143,7 @@ class Auto(Solver):
         variance += (_INTERACTION * mean) ** 2
         total = variance + seen[1]
         return mean if total <= 0 else (mean * seen[1] + seen[0] * variance) / total
+
+
+def _moved(options: Options, unit: int, option: int) -> Options:
+    return (*options[:unit], option, *options[unit + 1 :])

@@ -22,6 +22,9 @@ from dtmsearch.search.space import SearchSpace
 
 Floats = NDArray[np.float64]
 
+# Uniform plans of less than this part of the largest one's bits are no rivals of a plan that uses them all.
+_NEAR = 0.95
+
 
 class Solver(Procedure):
     """A procedure over choices. Until it has measured anything, the best is the first uniform plan of the budget."""
@@ -48,6 +51,12 @@ class Solver(Procedure):
             return max(uniforms, key=lambda options: self._choices.cost(self._choices.bits, options))
         cut = [np.square(1.0 - bits / bits[0]) * bits[0] for bits in self._choices.bits]
         return self._solve(cut)
+
+    def _rivals(self) -> list[Options]:
+        """The uniform plans of the budget to which no other is near in size and larger: those worth measuring."""
+        cost = [(self._choices.cost(self._choices.bits, options), options) for options in self._choices.uniforms()]
+        most = max((bits for bits, _ in cost), default=0)
+        return [options for bits, options in cost if bits >= _NEAR * most]
 
     def _neighbour(self, options: Options, unit: int, direction: int) -> int | None:
         """The option of a unit with the next more (+1) or fewer (-1) stored bits; None at the end."""
@@ -84,13 +93,13 @@ class Solver(Procedure):
     def _lead(self, leader: Options, answer: Outcome) -> None:
         self._conclude(self._choices.plan(leader), answer, self._rank_by)
 
-    def _final(self, candidates: Sequence[Options]) -> Part[Options]:
-        """The best of a few candidates on all prompts, in the metric that ranks; of equals the first.
+    def _final(self, candidates: Sequence[Options], prompts: int | None = None) -> Part[Options]:
+        """The best of a few candidates on all prompts (or that many), in the metric that ranks; of equals the first.
 
-        The uniform plans of the budget are among them.
+        The largest uniform plan of the budget is among them.
         """
-        field = list(dict.fromkeys((*candidates, *self._choices.uniforms())))
-        answers = yield from self._measured(field, self._first(self.num_prompts))
+        field = list(dict.fromkeys((*candidates, *self._rivals())))
+        answers = yield from self._measured(field, self._first(prompts or self.num_prompts))
         values = [(mean_loss(answer, self._rank_by), mean_loss(answer, "kl")) for answer in answers]
         at = min(range(len(field)), key=lambda i: values[i])
         self._lead(field[at], answers[at])

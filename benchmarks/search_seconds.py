@@ -1,0 +1,93 @@
+"""How long `auto` searches on a large model: a shape with random weights on one GPU, default settings.
+
+    PYTHONPATH=benchmarks python benchmarks/search_seconds.py [--shape llama2-7b] [--prompts 128] [--compile never]
+
+An average of four bits of code from 3, 4, 5, 6 and 8, in groups of 128. Continuations are random tokens: the same work,
+without generating them. Prints the seconds of weight errors and search, and what evaluations took.
+"""
+
+from __future__ import annotations
+
+import time
+
+import click
+import numpy as np
+import torch
+from search_quality import Counter, Forgetful, Watcher
+from shapes import SHAPES, ShapedReplica
+
+from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.search.scheduler import search
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import SolverSettings, make_strategy
+
+PROMPT, CONTINUATION = 100, 100
+SCHEMES = tuple(f"int{bits}-g128" for bits in (3, 4, 5, 6, 8))
+
+
+@click.command()
+@click.option("--shape", default="llama2-7b", type=click.Choice(list(SHAPES)), show_default=True)
+@click.option("--prompts", default=128, show_default=True)
+@click.option("--compile", "compiled", default="never", type=click.Choice(["always", "never"]), show_default=True)
+def main(shape: str, prompts: int, compiled: str) -> None:
+    started_at = time.perf_counter()
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    replica = ShapedReplica(ModelSpec(shape, dtype=dtype, compile=compiled), ReplicaSettings())
+    manifest = replica.manifest()
+    reference = random_reference(replica, prompts, SHAPES[shape]["vocab_size"])
+    replica.use(reference)
+    warm_up(replica, reference)
+    print(f"loading and warming up: {time.perf_counter() - started_at:.1f} s", flush=True)
+    space = SearchSpace(manifest.components, SCHEMES, dense_bits=manifest.dense_bits)
+    bits = space.size(space.uniform("int4-g128")).bits_per_weight
+    space = SearchSpace(manifest.components, SCHEMES, (), manifest.dense_bits, Budget(bits_per_weight=bits))
+    started_at = time.perf_counter()
+    found = replica.weight_errors([c.name for c in manifest.components], SCHEMES)
+    errors_seconds = time.perf_counter() - started_at
+    errors = {(e.component, e.scheme): e.plain for e in found}
+
+    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+        return EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent)
+
+    strategy = make_strategy("auto", space, request_for, "kl", solver=SolverSettings(errors=errors))
+    counter = Counter(replica, PROMPT + CONTINUATION)
+    watcher = Timed(counter)
+    started_at = time.perf_counter()
+    plan = search(strategy, counter, Forgetful(), watcher)
+    seconds = time.perf_counter() - started_at
+    assert plan is not None
+    for at, tokens, score in watcher.decided:
+        print(f"  after {at - started_at:5.1f} s and {tokens / 1e6:.3f} Mtokens a plan of KL {score:.4f}")
+    print(
+        f"{shape}, {len(manifest.components)} components, {prompts} prompts, {compiled} compiled: errors of "
+        f"{len(SCHEMES)} schemes {errors_seconds:.1f} s, search {seconds:.1f} s, {counter.evaluations} evaluations, "
+        f"{counter.tokens / 1e6:.2f} Mtokens, {space.size(plan).bits_per_weight:.4f} of {bits:.4f} bits a weight"
+    )
+
+
+class Timed(Watcher):
+    """Notes when each decision was made, too."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__(counter)
+        self.decided: list[tuple[float, int, float]] = []
+
+    def on_decision(self, decision: object, replayed: bool) -> None:
+        self.decided.append((time.perf_counter(), self.counter.tokens, getattr(decision, "score", 0.0)))
+
+
+def random_reference(replica: ShapedReplica, count: int, vocabulary: int) -> Reference:
+    tokens = np.random.default_rng(0).integers(3, vocabulary, (count, PROMPT + CONTINUATION)).astype(np.int32)
+    agrees = np.ones((count, CONTINUATION), np.bool_)
+    return Reference(f"random-{count}", replica.manifest().id, replica.mode, tokens, tokens[:, PROMPT:], agrees, (2,))
+
+
+def warm_up(replica: ShapedReplica, reference: Reference) -> None:
+    """One evaluation of each batch shape that the search will use, so that no compiling falls into its time."""
+    for count in (4, 32, reference.num_prompts):
+        replica.evaluate([EvalRequest(Plan(), reference.id, (0, min(count, reference.num_prompts)), ("kl",))])
+
+
+if __name__ == "__main__":
+    main()
