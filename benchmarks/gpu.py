@@ -23,6 +23,7 @@ from overhead import Silence, evaluating_share
 from shapes import SHAPES, ShapedReplica
 
 import dtmsearch
+from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.model.replica import Replica
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, PromptTokens, Reference, ReplicaSettings
@@ -78,7 +79,9 @@ def pool_of(shape: str, gpus: int) -> ReplicaPool:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     spec = ModelSpec(shape, dtype="bfloat16", compile="always")
     settings = PoolSettings(replicas=gpus, gpus_per_replica=1.0)
-    return ReplicaPool(spec, settings, click.echo, replica_class="shapes:ShapedReplica")
+    # Random weights leave many choices at near ties, where compiled layers and a canary's eager ones part.
+    health = Health(token_share=0.5)
+    return ReplicaPool(spec, settings, click.echo, replica_class="shapes:ShapedReplica", health=health)
 
 
 def reference_in(pool: ReplicaPool, shape: str, count: int) -> Reference:
