@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -24,7 +25,15 @@ from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.compose import space_of, sparsity_search_of, strategy_of
 from dtmsearch.config import PromptsSection, SearchFile
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, IntArray, Outcome, Reference
+from dtmsearch.plans.evaluation import (
+    EXTRA_METRICS,
+    EvalFailure,
+    EvalRequest,
+    IntArray,
+    Outcome,
+    Reference,
+    evaluation_cost,
+)
 from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json
 from dtmsearch.plans.records import RunRecord
@@ -248,7 +257,10 @@ class _Session:
         """The plan that the search comes to, and what its strategy has to say of it."""
         strategy = self._strategy(pool, space, reference)
         limit_seconds = self._file.search.stop.seconds
-        plan = search(strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds)
+        cost_of = partial(evaluation_cost, manifest=pool.manifest())
+        plan = search(
+            strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds, cost_of=cost_of
+        )
         if isinstance(strategy, Sparsity):
             self._milestones = strategy.milestones
         return plan, remarks_of(strategy)

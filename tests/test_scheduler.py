@@ -26,6 +26,7 @@ from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.plans.records import EvaluationRecord, StepRecord
 from dtmsearch.search.beam import Beam
+from dtmsearch.search.probe import Probe
 from dtmsearch.search.scheduler import (
     Ask,
     Decision,
@@ -345,6 +346,21 @@ def test_progress_counts_recorded_outcomes_apart() -> None:
     search(small_beam(), FakeEvaluator(), log, watching)
     last = watching.progress[-1]
     assert (last.evaluations, last.replayed, last.in_flight) == (len(log.records), 12, 0)
+
+
+def test_the_time_left_goes_by_cost_and_not_by_count() -> None:
+    costs = {c.name: 4.0 - 3.0 * c.layer for c in toy_components()}  # the lower layer costs four times the upper
+
+    def cost_of(request: EvalRequest) -> float:
+        return sum(costs[name] for name in request.plan.schemes)
+
+    watching = Watching()
+    probe = Probe(SearchSpace(toy_components(), ("nf4",)), request_for)
+    search(probe, FakeEvaluator(per_poll=3), MemoryLog(), watching, cost_of=cost_of)
+    half = next(progress for progress in watching.progress if progress.evaluations == 3)
+    assert half.seconds_left is not None
+    # In the time in which 3 evaluations were made, 3 at a quarter of the cost: 3 / rate x 1/4.
+    assert half.seconds_left * half.evaluations_per_second == pytest.approx(3 / 4, rel=1e-6)
 
 
 def named_requests() -> dict[str, EvalRequest]:

@@ -13,10 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, first_changed_layer
-
-# What a request costs beyond its layers (head, dispatch), in layers.
-_FIXED_COST = 1.0
+from dtmsearch.plans.evaluation import FIXED_COST, EvalRequest, evaluation_cost, first_changed_layer
 
 
 class _Waiting(NamedTuple):
@@ -61,8 +58,7 @@ class RequestQueue:
 
     def _waiting(self, request: EvalRequest) -> _Waiting:
         layer = first_changed_layer(request, self._manifest)
-        layers = self._manifest.num_layers - layer + _FIXED_COST
-        return _Waiting(layer, request.id, layers * (request.prompts[1] - request.prompts[0]), request)
+        return _Waiting(layer, request.id, evaluation_cost(request, self._manifest), request)
 
     def remove(self, ids: Collection[str]) -> list[EvalRequest]:
         """Take requests out of turn: those of `ids` that wait here."""
@@ -81,7 +77,7 @@ class RequestQueue:
 
     def full_cost(self, num_prompts: int) -> float:
         """The cost of all layers over so many prompts."""
-        return (self._manifest.num_layers + _FIXED_COST) * num_prompts
+        return (self._manifest.num_layers + FIXED_COST) * num_prompts
 
     def take(self, budget: float, parent_id: str | None) -> tuple[list[EvalRequest], str, float]:
         """The next requests of about `budget` in cost, at least one, all of one parent: (requests, parent, cost).

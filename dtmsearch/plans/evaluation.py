@@ -152,6 +152,16 @@ def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:
     return min(max(min(changed, default=0), 0), manifest.num_layers - 1)
 
 
+# What an evaluation costs beyond its layers (head, dispatch), in layers.
+FIXED_COST = 1.0
+
+
+def evaluation_cost(request: EvalRequest, manifest: ModelManifest) -> float:
+    """What a request takes of a replica, in layers times prompts, the parent's states given."""
+    layers = manifest.num_layers - first_changed_layer(request, manifest)
+    return (layers + FIXED_COST) * (request.prompts[1] - request.prompts[0])
+
+
 @dataclass(frozen=True)
 class Speed:
     """What a replica takes for one prompt, in seconds: all layers, the head where continuations are predicted, and

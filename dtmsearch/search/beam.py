@@ -7,7 +7,6 @@ the order of the answers changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import ceil
 from typing import Literal
 
 from dtmsearch.plans.evaluation import Outcome
@@ -175,14 +174,12 @@ class Beam:
 
         What `min_fdt` cuts off cannot be foreseen.
         """
-        space, steps, leader = self._space, len(self._decisions), self._kept[0]
-        root, legal = len(space.perturbations(Plan())), len(space.perturbations(leader))
-        if steps:
-            all_steps, legal_less = steps / space.progress(leader), (root - legal) / steps
-        else:
-            all_steps, legal_less = space.expected_steps, 1.0 if space.budget.limits_size else len(space.schemes)
-        most = legal if self._expand == "all" else self._expand
-        per_plan = sum(max(min(most, legal - legal_less * ahead), 0) for ahead in range(1, ceil(all_steps) - steps))
+        space, leader = self._space, self._kept[0]
+        legal_now, reached = len(space.perturbations(leader)), space.progress(leader)
+        # The last step ends the search: nothing is asked for from its plan.
+        to_come = [legal for progress, legal in space.expected_course[:-1] if progress > reached]
+        most = legal_now if self._expand == "all" else self._expand
+        per_plan = sum(min(most, legal) for legal in to_come)
         # Plans that lie close together share children; how many, this round shows.
-        distinct = num_candidates / max(len(self._kept) * min(most, legal), 1) if steps else 1.0
+        distinct = num_candidates / max(len(self._kept) * min(most, legal_now), 1) if self._decisions else 1.0
         return round(min(self._width, num_candidates) * per_plan * min(distinct, 1.0))

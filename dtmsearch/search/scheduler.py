@@ -171,10 +171,17 @@ class _Loop:
     """The state of one session of a search: what is known, what is in flight, how fast it goes."""
 
     def __init__(
-        self, strategy: Strategy, evaluator: Evaluator, log: ResultLog, observer: Observer, guess_share: float
+        self,
+        strategy: Strategy,
+        evaluator: Evaluator,
+        log: ResultLog,
+        observer: Observer,
+        guess_share: float,
+        cost_of: Callable[[EvalRequest], float],
     ) -> None:
         self.strategy, self.evaluator, self.log, self.observer = strategy, evaluator, log, observer
         self.guess_share = guess_share
+        self.cost_of = cost_of
         self.guessed: set[str] = set()  # under way, asked for by nobody yet
         self.elsewhere: set[str] = set()  # what need not be guessed, for other runs have measured it
         self.known = {outcome.request_id: outcome for outcome in log.replay()}
@@ -185,6 +192,9 @@ class _Loop:
         self.answered = 0
         self.replayed = 0
         self.measured = 0
+        self.asked = 0
+        # Costs of all that was asked for, of what is under way, and of what was measured in this session.
+        self.cost_asked = self.cost_in_flight = self.cost_measured = 0.0
 
     @property
     def wall_seconds(self) -> float:
@@ -200,6 +210,9 @@ class _Loop:
         answers: dict[str, tuple[str | None, Outcome]] = {**given, **elsewhere}
         fresh = [a for a in unknown if a.request.id not in answers]
         self.in_flight |= {a.request.id: (a, step) for a in fresh}
+        self.asked += len(asks)
+        self.cost_asked += sum(self.cost_of(a.request) for a in asks)
+        self.cost_in_flight += sum(self.cost_of(a.request) for a in fresh)
         self.guessed.difference_update(a.request.id for a in asks)
         self._take([(a, step, answers[a.request.id]) for a in unknown if a.request.id in answers])
         for ask in asks:
@@ -211,8 +224,12 @@ class _Loop:
     def receive(self, outcomes: Sequence[Outcome]) -> None:
         # An outcome may come twice, and one that nobody waits for any more may come late.
         arrived = {o.request_id: o for o in outcomes if o.request_id in self.in_flight}
-        self._take([(*self.in_flight.pop(request_id), (None, outcome)) for request_id, outcome in arrived.items()])
+        answers = [(*self.in_flight.pop(request_id), (None, outcome)) for request_id, outcome in arrived.items()]
+        self._take(answers)
         self.measured += len(arrived)
+        cost = sum(self.cost_of(ask.request) for ask, _, _ in answers)
+        self.cost_measured += cost
+        self.cost_in_flight -= cost
         for request_id in arrived:
             if request_id in self.guessed:
                 self.guessed.remove(request_id)  # from now on it is known, and waits until it is asked for
@@ -236,6 +253,7 @@ class _Loop:
         self.elsewhere |= self.log.recorded_elsewhere(list(guesses)).keys()
         fresh = {i: ask for i, ask in guesses.items() if i not in self.elsewhere}
         self.in_flight |= {i: (ask, self.strategy.step + 1) for i, ask in fresh.items()}
+        self.cost_in_flight += sum(self.cost_of(ask.request) for ask in fresh.values())
         self.guessed |= fresh.keys()
         self.evaluator.submit_guesses([ask.request for ask in fresh.values()])
 
@@ -281,8 +299,6 @@ class _Loop:
     def progress(self) -> Progress:
         elapsed = time.monotonic() - self.started_at
         rate = self.measured / elapsed if elapsed > 0 else 0.0
-        expected = self.strategy.expected_evaluations()
-        left = max(expected - self.answered, 0) / rate if expected is not None and rate > 0 else None
         decisions = self.strategy.decisions
         return Progress(
             step=self.strategy.step,
@@ -291,8 +307,16 @@ class _Loop:
             replayed=self.answered - self.measured,
             in_flight=len(self.in_flight),
             evaluations_per_second=rate,
-            seconds_left=left,
+            seconds_left=self._seconds_left(elapsed),
         )
+
+    def _seconds_left(self, elapsed: float) -> float | None:
+        """By cost and not by count: candidates come in order of their layers, so that the first cost the most."""
+        expected = self.strategy.expected_evaluations()
+        if expected is None or not self.cost_measured:
+            return None
+        to_come = max(expected - self.asked, 0) * self.cost_asked / self.asked
+        return (self.cost_in_flight + to_come) * elapsed / self.cost_measured
 
 
 def search(
@@ -303,6 +327,7 @@ def search(
     stop_requested: Callable[[], bool] = lambda: False,
     limit_seconds: float | None = None,
     guess_share: float = 0.15,
+    cost_of: Callable[[EvalRequest], float] = lambda request: float(request.prompts[1] - request.prompts[0]),
 ) -> Plan | None:
     """Run a strategy to its end and return the plan that it comes to.
 
@@ -311,9 +336,10 @@ def search(
     `stop_requested` turns true, `SearchStalled` rather than ending without being done.
 
     `guess_share`: how many evaluations more may be made to keep replicas busy at a round's end, where strategy and
-    evaluator know how. They are results like any other, and change no decision.
+    evaluator know how. They are results like any other, and change no decision. `cost_of` says what a request takes of
+    a replica, in any unit: the time left is estimated from it.
     """
-    loop = _Loop(strategy, evaluator, log, observer, guess_share)
+    loop = _Loop(strategy, evaluator, log, observer, guess_share, cost_of)
     while True:
         # Before the strategy is asked again, which may train for hours, and before it is told what is known already.
         loop.record_decisions()

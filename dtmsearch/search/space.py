@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 
 from dtmsearch.plans.components import Component
 from dtmsearch.plans.plan import Budget, Perturbation, Plan, PlanSize, plan_size
@@ -94,8 +95,44 @@ class SearchSpace:
         return max(ways)
 
     @cached_property
+    def expected_course(self) -> tuple[tuple[float, int], ...]:
+        """(progress, number of legal perturbations) after each step to be expected of a search that takes the least
+        harmful one.
+
+        A perturbation's harm is not known here. Where the budget counts bits it is taken as that of rounding evenly
+        spread weights, 4^-bits for each; else all are taken as alike.
+        """
+        if not self.budget.limits_size:
+            legal = len(self.perturbations(Plan()))
+            steps = self.expected_steps
+            return tuple((step / steps, max(legal - step * len(self.schemes), 0)) for step in range(1, ceil(steps) + 1))
+        legal = sum(len(unit.edges) for unit in self.units)
+        steps_of_units = [step for unit in self.units for step in _course(unit)]
+        bits, wanted = self._dense_size.stored_bits, self._most_stored_bits
+        course = []
+        for _, saved, gone in sorted(steps_of_units):
+            bits, legal = bits - saved, legal - gone
+            course.append(((self._dense_size.stored_bits - bits) / (self._dense_size.stored_bits - wanted), legal))
+            if bits <= wanted:
+                break
+        return tuple(course)
+
+    @property
+    def _most_stored_bits(self) -> float:
+        """What the budget leaves to store."""
+        budget, limits = self.budget, []
+        if budget.bits_per_weight is not None:
+            limits.append(budget.bits_per_weight * self._dense_size.num_weights)
+        if budget.size_mb is not None:
+            limits.append(budget.size_mb * 8e6)
+        return max(limits)
+
+    @cached_property
     def expected_steps(self) -> float:
-        """Perturbations from the dense model to the end of the search, each taken as an average one."""
+        """Perturbations from the dense model to the end of the search, each taken as an average one; by the expected
+        course where the budget counts bits."""
+        if self.budget.limits_size:
+            return len(self.expected_course)
         uniform = [self.progress(self.uniform(scheme)) for scheme in self.schemes]
         useful = [progress for progress in uniform if progress > 0]
         return len(self.units) * len(useful) / sum(useful)
@@ -124,6 +161,19 @@ class SearchSpace:
         if self.budget.limits_size:
             edges = tuple(e for e in edges if sizes[e.scheme].stored_bits < sizes[DENSE].stored_bits)
         return Unit(together, edges, sizes)
+
+
+def _course(unit: Unit) -> list[tuple[float, int, int]]:
+    """(harm, bits saved, perturbations that are legal no more) of each step in which a unit is compressed further, each
+    time as little as its schemes allow."""
+    sizes = sorted({unit.sizes[edge.scheme].stored_bits: unit.sizes[edge.scheme] for edge in unit.edges}.items())
+    steps, before, harm_before = [], unit.sizes[DENSE].stored_bits, 0.0
+    for bits, size in reversed(sizes):
+        harm = size.num_weights * 4.0**-size.bits_per_weight
+        gone = sum(bits <= unit.sizes[edge.scheme].stored_bits < before for edge in unit.edges)
+        steps.append((harm - harm_before, before - bits, gone))
+        before, harm_before = bits, harm
+    return steps
 
 
 def _tied_sets(
