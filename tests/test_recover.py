@@ -14,18 +14,15 @@ from tiny import TEXT, write_model
 
 from dtmsearch.model import recover
 from dtmsearch.model.recover import (
-    MASKS_FILE,
-    START_FILE,
     Recipe,
     Training,
     TrainingDiverged,
     TrainingStopped,
     batch_rows,
     checkpoints,
-    pack_masks,
     train,
-    unpack_masks,
 )
+from dtmsearch.model.trained import MASKS_FILE, START_FILE, pack_masks, unpack_masks
 from dtmsearch.plans.evaluation import ModelSpec
 
 PRUNED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")

@@ -121,7 +121,10 @@ class Known:
         return key in self._samples
 
     def learn(self, request: EvalRequest, result: EvalResult, num_prompts: int) -> None:
-        """Of prompts from the first on; a plan so damaged that its perplexity overflows says nothing."""
+        """Of prompts from the first on; a plan so damaged that its perplexity overflows says nothing, and canaries are
+        of the base model's own weights."""
+        if request.weights_id:
+            return
         if request.prompts[0] == 0 and len(result.sdt) >= num_prompts and np.isfinite(result.dppl[:num_prompts]).all():
             self._samples[request.plan.id, request.reference_id] = Sample.of(result, num_prompts)
             if len(self._samples) > _MOST_KNOWN:

@@ -85,7 +85,7 @@ class ReplicasFailed(RuntimeError):
 class PoolSettings:
     """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
     None are chosen from what the cluster has. From `guess_from` replicas on, those that idle are offered to guesses:
-    with fewer, the end of a round costs too little."""
+    with fewer, the end of a round costs too little. `weights_folder` is where trained weights lie, for all nodes."""
 
     address: str | None = None
     replicas: int = 0
@@ -93,6 +93,7 @@ class PoolSettings:
     batch_tokens: int = 0
     cpus_per_replica: float | None = None
     guess_from: int = 8
+    weights_folder: str = ""
 
 
 class WrongNumbers(RuntimeError):
@@ -166,6 +167,7 @@ class ReplicaPool:
             batch_tokens=settings.batch_tokens,
             num_devices=max(1, int(self._share.num_gpus)),
             num_threads=0 if self._share.num_gpus else max(1, int(self._share.num_cpus)),
+            weights_folder=settings.weights_folder,
         )
         self._members: list[_Member] = []
         self._groups: list[Any] = []  # reserved places whose replica was lost
@@ -228,10 +230,16 @@ class ReplicaPool:
         speed: Speed = self._ask_one("measure_speed", count, prompt_tokens, continuation_tokens)
         return speed
 
-    def continuations(self, plan: Plan, reference_id: str, prompts: Sequence[int]) -> list[Continuation]:
+    def continuations(
+        self, plan: Plan, reference_id: str, prompts: Sequence[int], weights_id: str = ""
+    ) -> list[Continuation]:
         """See `dtmsearch.model.replica.Replica.continuations`."""
-        written: list[Continuation] = self._ask_one("continuations", plan, reference_id, tuple(prompts))
+        written: list[Continuation] = self._ask_one("continuations", plan, reference_id, tuple(prompts), weights_id)
         return written
+
+    def save_pruned(self, plan: Plan, weights_id: str, calibration_id: str, folder: str) -> None:
+        """See `dtmsearch.model.replica.Replica.save_pruned`."""
+        self._ask_one("save_pruned", plan, weights_id, calibration_id, folder)
 
     def use(self, reference: Reference) -> None:
         """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""

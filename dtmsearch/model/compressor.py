@@ -53,6 +53,12 @@ class Compressor:
         self._calibrated = calibration_id
         self._mean_squares = {name: torch.from_numpy(values.copy()).to(device) for name, values in mean_squares.items()}
 
+    def forget_weights(self) -> None:
+        """The components have other weights from now on: thresholds and solved matrices were of those before."""
+        self._pruner = Pruner()
+        self._solved.clear()
+        self._fetch = None
+
     def fetch_from(self, fetch: Fetch) -> None:
         """Where solved matrices may be had that are not at hand."""
         self._fetch = fetch

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -31,12 +29,13 @@ from torch.nn import functional
 
 from dtmsearch.model.discovery import find_layers
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer
+from dtmsearch.model.trained import MASKS_FILE, START_FILE, sync, unpack_masks, write_whole
 from dtmsearch.plans.evaluation import ModelSpec
 from dtmsearch.plans.identity import file_digest
 
 log = logging.getLogger(__name__)
 
-START_FILE, MASKS_FILE, RESULT_FILE = "start.safetensors", "masks.safetensors", "result.json"
+RESULT_FILE = "result.json"
 _CHECKPOINT = "checkpoint-"
 _KEPT_CHECKPOINTS = 2
 # Losses are fetched this many steps apart: each time, the host waits for the device.
@@ -121,43 +120,6 @@ def batch_rows(step: int, rows: int, num_rows: int, seed: int) -> NDArray[np.int
     epochs, places = np.divmod(np.arange(step * rows, (step + 1) * rows), num_rows)
     orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in np.unique(epochs).tolist()}
     return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)])
-
-
-def pack_masks(kept: Mapping[str, Tensor], path: Path) -> None:
-    """Write masks of kept weights, one bit each; shapes stand in the file's metadata."""
-    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None)) for name, mask in kept.items()}
-    shapes = {name: json.dumps(list(mask.shape)) for name, mask in kept.items()}
-    write_whole(path, lambda temporary: save_file(packed, temporary, shapes))
-
-
-def unpack_masks(path: Path) -> dict[str, Tensor]:
-    """Masks that `pack_masks` wrote: True where a weight is kept."""
-    masks = {}
-    with safe_open(path, framework="np") as file:
-        for name, text in (file.metadata() or {}).items():
-            shape = tuple(json.loads(text))
-            bits = np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))
-            masks[name] = torch.from_numpy(bits.reshape(shape).astype(np.bool_))
-    return masks
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written under a temporary name, then rename it, so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    write(temporary)
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Masks:
@@ -427,10 +389,10 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], con
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "state.safetensors")
     (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
     for path in temporary.iterdir():
-        _sync(path)
+        sync(path)
     shutil.rmtree(folder / f"{_CHECKPOINT}{step}", ignore_errors=True)
     temporary.rename(folder / f"{_CHECKPOINT}{step}")
-    _sync(folder)
+    sync(folder)
     for old in checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
 from dtmsearch.model.stream import Room, Stream
+from dtmsearch.model.trained import check_only_pruned, trained_file, write_pruned
 from dtmsearch.model.weights import Checkpoint, Weights
 from dtmsearch.model.writing import margins, written_out
 from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError, calibration_id
@@ -68,8 +70,8 @@ _TIMED_TOKENS = 8
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
 _T = TypeVar("_T")
-# Parent, reference, prompts, first layer that differs.
-_Place = tuple[str, str, tuple[int, int], int]
+# Weights, parent, reference, prompts, first layer that differs.
+_Place = tuple[str, str, str, tuple[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Replica:
         self._calibrator = Calibrator(
             self._body, self._weights, self._manifest, self._to_base, self._generating, self._rows_in_batch
         )
+        self._weights_folder, self._weights_id = settings.weights_folder, ""
         self._states = settings.states
         # False once memory has not sufficed: nothing is kept then that is not needed.
         self._roomy = True
@@ -346,12 +349,14 @@ class Replica:
         return self._continue(prompts)
 
     @torch.inference_mode()
-    def continuations(self, plan: Plan, reference_id: str, prompts: Sequence[int]) -> list[Continuation]:
+    def continuations(
+        self, plan: Plan, reference_id: str, prompts: Sequence[int], weights_id: str = ""
+    ) -> list[Continuation]:
         """How the base model and the compressed one go on from some prompts of a reference that is in use."""
         reference = self._references[reference_id].reference
         rows = reference.text[list(prompts)]
         start = PromptTokens(rows, reference.prompt_tokens)
-        self._to_parent(plan)
+        self._to_parent(plan, weights_id)
         own = self._halving_batches(lambda: self._continue(start))
         own_margins = self._margins(start, own)
         self._to_base()
@@ -374,7 +379,8 @@ class Replica:
 
     def _place(self, request: EvalRequest) -> _Place:
         """Where a request leaves its parent: those that do so at the same place share all that comes before."""
-        return request.parent.id, request.reference_id, request.prompts, first_changed_layer(request, self._manifest)
+        layer = first_changed_layer(request, self._manifest)
+        return request.weights_id, request.parent.id, request.reference_id, request.prompts, layer
 
     def _launch(self, request: EvalRequest, shared: bool) -> _Launched:
         loaded = self._references[request.reference_id]
@@ -437,7 +443,7 @@ class Replica:
             loaded.base_hidden = self._base_hidden(loaded)
         request = self._with_near_parent(request)
         boundary = first_changed_layer(request, self._manifest)
-        self._to_parent(request.parent)
+        self._to_parent(request.parent, request.weights_id)
         changed = request.plan.diff(request.parent).keys()
         for name in names:
             loaded.streams[name].carry(boundary)
@@ -483,7 +489,9 @@ class Replica:
         rows = self._rows_in_batch(tokens.shape[1])
         return Stream(self._body, self._reuse, on_device, targets_from, rows, room, self._states)
 
-    def _to_parent(self, parent: Plan) -> None:
+    def _to_parent(self, parent: Plan, weights_id: str = "") -> None:
+        if weights_id != self._weights_id:
+            self._to_weights(weights_id)
         self._calibrator.prepare((parent,))
         changed = parent.diff(self._weights.plan)
         if changed:
@@ -491,6 +499,25 @@ class Replica:
             for stream in self._streams():
                 stream.forget(above)
             self._weights.become(parent)
+
+    def _to_weights(self, weights_id: str) -> None:
+        """Stand on trained weights, or on the base model's own, with no plan applied."""
+        path = trained_file(self._weights_folder, weights_id) if weights_id else None
+        for stream in self._streams():
+            stream.forget()
+        self._weights.become(Plan())
+        self._weights.rest_on(path)
+        self._weights_id = weights_id
+
+    @torch.inference_mode()
+    def save_pruned(self, plan: Plan, weights_id: str, calibration_id: str, folder: str) -> None:
+        """Write what a training starts from into a folder: the plan's components as they are after pruning, and the
+        masks of what is kept."""
+        check_only_pruned(plan)
+        self._to_parent(Plan(), weights_id)
+        self._calibrator.prepare((plan,), calibration_id)
+        self._to_parent(plan, weights_id)
+        write_pruned(self._weights, plan, Path(folder))
 
     def _to_base(self) -> None:
         self._to_parent(Plan())

@@ -44,6 +44,20 @@ class Checkpoint:
     def read(self, component: str) -> Tensor:
         return self._tensor(f"{component}.weight")
 
+    def with_file(self, path: Path) -> Checkpoint:
+        """The same, with what another file holds in place of its own."""
+        other = Checkpoint(())
+        other._file_of = self._file_of | dict.fromkeys(read_header(path), path)
+        return other
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter of this full name is there."""
+        return name in self._file_of
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter of any kind by its full name."""
+        return self._tensor(name)
+
     def map_apart(self, model: nn.Module) -> None:
         """Give every weight on the processor a mapping of its file for itself.
 
@@ -72,6 +86,9 @@ class Weights:
         self._checkpoint = checkpoint
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
+        self._base: Checkpoint | None = None
+        self._trained_names: set[str] = set()
+        self._unnamed: dict[str, Tensor] = {}
         self.compressor = Compressor(scale_dtype)
         self.plan = Plan()
 
@@ -94,6 +111,30 @@ class Weights:
         finally:
             for component, installed in reversed(replaced):
                 self._install(component, installed)
+
+    def rest_on(self, trained: Path | None) -> None:
+        """Let the model's own weights be those of a file of trained ones, or the base model's again. No plan stands."""
+        assert self.plan == Plan(), "the plan of the weights before is taken back first"
+        base = self._base or self._checkpoint
+        self._checkpoint = base if trained is None else base.with_file(trained)
+        names = set() if trained is None else set(read_header(trained))
+        for name in sorted(names | self._trained_names):
+            component, _, leaf = name.rpartition(".")
+            parameter = getattr(self._places.get(component), leaf)
+            if name not in self._trained_names and not base.has(name):
+                self._unnamed[name] = parameter.data.cpu()  # the checkpoint has it under another name
+            value = self._checkpoint.parameter(name) if self._checkpoint.has(name) else self._unnamed[name]
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        self._base = base
+        self._trained_names |= names
+        self._kept.clear()
+        self.compressor.forget_weights()
+
+    def standing(self, component: str) -> Tensor:
+        """A component's weights as the plan has made them."""
+        weight = self._installed(component).weight
+        assert weight is not None, f"{component} is no plain matrix under this plan"
+        return weight
 
     def original(self, component: str) -> Tensor:
         """A component's own weights, whatever the plan makes of it, on its device."""

@@ -48,13 +48,14 @@ class ReplicaSettings:
 
     `batch_tokens` bounds the tokens of one forward batch (0: chosen by device), `num_devices` spreads the model over
     several GPUs, `num_threads` bounds the processor threads (0: torch's choice), `states` says where hidden states of
-    the parent plan are kept (`auto`: by the memory there is).
+    the parent plan are kept (`auto`: by the memory there is), `weights_folder` where trained weights are found.
     """
 
     batch_tokens: int = 0
     num_devices: int = 1
     num_threads: int = 0
     states: StatesKept = "auto"
+    weights_folder: str = ""
 
 
 @dataclass(frozen=True)
