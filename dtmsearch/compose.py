@@ -68,24 +68,30 @@ def sparsity_search_of(
     recover: Recover | None = None,
     errors: Errors | None = None,
     outliers: Mapping[int, float] | None = None,
+    calibration_id: str = "",
 ) -> Sparsity:
     """The sparsity search of a file: with what trains after its rounds, and what is known of the weights."""
-    request_for = _request_factory(file, reference_id)
+    request_for = _request_factory(file, reference_id, calibration_id)
     return Sparsity(space, request_for, sparsity_of(file), file.search.rank_by, recover, errors, outliers)
 
 
 def strategy_of(
-    file: SearchFile, space: SearchSpace, reference_id: str, errors: WeightErrors | None = None
+    file: SearchFile,
+    space: SearchSpace,
+    reference_id: str,
+    errors: WeightErrors | None = None,
+    calibration_id: str = "",
 ) -> Strategy:
     """The strategy of a search file, which asks for evaluations against a reference of the file's prompts. `errors`
-    are what some strategies (`NEED_ERRORS`) know of schemes without measuring them."""
+    are what some strategies (`NEED_ERRORS`) know of schemes without measuring them; `calibration_id` names the text
+    by which calibrated schemes are calibrated."""
     section = file.search
     if section.strategy == "sparsity":
-        return sparsity_search_of(file, space, reference_id)
+        return sparsity_search_of(file, space, reference_id, calibration_id=calibration_id)
     return make_strategy(
         section.strategy,
         space,
-        _request_factory(file, reference_id),
+        _request_factory(file, reference_id, calibration_id),
         rank_by=section.rank_by,
         width=section.width,
         expand=section.expand,
@@ -99,11 +105,11 @@ def strategy_of(
     )
 
 
-def _request_factory(file: SearchFile, reference_id: str) -> RequestFactory:
+def _request_factory(file: SearchFile, reference_id: str, calibration_id: str) -> RequestFactory:
     extra = extra_metrics_of(file)
 
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
-        return EvalRequest(plan, reference_id, (0, file.prompts.count), extra, parent)
+        return EvalRequest(plan, reference_id, (0, file.prompts.count), extra, parent, calibration_id)
 
     return request_for
 

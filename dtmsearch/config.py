@@ -70,6 +70,17 @@ class ValidationSection(_Section):
     seed: int | None = None
 
 
+class CalibrationSection(_Section):
+    """Text by which pruning and quantization are calibrated: `count` rows of `tokens` tokens. A field that is not set
+    is taken from `prompts`, whose human text it is then."""
+
+    files: tuple[str, ...] = ()
+    dataset: DatasetSection | None = None
+    count: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=2)
+    seed: int | None = None
+
+
 class ComponentsSection(_Section):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -246,6 +257,7 @@ class SearchFile(_Section):
     model: ModelSection
     prompts: PromptsSection
     validation: ValidationSection | None = None
+    calibration: CalibrationSection | None = None
     search: SearchSection
     seed: int = 0
 
@@ -269,6 +281,17 @@ class SearchFile(_Section):
         elif self.validation.files:
             values["dataset"] = None
         return PromptsSection.model_validate(values)
+
+    @property
+    def calibration_text(self) -> PromptsSection:
+        """Where calibration text comes from: rows of `prompt_tokens + continuation_tokens` tokens."""
+        section = self.calibration or CalibrationSection()
+        own = {key: getattr(section, key) for key in ("count", "seed") if getattr(section, key) is not None}
+        if section.tokens is not None:
+            own |= {"prompt_tokens": section.tokens - 1, "continuation_tokens": 1}
+        if section.files or section.dataset is not None:
+            own |= {"files": section.files, "dataset": section.dataset}
+        return PromptsSection.model_validate(self.prompts.model_dump() | own)
 
     def resolve(self, path: str) -> Path:
         """A path as the file means it: from the file's own folder or, where nothing is there, the current one."""

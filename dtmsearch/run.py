@@ -20,6 +20,7 @@ import numpy as np
 
 import dtmsearch
 from dtmsearch import config, texts
+from dtmsearch.calibrating import Calibrating
 from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
 from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.compose import space_of, sparsity_search_of, strategy_of
@@ -52,6 +53,7 @@ from dtmsearch.search.scheduler import (
 )
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.sparsity import Milestone, Sparsity
+from dtmsearch.search.strategies import NEED_ERRORS
 
 __all__ = [
     "PlanMeasurement",
@@ -169,7 +171,10 @@ def evaluate(
         writer.put_components(manifest, space.components)
         reference = _reference(pool, results, writer, file, file.prompts, None)
         pool.use(reference)
-        request = EvalRequest(chosen, reference.id, (0, reference.num_prompts), EXTRA_METRICS)
+        calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
+        request = EvalRequest(
+            chosen, reference.id, (0, reference.num_prompts), EXTRA_METRICS, calibration_id=calibration_id
+        )
         outcome = measure({plan: request}, pool, writer, "evaluate")[plan]
     failed = isinstance(outcome, EvalFailure)
     return PlanMeasurement(
@@ -246,16 +251,19 @@ class _Session:
         )
         self._save(reference_id=reference.id)
         pool.use(reference)
-        plan, remarks = self._search(pool, space, reference)
+        calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
+        plan, remarks = self._search(pool, space, reference, calibrating)
         self._save(final_plan_id=None if plan is None else plan.id, message="; ".join(remarks) or None)
         held_out = self._file.validation_prompts
         if plan is not None and held_out is not None:
-            self._validate(pool, space, plan, held_out)
+            self._validate(pool, space, plan, held_out, calibrating)
         self._save(status="finished", finished_at=time.time())
 
-    def _search(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> tuple[Plan | None, Sequence[str]]:
+    def _search(
+        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
+    ) -> tuple[Plan | None, Sequence[str]]:
         """The plan that the search comes to, and what its strategy has to say of it."""
-        strategy = self._strategy(pool, space, reference)
+        strategy = self._strategy(pool, space, reference, calibrating)
         limit_seconds = self._file.search.stop.seconds
         cost_of = partial(evaluation_cost, manifest=pool.manifest())
         plan = search(
@@ -265,20 +273,36 @@ class _Session:
             self._milestones = strategy.milestones
         return plan, remarks_of(strategy)
 
-    def _strategy(self, pool: ReplicaPool, space: SearchSpace, reference: Reference) -> Strategy:
+    def _strategy(
+        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
+    ) -> Strategy:
+        calibration_id = calibrating.for_schemes(space.components, space.schemes)
         if self._file.search.strategy == "sparsity":
-            return sparsity_search_of(self._file, space, reference.id)
-        return strategy_of(self._file, space, reference.id)
+            return sparsity_search_of(self._file, space, reference.id, calibration_id=calibration_id)
+        known = self._file.search.strategy in NEED_ERRORS
+        errors = calibrating.errors(space.components, space.schemes) if known else None
+        return strategy_of(self._file, space, reference.id, errors, calibration_id)
 
-    def _validate(self, pool: ReplicaPool, space: SearchSpace, plan: Plan, held_out: PromptsSection) -> None:
+    def _validate(
+        self,
+        pool: ReplicaPool,
+        space: SearchSpace,
+        plan: Plan,
+        held_out: PromptsSection,
+        calibrating: Calibrating,
+    ) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
         known = self._record.validation_reference_id
         reference = _reference(pool, self._results, self._writer, self._file, held_out, known)
         self._save(validation_reference_id=reference.id)
         pool.use(reference)
+        plans = validation_plans(space, plan)
+        calibration_id = calibrating.for_plans(plans.values())
         requests = {
-            label: EvalRequest(candidate, reference.id, (0, reference.num_prompts), EXTRA_METRICS)
-            for label, candidate in validation_plans(space, plan).items()
+            label: EvalRequest(
+                candidate, reference.id, (0, reference.num_prompts), EXTRA_METRICS, calibration_id=calibration_id
+            )
+            for label, candidate in plans.items()
         }
         for model in self._milestones:  # the last of them is the plan itself, over the weights that it ended with
             label = _PLAN if model is self._milestones[-1] else model.label

@@ -105,6 +105,8 @@ def pack(file: SearchFile) -> Parcel:
     Absolute paths are the exception: they get a place in the parcel, and overrides that name it.
     """
     sections = {"prompts": file.prompts, "validation": file.validation_prompts}
+    if file.calibration is not None and file.calibration.files:
+        sections["calibration"] = file.calibration_text
     own = {name: section for name, section in sections.items() if section is not None and section.dataset is None}
     relative = {
         os.path.normpath(found) for section in own.values() for name in section.files for found in _relative(file, name)

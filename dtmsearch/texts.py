@@ -23,7 +23,7 @@ def check_model(file: SearchFile) -> None:
 
 def check_readable(file: SearchFile) -> None:
     """Raises `ValueError` for a text file of the search file that is not there."""
-    for section in (file.prompts, file.validation_prompts):
+    for section in (file.prompts, file.validation_prompts, file.calibration_text):
         if section is not None:
             text_files(file, section)
 

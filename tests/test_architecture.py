@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "submission": {"config", "texts", "cluster"},
     "compose": {"plans", "config", "search"},
     "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
-    "run": {"plans", "config", "search", "results", "texts", "cluster", "compose"},
+    "calibrating": {"plans", "config", "results", "texts", "cluster"},
+    "run": {"calibrating", "plans", "config", "search", "results", "texts", "cluster", "compose"},
     "report": {"plans", "config", "results", "output"},
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.util import get_current_placement_group, placement_group, remove_placem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dtmsearch.cluster import pins
+from dtmsearch.plans.calibration import PackedMatrix
 from dtmsearch.plans.evaluation import ModelSpec, Reference, ReplicaSettings
 
 
@@ -46,6 +48,15 @@ class _Host:
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._replica, method)(*arguments)
+
+    def take_solved(self, calibration_id: str, matrices: Mapping[tuple[str, str], Any]) -> None:
+        """Let the replica have solved matrices, (component, scheme) -> object reference, when it needs them."""
+
+        def fetch(component: str, scheme: str) -> PackedMatrix | None:
+            held = matrices.get((component, scheme))
+            return None if held is None else ray.get(held)
+
+        self._replica.use_solved(calibration_id, fetch)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +34,7 @@ from dtmsearch.cluster.host import Hosted, give_back, start_host
 from dtmsearch.cluster.placement import Patience, Room, Share, alive_nodes, share_of
 from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.tokens import refused
+from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import (
     Continuation,
@@ -175,6 +177,8 @@ class ReplicaPool:
         self._failed_starts = 0
         self._dismissed = 0
         self._references: dict[str, tuple[Any, Reference]] = {}
+        self._gifts: list[tuple[str, tuple[Any, ...]]] = []
+        self._solved: dict[str, dict[tuple[str, str], Any]] = {}
         self._queue: RequestQueue | None = None
         self._guesses: RequestQueue | None = None
         self._guessed: set[str] = set()  # under way, submitted as guesses only
@@ -249,6 +253,69 @@ class ReplicaPool:
         for member in self._members:
             if member.ready:
                 self._begin_or_take(member)
+
+    def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
+        """See `dtmsearch.model.replica.Replica.cut_calibration`."""
+        calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed)
+        return calibration
+
+    def gather_statistics(self, calibration: Calibration) -> InputStatistics:
+        """See `dtmsearch.model.replica.Replica.gather_statistics`."""
+        statistics: InputStatistics = self._ask_one("gather_statistics", calibration)
+        return statistics
+
+    def weight_errors(
+        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str = "", by_hessian: bool = False
+    ) -> list[WeightError]:
+        """See `dtmsearch.model.replica.Replica.weight_errors`."""
+        errors: list[WeightError] = self._ask_one("weight_errors", components, schemes, calibration_id, by_hessian)
+        return errors
+
+    def use_calibration(self, calibration: Calibration, statistics: InputStatistics) -> None:
+        """Give a calibration to every replica, those to come included."""
+        self._give("call", "use_calibration", ray.put(calibration), ray.put(statistics))
+
+    def use_solved(self, calibration_id: str, matrices: Iterable[PackedMatrix]) -> None:
+        """Give solved matrices to every replica, those to come included; they lie in the cluster's memory."""
+        held = self._solved.setdefault(calibration_id, {})
+        held |= {(packed.component, packed.scheme): ray.put(packed) for packed in matrices}
+        self._give("take_solved", calibration_id, dict(held))
+
+    def solve(
+        self, calibration_id: str, parts: Sequence[Sequence[tuple[str, str]]]
+    ) -> Iterator[Sequence[PackedMatrix]]:
+        """Have (component, scheme) pairs solved, a part on whichever replica is free; yields a part as it is done.
+
+        In order of layers each replica gathers on its way up. A part whose replica is lost goes to another.
+        """
+        waiting = deque((number, 1) for number in range(len(parts)))
+        under_way: dict[Any, tuple[_Member, int, int]] = {}
+        while waiting or under_way:
+            self._first_ready()
+            busy = [member for member, _, _ in under_way.values()]
+            for member in (m for m in self._members if m.ready and m not in busy):
+                if waiting:
+                    number, attempt = waiting.popleft()
+                    call = member.actor.call.remote("solve", calibration_id, parts[number])
+                    under_way[call] = member, number, attempt
+            done, _ = ray.wait(list(under_way), timeout=1.0)
+            for call in done:
+                member, number, attempt = under_way.pop(call)
+                try:
+                    yield ray.get(call)
+                except RayTaskError as error:
+                    raise _cause(error) from None
+                except RayActorError as error:
+                    if attempt >= _MAX_ATTEMPTS:
+                        raise ReplicasFailed(f"{attempt} replicas were lost while they solved a layer") from error
+                    waiting.appendleft((number, attempt + 1))
+                    self._lose(member, error)
+
+    def _give(self, method: str, *arguments: Any) -> None:
+        """Have every replica's host take something, those to come included, before whatever it is asked next."""
+        self._gifts.append((method, arguments))
+        for member in self._members:
+            getattr(member.actor, method).remote(*arguments)
 
     def _ask_one(self, method: str, *arguments: Any) -> Any:
         """The answer of whichever replica is up first; another is asked if that one is lost."""
@@ -454,6 +521,8 @@ class ReplicaPool:
         group = self._groups.pop() if self._groups else None
         host = start_host(self._replica_class, name, self._share.num_cpus, self._share.num_gpus, group)
         starting = host.actor.load.remote(self._spec, self._replica_settings)
+        for method, arguments in self._gifts:
+            getattr(host.actor, method).remote(*arguments)
         self._members.append(_Member(name, host.actor, starting, host))
 
     def _fill(self) -> None:

@@ -19,12 +19,12 @@ from dtmsearch.model.compress.bitsandbytes import compressed_module, restored_we
 from dtmsearch.model.compress.gptq import inverse_factor, solve
 from dtmsearch.model.compress.packing import pack
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.model.compressor import Fetch, solved_scheme
+from dtmsearch.model.compressor import Fetch
 from dtmsearch.model.weights import Weights
 from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import DENSE, Scheme, parse_scheme
+from dtmsearch.plans.schemes import DENSE, Scheme, parse_scheme, solved_scheme
 
 # Bytes of Hessians that are kept: all of a small model's, none of a large one's.
 _HESSIAN_BYTES = 1 << 30

@@ -17,21 +17,11 @@ from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.pruning import Pruner
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.plans.calibration import FloatArray, PackedMatrix
-from dtmsearch.plans.schemes import Scheme, parse_scheme
+from dtmsearch.plans.schemes import Scheme, parse_scheme, solved_scheme
 
 # Bytes of solved matrices that are kept at hand.
 _KEPT_BYTES = 2 << 30
 Fetch = Callable[[str, str], PackedMatrix | None]
-
-
-def solved_scheme(scheme: Scheme) -> str | None:
-    """The scheme whose matrix must be solved for by a Hessian before `scheme` can be applied: itself, or the SparseGPT
-    part of a pair that is rounded afterwards; None where there is nothing to solve."""
-    if not scheme.needs_hessians:
-        return None
-    if (scheme.quantizer or scheme.name).startswith("gptq-") or scheme.pruning is None:
-        return scheme.name
-    return scheme.pruning.name
 
 
 class Compressor:

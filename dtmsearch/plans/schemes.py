@@ -200,6 +200,16 @@ def _pruning_examples() -> tuple[str, ...]:
     return tuple(f"{s}-{amount}" for s in _SALIENCIES for amount in (*_SIBLING_SHARES, "2:4", "4:8", "1:4"))
 
 
+def solved_scheme(scheme: Scheme) -> str | None:
+    """The scheme whose matrix must be solved for by a Hessian before `scheme` can be applied: itself, or the SparseGPT
+    part of a pair that is rounded afterwards; None where there is nothing to solve."""
+    if not scheme.needs_hessians:
+        return None
+    if (scheme.quantizer or scheme.name).startswith("gptq-") or scheme.pruning is None:
+        return scheme.name
+    return scheme.pruning.name
+
+
 def siblings(name: str) -> tuple[str, ...]:
     """Schemes that differ from this one only in how much they compress, itself among them.
 

@@ -28,7 +28,7 @@ _SPILL_LIMIT = "16GB"
 _ANSWER_BYTES = 4 << 30
 _MAX_THREADS = 8
 # Large enough to be scanned where they lie, column by column; the others are read whole.
-_SCANNED = ("evaluations", "plans")
+_SCANNED = ("evaluations", "plans", "matrices")
 _ATTEMPTS = 4
 _USER_ERRORS = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException, duckdb.PermissionException)
 

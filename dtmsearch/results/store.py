@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 import dtmsearch
+from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import Continuation, Outcome, Reference
 from dtmsearch.plans.plan import Plan
@@ -37,6 +38,8 @@ _EVALUATE = "evaluate"
 # Above this many, reading small segments one by one takes longer than it should.
 _MANY_SEGMENTS = 64
 _COMMITS_BETWEEN_COMPACTIONS = 256
+# Of what several runs may write at once under one key.
+_PUT_ATTEMPTS = 8
 
 
 class ResultStore:
@@ -127,6 +130,22 @@ class ResultStore:
     def reference(self, reference_id: str) -> Reference | None:
         rows = self.segments.read("prompts", [reference_id])
         return tables.reference_of(rows) if rows.num_rows else None
+
+    def statistics(self, calibration_id: str) -> InputStatistics | None:
+        """What was gathered over a calibration, by any run."""
+        rows = self.segments.read("statistics", [calibration_id])
+        return tables.statistics_of(rows) if rows.num_rows else None
+
+    def solved(self, calibration_id: str) -> set[tuple[str, str]]:
+        """The (component, scheme) pairs that have been solved by a calibration."""
+        rows = self.segments.read("matrices", [calibration_id], ["component", "scheme"])
+        return set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+
+    def matrices(self, calibration_id: str, components: Collection[str]) -> dict[tuple[str, str], PackedMatrix]:
+        """(component, scheme) -> solved matrix, of some components; of those solved twice the first counts."""
+        wanted = pc.field("component").isin(list(components))
+        rows = self.segments.read("matrices", [calibration_id], where=wanted)
+        return {(m.component, m.scheme): m for m in reversed(tables.matrices_of(rows))}
 
     def is_running(self, run: str) -> bool:
         """Whether a driver works on the run."""
@@ -236,6 +255,29 @@ class RunWriter:
         recorded = self._store.reference(reference.id)
         assert recorded is not None
         return recorded
+
+    def put_statistics(self, calibration: Calibration, statistics: InputStatistics) -> InputStatistics:
+        """Record statistics, for all runs; those that count are returned: of two gathered at once, the first."""
+        if not self._segments.live("statistics", calibration.id):
+            number = 1 + self._segments.last_epoch(calibration.id)
+            segment = Segment("statistics", calibration.id, (number, 1), (number, 1))
+            self._write(segment, tables.statistics_table(calibration, statistics), keep_existing=True)
+        recorded = self._store.statistics(calibration.id)
+        assert recorded is not None
+        return recorded
+
+    def put_matrices(self, calibration_id: str, matrices: Sequence[PackedMatrix]) -> None:
+        """Record solved matrices, for all runs; one that is recorded already stays as it is."""
+        for _ in range(_PUT_ATTEMPTS):
+            solved = self._store.solved(calibration_id)
+            new = [m for m in matrices if (m.component, m.scheme) not in solved]
+            if not new:
+                return
+            # Another run that writes at this moment may take the number; then ours come under the next.
+            number = 1 + self._segments.last_epoch(calibration_id)
+            segment = Segment("matrices", calibration_id, (number, 1), (number, 1))
+            self._write(segment, tables.matrices_table(calibration_id, new), keep_existing=True)
+        raise StoreError(f"cannot record matrices in {self._store.url}: others keep writing under {calibration_id}")
 
     def replay(self) -> Iterator[Outcome]:
         """Every outcome that this run has recorded, in recorded order, as views into the rows' memory.

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import Continuation, EvalFailure, EvalResult, Outcome, Provenance, Reference, Writing
 from dtmsearch.plans.metrics import Summary, summarize
@@ -171,6 +172,35 @@ STEPS = _schema(
     ],
 )
 
+# Mean squares of the inputs of a model's components over calibration text.
+STATISTICS = _schema(
+    "statistics",
+    [
+        ("calibration_id", _CODED),
+        ("manifest_id", _CODED),
+        ("component", pa.string()),
+        ("mean_squares", _FLOATS),
+    ],
+)
+# Components under schemes that took solving for, as `plans.calibration.PackedMatrix` says.
+MATRICES = _schema(
+    "matrices",
+    [
+        ("calibration_id", _CODED),
+        ("component", pa.string()),
+        ("scheme", pa.string()),
+        ("rows", pa.int64()),
+        ("cols", pa.int64()),
+        ("bits", pa.int32()),
+        ("block", pa.int64()),
+        ("scale_dtype", _CODED),
+        ("codes", pa.large_binary()),
+        ("scales", pa.large_binary()),
+        ("zeros", pa.large_binary()),
+        ("mask", pa.large_binary()),
+    ],
+)
+
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": RUNS,
     "components": COMPONENTS,
@@ -178,6 +208,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "evaluations": EVALUATIONS,
     "plans": PLANS,
     "steps": STEPS,
+    "statistics": STATISTICS,
+    "matrices": MATRICES,
     "continuations": CONTINUATIONS,
 }
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
@@ -350,6 +382,59 @@ def _matrix(column: pa.ChunkedArray) -> NDArray[np.int32]:
     """[rows, length of each list] of a list column whose lists are of one length."""
     values: NDArray[np.int32] = column.combine_chunks().flatten().to_numpy().reshape(len(column), -1).copy()
     return values
+
+
+# Calibration
+
+
+def statistics_table(calibration: Calibration, statistics: InputStatistics) -> pa.Table:
+    names = sorted(statistics.mean_squares)
+    columns = {
+        "calibration_id": _coded_constant(calibration.id, len(names)),
+        "manifest_id": _coded_constant(calibration.manifest_id, len(names)),
+        "component": names,
+        "mean_squares": _lists([statistics.mean_squares[name] for name in names], pa.float32()),
+    }
+    return _from_columns(STATISTICS, columns)
+
+
+def statistics_of(table: pa.Table) -> InputStatistics:
+    """The statistics whose rows, at least one, these are."""
+    table = table.combine_chunks()
+    squares = table["mean_squares"].combine_chunks()
+    arrays = {n: v for n, v in zip(table["component"].to_pylist(), _arrays(squares), strict=True) if v is not None}
+    return InputStatistics(table["calibration_id"][0].as_py(), arrays)
+
+
+_BYTES_COLUMNS = ("codes", "scales", "zeros", "mask")
+
+
+def matrices_table(calibration_id: str, matrices: Sequence[PackedMatrix]) -> pa.Table:
+    columns: dict[str, Any] = {
+        "calibration_id": _coded_constant(calibration_id, len(matrices)),
+        "rows": [m.shape[0] for m in matrices],
+        "cols": [m.shape[1] for m in matrices],
+    }
+    columns |= {n: [getattr(m, n) for m in matrices] for n in ("component", "scheme", "bits", "block", "scale_dtype")}
+    columns |= {n: [getattr(m, n).tobytes() for m in matrices] for n in _BYTES_COLUMNS}
+    return _from_columns(MATRICES, columns)
+
+
+def matrices_of(table: pa.Table) -> list[PackedMatrix]:
+    """The matrices in rows of `matrices`; their arrays are read-only views into the rows' memory."""
+    return [
+        PackedMatrix(
+            component=row["component"].as_py(),
+            scheme=row["scheme"].as_py(),
+            shape=(row["rows"].as_py(), row["cols"].as_py()),
+            bits=row["bits"].as_py(),
+            block=row["block"].as_py(),
+            scale_dtype=row["scale_dtype"].as_py(),
+            **{name: np.frombuffer(row[name].as_buffer(), np.uint8) for name in _BYTES_COLUMNS},
+        )
+        for batch in table.to_batches()
+        for row in ({name: batch[name][at] for name in batch.schema.names} for at in range(batch.num_rows))
+    ]
 
 
 # Plans

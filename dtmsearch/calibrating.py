@@ -1,0 +1,83 @@
+"""A run's calibration: cut from its text, its statistics and solved matrices found in the store or made and recorded.
+
+The driver's side: replicas gather and solve, only here is anything written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dtmsearch import texts
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.config import SearchFile
+from dtmsearch.plans.calibration import Calibration
+from dtmsearch.plans.components import Component, ModelManifest
+from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.schemes import parse_scheme, solved_scheme
+from dtmsearch.results.store import ResultStore, RunWriter
+
+Pair = tuple[str, str]
+
+
+class Calibrating:
+    """The calibration of a search file, made when it is first needed; replicas have it from then on."""
+
+    def __init__(
+        self, file: SearchFile, pool: ReplicaPool, results: ResultStore, writer: RunWriter, manifest: ModelManifest
+    ) -> None:
+        self._file, self._pool, self._results, self._writer = file, pool, results, writer
+        self._manifest = manifest
+        self._calibration: Calibration | None = None
+        self._handed: set[Pair] = set()
+
+    @property
+    def id(self) -> str:
+        """The calibration's id; it is cut, and its statistics are gathered, if that has not been done."""
+        if self._calibration is None:
+            section = self._file.calibration_text
+            tokens = section.prompt_tokens + section.continuation_tokens
+            calibration = self._pool.cut_calibration(
+                texts.read(self._file, section), section.count, tokens, section.seed
+            )
+            statistics = self._results.statistics(calibration.id)
+            if statistics is None:
+                statistics = self._writer.put_statistics(calibration, self._pool.gather_statistics(calibration))
+            self._pool.use_calibration(calibration, statistics)
+            self._calibration = calibration
+        return self._calibration.id
+
+    def for_plans(self, plans: Iterable[Plan]) -> str:
+        """Make sure that replicas can apply these plans; the calibration's id, or nothing where none needs it."""
+        plans = [plan for plan in plans if plan.needs_calibration]
+        if plans:
+            self._solve({entry for plan in plans for entry in plan.entries})
+        return self.id if plans else ""
+
+    def for_schemes(self, components: Sequence[Component], schemes: Sequence[str]) -> str:
+        """The same for every plan over these components and schemes."""
+        return self.for_plans([Plan.uniform(components, scheme) for scheme in schemes])
+
+    def errors(self, components: Sequence[Component], schemes: Sequence[str]) -> dict[Pair, float]:
+        """(component, scheme) -> relative squared error of the component's weights."""
+        calibrated = self.for_schemes(components, schemes)
+        found = self._pool.weight_errors([c.name for c in components], list(schemes), calibrated)
+        return {(error.component, error.scheme): error.plain for error in found}
+
+    def _solve(self, entries: set[Pair]) -> None:
+        """Hand over what is solved, layer by layer, and have the rest solved first."""
+        wanted = {(c, name) for c, scheme in entries if (name := solved_scheme(parse_scheme(scheme)))} - self._handed
+        if not wanted:
+            return
+        missing = self._by_layer(wanted - self._results.solved(self.id))
+        for matrices in self._pool.solve(self.id, missing):
+            self._writer.put_matrices(self.id, matrices)
+        for pairs in self._by_layer(wanted):
+            recorded = self._results.matrices(self.id, {component for component, _ in pairs})
+            self._pool.use_solved(self.id, [recorded[pair] for pair in pairs])
+        self._handed |= wanted
+
+    def _by_layer(self, pairs: set[Pair]) -> list[list[Pair]]:
+        layers: dict[int, list[Pair]] = {}
+        for component, scheme in sorted(pairs):
+            layers.setdefault(self._manifest.by_name[component].layer, []).append((component, scheme))
+        return [layers[layer] for layer in sorted(layers)]
