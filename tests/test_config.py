@@ -80,7 +80,10 @@ def test_an_override_below_a_value_is_an_error() -> None:
     [
         ("sede: 3", "unknown key 'sede'; did you mean 'seed'"),
         ("strategy: beam", "unknown key 'strategy'; did you mean 'search.strategy'"),
-        ("xyzzy: 3", "unknown key 'xyzzy'; known keys there are run, model, prompts, validation, calibration, search, seed"),
+        (
+            "xyzzy: 3",
+            "unknown key 'xyzzy'; known keys there are run, model, prompts, validation, calibration, search, seed",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_or_all(line: str, message: str) -> None:
