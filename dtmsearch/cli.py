@@ -97,6 +97,15 @@ def store_option(verb: Verb) -> Verb:
     )(verb)
 
 
+def complete_run(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of the store's runs, for a shell that completes RUN."""
+    try:
+        runs = _open(context.params.get("store") or os.environ.get("DTMSEARCH_STORE", _DEFAULT_STORE)).runs()
+    except Exception:  # a shell asks in the middle of a word: nobody reads errors there
+        return []
+    return [record.run for record in runs if record.run.startswith(incomplete)]
+
+
 def format_option(*choices: str) -> Callable[[Verb], Verb]:
     return click.option(
         "--format",
@@ -205,8 +214,95 @@ def run_verb(
     _show_run(summary, store, form)
 
 
+@cli.command(
+    "init",
+    epilog=examples(
+        "dtmsearch init models/llama --prompts calibration.txt --validation validation.txt",
+        "dtmsearch init meta-llama/Llama-2-7b-hf --out search.yaml",
+    ),
+)
+@click.argument("model")
+@click.option("--prompts", default="calibration.txt", show_default=True, help="Text to search with.")
+@click.option("--validation", default="validation.txt", show_default=True, help="Other text, to judge the plan by.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The search file  [default: MODEL.yaml]")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def init_verb(model: str, prompts: str, validation: str, out: Path | None, force: bool) -> None:
+    """Write a commented search file for MODEL, a folder or a hub id.
+
+    It fits the model and this machine, and says what the search will cost if its texts are there.
+    """
+    from dtmsearch.proposal import propose, read_model, run_name, this_machine
+
+    facts, machine = read_model(model), this_machine()
+    path = out or Path(f"{run_name(facts.path)}.yaml")
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} is there already; give another --out, or --force")
+    text = propose(facts, machine, prompts, validation)
+    if Path(prompts).is_file() and Path(validation).is_file():
+        text = propose(facts, machine, prompts, validation, _cost_of(text))
+    path.write_text(text, encoding="utf-8")
+    _print(str(path))
+
+
+def _cost_of(text: str) -> str | None:
+    """What a search will cost, or None where it cannot be told, which is said."""
+    from dtmsearch.config import parse
+    from dtmsearch.estimate import estimate
+    from dtmsearch.summaries import estimate_text
+
+    say("timing a replica of the model ...")
+    try:
+        return estimate_text(estimate(parse(text, "the new search file", Path.cwd())))
+    except (ValueError, RuntimeError) as error:
+        say(f"its cost could not be told: {error}")
+        return None
+
+
+@cli.command(
+    "validate", epilog=examples("dtmsearch validate search.yaml", "dtmsearch validate search.yaml --set seed=2")
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@set_option
+def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
+    """Check a search FILE, its texts and its model's folder, and run nothing.
+
+    Exits 2 and says what is wrong if anything is.
+    """
+    from dtmsearch.config import load
+    from dtmsearch.texts import check_model, check_readable
+
+    search_file = load(file, overrides)
+    check_readable(search_file)
+    check_model(search_file)
+    _print(
+        f"{file} is a search file: run {search_file.run}, {search_file.search.strategy} by {search_file.search.rank_by}"
+    )
+
+
+@cli.command("schema", epilog=examples("dtmsearch schema > search-file.schema.json"))
+def schema_verb() -> None:
+    """Print the JSON schema of the search file.
+
+    For editors: put "# yaml-language-server: $schema=search-file.schema.json" on the first line of a search file.
+    """
+    from dtmsearch.config import json_schema
+
+    _print(json_schema().rstrip("\n"))
+
+
+@cli.command("completion", epilog=examples('eval "$(dtmsearch completion bash)"', "dtmsearch completion fish | source"))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_verb(shell: str) -> None:
+    """Print the script that completes this command's words in a SHELL."""
+    from click.shell_completion import get_completion_class
+
+    completion = get_completion_class(shell)
+    assert completion is not None
+    _print(completion(cli, {}, "dtmsearch", "_DTMSEARCH_COMPLETE").source())
+
+
 @cli.command("resume", epilog=examples("dtmsearch resume my-run", "dtmsearch resume my-run --replicas 4"))
-@click.argument("name", metavar="RUN")
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
 @store_option
 @where_options
 @format_option("table", "json")
@@ -372,7 +468,7 @@ def ls_verb(store: str, form: str) -> None:
 
 
 @cli.command("status", epilog=examples("dtmsearch status my-run", "dtmsearch status my-run --format json"))
-@click.argument("name", metavar="RUN")
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
 @store_option
 @format_option("table", "json")
 def status_verb(name: str, store: str, form: str) -> None:
@@ -384,7 +480,7 @@ def status_verb(name: str, store: str, form: str) -> None:
 
 
 @cli.command("watch", epilog=examples("dtmsearch watch my-run", "dtmsearch watch my-run --store s3://bucket/store"))
-@click.argument("name", metavar="RUN")
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
 @store_option
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, help="Seconds between two looks."
@@ -400,7 +496,7 @@ def watch_verb(name: str, store: str, interval: float) -> None:
 
 
 @cli.command("stop", epilog=examples("dtmsearch stop my-run", "dtmsearch stop my-run --store s3://bucket/store"))
-@click.argument("name", metavar="RUN")
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
 @store_option
 def stop_verb(name: str, store: str) -> None:
     """Stop a running search; it can be resumed."""
@@ -531,7 +627,7 @@ def export_verb(
         "dtmsearch report my-run --store s3://bucket/store",
     ),
 )
-@click.argument("name", metavar="RUN")
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
 @store_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The page's file  [default: RUN.html]")
 @click.option(

@@ -6,6 +6,7 @@ Where a search runs (address, replicas, GPUs) is not in here and enters no ident
 from __future__ import annotations
 
 import difflib
+import json
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -428,6 +429,12 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for name, inner in value.items() for k, v in _flatten(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def json_schema() -> str:
+    """The JSON schema of a search file, for editors that complete and check YAML."""
+    schema = SearchFile.model_json_schema()
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
 
 
 def section_of(text: str, name: str) -> dict[str, Any]:

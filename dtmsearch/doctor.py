@@ -91,8 +91,13 @@ def package(name: str, wanted: str) -> Finding:
     return Finding(name, "ok", version)
 
 
+def num_processors() -> int:
+    """Cores that processes here may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_processors() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_processors()
     if cores > 1:
         yield Finding("processor cores", "ok", str(cores))
     else:

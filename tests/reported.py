@@ -91,7 +91,7 @@ def reference(name: str, num_layers: int) -> Reference:
 
 def written(prompt: int) -> Continuation:
     """Texts that part at token `prompt`, one piece of which is hostile."""
-    base = tuple(range(CONTINUATION_TOKENS))
+    base = tuple(range(20))
     own = (*base[:prompt], *(token + 1000 for token in base[prompt:]))
     pieces = (HOSTILE, *(f" {token}" for token in base[1:]))
     margins = tuple(0.25 for _ in base)

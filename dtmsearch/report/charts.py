@@ -291,7 +291,7 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
         *(alt.Tooltip(f"{m}:Q", title=m.upper(), format=".4~g") for m in facts.metrics),
     ]
     edge = [alt.Tooltip("edge:N", title="last choice"), alt.Tooltip("num_compressed:Q", title="components"), *numbers]
-    points = _named("points").mark_circle(size=9, opacity=0.3, color=_FAINT, clip=True)
+    points = _named("points").mark_circle(size=9, opacity=0.3, color=_FAINT, clip=True, aria=False)
     line = _named("path").mark_line(
         color=PALETTE[0], strokeWidth=2, point=alt.OverlayMarkDef(size=22, color=PALETTE[0])
     )
@@ -361,7 +361,7 @@ def _interaction_figures(facts: RunFacts) -> list[Figure]:
     scale, axis = alt.Scale(type="log", domain=[low, high], nice=False), _decades(values)
     points = (
         _named("sums")
-        .mark_circle(size=18, opacity=0.7)
+        .mark_circle(size=18, opacity=0.7, aria=False)
         .encode(
             x=alt.X("sum:Q", title=f"sum of its components' {metric.upper()}, each alone", scale=scale, axis=axis),
             y=alt.Y("measured:Q", title=f"measured {TITLES[metric]}", scale=scale, axis=axis),
@@ -414,11 +414,11 @@ def _tree_figures(facts: RunFacts) -> list[Figure]:
         alt.Tooltip("plan_id:N", title="plan"),
     ]
     nodes = _named("nodes").encode(x=x, y=y, color=colour, tooltip=tooltip)
-    edges = _named("edges").mark_rule(strokeWidth=1.2, clip=True)
+    edges = _named("edges").mark_rule(strokeWidth=1.2, clip=True, aria=False)
     zoomable = alt.layer(
-        nodes.transform_filter("datum.fate == 'dropped'").mark_circle(size=10, opacity=0.4, clip=True),
+        nodes.transform_filter("datum.fate == 'dropped'").mark_circle(size=10, opacity=0.4, clip=True, aria=False),
         edges.encode(x=x, y=y, x2="step2:Q", y2="rank2:Q", color=colour),
-        nodes.transform_filter("datum.fate != 'dropped'").mark_circle(size=32, opacity=1, clip=True),
+        nodes.transform_filter("datum.fate != 'dropped'").mark_circle(size=32, opacity=1, clip=True, aria=False),
     ).add_params(alt.selection_interval(bind="scales", name="zoom"))
     chart = _sized(zoomable, 340, "The tree of plans: rounds by rank, kept plans joined")
     return [Figure("tree", "tree", chart, {"nodes": facts.nodes, "edges": facts.edges})]

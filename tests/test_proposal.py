@@ -1,0 +1,116 @@
+"""Beginning: a search file made for a model and a machine, files checked, the schema, completion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from click.shell_completion import ShellComplete
+from reported import make_run
+from tiny import DEMO_MODEL
+
+from dtmsearch.cli import cli, main
+from dtmsearch.config import json_schema, parse
+from dtmsearch.proposal import Machine, ModelFacts, propose, read_model
+
+GIB = 1 << 30
+CONFIGS = Path(__file__).parent.parent / "configs"
+LARGE = ModelFacts("/models/large", "LlamaForCausalLM", 80, 70_000_000_000, "bfloat16", 8192)
+
+
+def proposed(model: ModelFacts, machine: Machine) -> str:
+    return propose(model, machine, "calibration.txt", "validation.txt")
+
+
+def test_a_models_facts_come_from_its_headers() -> None:
+    facts = read_model(str(DEMO_MODEL))
+    assert (facts.architecture, facts.num_layers) == ("LlamaForCausalLM", 6) and facts.num_weights > 100_000
+
+
+def test_what_is_proposed_is_a_search_file() -> None:
+    machine = Machine((), 16 * GIB, 4)
+    file = parse(proposed(read_model(str(DEMO_MODEL)), machine), "proposed", Path())
+    assert (file.run, file.model.dtype, file.search.strategy) == ("model", "float32", "auto")
+
+
+def test_on_gpus_the_model_keeps_its_dtype() -> None:
+    file = parse(proposed(LARGE, Machine((141 * GIB,) * 4, None, 64)), "proposed", Path())
+    assert file.model.dtype == "bfloat16"
+
+
+def test_a_model_larger_than_a_gpu_is_spread_over_several() -> None:
+    assert "--gpus-per-replica 3" in proposed(LARGE, Machine((80 * GIB,) * 4, None, 64))
+
+
+@pytest.mark.parametrize("machine", [Machine((80 * GIB,), None, 64), Machine((), 16 * GIB, 4)])
+def test_a_model_that_fits_nowhere_is_said(machine: Machine) -> None:
+    with pytest.raises(ValueError, match=r"run on a larger machine or on a cluster"):
+        proposed(LARGE, machine)
+
+
+def test_a_model_with_a_short_context_gets_short_windows() -> None:
+    short = ModelFacts("/models/short", "GPT2LMHeadModel", 2, 1_000, "float32", 64)
+    file = parse(proposed(short, Machine((), GIB, 1)), "proposed", Path())
+    assert file.prompts.prompt_tokens + file.prompts.continuation_tokens == 64
+
+
+def test_init_writes_no_file_over_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(DEMO_MODEL)]) == 0
+    assert capsys.readouterr().out.strip() == "model.yaml" and (tmp_path / "model.yaml").is_file()
+    assert main(["init", str(DEMO_MODEL)]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_init_says_what_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert main(["init", "nobody/nothing"]) == 2
+    assert "hf download nobody/nothing" in capsys.readouterr().err
+
+
+def test_validate_says_that_a_file_is_good(capsys: Any) -> None:
+    assert main(["validate", str(CONFIGS / "llama-demo.yaml")]) == 0
+    assert "is a search file: run llama-demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("search.widht=3", "did you mean 'search.width'?"),
+        ("prompts.files=[nosuch.txt]", "no prompt file 'nosuch.txt'"),
+        ("model.path=./nosuch", "no model at"),
+    ],
+)
+def test_validate_says_what_is_wrong(override: str, words: str, capsys: Any) -> None:
+    assert main(["validate", str(CONFIGS / "llama-demo.yaml"), "--set", override]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_schema_that_is_kept_is_the_programs(capsys: Any) -> None:
+    kept = Path(__file__).parent.parent / "docs" / "search-file.schema.json"
+    assert main(["schema"]) == 0
+    assert kept.read_text() == json_schema() == capsys.readouterr().out
+
+
+def test_the_schema_takes_what_the_program_takes() -> None:
+    schema = json.loads(json_schema())
+    content = yaml.safe_load((CONFIGS / "llama-demo.yaml").read_text())
+    jsonschema.validate(content, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content | {"prompst": {}}, schema)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_comes_as_a_script(shell: str, capsys: Any) -> None:
+    assert main(["completion", shell]) == 0
+    assert "_DTMSEARCH_COMPLETE" in capsys.readouterr().out
+
+
+def test_a_runs_name_is_completed_from_the_store(tmp_path: Path) -> None:
+    url = make_run(tmp_path, status="running").url
+    words = ShellComplete(cli, {}, "dtmsearch", "_DTMSEARCH_COMPLETE").get_completions(["status", "--store", url], "t")
+    assert [word.value for word in words] == ["toy"]

@@ -1,0 +1,152 @@
+"""The report as a reader meets it: in a browser without a head, on a desk and on a phone, in light and in dark."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reported import HOSTILE, NUM_LAYERS, make_run
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from dtmsearch.report.writing import write_report
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+NUM_KINDS = 3
+PATIENCE_SECONDS = 60.0
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here")
+
+
+class Page:
+    """A report in a browser; `show` lays it out anew."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.browser, self.url = browser, url
+
+    def show(self, width: int = 1440, theme: str = "light") -> None:
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": theme}]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.browser.get(self.url)
+        self.until("return document.documentElement.dataset.ready === 'yes'")
+
+    def until(self, script: str) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self.run(script):
+            assert time.monotonic() < deadline, script
+            time.sleep(0.02)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.browser.execute_script(script, *arguments)
+
+    def find(self, selector: str) -> Any:
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str) -> list[Any]:
+        found: list[Any] = self.browser.find_elements(By.CSS_SELECTOR, selector)
+        return found
+
+    def point_at(self, element: Any) -> ActionChains:
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        return ActionChains(self.browser, duration=20).move_to_element(element)
+
+    def rows_shown(self) -> list[str]:
+        rows: list[str] = self.run(
+            "return [...document.querySelectorAll('#components tbody tr:not([hidden])')].map(r => r.cells[0].innerText)"
+        )
+        return rows
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    folder = tmp_path_factory.mktemp("page")
+    write_report(make_run(folder / "store"), "toy", folder / "report.html")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    try:
+        yield Page(browser, Path(folder / "report.html").as_uri())
+    finally:
+        browser.quit()
+
+
+@pytest.fixture
+def shown(page: Page) -> Page:
+    page.show()
+    return page
+
+
+def test_nothing_is_said_on_the_console_and_nothing_asked_of_a_network(page: Page) -> None:
+    page.browser.get_log("browser"), page.browser.get_log("performance")
+    page.show()
+    for button in page.all("#course button, #sensitivity button"):
+        button.click()
+    page.until("return [...document.querySelectorAll('.alternative:not([hidden]) .chart')].every(c => c.dataset.drawn)")
+    messages = [json.loads(entry["message"])["message"] for entry in page.browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    asked = [url for url in urls if url != page.url and not url.startswith(("data:", "blob:"))]
+    assert (page.browser.get_log("browser"), asked) == ([], [])
+
+
+@pytest.mark.parametrize("figure", ["sensitivity-kl-int4-channel", "plan"])
+def test_a_heat_map_has_a_cell_for_each_layer_and_kind(shown: Page, figure: str) -> None:
+    assert len(shown.all(f"[data-figure='{figure}'] .mark-rect.role-mark path")) == NUM_LAYERS * NUM_KINDS
+
+
+def test_pointing_at_a_cell_gives_its_numbers(shown: Page) -> None:
+    shown.point_at(shown.all("[data-figure='plan'] .mark-rect.role-mark path")[0]).perform()
+    shown.until("return document.querySelector('#vg-tooltip-element.visible') !== null")
+    said = shown.find("#vg-tooltip-element").text
+    assert "model.layers." in said and "bits a weight" in said
+
+
+def test_a_click_on_a_cell_leaves_its_component_in_the_table(shown: Page) -> None:
+    cell = shown.all("[data-figure='sensitivity-kl-int8-channel'] .mark-rect.role-mark path")[0]
+    shown.point_at(cell).click().perform()
+    shown.until("return [...document.querySelectorAll('#components tbody tr:not([hidden])')].length === 1")
+    (component,) = shown.rows_shown()
+    said = cell.get_attribute("aria-label") or ""
+    assert component in said
+
+
+def test_the_keyboard_filters_and_clears(shown: Page) -> None:
+    shown.find("#kind").send_keys("up")
+    assert len(shown.rows_shown()) == NUM_LAYERS and all(name.endswith("up_proj") for name in shown.rows_shown())
+    shown.find("#clear").send_keys(Keys.ENTER)
+    assert len(shown.rows_shown()) == NUM_LAYERS * NUM_KINDS
+
+
+def test_the_keyboard_changes_the_metric(shown: Page) -> None:
+    shown.find("#sensitivity button[data-part='FDT']").send_keys(Keys.ENTER)
+    shown.until("return document.querySelector('[data-figure=\"sensitivity-fdt-int4-channel\"] svg') !== null")
+    assert not shown.find("[data-figure='sensitivity-kl-int4-channel']").is_displayed()
+
+
+def test_what_a_store_holds_is_shown_as_text(shown: Page) -> None:
+    assert shown.run("return document.title") == "toy \N{EN DASH} dtmsearch"
+    assert HOSTILE in shown.find("pre.prompt").text
+
+
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1440, "light")])
+def test_it_fits_and_can_be_read_by_everybody(page: Page, width: int, theme: str) -> None:
+    page.show(width, theme)
+    page.run("for (const text of document.querySelectorAll('details')) text.open = true")
+    page.run((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
+    found = page.browser.execute_async_script(
+        "axe.run(document, {resultTypes: ['violations']}).then(arguments[arguments.length - 1])"
+    )
+    problems = [(v["id"], [node["html"] for node in v["nodes"]][:3]) for v in found["violations"]]
+    overflow = page.run("return document.documentElement.scrollWidth - window.innerWidth")
+    assert (problems, overflow <= 0) == ([], True)
