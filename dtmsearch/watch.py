@@ -56,7 +56,8 @@ def glance(store: ResultStore, run: str) -> Glance:
     if record is None:
         names = ", ".join(r.run for r in store.runs()) or "none"
         raise ValueError(f"no run {run!r} in the store {store.url}; it holds: {names}")
-    rows = store.table("evaluations", ["status", "finished_at", "replica"], run, pc.field("purpose") == "search")
+    of_search = pc.field("purpose").isin(["search", "race"])
+    rows = store.table("evaluations", ["status", "finished_at", "replica"], run, of_search)
     statuses = Counter(rows["status"].to_pylist())
     times = rows["finished_at"].cast("int64").to_numpy()
     last_at = float(times.max()) / _MICROSECONDS if len(times) else None

@@ -117,6 +117,14 @@ def test_what_blocks_make_up_is_recorded_as_one_evaluation_and_not_measured() ->
     leaders(beam(), evaluator, log)
     whole = [r for r in log.records if r.request.prompts == (0, NUM_PROMPTS)]
     assert whole and not {r.request.id for r in whole} & set(evaluator.evaluated)
+    assert {r.purpose for r in whole} == {"search"}
+
+
+def test_what_was_measured_on_some_of_the_prompts_is_not_recorded_as_a_search_s_evaluation() -> None:
+    log = MemoryLog()
+    leaders(beam(), log=log)
+    parts = [r for r in log.records if r.request.prompts != (0, NUM_PROMPTS)]
+    assert parts and {r.purpose for r in parts} == {"race"}
 
 
 def test_the_order_of_the_answers_changes_nothing() -> None:

@@ -86,7 +86,7 @@ def test_a_plans_fdt_is_that_on_all_prompts_not_that_of_a_block(tmp_path: Path) 
     block = replace(whole, prompts=(0, 10))
     part = result(block, 20.0)
     part = replace(part, fdt=part.fdt[:10], sdt=part.sdt[:10], dppl=part.dppl[:10])
-    records = [EvaluationRecord(block, part, "search", 0), EvaluationRecord(whole, result(whole, 50.0), "search", 0)]
+    records = [EvaluationRecord(block, part, "race", 0), EvaluationRecord(whole, result(whole, 50.0), "search", 0)]
     write(tmp_path, *records, steps=(step(0),))
     assert runs_overview(ResultStore(tmp_path))[0].fdt == 50.0
 

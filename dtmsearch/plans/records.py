@@ -7,7 +7,7 @@ from typing import Literal
 
 from dtmsearch.plans.evaluation import EvalRequest, Outcome
 
-Purpose = Literal["search", "validation", "evaluate"]
+Purpose = Literal["search", "validation", "evaluate", "race"]
 RunStatus = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -15,7 +15,8 @@ RunStatus = Literal["running", "finished", "stopped", "failed"]
 class EvaluationRecord:
     """An answered request. `step` is the round that asked for it (None outside a search); `perturbation` the edge from
     the request's parent, None where there is no single one; `reused_from` names the run that measured it, if another;
-    `label` says what a validated plan is (`plan`, `uniform:int4-g128`).
+    `label` says what a validated plan is (`plan`, `uniform:int4-g128`). The purpose `race` is a search's evaluation on
+    some of its prompts only.
     """
 
     request: EvalRequest

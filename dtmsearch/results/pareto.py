@@ -24,6 +24,7 @@ JOIN runs r ON r.run = e.run AND r.validation_reference_id = e.reference_id
 LEFT JOIN (SELECT manifest_id, any_value(model) AS model FROM components GROUP BY ALL) c
   ON c.manifest_id = r.manifest_id
 WHERE r.run GLOB '{pattern}' AND e.status = 'ok' AND (e.purpose = 'validation' OR e.plan_id = r.final_plan_id)
+  AND e.purpose != 'race'
   AND (e.plan_id = r.final_plan_id OR e.label LIKE 'uniform%')
 ORDER BY e.reference_id, e.plan_id, e.plan_id != r.final_plan_id, r.created_at
 """

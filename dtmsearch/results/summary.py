@@ -180,7 +180,7 @@ def _models(store: ResultStore) -> dict[str | None, str]:
 
 
 def _search_statuses(store: ResultStore, run: str) -> Counter[str]:
-    rows = store.table("evaluations", ["status"], run, pc.field("purpose") == "search")
+    rows = store.table("evaluations", ["status"], run, pc.field("purpose").isin(["search", "race"]))
     return Counter(rows["status"].to_pylist())
 
 
@@ -189,13 +189,9 @@ def _fdt_of(store: ResultStore, record: RunRecord, plan_id: str) -> float | None
     if record.reference_id is None:
         return None
     where = (pc.field("plan_id") == plan_id) & (pc.field("reference_id") == record.reference_id)
-    rows = store.table("evaluations", ["fdt_mean", "num_prompts"], record.run, where).to_pylist()
-    return next((row["fdt_mean"] for row in _whole_first(rows) if row["fdt_mean"] is not None), None)
-
-
-def _whole_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A plan's evaluation on all prompts before those on blocks of them, which racing leaves behind too."""
-    return sorted(rows, key=lambda row: -int(row["num_prompts"]))
+    on_all = where & (pc.field("purpose") != "race")
+    values: list[float | None] = store.table("evaluations", ["fdt_mean"], record.run, on_all)["fdt_mean"].to_pylist()
+    return next((value for value in values if value is not None), None)
 
 
 # Validation
@@ -223,12 +219,14 @@ def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
         return []
     final = pc.field("plan_id") == record.final_plan_id
     # The held-out prompts may be those of the search, whose evaluations bear no labels.
-    where = (pc.field("reference_id") == record.validation_reference_id) & (
-        (pc.field("purpose") == "validation") | final
+    where = (
+        (pc.field("reference_id") == record.validation_reference_id)
+        & (pc.field("purpose") != "race")
+        & ((pc.field("purpose") == "validation") | final)
     )
     rows = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where)
     found: dict[str, _Measured] = {}
-    for row in _whole_first(rows.to_pylist()):
+    for row in rows.to_pylist():
         label = _PLAN if row["plan_id"] == record.final_plan_id else row["label"]
         if label is not None:
             found.setdefault(label, _Measured(row, label, _per_prompt(row)))

@@ -231,7 +231,8 @@ class RacedRound:
 
     def _ask(self, racer: Racer, request: EvalRequest, answer: EvalResult | None = None) -> None:
         self._waiting[request.id] = racer
-        self._unasked.append(Ask(request, racer.candidate.perturbation, answer))
+        on_part = request.prompts != racer.whole.prompts
+        self._unasked.append(Ask(request, racer.candidate.perturbation, answer, on_part))
         self.num_asked += 1
 
     def _take_part(self, racer: Racer, result: EvalResult) -> None:

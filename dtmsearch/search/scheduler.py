@@ -38,11 +38,13 @@ class Ask:
     """One candidate of a round: the request, and the edge from its parent.
 
     `answer` is given where the strategy has put the result together from others: it is recorded, not measured.
+    `on_part` of the prompts only, as races begin: recorded under a purpose of its own, not to be taken for the whole.
     """
 
     request: EvalRequest
     perturbation: Perturbation | None = None
     answer: EvalResult | None = None
+    on_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ class _Loop:
         self.asked = 0
         # Costs of all that was asked for, of what is under way, and of what was measured in this session.
         self.cost_asked = self.cost_in_flight = self.cost_measured = 0.0
+        self.put_together = 0
 
     @property
     def wall_seconds(self) -> float:
@@ -211,9 +214,10 @@ class _Loop:
         fresh = [a for a in unknown if a.request.id not in answers]
         self.in_flight |= {a.request.id: (a, step) for a in fresh}
         self.asked += len(asks)
-        self.cost_asked += sum(self.cost_of(a.request) for a in asks)
+        self.cost_asked += sum(self.cost_of(a.request) for a in asks if a.answer is None)
         self.cost_in_flight += sum(self.cost_of(a.request) for a in fresh)
         self.guessed.difference_update(a.request.id for a in asks)
+        self.put_together += len(given.keys() - elsewhere.keys())
         self._take([(a, step, answers[a.request.id]) for a in unknown if a.request.id in answers])
         for ask in asks:
             if ask.request.id in self.known:
@@ -263,7 +267,8 @@ class _Loop:
     def _take(self, answers: Sequence[tuple[Ask, int, tuple[str | None, Outcome]]]) -> None:
         """Write first: nothing is known before it is durable."""
         records = [
-            _record(ask, outcome, "search", step, reused_from=source) for ask, step, (source, outcome) in answers
+            _record(ask, outcome, "race" if ask.on_part else "search", step, reused_from=source)
+            for ask, step, (source, outcome) in answers
         ]
         if records:
             self.log.append(records)
@@ -304,7 +309,7 @@ class _Loop:
             step=self.strategy.step,
             decision=decisions[-1] if decisions else None,
             evaluations=self.answered,
-            replayed=self.answered - self.measured,
+            replayed=self.answered - self.measured - self.put_together,
             in_flight=len(self.in_flight),
             evaluations_per_second=rate,
             seconds_left=self._seconds_left(elapsed),
