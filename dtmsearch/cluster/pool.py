@@ -58,6 +58,8 @@ REPLICA_CLASS = "dtmsearch.model.replica:Replica"
 _CALL_SECONDS = 1.0
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
+_WAIT_FOR_ONE_IN, _MOMENT_SECONDS = 32, 0.02
+_CHECK_TIME_SECONDS = 0.2
 # Outcomes are handed over this far apart, for each time costs the driver a commit; at once when no more are under way.
 _GATHER_SECONDS = 0.1
 _MAX_ATTEMPTS = 3
@@ -185,6 +187,7 @@ class ReplicaPool:
         self._attempts: dict[str, int] = {}
         self._arrived: list[Outcome] = []
         self._gather_until = 0.0
+        self._check_time_at = 0.0
 
     def __enter__(self) -> ReplicaPool:
         self._say_share()
@@ -361,14 +364,15 @@ class ReplicaPool:
         self._dispatch()
 
     def num_idle(self) -> int:
-        """See `dtmsearch.search.scheduler.Offering`: what replicas without work would do in one call each."""
+        """See `dtmsearch.search.scheduler.Offering`: what would fill up the calls that replicas may hold."""
         if self._queue is None or self._guesses is None or len(self._queue):
             return 0
         ready = [m for m in self._members if m.ready]
         if len(ready) < self._settings.guess_from:
             return 0
         each = min(max(int(_CALL_SECONDS / self._pace.seconds_per_request), 1), _MOST_GUESSES)
-        return max(sum(not m.calls for m in ready) * each - len(self._guesses), 0)
+        free = sum(max(_CALLS_AHEAD - len(m.calls), 0) for m in ready)
+        return max(free * each - len(self._guesses), 0)
 
     def submit_guesses(self, requests: Sequence[EvalRequest]) -> None:
         """See `dtmsearch.search.scheduler.Offering`."""
@@ -396,23 +400,27 @@ class ReplicaPool:
 
     def _wait(self, timeout_seconds: float) -> None:
         """Wait for a call or a start to end, take what has ended, keep the replicas busy."""
-        waiting = [reference for member in self._members for reference in member.calls]
-        waiting += [member.starting for member in self._members if not member.ready]
+        owner = {reference: member for member in self._members for reference in member.calls}
+        waiting = [*owner, *(member.starting for member in self._members if not member.ready)]
+        done: set[Any] = set()
         if waiting:
+            # Of many replicas some end at any moment. Each wait costs as much as a few of them.
             ray.wait(waiting, num_returns=1, timeout=timeout_seconds)
+            if (several := len(waiting) // _WAIT_FOR_ONE_IN) > 1:
+                ray.wait(waiting, num_returns=several, timeout=_MOMENT_SECONDS)
+            done = set(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])
         self._fill()
         self._welcome(timeout_seconds=0)
-        for member in list(self._members):
-            self._collect(member)
-            if member.taking_since is not None and not member.calls:
-                self._check_time(member, member.taking_since, self._health.first_seconds)
+        for member in {owner[reference]: None for reference in done if reference in owner}:
+            self._collect(member, done)
+        if (now := time.monotonic()) > self._check_time_at:
+            self._check_time_at = now + _CHECK_TIME_SECONDS
+            for member in list(self._members):
+                self._check_time(member)
         self._dispatch()
 
-    def _collect(self, member: _Member) -> None:
-        """Take what a replica has finished; give it up if it is lost or hangs, or its canary is wrong."""
-        if not member.calls:
-            return
-        done, _ = ray.wait(list(member.calls), num_returns=len(member.calls), timeout=0)
+    def _collect(self, member: _Member, done: set[Any]) -> None:
+        """Take what a replica has finished; give it up if it is lost, or its canary is wrong."""
         try:
             for reference in list(member.calls):  # in the order in which the replica does them
                 if reference in done:
@@ -420,13 +428,16 @@ class ReplicaPool:
                     self._accept(member.calls.pop(reference), answer, member)
         except (RayError, WrongNumbers) as error:
             self._lose(member, error)
-            return
+
+    def _check_time(self, member: _Member) -> None:
+        """Give a replica up that has been at one thing for longer than it can need."""
         head = next(iter(member.calls.values()), None)
         if head is not None:
-            self._check_time(member, max(head.started_at, member.idle_since), self._pace.limit_seconds(head.cost))
-
-    def _check_time(self, member: _Member, since: float, limit: float) -> None:
-        """Give a replica up that has been at one thing for longer than it can need."""
+            since, limit = max(head.started_at, member.idle_since), self._pace.limit_seconds(head.cost)
+        elif member.taking_since is not None:
+            since, limit = member.taking_since, self._health.first_seconds
+        else:
+            return
         seconds = time.monotonic() - since
         if seconds > limit:
             self._lose(member, TimeoutError(f"no answer for {seconds:.0f} s, where {limit:.0f} s are the most"))
@@ -468,19 +479,18 @@ class ReplicaPool:
             return
         ready = [m for m in self._members if m.ready]
         for ahead in range(_CALLS_AHEAD):  # everyone's first call before anyone's second
-            for member in ready:
-                if len(member.calls) > ahead:
-                    continue
+            for member in [m for m in ready if len(m.calls) <= ahead]:
                 if self._canary_is_due(member):
                     self._send_canary(member)
-                elif len(self._queue):
+                # Towards the end of a round nobody takes a second call while others have none.
+                elif len(self._queue) > ahead * len(ready):
                     self._send(member, self._queue, len(ready))
-                elif len(self._guesses) and not member.calls:
+                elif not len(self._queue) and len(self._guesses):
                     self._send(member, self._guesses, len(ready))
 
     def _canary_is_due(self, member: _Member) -> bool:
         """After its interval; and at once when nothing else waits and a round may wait for what is unverified."""
-        unverified = member.unverified
+        unverified = member.unverified if member.held or member.calls else ()
         if not unverified or unverified[-1].requests[-1].reference_id not in member.references:
             return False
         interval = self._health.canary_interval(member.record.seconds)
@@ -618,6 +628,7 @@ class ReplicaPool:
             self._send_again(held.call, member, reason, charged=False)
         for position, call in enumerate(member.calls.values()):
             self._send_again(call, member, reason, charged=position == 0 and not blameless)
+        member.held, member.calls = [], {}
         if isinstance(error, WrongNumbers):
             self._dismissed += 1
             if self._dismissed > self.num_replicas + _MAX_FAILED_STARTS:

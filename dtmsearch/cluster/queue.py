@@ -40,14 +40,16 @@ class RequestQueue:
         self._groups: dict[str, _Group] = {}
         self._alone: deque[_Waiting] = deque()
         self.cost = 0.0
+        self._num = 0
 
     def __len__(self) -> int:
-        return len(self._alone) + sum(len(group.requests) for group in self._groups.values())
+        return self._num
 
     def add(self, requests: Sequence[EvalRequest], alone: bool = False) -> None:
         """`alone`: to be sent by itself, and before all others."""
         for request in requests:
             waiting = self._waiting(request)
+            self._num += 1
             self.cost += waiting.cost
             if alone:
                 self._alone.append(waiting)
@@ -73,6 +75,7 @@ class RequestQueue:
             if not group.requests:
                 del self._groups[parent]
         self.cost -= sum(waiting.cost for waiting in removed)
+        self._num -= len(removed)
         return [waiting.request for waiting in removed]
 
     def full_cost(self, num_prompts: int) -> float:
@@ -94,6 +97,7 @@ class RequestQueue:
                 del self._groups[parent]
         cost = sum(waiting.cost for waiting in taken)
         self.cost -= cost
+        self._num -= len(taken)
         return [waiting.request for waiting in taken], parent, cost
 
     def _choose(self, parent_id: str | None) -> str:
