@@ -36,10 +36,16 @@ class Measured:
 
 
 def measured_plan(
-    model: Path, store: Path, schemes: dict[str, str] | str, dtype: str = "float32", scale_dtype: str = "float32"
+    model: Path,
+    store: Path,
+    schemes: dict[str, str] | str,
+    dtype: str = "float32",
+    scale_dtype: str = "float32",
+    attention: str = "sdpa",
 ) -> Measured:
     """Measure a plan (component -> scheme, or one scheme for all) and record it as the outcome of a run."""
-    base = Replica(ModelSpec(str(model), dtype=dtype, scale_dtype=scale_dtype), ReplicaSettings(num_threads=1))
+    spec = ModelSpec(str(model), dtype=dtype, scale_dtype=scale_dtype, attention=attention)
+    base = Replica(spec, ReplicaSettings(num_threads=1))
     manifest = base.manifest()
     plan = Plan.uniform(manifest.components, schemes) if isinstance(schemes, str) else Plan.of(schemes)
     reference = with_reference(base)
@@ -49,7 +55,7 @@ def measured_plan(
     text.write_text(TEXT)
     file = f"""
 run: {RUN}
-model: {{path: {model}, dtype: {dtype}, scale_dtype: {scale_dtype}}}
+model: {{path: {model}, dtype: {dtype}, scale_dtype: {scale_dtype}, attention: {attention}}}
 prompts: {{files: [{text}], count: 6, prompt_tokens: 10, continuation_tokens: 12}}
 search: {{schemes: [int8-channel]}}
 """

@@ -18,10 +18,7 @@ def write_dense(job: Job, folder: Path) -> Written:
     if more:
         raise refuse("dense", "these schemes round activations as well; `bitsandbytes` holds them", more)
     writer = ShardWriter(folder, job)
-    for name, tensor in job.tensors():
-        component = job.component(name)
-        if component is not None:
-            tensor = component_dense(job, component, tensor)
+    for name, tensor in job.rewritten(lambda component, weight: component_dense(job, component, weight)):
         writer.add(name, tensor)
     files = writer.close()
     copy_other_files(job, folder)

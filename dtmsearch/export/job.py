@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,12 +32,11 @@ class Job:
     runtime: str = "transformers"
 
     def __post_init__(self) -> None:
-        missing = [name for name in self.plan.schemes if f"{name}.weight" not in self.shapes]
+        missing = [name for name in self.plan.schemes if name not in self._places]
         if missing:
             raise ValueError(
-                f"the files of {self.manifest.model} hold no tensor {missing[0]}.weight (nor {len(missing) - 1} more): "
-                "transformers puts it together when it loads the model, and such a checkpoint cannot be exported "
-                "tensor by tensor"
+                f"the files of {self.manifest.model} hold no tensor for {missing[0]} and {len(missing) - 1} others: "
+                "transformers puts them together in a way that is not known here"
             )
 
     @cached_property
@@ -51,36 +50,94 @@ class Job:
 
     @cached_property
     def linear(self) -> tuple[str, ...]:
-        """The linear layers of the model: its components and an untied head."""
+        """The linear layers of the model that are tensors of their own: its components, and an untied head."""
         after = [c for c in self.manifest.others if c.layer == self.manifest.num_layers and min(c.shape) > 1]
-        return tuple(c.name for c in (*self.manifest.components, *after))
+        own = [c for c in self.manifest.components if f"{c.name}.weight" in self.shapes and not c.transposed]
+        return tuple(c.name for c in (*own, *after))
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, ...]]:
+        """The tensors that hold a component of the plan, by its name; several are one above the other."""
+        found = {name: self._tensors_of(name) for name in self.plan.schemes}
+        return {name: tensors for name, tensors in found.items() if tensors}
+
+    def _tensors_of(self, component: str) -> tuple[str, ...]:
+        if f"{component}.weight" in self.shapes:
+            return (f"{component}.weight",)
+        below_base = component.partition(".")[2]
+        if f"{below_base}.weight" in self.shapes:  # saved without the head, and so without the name of what is below it
+            return (f"{below_base}.weight",)
+        experts, _, rest = component.rpartition(".experts.")
+        expert, _, stack = rest.partition(".")
+        if f"{experts}.experts.{stack}" in self.shapes:
+            return (f"{experts}.experts.{stack}",)
+        for parent in (experts, *(f"{experts.rpartition('.')[0]}.{other}" for other in _EXPERTS_ELSEWHERE)):
+            for parts in _EXPERT_PARTS.get(stack, ()):
+                tensors = tuple(f"{parent}.experts.{expert}.{part}.weight" for part in parts)
+                if all(tensor in self.shapes for tensor in tensors):
+                    return tensors
+        return ()
+
+    @cached_property
+    def _components(self) -> dict[str, list[str]]:
+        """The components of the plan that each tensor holds, or a part of."""
+        held: dict[str, list[str]] = {}
+        for name, tensors in self._places.items():
+            for tensor in tensors:
+                held.setdefault(tensor, []).append(name)
+        return held
 
     def component(self, tensor: str) -> Component | None:
-        """The component whose weights a tensor holds, if the plan compresses it."""
-        name = tensor.removesuffix(".weight")
-        return self.manifest.by_name[name] if name != tensor and name in self.plan.schemes else None
+        """The component of the plan that a tensor is, neither more of it nor less."""
+        names = self._components.get(tensor, [])
+        return self.manifest.by_name[names[0]] if tensor.removesuffix(".weight") in names else None
+
+    def rewritten(self, rewrite: Callable[[Component, Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, with what `rewrite` makes of each of the plan's components [outputs, inputs] in its place."""
+        ahead: dict[str, Tensor] = {}  # parts of a component whose own turn comes later
+        for name, tensor in self.tensors():
+            if name in ahead:
+                yield name, ahead.pop(name)
+                continue
+            if tensor.ndim == 3 and name in self._components:
+                tensor = tensor.clone()  # it is written into
+            for component in (self.manifest.by_name[c] for c in self._components.get(name, ())):
+                parts = self._places[component.name]
+                if len(parts) > 1:
+                    matrix = torch.cat([tensor if part == name else self.read(part) for part in parts])
+                    rows = [self.shapes[part][0] for part in parts]
+                    ahead |= dict(zip(parts, torch.split_with_sizes(rewrite(component, matrix), rows), strict=True))
+                    tensor = ahead.pop(name)
+                else:
+                    tensor = _with_matrix(tensor, component, rewrite)
+            yield name, tensor
+
+    def read(self, tensor: str) -> Tensor:
+        """One tensor, on the job's device; a floating-point one in the measured dtype."""
+        # A file stays mapped, and its pages in memory, as long as it is open: so it is opened for each.
+        with safe_open(self._files[tensor], framework="pt") as file:
+            found: Tensor = file.get_tensor(tensor)
+        return found.to(self.device, self.dtype if found.is_floating_point() else None)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        return {name: path for path in weight_files(self.folder) for name in read_header(path)}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The checkpoint's tensors, one at a time, on the job's device; floating-point ones in the measured dtype."""
-        for path in weight_files(self.folder):
-            for name in read_header(path):
-                # A file stays mapped, and its pages in memory, as long as it is open: so it is opened for each.
-                with safe_open(path, framework="pt") as file:
-                    tensor: Tensor = file.get_tensor(name)
-                yield name, tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        """The checkpoint's tensors, one at a time."""
+        return ((name, self.read(name)) for name in self._files)
 
     @property
     def plan_bits(self) -> int:
         """Bits of all tensors by the plan's arithmetic: components under their schemes, the rest in the dtype."""
-        bits = 0
         width = self.dtype.itemsize * 8
-        for name, shape in self.shapes.items():
-            component = self.component(name)
-            if component is not None:
-                bits += parse_scheme(self.plan.scheme_of(component.name)).stored_bits(component.shape, width)
-            else:
-                stored = width if self.dtypes[name] in DTYPE_BITS else _INTEGER_BITS[self.dtypes[name]]
-                bits += stored * _count(shape)
+        bits = sum(
+            _count(shape) * (width if self.dtypes[name] in DTYPE_BITS else _INTEGER_BITS[self.dtypes[name]])
+            for name, shape in self.shapes.items()
+        )
+        for name, scheme in self.plan.entries:
+            component = self.manifest.by_name[name]
+            bits += parse_scheme(scheme).stored_bits(component.shape, width) - component.num_weights * width
         return bits
 
     @property
@@ -115,6 +172,27 @@ def compressed_schemes(plan: Plan) -> dict[str, str]:
     return {name: scheme for name, scheme in plan.schemes.items() if scheme != DENSE}
 
 
+def _with_matrix(tensor: Tensor, component: Component, rewrite: Callable[[Component, Tensor], Tensor]) -> Tensor:
+    """`tensor` with a component's matrix rewritten, which it is, or is the transpose of, or a stack of."""
+    matrix = tensor
+    if tensor.ndim == 3:
+        matrix = tensor[int(component.name.split(".")[-2])]
+    rewritten = rewrite(component, matrix.t().contiguous() if component.transposed else matrix)
+    rewritten = rewritten.t().contiguous() if component.transposed else rewritten
+    if tensor.ndim < 3:
+        return rewritten
+    matrix.copy_(rewritten)
+    return tensor
+
+
+# How files name the parts of a stacked matrix of one expert, above each other, and the module that holds the experts
+# where it is not the model's: the families that transformers puts together when it loads them.
+_EXPERT_PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",), ("w3",)),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+_EXPERTS_ELSEWHERE = ("block_sparse_moe", "feed_forward")
 _INTEGER_BITS = {"I8": 8, "U8": 8, "BOOL": 8, "I16": 16, "I32": 32, "I64": 64}
 
 

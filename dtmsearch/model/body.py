@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import masking_utils
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from dtmsearch.model.discovery import find_layers
 from dtmsearch.model.loading import vocabulary_size
@@ -42,13 +43,25 @@ class _StandIn(nn.Module):
             return getattr(self.layer, name)  # what the model's loop asks its layers about themselves
 
 
+@dataclass
+class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
+    """With all that any family's head asks of its body's output."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
 class _HiddenStates(nn.Module):
     """In place of everything below the head: gives `hidden_states`."""
 
     hidden_states: Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden_states)
+    @property
+    def decoder(self) -> nn.Module:
+        """What OPT's head runs: the part of the body that does the work."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
+        return _BodyOutput(last_hidden_state=self.hidden_states)
 
 
 @contextmanager

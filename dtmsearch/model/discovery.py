@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dtmsearch.model.loading import checkpoint_folder, empty_model
+from dtmsearch.model.matrices import is_matrix, matrices_of
 from dtmsearch.plans.components import (
     Component,
     ModelManifest,
@@ -20,6 +21,8 @@ from dtmsearch.plans.components import (
 from dtmsearch.plans.evaluation import ModelSpec
 
 _KIND_ENDINGS = ("_proj", "_weight", "_layer")
+# Without its ending it would say nothing.
+_WHOLE_KINDS = {"c_proj"}
 
 
 def read_manifest(spec: ModelSpec) -> ModelManifest:
@@ -32,7 +35,7 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
     components = components_of(layers_name, layers)
     if not components:
         raise ValueError(
-            f"{spec.path} has no components: no nn.Linear module lies inside {layers_name} ({type(layers[0]).__name__})"
+            f"{spec.path} has no components: no weight matrix lies inside {layers_name} ({type(layers[0]).__name__})"
         )
     files = weight_files(folder)
     _check_headers(components, files)
@@ -58,19 +61,18 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def components_of(layers_name: str, layers: nn.ModuleList) -> tuple[Component, ...]:
-    """The linear layers inside the layers of the list of that name, in model order."""
+    """The weight matrices inside the layers of the list of that name, in model order."""
     return tuple(
-        Component(f"{layers_name}.{index}.{name}", index, kind_of(name), (module.out_features, module.in_features))
+        Component(f"{layers_name}.{index}.{matrix.name}", index, kind_of(matrix.name), matrix.shape, matrix.transposed)
         for index, layer in enumerate(layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+        for matrix in matrices_of(layer)
     )
 
 
 def kind_of(name: str) -> str:
     """The role of a module inside its layer: `self_attn.q_proj` is `q`, `mlp.fc1` is `fc1`."""
     last = name.rpartition(".")[2]
-    for ending in _KIND_ENDINGS:
+    for ending in () if last in _WHOLE_KINDS else _KIND_ENDINGS:
         last = last.removesuffix(ending) or last
     return last
 
@@ -87,7 +89,7 @@ def _others(model: nn.Module, layers_name: str, num_layers: int) -> tuple[Compon
             continue
         seen.add(id(own))
         inside = name.startswith(f"{layers_name}.")
-        if inside and isinstance(module, nn.Linear):
+        if inside and is_matrix(module):
             continue
         layer = int(name[len(layers_name) + 1 :].split(".")[0]) if inside else num_layers if layers_reached else -1
         rows, cols = own.shape if own.ndim == 2 else (1, own.shape[0])
@@ -99,9 +101,10 @@ def _check_headers(components: tuple[Component, ...], files: list[Path]) -> None
     """Shapes in the files agree with the module tree, for tensors that carry their module's name."""
     stored = {name: shape for path in files for name, (_, shape) in read_header(path).items()}
     for component in components:
-        shape = stored.get(f"{component.name}.weight", component.shape)
-        if shape != component.shape:
+        expected = component.shape[::-1] if component.transposed else component.shape
+        shape = stored.get(f"{component.name}.weight", expected)
+        if shape != expected:
             raise ValueError(
-                f"{component.name} is {component.shape} by config.json but {shape} in the checkpoint: "
+                f"{component.name} is {expected} by config.json but {shape} in the checkpoint: "
                 "the configuration and the weights are not of one model"
             )

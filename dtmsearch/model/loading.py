@@ -57,6 +57,8 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
         reason = str(error).strip()
         if "trust_remote_code" in reason:
             reason = "it needs Python code of its own. If you trust its author: model.trust_remote_code: true"
+        if "attn_implementation" in reason:
+            reason = f"{reason.partition('. ')[0]}. Another attention may do: model.attention: eager"
         raise ValueError(f"cannot load the {what} in {folder}: {reason}") from error
 
 

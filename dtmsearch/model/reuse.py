@@ -76,7 +76,7 @@ class _Part(nn.Module):
         self.inner, self.positions = inner, positions
 
     def forward(self, values: Tensor) -> Tensor:
-        part: Tensor = self.inner(values[:, self.positions])
+        part: Tensor = self.inner(values[:, self.positions].contiguous())
         output = part.new_zeros(*values.shape[:2], part.shape[-1])
         output[:, self.positions] = part
         return output

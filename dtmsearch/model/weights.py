@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dtmsearch.model.compress.bitsandbytes import compressed_module
 from dtmsearch.model.compressor import Compressor
+from dtmsearch.model.matrices import read, write
 from dtmsearch.model.places import Places
 from dtmsearch.plans.components import read_header
 from dtmsearch.plans.plan import Plan
@@ -166,7 +168,8 @@ class Weights:
         if component in self._kept:
             return self._kept[component]
         here = next(now.module.parameters())
-        return self._checkpoint.read(component).to(here.device, self._dtype)
+        weight = self._checkpoint.read(component).to(here.device, self._dtype)
+        return weight.t() if isinstance(self._dense_modules[component], Conv1D) else weight
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -176,12 +179,12 @@ class Weights:
     def _installed(self, component: str) -> _Installed:
         module = self._places.get(component)
         dense = self._dense_modules.get(component, module)
-        return _Installed(module, module.weight.data if module is dense else None)  # type: ignore[arg-type]
+        return _Installed(module, read(module) if module is dense else None)
 
     def _install(self, component: str, installed: _Installed) -> None:
         self._places.put(component, installed.module)
         if installed.weight is not None:
-            installed.module.weight.data = installed.weight
+            write(installed.module, installed.weight)
 
     def _let_go(self, component: str, replaced: _Installed) -> None:
         """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""

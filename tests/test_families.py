@@ -1,0 +1,205 @@
+"""Every family of models goes the whole way without code of its own: components, search, resume, exports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exports import in_process, measured_plan
+from tiny import VOCABULARY, values, with_reference, write_model
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
+
+from dtmsearch.model.discovery import read_manifest
+from dtmsearch.model.replica import Replica
+from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.plans.plan import Plan
+from dtmsearch.results.store import ResultStore
+from dtmsearch.run import _Silent
+from dtmsearch.search.scheduler import SearchStopped, search
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import make_strategy
+
+_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "eos_token_id": 257,
+    "bos_token_id": 256,
+    "pad_token_id": 0,
+}
+_LLAMA_LIKE = _SHAPE | {"num_key_value_heads": 2, "intermediate_size": 64}
+_EXPERTS = {"gate_up", "down"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny configuration; the kinds of components that it should have; the formats that hold its plans."""
+
+    config: PretrainedConfig
+    kinds: set[str]
+    formats: tuple[str, ...] = ("dense", "compressed-tensors", "bitsandbytes")
+    attention: str = "sdpa"
+
+
+LINEAR = {"q", "k", "v", "o"}
+FAMILIES = {
+    "mistral": Family(MistralConfig(**_LLAMA_LIKE, sliding_window=8), LINEAR | {"gate", "up", "down"}),
+    "gemma2": Family(
+        Gemma2Config(**_LLAMA_LIKE, head_dim=8, sliding_window=8, tie_word_embeddings=True),
+        LINEAR | {"gate", "up", "down"},
+        attention="eager",
+    ),
+    "qwen2": Family(Qwen2Config(**_LLAMA_LIKE, tie_word_embeddings=False), LINEAR | {"gate", "up", "down"}),
+    "phi3": Family(Phi3Config(**_LLAMA_LIKE), {"qkv", "o", "gate_up", "down"}),
+    "opt": Family(
+        OPTConfig(**_SHAPE, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.2),
+        {"q", "k", "v", "out", "fc1", "fc2"},
+    ),
+    "gpt-neox": Family(
+        GPTNeoXConfig(**_SHAPE, intermediate_size=64),
+        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    ),
+    "gpt2": Family(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=257, bos_token_id=256,
+            initializer_range=0.2,
+        ),
+        {"c_attn", "c_proj", "c_fc"},
+        ("dense",),
+    ),
+    "mixtral": Family(MixtralConfig(**_LLAMA_LIKE, num_local_experts=4), LINEAR | _EXPERTS, ("dense",)),
+    "qwen3-moe": Family(
+        Qwen3MoeConfig(**_LLAMA_LIKE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=8),
+        LINEAR | _EXPERTS,
+        ("dense",),
+    ),
+    "gpt-oss": Family(
+        GptOssConfig(**_LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=8),
+        LINEAR | _EXPERTS,
+        ("dense",),
+        "eager",
+    ),
+}  # fmt: skip
+SCHEMES = {"dense": "int4-g16", "compressed-tensors": "int4-g32", "bitsandbytes": "nf4"}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, write_model(tmp_path_factory.mktemp("model"), FAMILIES[request.param].config)
+
+
+@pytest.fixture(scope="module")
+def running(family: tuple[str, Path]) -> tuple[Replica, Reference]:
+    spec = ModelSpec(str(family[1]), dtype="float32", attention=FAMILIES[family[0]].attention)
+    model = Replica(spec, ReplicaSettings(num_threads=1))
+    return model, with_reference(model, count=4, prompt=8, continuation=10)
+
+
+@dataclass
+class Here:
+    """An evaluator: a replica in this process."""
+
+    model: Replica
+    waiting: list[EvalRequest] = field(default_factory=list)
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        self.waiting += requests
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        asked, self.waiting = self.waiting, []
+        return self.model.evaluate(asked)
+
+    def cancel(self) -> None:
+        self.waiting = []
+
+
+def test_components_are_found(family: tuple[str, Path]) -> None:
+    manifest = read_manifest(ModelSpec(str(family[1]), dtype="float32"))
+    assert {c.kind for c in manifest.components} == FAMILIES[family[0]].kinds
+
+
+def test_each_kind_can_be_compressed_and_is_put_back_bit_by_bit(running: tuple[Replica, Reference]) -> None:
+    model, reference = running
+    kinds = {c.kind: c.name for c in reversed(model.manifest().components)}
+    whole = (0, reference.num_prompts)
+    dense = EvalRequest(Plan(), reference.id, whole)
+    alone = [EvalRequest(Plan.of({name: "int2-channel"}), reference.id, whole) for name in kinds.values()]
+    before = values(model.evaluate([dense])[0])
+    changed = [values(outcome) != before for outcome in model.evaluate(alone)]
+    assert (changed, values(model.evaluate([dense])[0])) == ([True] * len(alone), before)
+
+
+def test_a_plan_applied_for_good_says_what_it_said_as_a_perturbation(running: tuple[Replica, Reference]) -> None:
+    model, reference = running
+    plan = Plan.uniform(model.manifest().components, "int3-channel")
+    first = EvalRequest(plan, reference.id, (0, reference.num_prompts), parent=plan)
+    other = EvalRequest(plan, reference.id, (0, reference.num_prompts))
+    assert values(model.evaluate([first])[0]) == values(model.evaluate([other])[0])
+
+
+def _searched(running: tuple[Replica, Reference], store: Path, stop_after: int | None) -> Plan | None:
+    model, reference = running
+    manifest = model.manifest()
+    last = tuple(c for c in manifest.components if c.layer == 1)[:3]
+    space = SearchSpace(last, ("int3-channel",), dense_bits=manifest.dense_bits)
+
+    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+        return EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent)
+
+    options: dict[str, Any] = {"rank_by": "sdt", "width": 2, "expand": 2, "min_fdt": None}
+    strategy = make_strategy("beam", space, request_for, **options)
+    with ResultStore(store).writer("run") as writer:
+        writer.put_components(manifest, space.components)
+        stop = (lambda: len(set(writer.replay())) >= stop_after) if stop_after is not None else (lambda: False)
+        return search(strategy, Here(model), writer, _Silent(), stop)
+
+
+def test_a_beam_that_is_stopped_resumes_to_the_same_plan(running: tuple[Replica, Reference], tmp_path: Path) -> None:
+    with pytest.raises(SearchStopped):
+        _searched(running, tmp_path / "stopped", stop_after=4)
+    resumed = _searched(running, tmp_path / "stopped", stop_after=None)
+    assert resumed == _searched(running, tmp_path / "whole", stop_after=None) != None  # noqa: E711
+
+
+@pytest.mark.parametrize("to", sorted(SCHEMES))
+def test_exports_measure_as_recorded(
+    family: tuple[str, Path], to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if to not in FAMILIES[family[0]].formats:
+        pytest.skip(f"{to} holds no {family[0]}")
+    in_process(monkeypatch)
+    manifest = read_manifest(ModelSpec(str(family[1]), dtype="float32"))
+    plan = {c.name: SCHEMES[to] for c in manifest.components if c.layer == 0}
+    attention = FAMILIES[family[0]].attention
+    check = measured_plan(family[1], tmp_path / "store", plan, attention=attention).export(to, tmp_path / "out").check
+    assert check is not None and check.equal and check.sdt_measured > 0
+
+
+def test_a_half_of_a_mixture_is_exported_as_its_own_matrix(tmp_path: Path) -> None:
+    """Gate and up of an expert are one component: a scale of the whole tensor covers both of their tensors."""
+    path = write_model(tmp_path / "model", FAMILIES["mixtral"].config)
+    name = "model.layers.0.mlp.experts.2.gate_up_proj"
+    measured_plan(path, tmp_path / "store", {name: "int2-tensor"}).export("dense", tmp_path / "out", check=False)
+    from safetensors.torch import load_file
+
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    parts = [after[f"model.layers.0.block_sparse_moe.experts.2.{part}.weight"] for part in ("w1", "w3")]
+    assert len(torch.cat(parts).unique()) == 3
