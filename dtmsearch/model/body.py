@@ -44,7 +44,7 @@ class _StandIn(nn.Module):
 
 
 @dataclass
-class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):  # type: ignore[misc]
+class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
     """With all that any family's head asks of its body's output."""
 
     router_logits: tuple[Tensor, ...] | None = None
