@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,12 +48,14 @@ _EXIT_CODES = {
 # What `dtmsearch.export.formats` can write, by name, because naming them must not load torch; a test holds them equal.
 EXPORT_FORMATS = ("json", "dense", "bitsandbytes", "compressed-tensors")
 
+_LOG_FORMAT: ContextVar[str] = ContextVar("log_format", default="text")
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done or already complete, 1 failed, 2 usage, 3 stopped and
     resumable, 4 store unreadable, 5 cluster unreachable."""
+    _LOG_FORMAT.set("text")
     try:
         return cli.main(arguments, prog_name="dtmsearch", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -83,7 +86,15 @@ def _is_ours(cls: type) -> bool:
 
 def say(text: str) -> None:
     """A line for the person, never for a program that reads our output."""
-    click.echo(text, err=True)
+    if _LOG_FORMAT.get() == "json":
+        import logging
+
+        from dtmsearch.logs import json_lines
+
+        with json_lines(sys.stderr):
+            logging.getLogger("dtmsearch").warning(text)
+    else:
+        click.echo(text, err=True)
 
 
 def store_option(verb: Verb) -> Verb:
@@ -126,6 +137,15 @@ def where_options(verb: Verb) -> Verb:
         click.option("--cpus-per-replica", type=click.FloatRange(min=0.01), help="Processors of each."),
         click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch."),
         click.option("--quiet", is_flag=True, help="No progress."),
+        click.option(
+            "--log-format",
+            type=click.Choice(("text", "json")),
+            default="text",
+            show_default=True,
+            expose_value=False,
+            callback=lambda _context, _option, value: _LOG_FORMAT.set(value),
+            help="Form of stderr: for a person, or a JSON object a line that names run and request.",
+        ),
     )
     for option in reversed(options):
         verb = option(verb)
@@ -681,8 +701,14 @@ def _open(store: str) -> ResultStore:
 
 @contextmanager
 def _watching(quiet: bool) -> Iterator[Any]:
-    from dtmsearch.terminal import watching
+    from dtmsearch.terminal import LoggedProgress, watching
 
+    if _LOG_FORMAT.get() == "json":
+        from dtmsearch.logs import json_lines
+
+        with json_lines(sys.stderr):
+            yield LoggedProgress()
+        return
     with watching(quiet) as observer:
         yield observer
 

@@ -21,10 +21,12 @@ import numpy as np
 import dtmsearch
 from dtmsearch import config, texts
 from dtmsearch.calibrating import Calibrating
+from dtmsearch.cluster.metrics import Metrics
 from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
 from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.compose import space_of, sparsity_search_of, strategy_of
 from dtmsearch.config import PromptsSection, SearchFile
+from dtmsearch.logs import naming
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import (
     EXTRA_METRICS,
@@ -88,6 +90,19 @@ class _Silent:
     def on_note(self, text: str) -> None: ...
 
 
+class _Counting:
+    """An observer behind which Ray's metrics hear of decisions too."""
+
+    def __init__(self, observer: Observer, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.on_progress, self.on_note = observer.on_progress, observer.on_note
+        self._on_decision = observer.on_decision
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        self._metrics.decided(decision.summary.fdt_mean, decision.size.bits_per_weight)
+        self._on_decision(decision, replayed)
+
+
 @dataclass(frozen=True)
 class PlanMeasurement:
     """One plan on the prompts of a search file: its size, and its values or the reason why there are none."""
@@ -116,7 +131,7 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
     previous = _begun(results, file)
     if previous is not None and previous.status == "finished":
         return replace(summarize_run(results, file.run), already_complete=True)
-    with results.writer(file.run) as writer:
+    with naming(file.run), results.writer(file.run) as writer:
         _Session(file, results, writer, where, observer, _begun(results, file)).run()
     return summarize_run(results, file.run)
 
@@ -269,6 +284,8 @@ class _Session:
         plan = search(
             strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds, cost_of=cost_of
         )
+        observer = _Counting(self._observer, pool.metrics)
+        plan = search(strategy, pool, self._writer, observer, self._stop_requested, limit_seconds)
         if isinstance(strategy, Sparsity):
             self._milestones = strategy.milestones
         return plan, remarks_of(strategy)
@@ -365,7 +382,7 @@ def _pool(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
         )
     if where.address is None:
         texts.check_model(file)
-    return ReplicaPool(file.model_spec, where, observer.on_note)
+    return ReplicaPool(file.model_spec, where, observer.on_note, run=file.run)
 
 
 def _reference(

@@ -7,6 +7,7 @@ where they come from.
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import time
 from collections import deque
@@ -22,8 +23,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtmsearch.output import components, duration, number
+from dtmsearch.output import components, duration, number, plain
 from dtmsearch.search.scheduler import Decision, Observer, Progress
+
+log = logging.getLogger(__name__)
 
 # Elsewhere than in a terminal: at most one progress line in this time.
 _PLAIN_SECONDS = 5.0
@@ -66,6 +69,29 @@ class QuietProgress:
 
     def on_note(self, text: str) -> None:
         print(text, file=self.stream, flush=True)
+
+
+class LoggedProgress:
+    """Tells Python's logging instead of a person: a record for each decision and note, at times for progress."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.last_at = -_PLAIN_SECONDS
+
+    def on_progress(self, progress: Progress) -> None:
+        if self.clock() - self.last_at >= _PLAIN_SECONDS:
+            self.last_at = self.clock()
+            values = {key: value for key, value in vars(progress).items() if key != "decision"}
+            log.info("progress", extra=values)
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        edge = None if decision.perturbation is None else str(decision.perturbation)
+        values = {"step": decision.step, "plan": decision.plan.id, "perturbation": edge, "score": decision.score}
+        measured = {"size": plain(decision.size), "summary": plain(decision.summary)}
+        log.info("decision", extra=values | measured | {"replayed": replayed})
+
+    def on_note(self, text: str) -> None:
+        log.warning(text)
 
 
 class PlainProgress(QuietProgress):

@@ -28,11 +28,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": {"plans"},
     "cluster.sweep": {"plans", "config", "search", "results", "run"},
     "sweepfile": {"config"},
+    "logs": set(),
     "submission": {"config", "texts", "cluster"},
     "compose": {"plans", "config", "search"},
     "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
     "calibrating": {"plans", "config", "results", "texts", "cluster"},
-    "run": {"calibrating", "plans", "config", "search", "results", "texts", "cluster", "compose"},
+    "run": {"calibrating", "logs", "plans", "config", "search", "results", "texts", "cluster", "compose"},
     "report": {"plans", "config", "results", "output"},
 }
 

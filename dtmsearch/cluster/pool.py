@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,6 +31,7 @@ from ray.exceptions import (
 
 from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample
 from dtmsearch.cluster.host import Hosted, give_back, start_host
+from dtmsearch.cluster.metrics import Metrics
 from dtmsearch.cluster.placement import Patience, Room, Share, alive_nodes, share_of
 from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.tokens import refused
@@ -160,11 +161,13 @@ class ReplicaPool:
         on_note: Callable[[str], None] = log.warning,
         replica_class: str = REPLICA_CLASS,
         health: Health = Health(),
+        run: str = "",
     ) -> None:
         self._spec, self._settings, self._on_note = spec, settings, on_note
         self._health, self._pace, self._known = health, Pace(health), Known(health)
         self._replica_class = replica_class
         self._own_ray = connect(settings.address)
+        self.metrics = Metrics(run)
         self._share = _share(settings)
         self._room, self._patience = Room(self._share, settings.replicas), Patience(self._share)
         self._replica_settings = ReplicaSettings(
@@ -392,7 +395,21 @@ class ReplicaPool:
         if self._arrived:
             self._gather_until = time.monotonic() + _GATHER_SECONDS
         arrived, self._arrived = self._arrived, []
+        self._report(arrived)
         return arrived
+
+    def _report(self, arrived: Sequence[Outcome]) -> None:
+        """Tell Ray's metrics and the log what has arrived, and who works."""
+        ready = [member for member in self._members if member.ready]
+        busy = sum(bool(member.calls) for member in ready)
+        self.metrics.replicas(busy, len(ready) - busy, len(self._members) - len(ready))
+        if arrived:
+            self.metrics.answered(arrived)
+        if log.isEnabledFor(logging.INFO):
+            for outcome in arrived:
+                status = outcome.kind if isinstance(outcome, EvalFailure) else "ok"
+                about = {"request": outcome.request_id, "status": status}
+                log.info("evaluation", extra=about | asdict(outcome.provenance))
 
     @property
     def _in_flight(self) -> bool:
@@ -620,6 +637,7 @@ class ReplicaPool:
             self._groups.append(member.host.group)
         reason = str(_cause(error) if isinstance(error, RayTaskError) else error).strip().splitlines()[0][:300]
         unverified = sum(len(held.outcomes) for held in member.held)
+        self.metrics.lost()
         again = f"; {unverified} results that no canary had verified are measured again" if unverified else ""
         self._on_note(f"{member.name} ({member.node or 'starting'}) was lost and is replaced: {reason}{again}")
         preempted = isinstance(error, ActorDiedError) and bool(error.preempted)
