@@ -644,23 +644,32 @@ def export_verb(
     epilog=examples(
         "dtmsearch report my-run",
         "dtmsearch report my-run --out report.html --figures figures/",
+        "dtmsearch report my-run another-run",
         "dtmsearch report my-run --store s3://bucket/store",
     ),
 )
 @click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.argument("other", metavar="[OTHER]", required=False, shell_complete=complete_run)
 @store_option
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The page's file  [default: RUN.html]")
 @click.option(
     "--figures", type=click.Path(path_type=Path, file_okay=False), help="Folder for each figure as SVG and PNG."
 )
-def report_verb(name: str, store: str, out: Path | None, figures: Path | None) -> None:
-    """Write a run as one page of HTML.
+def report_verb(name: str, other: str | None, store: str, out: Path | None, figures: Path | None) -> None:
+    """Write a run, or two compared, as one page of HTML.
 
     It needs no network, and works for a run that is still going on.
     """
-    from dtmsearch.report.writing import write_report
+    if other is None:
+        from dtmsearch.report.writing import write_report
 
-    for path in write_report(_open(store), name, out or Path(f"{name}.html"), figures):
+        written = write_report(_open(store), name, out or Path(f"{name}.html"), figures)
+    else:
+        from dtmsearch.report.comparison import write_comparison
+
+        path = out or Path(f"{name}-and-{other}.html")
+        written = write_comparison(_open(store), name, other, path, figures)
+    for path in written:
         _print(str(path))
 
 

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from reported import HOSTILE, NUM_LAYERS, SCHEMES, make_run
 
 from dtmsearch.cli import main
 from dtmsearch.report.charts import figures, save
-from dtmsearch.report.facts import RunFacts, gather, spread
+from dtmsearch.report.comparison import held_out_differences, plan_differences, sentence
+from dtmsearch.report.facts import RunFacts, gather, per_prompt, spread
 from dtmsearch.report.writing import page
 from dtmsearch.results.store import ResultStore
 
@@ -25,6 +27,13 @@ MOST_BYTES = 3_000_000
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ResultStore:
     return make_run(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def pair(store: ResultStore) -> tuple[RunFacts, RunFacts]:
+    """The run, and one of the same model and prompts that went further."""
+    make_run(Path(store.url), "further", share=0.9)
+    return gather(store, "toy"), gather(store, "further")
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +151,38 @@ def test_figures_are_written_as_svg_and_png(tmp_path: Path, facts: RunFacts) -> 
 def test_of_points_on_one_spot_one_is_drawn() -> None:
     table = pa.table({"x": [0.0, 0.0, 1.0, None] * 1000, "y": [1.0, 1.0, 2.0, 5.0] * 1000})
     assert spread(table, "x", "y", 100).to_pylist() == [{"x": 0.0, "y": 1.0}, {"x": 1.0, "y": 2.0}]
+
+
+# Two runs.
+
+
+def test_two_plans_are_compared_on_the_prompts_that_they_share(
+    store: ResultStore, pair: tuple[RunFacts, RunFacts]
+) -> None:
+    plans = [per_prompt(store, facts.record, facts.summary)["plan"]["fdt"] for facts in pair]
+    found = held_out_differences(store, *pair)["fdt"]
+    assert found.mean == pytest.approx(np.mean(plans[0]) - np.mean(plans[1])) and found.mean > 0
+    assert "texts of toy diverge later than those of further" in sentence(*pair, {"fdt": found})
+
+
+def test_a_component_that_one_plan_compresses_is_named_after_it(pair: tuple[RunFacts, RunFacts]) -> None:
+    choices = {row["component"]: row["choice"] for row in plan_differences(*pair)}
+    mine, theirs = ({row["component"] for row in facts.plan_rows if row["scheme"] != "dense"} for facts in pair)
+    assert {name for name, choice in choices.items() if choice == "only in further"} == theirs - mine
+
+
+def test_plans_of_other_prompts_are_called_neither_better_nor_worse(pair: tuple[RunFacts, RunFacts]) -> None:
+    assert "neither is called better" in sentence(*pair, {})
+
+
+def test_the_command_compares_two_runs(
+    store: ResultStore, pair: tuple[RunFacts, RunFacts], tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "both.html"
+    assert main(["report", "toy", "further", "--store", store.url, "--out", str(out)]) == 0
+    assert "run: toy -&gt; further" in out.read_text() and out.stat().st_size < MOST_BYTES
+
+
+def test_a_run_is_not_compared_with_itself(store: ResultStore, capsys: Any) -> None:
+    assert main(["report", "toy", "toy", "--store", store.url]) == 2
+    assert "give two runs" in capsys.readouterr().err

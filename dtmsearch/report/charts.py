@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dtmsearch.plans.schemes import DENSE
 from dtmsearch.report.extra import altair as alt
@@ -37,7 +37,7 @@ _PAPER_WIDTH = 560
 _PNG_SCALE = 3.0
 # The palette of Okabe and Ito, which the colour-blind tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-_FAINT = "#8a8f98"
+_FAINT, _DENSE = "#8a8f98", "#a7abb2"
 _PAPER = {
     "background": "white",
     "font": "Helvetica, Arial, sans-serif",
@@ -127,7 +127,7 @@ def _sensitivity_figures(facts: RunFacts) -> list[Figure]:
         for scheme in schemes:
             name = f"sensitivity-{metric}-{scheme}"
             domain = min(values), max(values)
-            legend = _ramp_legend(_DAMAGES[metric]) if scheme == schemes[-1] else None
+            legend = _ramp_legend(_DAMAGES[metric], _marks(domain)) if scheme == schemes[-1] else None
             chart = _sensitivity_map(name, cells[scheme], metric, domain, kinds_of(facts.components), legend)
             found.append(
                 Figure("sensitivity", name, chart.properties(title=scheme), {name: cells[scheme]}, metric.upper())
@@ -158,9 +158,7 @@ def _cells(rows: Sequence[Row], metric: str, ceiling: int | None) -> list[Row]:
 def _sensitivity_map(
     name: str, cells: Sequence[Row], metric: str, domain: tuple[float, float], kinds: Sequence[str], legend: Any
 ) -> Any:
-    low, high = domain
-    # Damages lie decades apart; where they can be zero or below, a logarithm has no place for them.
-    scale = alt.Scale(type="log", domain=[low, high]) if low > 0 and high > 8 * low else alt.Scale(domain=[low, high])
+    scale = alt.Scale(type="log" if _is_wide(domain) else "linear", domain=list(domain))
     tooltip = [
         alt.Tooltip("component:N"),
         alt.Tooltip("scheme:N"),
@@ -172,6 +170,17 @@ def _sensitivity_map(
     colour = alt.Color("value:Q", scale=scale, legend=legend)
     chart = _layers_by_kinds(name, cells, kinds).encode(color=colour, tooltip=tooltip)
     return _sized(chart, _ROW_HEIGHT * len(kinds), f"Heat map of layers by kinds: {_DAMAGES[metric]}")
+
+
+def _is_wide(domain: tuple[float, float]) -> bool:
+    """Damages lie decades apart; where they can be zero or below, a logarithm has no place for them."""
+    return domain[0] > 0 and domain[1] > 8 * domain[0]
+
+
+def _marks(domain: tuple[float, float]) -> list[float]:
+    """Values that a ramp names: its ends and its middle."""
+    low, high = domain
+    return [low, math.sqrt(low * high) if _is_wide(domain) else (low + high) / 2, high]
 
 
 def _layers_by_kinds(name: str, cells: Sequence[Row], kinds: Sequence[str]) -> Any:
@@ -195,9 +204,15 @@ def _layers_by_kinds(name: str, cells: Sequence[Row], kinds: Sequence[str]) -> A
     )
 
 
-def _ramp_legend(title: str) -> Any:
+def _ramp_legend(title: str, values: Sequence[float] = ()) -> Any:
     return alt.Legend(
-        title=title, orient="bottom", gradientLength=180, gradientThickness=8, titleLimit=400, format=".2~g"
+        title=title,
+        orient="bottom",
+        gradientLength=180,
+        gradientThickness=8,
+        titleLimit=400,
+        format=".2~g",
+        values=list(values) or alt.Undefined,
     )
 
 
@@ -249,7 +264,7 @@ def _scheme_colour(cells: Sequence[Row]) -> Any:
     if len([s for s in schemes if s != DENSE]) > _MOST_COLOURS:
         return alt.Color("bits:Q", legend=_ramp_legend("bits a weight"))
     colours = iter(PALETTE)
-    palette = ["#b8b8b8" if scheme == DENSE else next(colours) for scheme in schemes]
+    palette = [_DENSE if scheme == DENSE else next(colours) for scheme in schemes]
     return alt.Color(
         "scheme:N",
         scale=alt.Scale(domain=schemes, range=palette),
@@ -276,7 +291,7 @@ def _course_figures(facts: RunFacts) -> list[Figure]:
 def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     # Bits fall as a search goes on: its time runs from left to right in either picture.
     x_scale = alt.Scale(reverse=x == "bits", zero=False, nice=False, padding=8)
-    x_axis = alt.Axis(format="%", grid=False) if x == "share" else alt.Axis(grid=False)
+    x_axis = alt.Axis(format="%" if x == "share" else "~g", grid=False, tickCount=8)
     at_x = alt.X(f"{x}:Q", title=x_title, scale=x_scale, axis=x_axis)
     shown = (*facts.points, *facts.path, *(row for row in facts.uniform if row["label"] != "base"))
     values = [row[metric] for row in shown if row.get(metric) is not None]
@@ -299,16 +314,18 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     layers = [
         points.encode(x=at_x, y=at_y, tooltip=edge),
         line.encode(x=at_x, y=at_y, order="step:Q", tooltip=[alt.Tooltip("step:Q"), *edge]),
-        held_out.mark_point(shape="diamond", size=90, filled=True, color=PALETTE[5]),
+        held_out.mark_point(shape="diamond", size=90, filled=True, opacity=1, color=PALETTE[5]),
         _beside(held_out.transform_filter("datum.label != 'plan'"), -7),
-        _beside(held_out.transform_filter("datum.label == 'plan'"), 9),
+        _beside(held_out.transform_filter("datum.label == 'plan'"), 10, "left"),
     ]
     description = f"{TITLES[metric]} of every candidate against {x_title}"
     return _sized(alt.layer(*layers), _PLOT_HEIGHT, description)
 
 
-def _beside(points: Any, dy: int) -> Any:
-    return points.mark_text(align="right", dx=-9, dy=dy, fontSize=11, color=PALETTE[5]).encode(text="name:N")
+def _beside(points: Any, dy: int, align: Literal["left", "right"] = "right") -> Any:
+    """Names of points, on the side where there is room: most plans are smaller than what was searched."""
+    dx = -9 if align == "right" else 9
+    return points.mark_text(align=align, dx=dx, dy=dy, fontSize=11, color=PALETTE[5]).encode(text="name:N")
 
 
 def _decades(values: Sequence[float]) -> Any:
@@ -325,16 +342,19 @@ def _survival_figures(facts: RunFacts) -> list[Figure]:
     if not facts.survival:
         return []
     rows = [{**row, "label": plan_name(row["label"])} for row in facts.survival]
+    return [Figure("divergence", "survival", _survival(rows, "survival"), {"survival": rows})]
+
+
+def _survival(rows: Sequence[Row], name: str) -> Any:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     legend = alt.Legend(title=None, orient="bottom", columns=3, symbolSize=300)
     chart = (
-        _named("survival")
+        _named(name)
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
             x=alt.X("token:Q", title="tokens generated", scale=alt.Scale(nice=False)),
             y=alt.Y("same:Q", title="texts still the base model's", axis=alt.Axis(format="%")),
             color=alt.Color("label:N", sort=labels, legend=legend),
-            strokeDash=alt.StrokeDash("label:N", sort=labels, legend=legend),
             tooltip=[
                 alt.Tooltip("label:N", title="plan"),
                 alt.Tooltip("token:Q", title="after token"),
@@ -342,8 +362,7 @@ def _survival_figures(facts: RunFacts) -> list[Figure]:
             ],
         )
     )
-    description = "Share of held-out prompts whose text is still the base model's, by number of tokens generated"
-    return [Figure("divergence", "survival", _sized(chart, 260, description), {"survival": rows})]
+    return _sized(chart, 260, "Share of held-out prompts whose text is still the base model's, by tokens generated")
 
 
 # Interaction
@@ -393,7 +412,7 @@ def _tree_figures(facts: RunFacts) -> list[Figure]:
     colour = alt.Color(
         "fate:N",
         scale=alt.Scale(domain=fates, range=[PALETTE[0], PALETTE[1], _FAINT]),
-        legend=alt.Legend(title=None, orient="bottom"),
+        legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1, symbolSize=60),
     )
     x = alt.X("step:Q", title="round", scale=alt.Scale(nice=False, padding=10), axis=alt.Axis(grid=False))
     lowest = max(row["rank"] for row in facts.nodes)
@@ -422,3 +441,71 @@ def _tree_figures(facts: RunFacts) -> list[Figure]:
     ).add_params(alt.selection_interval(bind="scales", name="zoom"))
     chart = _sized(zoomable, 340, "The tree of plans: rounds by rank, kept plans joined")
     return [Figure("tree", "tree", chart, {"nodes": facts.nodes, "edges": facts.edges})]
+
+
+# Two runs
+
+
+def compared_plans(rows: Sequence[Row], runs: tuple[str, str]) -> list[Figure]:
+    """Where two plans choose alike, and where not. `rows` as `comparison.plan_differences` gives them."""
+    if not rows:
+        return []
+    choices = ["dense in both", "the same scheme", "different schemes", *(f"only in {run}" for run in runs)]
+    scale = alt.Scale(domain=choices, range=[_DENSE, PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[1]])
+    kinds = kinds_of(rows)
+    cells = list({(row["layer"], row["kind"]): row for row in rows}.values())
+    chart = _layers_by_kinds("choices", cells, kinds).encode(
+        color=alt.Color("choice:N", scale=scale, legend=alt.Legend(title=None, orient="bottom", columns=3)),
+        tooltip=[
+            alt.Tooltip("component:N"),
+            alt.Tooltip("scheme:N", title=runs[0]),
+            alt.Tooltip("other_scheme:N", title=runs[1]),
+        ],
+    )
+    description = "Heat map of layers by kinds: where the two plans choose alike"
+    return [Figure("plans", "plans", _sized(chart, _ROW_HEIGHT * len(kinds), description), {"choices": cells})]
+
+
+def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequence[str]) -> list[Figure]:
+    """The decisions of runs, a line each, by their metrics on their own prompts."""
+    rows = [{**row, "run": run} for run, path in paths for row in path]
+    if not rows:
+        return []
+    runs = [run for run, _ in paths]
+    found = []
+    for metric in metrics:
+        values = [row[metric] for row in rows if row.get(metric) is not None]
+        logarithmic = metric in ("kl", "sdt") and bool(values) and min(values) > 0
+        scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
+        axis = _decades(values) if logarithmic else alt.Axis()
+        chart = (
+            _named("paths")
+            .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18), aria=False)
+            .encode(
+                x=alt.X(
+                    "bits:Q",
+                    title="bits a weight",
+                    scale=alt.Scale(reverse=True, zero=False, nice=False, padding=8),
+                    axis=alt.Axis(format="~g", grid=False, tickCount=8),
+                ),
+                y=alt.Y(f"{metric}:Q", title=TITLES[metric], scale=scale, axis=axis),
+                color=alt.Color("run:N", sort=runs, legend=alt.Legend(title=None, orient="bottom")),
+                order="step:Q",
+                tooltip=[
+                    alt.Tooltip("run:N"),
+                    alt.Tooltip("step:Q"),
+                    alt.Tooltip("edge:N", title="choice"),
+                    alt.Tooltip("bits:Q", format=".2f"),
+                    alt.Tooltip(f"{metric}:Q", title=metric.upper(), format=".4~g"),
+                ],
+            )
+        )
+        chart = _sized(chart, _PLOT_HEIGHT, f"{TITLES[metric]} of both runs' decisions against bits a weight")
+        found.append(Figure("course", f"courses-{metric}", chart, {"paths": rows}, metric.upper()))
+    return found
+
+
+def compared_survival(plans: Sequence[tuple[str, Sequence[Row]]]) -> list[Figure]:
+    """How long texts stay the base model's, under the plans of runs."""
+    rows = [{**row, "label": run} for run, curve in plans for row in curve]
+    return [Figure("divergence", "survivals", _survival(rows, "survivals"), {"survivals": rows})] if rows else []

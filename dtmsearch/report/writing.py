@@ -43,7 +43,7 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "facts": facts,
         "summary": facts.summary,
         "held_out": _held_out_rows(store, facts),
-        "places": _places(drawn),
+        "places": places(drawn),
         "components": _component_rows(facts),
         "alone": list(dict.fromkeys(row["scheme"] for row in facts.sensitivity)),
         "texts": [_side_by_side(row) for row in facts.texts],
@@ -51,11 +51,16 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "tiles": _tiles(facts),
         "store": store.url,
     }
-    data = {
+    return render("run.html", context, page_data(drawn))
+
+
+def page_data(drawn: Iterable[Figure]) -> dict[str, Any]:
+    """What a page's script draws: the charts, and the rows that they name."""
+    drawn = list(drawn)
+    return {
         "figures": {figure.name: figure.chart.to_dict() for figure in drawn},
         "datasets": {name: _columns(rows) for figure in drawn for name, rows in figure.data.items()},
     }
-    return render("run.html", context, data)
 
 
 def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
@@ -190,7 +195,7 @@ def _value(row: ValidationRow | None, metric: str) -> float | None:
     return value
 
 
-def _places(drawn: list[Figure]) -> dict[str, dict[str, list[Figure]]]:
+def places(drawn: list[Figure]) -> dict[str, dict[str, list[Figure]]]:
     """section -> choice -> figures that are shown together."""
     found: dict[str, dict[str, list[Figure]]] = {}
     for figure in drawn:
