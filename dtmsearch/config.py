@@ -188,7 +188,7 @@ class SearchSection(_Section):
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     confidence: float = Field(default=1.0, gt=0, le=1)
     indifference: float = Field(default=0.0, ge=0)
-    audit: float = Field(default=0.0, ge=0, le=1)
+    audit: float = Field(default=0.002, ge=0, le=1)
     schemes: tuple[str, ...] = ()
     components: ComponentsSection = ComponentsSection()
     tied: tuple[tuple[str, ...], ...] = ()
