@@ -46,7 +46,7 @@ _EXIT_CODES = {
 }
 
 # What `dtmsearch.export.formats` can write, by name, because naming them must not load torch; a test holds them equal.
-EXPORT_FORMATS = ("json", "dense", "bitsandbytes", "compressed-tensors")
+EXPORT_FORMATS = ("json", "dense", "bitsandbytes", "compressed-tensors", "gguf-recipe", "evopress")
 
 _LOG_FORMAT: ContextVar[str] = ContextVar("log_format", default="text")
 Verb = TypeVar("Verb", bound=Callable[..., Any])

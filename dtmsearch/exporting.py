@@ -14,7 +14,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -24,21 +26,31 @@ import dtmsearch
 from dtmsearch import config
 from dtmsearch.config import SearchFile
 from dtmsearch.export.card import Card, card_text
+from dtmsearch.export.evopress import is_configuration, read_configuration
 from dtmsearch.export.folder import header_bytes
 from dtmsearch.export.formats import FORMATS, Format
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.packed import NAME as PACKED
+from dtmsearch.model.compressor import Compressor
 from dtmsearch.model.discovery import read_manifest
 from dtmsearch.model.loading import checkpoint_folder
 from dtmsearch.model.replica import Replica
 from dtmsearch.model.served import write_job
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, IntArray, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.plans.evaluation import (
+    EXTRA_METRICS,
+    EvalRequest,
+    EvalResult,
+    IntArray,
+    ModelSpec,
+    Reference,
+    ReplicaSettings,
+)
 from dtmsearch.plans.fused import tied_plan, untied_groups
 from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json, plan_size, plan_to_json
 from dtmsearch.results.store import ResultStore
 
-_COLUMNS = ["run", "purpose", "label", "reference_id", "num_prompts", "fdt", "sdt", "dppl", "finished_at"]
+_COLUMNS = ["run", "evaluation_id", "reference_id", "num_prompts", "fdt", "sdt"]
 
 
 class ExportFailed(RuntimeError):
@@ -47,12 +59,13 @@ class ExportFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Recorded:
-    """A measurement of a plan in the store: of which run, against which reference, per prompt."""
+    """A measurement of a plan in the store: of which run, against which reference, per prompt; calibrated by what."""
 
     run: str
     reference: Reference
     fdt: IntArray
     sdt: IntArray
+    calibration_id: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,8 @@ def export(
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--out {target} is there already: give a folder that is new or empty")
-    found = _find(source, ResultStore(store), model)
+    results = ResultStore(store)
+    found = _find(source, results, model)
     wants_check = check and form.is_model
     if wants_check and found.recorded is None:
         raise ValueError(
@@ -135,7 +149,7 @@ def export(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    job = _job(found, runtime)
+    job = _job(found, runtime, results)
     if runtime == "vllm" and to == PACKED:
         _require_tied(found, target, job)
     say(f"writing {to} of {found.manifest.model}: {len(found.plan)} compressed components")
@@ -154,20 +168,37 @@ def export(
     return result
 
 
-def _job(found: _Source, runtime: str) -> Job:
+def _job(found: _Source, runtime: str, results: ResultStore) -> Job:
     mode = None if found.recorded is None else found.recorded.reference.mode
     dtype = getattr(torch, found.spec.dtype)
     on_gpu = torch.cuda.is_available() and (mode is None or "/cuda/" in mode)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    # vLLM keeps scales in the model's dtype, whatever the file says.
+    scale_dtype = dtype if runtime == "vllm" else getattr(torch, found.spec.scale_dtype)
     return Job(
         folder=checkpoint_folder(found.spec),
         manifest=found.manifest,
         plan=found.plan,
         dtype=dtype,
-        device=torch.device("cuda" if on_gpu else "cpu"),
-        # vLLM keeps scales in the model's dtype, whatever the file says.
-        scale_dtype=dtype if runtime == "vllm" else getattr(torch, found.spec.scale_dtype),
+        device=device,
+        scale_dtype=scale_dtype,
         runtime=runtime,
+        compressor=_compressor(found, results, scale_dtype, device),
+        schemes=() if found.file is None else found.file.search.schemes,
     )
+
+
+def _compressor(found: _Source, results: ResultStore, scale_dtype: torch.dtype, device: torch.device) -> Compressor:
+    """What makes components' weights, with the statistics and the solved matrices that the store holds."""
+    compressor = Compressor(scale_dtype)
+    calibration_id = "" if found.recorded is None else found.recorded.calibration_id
+    statistics = results.statistics(calibration_id) if calibration_id else None
+    if statistics is not None:
+        compressor.calibrate(calibration_id, statistics.mean_squares, device)
+        compressor.fetch_from(
+            lambda component, scheme: results.matrices(calibration_id, [component]).get((component, scheme))
+        )
+    return compressor
 
 
 def _require_tied(found: _Source, target: Path, job: Job) -> None:
@@ -199,6 +230,8 @@ def _fdt_of(found: _Source, plans: Mapping[str, Plan]) -> dict[str, tuple[float,
     reference = found.recorded.reference
     replica = Replica(found.spec, ReplicaSettings())
     replica.use(reference)
+    if any(plan.needs_calibration for plan in plans.values()):
+        return dict.fromkeys((*plans, "unrepaired"), (0.0, "FDT not measured: it needs the search's calibration"))
     requests = [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans.values()]
     before = float(found.recorded.fdt.mean())
     fdt = {"unrepaired": (before, f"FDT {before:.2f}")}
@@ -236,6 +269,11 @@ def _find(source: str, results: ResultStore, model: str | None) -> _Source:
 
 def _find_file(path: Path, results: ResultStore, model: str | None) -> _Source:
     text = path.read_text(encoding="utf-8")
+    if is_configuration(text):
+        if model is None:
+            raise ValueError(f"{path} is a configuration of modules and levels: say with --model what it is for")
+        manifest = read_manifest(ModelSpec(model))
+        text = plan_to_json(read_configuration(path), manifest)
     try:
         content = json.loads(text)
         where = str(content["model"])
@@ -273,10 +311,28 @@ def _recorded(results: ResultStore, plan: Plan, run: str | None, preferred: Sequ
         place = preferred.index(str(row["reference_id"])) if row["reference_id"] in preferred else len(preferred)
         return place, -int(str(row["num_prompts"]))
 
+    calibrations = [""]
+    if plan.needs_calibration:
+        calibrations = sorted(set(results.table("statistics", ["calibration_id"])["calibration_id"].to_pylist()))
     for row in sorted(rows, key=rank):
         reference = results.reference(row["reference_id"])
-        if reference is not None and reference.num_prompts == row["num_prompts"]:
-            return Recorded(row["run"], reference, np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32))
+        calibration_id = _calibration_of(plan, row, calibrations)
+        if reference is not None and reference.num_prompts == row["num_prompts"] and calibration_id is not None:
+            fdt, sdt = np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32)
+            return Recorded(row["run"], reference, fdt, sdt, calibration_id)
+    return None
+
+
+def _calibration_of(plan: Plan, row: Mapping[str, Any], calibrations: Sequence[str]) -> str | None:
+    """By which calibration a plan was measured: the one that gives the row its identity. None if none does: the weights
+    had been trained, or the row is another version's."""
+    prompts = (0, int(row["num_prompts"]))
+    for calibration_id in calibrations:
+        for count in range(len(EXTRA_METRICS) + 1):
+            for extra in combinations(EXTRA_METRICS, count):
+                request = EvalRequest(plan, row["reference_id"], prompts, extra, calibration_id=calibration_id)
+                if request.id == row["evaluation_id"]:
+                    return calibration_id
     return None
 
 
@@ -295,7 +351,9 @@ def _exported(form: Format, target: Path, partial: Path, found: _Source, job: Jo
         folder=str(target.absolute()),
         plan=found.plan,
         size=plan_size(found.plan, found.manifest.components, job.dtype.itemsize * 8),
-        files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+        files={
+            str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+        },
         tensor_bytes=written.tensor_bytes or None,
         plan_bits=job.plan_bits if written.tensor_bytes else None,
         extra_bits=written.extra_bits,

@@ -49,7 +49,11 @@ def measured_plan(
     manifest = base.manifest()
     plan = Plan.uniform(manifest.components, schemes) if isinstance(schemes, str) else Plan.of(schemes)
     reference = with_reference(base)
-    request = EvalRequest(plan, reference.id, (0, reference.num_prompts))
+    calibration = base.cut_calibration([TEXT], 8, 16, 0) if plan.needs_calibration else None
+    if calibration is not None:
+        base.use_calibration(calibration)
+    known = "" if calibration is None else calibration.id
+    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), calibration_id=known)
     outcome = result(base.evaluate([request])[0])
     text = store.parent / "text.txt"
     text.write_text(TEXT)
@@ -57,7 +61,7 @@ def measured_plan(
 run: {RUN}
 model: {{path: {model}, dtype: {dtype}, scale_dtype: {scale_dtype}, attention: {attention}}}
 prompts: {{files: [{text}], count: 6, prompt_tokens: 10, continuation_tokens: 12}}
-search: {{schemes: [int8-channel]}}
+search: {{schemes: [int8-channel, int4-g16]}}
 """
     parsed = parse(file, "search.yaml", store.parent)
     record = RunRecord(
@@ -77,6 +81,9 @@ search: {{schemes: [int8-channel]}}
         writer.put_components(manifest, manifest.components)
         writer.put_reference(reference)
         writer.append([EvaluationRecord(request, outcome, "search")])
+        if calibration is not None:
+            writer.put_statistics(calibration, base.gather_statistics(calibration))
+            writer.put_matrices(calibration.id, base.solve(calibration.id, plan.entries))
         writer.put_run(record)
     return Measured(store, manifest, plan)
 

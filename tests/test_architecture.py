@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "search": {"plans", "config"},
     "results": {"plans", "config"},
     "model": {"plans", "config"},
-    "export": {"plans", "model.compress"},
+    "export": {"plans", "model.compress", "model.compressor"},
     "texts": {"plans", "config"},
     "cluster": {"plans"},
     "cluster.sweep": {"plans", "config", "search", "results", "run"},

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtmsearch.export.dense import write_dense
+from dtmsearch.export.evopress import write_evopress
+from dtmsearch.export.gguf_recipe import write_recipe
 from dtmsearch.export.job import Job, Written
 from dtmsearch.export.packed import write_packed
 from dtmsearch.export.quantized_modules import write_modules
@@ -37,5 +39,7 @@ FORMATS = {
         Format("dense", write_dense, "anything that loads a Hugging Face checkpoint", is_model=True),
         Format("bitsandbytes", write_modules, "transformers with bitsandbytes", is_model=True),
         Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
+        Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False),
+        Format("evopress", write_evopress, "EvoPress's search", is_model=False),
     )
 }

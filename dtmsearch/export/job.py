@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dtmsearch.model.compressor import Compressor
 from dtmsearch.plans.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import DENSE, parse_scheme
@@ -20,7 +21,8 @@ from dtmsearch.plans.schemes import DENSE, parse_scheme
 class Job:
     """A plan over the checkpoint in `folder`, as it was measured: weights in `dtype`, scales in `scale_dtype`.
 
-    `runtime` is what shall load it, where a format has several.
+    `runtime` is what shall load it, where a format has several. `compressor` makes a component's weights out of its
+    own; it has what calibrated schemes need. `schemes` are those of the search, beyond the plan's.
     """
 
     folder: Path
@@ -30,6 +32,8 @@ class Job:
     device: torch.device
     scale_dtype: torch.dtype = torch.float32
     runtime: str = "transformers"
+    compressor: Compressor = field(default_factory=Compressor)
+    schemes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         missing = [name for name in self.plan.schemes if name not in self._places]
@@ -111,6 +115,13 @@ class Job:
                 else:
                     tensor = _with_matrix(tensor, component, rewrite)
             yield name, tensor
+
+    def matrix(self, component: Component) -> Tensor:
+        """A component's own weights [outputs, inputs]."""
+        matrix = torch.cat([self.read(part) for part in self._tensors_of(component.name)])
+        if matrix.ndim == 3:
+            matrix = matrix[int(component.name.split(".")[-2])]
+        return matrix.t().contiguous() if component.transposed else matrix
 
     def read(self, tensor: str) -> Tensor:
         """One tensor, on the job's device; a floating-point one in the measured dtype."""

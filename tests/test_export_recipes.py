@@ -1,0 +1,138 @@
+"""Exports that other tools apply: llama.cpp's types, EvoPress's configuration and database; and what was calibrated."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from exports import Measured, in_process, measured_plan
+from safetensors.torch import load_file
+from test_families import FAMILIES
+from tiny import llama_config, write_model
+
+from dtmsearch.export.evopress import levels_of, read_configuration, read_weight
+from dtmsearch.exporting import export
+from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.plans.schemes import parse_scheme
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = tmp_path_factory.mktemp("wide")
+    config = llama_config(hidden_size=256, intermediate_size=64, num_hidden_layers=2)
+    plan = {Q: "int4-g32", DOWN: "int8-channel", "model.layers.1.self_attn.o_proj": "int3-g64"}
+    return measured_plan(write_model(folder / "model", config), folder / "store", plan)
+
+
+def types_of(folder: Path) -> dict[str, str]:
+    lines = (folder / "tensor-types.txt").read_text().splitlines()
+    return {name.replace("\\.", "."): kind for name, kind in (line.split("=") for line in lines)}
+
+
+def test_a_recipe_names_llama_cpps_tensors_with_the_types_nearest_in_bits(wide: Measured, tmp_path: Path) -> None:
+    wide.export("gguf-recipe", tmp_path / "out")
+    types = types_of(tmp_path / "out")
+    wanted = {"blk.0.attn_q.weight": "q4_k", "blk.1.attn_output.weight": "q3_k", "blk.1.ffn_down.weight": "q8_0"}
+    assert {name: types[name] for name in wanted} == wanted
+
+
+def test_a_recipe_leaves_dense_components_in_16_bits(wide: Measured, tmp_path: Path) -> None:
+    wide.export("gguf-recipe", tmp_path / "out")
+    assert types_of(tmp_path / "out")["blk.0.ffn_up.weight"] == "f16"
+
+
+def test_types_of_a_recipe_divide_the_rows(wide: Measured, tmp_path: Path) -> None:
+    """Rows of 64 weights take no type with blocks of 256."""
+    narrow = measured_plan(Path(wide.manifest.model), tmp_path / "store", {DOWN: "int4-g32"})
+    narrow.export("gguf-recipe", tmp_path / "out")
+    assert types_of(tmp_path / "out")["blk.1.ffn_down.weight"] == "q4_0"
+
+
+def test_names_of_a_recipe_match_their_own_tensor_only(wide: Measured, tmp_path: Path) -> None:
+    wide.export("gguf-recipe", tmp_path / "out")
+    patterns = [line.split("=")[0] for line in (tmp_path / "out" / "tensor-types.txt").read_text().splitlines()]
+    names = [pattern.replace("\\", "") for pattern in patterns]
+    assert [sum(re.search(pattern, name) is not None for name in names) for pattern in patterns] == [1] * len(names)
+
+
+def test_a_recipe_says_how_to_make_an_importance_matrix(wide: Measured, tmp_path: Path) -> None:
+    wide.export("gguf-recipe", tmp_path / "out")
+    assert "llama-imatrix" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"opt"}))
+def test_every_familys_components_have_a_tensor_in_llama_cpp(family: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", FAMILIES[family].config)
+    attention = FAMILIES[family].attention
+    measured = measured_plan(path, tmp_path / "store", "int8-channel", attention=attention)
+    measured.export("gguf-recipe", tmp_path / "out")
+    assert set(types_of(tmp_path / "out").values()) == {"q8_0"}
+
+
+def test_a_family_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", FAMILIES["opt"].config)
+    measured = measured_plan(path, tmp_path / "store", "int8-channel")
+    with pytest.raises(ValueError, match="no architecture for models of type 'opt'"):
+        measured.export("gguf-recipe", tmp_path / "out")
+
+
+def test_evopresss_configuration_reads_back_as_the_plan(wide: Measured, tmp_path: Path) -> None:
+    wide.export("evopress", tmp_path / "out")
+    assert read_configuration(tmp_path / "out" / "configuration.txt") == wide.plan
+
+
+def test_evopresss_database_holds_every_scheme_of_the_search(wide: Measured, tmp_path: Path) -> None:
+    wide.export("evopress", tmp_path / "out")
+    levels = levels_of(sorted({"dense", "int8-channel", "int4-g16", "int4-g32", "int3-g64"}))
+    before = load_file(Path(wide.manifest.model) / "model.safetensors")[f"{Q}.weight"]
+    stored = read_weight(tmp_path / "out" / "database", Q, levels["int4-g16"])
+    assert torch.equal(stored, round_weight(before, parse_scheme("int4-g16")))
+
+
+def test_levels_are_bits_where_bits_tell_schemes_apart() -> None:
+    assert levels_of(["dense", "int4-g128", "int3-g128"]) == {"dense": 16, "int4-g128": 4, "int3-g128": 3}
+
+
+def test_a_configuration_is_exported_as_the_plan_that_it_is(wide: Measured, tmp_path: Path) -> None:
+    wide.export("evopress", tmp_path / "evopress")
+    source = str(tmp_path / "evopress" / "configuration.txt")
+    check = export(source, "dense", tmp_path / "out", str(wide.store), model=wide.manifest.model).check
+    assert check is not None and check.equal
+
+
+def test_a_level_that_is_no_scheme_is_named(tmp_path: Path) -> None:
+    (tmp_path / "configuration.txt").write_text(f"{Q}: 5\n")
+    with pytest.raises(ValueError, match="has level 5, which is no scheme"):
+        read_configuration(tmp_path / "configuration.txt", {"int4-g128": 4})
+
+
+CALIBRATED = {
+    Q: "gptq-int4-g16",
+    DOWN: "wanda-0.5",
+    "model.layers.0.mlp.up_proj": "sparsegpt-2:4",
+    "model.layers.2.mlp.gate_proj": "int4-g16+magnitude-0.5",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_calibrated_schemes_are_exported_as_they_were_measured(tmp_path: Path, dtype: str) -> None:
+    path = write_model(tmp_path / "model", llama_config(dtype=dtype))
+    check = measured_plan(path, tmp_path / "store", CALIBRATED, dtype).export("dense", tmp_path / "out").check
+    assert check is not None and check.equal and check.sdt_measured > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gptqs_own_codes_are_packed(tmp_path: Path, dtype: str) -> None:
+    path = write_model(tmp_path / "model", llama_config(dtype=dtype))
+    plan = {Q: "gptq-int4-g16", "model.layers.1.mlp.up_proj": "gptq-int3-channel"}
+    exported = measured_plan(path, tmp_path / "store", plan, dtype).export("compressed-tensors", tmp_path / "out")
+    assert exported.check is not None and exported.check.equal and dict(exported.extra_bits) == {"shapes": 256}
