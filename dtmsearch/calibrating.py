@@ -15,8 +15,12 @@ from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import parse_scheme, solved_scheme
 from dtmsearch.results.store import ResultStore, RunWriter
+from dtmsearch.search.sparsity import scheme_name
 
 Pair = tuple[str, str]
+
+# Errors of pruning are known at this many parts of one.
+_ERROR_STEPS = 20
 
 
 class Calibrating:
@@ -62,6 +66,27 @@ class Calibrating:
         calibrated = self.for_schemes(components, schemes)
         found = self._pool.weight_errors([c.name for c in components], list(schemes), calibrated)
         return {(error.component, error.scheme): error.plain for error in found}
+
+    def pruning_errors(self, components: Sequence[Component]) -> dict[str, list[tuple[float, float]]] | None:
+        """What a sparsity search that models damages knows of the weights: component -> (pruned share, relative
+        squared error of its outputs); None for other searches."""
+        search = self._file.search
+        if search.allocate != "sensitivity":
+            return None
+        # SparseGPT's own would have to be solved for at every share; Wanda's have nearly its shape.
+        saliency = "wanda" if search.prune == "sparsegpt" else search.prune
+        share_of = {scheme_name(saliency, step / _ERROR_STEPS): step / _ERROR_STEPS for step in range(1, _ERROR_STEPS)}
+        names = [component.name for component in components]
+        found = self._pool.weight_errors(names, list(share_of), self.id, by_hessian=True)
+        errors: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for error in found:
+            assert error.weighted_by_hessian is not None
+            errors[error.component].append((share_of[error.scheme], error.weighted_by_hessian))
+        return errors
+
+    def outliers(self) -> dict[int, float] | None:
+        """The part of each layer's weights that stand out, for the allocation that wants them."""
+        return self._pool.outlier_shares(self.id) if self._file.search.allocate == "owl" else None
 
     def _solve(self, entries: set[Pair]) -> None:
         """Hand over what is solved, layer by layer, and have the rest solved first."""

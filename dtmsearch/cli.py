@@ -37,6 +37,7 @@ _EXIT_CODES = {
     "ClusterUnreachable": _CLUSTER_UNREACHABLE,
     "ExportFailed": _FAILED,
     "JobEnded": _STOPPED,
+    "RecoveryDiverged": _STOPPED,
     "ReplicasFailed": _FAILED,
     "RunLocked": _FAILED,
     "SearchFailed": _FAILED,

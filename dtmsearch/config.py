@@ -226,6 +226,10 @@ class SearchSection(_Section):
             return self
         if self.schemes:
             raise ValueError("strategy: sparsity takes prune: magnitude, wanda, ... and shares of its own, no schemes")
+        if self.recovery is not None and self.prune == "sparsegpt":
+            raise ValueError(
+                "recovery goes with prune: magnitude or wanda; SparseGPT solves for the base model's weights"
+            )
         if not self.pruning_rounds:
             raise ValueError("strategy: sparsity needs rounds, such as [20, 15, 10], or stop.sparsity for a single one")
         if sum(self.pruning_rounds) > 100:

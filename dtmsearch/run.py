@@ -41,6 +41,7 @@ from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan, PlanSize, plan_from_json
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.plans.schemes import parse_scheme, siblings
+from dtmsearch.recovering import Recovering, RecoveryDiverged, weights_folder
 from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFull
 from dtmsearch.results.summary import RunSummary, summarize_run
 from dtmsearch.search.scheduler import (
@@ -235,14 +236,15 @@ class _Session:
         try:
             self._save(status="running", finished_at=None, message=None)
             texts.check_readable(self._file)
-            with _interruptible(), _pool(self._file, self._where, self._observer) as pool:
+            where = replace(self._where, weights_folder=weights_folder(self._results))
+            with _interruptible(), _pool(self._file, where, self._observer) as pool:
                 self._run(pool)
         except (KeyboardInterrupt, SearchStopped):
             reason = self._results.stop_reason(self._file.run)
             self._save(status="stopped", finished_at=time.time(), message=reason or None)
             raise SearchStopped from None
         except BaseException as error:
-            status = "stopped" if isinstance(error, StoreFull | ClusterLost) else "failed"
+            status = "stopped" if isinstance(error, StoreFull | ClusterLost | RecoveryDiverged) else "failed"
             with suppress(StoreError):  # the first error is the one to report, also when the store cannot take it
                 self._save(status=status, finished_at=time.time(), message=str(error))
             raise
@@ -295,10 +297,31 @@ class _Session:
     ) -> Strategy:
         calibration_id = calibrating.for_schemes(space.components, space.schemes)
         if self._file.search.strategy == "sparsity":
-            return sparsity_search_of(self._file, space, reference.id, calibration_id=calibration_id)
+            recover = self._recovering(pool, calibration_id)
+            errors, outliers = calibrating.pruning_errors(space.components), calibrating.outliers()
+            return sparsity_search_of(self._file, space, reference.id, recover, errors, outliers, calibration_id)
         known = self._file.search.strategy in NEED_ERRORS
-        errors = calibrating.errors(space.components, space.schemes) if known else None
-        return strategy_of(self._file, space, reference.id, errors, calibration_id)
+        known_errors = calibrating.errors(space.components, space.schemes) if known else None
+        return strategy_of(self._file, space, reference.id, known_errors, calibration_id)
+
+    def _recovering(self, pool: ReplicaPool, calibration_id: str) -> Recovering | None:
+        """What trains after every round, if the file wants that."""
+        section = self._file.search.recovery
+        if section is None:
+            return None
+        results, writer, where = self._results, self._writer, self._where
+        return Recovering(
+            self._file,
+            section,
+            results,
+            writer,
+            pool,
+            pool.manifest(),
+            self._observer,
+            self._stop_requested,
+            calibration_id,
+            on_cluster=where.address is not None,
+        )
 
     def _validate(
         self,
@@ -333,7 +356,8 @@ class _Session:
             return
         prompts = telling_prompts(outcome.fdt)
         try:
-            written = pool.continuations(plan, reference.id, prompts)
+            weights_id = self._milestones[-1].weights_id if self._milestones else ""
+            written = pool.continuations(plan, reference.id, prompts, weights_id)
         except RuntimeError as error:  # they explain the plan; without them it is no worse
             first_line = str(error).splitlines()[0]
             self._observer.on_note(f"the plan's own texts could not be recorded: {first_line}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
@@ -26,6 +27,8 @@ def check_readable(file: SearchFile) -> None:
     for section in (file.prompts, file.validation_prompts, file.calibration_text):
         if section is not None:
             text_files(file, section)
+    if file.search.recovery is not None:
+        paths(file, file.search.recovery.files)
 
 
 def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
@@ -36,13 +39,32 @@ def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
     if prompts.dataset is not None:
         tokens = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens)
         return _dataset_rows(prompts.dataset, tokens * _CHARACTERS_PER_TOKEN)
-    return [path.read_text(encoding="utf-8", errors="replace") for path in text_files(file, prompts)]
+    return read_files(file, prompts.files)
+
+
+def read_files(file: SearchFile, names: Sequence[str]) -> list[str]:
+    """The documents that a search file names, each file one; what ends in `.zst` or `.gz` is decompressed."""
+    return [_text(path) for path in paths(file, names)]
+
+
+def _text(path: Path) -> str:
+    if path.suffix not in (".zst", ".gz"):
+        return path.read_text(encoding="utf-8", errors="replace")
+    import pyarrow as pa
+
+    with pa.input_stream(str(path)) as stream:  # which tells the compression by the name
+        return str(stream.read().decode(encoding="utf-8", errors="replace"))
 
 
 def text_files(file: SearchFile, prompts: PromptsSection) -> list[Path]:
     """The files that `prompts.files` names, patterns such as `docs/*.txt` expanded in order of name."""
+    return paths(file, prompts.files)
+
+
+def paths(file: SearchFile, names: Sequence[str]) -> list[Path]:
+    """The files of names or patterns in a search file. Raises `ValueError` for one that is not there."""
     found: list[Path] = []
-    for name in prompts.files:
+    for name in names:
         path = file.resolve(name)
         matches = [path] if path.is_file() else sorted(match for match in _expand(file, name) if match.is_file())
         if not matches:

@@ -32,8 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "submission": {"config", "texts", "cluster"},
     "compose": {"plans", "config", "search"},
     "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
-    "calibrating": {"plans", "config", "results", "texts", "cluster"},
-    "run": {"calibrating", "logs", "plans", "config", "search", "results", "texts", "cluster", "compose"},
+    "calibrating": {"plans", "config", "search", "results", "texts", "cluster"},
+    "training": {"config", "texts", "model"},
+    "recovering": {"plans", "config", "search", "results", "texts", "cluster", "training"},
+    "run": {"calibrating", "recovering", "logs", "plans", "config", "search", "results", "texts", "cluster", "compose"},
     "report": {"plans", "config", "results", "output"},
 }
 

@@ -190,7 +190,7 @@ def test_outcomes_come_back_from_their_rows(found: list[Outcome]) -> None:
 class _RequestOf:
     """A request with the id of an outcome."""
 
-    plan, parent, reference_id, prompts = Plan(), Plan(), "reference", (0, 3)
+    plan, parent, reference_id, prompts, weights_id = Plan(), Plan(), "reference", (0, 3), ""
 
     def __init__(self, outcome: Outcome) -> None:
         self.id = outcome.request_id

@@ -214,6 +214,14 @@ class ReplicaPool:
         if self._own_ray:
             ray.shutdown()
 
+    def rest(self) -> None:
+        """Let all replicas go, for work that needs their places; whatever is asked next starts others. Nothing may be
+        under way."""
+        assert not self._in_flight
+        for member in self._members:
+            member.host.leave()
+        self._members.clear()
+
     def wait_until_ready(self) -> None:
         """Wait for every replica; a search need not, for it begins with the first."""
         while not all(member.ready for member in self._members):
@@ -276,6 +284,11 @@ class ReplicaPool:
         """See `dtmsearch.model.replica.Replica.weight_errors`."""
         errors: list[WeightError] = self._ask_one("weight_errors", components, schemes, calibration_id, by_hessian)
         return errors
+
+    def outlier_shares(self, calibration_id: str) -> dict[int, float]:
+        """See `dtmsearch.model.replica.Replica.outlier_shares`."""
+        shares: dict[int, float] = self._ask_one("outlier_shares", calibration_id)
+        return shares
 
     def use_calibration(self, calibration: Calibration, statistics: InputStatistics) -> None:
         """Give a calibration to every replica, those to come included."""

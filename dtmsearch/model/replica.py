@@ -286,6 +286,22 @@ class Replica:
             lambda: self._calibrator.weight_errors(components, schemes, calibration_id, by_hessian)
         )
 
+    @torch.inference_mode()
+    def outlier_shares(self, calibration_id: str, multiple: float = 5.0) -> dict[int, float]:
+        """Layer -> part of its weights whose |w| times the norm of their input is over `multiple` times the layer's
+        mean (OWL, arXiv 2310.05175, section 3)."""
+        self._to_base()
+        self._calibrator.activate(calibration_id)
+        layers: dict[int, list[Tensor]] = {}
+        for component in self._manifest.components:
+            norms = self._weights.compressor.mean_squares(component.name).sqrt()
+            layers.setdefault(component.layer, []).append(self._weights.original(component.name).float().abs() * norms)
+        shares = {}
+        for layer, scores in layers.items():
+            flat = torch.cat([score.flatten() for score in scores])
+            shares[layer] = float((flat > multiple * flat.mean()).double().mean())
+        return shares
+
     def use(self, reference: Reference) -> None:
         """Take a reference, against which requests may be made from now on."""
         if reference.mode != self.mode:

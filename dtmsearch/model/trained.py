@@ -60,7 +60,7 @@ def unpack_masks(path: Path) -> dict[str, Tensor]:
     """Masks that `pack_masks` wrote: True where a weight is kept."""
     masks = {}
     with safe_open(path, framework="np") as file:
-        for name, text in (file.metadata() or {}).items():
+        for name, text in sorted((file.metadata() or {}).items()):
             shape = tuple(json.loads(text))
             bits = np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))
             masks[name] = torch.from_numpy(bits.reshape(shape).astype(np.bool_))

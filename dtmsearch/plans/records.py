@@ -48,6 +48,22 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class TrainingRecord:
+    """A training after round `round` (from 0): of `plan_id` over `from_weights_id` (empty: the base model's), to
+    `weights_id`. `losses` are those of its steps; `training_id` names its folder in the store."""
+
+    round: int
+    training_id: str
+    plan_id: str
+    from_weights_id: str
+    weights_id: str
+    steps: int
+    tokens: int
+    wall_seconds: float
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A search as a whole. `config` is the search file's YAML; times in seconds since the epoch."""
 

@@ -22,7 +22,7 @@ from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatr
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import Continuation, Outcome, Reference
 from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
+from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord, TrainingRecord
 from dtmsearch.results import tables
 from dtmsearch.results.elsewhere import Elsewhere
 from dtmsearch.results.files import TEMPORARY, StoreError, StoreFull, StoreReadOnly, open_folder
@@ -126,6 +126,11 @@ class ResultStore:
         plan = tables.plan_of(rows)
         assert plan.id == plan_id, f"the rows of plan {plan_id} make plan {plan.id}"
         return plan
+
+    def weights_id(self, run: str) -> str:
+        """The weights that a run's last training came to; empty for the base model's."""
+        rows = self.table("trainings", ["round", "weights_id"], run).to_pylist()
+        return str(max(rows, key=lambda row: row["round"])["weights_id"]) if rows else ""
 
     def reference(self, reference_id: str) -> Reference | None:
         rows = self.segments.read("prompts", [reference_id])
@@ -355,6 +360,12 @@ class RunWriter:
         if new:
             self._commit("steps", tables.steps_table(self._run, new))
             self._recorded_steps |= {step.step for step in new}
+
+    def put_training(self, record: TrainingRecord) -> None:
+        """Record a training of the run; one that is recorded already stays as it is."""
+        known = self._segments.read("trainings", [self._key], ["training_id"])["training_id"].to_pylist()
+        if record.training_id not in known:
+            self._commit("trainings", tables.trainings_table(self._run, [record]))
 
     def has_continuations(self, reference_id: str, plan_id: str) -> bool:
         """Whether the run has recorded how a plan continues prompts of a reference."""

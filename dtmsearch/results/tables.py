@@ -19,7 +19,7 @@ from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import Continuation, EvalFailure, EvalResult, Outcome, Provenance, Reference, Writing
 from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
+from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord, TrainingRecord
 from dtmsearch.plans.schemes import DENSE, parse_scheme
 
 # Raise it when a column changes; a store of a newer version than this is refused.
@@ -93,6 +93,7 @@ EVALUATIONS = _schema(
         ("evaluation_id", pa.string()),
         ("plan_id", pa.string()),
         ("parent_plan_id", _CODED),
+        ("weights_id", _CODED),
         ("perturbation", _CODED),
         ("component", _CODED),
         ("scheme", _CODED),
@@ -201,6 +202,23 @@ MATRICES = _schema(
     ],
 )
 
+# Trainings under masks: `weights_id` names the weights that `plan_id` over `from_weights_id` came to.
+TRAININGS = _schema(
+    "trainings",
+    [
+        ("run", _CODED),
+        ("round", pa.int32()),
+        ("training_id", pa.string()),
+        ("plan_id", pa.string()),
+        ("from_weights_id", pa.string()),
+        ("weights_id", pa.string()),
+        ("steps", pa.int64()),
+        ("tokens", pa.int64()),
+        ("wall_seconds", pa.float64()),
+        ("losses", _FLOATS),
+    ],
+)
+
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": RUNS,
     "components": COMPONENTS,
@@ -211,6 +229,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "statistics": STATISTICS,
     "matrices": MATRICES,
     "continuations": CONTINUATIONS,
+    "trainings": TRAININGS,
 }
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
 
@@ -314,6 +333,13 @@ def continuations_table(run: str, reference_id: str, plan_id: str, continuations
         for part in ("tokens", "pieces", "margins"):
             columns[f"{source}_{part}"] = [list(getattr(writing, part)) for writing in writings]
     return _from_columns(CONTINUATIONS, columns)
+
+
+def trainings_table(run: str, records: Sequence[TrainingRecord]) -> pa.Table:
+    names = [name for name in TRAININGS.names if name not in ("run", "losses")]
+    columns: dict[str, Any] = {name: [getattr(r, name) for r in records] for name in names}
+    columns["losses"] = _lists([np.array(r.losses, np.float32) for r in records], pa.float32())
+    return _from_columns(TRAININGS, columns | {"run": _coded_constant(run, len(records))})
 
 
 # Components
@@ -548,6 +574,7 @@ def evaluations_table(
         "evaluation_id": [r.id for r in requests],
         "plan_id": [r.plan.id for r in requests],
         "parent_plan_id": [r.parent.id for r in requests],
+        "weights_id": [r.weights_id or None for r in requests],
         "perturbation": [r.perturbation for r in records],
         "component": [component for component, _ in single],
         "scheme": [scheme for _, scheme in single],

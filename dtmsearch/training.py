@@ -1,0 +1,113 @@
+"""A training in a process of its own: what `python -m dtmsearch.training JOB` runs, and what a cluster's workers run.
+
+The job is a JSON file in the training's folder; beside it the result appears, or a file that says what went wrong.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dtmsearch import config, texts
+
+JOB_FILE, FAILURE_FILE, LOG_FILE = "job.json", "failure.json", "log.txt"
+_DONE, _STOPPED, _FAILED = 0, 3, 1
+# How a process knows that accelerate has started it.
+_LAUNCHED = "DTMSEARCH_TRAINING_LAUNCHED"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train one job: 0 done, 3 stopped with its checkpoint kept, 1 failed, as the failure file says."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    job = Path(arguments[0])
+    if _wants_launching():
+        os.environ[_LAUNCHED] = "1"
+        launch = ["-m", "accelerate.commands.launch", "--module", "dtmsearch.training", str(job)]
+        os.execv(sys.executable, [sys.executable, *launch])  # noqa: S606 (our own module)
+    return worker(str(job))
+
+
+def _wants_launching() -> bool:
+    """Whether accelerate is to start several processes: it is configured, or there are several GPUs."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if _LAUNCHED in os.environ or "RANK" in os.environ:
+        return False
+    return torch.cuda.device_count() > 1 or Path(default_config_file).is_file()
+
+
+def worker(job_path: str) -> int:
+    """One process of a training; the first of several does the writing."""
+    job = Path(job_path)
+    content: dict[str, Any] = json.loads(job.read_text(encoding="utf-8"))
+    stopping = _Stopping(os.getppid())
+    with _alone(job.parent), stopping.listening():
+        return _train(job, content, stopping)
+
+
+def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
+    from dtmsearch.model.recover import Recipe, Training, TrainingDiverged, TrainingStopped, train
+
+    file = config.parse(content["config"], str(job), Path(content["config_folder"]))
+    base = None if content["base"] is None else Path(content["base"])
+    training = Training(file.model_spec, job.parent, Path(content["weights_folder"]), base)
+    (job.parent / FAILURE_FILE).unlink(missing_ok=True)
+    try:
+        train(training, texts.read_files(file, content["files"]), Recipe(**content["recipe"]), stopping.requested)
+    except TrainingStopped:
+        return _STOPPED
+    except (TrainingDiverged, ValueError) as error:
+        kind = "diverged" if isinstance(error, TrainingDiverged) else "invalid"
+        (job.parent / FAILURE_FILE).write_text(json.dumps({"kind": kind, "message": str(error)}), encoding="utf-8")
+        return _FAILED
+    return _DONE
+
+
+class _Stopping:
+    """Whether somebody wants this process to end: by a signal, or because whoever started it is gone."""
+
+    def __init__(self, parent: int) -> None:
+        self._parent, self._asked = parent, False
+
+    def requested(self) -> bool:
+        return self._asked or os.getppid() != self._parent
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def note(_signal: int, _frame: object) -> None:
+            self._asked = True
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # a worker's thread: its cluster ends it
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for a process that is still at this training: one whose driver was killed ends after its present step."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
