@@ -15,6 +15,7 @@ from dtmsearch.search.allocate import (
     gaussian_pruning_error,
     knapsack_allocation,
     modelled_damages,
+    power_curve,
     threshold_allocation,
 )
 
@@ -201,3 +202,17 @@ def test_damages_follow_the_given_errors() -> None:
 def test_a_component_without_measurements_is_left_alone() -> None:
     curves = modelled_damages([[], [(0.5, 1.0)]], [0.0, 0.0], [(0.5, 1.0)] * 2)
     assert knapsack_allocation(curves, [10.0, 10.0], 5.0).shares == (0.0, pytest.approx(0.5))
+
+
+def test_a_power_curve_passes_through_what_was_measured_and_ends_there() -> None:
+    line = power_curve([(0.1, 0.01), (0.4, 0.64)], 1.0)
+    assert (line.shares[-1], line.damages[-1], line.damages[4]) == (0.4, pytest.approx(0.64), pytest.approx(0.01))
+
+
+def test_below_the_first_point_a_power_curve_goes_on_as_a_power() -> None:
+    line = power_curve([(0.2, 0.04), (0.4, 0.16)], 1.0)
+    assert line.damages[4] == pytest.approx(0.01)
+
+
+def test_a_power_curve_without_damage_is_free_as_far_as_it_was_measured() -> None:
+    assert power_curve([(0.1, -0.001), (0.3, 0.0)], 1.0) == DamageCurve((0.0, 0.3), (0.0, 0.0))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from dtmsearch.model.discovery import find_layers
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer
 from dtmsearch.model.trained import MASKS_FILE, START_FILE, sync, unpack_masks, write_whole
 from dtmsearch.plans.evaluation import ModelSpec
-from dtmsearch.plans.identity import file_digest
+from dtmsearch.plans.identity import file_digest, identity
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,15 @@ def tokenized(texts: Sequence[str], tokenizer: Any, sequence_tokens: int) -> NDA
     flat = np.concatenate([np.array(part, np.int32) for part in ids]) if ids else np.empty(0, np.int32)
     whole = len(flat) // sequence_tokens * sequence_tokens
     return flat[:whole].reshape(-1, sequence_tokens)
+
+
+def text_digest(texts: Sequence[str]) -> str:
+    return identity([sha256(text.encode(errors="surrogatepass")).hexdigest() for text in texts])
+
+
+def _save_rows(path: Path, rows: NDArray[np.int32]) -> None:
+    with path.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -212,7 +222,13 @@ class _Loop:
 
     def _read(self, texts: Sequence[str], tokenizer: Any) -> NDArray[np.int32]:
         recipe = self._recipe
-        rows = tokenized(texts, tokenizer, recipe.sequence_tokens)
+        digest = identity([text_digest(texts), tokenizer.backend_tokenizer.to_str(), recipe.sequence_tokens])
+        kept = self._training.folder.parent / "texts" / f"{digest}.npy"
+        with self._accelerator.main_process_first():
+            if not kept.exists():
+                found = tokenized(texts, tokenizer, recipe.sequence_tokens)
+                write_whole(kept, lambda path: _save_rows(path, found))
+        rows: NDArray[np.int32] = np.load(kept, mmap_mode="r")
         if len(rows) < recipe.rows:
             raise ValueError(
                 f"the training text holds {len(rows)} rows of {recipe.sequence_tokens} tokens, but one batch takes "

@@ -70,7 +70,7 @@ def unpack_masks(path: Path) -> dict[str, Tensor]:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written under a temporary name, then rename it, so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     write(temporary)
     sync(temporary)
     temporary.replace(path)

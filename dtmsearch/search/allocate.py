@@ -238,6 +238,27 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
     return (right[1] - left[1]) / (right[0] - left[0])
 
 
+def power_curve(measured: Sequence[tuple[float, float]], most: float, points: int = 16) -> DamageCurve:
+    """Damage over added share as powers between measured (added share, damage), up to `most` and no further than the
+    largest measured share: what lies beyond was not measured. Below the first point the power is that of the first
+    two, never less than 1, so that a little is never dearer than it is in proportion."""
+    known = [(share, damage) for share, damage in sorted(measured) if damage > 0.0]
+    if not known:
+        flat = [share for share, _ in measured if share <= most]
+        return DamageCurve((0.0, *sorted(flat)[-1:]), (0.0, *([0.0] if flat else [])))
+    end = min(max(share for share, _ in measured), most)
+    logs = [(math.log(share), math.log(damage)) for share, damage in known]
+    slope = max((logs[1][1] - logs[0][1]) / (logs[1][0] - logs[0][0]), 1.0) if len(logs) > 1 else 1.0
+    line, damages = [0.0], [0.0]
+    for number in range(1, points + 1):
+        share = end * number / points
+        at = math.log(share)
+        value = logs[0][1] + slope * (at - logs[0][0]) if at < logs[0][0] else _interpolated(logs, at)
+        line.append(share)
+        damages.append(max(math.exp(value), damages[-1]))
+    return DamageCurve(tuple(line), tuple(damages))
+
+
 def gaussian_pruning_error(share: float) -> float:
     """||W - pruned W||^2 / ||W||^2 of a matrix of normally distributed weights whose smallest `share` is pruned: what
     stands for a component's error where nobody has measured it."""

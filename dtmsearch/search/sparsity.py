@@ -324,15 +324,12 @@ class Sparsity:
         return 0.0 if self._present is None else _kl(self._present)
 
     def _measured_damages(self) -> list[DamageCurve]:
-        """KL damages beyond that of the present model; the end of each curve is assumed to be twice the largest."""
+        """KL damages beyond that of the present model, as far as they were measured."""
         present = self._present_kl
-        largest = max((_kl(summary) - present for summary in self._answers.values()), default=0.0)
         curves = []
         for number, now in enumerate(self._shares):
-            points = [(share - now, max(kl - present, 0.0)) for share, kl in self._measured(number, _kl)]
-            line = [(0.0, 0.0), *points, *([(1.0 - now, 2.0 * largest)] if now < 1.0 else [])]
-            damages = accumulate((damage for _, damage in line), max)
-            curves.append(DamageCurve(tuple(share for share, _ in line), tuple(damages)))
+            points = [(share - now, kl - present) for share, kl in self._measured(number, _kl)]
+            curves.append(allocate.power_curve(points, 1.0 - now))
         return curves
 
     def _modelled_damages(self) -> list[DamageCurve]:
