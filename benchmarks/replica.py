@@ -55,6 +55,7 @@ class Times:
     matrix_seconds: float = 0.0
     matrix_operations: float = 0.0
     differing: int = 0
+    compressing: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -94,6 +95,12 @@ class Probe:
         with self.replica._weights.perturbed(plan), self.replica._generating():
             diverged = torch.cat([self._compare(batch) for batch in batches]).cpu().numpy()
         return share_of_divergent_tokens(diverged)
+
+    @torch.inference_mode()
+    def compress(self, component: Component) -> Array:
+        """Compress and restore, no more."""
+        with self.replica._weights.perturbed(Plan().with_(Perturbation(component.name, self.scheme))):
+            return np.empty(0)
 
     def _compare(self, batch: Tensor) -> Tensor:
         start = self.reference.prompt_tokens
@@ -147,6 +154,7 @@ def take_turns(probe: Probe, components: Sequence[Component]) -> Times:
         times.plain += seconds
         seconds, found = probe.timed(partial(probe.ours, component))
         times.ours += seconds
+        times.compressing += probe.timed(partial(probe.compress, component))[0]
         times.operations += probe.operations(component)
         times.differing += int(np.abs(expected - found).sum())
     return times
@@ -167,6 +175,7 @@ def one_after_the_other(probe: Probe, components: Sequence[Component], plain_eve
         seconds, expected[index] = probe.timed(partial(probe.plain, components[index]))
         times.plain += seconds * len(components) / len(sample)
     times.ours, found = probe.timed(partial(probe.ours_together, components))
+    times.compressing = sum(probe.timed(partial(probe.compress, component))[0] for component in components)
     times.operations = sum(probe.operations(component) for component in components)
     by_component = found.reshape(len(components), -1)
     times.differing = sum(int(np.abs(values - by_component[index]).sum()) for index, values in expected.items())
@@ -221,7 +230,10 @@ def report(probe: Probe, times: Times, num_components: int, num_compared: int) -
     for name, seconds in (("plain loop", times.plain), ("ours", times.ours), ("floor", times.floor)):
         rate = times.operations / seconds / 1e12
         click.echo(f"{name:10s} {seconds:9.1f} {seconds / times.floor:13.3f} {seconds / times.plain:18.3f} {rate:9.3g}")
-    click.echo(f"{times.plain / times.ours:.2f} x faster; {times.differing} of {choices} choices differ")
+    click.echo(
+        f"{times.plain / times.ours:.2f} x faster; {times.differing} of {choices} choices differ; "
+        f"compressing and restoring takes {times.compressing / times.ours:.2%} of ours"
+    )
     if probe.device.type == "cuda":
         click.echo(f"most memory used: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

@@ -11,21 +11,23 @@ from dtmsearch import texts
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.compose import extra_metrics_of, space_of, strategy_of
 from dtmsearch.config import SearchFile
-from dtmsearch.plans.evaluation import EXTRA_METRICS, Speed
+from dtmsearch.plans.evaluation import EXTRA_METRICS, Speed, StatesKept
 from dtmsearch.search.space import SearchSpace
 
 
 @dataclass(frozen=True)
 class Estimate:
     """`evaluations` that the search asks for; `tokens` that they run through layers, counted whole; `operations` of
-    their matrix products, shared prefixes left out; `memory_bytes` of one replica with the activations of a batch;
-    `search_seconds` with all `replicas` at work; `other_seconds` for the reference and the validation."""
+    their matrix products, shared prefixes left out; `memory_bytes` of one replica with the activations of a batch,
+    beside which it keeps hidden states of parent plans where `states_kept` says; `search_seconds` with all `replicas`
+    at work; `other_seconds` for the reference and the validation."""
 
     evaluations: int
     tokens: int
     operations: float
     replicas: int
     memory_bytes: int
+    states_kept: StatesKept
     evaluation_seconds: float
     search_seconds: float
     other_seconds: float
@@ -61,6 +63,7 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         operations=2.0 * weights * share * tokens,
         replicas=replicas,
         memory_bytes=speed.memory_bytes,
+        states_kept=speed.states_kept,
         evaluation_seconds=each,
         search_seconds=evaluations * each / replicas,
         other_seconds=references * speed.generation_seconds + validated * whole / replicas,

@@ -42,6 +42,15 @@ DEMO_QUERIES = (
 )
 
 
+# What a replica does with the hidden states of parent plans, by where it keeps them.
+_STATES_KEPT = {
+    "auto": "chosen by the memory there is",
+    "device": "hidden states of the parent are kept at every layer, beside the model",
+    "host": "hidden states of the parent are kept at every layer, in the host's memory",
+    "sweep": "hidden states of the parent are kept at one layer, carried upward as candidates come",
+}
+
+
 def run_text(summary: RunSummary) -> str:
     """Everything that the store knows of a run."""
     lines = [f"run {summary.run}: {_status(summary)}"]
@@ -173,6 +182,7 @@ def estimate_text(estimate: Estimate) -> str:
             _line("search", f"about {estimate.evaluations:,} evaluations, {estimate.tokens / 1e6:,.1f} million tokens"),
             _line("work", f"{estimate.operations / 1e12:,.1f} TFLOP in matrix products, shared prefixes left out"),
             _line("memory", f"{estimate.memory_bytes / 2**30:.2f} GiB a replica, {estimate.replicas} replicas"),
+            _line("prefixes", _STATES_KEPT[estimate.states_kept]),
             _line("rate", f"{estimate.evaluation_seconds:.3g} s an evaluation, as timed here on one replica"),
             _line("time", f"{duration(estimate.search_seconds)} of search"),
             _line("", f"{duration(estimate.other_seconds)} for the reference and the validation"),

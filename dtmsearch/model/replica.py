@@ -30,6 +30,7 @@ from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenize
 from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
+from dtmsearch.model.speed import time_batch
 from dtmsearch.model.stream import Room, Stream
 from dtmsearch.model.trained import check_only_pruned, trained_file, write_pruned
 from dtmsearch.model.weights import Checkpoint, Weights
@@ -65,8 +66,6 @@ log = logging.getLogger(__name__)
 _BATCH_TOKENS = {"cpu": 1_600, "cuda": 25_600}
 # From this width on compiled layers pay.
 _WIDE = 1_024
-# Tokens generated to time generation.
-_TIMED_TOKENS = 8
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
 _T = TypeVar("_T")
@@ -215,33 +214,22 @@ class Replica:
         """What one of `count` prompts takes, timed on one batch of random tokens."""
         length = prompt_tokens + continuation_tokens
         rows = min(count, self._rows_in_batch(length))
-        tokens = torch.randint(self._body.vocabulary_size, (rows, length), device=self._body.input_device)
-        first = prompt_tokens - 1
-        hidden = self._body.finish(tokens, None, 0)[:, first:-1]
-        targets = tokens[:, prompt_tokens:]
-
-        def head() -> None:
-            fetch([compare(self._body, hidden, targets, None, self._never)])
-
-        def generate() -> None:
-            with self._generating():
-                self._body.generate(tokens[:, :prompt_tokens], _TIMED_TOKENS, self._suppressed).cpu()
-
-        layers_seconds = _seconds(lambda: self._body.finish(tokens, None, 0)[:, -1].cpu())
+        seconds = time_batch(self._body, self._never, self._generating, rows, prompt_tokens, continuation_tokens)
         return Speed(
-            layers_seconds=layers_seconds / rows,
-            head_seconds=_seconds(head) / rows,
+            layers_seconds=seconds.layers / rows,
+            head_seconds=seconds.head / rows,
             text_head_factor=(length - 1) / continuation_tokens,
-            generation_seconds=_seconds(generate) / rows * continuation_tokens / _TIMED_TOKENS,
-            memory_bytes=self._memory_bytes(hidden),
+            generation_seconds=seconds.generation / rows,
+            memory_bytes=self._memory_bytes(),
+            states_kept=self._stream(np.zeros((count, length), np.int32), prompt_tokens).kept,
         )
 
-    def _memory_bytes(self, hidden: Tensor) -> int:
+    def _memory_bytes(self) -> int:
         """Weights and the activations of one batch: the device's own count, or what the widest layer makes of it."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
         widest = max(max(c.shape) for c in self._manifest.components)
-        return int(self._weight_bytes + 4 * self._batch_tokens * widest * hidden.element_size())
+        return int(self._weight_bytes + 4 * self._batch_tokens * widest * self._body.itemsize)
 
     def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
@@ -589,17 +577,6 @@ class Replica:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """The shorter of two runs, after one to warm up. `work` waits for the device itself."""
-    work()
-    seconds = []
-    for _ in range(2):
-        started_at = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started_at)
-    return min(seconds)
 
 
 def _pays_to_compile(spec: ModelSpec, model: Any, device: torch.device) -> bool:

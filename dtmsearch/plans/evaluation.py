@@ -167,13 +167,14 @@ def evaluation_cost(request: EvalRequest, manifest: ModelManifest) -> float:
 class Speed:
     """What a replica takes for one prompt, in seconds: all layers, the head where continuations are predicted, and
     generating the continuation. `text_head_factor` is how much more head there is over human text. `memory_bytes`: the
-    weights and the activations of one batch."""
+    weights and the activations of one batch. `states_kept`: where states of parents are kept for these prompts."""
 
     layers_seconds: float
     head_seconds: float
     text_head_factor: float
     generation_seconds: float
     memory_bytes: int
+    states_kept: StatesKept
 
 
 @dataclass(frozen=True)

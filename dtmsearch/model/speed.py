@@ -1,0 +1,66 @@
+"""What the parts of an evaluation take on this device, timed on one batch of random tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtmsearch.model.body import Body
+from dtmsearch.model.divergence import compare, fetch
+
+# Tokens generated to time generation.
+_TIMED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class BatchSeconds:
+    """Seconds of a whole batch: all layers, the head where continuations are predicted, generating them."""
+
+    layers: float
+    head: float
+    generation: float
+
+
+def time_batch(
+    body: Body,
+    never: Tensor,
+    generating: Callable[[], AbstractContextManager[None]],
+    rows: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+) -> BatchSeconds:
+    """Time a batch of `rows` prompts. `never` [vocabulary] marks tokens that are not chosen; generation happens within
+    `generating()`."""
+    length = prompt_tokens + continuation_tokens
+    tokens = torch.randint(body.vocabulary_size, (rows, length), device=body.input_device)
+    hidden = body.finish(tokens, None, 0)[:, prompt_tokens - 1 : -1]
+    suppressed = tuple(never.nonzero().flatten().tolist())
+
+    def head() -> None:
+        fetch([compare(body, hidden, tokens[:, prompt_tokens:], None, never)])
+
+    def generate() -> None:
+        with generating():
+            body.generate(tokens[:, :prompt_tokens], _TIMED_TOKENS, suppressed).cpu()
+
+    return BatchSeconds(
+        layers=_seconds(lambda: body.finish(tokens, None, 0)[:, -1].cpu()),
+        head=_seconds(head),
+        generation=_seconds(generate) * continuation_tokens / _TIMED_TOKENS,
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shorter of two runs, after one to warm up. `work` waits for the device itself."""
+    work()
+    seconds = []
+    for _ in range(2):
+        started_at = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started_at)
+    return min(seconds)
