@@ -202,7 +202,7 @@ def test_replicas_that_idle_are_offered_where_there_are_many() -> None:
         for guess_from in (8, 2):
             pool._settings = PoolSettings(replicas=2, guess_from=guess_from)
             offered.append(pool.num_idle())
-    assert offered == [0, 2]
+    assert offered == [0, 4]
 
 
 def test_a_second_reference_reaches_replicas_that_still_take_the_first() -> None:
