@@ -21,7 +21,9 @@ from dtmsearch.results.files import Folder, StoreError, StoreReadOnly
 from dtmsearch.results.tables import SCHEMAS
 
 DAMAGED = ".damaged"
-ROWS_PER_GROUP = 1024
+# Large enough that the description of all groups of all columns is small beside the columns that a query reads, small
+# enough that a single row can be fetched.
+_ROWS_PER_GROUP = 8192
 _SMALL_BYTES = 8 << 20
 _COMPACTED_BYTES = 32 << 20
 # Readers list again when a compaction or a damaged segment comes between listing and reading.
@@ -107,7 +109,7 @@ class Segments:
         pq.write_table(
             rows.combine_chunks(),
             sink,
-            row_group_size=ROWS_PER_GROUP if segment.table == "evaluations" else None,
+            row_group_size=_ROWS_PER_GROUP if segment.table == "evaluations" else None,
             compression="zstd",
             use_dictionary=repeating,
             write_page_checksum=True,
@@ -154,6 +156,17 @@ class Segments:
                 if not self.check(segments):
                     break
         raise StoreError(f"cannot read {table} in the store {self.folder.url}: {failure}") from failure
+
+    def whole(self, segment: Segment) -> pa.Table | None:
+        """All columns of a segment; None when it is gone, or is damaged and now set aside."""
+        try:
+            return self.dataset(segment.table, [segment]).to_table()
+        except MemoryError:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            if not self.check([segment]):
+                raise StoreError(f"cannot read {segment.path} in the store {self.folder.url}: {error}") from error
+            return None
 
     def _of_keys(self, table: str, keys: Collection[str] | None) -> list[Segment]:
         if keys is None:

@@ -285,27 +285,23 @@ class RunWriter:
         raise StoreError(f"cannot record matrices in {self._store.url}: others keep writing under {calibration_id}")
 
     def replay(self) -> Iterator[Outcome]:
-        """Every outcome that this run has recorded, in recorded order, as views into the rows' memory.
+        """Every outcome that this run has recorded, in recorded order, as views into the memory of a segment's rows;
+        one segment is held at a time.
 
         All columns are read, so that a segment that is damaged anywhere is set aside now and what it held is measured
         again; so is an evaluation whose plan was lost in that way.
         """
         self._recorded = None
-        recorded = self._known()
-        rows = self._segments.read("evaluations", [self._key])
-        lost = self._lost_plans(rows, recorded)
+        plans = {*self._known().plans, Plan().id}
         seen: set[str] = set()
-        for batch in rows.select(tables.OUTCOME_COLUMNS).to_batches():
-            for outcome in tables.outcomes(batch):
-                if outcome.request_id not in seen and outcome.request_id not in lost:
-                    seen.add(outcome.request_id)
-                    yield outcome
-
-    def _lost_plans(self, rows: pa.Table, recorded: _Recorded) -> set[str]:
-        """Ids of evaluations whose plan is not recorded."""
-        known = pa.array([*recorded.plans, Plan().id])
-        lost = rows.filter(pc.invert(pc.is_in(rows["plan_id"], known)))
-        return set(lost["evaluation_id"].to_pylist())
+        for segment in self._segments.live("evaluations", self._key):
+            rows = self._segments.whole(segment)
+            for batch in () if rows is None else rows.to_batches():
+                batch_plans = batch["plan_id"].to_pylist()
+                for plan_id, outcome in zip(batch_plans, tables.outcomes(batch), strict=True):
+                    if outcome.request_id not in seen and plan_id in plans:
+                        seen.add(outcome.request_id)
+                        yield outcome
 
     def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
         return self._elsewhere.find(request_ids)

@@ -186,7 +186,9 @@ class _Loop:
         self.cost_of = cost_of
         self.guessed: set[str] = set()  # under way, asked for by nobody yet
         self.elsewhere: set[str] = set()  # what need not be guessed, for other runs have measured it
-        self.known = {outcome.request_id: outcome for outcome in log.replay()}
+        # What is recorded is read as the strategy comes to ask for it, and let go when it is told.
+        self.recorded = iter(log.replay())
+        self.known: dict[str, Outcome] = {}
         self.recorded_steps = list(log.decisions())
         self.earlier_seconds = self.recorded_steps[-1].wall_seconds if self.recorded_steps else 0.0
         self.started_at = time.monotonic()
@@ -206,6 +208,7 @@ class _Loop:
     def ask(self) -> bool:
         """Take the strategy's candidates; answer the known ones, send the rest. False if there were none."""
         asks = self.strategy.ask()
+        self._recall({a.request.id for a in asks})
         unknown = [a for a in asks if a.request.id not in self.known]
         elsewhere = self.log.recorded_elsewhere([a.request.id for a in unknown]) if unknown else {}
         step = self.strategy.step
@@ -260,6 +263,13 @@ class _Loop:
         self.cost_in_flight += sum(self.cost_of(ask.request) for ask in fresh.values())
         self.guessed |= fresh.keys()
         self.evaluator.submit_guesses([ask.request for ask in fresh.values()])
+
+    def _recall(self, request_ids: set[str]) -> None:
+        """Read on in the records until all of these are known; to the end where one is not recorded."""
+        missing = request_ids - self.known.keys() - self.in_flight.keys()
+        while missing and (outcome := next(self.recorded, None)) is not None:
+            self.known[outcome.request_id] = outcome
+            missing.discard(outcome.request_id)
 
     def _is_known(self, request_id: str) -> bool:
         return request_id in self.known or request_id in self.in_flight or request_id in self.elsewhere
@@ -370,8 +380,8 @@ def measure(
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, Outcome]:
     """Measure named requests outside a search, what is recorded already from the records. Keeps the names."""
-    known = {outcome.request_id: outcome for outcome in log.replay()}
     labels = {request.id: name for name, request in requests.items()}
+    known = {outcome.request_id: outcome for outcome in log.replay() if outcome.request_id in labels}
     missing = {r.id: r for r in requests.values() if r.id not in known}
     elsewhere = log.recorded_elsewhere(list(missing))
     reused = [
