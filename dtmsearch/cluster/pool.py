@@ -202,6 +202,11 @@ class ReplicaPool:
         """Replicas that are asked for, there or not."""
         return self._room.wanted
 
+    @property
+    def num_at_work(self) -> int:
+        """Replicas that have loaded and take requests."""
+        return sum(member.ready for member in self._members)
+
     def __exit__(self, *_: object) -> None:
         self.close()
 

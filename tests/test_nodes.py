@@ -1,0 +1,196 @@
+"""Real nodes: `ray start` processes of their own with tokens on, driven by `submit`; and nodes that come and go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from fakes import toy_components
+from processes import COMMAND, PATIENCE_SECONDS, Ended, environment, num_recorded, tiny_search
+from ray.cluster_utils import Cluster
+
+from dtmsearch.cluster import placement
+from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome
+from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.results.store import ResultStore
+
+# Ray leaves the sockets and files of its own processes to the garbage collector.
+pytestmark = [
+    pytest.mark.timeout(4 * PATIENCE_SECONDS),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+TOKEN = "0123456789abcdef" * 4
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def node(log: Path, *options: str) -> Iterator[None]:
+    """A node of a cluster, as `ray start` makes it; it ends with the block."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [RAY, "start", "--block", "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}", *options],
+            stdout=stream,
+            stderr=stream,
+            env=with_token(),
+            start_new_session=True,
+        )
+    try:
+        wait_for(lambda: "Ray runtime started" in log.read_text(), lambda: log.read_text())
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20.0)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def with_token(token: str | None = TOKEN) -> dict[str, str]:
+    """The environment of a user who has a token, or none."""
+    own = {key: value for key, value in environment().items() if not key.startswith("RAY_A")}
+    # The commands of this environment first: a job's driver is whatever `python` is on the nodes' path.
+    own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
+    return own | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token is not None else own
+
+
+def wait_for(happened: Callable[[], bool], explain: Callable[[], str] = str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.05)
+
+
+# Submitted searches on two nodes.
+
+
+@dataclass(frozen=True)
+class TwoNodes:
+    """A cluster, and a small search that was submitted to it, and then once more."""
+
+    folder: Path
+    dashboard: str
+    address: str
+    first: Ended
+    again: Ended
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def submit(self, token: str | None = TOKEN) -> Ended:
+        return submit(self.folder, self.dashboard, token)
+
+
+def submit(folder: Path, dashboard: str, token: str | None = TOKEN) -> Ended:
+    command = ["submit", str(tiny_search(folder)), "--address", dashboard, "--store", str(folder / "store"), "--follow"]
+    return run_command(command, token)
+
+
+def run_command(arguments: list[str], token: str | None = TOKEN) -> Ended:
+    done = subprocess.run(
+        [COMMAND, *arguments], capture_output=True, text=True, env=with_token(token), timeout=PATIENCE_SECONDS
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+    folder = tmp_path_factory.mktemp("nodes")
+    port, dashboard, client = free_port(), free_port(), free_port()
+    address, url = f"{socket.gethostbyname(socket.gethostname())}:{port}", f"http://127.0.0.1:{dashboard}"
+    with ExitStack() as stack:
+        # A short path: Ray's sockets lie below it.
+        ray_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dtm-", ignore_cleanup_errors=True))
+        head = [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        head += [f"--ray-client-server-port={client}", f"--temp-dir={ray_folder}", "--head"]
+        stack.enter_context(node(folder / "head.log", *head))
+        stack.enter_context(node(folder / "second.log", f"--address={address}"))
+        yield TwoNodes(folder, url, address, submit(folder, url), submit(folder, url))
+
+
+def test_a_submitted_search_finishes_and_says_its_plan(two_nodes: TwoNodes) -> None:
+    assert (two_nodes.first.code, "run tiny: finished" in two_nodes.first.out) == (0, True), two_nodes.first
+
+
+def test_a_finished_search_is_complete_when_it_is_submitted_again(two_nodes: TwoNodes) -> None:
+    done = (two_nodes.again.code, "run tiny: already complete" in two_nodes.again.out)
+    assert (*done, "submitted job tiny~2" in two_nodes.again.err) == (0, True, True), two_nodes.again
+
+
+def test_a_submitted_search_s_driver_writes_the_store(two_nodes: TwoNodes) -> None:
+    assert num_recorded(two_nodes.store) > 0
+
+
+def test_a_submitted_search_ran_from_what_was_sent(two_nodes: TwoNodes) -> None:
+    record = ResultStore(two_nodes.store).run("tiny")
+    assert record is not None and "working_dir_files" in record.config_folder
+
+
+def test_without_a_token_a_user_is_told_where_to_get_it(two_nodes: TwoNodes) -> None:
+    said = two_nodes.submit(token=None)
+    assert (said.code, "lets nobody in without its token. Set RAY_AUTH_MODE=token" in said.err) == (5, True), said
+
+
+def test_another_token_is_not_accepted(two_nodes: TwoNodes) -> None:
+    said = two_nodes.submit(token=TOKEN[::-1])
+    assert (said.code, "does not accept this token" in said.err) == (5, True), said
+
+
+# Nodes that come and go.
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
+    monkeypatch.setattr(placement, "_COUNT_SECONDS", 0.1)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(cluster.address, namespace="dtmsearch", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_replicas_join_with_a_node_and_leave_with_it(cluster: Cluster) -> None:
+    """What the lost node's replica held is measured again, and no replica waits for its return."""
+    plans = [Plan().with_(Perturbation(c.name, s)) for c in toy_components(8) for s in ("int8-channel", "int4-g32")]
+    asked = [EvalRequest(plan, "toy-reference", (0, 8), ("kl", "ppl")) for plan in plans]
+    arrived: list[Outcome] = []
+    with ReplicaPool(
+        ModelSpec("seconds=0.2"), PoolSettings(), lambda note: None, replica_class="scripted:Scripted"
+    ) as pool:
+        pool.manifest()
+        before = pool.num_at_work
+        second = cluster.add_node(num_cpus=1)
+        pool.submit(asked)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while pool.num_at_work < 2 and time.monotonic() < deadline:
+            arrived += pool.poll(0.1)
+        joined = pool.num_at_work
+        cluster.remove_node(second, allow_graceful=False)
+        while len(arrived) < len(asked) and time.monotonic() < deadline:
+            arrived += pool.poll(0.1)
+        while pool.num_replicas > 1 and time.monotonic() < deadline:
+            pool.poll(0.1)
+        left = pool.num_replicas
+    answered = sorted(o.request_id for o in arrived if isinstance(o, EvalResult)) == sorted(r.id for r in asked)
+    assert (before, joined, left, answered) == (1, 2, 1, True)
