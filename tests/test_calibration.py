@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TEXT, llama_config, replica, result, values, with_reference, write_model
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from tiny import TEXT, VOCABULARY, llama_config, replica, result, values, with_reference, write_model
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from dtmsearch.model import calibrator as calibrator_module
+from dtmsearch.model import compressor as compressor_module
 from dtmsearch.model.replica import Replica
 from dtmsearch.plans.calibration import Calibration
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.plans.plan import Perturbation, Plan
 
 ALL = ("kl", "ppl")
@@ -195,6 +197,99 @@ def test_calibration_rows_longer_than_the_model_reads_are_refused(folder: Path) 
 def test_too_little_calibration_text_says_how_much_there_is(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"calibration.count asks for 9 rows of 24 tokens, but the text holds 2"):
         replica(folder).cut_calibration([TEXT[:60]], 9, 24, 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A folder of trained weights, `moved`: the layers' weights, each a little off."""
+    weights = load_file(folder / "model.safetensors")
+    torch.manual_seed(1)
+    place = tmp_path_factory.mktemp("weights")
+    save_file(
+        {n: w + 0.1 * torch.randn_like(w) for n, w in weights.items() if "layers" in n}, place / "moved.safetensors"
+    )
+    return place
+
+
+def on_weights(folder: Path, trained: Path) -> Replica:
+    settings = ReplicaSettings(num_threads=1, weights_folder=str(trained))
+    return Replica(ModelSpec(str(folder), dtype="float32"), settings)
+
+
+def test_trained_weights_are_solved_for_as_they_are(folder: Path, trained: Path) -> None:
+    model = on_weights(folder, trained)
+    reference, calibration = with_reference(model), calibrated(model)
+    name = "model.layers.1.mlp.up_proj"
+    plan = Plan.of({name: "gptq-int8-channel"})
+    model.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL, plan, calibration.id, "moved")])
+    found = model._body.model.get_submodule(name).weight
+    away = [
+        float((found - load_file(file)[f"{name}.weight"]).abs().max())
+        for file in (trained / "moved.safetensors", folder / "model.safetensors")
+    ]
+    assert (away[0] < 0.02, away[1] > 0.1) == (True, True)
+
+
+def test_calibrated_plans_on_several_weights_do_not_mix(folder: Path, trained: Path) -> None:
+    model = on_weights(folder, trained)
+    reference, calibration = with_reference(model), calibrated(model)
+    components = model.manifest().components
+    plans = [mixed(model), Plan.of({components[3].name: "sparsegpt-0.5", components[8].name: "magnitude-0.5"})]
+    asked = [
+        EvalRequest(plan, reference.id, (0, 6), ALL, parent, calibration.id, weights)
+        for plan in plans
+        for parent in (Plan(), plans[0])
+        for weights in ("", "moved")
+    ]
+    together = [values(outcome) for outcome in model.evaluate(asked)]
+    alone = on_weights(folder, trained)
+    alone.use(reference)
+    alone.use_calibration(calibration)
+    assert [values(alone.evaluate([one])[0]) for one in reversed(asked)] == together[::-1]
+
+
+def test_more_solved_matrices_than_are_kept_are_no_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressor_module, "_KEPT_BYTES", 1000)
+    model = replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    plans = [Plan.uniform(model.manifest().components, f"gptq-int{bits}-g16") for bits in (3, 4)]
+    asked = [EvalRequest(p, reference.id, (0, 6), ALL, p, calibration.id) for p in plans]
+    first = [values(model.evaluate([one])[0]) for one in asked]
+    assert ([values(model.evaluate([one])[0]) for one in asked], len(model._weights.compressor._solved)) == (first, 14)
+
+
+def test_transposed_matrices_are_calibrated_as_others_are(tmp_path: Path) -> None:
+    sizes = {
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "n_embd": 32,
+        "n_inner": 48,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_positions": 128,
+    }
+    model = replica(write_model(tmp_path, GPT2Config(vocab_size=VOCABULARY, initializer_range=0.2, **sizes)))
+    found = model.weight_errors(
+        [c.name for c in model.manifest().components],
+        ["int3-g16", "gptq-int3-g16", "magnitude-0.5", "wanda-0.5", "sparsegpt-0.5"],
+        calibrated(model).id,
+        by_hessian=True,
+    )
+    errors = np.array([e.weighted_by_hessian for e in found]).reshape(-1, 5)
+    better = (errors[:, 1] < errors[:, 0]) & (errors[:, 4] < errors[:, 2]) & (errors[:, 4] < errors[:, 3])
+    assert (len(errors), better.tolist()) == (4, [True] * 4)
+
+
+def test_experts_in_a_stack_cannot_be_calibrated_and_say_so(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
+    )  # fmt: skip
+    model = replica(write_model(tmp_path, config))
+    reference, calibration = with_reference(model), calibrated(model)
+    expert = next(c.name for c in model.manifest().components if "experts" in c.name)
+    request = EvalRequest(Plan.of({expert: "wanda-0.5"}), reference.id, (0, 6), (), Plan(), calibration.id)
+    assert "cannot be calibrated" in failure(model.evaluate([request])[0])
 
 
 # Identities.

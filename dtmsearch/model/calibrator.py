@@ -7,8 +7,8 @@ Works on the dense model, to which it brings the replica back where that is need
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,10 @@ _MOST_TOGETHER = 1 << 28
 class Calibrator:
     """The calibrations that a replica was given, one of them active.
 
-    `to_base` makes the model dense, `eager` is a context in which its layers run as they were loaded, `rows_in_batch`
-    gives the rows of a batch for rows of so many tokens.
+    `stand_on` makes the model dense, on trained weights of an id or (the empty one) on the base model's own;
+    `standing_on` says on which it stands. Statistics and Hessians are those of the base model; matrices are solved for
+    the weights that it stands on. `eager` is a context in which layers run as they were loaded, `rows_in_batch` gives
+    the rows of a batch for rows of so many tokens.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class Calibrator:
         body: Body,
         weights: Weights,
         manifest: ModelManifest,
-        to_base: Callable[[], None],
+        stand_on: Callable[[str], None],
+        standing_on: Callable[[], str],
         eager: Callable[[], AbstractContextManager[None]],
         rows_in_batch: Callable[[int], int],
     ) -> None:
         self._body, self._weights, self._manifest = body, weights, manifest
-        self._to_base, self._eager, self._rows_in_batch = to_base, eager, rows_in_batch
+        self._stand_on, self._standing_on = stand_on, standing_on
+        self._eager, self._rows_in_batch = eager, rows_in_batch
         self._calibrations: dict[str, Calibration] = {}
         self._statistics: dict[str, InputStatistics] = {}
         self._fetch: dict[str, Fetch] = {}
@@ -72,14 +76,11 @@ class Calibrator:
     def fetch_from(self, calibration_id: str, fetch: Fetch) -> None:
         """Where matrices solved by a calibration may be had."""
         self._fetch[calibration_id] = fetch
-        if self._active == calibration_id:
-            self._weights.compressor.fetch_from(fetch)
 
     def statistics(self, calibration_id: str) -> InputStatistics:
         """Gather, if they are not known, the mean squares of all components' inputs."""
         if calibration_id not in self._statistics:
-            self._to_base()
-            with self._eager():
+            with self._on_base(), self._eager():
                 squares = self._gatherer(self._known(calibration_id)).mean_squares()
             self._statistics[calibration_id] = InputStatistics(calibration_id, squares)
         return self._statistics[calibration_id]
@@ -90,13 +91,22 @@ class Calibrator:
             return
         self._known(calibration_id)
         statistics = self.statistics(calibration_id)
-        self._to_base()  # what stands there may be calibrated by another
+        self._stand_on(self._standing_on())  # dense: what stands there may be calibrated by another
         self._active = calibration_id
         self.forget()
         compressor = self._weights.compressor
         compressor.calibrate(calibration_id, statistics.mean_squares, self._body.input_device)
-        if calibration_id in self._fetch:
-            compressor.fetch_from(self._fetch[calibration_id])
+
+    @contextmanager
+    def _on_base(self) -> Iterator[None]:
+        """The base model within, dense; afterwards the weights that were stood on, dense, too."""
+        before = self._standing_on()
+        self._stand_on("")
+        try:
+            yield
+        finally:
+            if before:
+                self._stand_on(before)
 
     def _known(self, calibration_id: str) -> Calibration:
         if calibration_id not in self._calibrations:
@@ -119,6 +129,8 @@ class Calibrator:
         """
         wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
         compressor = self._weights.compressor
+        # What may be fetched was solved for the base model's weights.
+        compressor.fetch_from(None if self._standing_on() else self._fetch.get(self._active or ""))
         found = {pair: packed for pair in wanted if (packed := compressor.solved(*pair)) is not None}
         missing: dict[int, dict[str, list[str]]] = {}
         for component, name in wanted.keys() - found.keys():
@@ -127,6 +139,7 @@ class Calibrator:
             for packed in self._solve_layer(layer, missing[layer]):
                 compressor.keep(packed)
                 found[packed.component, packed.scheme] = packed
+        compressor.trim(wanted.keys())
         return [found[pair] for pair in wanted]
 
     def _layer_of(self, component: str) -> int:
@@ -159,8 +172,7 @@ class Calibrator:
         """The Hessians of a layer by the active calibration, kept as long as there is room."""
         if layer not in self._hessians:
             assert self._active is not None
-            self._to_base()
-            with self._eager():
+            with self._on_base(), self._eager():
                 self._hessians[layer] = self._walking().hessians(layer)
             self._hessians.move_to_end(layer)
             while _bytes(self._hessians) > _HESSIAN_BYTES and len(self._hessians) > 1:
@@ -192,6 +204,8 @@ class Calibrator:
         self, components: Sequence[str], schemes: Sequence[str], calibration_id: str, by_hessian: bool
     ) -> list[WeightError]:
         """Errors of every scheme on every component, in this order of nesting; see `Replica.weight_errors`."""
+        if self._standing_on():
+            self._stand_on("")
         if calibration_id:
             self.activate(calibration_id)
         parsed = [parse_scheme(name) for name in schemes]

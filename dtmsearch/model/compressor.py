@@ -7,7 +7,7 @@ One calibration at a time. Knows nothing of plans or of where weights stand.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -49,15 +49,21 @@ class Compressor:
         self._solved.clear()
         self._fetch = None
 
-    def fetch_from(self, fetch: Fetch) -> None:
+    def fetch_from(self, fetch: Fetch | None) -> None:
         """Where solved matrices may be had that are not at hand."""
         self._fetch = fetch
 
     def keep(self, packed: PackedMatrix) -> None:
-        """Have a solved matrix at hand, until there are too many."""
+        """Have a solved matrix at hand."""
         self._solved[packed.component, packed.scheme] = packed
-        while sum(p.num_bytes for p in self._solved.values()) > _KEPT_BYTES and len(self._solved) > 1:
-            self._solved.popitem(last=False)
+
+    def trim(self, needed: Collection[tuple[str, str]]) -> None:
+        """Let go of matrices that were not asked for lately, while there are too many, but of none that is needed."""
+        held = sum(packed.num_bytes for packed in self._solved.values())
+        for pair in [pair for pair in self._solved if pair not in needed]:
+            if held <= _KEPT_BYTES:
+                return
+            held -= self._solved.pop(pair).num_bytes
 
     def solved(self, component: str, scheme: str) -> PackedMatrix | None:
         """A solved matrix, if it is at hand or can be fetched."""

@@ -134,7 +134,13 @@ class Replica:
             self._slots.update(compile_layers(*find_layers(model)))
         self._weights = Weights(model, loaded.checkpoint, places, getattr(torch, spec.scale_dtype))
         self._calibrator = Calibrator(
-            self._body, self._weights, self._manifest, self._to_base, self._generating, self._rows_in_batch
+            self._body,
+            self._weights,
+            self._manifest,
+            lambda weights_id: self._to_parent(Plan(), weights_id),
+            lambda: self._weights_id,
+            self._generating,
+            self._rows_in_batch,
         )
         self._weights_folder, self._weights_id = settings.weights_folder, ""
         self._states = settings.states
@@ -254,9 +260,11 @@ class Replica:
 
     @torch.inference_mode()
     def solve(self, calibration_id: str, pairs: Sequence[tuple[str, str]]) -> list[PackedMatrix]:
-        """Solve for (component, scheme) pairs whose scheme needs Hessians, in one sweep up the layers."""
+        """Solve the base model's (component, scheme) pairs whose scheme needs Hessians, in one sweep up the layers."""
 
         def solved() -> list[PackedMatrix]:
+            if self._weights_id:
+                self._to_base()
             self._calibrator.activate(calibration_id)
             return self._calibrator.solve(pairs)
 
@@ -374,6 +382,7 @@ class Replica:
 
     def _solve_ahead(self, requests: Sequence[EvalRequest]) -> None:
         """Solve what several requests need in one sweep up the layers. What goes wrong, each request says itself."""
+        requests = [r for r in requests if r.weights_id == self._weights_id]
         calibrations = dict.fromkeys(r.calibration_id for r in requests if r.plan.needs_calibration)
         for name in calibrations:
             plans = {plan.id: plan for r in requests if r.calibration_id == name for plan in (r.plan, r.parent)}
@@ -440,13 +449,15 @@ class Replica:
     def _score(self, loaded: _Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
         """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
         other requests leave this parent there too."""
-        self._calibrator.prepare((request.plan, request.parent), request.calibration_id)
         self._set_range(loaded, request.prompts)
         names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
         if "kl" in request.extra_metrics and loaded.base_hidden is None:
             loaded.base_hidden = self._base_hidden(loaded)
         request = self._with_near_parent(request)
         boundary = first_changed_layer(request, self._manifest)
+        if request.weights_id != self._weights_id:
+            self._to_weights(request.weights_id)
+        self._calibrator.prepare((request.plan, request.parent), request.calibration_id)
         self._to_parent(request.parent, request.weights_id)
         changed = request.plan.diff(request.parent).keys()
         for name in names:
