@@ -154,6 +154,16 @@ def test_the_model_is_dense_again_after_calibrated_plans(folder: Path) -> None:
     assert model.canary(reference.id) == 0.0
 
 
+def test_a_new_replica_checks_a_calibrated_plan_before_it_evaluates(folder: Path) -> None:
+    model, fresh = replica(folder), replica(folder)
+    reference, calibration = with_reference(model), calibrated(model)
+    plan = mixed(model)
+    measured = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6), (), plan, calibration.id)])[0])
+    fresh.use(reference)
+    fresh.use_calibration(calibration)
+    assert fresh.check(plan, reference.id, 6)[0].tolist() == measured.sdt.tolist()
+
+
 def test_wanda_s_zeros_stand_in_the_model(folder: Path) -> None:
     model = replica(folder)
     reference, calibration = with_reference(model), calibrated(model)

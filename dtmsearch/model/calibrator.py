@@ -115,10 +115,11 @@ class Calibrator:
         return self._calibrations[calibration_id]
 
     def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
-        """Make sure that these plans can be applied: by the calibration given, or by the active one."""
+        """Make sure that these plans can be applied: by the calibration given, else the active or the first one."""
         plans = [plan for plan in plans if plan.needs_calibration]
         if plans:
-            self.activate(calibration_id if calibration_id is not None else self._active or "")
+            own = self._active or next(iter(self._calibrations), "")
+            self.activate(own if calibration_id is None else calibration_id)
             self.solve([entry for plan in plans for entry in plan.entries])
 
     def solve(self, pairs: Iterable[tuple[str, str]]) -> list[PackedMatrix]:
