@@ -306,6 +306,14 @@ class RunWriter:
     def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
         return self._elsewhere.find(request_ids)
 
+    def put_plan(self, plan: Plan) -> None:
+        """Record a plan that may not have been evaluated."""
+        assert self._plan_rows is not None, "put_components comes before put_plan"
+        recorded = self._known()
+        if plan.entries and plan.id not in recorded.plans:
+            self._commit("plans", self._plan_rows.table([plan]))
+            recorded.plans.add(plan.id)
+
     def append(self, records: Sequence[EvaluationRecord]) -> None:
         """Record evaluations and their plans; one that is recorded already keeps its first outcome."""
         assert self._plan_rows is not None, "put_components comes before append"

@@ -21,6 +21,8 @@ from dtmsearch.results.store import ResultStore
 from dtmsearch.results.tables import SUMMARY_COLUMNS, step_records, summary_of
 
 _PLAN = "plan"
+# What the search came to, where the uniform plan of its size did as well and is the plan instead.
+_FOUND = "found"
 _NEAREST = "uniform-nearest:"
 # Intervals are drawn from the same resamples every time that they are asked for.
 _BOOTSTRAP_SEED = 0
@@ -228,6 +230,8 @@ def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
     found: dict[str, _Measured] = {}
     for row in rows.to_pylist():
         label = _PLAN if row["plan_id"] == record.final_plan_id else row["label"]
+        if label == _PLAN and row["plan_id"] != record.final_plan_id:
+            label = _FOUND
         if label is not None:
             found.setdefault(label, _Measured(row, label, _per_prompt(row)))
     return list(found.values())
@@ -277,6 +281,9 @@ def verdict(rows: Sequence[ValidationRow]) -> str:
         f"On {plan.summary.num_prompts} held-out prompts the plan ({plan.bits_per_weight:.2f} bits per weight) first "
         f"diverges after {plan.summary.fdt_mean:.1f} tokens on average"
     )
+    instead = next((row for row in rows if row.label == _FOUND), None)
+    if instead is not None:
+        return f"{found}. It is a uniform plan: what the search found did no better ({_figures(instead)})."
     nearest = next((row for row in rows if row.label.startswith(_NEAREST)), None)
     if nearest is None:
         return f"{found}; no uniform plan of its size was measured, so it is called neither better nor worse."
@@ -288,6 +295,12 @@ def verdict(rows: Sequence[ValidationRow]) -> str:
         f"{found}: {_comparison(difference)} {other}, with {nearest.summary.fdt_mean:.1f} ({_interval(difference)})"
         f"{_dissent(nearest)}."
     )
+
+
+def _figures(row: ValidationRow) -> str:
+    if row.summary is None:
+        return f"it could not be measured: {row.failure}"
+    return f"{row.bits_per_weight:.2f} bits per weight, first divergence after {row.summary.fdt_mean:.1f} tokens"
 
 
 def _comparison(difference: PairedDifference) -> str:
