@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 
 from dtmsearch.model.replica import LoadedModel, Replica
 from dtmsearch.model.weights import Checkpoint
@@ -72,7 +73,7 @@ CASES = (
 _SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "sensitivity": ("sensitivity", SolverSettings()),
     "auto": ("auto", SolverSettings()),
-    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, rounds=4, prompts=64, plans=12))),
+    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, rounds=4, prompts=96, plans=12))),
     "knapsack-64": ("knapsack", SolverSettings(knapsack_prompts=64)),
     "spdy": ("spdy", SolverSettings()),
     "evolution-100": ("evolution", SolverSettings(evolution=Stages(generations=100))),
@@ -291,7 +292,7 @@ class Bench:
 @click.option("--strategies", default="sensitivity,auto,auto-long,knapsack-64,spdy,evolution-100,local",
               show_default=True, help="NAME or NAME:CASE+CASE for some of the cases.")  # fmt: skip
 @click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--prompts", default=256, show_default=True)
+@click.option("--prompts", default=512, show_default=True)
 @click.option("--held-out-prompts", default=256, show_default=True)
 @click.option("--errors", "kind", type=click.Choice(["plain", "inputs", "hessian"]), default="plain", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
@@ -301,6 +302,7 @@ def main(
     held_out_prompts: int, kind: str, dtype: str, seconds: float,
 ) -> None:  # fmt: skip
     started_at = time.perf_counter()
+    torch.set_float32_matmul_precision("high")
     bench = Bench(model, text, held_out, prompts, held_out_prompts, dtype)
     rows: list[Row] = []
     left_out: list[str] = []

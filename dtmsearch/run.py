@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,6 +57,7 @@ from dtmsearch.search.scheduler import (
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.sparsity import Milestone, Sparsity
 from dtmsearch.search.strategies import NEED_ERRORS
+from dtmsearch.search.uniform import better_uniform, law_remarks
 
 __all__ = [
     "PlanMeasurement",
@@ -270,6 +271,8 @@ class _Session:
         pool.use(reference)
         calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
         plan, remarks = self._search(pool, space, reference, calibrating)
+        if plan is not None:
+            self._writer.put_plan(plan)
         self._save(final_plan_id=None if plan is None else plan.id, message="; ".join(remarks) or None)
         held_out = self._file.validation_prompts
         if plan is not None and held_out is not None:
@@ -348,7 +351,22 @@ class _Session:
             label = _PLAN if model is self._milestones[-1] else model.label
             requests[label] = replace(requests[_PLAN], plan=model.plan, weights_id=model.weights_id)
         outcomes = measure(requests, pool, self._writer, "validation", self._stop_requested)
-        self._record_continuations(pool, reference, plan, outcomes[_PLAN])
+        label = self._chosen(space, plans, outcomes)
+        self._record_continuations(pool, reference, plans[label], outcomes[label])
+
+    def _chosen(self, space: SearchSpace, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome]) -> str:
+        """The label of what the search ends with: its plan, or the uniform plan of its size that it does not beat."""
+        metric = self._file.search.rank_by
+        better = None if self._milestones else better_uniform(space, plans[_PLAN], plans, outcomes, metric)
+        for remark in law_remarks(space, plans, outcomes, self._file.prompts.continuation_tokens):
+            self._observer.on_note(remark)
+        if better is None:
+            return _PLAN
+        said = f"the plan found does not beat {better} in {metric} on held-out prompts, so that is the plan"
+        self._observer.on_note(said)
+        message = "; ".join(part for part in (self._record.message, said) if part)
+        self._save(final_plan_id=plans[better].id, message=message)
+        return better
 
     def _record_continuations(self, pool: ReplicaPool, reference: Reference, plan: Plan, outcome: Outcome) -> None:
         """Have the plan's own texts for a few held-out prompts, the least and the most robust, for people to read."""

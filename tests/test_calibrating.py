@@ -16,7 +16,7 @@ from tiny import replica
 from dtmsearch import config
 from dtmsearch.calibrating import Calibrating
 from dtmsearch.model.replica import Replica
-from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix
+from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore, RunWriter
 
@@ -47,6 +47,10 @@ class OneReplica:
         for part in parts:
             self.asked.append(f"{len(part)} matrices")
             yield self.replica.solve(calibration_id, part)
+
+    def weight_errors(self, *arguments: Any) -> list[WeightError]:
+        self.asked.append("errors")
+        return self.replica.weight_errors(*arguments)
 
     def use_solved(self, calibration_id: str, matrices: Sequence[PackedMatrix]) -> None:
         self.given |= {(packed.component, packed.scheme): packed for packed in matrices}
@@ -99,6 +103,18 @@ def test_what_is_made_once_is_found_again(folder: Path, tmp_path: Path) -> None:
             given.append(arrays(here.pool.given))
     assert asked == [["statistics", *["14 matrices"] * 3], []]
     assert (given[0] == given[1], len(given[0]), ids[0] == ids[1]) == (True, 42, True)
+
+
+def test_errors_of_weights_are_recorded_and_found_by_the_run_alone(folder: Path, tmp_path: Path) -> None:
+    results = ResultStore(tmp_path)
+    errors, asked = [], []
+    for _ in range(2):
+        with results.writer("run") as writer:
+            here = world(folder, writer, results)
+            components = here.pool.replica.manifest().components
+            errors.append(here.calibrating.errors(components, ("int4-g8", "wanda-0.5")))
+            asked.append(here.pool.asked)
+    assert (errors[0] == errors[1], len(errors[0]), asked) == (True, 42, [["statistics", "errors"], []])
 
 
 def test_statistics_come_back_bit_by_bit(folder: Path, tmp_path: Path) -> None:

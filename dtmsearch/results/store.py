@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 import dtmsearch
-from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix
+from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import Continuation, Outcome, Reference
 from dtmsearch.plans.plan import Plan
@@ -305,6 +305,14 @@ class RunWriter:
 
     def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
         return self._elsewhere.find(request_ids)
+
+    def weight_errors(self) -> list[WeightError]:
+        """The errors that this run has recorded."""
+        return tables.weight_errors_of(self._segments.read("weight_errors", [self._key]))
+
+    def put_weight_errors(self, errors: Sequence[WeightError]) -> None:
+        """Record errors: what a strategy decided by them, a replay on another machine has to decide by them, too."""
+        self._commit("weight_errors", tables.weight_errors_table(self._run, errors))
 
     def put_plan(self, plan: Plan) -> None:
         """Record a plan that may not have been evaluated."""

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix
+from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import Continuation, EvalFailure, EvalResult, Outcome, Provenance, Reference, Writing
 from dtmsearch.plans.metrics import Summary, summarize
@@ -219,6 +219,19 @@ TRAININGS = _schema(
     ],
 )
 
+# What a run knew of schemes without measuring them, as `plans.calibration.WeightError` says.
+WEIGHT_ERRORS = _schema(
+    "weight_errors",
+    [
+        ("run", _CODED),
+        ("component", _CODED),
+        ("scheme", _CODED),
+        ("plain", pa.float64()),
+        ("weighted_by_inputs", pa.float64()),
+        ("weighted_by_hessian", pa.float64()),
+    ],
+)
+
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": RUNS,
     "components": COMPONENTS,
@@ -228,6 +241,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "steps": STEPS,
     "statistics": STATISTICS,
     "matrices": MATRICES,
+    "weight_errors": WEIGHT_ERRORS,
     "continuations": CONTINUATIONS,
     "trainings": TRAININGS,
 }
@@ -411,6 +425,15 @@ def _matrix(column: pa.ChunkedArray) -> NDArray[np.int32]:
 
 
 # Calibration
+
+
+def weight_errors_table(run: str, errors: Sequence[WeightError]) -> pa.Table:
+    columns: dict[str, Any] = {n: [getattr(e, n) for e in errors] for n in WEIGHT_ERRORS.names if n != "run"}
+    return _from_columns(WEIGHT_ERRORS, columns | {"run": _coded_constant(run, len(errors))})
+
+
+def weight_errors_of(table: pa.Table) -> list[WeightError]:
+    return [WeightError(**row) for row in table.drop_columns(["run"]).to_pylist()]
 
 
 def statistics_table(calibration: Calibration, statistics: InputStatistics) -> pa.Table:

@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 _LAW_SPREAD, _COMMON_SPREAD = 0.15, 0.5
 # Of how many units one is moved alone in later rounds.
 _DOUBTED = 4
-# The part of a difference between plans that is no sum over units.
+# The part of each unit's own difference between plans by which the sum over units is off.
 _INTERACTION = 0.15
 
 
@@ -64,14 +64,14 @@ class Auto(Solver):
 
     def script(self) -> Script:
         belief = yield from self._probe()
-        leader = self._solve(belief.tables())
+        first = leader = self._solve(belief.tables())
         self._best = self._choices.plan(leader)
         pool = [leader]
         for number in range(self._effort.rounds):
             belief, leader, good = yield from self._correct(belief, leader, number)
             pool = list(dict.fromkeys((*good, *pool)))
         few = None if self._effort.rounds else self._effort.prompts
-        yield from self._final(pool[: self._effort.finalists], few)
+        yield from self._final([*pool[: self._effort.finalists], first], few)
 
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""
@@ -86,7 +86,8 @@ class Auto(Solver):
 
     def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, Options, list[Options]]]:
         """A round of correction: (belief, leader, the best candidates)."""
-        prompts = self._first(self._effort.prompts)
+        # Every time other prompts: what was learnt on some must not be confirmed by the same.
+        prompts = self._block(2 * number)
         (base,) = yield from self._measured([leader], prompts)
         self._lead(leader, base)
         moves = self._doubtful(belief, leader, number)
@@ -99,7 +100,8 @@ class Auto(Solver):
         candidates = [options for options in dict.fromkeys(drawn) if options != leader]
         if not candidates:
             return belief, leader, [leader]
-        answers = yield from self._measured(candidates, prompts, self._choices.plan(leader))
+        prompts = self._block(2 * number + 1)
+        base, *answers = yield from self._measured([leader, *candidates], prompts, self._choices.plan(leader))
         seen = [paired(answer, base, "kl") for answer in answers]
         for options, (value, variance) in zip(candidates, seen, strict=True):
             belief = self._learn(belief, options, leader, value, variance)
@@ -109,30 +111,36 @@ class Auto(Solver):
         order = sorted(field, key=lambda options: self._estimate(belief, options, leader, measured.get(options)))
         return belief, order[0], order
 
+    def _block(self, number: int) -> tuple[int, int]:
+        """A stretch of the prompts: those after the last one's, from the front again where they end."""
+        count = min(self._effort.prompts, self.num_prompts)
+        first = number * count % (self.num_prompts - count + 1)
+        return first, first + count
+
     def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
         """(unit, option) to move alone: every unit in the first round, later those whose damage is most in doubt."""
-        moves = [(unit, self._telling(leader, unit)) for unit in range(len(leader))]
+        moves = [(unit, self._telling(belief, leader, unit)) for unit in range(len(leader))]
         if number == 0:
             return moves
         doubt = [belief.difference(_moved(leader, *move), leader)[1] for move in moves]
         most = np.argsort(-np.array(doubt), kind="stable")[: max(len(moves) // _DOUBTED, 1)]
         return [moves[at] for at in sorted(most.tolist())]
 
-    def _telling(self, leader: Options, unit: int) -> int:
+    def _telling(self, belief: Belief, leader: Options, unit: int) -> int:
         """The option whose measurement tells most about a unit: the next one that costs fewer bits, else more."""
-        bits, now = self._choices.bits[unit], leader[unit]
-        errors = self._errors[unit]
-        worse = [k for k in range(len(bits)) if errors[k] > errors[now]]
-        better = [k for k in range(len(bits)) if errors[k] < errors[now]]
+        errors, now = self._errors[unit], leader[unit]
+        known = [k for k in range(len(errors)) if np.isfinite(belief.damages[unit][k])]
+        worse = [k for k in known if errors[k] > errors[now]]
+        better = [k for k in known if errors[k] < errors[now]]
         if worse:
             return min(worse, key=lambda k: (errors[k], k))
-        return max(better, key=lambda k: (errors[k], k))
+        return max(better, key=lambda k: (errors[k], k), default=now)
 
     @staticmethod
     def _learn(belief: Belief, options: Options, other: Options, value: float, variance: float) -> Belief:
         if not np.isfinite(value):
             return belief
-        return belief.observed(options, other, value, variance + (_INTERACTION * value) ** 2)
+        return belief.observed(options, other, value, variance + _INTERACTION**2 * belief.squares(options, other))
 
     @staticmethod
     def _estimate(belief: Belief, options: Options, other: Options, seen: tuple[float, float] | None) -> float:
@@ -140,7 +148,7 @@ class Auto(Solver):
         mean, variance = belief.difference(options, other)
         if seen is None or not np.isfinite(seen[0]):
             return mean
-        variance += (_INTERACTION * mean) ** 2
+        variance += _INTERACTION**2 * belief.squares(options, other)
         total = variance + seen[1]
         return mean if total <= 0 else (mean * seen[1] + seen[0] * variance) / total
 

@@ -57,6 +57,11 @@ class Belief:
         row = self.features(options) - self.features(other)
         return float(row @ self.mean), float(row @ self.covariance @ row)
 
+    def squares(self, options: Sequence[int], other: Sequence[int]) -> float:
+        """The sum over thetas of the squared differences in predicted damage."""
+        row = self.features(options) - self.features(other)
+        return float(row @ row)
+
     def observed(self, options: Sequence[int], other: Sequence[int], value: float, variance: float) -> Belief:
         """The belief after the difference between two choices was measured."""
         row = self.features(options) - self.features(other)

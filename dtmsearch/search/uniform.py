@@ -1,4 +1,9 @@
-"""Never worse than uniform: whether a uniform plan of at most a plan's size does as well on held-out prompts."""
+"""What uniform plans say of a plan on held-out prompts: whether one of at most its size does as well, and whether the
+plan's divergence is that of small noise.
+
+Divergence follows the square root of KL, whatever caused the damage; the factor is the model's and the text's own, and
+uniform plans show it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,13 @@ from collections.abc import Mapping
 
 from dtmsearch.plans.evaluation import EvalResult, Outcome
 from dtmsearch.plans.metrics import rank_key, summarize
-from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.plan import Plan, PlanSize
 from dtmsearch.search.space import SearchSpace
+
+# A share of divergent tokens off that of uniform plans by more than this factor was caused by something else.
+_OFF_THE_LAW = 1.5
+# Fewer divergent tokens than this in all say too little.
+_FEW_DIVERGENT = 100
 
 
 def better_uniform(
@@ -21,17 +31,54 @@ def better_uniform(
     size = space.size(plan)
     rivals: dict[str, tuple[float, ...]] = {}
     for label, other in plans.items():
-        outcome, other_size = outcomes[label], space.size(other)
-        within = space.budget.reached(other_size) or not space.budget.reached(size)
-        if _is_uniform(space, other) and within and other_size.stored_bits <= size.stored_bits:
-            if isinstance(outcome, EvalResult):
-                rivals[label] = rank_key(summarize(outcome), metric)
+        outcome = outcomes[label]
+        if other.id == plan.id:
+            continue
+        if isinstance(outcome, EvalResult) and _is_uniform(space, other) and _fits(space, space.size(other), size):
+            rivals[label] = rank_key(summarize(outcome), metric)
     if not rivals:
         return None
     best = min(rivals, key=lambda label: rivals[label])
     found = outcomes["plan"]
     beaten = isinstance(found, EvalResult) and rank_key(summarize(found), metric)[0] < rivals[best][0]
     return None if beaten else best
+
+
+def law_remarks(
+    space: SearchSpace, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome], length: int
+) -> list[str]:
+    """A line if the plan's SDT leaves the square root of its KL by more than the uniform plans' do."""
+    factors = {
+        label: divergent_share(outcome, length)
+        for label, outcome in outcomes.items()
+        if isinstance(outcome, EvalResult) and plans[label].entries
+    }
+    own = factors.pop("plan", None)
+    others = sorted(f for label, f in factors.items() if f is not None and _is_uniform(space, plans[label]))
+    if own is None or not others:
+        return []
+    usual = others[len(others) // 2]
+    if usual / _OFF_THE_LAW <= own <= usual * _OFF_THE_LAW:
+        return []
+    return [
+        f"the plan's share of divergent tokens is {own:.2f} x sqrt(KL), that of uniform plans {usual:.2f}: something "
+        "other than small noise happened to it"
+    ]
+
+
+def divergent_share(result: EvalResult, length: int) -> float | None:
+    """The share of divergent tokens of a continuation of `length` over the square root of KL in nats; None where KL
+    was not measured, or next to nothing diverged."""
+    if result.kl is None or result.sdt.sum() < _FEW_DIVERGENT:
+        return None
+    kl = float(result.kl.mean())
+    return float(result.sdt.mean()) / length / kl**0.5 if kl > 0.0 else None
+
+
+def _fits(space: SearchSpace, size: PlanSize, plan_size: PlanSize) -> bool:
+    """Whether a size is at most the plan's, and within the budget if the plan's is."""
+    within = space.budget.reached(size) or not space.budget.reached(plan_size)
+    return within and size.stored_bits <= plan_size.stored_bits
 
 
 def _is_uniform(space: SearchSpace, plan: Plan) -> bool:

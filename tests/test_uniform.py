@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from fakes import toy_components
+
+from dtmsearch.plans.evaluation import EvalFailure, EvalResult, Outcome
+from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.uniform import better_uniform, law_remarks
+
+SPACE = SearchSpace(
+    toy_components(), ("int3-channel", "int4-channel", "int8-channel"), budget=Budget(bits_per_weight=5.0)
+)
+PLANS = {
+    "uniform:int3-channel": SPACE.uniform("int3-channel"),
+    "uniform:int4-channel": SPACE.uniform("int4-channel"),
+    "uniform:int8-channel": SPACE.uniform("int8-channel"),
+    "base": Plan(),
+    "plan": SPACE.uniform("int4-channel").with_(
+        next(e for e in SPACE.perturbations(Plan()) if e.scheme == "int8-channel" and "k_proj" in e.component)
+    ),
+}
+
+
+def result(kl: float, sdt: int = 10) -> EvalResult:
+    num = np.full(8, sdt, np.int32)
+    return EvalResult("id", 100 - num, num, np.ones(8, np.float32), np.full(8, kl, np.float32))
+
+
+def outcomes(**kl: float) -> Mapping[str, Outcome]:
+    values = {"int3": 0.5, "int4": 0.2, "int8": 0.01, "base": 0.0, "plan": 0.1} | kl
+    return {label: result(values[label.partition(":")[2].partition("-")[0] or label]) for label in PLANS}
+
+
+def test_a_plan_that_beats_them_stays() -> None:
+    assert better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(plan=0.19), "kl") is None
+
+
+@pytest.mark.parametrize("kl", [0.2, 0.21])
+def test_a_plan_that_does_not_beat_a_uniform_one_gives_way(kl: float) -> None:
+    assert better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(plan=kl), "kl") == "uniform:int4-channel"
+
+
+def test_the_best_of_the_uniform_plans_is_taken() -> None:
+    found = better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(int3=0.15, plan=0.3), "kl")
+    assert found == "uniform:int3-channel"
+
+
+def test_larger_uniform_plans_are_no_rivals() -> None:
+    assert better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(int8=0.0), "kl") is None
+
+
+def test_a_smaller_uniform_plan_outside_the_budget_is_no_rival() -> None:
+    space = SearchSpace(toy_components(), ("magnitude-0.3", "magnitude-0.7"), budget=Budget(sparsity=0.5))
+    plan = space.uniform("magnitude-0.7")
+    # A mask of three tenths costs more than what is left out at seven tenths; what counts here is the budget.
+    plans = {"uniform:magnitude-0.3": space.uniform("magnitude-0.3"), "plan": plan}
+    measured = {"uniform:magnitude-0.3": result(0.01), "plan": result(0.5)}
+    assert better_uniform(space, plan, plans, measured, "kl") is None
+
+
+def test_a_plan_that_could_not_be_measured_gives_way() -> None:
+    measured = {**outcomes(), "plan": EvalFailure("id", "nonfinite", "not a number")}
+    assert better_uniform(SPACE, PLANS["plan"], PLANS, measured, "kl") == "uniform:int4-channel"
+
+
+def test_a_plan_on_the_square_root_law_needs_no_remark() -> None:
+    assert (
+        law_remarks(SPACE, PLANS, {**outcomes(), "uniform:int4-channel": result(0.1), "plan": result(0.1)}, 100) == []
+    )
+
+
+def test_a_plan_that_diverges_more_than_its_kl_says_is_flagged() -> None:
+    measured = {label: result(0.4, sdt=18) for label in PLANS} | {"plan": result(0.4, sdt=40)}
+    (remark,) = law_remarks(SPACE, PLANS, measured, 100)
+    assert remark.startswith("the plan's share of divergent tokens is 0.63 x sqrt(KL), that of uniform plans 0.28")
