@@ -37,6 +37,7 @@ def make_run(
     width: int = 2,
     status: str = "finished",
     failing: bool = False,
+    schemes: tuple[str, ...] = SCHEMES,
     num_layers: int = NUM_LAYERS,
 ) -> ResultStore:
     """A recorded run; one that is not finished has neither plan nor validation."""
@@ -48,7 +49,7 @@ def make_run(
         writer.put_components(manifest, components)
         for one in references:
             writer.put_reference(one)
-        space = SearchSpace(components, SCHEMES, budget=Budget(share=share))
+        space = SearchSpace(components, schemes, budget=Budget(share=share))
         beam = Beam(space, lambda plan, parent: request(plan, references[0], parent), "kl", width)
         answers = fakes.failing({"layers.1.mlp": "nonfinite"}) if failing else fakes.evaluate
         plan = search(beam, FakeEvaluator(answers, per_poll=8), writer, SilentObserver())

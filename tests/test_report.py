@@ -186,3 +186,26 @@ def test_the_command_compares_two_runs(
 def test_a_run_is_not_compared_with_itself(store: ResultStore, capsys: Any) -> None:
     assert main(["report", "toy", "toy", "--store", store.url]) == 2
     assert "give two runs" in capsys.readouterr().err
+
+
+# What only some runs have.
+
+
+def test_beside_other_runs_a_plan_is_this_runs_or_anothers(store: ResultStore, pair: tuple[RunFacts, RunFacts]) -> None:
+    found = gather(store, "toy").sweep
+    assert {row["name"]: row["whose"] for row in found if row["label"] == "plan"} == {
+        "toy": "this run",
+        "further": "another run",
+    }
+
+
+def test_a_pruned_plan_shows_what_each_component_loses(tmp_path: Path) -> None:
+    store = make_run(tmp_path, schemes=("magnitude-0.5", "drop"))
+    found = gather(store, "toy")
+    lost = {row["scheme"]: row["pruned"] for row in found.plan_rows}
+    assert lost["dense"] == 0.0 and set(lost.values()) <= {0.0, 0.5, 1.0} and len(lost) > 1
+    assert "What was pruned" in page(store, found, figures(found))
+
+
+def test_a_run_that_prunes_nothing_and_stands_alone_has_no_sections_for_it(html: str) -> None:
+    assert "What was pruned" not in html and "Beside the store" not in html

@@ -69,6 +69,7 @@ class Page:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     folder = tmp_path_factory.mktemp("page")
+    make_run(folder / "store", "further", share=0.9)
     write_report(make_run(folder / "store"), "toy", folder / "report.html")
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
@@ -119,6 +120,14 @@ def test_a_click_on_a_cell_leaves_its_component_in_the_table(shown: Page) -> Non
     (component,) = shown.rows_shown()
     said = cell.get_attribute("aria-label") or ""
     assert component in said
+
+
+def test_a_click_on_another_runs_plan_gives_the_command_that_exports_it(shown: Page) -> None:
+    marks = shown.all("[data-figure='sweep-fdt'] .mark-symbol.role-mark path")
+    (other,) = [mark for mark in marks if "plan: further" in (mark.get_attribute("aria-label") or "")]
+    shown.point_at(other).click().perform()
+    shown.until("return document.getElementById('picked').innerText.includes('dtmsearch export further --to dense')")
+    assert "bits a weight" in shown.find("#picked").text
 
 
 def test_the_keyboard_filters_and_clears(shown: Page) -> None:

@@ -81,6 +81,8 @@ def figures(facts: RunFacts) -> list[Figure]:
     found += _survival_figures(facts)
     found += _interaction_figures(facts)
     found += _tree_figures(facts)
+    found += _sparsity_figures(facts)
+    found += _sweep_figures(facts)
     return found
 
 
@@ -110,12 +112,17 @@ def _sized(chart: Any, height: int, description: str) -> Any:
 # Heat maps
 
 
+def schemes_of(sensitivity: Sequence[Row]) -> list[str]:
+    """The schemes that were measured alone, from many bits to few."""
+    bits = {row["scheme"]: row["bits"] for row in sensitivity}
+    return sorted(bits, key=lambda scheme: (-bits[scheme], scheme))
+
+
 def _sensitivity_figures(facts: RunFacts) -> list[Figure]:
     """A heat map of layer x kind for each scheme and metric; a metric's maps share one scale, which the last of them
     explains."""
     found = []
-    bits = {row["scheme"]: row["bits"] for row in facts.sensitivity}
-    schemes = sorted(bits, key=lambda scheme: (-bits[scheme], scheme))
+    schemes = schemes_of(facts.sensitivity)
     for metric in facts.metrics:
         rows = [row for row in facts.sensitivity if metric in row]
         cells = {
@@ -249,6 +256,7 @@ def _plan_cells(rows: Sequence[Row]) -> list[Row]:
                 "component": group[0]["component"] if len(group) == 1 else f"{len(group)} components",
                 "scheme": schemes[0] if len(schemes) == 1 else f"{schemes[0]} and others",
                 "bits": sum(row["bits"] * row["num_weights"] for row in group) / weights,
+                "pruned": sum(row["pruned"] * row["num_weights"] for row in group) / weights,
                 "num_weights": weights,
             }
         )
@@ -311,21 +319,22 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
         color=PALETTE[0], strokeWidth=2, point=alt.OverlayMarkDef(size=22, color=PALETTE[0])
     )
     held_out = _named("held_out").encode(x=at_x, y=at_y, tooltip=[alt.Tooltip("name:N", title="held out"), *numbers])
+    whose = alt.condition("datum.label === 'plan'", alt.value(PALETTE[0]), alt.value(PALETTE[5]))
     layers = [
         points.encode(x=at_x, y=at_y, tooltip=edge),
         line.encode(x=at_x, y=at_y, order="step:Q", tooltip=[alt.Tooltip("step:Q"), *edge]),
-        held_out.mark_point(shape="diamond", size=90, filled=True, opacity=1, color=PALETTE[5]),
-        _beside(held_out.transform_filter("datum.label != 'plan'"), -7),
-        _beside(held_out.transform_filter("datum.label == 'plan'"), 10, "left"),
+        held_out.encode(color=whose).mark_point(shape="diamond", size=90, filled=True, opacity=1),
+        _beside(held_out.transform_filter("datum.label != 'plan'"), "right", PALETTE[5]),
+        _beside(held_out.transform_filter("datum.label == 'plan'"), "left", PALETTE[0]),
     ]
     description = f"{TITLES[metric]} of every candidate against {x_title}"
     return _sized(alt.layer(*layers), _PLOT_HEIGHT, description)
 
 
-def _beside(points: Any, dy: int, align: Literal["left", "right"] = "right") -> Any:
-    """Names of points, on the side where there is room: most plans are smaller than what was searched."""
+def _beside(points: Any, align: Literal["left", "right"], colour: str) -> Any:
+    """Names of points, in their colour, on the side where there is room."""
     dx = -9 if align == "right" else 9
-    return points.mark_text(align=align, dx=dx, dy=dy, fontSize=11, color=PALETTE[5]).encode(text="name:N")
+    return points.mark_text(align=align, dx=dx, dy=-4, fontSize=11, color=colour).encode(text="name:N")
 
 
 def _decades(values: Sequence[float]) -> Any:
@@ -441,6 +450,114 @@ def _tree_figures(facts: RunFacts) -> list[Figure]:
     ).add_params(alt.selection_interval(bind="scales", name="zoom"))
     chart = _sized(zoomable, 340, "The tree of plans: rounds by rank, kept plans joined")
     return [Figure("tree", "tree", chart, {"nodes": facts.nodes, "edges": facts.edges})]
+
+
+# Sparsity
+
+
+def _sparsity_figures(facts: RunFacts) -> list[Figure]:
+    """What each component loses, how quality falls from round to round, and what training regains."""
+    if not any(row["pruned"] for row in facts.plan_rows):
+        return []
+    kinds = kinds_of(facts.plan_rows)
+    cells = _plan_cells(facts.plan_rows)
+    chart = _layers_by_kinds("pruned", cells, kinds).encode(
+        color=alt.Color(
+            "pruned:Q", scale=alt.Scale(domain=[0, 1]), legend=_ramp_legend("share of weights pruned", (0, 0.5, 1))
+        ),
+        tooltip=[alt.Tooltip("component:N"), alt.Tooltip("scheme:N"), alt.Tooltip("pruned:Q", format=".1%")],
+    )
+    chart = _sized(chart, _ROW_HEIGHT * len(kinds), "Heat map of layers by kinds: the share of weights that is pruned")
+    found = [Figure("sparsity", "pruned", chart, {"pruned": cells})]
+    path = [row for row in facts.path if row["sparsity"] and row.get(facts.rank_by) is not None]
+    if len(path) > 1:
+        found.append(Figure("sparsity", "rounds", _rounds(facts.rank_by), {"path": facts.path}))
+    if facts.losses:
+        found.append(Figure("sparsity", "losses", _losses(), {"losses": facts.losses}))
+    return found
+
+
+def _rounds(metric: str) -> Any:
+    chart = (
+        _named("path")
+        .mark_line(color=PALETTE[0], strokeWidth=2, point=alt.OverlayMarkDef(size=40, color=PALETTE[0]))
+        .encode(
+            x=alt.X("sparsity:Q", title="sparsity after the round", axis=alt.Axis(format="%", grid=False)),
+            y=alt.Y(f"{metric}:Q", title=TITLES[metric], scale=alt.Scale(zero=False)),
+            order="step:Q",
+            tooltip=[
+                alt.Tooltip("step:Q", title="round"),
+                alt.Tooltip("sparsity:Q", format=".1%"),
+                alt.Tooltip(f"{metric}:Q", title=metric.upper(), format=".4~g"),
+            ],
+        )
+    )
+    return _sized(chart, 220, f"{TITLES[metric]} after each round, against sparsity")
+
+
+def _losses() -> Any:
+    chart = (
+        _named("losses")
+        .mark_line(strokeWidth=1.2, aria=False)
+        .encode(
+            x=alt.X("step:Q", title="training step", axis=alt.Axis(grid=False)),
+            y=alt.Y("loss:Q", title="training loss (nats a token)", scale=alt.Scale(zero=False)),
+            color=alt.Color("round:N", legend=alt.Legend(title=None, orient="bottom")),
+            tooltip=[alt.Tooltip("round:N"), alt.Tooltip("step:Q"), alt.Tooltip("loss:Q", format=".4~g")],
+        )
+    )
+    return _sized(chart, 220, "Loss of the trainings between rounds, by step")
+
+
+# Sweeps
+
+
+def _sweep_figures(facts: RunFacts) -> list[Figure]:
+    """Size against quality of every run's plan on the same prompts; the front is joined."""
+    found = []
+    for metric in ("fdt", "sdt", "kl"):
+        rows = [row for row in facts.sweep if row[metric] is not None]
+        if rows:
+            data = {"sweep": facts.sweep, f"front-{metric}": [row for row in rows if metric in row["fronts"]]}
+            found.append(Figure("sweep", f"sweep-{metric}", _sweep(rows, metric), data, metric.upper()))
+    return found
+
+
+def _sweep(rows: Sequence[Row], metric: str) -> Any:
+    values = [row[metric] for row in rows]
+    logarithmic = metric != "fdt" and min(values) > 0
+    scale = alt.Scale(type="log", nice=False, padding=12) if logarithmic else alt.Scale(zero=False)
+    axis = _decades(values) if logarithmic else alt.Axis()
+    whose = ["this run", "another run", "uniform plan"]
+    x = alt.X(
+        "bits:Q",
+        title="bits a weight",
+        scale=alt.Scale(zero=False, nice=False, padding=12),
+        axis=alt.Axis(grid=False, format="~g", tickCount=8),
+    )
+    y = alt.Y(f"{metric}:Q", title=TITLES[metric], scale=scale, axis=axis)
+    points = _named("sweep").encode(
+        x=x,
+        y=y,
+        color=alt.Color(
+            "whose:N",
+            scale=alt.Scale(domain=whose, range=[PALETTE[0], PALETTE[1], _FAINT]),
+            legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1),
+        ),
+        tooltip=[
+            alt.Tooltip("name:N", title="plan"),
+            alt.Tooltip("bits:Q", title="bits a weight", format=".2f"),
+            *(alt.Tooltip(f"{m}:Q", title=m.upper(), format=".4~g") for m in ("fdt", "sdt", "kl")),
+        ],
+    )
+    line = _named(f"front-{metric}").mark_line(color=_FAINT, strokeWidth=1.2, strokeDash=[4, 4], aria=False)
+    chart = alt.layer(
+        line.encode(x=x, y=y, order="bits:Q"),
+        points.mark_point(filled=True, opacity=1, size=70, cursor="pointer"),
+    )
+    return _sized(
+        chart, _PLOT_HEIGHT, f"{TITLES[metric]} of every run's plan on the same held-out prompts, against size"
+    )
 
 
 # Two runs

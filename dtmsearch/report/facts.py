@@ -18,8 +18,9 @@ from dtmsearch.config import section_of
 from dtmsearch.plans.metrics import METRICS, PairedDifference, paired_difference
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import RunRecord
-from dtmsearch.plans.schemes import DENSE
+from dtmsearch.plans.schemes import DENSE, parse_scheme
 from dtmsearch.results import tables
+from dtmsearch.results.pareto import candidates
 from dtmsearch.results.store import ResultStore
 from dtmsearch.results.summary import RunSummary, summarize_run
 
@@ -72,7 +73,8 @@ class RunFacts:
     alone), `plan_rows` (the final plan, or the leader so far, dense components included), `points` (candidates that
     are drawn, of `num_points`), `path` (decisions), `uniform` (plans on held-out prompts), `survival` (share of
     prompts that have not diverged by a token), `sums` (a plan's damage beside that of its parts), `nodes` and `edges`
-    (the tree of kept and dropped plans), `texts` (how both models go on from prompts).
+    (the tree of kept and dropped plans), `texts` (how both models go on from prompts), `losses` (of trainings under
+    masks, step by step), `sweep` (plans of all runs on the same held-out prompts; empty with one run).
     """
 
     summary: RunSummary
@@ -98,6 +100,8 @@ class RunFacts:
     edges: list[Row]
     num_leaves: int
     texts: list[Row]
+    losses: list[Row]
+    sweep: list[Row]
     cost: Cost
 
     @property
@@ -148,6 +152,8 @@ def gather(store: ResultStore, run: str) -> RunFacts:
         edges=edges,
         num_leaves=num_leaves,
         texts=_texts(store, record, plan_id),
+        losses=_losses(store, record),
+        sweep=_sweep(store, record),
         cost=_cost(candidates, summary),
     )
 
@@ -219,7 +225,7 @@ def _cells(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.
 def _components(store: ResultStore, record: RunRecord) -> list[Row]:
     if record.manifest_id is None:
         return []
-    columns = ["component", "layer", "kind", "num_weights", "dense_bits"]
+    columns = ["component", "layer", "kind", "rows", "cols", "num_weights", "dense_bits"]
     rows = store.table("components", columns, record.run, pc.field("manifest_id") == record.manifest_id).to_pylist()
     return list({row["component"]: row for row in rows}.values())
 
@@ -250,7 +256,8 @@ def _plan_rows(
         own = by_name.get(component["component"])
         bits = component["dense_bits"] if own is None else own["stored_bits"] / own["num_weights"]
         scheme = DENSE if own is None else own["scheme"]
-        rows.append({**component, "scheme": scheme, "bits": bits})
+        pruned = parse_scheme(scheme).pruned_weights((component["rows"], component["cols"]))
+        rows.append({**component, "scheme": scheme, "bits": bits, "pruned": pruned / component["num_weights"]})
     share = share if share is not None else (path[-1]["share"] if path else None)
     if not stored or not share:
         return rows, None, None
@@ -423,7 +430,9 @@ def _tree(complete: pa.Table, rank_by: str, chosen: Sequence[str]) -> tuple[list
     ordered = ordered.append_column("rank", pa.array(rank))
     kept_ids = pa.array(sorted((parents | on_path) - {_ROOT}), pa.string())
     is_kept = pc.is_in(ordered["plan_id"], kept_ids)
-    leaves = spread(ordered.filter(pc.invert(is_kept)), "step", "rank", _MOST_LEAVES)
+    leaves = ordered.filter(pc.invert(is_kept))
+    if leaves.num_rows > _MOST_LEAVES:  # the best of each round, as many as can be drawn
+        leaves = leaves.filter(pc.less_equal(leaves["rank"], max(1, _MOST_LEAVES // max(1, len(first)))))
     kept = [_node(row, rank_by, on_path) for row in ordered.filter(is_kept).to_pylist()]
     place = {row["plan_id"]: row for row in kept}
     root = {"step": -1, "rank": 1}
@@ -463,6 +472,45 @@ def _texts(store: ResultStore, record: RunRecord, plan_id: str | None) -> list[R
         pairs = zip(row["base_tokens"], row["own_tokens"], strict=True)
         row["diverges_at"] = next((at for at, (a, b) in enumerate(pairs) if a != b), len(row["base_tokens"]))
     return sorted(rows, key=lambda row: (row["diverges_at"], row["prompt"]))
+
+
+def _losses(store: ResultStore, record: RunRecord) -> list[Row]:
+    """The loss of every step of the run's trainings under masks, at most as many as a picture tells apart."""
+    if "trainings" not in tables.SCHEMAS:
+        return []
+    trainings = {row["training_id"]: row for row in store.table("trainings", run=record.run).to_pylist()}
+    rows: list[Row] = []
+    for training in sorted(trainings.values(), key=lambda row: row["round"]):
+        losses = training["losses"] or []
+        stride = max(1, len(losses) * len(trainings) // MOST_POINTS)
+        place = {"round": f"round {training['round'] + 1}"}
+        rows += [{**place, "step": step, "loss": losses[step]} for step in range(0, len(losses), stride)]
+    return rows
+
+
+def _sweep(store: ResultStore, record: RunRecord) -> list[Row]:
+    """Every validated plan of the store on this run's held-out prompts, if more than one run has any."""
+    if record.validation_reference_id is None:
+        return []
+    found = [c for c in candidates(store) if c.reference_id == record.validation_reference_id]
+    if len({c.run for c in found if c.label == "plan"}) < 2:
+        return []
+    return [
+        {
+            **{name: getattr(c, name) for name in ("run", "label", "plan_id", "share", "kl", "num_compressed")},
+            "bits": c.bits_per_weight,
+            "fdt": c.fdt_mean,
+            "sdt": c.sdt_mean,
+            "fronts": list(c.fronts),
+            "name": c.run if c.label == "plan" else c.label.replace("uniform-nearest:", "uniform:"),
+            "whose": "this run" if c.run == record.run and c.label == "plan" else _others(c.label),
+        }
+        for c in found
+    ]
+
+
+def _others(label: str) -> str:
+    return "another run" if label == "plan" else "uniform plan"
 
 
 def _ceiling(store: ResultStore, record: RunRecord, held_out: bool = False) -> int | None:

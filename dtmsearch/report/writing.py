@@ -19,7 +19,7 @@ from typing import Any
 from dtmsearch import __version__
 from dtmsearch.output import components, duration, number, plain
 from dtmsearch.plans.metrics import PairedDifference
-from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save
+from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save, schemes_of
 from dtmsearch.report.extra import jinja2, vl_convert
 from dtmsearch.report.facts import COLUMN, Row, RunFacts, gather, interval, per_prompt
 from dtmsearch.results.store import ResultStore
@@ -45,13 +45,14 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "held_out": _held_out_rows(store, facts),
         "places": places(drawn),
         "components": _component_rows(facts),
-        "alone": list(dict.fromkeys(row["scheme"] for row in facts.sensitivity)),
+        "alone": schemes_of(facts.sensitivity),
+        "vanished": [row["component"] for row in facts.plan_rows if row["pruned"] == 1.0],
         "texts": [_side_by_side(row) for row in facts.texts],
         "titles": TITLES,
         "tiles": _tiles(facts),
         "store": store.url,
     }
-    return render("run.html", context, page_data(drawn))
+    return render("run.html", context, page_data(drawn) | {"store": store.url})
 
 
 def page_data(drawn: Iterable[Figure]) -> dict[str, Any]:

@@ -40,6 +40,7 @@
     drawn.set(name, result);
     result.view.addEventListener("click", (event, item) => {
       if (item && item.datum && item.datum.kind !== undefined) select(item.datum.layer, item.datum.kind);
+      if (item && item.datum && item.datum.whose !== undefined) pick(item.datum);
     });
     element.dataset.drawn = "yes";
   };
@@ -67,6 +68,17 @@
       });
     }
   }
+
+  const pick = (plan) => {
+    const size = `${plan.name}: ${plan.num_compressed} components, ${plan.bits.toFixed(2)} bits a weight, plan ${plan.plan_id}. `;
+    const picked = document.getElementById("picked");
+    picked.textContent = size;
+    if (plan.label === "plan") {
+      const command = document.createElement("code");
+      command.textContent = `dtmsearch export ${plan.run} --to dense --out ${plan.run}-model --store ${data.store}`;
+      picked.append(command);
+    }
+  };
 
   const table = document.getElementById("components");
   const names = ["layer", "kind", "scheme"];
