@@ -24,6 +24,7 @@ from fakes import MemoryLog, evaluate, toy_components, toy_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
+from reported import make_run
 
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Provenance, Reference
 from dtmsearch.plans.metrics import summarize
@@ -778,3 +779,14 @@ def test_released_lease_is_free_at_once(tmp_path: Path) -> None:
     during = second.is_held()
     first.release()
     assert (during, second.is_held()) == (True, False)
+
+
+def test_segments_from_before_a_column_was_added_are_read_with_nulls_in_it(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (path,) = (tmp_path / "evaluations" / "toy").glob("*.parquet")
+    before = pq.read_table(path).drop_columns(["weights_id"])
+    pq.write_table(before, path, write_page_checksum=True)
+    opened_again = ResultStore(tmp_path)
+    rows = opened_again.table("evaluations")
+    assert rows["weights_id"].null_count == len(rows) and rows.drop_columns(["weights_id"]).equals(before)
+    assert opened_again.notes == []

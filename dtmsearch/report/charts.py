@@ -114,7 +114,9 @@ def _sized(chart: Any, height: int, description: str) -> Any:
 
 def schemes_of(sensitivity: Sequence[Row]) -> list[str]:
     """The schemes that were measured alone, from many bits to few."""
-    bits = {row["scheme"]: row["bits"] for row in sensitivity}
+    bits: dict[str, float] = {}
+    for row in sensitivity:
+        bits[row["scheme"]] = min(row["bits"], bits.get(row["scheme"], math.inf))
     return sorted(bits, key=lambda scheme: (-bits[scheme], scheme))
 
 

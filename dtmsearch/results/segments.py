@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from dtmsearch.results.files import Folder, StoreError, StoreReadOnly
-from dtmsearch.results.tables import SCHEMAS
+from dtmsearch.results.tables import SCHEMAS, fits
 
 DAMAGED = ".damaged"
 # Large enough that the description of all groups of all columns is small beside the columns that a query reads, small
@@ -119,12 +119,13 @@ class Segments:
     def dataset(self, table: str, segments: Sequence[Segment]) -> ds.Dataset:
         """The rows of these segments, to be scanned with every page that is read verified.
 
-        Raises `ArrowInvalid` when a segment has other columns: a scan would fill those that it lacks with nulls.
+        Raises `ArrowInvalid` when a segment has other columns: a scan would fill those that it lacks with nulls, as it
+        should only for columns that came later (`tables.ADDED`).
         """
         schema, filesystem = SCHEMAS[table], self.folder.filesystem
         fragments = [self._format.make_fragment(self.folder.full(s.path), filesystem) for s in segments]
         for segment, fragment in zip(segments, fragments, strict=True):
-            if not fragment.physical_schema.equals(schema):
+            if not fits(table, fragment.physical_schema):
                 raise pa.ArrowInvalid(f"{segment.path} has other columns than the table {table}")
         return ds.FileSystemDataset(fragments, schema, self._format, filesystem)
 
@@ -196,7 +197,7 @@ class Segments:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
             return " ".join(str(error).split())
-        return None if rows.schema.equals(SCHEMAS[segment.table]) else "its columns are not those of the table"
+        return None if fits(segment.table, rows.schema) else "its columns are not those of the table"
 
     def _set_aside(self, segment: Segment, damage: str) -> None:
         self.num_damaged += 1

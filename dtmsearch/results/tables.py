@@ -245,7 +245,17 @@ SCHEMAS: dict[str, pa.Schema] = {
     "continuations": CONTINUATIONS,
     "trainings": TRAININGS,
 }
+# Columns that came to a table after its first segments were written, which lack them: there they are null.
+ADDED: dict[str, frozenset[str]] = {"evaluations": frozenset({"weights_id"})}
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
+
+
+def fits(table: str, schema: pa.Schema) -> bool:
+    """Whether a segment's columns are those of a table, or were before columns were added to it."""
+    missing = set(SCHEMAS[table].names) - set(schema.names)
+    if not missing <= ADDED.get(table, frozenset()):
+        return False
+    return bool(schema.equals(pa.schema([field for field in SCHEMAS[table] if field.name not in missing])))
 
 
 def empty(table: str) -> pa.Table:
