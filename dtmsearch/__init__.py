@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dtmsearch.results.questions import ask
     from dtmsearch.results.summary import runs_overview as ls
     from dtmsearch.results.summary import summarize_run as status
-    from dtmsearch.run import Where, demo, evaluate, open_store, resume, run, stop
+    from dtmsearch.run import Where, demo, evaluate, open_store, recover, resume, run, stop
     from dtmsearch.submission import submit
     from dtmsearch.sweepfile import load_sweep
 
@@ -40,6 +40,7 @@ __all__ = [
     "open_store",
     "pareto",
     "query",
+    "recover",
     "report",
     "resume",
     "run",
@@ -64,6 +65,7 @@ _LAZY = {
     "open_store": ("dtmsearch.run", "open_store"),
     "pareto": ("dtmsearch.results.pareto", "candidates"),
     "query": ("dtmsearch.results.query", "query"),
+    "recover": ("dtmsearch.run", "recover"),
     "report": ("dtmsearch.report.writing", "write_report"),
     "resume": ("dtmsearch.run", "resume"),
     "run": ("dtmsearch.run", "run"),

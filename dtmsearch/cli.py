@@ -674,6 +674,33 @@ def report_verb(name: str, other: str | None, store: str, out: Path | None, figu
         _print(str(path))
 
 
+@cli.command(
+    "recover",
+    epilog=examples(
+        "dtmsearch recover my-run --set 'files=[train.txt]' --set masked_steps=500",
+        "dtmsearch recover my-run --set lr=0.0003 --format json",
+    ),
+)
+@click.argument("name", metavar="RUN")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of search.recovery; repeatable."
+)
+@store_option
+@where_options
+@format_option("table", "json")
+def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, quiet: bool, **where: Any) -> None:
+    """Train a run's pruned model.
+
+    What the plan prunes stays zero. The same command goes on with a training that was stopped.
+    """
+    from dtmsearch.run import recover
+    from dtmsearch.summaries import recovered_text
+
+    with _resumable("run the same command again"), _watching(quiet) as observer:
+        recovered = recover(name, store, overrides, _where(**where), observer)
+    _show(recovered, form, recovered_text)
+
+
 @cli.command("doctor", epilog=examples("dtmsearch doctor", "dtmsearch doctor --store s3://bucket/store --format json"))
 @store_option
 @format_option("table", "json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -343,6 +344,19 @@ def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ())
         raise ValueError("\n".join(f"{source}: {line}" for line in _explain(error))) from None
     file._folder = folder
     return file
+
+
+def recovery_of(file: SearchFile, overrides: Sequence[str]) -> RecoverySection:
+    """How to train a model of a search file: as its `search.recovery` says, with overrides such as `lr=0.0003`."""
+    content: dict[str, Any] = {} if file.search.recovery is None else file.search.recovery.model_dump(mode="json")
+    for override in overrides:
+        _apply(content, override)
+    if not content.get("files"):
+        raise ValueError("recover needs a training text: --set 'files=[train.txt]'")
+    try:
+        return RecoverySection.model_validate(content)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"recovery: {line}" for line in _explain(error))) from None
 
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:

@@ -252,6 +252,12 @@ def _find(source: str, results: ResultStore, model: str | None) -> _Source:
         raise ValueError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
     if record.final_plan_id is None:
         raise ValueError(f"run {source!r} has no final plan (it is {record.status})")
+    if results.weights_id(source):
+        raise ValueError(
+            f"the plan of run {source!r} prunes weights that were trained between its rounds, and only plans of the "
+            f"base model's own can be exported; the trained ones are weights/{results.weights_id(source)}.safetensors "
+            "in the store, by parameter name"
+        )
     plan = results.plan(record.final_plan_id, source)
     if plan is None:
         raise ValueError(f"the final plan of run {source!r} is not in the store")

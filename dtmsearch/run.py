@@ -65,6 +65,7 @@ __all__ = [
     "demo",
     "evaluate",
     "open_store",
+    "recover",
     "resume",
     "run",
     "stop",
@@ -181,6 +182,9 @@ def evaluate(
     results = ResultStore(store, on_note=observer.on_note)
     _check_plan_argument(plan, results)
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
+    named = not plan.startswith(_UNIFORM) and not Path(plan).is_file()
+    weights_id = results.weights_id(plan) if named else ""
+    where = replace(where, weights_folder=weights_folder(results))
     with results.evaluate_writer(file.run) as writer, _pool(file, where, observer) as pool, _interruptible():
         manifest = pool.manifest()
         space = space_of(file, manifest)
@@ -190,7 +194,12 @@ def evaluate(
         pool.use(reference)
         calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
         request = EvalRequest(
-            chosen, reference.id, (0, reference.num_prompts), EXTRA_METRICS, calibration_id=calibration_id
+            chosen,
+            reference.id,
+            (0, reference.num_prompts),
+            EXTRA_METRICS,
+            calibration_id=calibration_id,
+            weights_id=weights_id,
         )
         outcome = measure({plan: request}, pool, writer, "evaluate")[plan]
     failed = isinstance(outcome, EvalFailure)
@@ -202,6 +211,73 @@ def evaluate(
         summary=None if isinstance(outcome, EvalFailure) else summarize(outcome),
         failure=f"{outcome.kind}: {outcome.message}" if failed and isinstance(outcome, EvalFailure) else None,
     )
+
+
+@dataclass(frozen=True)
+class RecoveredModel:
+    """A plan's model before and after training, on held-out prompts; None where it could not be measured."""
+
+    run: str
+    weights_id: str
+    weights_file: str
+    before: Summary | None
+    after: Summary | None
+
+
+def recover(
+    run_name: str,
+    store: str,
+    settings: Sequence[str] = (),
+    where: Where = Where(),
+    observer: Observer | None = None,
+) -> RecoveredModel:
+    """Train the model of a run's final plan under its masks, and measure it before and after.
+
+    `settings` (`masked_steps=200`, `files=[train.txt]`) go over the run's own `search.recovery`. Raises `ValueError`
+    for a plan that does more than prune, `RecoveryDiverged`, and `SearchStopped`, after which the same goes on.
+    """
+    observer = observer or _Silent()
+    results = ResultStore(store, on_note=observer.on_note)
+    _check_plan_argument(run_name, results)
+    file = _stored_file(results, run_name)
+    recovery = config.recovery_of(file, settings)
+    prompts = file.validation_prompts or file.prompts
+    texts.paths(file, recovery.files)  # missing ones are said before anything is started
+    where = replace(where, weights_folder=weights_folder(results))
+    with results.evaluate_writer(run_name) as writer, _pool(file, where, observer) as pool, _interruptible():
+        manifest = pool.manifest()
+        space = space_of(file, manifest)
+        plan, weights_id = _find_plan(run_name, space, manifest, results), results.weights_id(run_name)
+        writer.put_components(manifest, space.components)
+        calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([plan])
+        recovering = Recovering(
+            file,
+            recovery,
+            results,
+            writer,
+            pool,
+            manifest,
+            observer,
+            lambda: False,
+            calibration_id,
+            on_cluster=where.address is not None,
+        )
+        trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
+        reference = _reference(pool, results, writer, file, prompts, None)
+        pool.use(reference)
+        before = EvalRequest(
+            plan,
+            reference.id,
+            (0, reference.num_prompts),
+            EXTRA_METRICS,
+            calibration_id=calibration_id,
+            weights_id=weights_id,
+        )
+        requests = {"before": before, "after": replace(before, weights_id=trained)}
+        found = measure(requests, pool, writer, "evaluate")
+    summaries = {label: None if isinstance(o, EvalFailure) else summarize(o) for label, o in found.items()}
+    weights_file = f"{weights_folder(results)}/{trained}.safetensors"
+    return RecoveredModel(run_name, trained, weights_file, summaries["before"], summaries["after"])
 
 
 class _Session:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dtmsearch.exporting import Exported
     from dtmsearch.results.pareto import Candidate
     from dtmsearch.results.summary import RunOverview, RunSummary, ValidationRow
-    from dtmsearch.run import PlanMeasurement
+    from dtmsearch.run import PlanMeasurement, RecoveredModel
 
 # A label before its text, as `status` shows them.
 _LABEL_WIDTH = 11
@@ -173,6 +173,16 @@ def measurement_text(measurement: PlanMeasurement) -> str:
     columns = [*_METRIC_COLUMNS, "FDT p25", "p50", "p75"]
     cells = [*_metric_cells(summary), summary.fdt_p25, summary.fdt_p50, summary.fdt_p75]
     return "\n".join([*lines, table(columns, [cells])])
+
+
+def recovered_text(recovered: RecoveredModel) -> str:
+    """A plan's model before and after training."""
+    rows = [
+        [label, *(_metric_cells(summary) if summary is not None else ["not measured"])]
+        for label, summary in (("before", recovered.before), ("after", recovered.after))
+    ]
+    head = f"the plan of {recovered.run}, trained under its masks: {recovered.weights_file}"
+    return f"{head}\n\n{table(['training', *_METRIC_COLUMNS], rows)}"
 
 
 def estimate_text(estimate: Estimate) -> str:

@@ -128,8 +128,9 @@ class ResultStore:
         return plan
 
     def weights_id(self, run: str) -> str:
-        """The weights that a run's last training came to; empty for the base model's."""
-        rows = self.table("trainings", ["round", "weights_id"], run).to_pylist()
+        """The weights that a search's last round came to; empty for the base model's. What was trained later, beside
+        its driver, is not counted."""
+        rows = self.segments.read("trainings", [run], ["round", "weights_id"]).to_pylist()
         return str(max(rows, key=lambda row: row["round"])["weights_id"]) if rows else ""
 
     def reference(self, reference_id: str) -> Reference | None:

@@ -1,0 +1,125 @@
+"""A run's trainings: in processes of their own, stopped and continued, found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import pytest
+from fakes import SilentObserver
+from safetensors.torch import load_file
+from tiny import TEXT, write_model
+
+from dtmsearch import texts
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.config import SearchFile, parse, recovery_of
+from dtmsearch.model.recover import Recipe, Training, checkpoints, train
+from dtmsearch.model.replica import Replica
+from dtmsearch.model.trained import MASKS_FILE, unpack_masks
+from dtmsearch.plans.evaluation import ReplicaSettings
+from dtmsearch.plans.plan import Plan
+from dtmsearch.recovering import Recovering, RecoveryDiverged, _failure, weights_folder
+from dtmsearch.results.store import ResultStore
+from dtmsearch.search.scheduler import SearchStopped
+
+DOWN = "model.layers.1.mlp.down_proj"
+PLAN = Plan.of({DOWN: "magnitude-0.5", "model.layers.0.self_attn.k_proj": "drop"})
+SEARCH = """
+run: toy
+model: {path: model, dtype: float32}
+prompts: {files: [text.txt], count: 4, prompt_tokens: 8, continuation_tokens: 8}
+search:
+  strategy: sparsity
+  rounds: [30]
+  recovery: {files: [text.txt], masked_steps: STEPS, unmasked_steps: 0, batch_tokens: 64, sequence_tokens: 16,
+             checkpoint_steps: 2}
+"""
+
+
+def search_file(folder: Path, steps: int) -> SearchFile:
+    write_model(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    return parse(SEARCH.replace("STEPS", str(steps)), "search.yaml", folder)
+
+
+@contextmanager
+def recovering(file: SearchFile, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Recovering]:
+    """Trainings for a store beside the file, with a replica in this process for a pool."""
+    results = ResultStore(file.folder / "store")
+    replica = Replica(file.model_spec, ReplicaSettings(num_threads=1, weights_folder=weights_folder(results)))
+    pool, section = cast(ReplicaPool, replica), file.search.recovery
+    assert section is not None
+    with results.writer("toy") as writer:
+        yield Recovering(file, section, results, writer, pool, replica.manifest(), SilentObserver(), stop_requested)
+
+
+def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
+    file = search_file(tmp_path, 100)
+    root = tmp_path / "store" / "trainings"
+    with (
+        recovering(file, lambda: any(checkpoints(path) for path in root.glob("*"))) as trainings,
+        pytest.raises(SearchStopped),
+    ):
+        trainings(0, PLAN, "")
+    [folder] = [path for path in root.iterdir() if path.name != "texts"]
+    stopped_at = int(checkpoints(folder)[-1].name.partition("-")[2])
+    with recovering(file) as trainings:
+        weights_id = trainings(0, PLAN, "")
+    job = json.loads((folder / "job.json").read_text())
+    for name in ("start.safetensors", "masks.safetensors"):
+        (tmp_path / "whole").mkdir(exist_ok=True)
+        (tmp_path / "whole" / name).write_bytes((folder / name).read_bytes())
+    whole = Training(file.model_spec, tmp_path / "whole", tmp_path / "weights")
+    undisturbed = train(whole, texts.read_files(file, job["files"]), Recipe(**job["recipe"]))
+    assert (0 < stopped_at < 100, weights_id) == (True, undisturbed["weights_id"])
+
+
+def test_a_training_that_is_in_the_store_is_found_and_its_weights_keep_the_masks(tmp_path: Path) -> None:
+    file = search_file(tmp_path, 2)
+    with recovering(file) as trainings:
+        first = trainings(0, PLAN, "")
+        [result] = (tmp_path / "store" / "trainings").glob("*/result.json")
+        written_at = result.stat().st_mtime_ns
+        assert (trainings(0, PLAN, ""), result.stat().st_mtime_ns) == (first, written_at)
+    trained = load_file(tmp_path / "store" / "weights" / f"{first}.safetensors")
+    kept = unpack_masks(result.parent / MASKS_FILE)[DOWN]
+    assert ((trained[f"{DOWN}.weight"] != 0) == kept).all() and kept.float().mean() == 0.5
+    assert ResultStore(tmp_path / "store").weights_id("toy") == first
+
+
+def test_a_loss_that_is_no_number_can_be_resumed_from(tmp_path: Path) -> None:
+    (tmp_path / "failure.json").write_text(json.dumps({"kind": "diverged", "message": "the loss is nan"}))
+    assert isinstance(_failure(tmp_path, 1), RecoveryDiverged)
+
+
+def test_a_training_that_dies_shows_its_last_line(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("loading\nKilled by the kernel\n")
+    assert "ended with code -9" in str(_failure(tmp_path, -9)) and "Killed by the kernel" in str(_failure(tmp_path, -9))
+
+
+def test_a_bucket_cannot_hold_trainings(tmp_path: Path) -> None:
+    from pyarrow import fs
+
+    file = search_file(tmp_path, 2)
+    bucket = ResultStore("store", fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()))
+    section = file.search.recovery
+    assert section is not None
+    with pytest.raises(ValueError, match="is a bucket: give --store a folder that every node sees"):
+        Recovering(file, section, bucket, None, None, None, SilentObserver(), lambda: False)  # type: ignore[arg-type]
+
+
+def test_recover_takes_the_files_settings_and_overrides(tmp_path: Path) -> None:
+    section = recovery_of(search_file(tmp_path, 2), ["lr=0.5", "masked_steps=7"])
+    assert (section.lr, section.masked_steps, section.batch_tokens) == (0.5, 7, 64)
+
+
+def test_compressed_training_text_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    file = search_file(tmp_path, 2)
+    with pa.CompressedOutputStream(str(tmp_path / "more.txt.zst"), "zstd") as stream:
+        stream.write(TEXT.encode())
+    assert texts.read_files(file, ["more.txt.zst"]) == [TEXT]
