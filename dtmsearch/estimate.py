@@ -12,6 +12,8 @@ from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.compose import extra_metrics_of, space_of, strategy_of
 from dtmsearch.config import SearchFile
 from dtmsearch.plans.evaluation import EXTRA_METRICS, Speed, StatesKept
+from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.search.procedure import Procedure
 from dtmsearch.search.space import SearchSpace
 
 
@@ -45,17 +47,17 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         speed = pool.measure_speed(prompts.count, prompts.prompt_tokens, prompts.continuation_tokens)
         replicas = pool.num_replicas
     extra = extra_metrics_of(file)
-    evaluations = _expected_evaluations(file, space)
+    evaluations, share_of_prompts = _expected(file, space)
     share = sum(manifest.num_layers - max(c.layer, 0) for c in space.components) / (
         manifest.num_layers * len(space.components)
     )
-    each = prompts.count * evaluation_seconds(speed, share, extra)
+    each = share_of_prompts * prompts.count * evaluation_seconds(speed, share, extra)
     validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2)
     whole = evaluation_seconds(speed, 1.0, EXTRA_METRICS)
     references = prompts.count + (0 if held_out is None else held_out.count)
     streams = 2 if "ppl" in extra else 1
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
-    tokens = evaluations * streams * prompts.count * row_tokens
+    tokens = round(evaluations * share_of_prompts * streams * prompts.count * row_tokens)
     weights = sum(c.num_weights for c in manifest.components)
     return Estimate(
         evaluations=evaluations,
@@ -77,7 +79,13 @@ def evaluation_seconds(speed: Speed, share_of_layers: float, extra_metrics: tupl
     return layers + head * (2 if "kl" in extra_metrics else 1) + text
 
 
-def _expected_evaluations(file: SearchFile, space: SearchSpace) -> int:
-    strategy = strategy_of(file, space, reference_id="")
+def _expected(file: SearchFile, space: SearchSpace) -> tuple[int, float]:
+    """Evaluations that the search asks for, and the mean share of the prompts that one of them runs over."""
+    # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
+    nominal = {(c.name, s): 4.0 ** -(parse_scheme(s).bits or 2) for c in space.components for s in space.schemes}
+    strategy = strategy_of(file, space, reference_id="", errors=nominal)
     strategy.ask()
-    return strategy.expected_evaluations() or 0
+    evaluations = strategy.expected_evaluations() or 0
+    if not isinstance(strategy, Procedure) or not evaluations:
+        return evaluations, 1.0
+    return evaluations, strategy.expected_prompts() / (evaluations * file.prompts.count)

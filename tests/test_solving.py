@@ -164,3 +164,13 @@ def test_a_capacity_is_what_the_budget_compares_with() -> None:
     (rule,) = Choices(space).rules
     num_weights = sum(c.num_weights for c in space.components)
     assert rule.capacity / num_weights <= 0.1 + 4.2 < (rule.capacity + 1) / num_weights
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_a_search_will_ask_for_is_foreseen_within_a_factor_of_three(name: str) -> None:
+    searched, log = strategy(name, space_with(BUDGET, toy_components())), MemoryLog()
+    searched.ask()
+    expected = searched.expected_evaluations()
+    run_search(strategy(name, space_with(BUDGET, toy_components())), log=log)
+    assert expected is not None
+    assert expected / 3 <= len(log.records) <= 3 * expected

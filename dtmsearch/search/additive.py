@@ -84,6 +84,7 @@ class Spdy(Solver):
         super().__init__(space, request_for, rank_by, seed)
         self._errors = unit_errors(self._choices, errors)
         self._settings = settings
+        self._prompts_each = min(settings.prompts, self.num_prompts)
 
     def script(self) -> Script:
         settings, units = self._settings, len(self._choices.units)

@@ -60,6 +60,7 @@ class Auto(Solver):
     ) -> None:
         super().__init__(space, request_for, rank_by, seed)
         self._effort = effort
+        self._prompts_each = min(effort.prompts, self.num_prompts)
         self._errors = unit_errors(self._choices, errors)
 
     def script(self) -> Script:
@@ -76,7 +77,8 @@ class Auto(Solver):
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""
         probed = probings(self._choices, self._errors)
-        self._num_to_come = self._effort.rounds * (len(self._choices.units) + self._effort.plans + 1) + 2
+        rounds, units = self._effort.rounds, len(self._choices.units)
+        self._num_to_come = rounds * (units // _DOUBTED + self._effort.plans + 2) + (units if rounds else 0) + 2
         answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
         damages = [mean_loss(answer, "kl") for answer in answers]
         tables = predicted(self._choices, self._errors, probed, damages)

@@ -61,6 +61,9 @@ class Evolution(Solver):
     ) -> None:
         super().__init__(space, request_for, rank_by, seed)
         self._stages = stages
+        candidates = (stages.children, *stages.survivors)
+        rows = sum(number * prompts for number, prompts in zip(candidates, stages.prompts, strict=True))
+        self._prompts_each = min(rows // sum(candidates), self.num_prompts)
         self._start = start or self._largest_start()
 
     def script(self) -> Script:
@@ -136,12 +139,14 @@ class Local(Solver):
     ) -> None:
         super().__init__(space, request_for, rank_by, seed)
         self._switching = switching
+        self._prompts_each = min(switching.prompts, self.num_prompts)
         self._start = start or self._largest_start()
 
     def script(self) -> Script:
         most, size = self._switching.rounds, self._switching.children
         everything, few = self._first(self.num_prompts), self._first(self._switching.prompts)
         leader = self._start
+        self._num_to_come = most * size
         (answer,) = yield from self._measured([leader], everything)
         self._lead(leader, answer)
         untried = self._switches(leader, 0)

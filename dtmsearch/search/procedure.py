@@ -59,6 +59,8 @@ class Procedure:
         self._round: list[str] = []
         self._num_asked = 0
         self._num_to_come = 0
+        self._prompts_asked = 0
+        self._prompts_each = self.num_prompts
         self._done = False
         self._script: Script | None = None
 
@@ -86,6 +88,11 @@ class Procedure:
     def expected_evaluations(self) -> int:
         self._begin()
         return self._num_asked + self._num_to_come
+
+    def expected_prompts(self) -> int:
+        """As `expected_evaluations`, each counted as the prompts that it runs over, which are not always all."""
+        self._begin()
+        return self._prompts_asked + self._num_to_come * self._prompts_each
 
     def ask(self) -> list[Ask]:
         self._begin()
@@ -124,6 +131,7 @@ class Procedure:
                 self._waiting.add(request.id)
                 self._unasked.append(Ask(request, trial.perturbation))
                 self._num_asked += 1
+                self._prompts_asked += trial.prompts[1] - trial.prompts[0]
 
     def _request(self, trial: Trial) -> EvalRequest:
         request = self._request_for(trial.plan, trial.parent)
