@@ -41,7 +41,7 @@ _ROOT = Plan().id
 _CANDIDATE_COLUMNS = [
     *("step", "plan_id", "parent_plan_id", "perturbation", "component", "scheme", "reference_id", "status"),
     *("num_compressed", "share", "bits_per_weight", "num_prompts", *COLUMN.values()),
-    *("tokens", "wall_seconds", "replica", "attempts", "reused_from"),
+    *("tokens", "wall_seconds", "replica", "attempts", "reused_from", "weights_id"),
 ]
 # Attention first, then the feed-forward part, as they come in a layer; other kinds follow in order of name.
 _KIND_ORDER = ("qkv", "q", "k", "v", "o", "router", "gate_up", "gate", "up", "down")
@@ -269,15 +269,15 @@ def _plan_rows(
 
 
 def _sensitivity(candidates: pa.Table, components: list[Row]) -> list[Row]:
-    """Every component under every scheme that was measured with nothing else compressed, tied ones together; where one
-    was measured more than once, on the most prompts."""
+    """Every component under every scheme that was measured with nothing else compressed and nothing trained, tied ones
+    together; where one was measured more than once, on the most prompts."""
     alone = candidates.filter(
         pc.or_(
             pc.is_valid(candidates["component"]),
             pc.and_(pc.equal(candidates["parent_plan_id"], _ROOT), pc.is_valid(candidates["perturbation"])),
         )
     )
-    alone = alone.filter(pc.equal(alone["status"], "ok"))
+    alone = alone.filter(pc.and_(pc.equal(alone["status"], "ok"), pc.is_null(alone["weights_id"])))
     by_name = {row["component"]: row for row in components}
     found: dict[tuple[str, str], Row] = {}
     for row in alone.to_pylist():
