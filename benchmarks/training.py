@@ -40,7 +40,8 @@ def ours(model: str, text: str, steps: int) -> float:
     spec = ModelSpec(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = Path(scratch) / "training"
+        folder.mkdir()
         weights = dict(load_model(Path(model), spec, torch.device("cpu"), 1).named_parameters())
         names = [component.name for component in read_manifest(spec).components]
         sizes = {name: weights[f"{name}.weight"].detach().abs() for name in names}

@@ -106,8 +106,15 @@ def _size(num_compressed: int | None, share: float, bits_per_weight: float) -> s
     return f"{components(num_compressed)}, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits a weight"
 
 
+# A plan of more schemes than this is summed up; the query that is printed lists them.
+_MOST_SCHEMES = 12
+
+
 def _schemes(plan: Plan) -> str:
     counts = Counter(scheme for _, scheme in plan.entries).most_common()
+    if len(counts) > _MOST_SCHEMES:  # a share of its own for every component
+        named = ", ".join(f"{number} x {scheme}" for scheme, number in counts[:2])
+        return f"{named}, and {len(counts) - 2} others"
     return ", ".join(f"{number} x {scheme}" for scheme, number in counts) or "all dense"
 
 
