@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dtmsearch.results.summary import runs_overview as ls
     from dtmsearch.results.summary import summarize_run as status
     from dtmsearch.run import Where, demo, evaluate, open_store, recover, resume, run, stop
+    from dtmsearch.scoring import score
     from dtmsearch.submission import submit
     from dtmsearch.sweepfile import load_sweep
 
@@ -44,6 +45,7 @@ __all__ = [
     "report",
     "resume",
     "run",
+    "score",
     "status",
     "stop",
     "submit",
@@ -69,6 +71,7 @@ _LAZY = {
     "report": ("dtmsearch.report.writing", "write_report"),
     "resume": ("dtmsearch.run", "resume"),
     "run": ("dtmsearch.run", "run"),
+    "score": ("dtmsearch.scoring", "score"),
     "status": ("dtmsearch.results.summary", "summarize_run"),
     "stop": ("dtmsearch.run", "stop"),
     "submit": ("dtmsearch.submission", "submit"),

@@ -701,6 +701,47 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
     _show(recovered, form, recovered_text)
 
 
+@cli.command(
+    "score",
+    epilog=examples(
+        "dtmsearch score my-model --tasks triviaqa,nq_open,mmlu",
+        "dtmsearch score my-run --tasks arc_easy --limit 200 --format json",
+        "dtmsearch score my-run --tasks my_task --include my-tasks",
+    ),
+)
+@click.argument("source", metavar="RUN|DIR")
+@click.option("--tasks", required=True, help="Tasks of lm-evaluation-harness, separated by commas.")
+@click.option("--include", type=click.Path(exists=True, file_okay=False), help="Folder with tasks of your own.")
+@click.option("--base", help="The base model, if not the one that the run or the folder's README names.")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task at most.")
+@click.option(
+    "--fewshot", type=click.IntRange(min=0), help="Examples before each question, if not the task's own number."
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Questions of one batch.")
+@store_option
+@format_option("table", "json")
+def score_verb(
+    source: str,
+    tasks: str,
+    include: str | None,
+    base: str | None,
+    limit: int | None,
+    fewshot: int | None,
+    batch_size: int,
+    store: str,
+    form: str,
+) -> None:
+    """Score a run's plan, or an exported folder, beside its base model.
+
+    Differences are paired over the same questions; flips are answers that went from right to wrong or back.
+    """
+    from dtmsearch.scoring import Asked, score
+    from dtmsearch.summaries import scores_text
+
+    asked = Asked(tuple(task.strip() for task in tasks.split(",")), include, limit, fewshot, batch_size)
+    _show(score(source, asked, store, base=base, say=say), form, scores_text)
+
+
 @cli.command("doctor", epilog=examples("dtmsearch doctor", "dtmsearch doctor --store s3://bucket/store --format json"))
 @store_option
 @format_option("table", "json")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dtmsearch.results.pareto import Candidate
     from dtmsearch.results.summary import RunOverview, RunSummary, ValidationRow
     from dtmsearch.run import PlanMeasurement, RecoveredModel
+    from dtmsearch.scoring import TaskScore
 
 # A label before its text, as `status` shows them.
 _LABEL_WIDTH = 11
@@ -257,6 +258,23 @@ def _front_cells(c: Candidate) -> list[object]:
     size = [f"{c.bits_per_weight:.2f}", f"{c.share:.1%}"]
     metrics = [c.fdt_mean, c.sdt_mean, c.dppl, c.ppl, c.kl]
     return [c.model, c.run, c.label, *size, *metrics, " ".join(c.fronts).upper() or None]
+
+
+def scores_text(scores: Sequence[TaskScore]) -> str:
+    """Tasks, the base model beside the compressed one; `change` is compressed minus base with its interval."""
+    columns = ["task", "metric", "questions", "base", "compressed", "change", "answers changed", "to wrong", "to right"]
+    return table(
+        columns,
+        [
+            [s.task, s.metric, s.num_questions, s.base, s.compressed, _change(s), s.changed, s.to_wrong, s.to_right]
+            for s in scores
+        ],
+    )
+
+
+def _change(score: TaskScore) -> str:
+    difference = score.difference
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
