@@ -2,82 +2,96 @@
 this machine.
 
     python benchmarks/export_check.py MODEL TEXT FOLDER --dtype bfloat16
+
+The plans are measured here, without a search and without Ray, and recorded in a store from which they are exported.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import time
 from pathlib import Path
 
-COMMAND = "import sys; from dtmsearch.cli import main; sys.exit(main(sys.argv[1:]))"
-# what is exported: format, the scheme of attention, the scheme of the rest, options
+from dtmsearch.config import parse
+from dtmsearch.exporting import ExportFailed, export
+from dtmsearch.model.replica import Replica
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
+from dtmsearch.plans.plan import Plan
+from dtmsearch.plans.records import EvaluationRecord, RunRecord
+from dtmsearch.results.store import ResultStore
+
+# what is exported: format, the scheme of attention, the scheme of the rest, what loads it
 EXPORTS = (
-    ("dense", "int4-g32", "int8-channel", ()),
-    ("dense", "magnitude-0.5", "nf4", ()),
-    ("compressed-tensors", "int4-g32", "int8-channel", ("--runtime", "vllm")),
-    ("compressed-tensors", "int4-g32-asym", "int4-g64", ("--runtime", "vllm")),
-    ("compressed-tensors", "int3-g32", "int5-channel-asym", ()),
-    ("bitsandbytes", "nf4", "fp4", ()),
-    ("bitsandbytes", "w8a8", "w8a8", ()),
-    ("bitsandbytes", "llm-int8", "llm-int8", ()),
+    ("dense", "int4-g32", "int8-channel", "transformers"),
+    ("dense", "magnitude-0.5", "nf4", "transformers"),
+    ("dense", "gptq-int4-g32", "wanda-0.5", "transformers"),
+    ("compressed-tensors", "int4-g32", "int8-channel", "vllm"),
+    ("compressed-tensors", "int4-g32-asym", "int4-g64", "vllm"),
+    ("compressed-tensors", "int3-g32", "int5-channel-asym", "transformers"),
+    ("compressed-tensors", "gptq-int4-g32", "gptq-int8-channel", "vllm"),
+    ("bitsandbytes", "nf4", "fp4", "transformers"),
+    ("bitsandbytes", "w8a8", "w8a8", "transformers"),
+    ("bitsandbytes", "llm-int8", "llm-int8", "transformers"),
 )
-
-
-def dtmsearch(*arguments: str) -> str:
-    command = [sys.executable, "-c", COMMAND, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
-    if done.returncode:
-        raise SystemExit(f"dtmsearch {' '.join(arguments)}:\n{done.stderr[-1500:]}")
-    return done.stdout
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("text")
+    parser.add_argument("text", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=100)
     arguments = parser.parse_args()
-    folder, store = arguments.folder, str(arguments.folder / "store")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "search.yaml"
-    file.write_text(
-        f"run: checks\nmodel: {{path: {Path(arguments.model).absolute()}, dtype: {arguments.dtype}, "
-        f"scale_dtype: bfloat16}}\nprompts: {{files: [{Path(arguments.text).absolute()}], count: {arguments.prompts}, "
-        f"prompt_tokens: {arguments.tokens}, continuation_tokens: {arguments.tokens}}}\n"
-        "search: {strategy: probe, schemes: [int8-channel], components: {include: [q]}}\n"
-    )
-    print("| format | attention | the rest | FDT | SDT | prompts that differ | bytes of files |")
-    print("|---|---|---|---|---|---|---|")
-    from dtmsearch.model.discovery import read_manifest
-    from dtmsearch.plans.evaluation import ModelSpec
-    from dtmsearch.plans.plan import Plan, plan_to_json
-
-    manifest = read_manifest(ModelSpec(str(Path(arguments.model).absolute())))
-    for number, (to, attention, rest, options) in enumerate(EXPORTS):
-        names = {c.name: attention if "attn" in c.name else rest for c in manifest.components}
-        plan = folder / f"plan-{number}.json"
-        plan.write_text(plan_to_json(Plan.of(names), manifest))
-        dtmsearch("evaluate", str(file), "--plan", str(plan), "--store", store, "--quiet")
-        out = str(folder / f"out-{number}")
+    model, store = str(Path(arguments.model).absolute()), arguments.folder / "store"
+    spec = ModelSpec(model, dtype=arguments.dtype, scale_dtype="bfloat16")
+    base = Replica(spec, ReplicaSettings())
+    text = arguments.text.read_text(errors="replace")
+    prompts, _ = base.cut_prompts([text], arguments.prompts, arguments.tokens, arguments.tokens, 0)
+    reference = base.make_reference(prompts)
+    base.use(reference)
+    calibration = base.cut_calibration([text], 16, 2 * arguments.tokens, 1)
+    base.use_calibration(calibration)
+    print(f"{arguments.model}, {arguments.dtype}, {reference.mode}, {reference.num_prompts} prompts", flush=True)
+    print("| format | attention | the rest | for | FDT | SDT | prompts that differ | bytes of tensors | seconds |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    manifest = base.manifest()
+    for number, (to, attention, rest, runtime) in enumerate(EXPORTS):
+        plan = Plan.of({c.name: attention if "attn" in c.name else rest for c in manifest.components})
+        known = calibration.id if plan.needs_calibration else ""
+        request = EvalRequest(plan, reference.id, (0, reference.num_prompts), calibration_id=known)
+        outcome = base.evaluate([request])[0]
+        assert isinstance(outcome, EvalResult), outcome
+        run = f"plan-{number}"
+        file = parse(
+            f"run: {run}\nmodel: {{path: {model}, dtype: {arguments.dtype}, scale_dtype: bfloat16}}\n"
+            f"prompts: {{files: [{arguments.text.absolute()}]}}\nsearch: {{schemes: [int8-channel]}}\n",
+            "search.yaml",
+            Path(),
+        )
+        now = time.time()
+        ids = (manifest.id, reference.id, None, plan.id)
+        with ResultStore(store).writer(run) as writer:
+            writer.put_components(manifest, manifest.components)
+            writer.put_reference(reference)
+            writer.append([EvaluationRecord(request, outcome, "search")])
+            if known:
+                writer.put_statistics(calibration, base.gather_statistics(calibration))
+                writer.put_matrices(known, base.solve(known, plan.entries))
+            writer.put_run(RunRecord(run, "finished", file.to_yaml(), "", *ids, now, now, "benchmark"))
+        started_at = time.perf_counter()
+        row = f"| {to} | {attention} | {rest} | {runtime} |"
         try:
-            said = dtmsearch(
-                "export", str(plan), "--to", to, "--out", out, "--store", store, "--format", "json", *options
-            )
-        except SystemExit as failed:
-            print(f"| {to} | {attention} | {rest} | {str(failed).strip().splitlines()[-1][:300]} |")
+            result = export(run, to, arguments.folder / run, str(store), runtime=runtime)
+        except (ExportFailed, ValueError) as error:
+            print(f"{row} failed: {str(error).splitlines()[0][:250]} |", flush=True)
             continue
-        result = json.loads(said)
-        check = result["check"]
-        weights = sum(size for name, size in result["files"].items() if name.endswith(".safetensors"))
-        values = [f"{check['fdt_measured']:.2f}", f"{check['sdt_measured']:.3f}"]
-        differing = f"{check['differing']} of {check['num_prompts']}"
-        print(f"| {to} | {attention} | {rest} | {' | '.join(values)} | {differing} | {weights:,} |")
+        check, seconds = result.check, time.perf_counter() - started_at
+        assert check is not None
+        differing = f"{check.differing} of {check.num_prompts}"
+        measured = f"{check.fdt_measured:.2f} | {check.sdt_measured:.3f} | {differing}"
+        print(f"{row} {measured} | {result.tensor_bytes:,} | {seconds:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

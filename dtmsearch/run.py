@@ -81,6 +81,8 @@ _READ_AT_ENDS = 3
 DOMINATED = "dominated by "
 # How `evaluate` is asked for the uniform plan of a scheme.
 _UNIFORM = "uniform:"
+# An expert is rarely routed to when it gets less than this part of an expert's mean share of tokens; so many are named.
+_RARELY, _RARE_NAMED = 0.1, 5
 
 
 class _Silent:
@@ -345,6 +347,8 @@ class _Session:
         )
         self._save(reference_id=reference.id)
         pool.use(reference)
+        if any(".experts." in component.name for component in space.components):
+            self._observer.on_note(rare_experts(pool.routed_tokens(reference.id)))
         calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
         plan, remarks = self._search(pool, space, reference, calibrating)
         if plan is not None:
@@ -491,6 +495,20 @@ def telling_prompts(fdt: IntArray) -> list[int]:
     middle = len(order) // 2
     chosen = [*order[:_READ_AT_ENDS], *order[middle - 1 : middle + 1], *order[-_READ_AT_ENDS:]]
     return list(dict.fromkeys(chosen))
+
+
+def rare_experts(routed: Mapping[str, int]) -> str:
+    """Which experts' matrices few of the reference's tokens reach (component -> tokens), for a person."""
+    usual = sum(routed.values()) / max(1, len(routed))
+    rare = sorted((count, name) for name, count in routed.items() if count < _RARELY * usual)
+    if not rare:
+        return f"every expert is reached by at least a tenth of the usual {usual:.0f} reference tokens"
+    named = ", ".join(f"{name} ({count})" for count, name in rare[:_RARE_NAMED])
+    more = f" and {len(rare) - _RARE_NAMED} more" if len(rare) > _RARE_NAMED else ""
+    return (
+        f"{len(rare)} of {len(routed)} experts' matrices are reached by less than a tenth of the usual {usual:.0f} "
+        f"reference tokens, so that little is known of what compressing them does: {named}{more}"
+    )
 
 
 def _pool(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:

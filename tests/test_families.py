@@ -30,7 +30,7 @@ from dtmsearch.model.replica import Replica
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore
-from dtmsearch.run import _Silent
+from dtmsearch.run import _Silent, rare_experts
 from dtmsearch.search.scheduler import SearchStopped, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies import make_strategy
@@ -203,3 +203,15 @@ def test_a_half_of_a_mixture_is_exported_as_its_own_matrix(tmp_path: Path) -> No
     after = load_file(tmp_path / "out" / "model.safetensors")
     parts = [after[f"model.layers.0.block_sparse_moe.experts.2.{part}.weight"] for part in ("w1", "w3")]
     assert len(torch.cat(parts).unique()) == 3
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss"], indirect=True)
+def test_every_token_reaches_as_many_experts_as_the_router_chooses(running: tuple[Replica, Reference]) -> None:
+    model, reference = running
+    down = {name: n for name, n in model.routed_tokens(reference.id).items() if name.endswith("down_proj")}
+    assert sum(down.values()) == 2 * 2 * reference.num_prompts * 18
+
+
+def test_experts_that_few_tokens_reach_are_named() -> None:
+    said = rare_experts({"experts.0.down_proj": 300, "experts.1.down_proj": 290, "experts.2.down_proj": 3})
+    assert "1 of 3" in said and "experts.2.down_proj (3)" in said

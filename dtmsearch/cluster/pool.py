@@ -264,6 +264,11 @@ class ReplicaPool:
         """See `dtmsearch.model.replica.Replica.save_pruned`."""
         self._ask_one("save_pruned", plan, weights_id, calibration_id, folder)
 
+    def routed_tokens(self, reference_id: str) -> dict[str, int]:
+        """See `dtmsearch.model.replica.Replica.routed_tokens`."""
+        routed: dict[str, int] = self._ask_one("routed_tokens", reference_id)
+        return routed
+
     def use(self, reference: Reference) -> None:
         """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""
         if reference.id in self._references:

@@ -30,6 +30,7 @@ from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenize
 from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
+from dtmsearch.model.routing import routed_tokens
 from dtmsearch.model.speed import time_batch
 from dtmsearch.model.stream import Room, Stream
 from dtmsearch.model.trained import check_only_pruned, trained_file, write_pruned
@@ -312,6 +313,16 @@ class Replica:
         loaded = self._references[reference_id]
         diverged = self._dense_divergence(loaded).diverged
         return float((diverged & loaded.reference.agrees).mean())
+
+    @torch.inference_mode()
+    def routed_tokens(self, reference_id: str) -> dict[str, int]:
+        """Component -> tokens of a reference's prompts and continuations that reach it, for every expert's matrix."""
+        reference = self._references[reference_id].reference
+        self._to_base()
+        greedy = np.concatenate([reference.text[:, : reference.prompt_tokens], reference.continuation], axis=1)
+        rows = torch.from_numpy(greedy).long().to(self._body.input_device)
+        with self._generating():
+            return routed_tokens(self._body, rows.split(self._rows_in_batch(rows.shape[1])))
 
     @torch.inference_mode()
     def check(self, plan: Plan, reference_id: str, num_prompts: int) -> tuple[IntArray, FloatArray]:
