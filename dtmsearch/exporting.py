@@ -173,8 +173,9 @@ def _job(found: _Source, runtime: str, results: ResultStore) -> Job:
     dtype = getattr(torch, found.spec.dtype)
     on_gpu = torch.cuda.is_available() and (mode is None or "/cuda/" in mode)
     device = torch.device("cuda" if on_gpu else "cpu")
-    # vLLM keeps scales in the model's dtype, whatever the file says.
-    scale_dtype = dtype if runtime == "vllm" else getattr(torch, found.spec.scale_dtype)
+    # vLLM keeps scales in a model's 16 bits, whatever the file says.
+    half = runtime == "vllm" and dtype.itemsize == 2
+    scale_dtype = dtype if half else getattr(torch, found.spec.scale_dtype)
     return Job(
         folder=checkpoint_folder(found.spec),
         manifest=found.manifest,
