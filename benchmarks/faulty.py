@@ -80,7 +80,7 @@ class Faulty:
         made = reference_id(self._manifest.id, _MODE, prompts)
         return Reference(made, self._manifest.id, _MODE, prompts.tokens, continuation, agrees, ())
 
-    def continuations(self, plan: Plan, reference_id: str, prompts: Sequence[int]) -> None:
+    def continuations(self, *_: object) -> None:
         raise RuntimeError("a replica without a model writes no texts")
 
     def use(self, reference: Reference) -> None:

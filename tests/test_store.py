@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -790,3 +790,25 @@ def test_segments_from_before_a_column_was_added_are_read_with_nulls_in_it(tmp_p
     rows = opened_again.table("evaluations")
     assert rows["weights_id"].null_count == len(rows) and rows.drop_columns(["weights_id"]).equals(before)
     assert opened_again.notes == []
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_a_store_that_fails_every_so_often_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    write, calls = LocalFolder._write_synced, itertools.count(1)
+
+    def sometimes(self: LocalFolder, path: Path, content: bytes) -> None:
+        if next(calls) % every == 0:
+            raise OSError(errno.EIO, "every so often this disk fails")
+        write(self, path, content)
+
+    with ResultStore(tmp_path).writer("run") as writer:
+        writer.put_components(toy_manifest(), toy_components())
+        monkeypatch.setattr(LocalFolder, "_write_synced", sometimes)
+        for number in range(12):
+            for _ in range(4):  # as a driver that is started again does
+                with suppress(StoreError):
+                    writer.append(make_records(number))
+        monkeypatch.undo()
+        assert ids(list(writer.replay())) == ids(make_records(*range(12)))

@@ -62,7 +62,7 @@ class Pace:
 
     def learn(self, cost: float, seconds: float, num_requests: int = 1) -> None:
         measured, known = seconds / cost, self.seconds_per_cost
-        self.seconds_per_request = seconds / num_requests
+        self.seconds_per_request = max(seconds, 1e-6) / num_requests
         self.seconds_per_cost = measured if known is None else 0.7 * known + 0.3 * measured
         self.longest_seconds = max(self.longest_seconds, seconds)
 
