@@ -245,6 +245,12 @@ class SearchSection(_Section):
         return (100.0 * self.stop.sparsity,)
 
     @model_validator(mode="after")
+    def _can_keep_fdt(self) -> SearchSection:
+        if self.stop.min_fdt is not None and self.strategy in ("knapsack", "spdy", "evolution", "local"):
+            raise ValueError(f"stop.min_fdt: {self.strategy} keeps to sizes only; auto, greedy, beam can keep an FDT")
+        return self
+
+    @model_validator(mode="after")
     def _can_race(self) -> SearchSection:
         if self.indifference and self.confidence == 1.0:
             raise ValueError("indifference says when a candidate may leave early, which needs a confidence below 1")

@@ -23,8 +23,9 @@ from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, Outcome
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.search.choices import Choices
 from dtmsearch.search.evolution import Switching
-from dtmsearch.search.scheduler import SearchFailed
-from dtmsearch.search.strategies import make_strategy
+from dtmsearch.search.scheduler import SearchFailed, Strategy
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import SolverSettings, make_strategy
 
 BUDGET = Budget(bits_per_weight=4.5)
 
@@ -174,3 +175,34 @@ def test_what_a_search_will_ask_for_is_foreseen_within_a_factor_of_three(name: s
     run_search(strategy(name, space_with(BUDGET, toy_components())), log=log)
     assert expected is not None
     assert expected / 3 <= len(log.records) <= 3 * expected
+
+
+def fdt_of(plan: Plan) -> float:
+    return float(additive(request_for(plan, Plan())).fdt.mean())
+
+
+@pytest.mark.parametrize("min_fdt", [60.0, 80.0, 95.0])
+def test_the_smallest_plan_that_keeps_an_fdt_is_found(min_fdt: float) -> None:
+    space = space_with(Budget())
+    plan = run_search(minimal(space, min_fdt), FakeEvaluator(additive))
+    assert plan is not None
+    smaller = [
+        p
+        for schemes in product(("dense", *LEVELS), repeat=len(space.components))
+        if fdt_of(p := Plan.of({c.name: s for c, s in zip(space.components, schemes, strict=True)})) >= min_fdt
+    ]
+    least = min(space.size(p).stored_bits for p in smaller)
+    assert fdt_of(plan) >= min_fdt
+    assert space.size(plan).stored_bits <= 1.06 * least
+
+
+def test_a_budget_ends_the_search_for_a_smaller_plan() -> None:
+    space = space_with(Budget(bits_per_weight=6.0))
+    plan = run_search(minimal(space, 20.0), FakeEvaluator(additive))
+    assert plan is not None
+    assert space.size(plan).bits_per_weight == pytest.approx(6.0, abs=0.5)
+
+
+def minimal(space: SearchSpace, min_fdt: float) -> Strategy:
+    settings = SolverSettings(errors=errors_of(space))
+    return make_strategy("auto", space, request_for, "kl", min_fdt=min_fdt, continuation_tokens=100, solver=settings)

@@ -11,16 +11,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.plans.plan import Budget
 from dtmsearch.search.belief import Belief
 from dtmsearch.search.choices import Options
 from dtmsearch.search.procedure import Part, Script, mean_loss
 from dtmsearch.search.rounds import RequestFactory
-from dtmsearch.search.sensitivity import WeightErrors, family_of, predicted, probings, unit_errors
+from dtmsearch.search.sensitivity import WeightErrors, expected_fdt, family_of, predicted, probings, unit_errors
 from dtmsearch.search.solver import Solver, paired, probe_noise
 from dtmsearch.search.space import SearchSpace
 
@@ -28,6 +30,10 @@ Floats = NDArray[np.float64]
 
 # Spread of measured over predicted damages: the law's own, and what a plan does to all units alike.
 _LAW_SPREAD, _COMMON_SPREAD = 0.15, 0.5
+# Sizes are told apart down to this part of them.
+_SIZE_STEP = 0.005
+# Divergent tokens over the square root of KL where nothing was measured yet; the search's own measurements decide.
+_DIVERGENT_SHARE = 0.28
 # Of how many units one is moved alone in later rounds.
 _DOUBTED = 4
 # The part of each unit's own difference between plans by which the sum over units is off.
@@ -57,14 +63,22 @@ class Auto(Solver):
         rank_by: str = "kl",
         effort: Effort = Effort(),
         seed: int = 0,
+        min_fdt: float | None = None,
+        continuation_tokens: int = 100,
     ) -> None:
         super().__init__(space, request_for, rank_by, seed)
+        self._min_fdt, self._length = min_fdt, continuation_tokens
+        if min_fdt is not None:
+            self._best = None  # nothing is known to keep it
         self._effort = effort
         self._prompts_each = min(effort.prompts, self.num_prompts)
         self._errors = unit_errors(self._choices, errors)
 
     def script(self) -> Script:
         belief = yield from self._probe()
+        if self._min_fdt is not None:
+            yield from self._smallest(belief, self._min_fdt)
+            return
         first = leader = self._solve(belief.tables())
         self._best = self._choices.plan(leader)
         pool = [leader]
@@ -73,6 +87,42 @@ class Auto(Solver):
             pool = list(dict.fromkeys((*good, *pool)))
         few = None if self._effort.rounds else self._effort.prompts
         yield from self._final([*pool[: self._effort.finalists], first], few)
+
+    def _smallest(self, belief: Belief, min_fdt: float) -> Script:
+        """The plan of the budget if it keeps a mean FDT of `min_fdt` on all prompts, else the smallest that does: sizes
+        are halved between one that keeps it and one that does not."""
+        tables = belief.tables()
+        if self._choices.space.budget != Budget():
+            asked = self._solve(tables)
+            (answer,) = yield from self._measured([asked], self._first(self.num_prompts))
+            if -mean_loss(answer, "fdt") >= min_fdt:
+                self._lead(asked, answer)
+                return
+        least = sum(int(bits[np.isfinite(t)].min()) for bits, t in zip(self._choices.bits, tables, strict=True))
+        most = sum(int(bits[0]) for bits in self._choices.bits)
+        size = self._foreseen(tables, min_fdt, least, most)
+        (answer,) = yield from self._measured([(0,) * len(tables)], self._first(self.num_prompts))
+        self._lead((0,) * len(tables), answer)
+        fails = least - 1
+        while most > least and most - fails > _SIZE_STEP * most:
+            found = self._choices.within(tables, size)
+            (answer,) = yield from self._measured([found.options], self._first(self.num_prompts))
+            if -mean_loss(answer, "fdt") >= min_fdt:
+                most = self._choices.cost(self._choices.bits, found.options)
+                self._lead(found.options, answer)
+            else:
+                fails = size
+            size = max((most + fails) // 2, least)
+            if size <= fails:
+                return
+
+    def _foreseen(self, tables: Sequence[Floats], min_fdt: float, least: int, most: int) -> int:
+        """The size at which the law has a plan keep `min_fdt`: where a search for it begins."""
+        while most - least > _SIZE_STEP * most:
+            size = (least + most) // 2
+            kept = expected_fdt(self._choices.within(tables, size).loss, self._length, _DIVERGENT_SHARE)
+            least, most = (least, size) if kept >= min_fdt else (size, most)
+        return most
 
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""

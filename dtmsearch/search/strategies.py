@@ -62,6 +62,9 @@ def make_strategy(
     def lazy(keep: int) -> Lazy:
         return Lazy(space, request_for, rank_by, keep, expand, min_fdt, audit, seed, continuation_tokens)
 
+    def auto(effort: Effort) -> Auto:
+        return Auto(space, request_for, errors, rank_by, effort, seed, min_fdt, continuation_tokens)
+
     makers: dict[str, Callable[[], Strategy]] = {
         "probe": lambda: Probe(space, request_for, rank_by),
         "greedy": lambda: Beam(space, request_for, rank_by, 1, expand, min_fdt, racing(1)),
@@ -69,8 +72,8 @@ def make_strategy(
         "lazy_greedy": lambda: lazy(1),
         "lazy_beam": lambda: lazy(width),
         "knapsack": lambda: Knapsack(space, request_for, rank_by, solver.knapsack_prompts, seed),
-        "sensitivity": lambda: Auto(space, request_for, errors, rank_by, replace(solver.auto, rounds=0), seed),
-        "auto": lambda: Auto(space, request_for, errors, rank_by, solver.auto, seed),
+        "sensitivity": lambda: auto(replace(solver.auto, rounds=0)),
+        "auto": lambda: auto(solver.auto),
         "spdy": lambda: Spdy(space, request_for, errors, rank_by, solver.spdy, seed),
         "evolution": lambda: Evolution(space, request_for, rank_by, solver.evolution, seed),
         "local": lambda: Local(space, request_for, rank_by, solver.local, seed),
