@@ -178,7 +178,8 @@ def evaluate(
 ) -> PlanMeasurement:
     """Measure one plan on the prompts of a search file, in all metrics.
 
-    `plan` is a plan file, a run of the store that has a plan, or `uniform:SCHEME` over the file's components.
+    `plan` is a plan file, a run of the store that has a plan (while it is under way: the one that leads), or
+    `uniform:SCHEME` over the file's components.
     """
     observer = observer or _Silent()
     results = ResultStore(store, on_note=observer.on_note)
@@ -550,8 +551,8 @@ def _check_plan_argument(plan: str, results: ResultStore) -> None:
         record = results.run(plan)
         if record is None:
             raise ValueError(f"--plan {plan!r} is no file, no run of this store, and not {_UNIFORM}SCHEME")
-        if record.final_plan_id is None:
-            raise ValueError(f"run {plan!r} has no final plan (it is {record.status})")
+        if results.plan_id_so_far(record) is None:
+            raise ValueError(f"run {plan!r} has no plan (it is {record.status})")
 
 
 def _find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: ResultStore) -> Plan:
@@ -563,9 +564,10 @@ def _find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: 
     record = _record_of(results, plan)
     if record.manifest_id != manifest.id:
         raise ValueError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
-    found = None if record.final_plan_id is None else results.plan(record.final_plan_id, plan)
+    plan_id = results.plan_id_so_far(record)
+    found = None if plan_id is None else results.plan(plan_id, plan)
     if found is None:
-        raise ValueError(f"the final plan of run {plan!r} is not in the store")
+        raise ValueError(f"the plan of run {plan!r} is not in the store")
     return found
 
 

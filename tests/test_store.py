@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -559,6 +560,15 @@ def test_damaged_segment_is_set_aside_by_name(
     assert (tmp_path / f"{path}.damaged").exists()
     assert heard == results.notes
     assert path in heard[0]
+
+
+def test_while_a_run_is_under_way_its_plan_is_the_one_that_leads(tmp_path: Path) -> None:
+    results = ResultStore(tmp_path)
+    with opened(results) as writer:
+        writer.decide([make_step(0), make_step(1)])
+    run = RunRecord("run", "running", "", "", None, None, None, None, 0.0, None, "1")
+    final = replace(run, status="finished", final_plan_id="plan-0")
+    assert (results.plan_id_so_far(run), results.plan_id_so_far(final)) == ("plan-1", "plan-0")
 
 
 def test_decisions_after_a_damaged_one_are_made_again_and_stand_once(

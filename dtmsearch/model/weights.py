@@ -25,6 +25,9 @@ from dtmsearch.plans.components import read_header
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import DENSE, parse_scheme
 
+# Replaced weights in the processor's memory after which the heap is trimmed, which takes milliseconds.
+_MOST_UNTRIMMED_BYTES = 1 << 25
+
 
 @dataclass(frozen=True)
 class _Installed:
@@ -92,6 +95,7 @@ class Weights:
         self._trained_names: set[str] = set()
         self._unnamed: dict[str, Tensor] = {}
         self.compressor = Compressor(scale_dtype)
+        self._untrimmed_bytes = 0
         self.plan = Plan()
 
     def become(self, plan: Plan) -> None:
@@ -194,7 +198,11 @@ class Weights:
         dense = self._dense_modules[component]
         if self._places.get(component) is not dense:
             dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]
-        _trim_heap()
+        parts = self._places.get(component).parameters()
+        self._untrimmed_bytes += sum(part.nbytes for part in parts if part.device.type == "cpu")
+        if self._untrimmed_bytes > _MOST_UNTRIMMED_BYTES:
+            self._untrimmed_bytes = 0
+            _trim_heap()
 
 
 def _trim_heap() -> None:

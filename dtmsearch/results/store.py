@@ -133,6 +133,13 @@ class ResultStore:
         rows = self.segments.read("trainings", [run], ["round", "weights_id"]).to_pylist()
         return str(max(rows, key=lambda row: row["round"])["weights_id"]) if rows else ""
 
+    def plan_id_so_far(self, run: RunRecord) -> str | None:
+        """The run's final plan or, while it is under way or stopped, the one that leads; None before the first."""
+        if run.final_plan_id is not None or run.status == "finished":
+            return run.final_plan_id
+        steps = tables.step_records(self.table("steps", run=run.run))
+        return steps[-1].plan_id if steps else None
+
     def reference(self, reference_id: str) -> Reference | None:
         rows = self.segments.read("prompts", [reference_id])
         return tables.reference_of(rows) if rows.num_rows else None
