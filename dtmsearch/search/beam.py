@@ -50,6 +50,8 @@ class Beam:
         self._latest_rank: dict[Perturbation, int] = {}
         # Where a component may be compressed more than once, rounds can share plans. Each is asked for once.
         self._known: dict[str, Answer] = {}
+        # Children of this round's candidates, as far as they were guessed.
+        self._children: dict[str, list[Ask]] = {}
         self._decisions: list[Decision] = []
         self._best: Plan | None = None
         self._done = False
@@ -105,10 +107,14 @@ class Beam:
             return
         told = self._known | self._round.answers if self._space.budget.limits_size else {}
         for candidate, _ in best:
-            for edge in self._chosen(self._space.perturbations(candidate.plan)):
-                child = candidate.plan.with_(edge)
-                if child.id not in told:
-                    yield Ask(self._request_for(child, candidate.plan), edge)
+            yield from (ask for ask in self._children_of(candidate.plan) if ask.request.plan.id not in told)
+
+    def _children_of(self, plan: Plan) -> list[Ask]:
+        """Guesses are asked for many times in a round, mostly the same."""
+        if plan.id not in self._children:
+            edges = self._chosen(self._space.perturbations(plan))
+            self._children[plan.id] = [Ask(self._request_for(plan.with_(edge), plan), edge) for edge in edges]
+        return self._children[plan.id]
 
     def _ends_with(self, leader: Candidate, summary: Summary) -> bool:
         too_bad = self._min_fdt is not None and summary.fdt_mean < self._min_fdt
@@ -118,6 +124,7 @@ class Beam:
         self._round.tell(request_id, outcome)
         while self._round.complete and not self._done:
             self._decide()
+            self._children = {}
             if not self._done:
                 self._num_asked += self._round.num_asked
                 self._num_candidates += len(self._round.candidates)
