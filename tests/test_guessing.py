@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import pytest
@@ -122,6 +122,28 @@ def test_what_another_run_measured_is_not_guessed() -> None:
     run_search(beam(), evaluator, MemoryLog({"other": CALM}))
     wanted = {record.request.id for record in CALM.records}
     assert [i for i in evaluator.guessed if i in wanted] == []
+
+
+class Meanwhile(MemoryLog):
+    """Beside a run that measures what this one has guessed, a moment later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looked_for: set[str] = set()
+        self._there = MemoryLog({"other": CALM})
+
+    def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
+        again = [i for i in request_ids if i in self._looked_for]
+        self._looked_for |= set(request_ids)
+        return self._there.recorded_elsewhere(again)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_guess_that_another_run_answers_meanwhile_is_told_once(seed: int) -> None:
+    log = Meanwhile()
+    run_search(beam(), Idling(16, seed), log)
+    recorded = [record.request.id for record in log.records]
+    assert (steps_of(log), len(recorded)) == (steps_of(CALM), len(set(recorded)))
 
 
 def test_the_last_round_guesses_nothing() -> None:

@@ -215,6 +215,9 @@ class _Loop:
         given = {a.request.id: (None, a.answer) for a in unknown if a.answer is not None}
         answers: dict[str, tuple[str | None, Outcome]] = {**given, **elsewhere}
         fresh = [a for a in unknown if a.request.id not in answers]
+        # Guesses that are under way: asked for from now on, or answered by somebody else meanwhile.
+        for request_id in self.in_flight.keys() & {a.request.id for a in unknown}:
+            self.cost_in_flight -= self.cost_of(self.in_flight.pop(request_id)[0].request)
         self.in_flight |= {a.request.id: (a, step) for a in fresh}
         self.asked += len(asks)
         self.cost_asked += sum(self.cost_of(a.request) for a in asks if a.answer is None)
