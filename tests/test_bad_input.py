@@ -18,11 +18,11 @@ import pytest
 from processes import PATIENCE_SECONDS, Ended, Rows, dtmsearch, remount, rows, tiny_search, tmpfs
 from safetensors.torch import load_file, save_file
 from tiny import replica, write_model
-from transformers import GPT2Config
 
 import dtmsearch as dtm
 from dtmsearch.cli import main
 from dtmsearch.config import load
+from dtmsearch.model import discovery
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.results.store import ResultStore
 
@@ -132,9 +132,10 @@ def test_a_search_file_from_before_a_key_existed_is_the_same_search(tmp_path: Pa
 # What is wrong with a model's files.
 
 
-def test_a_model_without_linear_modules_has_no_components(tmp_path: Path) -> None:
-    write_model(tmp_path, GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=2, n_positions=64))
-    with pytest.raises(ValueError, match=r"has no components: no nn\.Linear module lies inside transformer\.h"):
+def test_layers_without_weight_matrices_have_no_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path)
+    monkeypatch.setattr(discovery, "matrices_of", lambda layer: [])
+    with pytest.raises(ValueError, match=r"has no components: no weight matrix lies inside model\.layers"):
         replica(tmp_path).manifest()
 
 
