@@ -109,9 +109,9 @@ class AutoSection(_Section):
     each. `sensitivity` takes the probe from here."""
 
     probe_prompts: int = Field(default=4, ge=1)
-    rounds: int = Field(default=3, ge=0)
+    rounds: int = Field(default=2, ge=0)
     prompts: int = Field(default=32, ge=1)
-    plans: int = Field(default=12, ge=1)
+    plans: int = Field(default=8, ge=1)
 
 
 class KnapsackSection(_Section):

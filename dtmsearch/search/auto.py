@@ -34,8 +34,8 @@ _LAW_SPREAD, _COMMON_SPREAD = 0.15, 0.5
 _SIZE_STEP = 0.005
 # Divergent tokens over the square root of KL where nothing was measured yet; the search's own measurements decide.
 _DIVERGENT_SHARE = 0.28
-# Of how many units one is moved alone in later rounds.
-_DOUBTED = 4
+# Of how many units one is moved alone: in the first round, and later.
+_DOUBTED = (2, 4)
 # The part of each unit's own difference between plans by which the sum over units is off.
 _INTERACTION = 0.15
 
@@ -46,9 +46,9 @@ class Effort:
     last comparison."""
 
     probe_prompts: int = 4
-    rounds: int = 3
+    rounds: int = 2
     prompts: int = 32
-    plans: int = 12
+    plans: int = 8
     finalists: int = 3
 
 
@@ -128,7 +128,8 @@ class Auto(Solver):
         """Sensitivities, and the belief that they make."""
         probed = probings(self._choices, self._errors)
         rounds, units = self._effort.rounds, len(self._choices.units)
-        self._num_to_come = rounds * (units // _DOUBTED + self._effort.plans + 2) + (units if rounds else 0) + 2
+        moves = sum(units // _DOUBTED[number > 0] for number in range(rounds))
+        self._num_to_come = moves + rounds * (self._effort.plans + 2) + 2
         answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
         damages = [mean_loss(answer, "kl") for answer in answers]
         tables = predicted(self._choices, self._errors, probed, damages)
@@ -170,12 +171,10 @@ class Auto(Solver):
         return first, first + count
 
     def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
-        """(unit, option) to move alone: every unit in the first round, later those whose damage is most in doubt."""
+        """(unit, option) to move alone: those whose damage is most in doubt."""
         moves = [(unit, self._telling(belief, leader, unit)) for unit in range(len(leader))]
-        if number == 0:
-            return moves
         doubt = [belief.difference(_moved(leader, *move), leader)[1] for move in moves]
-        most = np.argsort(-np.array(doubt), kind="stable")[: max(len(moves) // _DOUBTED, 1)]
+        most = np.argsort(-np.array(doubt), kind="stable")[: max(len(moves) // _DOUBTED[number > 0], 1)]
         return [moves[at] for at in sorted(most.tolist())]
 
     def _telling(self, belief: Belief, leader: Options, unit: int) -> int:
