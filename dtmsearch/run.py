@@ -367,11 +367,8 @@ class _Session:
         strategy = self._strategy(pool, space, reference, calibrating)
         limit_seconds = self._file.search.stop.seconds
         cost_of = partial(evaluation_cost, manifest=pool.manifest())
-        plan = search(
-            strategy, pool, self._writer, self._observer, self._stop_requested, limit_seconds, cost_of=cost_of
-        )
         observer = _Counting(self._observer, pool.metrics)
-        plan = search(strategy, pool, self._writer, observer, self._stop_requested, limit_seconds)
+        plan = search(strategy, pool, self._writer, observer, self._stop_requested, limit_seconds, cost_of=cost_of)
         if isinstance(strategy, Sparsity):
             self._milestones = strategy.milestones
         return plan, remarks_of(strategy)
