@@ -13,6 +13,8 @@ from tiny import llama_config, write_model
 
 from dtmsearch.exporting import ExportFailed, export
 from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.served import decompressed_model
+from dtmsearch.plans.evaluation import ModelSpec
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import parse_scheme
 
@@ -83,6 +85,18 @@ def test_scales_of_16_bits_take_the_plans_bytes(half: Measured, tmp_path: Path) 
 def test_packed_zero_points_are_checked_by_the_librarys_decompression(half: Measured, tmp_path: Path) -> None:
     check = half.export("compressed-tensors", tmp_path / "out", runtime="vllm").check
     assert check is not None and check.equal
+
+
+def test_short_scales_are_decompressed_in_the_models_own_dtype(tmp_path: Path) -> None:
+    """A model in 32 bits with scales of 16: products are those of 32 bits."""
+    name = f"{LAYERS}.0.self_attn.q_proj"
+    path = write_model(tmp_path / "model")
+    measured = measured_plan(path, tmp_path / "store", TIED, "float32", "bfloat16")
+    measured.export("compressed-tensors", tmp_path / "out", runtime="vllm", check=False)
+    model = decompressed_model(tmp_path / "out", ModelSpec("", dtype="float32"), torch.device("cpu"))
+    before = load_file(path / "model.safetensors")[f"{name}.weight"]
+    wanted = round_weight(before, parse_scheme(TIED[name]), torch.bfloat16)
+    assert torch.equal(model.get_submodule(name).weight, wanted)
 
 
 def test_scales_are_counted_where_they_take_32_bits(mixed: Measured, tmp_path: Path) -> None:

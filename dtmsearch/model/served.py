@@ -74,6 +74,8 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
             own = {
                 name.rpartition(".")[2]: state.pop(name) for name in list(state) if name.startswith(f"{module}.weight")
             }
+            # As loading does it: multiplied in the dtype of the scales, codes would lose what the model's dtype holds.
+            own["weight_scale"] = own["weight_scale"].to(getattr(torch, spec.dtype))
             compressor = BaseCompressor.get_value_from_registry(scheme.format)
             state[f"{module}.weight"] = compressor.decompress(own, scheme)["weight"]
     options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
