@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import llama_config, replica, values, with_reference, write_model
 
 from dtmsearch.model import stream as stream_module
@@ -148,3 +150,21 @@ def test_a_norm_of_the_layer_leaves_nothing_to_reuse(tmp_path: Path) -> None:
     alone = replica(tmp_path)
     alone.use(reference)
     assert values(alone.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL, parent=plan)])[0]) == values(shared)
+
+
+def test_an_output_that_is_written_into_is_kept_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def in_place(self: Any, values: torch.Tensor) -> torch.Tensor:
+        gate = self.gate_proj(values)
+        product: torch.Tensor = self.down_proj(gate.mul_(self.up_proj(values)))
+        return product
+
+    monkeypatch.setattr(LlamaMLP, "forward", in_place)
+    model = replica(folder)
+    reference = with_reference(model)
+    requests = probe(model, reference.id)
+    shared = [values(o) for o in model.evaluate(requests)]
+    alone = replica(folder)
+    alone.use(reference)
+    assert [values(alone.evaluate([replace(r, parent=r.plan)])[0]) for r in requests] == shared

@@ -129,8 +129,8 @@ class Replica:
         self._body = Body(model)
         self._slots: dict[str, Slot] = {}
         places = Places(model, self._slots)
-        self._reuse = Reuse(self._body, self._manifest, places)
         self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
+        self._reuse = Reuse(self._body, self._manifest, places, self._compiled)
         if self._compiled:
             self._slots.update(compile_layers(*find_layers(model)))
         self._weights = Weights(model, loaded.checkpoint, places, getattr(torch, spec.scale_dtype))

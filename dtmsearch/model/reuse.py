@@ -7,7 +7,7 @@ a model's family.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -49,23 +49,25 @@ class _Calls:
 
 
 class _Recorder(nn.Module):
-    def __init__(self, component: str, inner: nn.Module, outputs: Outputs) -> None:
+    """Notes what `inner` makes; `apart` from the tensor that is handed on, where that may be written into."""
+
+    def __init__(self, component: str, inner: nn.Module, outputs: Outputs, apart: bool) -> None:
         super().__init__()
-        self.component, self.inner, self.outputs = component, inner, outputs
+        self.component, self.inner, self.outputs, self.apart = component, inner, outputs, apart
 
     def forward(self, values: Tensor) -> Tensor:
         output: Tensor = self.inner(values)
-        self.outputs.of[self.component] = output.clone()  # what comes after may write into its own
+        self.outputs.of[self.component] = output.clone() if self.apart else output
         return output
 
 
 class _Recorded(nn.Module):
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, output: Tensor, apart: bool) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.apart = output, apart
 
     def forward(self, values: Tensor) -> Tensor:
-        return self.output.clone()
+        return self.output.clone() if self.apart else self.output
 
 
 class _Part(nn.Module):
@@ -83,10 +85,13 @@ class _Part(nn.Module):
 
 
 class Reuse:
-    """What a pass over a layer can be spared. Made while the layers run eagerly."""
+    """What a pass over a layer can be spared. Made while the layers run eagerly; `compiled` if they will not later, for
+    compiled code may write into any tensor that it needs no more."""
 
-    def __init__(self, body: Body, manifest: ModelManifest, places: Places) -> None:
+    def __init__(self, body: Body, manifest: ModelManifest, places: Places, compiled: bool = False) -> None:
         self.places = places
+        self._compiled = compiled
+        self._written_into: set[str] = set()
         self._layer_of = {component.name: component.layer for component in manifest.components}
         self._last = body.num_layers - 1
         with torch.inference_mode():
@@ -96,19 +101,25 @@ class Reuse:
         self._features = {c.name: c.shape[0] for c in manifest.components}
 
     def _watch(self, body: Body, tokens: Tensor) -> list[_Calls]:
-        """How each layer calls its components; one that is not called once, on every token, is left out."""
+        """How each layer calls its components; one that is not called once, on every token, is left out. Notes whose
+        outputs are written into by what comes after."""
         order: list[tuple[str, Tensor]] = []
+        made: list[tuple[str, Tensor, Tensor]] = []
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                order.append((name, inputs[0]))
+                made.append((name, output, output.clone()))
+
+            return hook
+
         modules = {name for name, _ in body.model.named_modules()}
-        hooks = [
-            self.places.get(name).register_forward_pre_hook(
-                lambda _, inputs, name=name: order.append((name, inputs[0]))
-            )
-            for name in self._layer_of
-            if name in modules
-        ]
+        names = [name for name in self._layer_of if name in modules]
+        hooks = [self.places.get(name).register_forward_hook(note(name)) for name in names]
         body.finish(tokens, None, 0)
         for hook in hooks:
             hook.remove()
+        self._written_into = {name for name, output, before in made if not torch.equal(output, before)}
         names = [name for name, _ in order]
         whole = [(n, v) for n, v in order if names.count(n) == 1 and v.ndim == 3 and v.shape[:2] == tokens.shape]
         calls = []
@@ -143,11 +154,14 @@ class Reuse:
         calls = self._calls[layer]
         return {kept for changed in calls.order for kept in calls.unreached([changed])}
 
+    def _apart(self, component: str) -> bool:
+        return self._compiled or component in self._written_into
+
     @contextmanager
     def recording(self, outputs: Outputs) -> Iterator[None]:
         """Within, a pass over the layer of `outputs` leaves there what the components made."""
         kept = self._worth_keeping(outputs.layer)
-        with self.places.holding({c: _Recorder(c, self.places.get(c), outputs) for c in kept}):
+        with self.places.holding({c: _Recorder(c, self.places.get(c), outputs, self._apart(c)) for c in kept}):
             yield
 
     @contextmanager
@@ -162,7 +176,7 @@ class Reuse:
         calls = self._calls[outputs.layer]
         here = [c for c in changed if self._layer_of.get(c, -1) <= outputs.layer]
         known = outputs.of.keys() & calls.unreached(here) if all(c in calls.reads for c in here) else ()
-        with self.places.holding({c: _Recorded(outputs.of[c]) for c in known}):
+        with self.places.holding({c: _Recorded(outputs.of[c], self._apart(c)) for c in known}):
             yield
 
     @contextmanager
