@@ -168,3 +168,13 @@ def test_an_output_that_is_written_into_is_kept_apart(folder: Path, monkeypatch:
     alone = replica(folder)
     alone.use(reference)
     assert [values(alone.evaluate([replace(r, parent=r.plan)])[0]) for r in requests] == shared
+
+
+@pytest.mark.parametrize(("scheme", "whole"), [("llm-int8", True), ("w8a8", False)])
+def test_what_looks_across_tokens_runs_on_all_of_them(folder: Path, scheme: str, whole: bool) -> None:
+    model = replica(folder)
+    last = f"model.layers.{model.manifest().num_layers - 1}.mlp.down_proj"
+    with model._weights.perturbed(Plan.of({last: scheme})):
+        module = model._body.model.get_submodule(last)
+        with model._reuse.predicting(slice(3, 5)):
+            assert (model._body.model.get_submodule(last) is module) == whole

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.model.body import Body
+from dtmsearch.model.compress.bitsandbytes import runs_by_token
 from dtmsearch.model.places import Places
 from dtmsearch.plans.components import ModelManifest
 
@@ -181,8 +182,9 @@ class Reuse:
 
     @contextmanager
     def predicting(self, positions: slice) -> Iterator[None]:
-        """Within, the last layer's results hold at `positions` alone."""
-        with self.places.holding({c: _Part(self.places.get(c), positions) for c in self._in_part}):
+        """Within, the last layer's results hold at `positions` alone. To be entered before recording and serving."""
+        inner = {c: self.places.get(c) for c in self._in_part}
+        with self.places.holding({c: _Part(m, positions) for c, m in inner.items() if runs_by_token(m)}):
             yield
 
 

@@ -106,14 +106,16 @@ class Stream:
         for batch, before in zip(self.batches, self._at(boundary), strict=True):
             outputs = Outputs(boundary)
             left -= self._reuse.bytes_of(boundary, batch.numel(), self._body.itemsize)
+            last = boundary + 1 == self._body.num_layers
             with ExitStack() as stack:
+                if last:
+                    self._enter_part(stack)
                 if left >= 0:
                     stack.enter_context(self._reuse.recording(outputs))
-                if boundary + 1 < self._body.num_layers:
-                    states.append(self._body.advance(batch, before, boundary, boundary + 1))
-                else:
-                    self._enter_part(stack)
+                if last:
                     self._body.finish(batch, before, boundary)
+                else:
+                    states.append(self._body.advance(batch, before, boundary, boundary + 1))
             self._outputs.append(outputs if left >= 0 else None)
         if states:
             self._keep(boundary + 1, states, sweeping_from=boundary)
@@ -125,13 +127,12 @@ class Stream:
         recorded = self._outputs if self._outputs else [None] * len(self.batches)
         for batch, state, outputs in zip(self.batches, self._at(boundary), recorded, strict=True):
             with ExitStack() as stack:
-                stack.enter_context(self._reuse.serving(_of_layer(outputs, boundary), changed))
                 self._enter_part(stack)
+                stack.enter_context(self._reuse.serving(_of_layer(outputs, boundary), changed))
                 hidden = self._body.finish(batch, state, boundary)
             yield batch, hidden[:, self._wanted]
 
     def _enter_part(self, stack: ExitStack) -> None:
-        # Around what else stands in the places, so that a recorded output is not cut again.
         if self._in_part:
             stack.enter_context(self._reuse.predicting(self._wanted))
 

@@ -67,6 +67,11 @@ def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
     return module
 
 
+def runs_by_token(module: nn.Module) -> bool:
+    """False for LLM.int8(), which picks its outlier columns over all tokens that it sees."""
+    return not (isinstance(module, modules.Linear8bitLt) and module.state.threshold > 0)
+
+
 def restored_weight(module: nn.Module) -> Tensor:
     """The dense weights [rows, cols] that a 4-bit module of ours multiplies with."""
     from bitsandbytes import functional
