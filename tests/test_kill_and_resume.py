@@ -55,7 +55,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     folder = tmp_path_factory.mktemp("killed")
     store, undisturbed = folder / "store", folder / "undisturbed"
     # Long enough that no session ends before it is disturbed, however fast the machine.
-    file = tiny_search(folder, prompts__count=64)
+    file = tiny_search(folder, prompts__count=160)
     sessions: dict[str, Session] = {}
 
     def session(name: str) -> Driver:

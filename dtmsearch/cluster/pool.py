@@ -523,10 +523,17 @@ class ReplicaPool:
                 if self._canary_is_due(member):
                     self._send_canary(member)
                 # Towards the end of a round nobody takes a second call while others have none.
+                elif member.calls and (self._queue.has_suspects or self._holds_suspect(member)):
+                    continue
                 elif len(self._queue) > ahead * len(ready):
                     self._send(member, self._queue, len(ready))
                 elif not len(self._queue) and len(self._guesses):
                     self._send(member, self._guesses, len(ready))
+
+    def _holds_suspect(self, member: _Member) -> bool:
+        """Whether a request is under way there that replicas may have died of. Nothing goes before or behind it, so that
+        no other is blamed for its next victim."""
+        return any(request.id in self._attempts for call in member.calls.values() for request in call.requests)
 
     def _canary_is_due(self, member: _Member) -> bool:
         """After its interval; and at once when nothing else waits and a round may wait for what is unverified."""

@@ -82,6 +82,11 @@ class RequestQueue:
         """The cost of all layers over so many prompts."""
         return (self._manifest.num_layers + FIXED_COST) * num_prompts
 
+    @property
+    def has_suspects(self) -> bool:
+        """Whether the next to be taken is one that is to be sent by itself."""
+        return bool(self._alone)
+
     def take(self, budget: float, parent_id: str | None) -> tuple[list[EvalRequest], str, float]:
         """The next requests of about `budget` in cost, at least one, all of one parent: (requests, parent, cost).
 
