@@ -531,7 +531,7 @@ class ReplicaPool:
                     self._send(member, self._guesses, len(ready))
 
     def _holds_suspect(self, member: _Member) -> bool:
-        """Whether a request is under way there that replicas may have died of. Nothing goes before or behind it, so that
+        """Whether a request is under way there that may have killed replicas. Nothing goes before or behind it, so that
         no other is blamed for its next victim."""
         return any(request.id in self._attempts for call in member.calls.values() for request in call.requests)
 
