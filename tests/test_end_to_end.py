@@ -235,7 +235,8 @@ class Beside:
 def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
     folder = tmp_path_factory.mktemp("beside")
     store = folder / "store"
-    first, second = tiny_search(folder), tiny_search(folder, run="other")
+    # Long enough that the stop finds the search at work, however fast the machine.
+    first, second = (tiny_search(folder, run=run, prompts__count=64) for run in ("tiny", "other"))
     where = ("--store", store, "--replicas", "1")
     with (
         Driver(folder / "first.log", "run", first, *where) as one,
