@@ -27,6 +27,7 @@ EXPORTS = (
     ("dense", "gptq-int4-g32", "wanda-0.5", "transformers"),
     ("compressed-tensors", "int4-g32", "int8-channel", "vllm"),
     ("compressed-tensors", "int4-g32-asym", "int4-g64", "vllm"),
+    ("compressed-tensors", "int4-channel-asym", "int4-channel", "vllm"),
     ("compressed-tensors", "int3-g32", "int5-channel-asym", "transformers"),
     ("compressed-tensors", "gptq-int4-g32", "gptq-int8-channel", "vllm"),
     ("bitsandbytes", "nf4", "fp4", "transformers"),
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--only", default="", help="a scheme: only exports in which it occurs")
     arguments = parser.parse_args()
     model, store = str(Path(arguments.model).absolute()), arguments.folder / "store"
     spec = ModelSpec(model, dtype=arguments.dtype, scale_dtype="bfloat16")
@@ -58,6 +60,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     manifest = base.manifest()
     for number, (to, attention, rest, runtime) in enumerate(EXPORTS):
+        if arguments.only not in ("", attention, rest):
+            continue
         plan = Plan.of({c.name: attention if "attn" in c.name else rest for c in manifest.components})
         known = calibration.id if plan.needs_calibration else ""
         request = EvalRequest(plan, reference.id, (0, reference.num_prompts), calibration_id=known)

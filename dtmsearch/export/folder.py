@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dtmsearch.export.job import Job
+from dtmsearch.export.job import Job, Written
+from dtmsearch.plans.components import Component
 
 # Of the base model's folder: what a model is loaded with beside its weights.
 _KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
@@ -63,6 +66,30 @@ class ShardWriter:
         index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return tuple(files)
+
+
+def write_quantized(
+    job: Job,
+    folder: Path,
+    parts_of: Callable[[Component, Tensor], tuple[Mapping[str, Tensor], Mapping[str, int]]],
+    quantization_config: dict[str, Any],
+) -> Written:
+    """The job's checkpoint with every component in parts. `parts_of` a component and its weight gives its tensors by
+    the ending of their names, and what they hold beyond the plan's arithmetic, in bits."""
+    writer = ShardWriter(folder, job)
+    extra: Counter[str] = Counter()
+    for name, tensor in job.tensors():
+        component = job.component(name)
+        if component is None:
+            writer.add(name, tensor)
+            continue
+        parts, more = parts_of(component, tensor)
+        for ending, part in parts.items():
+            writer.add(f"{component.name}.{ending}", part)
+        extra.update(more)
+    files = writer.close()
+    copy_other_files(job, folder, quantization_config)
+    return Written(files, writer.tensor_bytes, {what: bits for what, bits in extra.items() if bits})
 
 
 def copy_other_files(job: Job, folder: Path, quantization_config: dict[str, Any] | None = None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.export.components import component_codes
-from dtmsearch.export.folder import ShardWriter, copy_other_files
+from dtmsearch.export.folder import write_quantized
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.model.compress.gptq import scale_dtype as solved_scale_dtype
 from dtmsearch.model.compress.rounding import Codes
@@ -34,21 +34,12 @@ def write_packed(job: Job, folder: Path) -> Written:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ValueError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
     check_packed(job)
-    writer = ShardWriter(folder, job)
-    extra: dict[str, int] = {}
-    for name, tensor in job.tensors():
-        component = job.component(name)
-        if component is None:
-            writer.add(name, tensor)
-            continue
-        codes = component_codes(job, component, tensor)
-        for ending, part in _parts(job, component, codes).items():
-            writer.add(f"{component.name}.{ending}", part)
-        for what, bits in _extra_bits(job, component, codes).items():
-            extra[what] = extra.get(what, 0) + bits
-    files = writer.close()
-    copy_other_files(job, folder, _quantization_config(job))
-    return Written(files, writer.tensor_bytes, {what: bits for what, bits in extra.items() if bits})
+
+    def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+        codes = component_codes(job, component, weight)
+        return _parts(job, component, codes), _extra_bits(job, component, codes)
+
+    return write_quantized(job, folder, parts_of, _quantization_config(job))
 
 
 def check_packed(job: Job) -> None:

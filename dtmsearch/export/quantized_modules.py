@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dtmsearch.export.folder import ShardWriter, copy_other_files
+from dtmsearch.export.folder import write_quantized
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.model.compress.bitsandbytes import OUTLIER_THRESHOLD, compressed_module
 from dtmsearch.plans.components import Component
@@ -25,21 +25,12 @@ NAME = "bitsandbytes"
 def write_modules(job: Job, folder: Path) -> Written:
     """Raises `ValueError` for plans that transformers' loader cannot rebuild."""
     check_modules(job)
-    writer = ShardWriter(folder, job)
-    extra: dict[str, int] = {}
-    for name, tensor in job.tensors():
-        component = job.component(name)
-        if component is None:
-            writer.add(name, tensor)
-            continue
-        parts = _saved(job, component, tensor)
-        for ending, part in parts.items():
-            writer.add(f"{component.name}.{ending}", part)
-        for what, bits in _extra_bits(job, component, parts).items():
-            extra[what] = extra.get(what, 0) + bits
-    files = writer.close()
-    copy_other_files(job, folder, _quantization_config(job))
-    return Written(files, writer.tensor_bytes, {what: bits for what, bits in extra.items() if bits})
+
+    def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+        parts = _saved(job, component, weight)
+        return parts, _extra_bits(job, component, parts)
+
+    return write_quantized(job, folder, parts_of, _quantization_config(job))
 
 
 def check_modules(job: Job) -> None:

@@ -6,6 +6,7 @@ nothing but answers, a round at a time, in the order of its trials.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -40,7 +41,7 @@ Part = Generator[Sequence[Trial], Sequence[Outcome], _T]
 Script = Part[None]
 
 
-class Procedure:
+class Procedure(ABC):
     """A strategy that follows the script of its subclass.
 
     A script says what it has come to by `_conclude`; `_metrics` are measured of every trial beside the search's own.
@@ -64,8 +65,9 @@ class Procedure:
         self._done = False
         self._script: Script | None = None
 
+    @abstractmethod
     def script(self) -> Script:
-        raise NotImplementedError
+        """The search from beginning to end."""
 
     @property
     def done(self) -> bool:
