@@ -10,15 +10,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 import click
 import numpy as np
+import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from overhead import Silence, evaluating_share
 from shapes import SHAPES, ShapedReplica
 
@@ -27,7 +32,7 @@ from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.model.replica import Replica
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, PromptTokens, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Budget, Perturbation, Plan
+from dtmsearch.plans.plan import Perturbation, Plan
 from dtmsearch.results.store import ResultStore
 from dtmsearch.search.beam import Beam
 from dtmsearch.search.scheduler import search
@@ -76,9 +81,10 @@ def disagreement() -> float:
 
 
 def pool_of(shape: str, gpus: int) -> ReplicaPool:
+    """A replica a GPU; with none, one on the processor."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    spec = ModelSpec(shape, dtype="bfloat16", compile="always")
-    settings = PoolSettings(replicas=gpus, gpus_per_replica=1.0)
+    spec = ModelSpec(shape, dtype="bfloat16", compile="always" if gpus else "never")
+    settings = PoolSettings(replicas=gpus or 1, gpus_per_replica=1.0 if gpus else None)
     # Random weights leave many choices at near ties, where compiled layers and a canary's eager ones part.
     health = Health(token_share=0.5)
     return ReplicaPool(spec, settings, click.echo, replica_class="shapes:ShapedReplica", health=health)
@@ -134,34 +140,105 @@ def pool(shape: str, prompts: int, gpus: str) -> None:
         click.echo(f"{size} GPUs: {seconds:.1f} s, {first / seconds:.3f} x one, {busy:.1%} evaluating")
 
 
+class Utilisation:
+    """What the driver of the GPUs counts, once a second: the part of the time since in which a kernel ran. Nothing
+    where there is no `nvidia-smi`."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float]] = []
+        query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=1000"]
+        self._process: subprocess.Popen[str] | None = None
+        if shutil.which(query[0]):
+            self._process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)  # noqa: S603 - no user's words
+            Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.samples.append((time.time(), float(line) / 100))
+
+    def __enter__(self) -> Utilisation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+    def within(self, start: float, stop: float) -> list[float]:
+        """The samples of seconds that lie wholly between two times."""
+        return [share for at, share in self.samples if start + 1 < at < stop]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """When each evaluation began and ended, in seconds since the epoch, ordered by replica and time."""
+
+    replica: NDArray[np.str_]
+    started_at: NDArray[np.float64]
+    finished_at: NDArray[np.float64]
+
+    @staticmethod
+    def of(rows: pa.Table) -> Spans:
+        replica = np.array(rows["replica"].to_pylist())
+        finished_at = rows["finished_at"].to_numpy().astype("datetime64[us]").astype(np.int64) / 1e6
+        order = np.lexsort((finished_at, replica))
+        started_at = finished_at - rows["wall_seconds"].to_numpy()
+        return Spans(replica[order], started_at[order], finished_at[order])
+
+    @property
+    def gaps(self) -> NDArray[np.float64]:
+        """Seconds of a replica between one evaluation and the next."""
+        same = self.replica[1:] == self.replica[:-1]
+        return (self.started_at[1:] - self.finished_at[:-1])[same]
+
+
 @main.command()
 @click.option("--shape", default="llama2-7b", type=click.Choice(list(SHAPES)))
-@click.option("--prompts", default=32, show_default=True)
-@click.option("--gpus", default=1, show_default=True)
-@click.option("--width", default=2, show_default=True)
-@click.option("--rounds", default=4, show_default=True)
-def beam(shape: str, prompts: int, gpus: int, width: int, rounds: int) -> None:
-    """A beam search with its pool and its store: the part of the GPUs' time that lies within evaluations."""
+@click.option("--prompts", default=128, show_default=True)
+@click.option("--gpus", default=1, show_default=True, help="0: a replica on the processor.")
+@click.option("--width", default=3, show_default=True)
+@click.option("--expand", default=16, show_default=True, help="How many children a plan has after the first round.")
+@click.option("--seconds", default=120.0, show_default=True, help="The search ends with the evaluation then under way.")
+def beam(shape: str, prompts: int, gpus: int, width: int, expand: int, seconds: float) -> None:
+    """A beam search with its pool and its store: the part of the wall time in which the GPUs work.
+
+    Rounds after the first are short, so that there are more ends of rounds in the time than a real search has.
+    """
+    began_at = time.perf_counter()
+
+    def say(what: str) -> None:
+        click.echo(f"{time.perf_counter() - began_at:6.1f} s  {what}")
+
     with (
         tempfile.TemporaryDirectory() as folder,
         pool_of(shape, gpus) as replicas,
         ResultStore(folder).writer("beam") as writer,
     ):
-        manifest, reference = replicas.manifest(), reference_in(replicas, shape, prompts)
+        manifest = replicas.manifest()
+        say("a replica has loaded")
+        reference = reference_in(replicas, shape, prompts)
+        say(f"the reference of {prompts} prompts is made, and every replica has repeated it")
         writer.put_components(manifest, manifest.components)
 
         def request_for(plan: Plan, parent: Plan) -> EvalRequest:
             return EvalRequest(plan, reference.id, (0, prompts), (), parent)
 
-        space = SearchSpace(manifest.components, ("int8-channel",), budget=Budget(components=rounds))
-        started_at = time.perf_counter()
-        search(Beam(space, request_for, width=width), replicas, writer, Silence())
-        seconds = time.perf_counter() - started_at
+        space = SearchSpace(manifest.components, ("int8-channel",))
+        strategy = Beam(space, request_for, width=width, expand=expand)
+        with Utilisation() as utilisation:
+            search(strategy, replicas, writer, Silence(), limit_seconds=seconds)
+        say("the search is over")
         rows = ResultStore(folder).table("evaluations", ["replica", "wall_seconds", "finished_at"])
+    spans = Spans.of(rows)
+    gaps = np.sort(spans.gaps)[::-1]
+    sampled = utilisation.within(float(spans.started_at.min()), float(spans.finished_at.max()))
     click.echo(
-        f"{gpus} GPUs, beam of width {width}, {rounds} rounds, {rows.num_rows} evaluations of {prompts} prompts in "
-        f"{seconds:.1f} s: {evaluating_share(rows):.1%} evaluating"
+        f"{gpus} GPUs, beam of width {width}, {strategy.step} rounds decided, {rows.num_rows} evaluations of {prompts} "
+        f"prompts in {np.ptp([spans.started_at.min(), spans.finished_at.max()]):.1f} s"
     )
+    click.echo(f"evaluating: {evaluating_share(rows):.2%} of the time from a replica's first evaluation to its last")
+    click.echo(f"between evaluations: {gaps.sum():.2f} s; the longest, in ms: {np.round(1e3 * gaps[:12]).tolist()}")
+    if sampled:
+        click.echo(f"a kernel ran in {np.mean(sampled):.2%} of the time (nvidia-smi, {len(sampled)} samples)")
 
 
 if __name__ == "__main__":
