@@ -19,7 +19,8 @@ from pathlib import Path
 
 from dtmsearch import config
 from dtmsearch.cluster.health import Health
-from dtmsearch.cluster.pool import ClusterLost, ClusterUnreachable, ReplicaPool
+from dtmsearch.cluster.joining import ClusterLost, ClusterUnreachable
+from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.results.files import LocalFolder
 from dtmsearch.results.store import RunLocked, StoreError, StoreFull
 from dtmsearch.search.scheduler import Decision, Progress, SearchStopped

@@ -24,7 +24,8 @@ import ray
 from overhead import Silence
 from sleeping import Sleeping, make_manifest
 
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool, connect
+from dtmsearch.cluster.joining import connect
+from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Outcome, ReplicaSettings
 from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore
@@ -80,7 +81,7 @@ def main(replicas: int, processes: int, evaluation_ms: float, seconds: float, pr
         return EvalRequest(plan, "messages", (0, prompts), (), parent)
 
     with (
-        patch("dtmsearch.cluster.pool.start_host", start_host),
+        patch("dtmsearch.cluster.crew.start_host", start_host),
         tempfile.TemporaryDirectory() as folder,
         ReplicaPool(ModelSpec(""), PoolSettings(replicas=replicas)) as pool,
         ResultStore(folder).writer("messages") as writer,

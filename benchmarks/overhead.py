@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool, connect
+from dtmsearch.cluster.joining import connect
+from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec
 from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore

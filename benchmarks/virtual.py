@@ -1,12 +1,13 @@
 """Ray with a virtual clock, for `utilisation.py`: actors whose calls take no time here, and what they say there.
 
-Only what `dtmsearch.cluster.pool` uses. Time goes on when somebody waits: to the next call that ends, or to the end of
+Only what the pool and its parts use. Time goes on when somebody waits: to the next call that ends, or to the end of
 the wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -78,21 +79,35 @@ class VirtualActor:
         return self._answer(getattr(self._replica, method)(*arguments), seconds)
 
 
-def virtual_pool(clock: Clock, actors: list[VirtualActor], start: Callable[[], VirtualActor], replicas: int) -> Any:
-    """What to patch in `dtmsearch.cluster.pool` so that it runs in virtual time; `actors` collects those started."""
+@contextmanager
+def virtual_pool(
+    clock: Clock, actors: list[VirtualActor], start: Callable[[], VirtualActor], replicas: int
+) -> Iterator[None]:
+    """Within the block a pool runs in virtual time; `actors` collects those that it starts."""
 
     def start_host(*_: Any) -> Any:
         actor = start()
         actors.append(actor)
         return SimpleNamespace(actor=actor, placed=Answer(None, 0.0), group=None, end=lambda: None, leave=lambda: None)
 
-    return patch.multiple(
-        "dtmsearch.cluster.pool",
-        ray=VirtualRay(clock),
-        time=clock,
-        connect=lambda _: False,
-        start_host=start_host,
-        _share=lambda _: SimpleNamespace(num_gpus=0.0, num_cpus=1.0),
-        Room=lambda *_: SimpleNamespace(wanted=replicas, count_again=lambda: None),
-        Patience=lambda _: SimpleNamespace(note=lambda *_: None),
-    )
+    doubles: dict[str, dict[str, Any]] = {
+        "pool": {
+            "ray": VirtualRay(clock),
+            "time": clock,
+            "connect": lambda _: False,
+            "_share": lambda _: SimpleNamespace(num_gpus=0.0, num_cpus=1.0),
+        },
+        "crew": {
+            "ray": VirtualRay(clock),
+            "time": clock,
+            "start_host": start_host,
+            "Room": lambda *_: SimpleNamespace(wanted=replicas, count_again=lambda: None),
+            "Patience": lambda _: SimpleNamespace(note=lambda *_: None),
+        },
+        "services": {"ray": VirtualRay(clock)},
+        "canaries": {"time": clock},
+    }
+    with ExitStack() as patches:
+        for module, names in doubles.items():
+            patches.enter_context(patch.multiple(f"dtmsearch.cluster.{module}", **names))
+        yield

@@ -21,9 +21,10 @@ import numpy as np
 import dtmsearch
 from dtmsearch import config, texts
 from dtmsearch.calibrating import Calibrating
+from dtmsearch.cluster.joining import ClusterLost
 from dtmsearch.cluster.metrics import Metrics
-from dtmsearch.cluster.pool import ClusterLost, ReplicaPool
 from dtmsearch.cluster.pool import PoolSettings as Where
+from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.compose import space_of, sparsity_search_of, strategy_of
 from dtmsearch.config import PromptsSection, SearchFile
 from dtmsearch.logs import naming

@@ -184,8 +184,8 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
         ("dtmsearch.results.store.StoreReadOnly", 4),
         ("dtmsearch.results.store.StoreFull", 3),
         ("dtmsearch.results.store.RunLocked", 1),
-        ("dtmsearch.cluster.pool.ClusterUnreachable", 5),
-        ("dtmsearch.cluster.pool.ReplicasFailed", 1),
+        ("dtmsearch.cluster.joining.ClusterUnreachable", 5),
+        ("dtmsearch.cluster.crew.ReplicasFailed", 1),
         ("dtmsearch.search.scheduler.SearchFailed", 1),
     ],
 )

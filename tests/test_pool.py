@@ -11,8 +11,10 @@ import ray
 from contracts import EvaluatorContract
 from fakes import evaluate, toy_components
 
+from dtmsearch.cluster.crew import ReplicasFailed
 from dtmsearch.cluster.health import Health
-from dtmsearch.cluster.pool import ClusterUnreachable, PoolSettings, ReplicaPool, ReplicasFailed, connect
+from dtmsearch.cluster.joining import ClusterUnreachable, connect
+from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
 from dtmsearch.plans.plan import Perturbation, Plan
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dtmsearch.cluster import pins
-from dtmsearch.cluster.pool import ClusterUnreachable
+from dtmsearch.cluster.joining import ClusterUnreachable
 from dtmsearch.cluster.submit import Jobs, Order
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.config import SearchFile, load

@@ -19,7 +19,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from dtmsearch.cluster.pool import ClusterUnreachable, check_listening
+from dtmsearch.cluster.joining import ClusterUnreachable, check_listening
 from dtmsearch.cluster.tokens import refused
 
 # Between a run's name, which cannot hold it, and the number of a later session of the run.

@@ -17,8 +17,8 @@ import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from dtmsearch.cluster.joining import connect
 from dtmsearch.cluster.placement import Share, alive_nodes, share_of
-from dtmsearch.cluster.pool import connect
 from dtmsearch.config import SearchFile, parse
 from dtmsearch.plans.pareto import Point, Race
 from dtmsearch.results.store import StoreError

@@ -1,0 +1,60 @@
+"""When a replica is asked for a canary, of which plan, and what its answer says of it.
+
+Owns what is known of plans from verified evaluations. Knows nothing of how canaries are sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from dtmsearch.cluster.health import Check, Health, Known, Sample
+from dtmsearch.cluster.member import Held, Member
+from dtmsearch.cluster.work import Work
+from dtmsearch.plans.evaluation import EvalResult, Reference
+from dtmsearch.plans.plan import Plan
+
+
+class WrongNumbers(RuntimeError):
+    """A replica's canary says that it cannot be trusted."""
+
+
+class Canaries:
+    """`references` are those that replicas are given, by id; they may come to be more."""
+
+    def __init__(self, health: Health, references: Mapping[str, Reference]) -> None:
+        self._health, self._known, self._references = health, Known(health), references
+
+    def is_due(self, member: Member, work: Work) -> bool:
+        """After its interval; and at once when nothing else waits and a round may wait for what is unverified."""
+        unverified = member.unverified if member.held or member.calls else ()
+        if not unverified or unverified[-1].requests[-1].reference_id not in member.references:
+            return False
+        interval = self._health.canary_interval(member.record.seconds)
+        waited_for = any(work.is_waited_for(call.requests) for call in unverified)
+        return (waited_for and not len(work.real)) or time.monotonic() - member.record.verified_at > interval
+
+    def next_check(self, member: Member) -> Check:
+        """Of the plan that the replica holds, if it is known what comes out, and else of the dense model."""
+        last = member.unverified[-1].requests[-1]
+        reference = self._references[last.reference_id]
+        plan = last.parent if (last.parent.id, reference.id) in self._known else Plan()
+        return Check(plan, reference.id, self._num_prompts(reference), reference.continuation_tokens)
+
+    def verify(self, member: Member, check: Check, found: Sample, seconds: float) -> None:
+        """Raises `WrongNumbers` if what the replica found is wrong; keeps it otherwise."""
+        fault = self._known.fault(check, found, member.record.samples.get(check.key))
+        if fault is not None:
+            raise WrongNumbers(fault)
+        member.record.keep(check, found, time.monotonic(), seconds)
+
+    def learn(self, verified: Sequence[Held]) -> None:
+        """Remember what verified evaluations say of their plans."""
+        for held in verified:
+            for request, outcome in zip(held.call.requests, held.outcomes, strict=True):
+                reference = self._references.get(request.reference_id)
+                if isinstance(outcome, EvalResult) and reference is not None:
+                    self._known.learn(request, outcome, self._num_prompts(reference))
+
+    def _num_prompts(self, reference: Reference) -> int:
+        return self._health.num_canary_prompts(reference.num_prompts)
