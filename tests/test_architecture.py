@@ -39,6 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"plans", "config", "results", "output"},
 }
 
+EDGE_FOLDERS = {"cli", "demo"}
+
 # room -> what it may load that is neither ours nor Python's.
 MAY_LOAD: dict[str, set[str]] = {
     "plans": {"numpy"},
@@ -110,7 +112,12 @@ def test_torch_and_ray_never_meet_in_one_file(module: str) -> None:
 
 def test_every_folder_of_code_is_a_room() -> None:
     folders = {room_of(module) for module in MODULES if "." in module}
-    assert folders - MAY_IMPORT.keys() - {"demo"} == set()
+    assert folders - MAY_IMPORT.keys() - EDGE_FOLDERS == set()
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) != "cli" and m != "__main__"))
+def test_nothing_imports_the_command_line(module: str) -> None:
+    assert [name for name in imported(MODULES[module]) if within(name, "dtmsearch.cli")] == []
 
 
 def loaded_by(code: str) -> set[str]:

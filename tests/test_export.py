@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import llama_config, write_model
 from transformers import AutoModelForCausalLM
 
-from dtmsearch.cli import EXPORT_FORMATS, main
+from dtmsearch.cli import main
+from dtmsearch.cli.using import EXPORT_FORMATS
 from dtmsearch.export.formats import FORMATS
 from dtmsearch.exporting import ExportFailed, export
 from dtmsearch.model.compress.rounding import round_weight

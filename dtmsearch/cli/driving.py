@@ -1,0 +1,58 @@
+"""What the verbs share that drive replicas: where they work, who watches, and how a stop is told."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtmsearch.cli.speech import LOG_FORMAT, STOPPED, say
+
+if TYPE_CHECKING:
+    from dtmsearch.run import Where
+
+
+def where_of(
+    address: str | None,
+    replicas: int | None,
+    gpus_per_replica: float | None,
+    cpus_per_replica: float | None,
+    batch_tokens: int | None,
+) -> Where:
+    from dtmsearch.run import Where
+
+    return Where(address, replicas or 0, gpus_per_replica, batch_tokens or 0, cpus_per_replica)
+
+
+@contextmanager
+def observing(quiet: bool) -> Iterator[Any]:
+    from dtmsearch.terminal import LoggedProgress, watching
+
+    if LOG_FORMAT.get() == "json":
+        from dtmsearch.logs import json_lines
+
+        with json_lines(sys.stderr):
+            yield LoggedProgress()
+        return
+    with watching(quiet) as observer:
+        yield observer
+
+
+@contextmanager
+def resumable(command: str) -> Iterator[None]:
+    """Turn a stop into exit code 3 and a word on how to go on."""
+    from dtmsearch.search.scheduler import SearchStopped
+
+    # `kill` is as good a wish to stop as Ctrl-C, also before the search has begun to listen.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except (SearchStopped, KeyboardInterrupt):
+        say(f"stopped; nothing recorded is lost. To continue: {command}")
+        raise click.exceptions.Exit(STOPPED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,100 @@
+"""Options that several verbs have, and how a shell completes the names of runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dtmsearch.cli.speech import DEFAULT_STORE, LOG_FORMAT, say
+
+if TYPE_CHECKING:
+    from dtmsearch.results.store import ResultStore
+
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def store_option(verb: Verb) -> Verb:
+    return click.option(
+        "--store",
+        default=DEFAULT_STORE,
+        show_default=True,
+        envvar="DTMSEARCH_STORE",
+        show_envvar=True,
+        help="Folder or bucket URL (s3://, gs://) that holds runs and evaluations.",
+    )(verb)
+
+
+def complete_run(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of the store's runs, for a shell that completes RUN."""
+    try:
+        runs = open_store(context.params.get("store") or os.environ.get("DTMSEARCH_STORE", DEFAULT_STORE)).runs()
+    except Exception:  # a shell asks in the middle of a word: nobody reads errors there
+        return []
+    return [record.run for record in runs if record.run.startswith(incomplete)]
+
+
+def format_option(*choices: str) -> Callable[[Verb], Verb]:
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(choices),
+        default=choices[0],
+        show_default=True,
+        help="Form of the output.",
+    )
+
+
+def replica_options(verb: Verb) -> Verb:
+    """How many replicas a search has, and what each of them gets."""
+    return _with(
+        verb,
+        click.option("--replicas", type=click.IntRange(min=1), help="Copies of the model that measure side by side."),
+        click.option("--gpus-per-replica", type=click.FloatRange(min=0), help="GPUs of each, such as 0.5, 1 or 4."),
+        click.option("--cpus-per-replica", type=click.FloatRange(min=0.01), help="Processors of each."),
+        click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch."),
+    )
+
+
+def where_options(verb: Verb) -> Verb:
+    """Where a search runs; none of it changes what the search finds."""
+    address = click.option("--address", help="Address of a Ray cluster; without it, Ray starts on this machine.")
+    quiet = click.option("--quiet", is_flag=True, help="No progress.")
+    log_format = click.option(
+        "--log-format",
+        type=click.Choice(("text", "json")),
+        default="text",
+        show_default=True,
+        expose_value=False,
+        callback=lambda _context, _option, value: LOG_FORMAT.set(value),
+        help="Form of stderr: for a person, or a JSON object a line that names run and request.",
+    )
+    return _with(verb, address, replica_options, quiet, log_format)
+
+
+def _with(verb: Verb, *options: Callable[[Verb], Verb]) -> Verb:
+    """A verb under options that its help lists in this order."""
+    for option in reversed(options):
+        verb = option(verb)
+    return verb
+
+
+def set_option(verb: Verb) -> Verb:
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the search file; repeatable."
+    )(verb)
+
+
+def examples(*lines: str) -> str:
+    """The end of a verb's help: commands to paste, each on its own line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def open_store(store: str) -> ResultStore:
+    # Not through dtmsearch.run, which loads Ray: reading a store takes no cluster.
+    from dtmsearch.results.store import ResultStore
+
+    return ResultStore(store, on_note=say)

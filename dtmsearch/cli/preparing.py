@@ -1,0 +1,114 @@
+"""The verbs before a search: `init`, `validate`, `schema`, `doctor`, `completion`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dtmsearch.cli.options import examples, format_option, set_option, store_option
+from dtmsearch.cli.root import cli
+from dtmsearch.cli.speech import FAILED, print_text, say, show
+
+
+@cli.command(
+    "init",
+    epilog=examples(
+        "dtmsearch init models/llama --prompts calibration.txt --validation validation.txt",
+        "dtmsearch init meta-llama/Llama-2-7b-hf --out search.yaml",
+    ),
+)
+@click.argument("model")
+@click.option("--prompts", default="calibration.txt", show_default=True, help="Text to search with.")
+@click.option("--validation", default="validation.txt", show_default=True, help="Other text, to judge the plan by.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The search file  [default: MODEL.yaml]")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
+def init_verb(model: str, prompts: str, validation: str, out: Path | None, force: bool) -> None:
+    """Write a commented search file for MODEL, a folder or a hub id.
+
+    It fits the model and this machine, and says what the search will cost if its texts are there.
+    """
+    from dtmsearch.proposal import propose, read_model, run_name, this_machine
+
+    facts, machine = read_model(model), this_machine()
+    path = out or Path(f"{run_name(facts.path)}.yaml")
+    if path.exists() and not force:
+        raise click.UsageError(f"{path} is there already; give another --out, or --force")
+    text = propose(facts, machine, prompts, validation)
+    if Path(prompts).is_file() and Path(validation).is_file():
+        text = propose(facts, machine, prompts, validation, _cost_of(text))
+    path.write_text(text, encoding="utf-8")
+    print_text(str(path))
+
+
+def _cost_of(text: str) -> str | None:
+    """What a search will cost, or None where it cannot be told, which is said."""
+    from dtmsearch.config import parse
+    from dtmsearch.estimate import estimate
+    from dtmsearch.summaries import estimate_text
+
+    say("timing a replica of the model ...")
+    try:
+        return estimate_text(estimate(parse(text, "the new search file", Path.cwd())))
+    except (ValueError, RuntimeError) as error:
+        say(f"its cost could not be told: {error}")
+        return None
+
+
+@cli.command(
+    "validate", epilog=examples("dtmsearch validate search.yaml", "dtmsearch validate search.yaml --set seed=2")
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@set_option
+def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
+    """Check a search FILE, its texts and its model's folder, and run nothing.
+
+    Exits 2 and says what is wrong if anything is.
+    """
+    from dtmsearch.config import load
+    from dtmsearch.texts import check_model, check_readable
+
+    search_file = load(file, overrides)
+    check_readable(search_file)
+    check_model(search_file)
+    print_text(
+        f"{file} is a search file: run {search_file.run}, {search_file.search.strategy} by {search_file.search.rank_by}"
+    )
+
+
+@cli.command("schema", epilog=examples("dtmsearch schema > search-file.schema.json"))
+def schema_verb() -> None:
+    """Print the JSON schema of the search file.
+
+    For editors: put "# yaml-language-server: $schema=search-file.schema.json" on the first line of a search file.
+    """
+    from dtmsearch.config import json_schema
+
+    print_text(json_schema().rstrip("\n"))
+
+
+@cli.command("completion", epilog=examples('eval "$(dtmsearch completion bash)"', "dtmsearch completion fish | source"))
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_verb(shell: str) -> None:
+    """Print the script that completes this command's words in a SHELL."""
+    from click.shell_completion import get_completion_class
+
+    completion = get_completion_class(shell)
+    assert completion is not None
+    print_text(completion(cli, {}, "dtmsearch", "_DTMSEARCH_COMPLETE").source())
+
+
+@cli.command("doctor", epilog=examples("dtmsearch doctor", "dtmsearch doctor --store s3://bucket/store --format json"))
+@store_option
+@format_option("table", "json")
+def doctor_verb(store: str, form: str) -> int:
+    """Say what this machine has and lacks.
+
+    Exits 1 if something that a search needs is missing.
+    """
+    from dtmsearch.doctor import examine
+    from dtmsearch.summaries import findings_text
+
+    findings = examine(store)
+    show(findings, form, findings_text)
+    return FAILED if any(f.status == "missing" for f in findings) else 0

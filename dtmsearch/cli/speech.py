@@ -1,0 +1,60 @@
+"""What a verb says, and where: data on stdout, everything else on stderr, commands to paste in either."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import click
+
+DEFAULT_STORE = "dtm-store"
+FAILED, USAGE, STOPPED, STORE_UNREADABLE, CLUSTER_UNREACHABLE = 1, 2, 3, 4, 5
+LOG_FORMAT: ContextVar[str] = ContextVar("log_format", default="text")
+
+
+def say(text: str) -> None:
+    """A line for the person, never for a program that reads our output."""
+    if LOG_FORMAT.get() == "json":
+        import logging
+
+        from dtmsearch.logs import json_lines
+
+        with json_lines(sys.stderr):
+            logging.getLogger("dtmsearch").warning(text)
+    else:
+        click.echo(text, err=True)
+
+
+def show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callable[[Any], Any] | None = None) -> None:
+    from dtmsearch.output import json_text
+
+    if form == "json":
+        print_text(json_text(value if as_values is None else as_values(value)))
+    else:
+        print_text(as_text(value))
+
+
+def print_text(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # The reader (`head`, a pager) has seen enough. Python would complain once more while it closes stdout.
+        sys.stdout = None
+        raise click.exceptions.Exit(FAILED) from None
+
+
+def resume_command(run: str, store: str) -> str:
+    submitted = os.environ.get("DTMSEARCH_RESUME_COMMAND")  # set by `dtmsearch submit` for the driver that it sends
+    return submitted or f"dtmsearch resume {run}{store_argument(store)}"
+
+
+def query_command(sql: str, store: str) -> str:
+    return f'dtmsearch query "{sql}"{store_argument(store)}'
+
+
+def store_argument(store: str) -> str:
+    return "" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}"
