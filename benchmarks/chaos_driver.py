@@ -17,7 +17,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from dtmsearch import config
+from dtmsearch import config, driver
 from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.joining import ClusterLost, ClusterUnreachable
 from dtmsearch.cluster.pool import ReplicaPool
@@ -54,7 +54,7 @@ def fail_every(number: int) -> None:
 
 
 def main(file: str, store: str, address: str, replicas: str) -> int:
-    composed.ReplicaPool = partial(ReplicaPool, replica_class="faulty:Faulty", health=HEALTH)
+    driver.ReplicaPool = partial(ReplicaPool, replica_class="faulty:Faulty", health=HEALTH)
     if "CHAOS_FAIL_EVERY" in os.environ:
         fail_every(int(os.environ["CHAOS_FAIL_EVERY"]))
     try:

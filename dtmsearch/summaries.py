@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from dtmsearch.doctor import Finding
     from dtmsearch.estimate import Estimate
     from dtmsearch.exporting import Exported
+    from dtmsearch.measuring import PlanMeasurement, RecoveredModel
     from dtmsearch.results.pareto import Candidate
     from dtmsearch.results.summary import RunOverview, RunSummary, ValidationRow
-    from dtmsearch.run import PlanMeasurement, RecoveredModel
     from dtmsearch.scoring import TaskScore
 
 # A label before its text, as `status` shows them.

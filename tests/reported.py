@@ -13,10 +13,10 @@ from dtmsearch.plans.evaluation import Continuation, EvalRequest, Reference, Wri
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.results.store import ResultStore
-from dtmsearch.run import validation_plans
 from dtmsearch.search.beam import Beam
 from dtmsearch.search.scheduler import measure, search
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.validation import validation_plans
 
 NUM_LAYERS = 4
 NUM_PROMPTS = 8

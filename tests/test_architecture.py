@@ -15,6 +15,11 @@ import dtmsearch
 PACKAGE = Path(dtmsearch.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
+COMPOSITION = {
+    *("calibrating", "recovering", "driver", "named", "compose"),
+    *("plans", "config", "search", "results", "texts", "cluster"),
+}
+
 # room -> the rooms that it may import, ground floor first. A module of a room can have its own line. What has no line
 # is an edge of the house (the command line, terminals, reports): free to import rooms, and imported by none.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -35,7 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibrating": {"plans", "config", "search", "results", "texts", "cluster"},
     "training": {"config", "texts", "model"},
     "recovering": {"plans", "config", "search", "results", "texts", "cluster", "training"},
-    "run": {"calibrating", "recovering", "logs", "plans", "config", "search", "results", "texts", "cluster", "compose"},
+    "driver": {"plans", "config", "search", "results", "texts", "cluster"},
+    "named": {"plans", "config", "search", "results"},
+    "validation": {"calibrating", "plans", "config", "search", "results", "cluster"},
+    "measuring": COMPOSITION,
+    "run": COMPOSITION | {"logs", "measuring", "validation"},
     "report": {"plans", "config", "results", "output"},
 }
 
@@ -63,7 +72,8 @@ MAY_LOAD: dict[str, set[str]] = {
     },
     "export": {"torch", "safetensors", "compressed_tensors", "gguf", "numpy"},
     "cluster": {"ray", "numpy"},
-    "run": {"numpy", "yaml"},
+    "validation": {"numpy"},
+    "run": set(),
     "report": {"altair", "jinja2", "markupsafe", "vl_convert", "pyarrow", "numpy"},
 }
 

@@ -25,12 +25,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from dtmsearch.driver import Silent
 from dtmsearch.model.discovery import read_manifest
 from dtmsearch.model.replica import Replica
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore
-from dtmsearch.run import _Silent, rare_experts
+from dtmsearch.run import rare_experts
 from dtmsearch.search.scheduler import SearchStopped, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies import make_strategy
@@ -169,7 +170,7 @@ def _searched(running: tuple[Replica, Reference], store: Path, stop_after: int |
     with ResultStore(store).writer("run") as writer:
         writer.put_components(manifest, space.components)
         stop = (lambda: len(set(writer.replay())) >= stop_after) if stop_after is not None else (lambda: False)
-        return search(strategy, Here(model), writer, _Silent(), stop)
+        return search(strategy, Here(model), writer, Silent(), stop)
 
 
 def test_a_beam_that_is_stopped_resumes_to_the_same_plan(running: tuple[Replica, Reference], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tiny import replica, with_reference, write_model
 from dtmsearch.model.writing import pieces
 from dtmsearch.plans.evaluation import PromptTokens
 from dtmsearch.plans.plan import Plan
-from dtmsearch.run import telling_prompts
+from dtmsearch.validation import telling_prompts
 
 
 class Bytes:

@@ -1,0 +1,86 @@
+"""What the names that a user gives stand for: a store's runs, their search files, and plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtmsearch import config
+from dtmsearch.config import SearchFile
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.plan import Plan, plan_from_json
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.results.store import ResultStore
+from dtmsearch.search.space import SearchSpace
+
+# How `evaluate` is asked for the uniform plan of a scheme.
+UNIFORM = "uniform:"
+
+
+def open_store(url: str) -> ResultStore:
+    """The store at a local path or a bucket's URL; created on first writing."""
+    return ResultStore(url)
+
+
+def record_of(results: ResultStore, run_name: str) -> RunRecord:
+    """What the store records of a run. Raises `ValueError` for one that it does not hold."""
+    record = results.run(run_name)
+    if record is None:
+        names = ", ".join(r.run for r in results.runs()) or "none"
+        raise ValueError(f"no run {run_name!r} in this store; it holds: {names}")
+    return record
+
+
+def stored_file(results: ResultStore, run_name: str) -> SearchFile:
+    """The search file that a run was started from, as the store remembers it."""
+    record = record_of(results, run_name)
+    return config.parse(record.config, f"the search file of run {run_name}", Path(record.config_folder))
+
+
+def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
+    """What is recorded of the run; None if it came to nothing yet, so that a mistake in its file can be mended.
+
+    Raises `ValueError` when it was begun from another search file.
+    """
+    previous = results.run(file.run)
+    if previous is None or previous.reference_id is None:
+        return None
+    # As this version writes it: a key that came later stands there with its default.
+    before = config.parse(previous.config, f"the search file of run {file.run}", Path(previous.config_folder))
+    changes = config.difference(before.to_yaml(), file.to_yaml())
+    if changes:
+        lines = "\n  ".join(changes)
+        raise ValueError(
+            f"run {file.run!r} in {results.url} was started from another search file:\n  {lines}\n"
+            f"Give this search a name of its own (run: {file.run}-2, or --set run={file.run}-2), or undo the change"
+        )
+    return previous
+
+
+def check_plan_argument(plan: str, results: ResultStore) -> None:
+    """Raises `ValueError` for what can be told to be no plan before the model is known."""
+    if plan.startswith(UNIFORM):
+        parse_scheme(plan.removeprefix(UNIFORM))
+    elif not Path(plan).is_file():
+        record = results.run(plan)
+        if record is None:
+            raise ValueError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
+        if results.plan_id_so_far(record) is None:
+            raise ValueError(f"run {plan!r} has no plan (it is {record.status})")
+
+
+def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: ResultStore) -> Plan:
+    """The plan that a plan file, a run's name or `uniform:SCHEME` stands for over this model. Raises `ValueError`."""
+    if plan.startswith(UNIFORM):
+        return space.uniform(plan.removeprefix(UNIFORM))
+    path = Path(plan)
+    if path.is_file():
+        return plan_from_json(path.read_text(encoding="utf-8"), manifest, plan)
+    record = record_of(results, plan)
+    if record.manifest_id != manifest.id:
+        raise ValueError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
+    plan_id = results.plan_id_so_far(record)
+    found = None if plan_id is None else results.plan(plan_id, plan)
+    if found is None:
+        raise ValueError(f"the plan of run {plan!r} is not in the store")
+    return found
