@@ -44,8 +44,8 @@ class VirtualRay:
             clock.now = min(first, clock.now + timeout)
         return [answer for answer in answers if answer.at <= clock.now], []
 
-    def get(self, answer: Answer) -> Any:
-        return answer.value
+    def get(self, answers: Answer | Sequence[Answer]) -> Any:
+        return answers.value if isinstance(answers, Answer) else [answer.value for answer in answers]
 
     def put(self, value: Any) -> Any:
         return value

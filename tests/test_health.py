@@ -62,6 +62,12 @@ def test_patience_learns_from_replicas_that_grow_slower() -> None:
     assert pace.limit_seconds(1000.0) == pytest.approx(20 * 500.0, rel=0.01)
 
 
+def test_waiting_for_the_driver_makes_no_replica_slower() -> None:
+    pace = Pace(HEALTH)
+    pace.learn(cost=10.0, seconds=5.0, own_seconds=1.0)
+    assert pace.seconds_per_cost == pytest.approx(0.1)
+
+
 def test_canaries_that_take_long_come_rarely() -> None:
     assert Health(canary_seconds=10.0, canary_share=0.02).canary_interval(3.0) == pytest.approx(150.0)
 

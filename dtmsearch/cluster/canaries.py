@@ -25,18 +25,19 @@ class Canaries:
     def __init__(self, health: Health, references: Mapping[str, Reference]) -> None:
         self._health, self._known, self._references = health, Known(health), references
 
-    def is_due(self, member: Member, work: Work) -> bool:
+    def is_due(self, member: Member, work: Work, now: float) -> bool:
         """After its interval; and at once when nothing else waits and a round may wait for what is unverified."""
-        unverified = member.unverified if member.held or member.calls else ()
-        if not unverified or unverified[-1].requests[-1].reference_id not in member.references:
+        last = member.last_request
+        if last is None or last.reference_id not in member.references or member.checking:
             return False
-        interval = self._health.canary_interval(member.record.seconds)
-        waited_for = any(work.is_waited_for(call.requests) for call in unverified)
-        return (waited_for and not len(work.real)) or time.monotonic() - member.record.verified_at > interval
+        if now - member.record.verified_at > self._health.canary_interval(member.record.seconds):
+            return True
+        return not len(work.real) and any(work.is_waited_for(call.requests) for call in member.unverified)
 
     def next_check(self, member: Member) -> Check:
         """Of the plan that the replica holds, if it is known what comes out, and else of the dense model."""
-        last = member.unverified[-1].requests[-1]
+        last = member.last_request
+        assert last is not None, "a canary verifies something"
         reference = self._references[last.reference_id]
         plan = last.parent if (last.parent.id, reference.id) in self._known else Plan()
         return Check(plan, reference.id, self._num_prompts(reference), reference.continuation_tokens)

@@ -60,9 +60,12 @@ class Pace:
     seconds_per_request: float = float("inf")
     longest_seconds: float = 0.0
 
-    def learn(self, cost: float, seconds: float, num_requests: int = 1) -> None:
-        measured, known = seconds / cost, self.seconds_per_cost
-        self.seconds_per_request = max(seconds, 1e-6) / num_requests
+    def learn(self, cost: float, seconds: float, num_requests: int = 1, own_seconds: float = 0.0) -> None:
+        """`seconds` as the driver saw the call. `own_seconds` is what the replica says that it worked, 0 where it does
+        not say: what comes on top is waiting for a busy driver, who would only be busier with smaller calls."""
+        worked = own_seconds or seconds
+        measured, known = worked / cost, self.seconds_per_cost
+        self.seconds_per_request = max(worked, 1e-6) / num_requests
         self.seconds_per_cost = measured if known is None else 0.7 * known + 0.3 * measured
         self.longest_seconds = max(self.longest_seconds, seconds)
 

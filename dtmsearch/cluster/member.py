@@ -50,7 +50,14 @@ class Member:
 
     @property
     def checking(self) -> bool:
+        """Whether a canary is under way."""
         return any(call.check is not None for call in self.calls.values())
+
+    @property
+    def last_request(self) -> EvalRequest | None:
+        """The latest that is under way or held, if any."""
+        call = next(reversed(self.calls.values()), None) or (self.held[-1].call if self.held else None)
+        return call.requests[-1] if call is not None and call.requests else None
 
     @property
     def unverified(self) -> list[Call]:

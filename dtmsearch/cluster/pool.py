@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from dtmsearch.cluster.metrics import Metrics
 from dtmsearch.cluster.placement import Share, alive_nodes, share_of
 from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.services import Services
+from dtmsearch.cluster.sizing import CALL_SECONDS, call_seconds, guess_seconds
 from dtmsearch.cluster.work import Work
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.evaluation import (
@@ -39,8 +40,6 @@ log = logging.getLogger(__name__)
 
 REPLICA_CLASS = "dtmsearch.model.replica:Replica"
 
-# A call's length: long enough that its own cost (about 2 ms) vanishes, short enough that a lost one is a small loss.
-_CALL_SECONDS = 1.0
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
 _WAIT_FOR_ONE_IN, _MOMENT_SECONDS = 32, 0.02
@@ -161,7 +160,7 @@ class ReplicaPool(Services):
         ready = self._crew.ready
         if len(ready) < self._settings.guess_from:
             return 0
-        each = min(max(int(_CALL_SECONDS / self._pace.seconds_per_request), 1), _MOST_GUESSES)
+        each = min(max(int(CALL_SECONDS / self._pace.seconds_per_request), 1), _MOST_GUESSES)
         free = sum(max(_CALLS_AHEAD - len(m.calls), 0) for m in ready)
         return max(free * each - len(self._work.guesses), 0)
 
@@ -174,7 +173,6 @@ class ReplicaPool(Services):
     def poll(self, timeout_seconds: float) -> list[Outcome]:
         """See `dtmsearch.search.scheduler.Evaluator`. What arrives within moments is handed over together."""
         self._check_alive()
-        self._dispatch()
         if not self._arrived:
             self._wait(timeout_seconds)
         while self._arrived and self._in_flight and (left := self._gather_until - time.monotonic()) > 0:
@@ -215,20 +213,22 @@ class ReplicaPool(Services):
             done = set(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])
         self._crew.fill()
         self._crew.welcome(timeout_seconds=0)
-        for member in {owner[reference]: None for reference in done if reference in owner}:
-            self._collect(member, done)
+        answers = _fetch([reference for reference in done if reference in owner])
+        for member in {owner[reference]: None for reference in answers}:
+            self._collect(member, answers)
         if (now := time.monotonic()) > self._check_time_at:
             self._check_time_at = now + _CHECK_TIME_SECONDS
             for member in list(self._crew.members):
                 self._check_time(member)
         self._dispatch()
 
-    def _collect(self, member: Member, done: set[Any]) -> None:
+    def _collect(self, member: Member, answers: Mapping[Any, Any]) -> None:
         """Take what a replica has finished; give it up if it is lost, or its canary is wrong."""
         try:
             for reference in list(member.calls):  # in the order in which the replica does them
-                if reference in done:
-                    answer = ray.get(reference)
+                if reference in answers:
+                    if isinstance(answer := answers[reference], RayError):
+                        raise answer
                     self._accept(member.calls.pop(reference), answer, member)
         except (RayError, WrongNumbers) as error:
             self._crew.lose(member, error)
@@ -253,7 +253,8 @@ class ReplicaPool(Services):
         if call.check is not None:
             self._verify(member, call.check, Sample(*answer), seconds)
             return
-        self._pace.learn(call.cost, seconds, len(call.requests))
+        own_seconds = sum(outcome.provenance.wall_seconds for outcome in answer)
+        self._pace.learn(call.cost, seconds, len(call.requests), own_seconds)
         member.held.append(Held(call, answer))
         if call.requests[0].reference_id not in member.references:  # nothing to hold it against
             self._release(member)
@@ -274,18 +275,19 @@ class ReplicaPool(Services):
         work = self._work
         if work is None:
             return
-        ready = self._crew.ready
+        ready, now = self._crew.ready, time.monotonic()
+        num_free = sum(len(m.calls) < _CALLS_AHEAD for m in ready)
         for ahead in range(_CALLS_AHEAD):  # everyone's first call before anyone's second
             for member in [m for m in ready if len(m.calls) <= ahead]:
-                if self._canaries.is_due(member, work):
+                if self._canaries.is_due(member, work, now):
                     self._send_canary(member, work)
                 # Towards the end of a round nobody takes a second call while others have none.
                 elif member.calls and (work.real.has_suspects or self._holds_suspect(member, work)):
                     continue
                 elif len(work.real) > ahead * len(ready):
-                    self._send(member, work.real, len(ready))
+                    self._send(member, work.real, call_seconds(self._seconds_in(work.real), len(ready)))
                 elif not len(work.real) and len(work.guesses):
-                    self._send(member, work.guesses, len(ready))
+                    self._send(member, work.guesses, guess_seconds(self._seconds_in(work.guesses), num_free))
 
     def _holds_suspect(self, member: Member, work: Work) -> bool:
         """Whether a request is under way there that may have killed replicas. Nothing goes before or behind it, so that
@@ -297,11 +299,14 @@ class ReplicaPool(Services):
         call = member.actor.call.remote("check", check.plan, check.reference_id, check.num_prompts)
         member.calls[call] = Call([], work.real.full_cost(check.num_prompts), time.monotonic(), check)
 
-    def _send(self, member: Member, queue: RequestQueue, num_ready: int) -> None:
+    def _seconds_in(self, queue: RequestQueue) -> float:
+        """How long what waits would take one replica; 0 while no pace is known."""
+        return queue.cost * (self._pace.seconds_per_cost or 0.0)
+
+    def _send(self, member: Member, queue: RequestQueue, seconds: float) -> None:
+        """Send a replica what it will be at for about so long, one request at least."""
         rate = self._pace.seconds_per_cost
-        budget = 0.0 if rate is None else _CALL_SECONDS / rate
-        budget = min(budget, queue.cost / (2 * num_ready))
-        requests, member.parent_id, cost = queue.take(budget, member.parent_id)
+        requests, member.parent_id, cost = queue.take(seconds / rate if rate else 0.0, member.parent_id)
         if not member.calls:
             member.idle_since = time.monotonic()
         call = member.actor.call.remote("evaluate", requests)
@@ -332,6 +337,22 @@ class ReplicaPool(Services):
             provenance = Provenance(member.name, member.node, attempts, finished_at=time.time())
             message = f"{attempts} replicas were lost while they measured it; the last: {reason}"
             self._arrived.append(EvalFailure(given_up.request.id, "replica_lost", message, provenance))
+
+
+def _fetch(references: Sequence[Any]) -> dict[Any, Any]:
+    """What calls that have ended gave, or the error that ended them: together, for each fetch costs as much as an
+    answer."""
+    try:
+        return dict(zip(references, ray.get(list(references)), strict=True))
+    except RayError:
+        return {reference: _fetch_one(reference) for reference in references}
+
+
+def _fetch_one(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        return error
 
 
 def _share(settings: PoolSettings) -> Share:

@@ -53,6 +53,8 @@ class Work:
         """The outcome of a request, with the attempts that it took."""
         self._guessed.discard(outcome.request_id)
         attempts = self._attempts.pop(outcome.request_id, 0) + 1
+        if attempts == outcome.provenance.attempts:
+            return outcome
         return replace(outcome, provenance=replace(outcome.provenance, attempts=attempts))
 
     def again(self, requests: Iterable[EvalRequest], charged: bool) -> list[GivenUp]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.identity import identity
+from dtmsearch.plans.identity import canonical, identity, identity_of_text
 from dtmsearch.plans.plan import Plan
 
 # Raise it when the same plan and reference would yield other numbers.
@@ -141,15 +141,31 @@ class EvalRequest:
 
     @cached_property
     def id(self) -> str:
-        parts = [self.plan.id, self.reference_id, list(self.prompts), sorted(self.extra_metrics), METRICS_VERSION]
-        calibrated = [self.calibration_id] if self.calibration_id and self.plan.needs_calibration else []
-        trained = [{"weights": self.weights_id}] if self.weights_id else []
-        return identity(parts + calibrated + trained)
+        """Identity over the canonical JSON of [plan, reference, ...]; put together, for all but the plan repeats."""
+        calibration_id = self.calibration_id if self.calibration_id and self.plan.needs_calibration else ""
+        rest = _rest_of_identity(self.reference_id, self.prompts, self.extra_metrics, calibration_id, self.weights_id)
+        return identity_of_text(f'["{self.plan.id}",{rest}]')
+
+    @cached_property
+    def changed(self) -> tuple[str, ...]:
+        """The components in which the plan and its parent differ."""
+        return tuple(self.plan.diff(self.parent))
+
+
+@lru_cache
+def _rest_of_identity(
+    reference_id: str, prompts: tuple[int, int], extra_metrics: tuple[str, ...], calibration_id: str, weights_id: str
+) -> str:
+    """The members after the first of the list that is a request's identity, as canonical JSON."""
+    parts = [reference_id, list(prompts), sorted(extra_metrics), METRICS_VERSION]
+    calibrated = [calibration_id] if calibration_id else []
+    trained = [{"weights": weights_id}] if weights_id else []
+    return canonical([*parts, *calibrated, *trained])[1:-1]
 
 
 def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:
     """Index of the first layer that must run: below it the request's plan and its parent have the same states."""
-    changed = (manifest.by_name[component].layer for component in request.plan.diff(request.parent))
+    changed = (manifest.by_name[component].layer for component in request.changed)
     return min(max(min(changed, default=0), 0), manifest.num_layers - 1)
 
 

@@ -13,7 +13,12 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_asci
 
 def identity(value: object) -> str:
     """The identity of a JSON-like value: 128 bits of SHA-256 over its canonical JSON, in hexadecimal."""
-    return identity_of_text(_CANONICAL.encode(value))
+    return identity_of_text(canonical(value))
+
+
+def canonical(value: object) -> str:
+    """The one JSON text of a JSON-like value."""
+    return _CANONICAL.encode(value)
 
 
 def identity_of_text(text: str) -> str:

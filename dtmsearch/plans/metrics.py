@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,18 @@ class Summary:
         return value
 
 
+# Each result is summarized for its row in the store and for the strategy.
+_SUMMARIES: WeakKeyDictionary[EvalResult, Summary] = WeakKeyDictionary()
+
+
 def summarize(result: EvalResult) -> Summary:
+    summary = _SUMMARIES.get(result)
+    if summary is None:
+        summary = _SUMMARIES[result] = _summarize(result)
+    return summary
+
+
+def _summarize(result: EvalResult) -> Summary:
     num_prompts = len(result.fdt)
     ordered = np.sort(result.fdt)
     return Summary(

@@ -102,7 +102,7 @@ class Beam:
         search. (Races decide too early in a round to guess anything.)"""
         if isinstance(self._round, RacedRound):
             return
-        best = self._round.ranked_so_far(self._rank_by)[: self._width]
+        best = self._round.leaders(self._rank_by, self._width)
         if not best or self._ends_with(*best[0]):
             return
         told = self._known | self._round.answers if self._space.budget.limits_size else {}

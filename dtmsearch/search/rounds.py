@@ -54,14 +54,17 @@ class Round:
     ) -> None:
         self.step = step
         self.candidates = distinct_candidates(edges)
-        self._waiting: dict[str, Candidate] = {}
+        self._waiting: dict[str, int] = {}  # places among the candidates
         self._unasked: list[Ask] = []
-        for candidate in self.candidates:
+        self._order = _Order()
+        for place, candidate in enumerate(self.candidates):
             candidate.answer = known.get(candidate.plan.id) if known else None
             if candidate.answer is None:
                 request = request_for(candidate.plan, candidate.parent)
-                self._waiting[request.id] = candidate
+                self._waiting[request.id] = place
                 self._unasked.append(Ask(request, candidate.perturbation))
+            elif isinstance(candidate.answer, Summary):
+                self._order.add(place, candidate.answer)
         self.num_asked = len(self._unasked)
 
     @property
@@ -74,7 +77,10 @@ class Round:
 
     def tell(self, request_id: str, outcome: Outcome) -> None:
         answer = outcome if isinstance(outcome, EvalFailure) else summarize(outcome)
-        self._waiting.pop(request_id).answer = answer
+        place = self._waiting.pop(request_id)
+        self.candidates[place].answer = answer
+        if isinstance(answer, Summary):
+            self._order.add(place, answer)
 
     @property
     def answers(self) -> dict[str, Answer]:
@@ -97,8 +103,35 @@ class Round:
 
     def ranked_so_far(self, metric: str) -> list[tuple[Candidate, Summary]]:
         """As `ranked`, of those that are told; none before the first."""
-        measured = [(c, c.answer) for c in self.candidates if isinstance(c.answer, Summary)]
-        return sorted(measured, key=lambda pair: rank_key(pair[1], metric))
+        return self.leaders(metric, len(self.candidates))
+
+    def leaders(self, metric: str, number: int) -> list[tuple[Candidate, Summary]]:
+        """The first of `ranked_so_far`, which is asked for often while a round goes on."""
+        best = (self.candidates[place] for place in self._order.first(metric, number))
+        return [(candidate, candidate.answer) for candidate in best if isinstance(candidate.answer, Summary)]
+
+
+class _Order:
+    """Places in the order of their summaries by a metric, ties in order of the places; kept from one time to the next,
+    for sorting all of a round's candidates each time that a few are told takes the driver's time."""
+
+    def __init__(self) -> None:
+        self._metric = ""
+        self._sorted: list[tuple[tuple[float, ...], int]] = []
+        self._summaries: list[tuple[int, Summary]] = []
+        self._num_sorted = 0
+
+    def add(self, place: int, summary: Summary) -> None:
+        self._summaries.append((place, summary))
+
+    def first(self, metric: str, number: int) -> list[int]:
+        if metric != self._metric:
+            self._metric, self._sorted, self._num_sorted = metric, [], 0
+        new = self._summaries[self._num_sorted :]
+        self._num_sorted += len(new)
+        self._sorted += [(rank_key(summary, metric), place) for place, summary in new]
+        self._sorted.sort()  # quick where all but the last few are in order
+        return [place for _, place in self._sorted[:number]]
 
 
 def all_failed(step: int, candidates: Sequence[Candidate]) -> str:
