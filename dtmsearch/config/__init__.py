@@ -1,0 +1,170 @@
+"""The search file: what a search is. The only reader of configuration.
+
+Where a search runs (address, replicas, GPUs) is not in here and enters no identity.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import PrivateAttr, ValidationError
+
+from dtmsearch.config.reading import explain, flatten, override_key, read_yaml
+from dtmsearch.config.sections import (
+    CalibrationSection,
+    DatasetSection,
+    ModelSection,
+    PromptsSection,
+    RecoverySection,
+    RunName,
+    SearchSection,
+    Section,
+    ValidationSection,
+)
+from dtmsearch.plans.evaluation import ModelSpec
+
+__all__ = [
+    "DatasetSection",
+    "PromptsSection",
+    "RecoverySection",
+    "RunName",
+    "SearchFile",
+    "SearchSection",
+    "difference",
+    "json_schema",
+    "load",
+    "parse",
+    "recovery_of",
+    "section_of",
+]
+
+
+class SearchFile(Section):
+    run: RunName
+    model: ModelSection
+    prompts: PromptsSection
+    validation: ValidationSection | None = None
+    calibration: CalibrationSection | None = None
+    search: SearchSection
+    seed: int = 0
+
+    # The folder that relative paths start from: part of where the file lies, not of what the search is.
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
+    def validation_prompts(self) -> PromptsSection | None:
+        """The held-out prompts, unset fields filled from `prompts`; None when the file has no validation."""
+        if self.validation is None:
+            return None
+        # Not by `exclude_unset`: a file that was written out by `to_yaml` sets every key, many of them to nothing.
+        own = {key: value for key, value in self.validation.model_dump().items() if value not in (None, ())}
+        values = self.prompts.model_dump() | own
+        if self.validation.dataset is not None:
+            values["files"] = ()
+        elif self.validation.files:
+            values["dataset"] = None
+        return PromptsSection.model_validate(values)
+
+    @property
+    def calibration_text(self) -> PromptsSection:
+        """Where calibration text comes from: rows of `prompt_tokens + continuation_tokens` tokens."""
+        section = self.calibration or CalibrationSection()
+        own = {key: getattr(section, key) for key in ("count", "seed") if getattr(section, key) is not None}
+        if section.tokens is not None:
+            own |= {"prompt_tokens": section.tokens - 1, "continuation_tokens": 1}
+        if section.files or section.dataset is not None:
+            own |= {"files": section.files, "dataset": section.dataset}
+        return PromptsSection.model_validate(self.prompts.model_dump() | own)
+
+    def resolve(self, path: str) -> Path:
+        """A path as the file means it: from the file's own folder or, where nothing is there, the current one."""
+        beside = self._folder / Path(path).expanduser()
+        return beside if beside.exists() else Path(path).expanduser()
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """What replicas load. A path that names no folder here is left as it stands: a hub id."""
+        folder = self.resolve(self.model.path)
+        path = str(folder.resolve()) if folder.is_dir() else self.model.path
+        section = self.model
+        options = (
+            *(section.dtype, section.attention, section.trust_remote_code, section.compile),
+            section.scale_dtype,
+        )
+        return ModelSpec(path, section.revision, *options)
+
+    def to_yaml(self) -> str:
+        """The file as YAML with every default written out, so that two files that mean the same read the same."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+    """Read a search file and apply overrides such as `search.width=4`. Raises `ValueError` for a user's mistake."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"no search file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the search file {path}: {error}") from None
+    return parse(text, str(path), path.absolute().parent, overrides)
+
+
+def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+    """A search file from its text; `source` names it in errors, `folder` is where its relative paths start."""
+    content = read_yaml(text, source)
+    for override in overrides:
+        override_key(content, override)
+    try:
+        file = SearchFile.model_validate(content)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {line}" for line in explain(error, SearchFile))) from None
+    file._folder = folder
+    return file
+
+
+def recovery_of(file: SearchFile, overrides: Sequence[str]) -> RecoverySection:
+    """How to train a model of a search file: as its `search.recovery` says, with overrides such as `lr=0.0003`."""
+    content: dict[str, Any] = {} if file.search.recovery is None else file.search.recovery.model_dump(mode="json")
+    for override in overrides:
+        override_key(content, override)
+    if not content.get("files"):
+        raise ValueError("recover needs a training text: --set 'files=[train.txt]'")
+    try:
+        return RecoverySection.model_validate(content)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"recovery: {line}" for line in explain(error, RecoverySection))) from None
+
+
+def difference(old: str, new: str) -> list[str]:
+    """What changed between two search files' YAML texts: `key: old -> new`, one line a key."""
+    before, after = flatten(yaml.safe_load(old)), flatten(yaml.safe_load(new))
+    return [
+        f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, "unset") != after.get(key, "unset")
+    ]
+
+
+def json_schema() -> str:
+    """The JSON schema of a search file, for editors that complete and check YAML."""
+    schema = SearchFile.model_json_schema()
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2) + "\n"
+
+
+def section_of(text: str, name: str) -> dict[str, Any]:
+    """A section of a search file's YAML text as it stands, whichever version wrote it; empty where there is none."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    section = content.get(name) if isinstance(content, dict) else None
+    return section if isinstance(section, dict) else {}
