@@ -7,7 +7,7 @@ extras stay those of the model's family. Knows nothing of plans or metrics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from dtmsearch.model.discovery import find_layers
 from dtmsearch.model.loading import vocabulary_size
+
+
+class Elsewhere:
+    """A state that lies in another process, and may not be there yet; `promise` as who passes it on knows it."""
+
+    def __init__(self, promise: Any) -> None:
+        self.promise = promise
+
+    def to(self, *_: Any, **__: Any) -> Elsewhere:
+        """It stays where it is, whatever device a state is wanted on."""
+        return self
+
+
+State = Tensor | Elsewhere
 
 
 class _StandIn(nn.Module):
@@ -65,7 +79,7 @@ class _HiddenStates(nn.Module):
 
 
 @contextmanager
-def _no_questions() -> Iterator[None]:
+def no_questions() -> Iterator[None]:
     """Rows are never several packed sequences here. transformers would ask the device so at every pass, and the host
     would wait for all work under way before it could hand out more."""
     own = masking_utils.find_packed_sequence_indices
@@ -79,13 +93,18 @@ def _no_questions() -> Iterator[None]:
 class Body:
     """A model whose forward pass can start and end at any boundary.
 
-    All tensors of states are [prompts, tokens, hidden]. Every method must run under `torch.inference_mode`.
+    All tensors of states are [prompts, tokens, hidden]. Every method must run under `torch.inference_mode`. Of a model
+    whose other layers have no weights here, `own` are those that have.
     """
 
-    def __init__(self, model: Any) -> None:
+    # Passes that are begun before the first is waited for.
+    passes_ahead = 0
+
+    def __init__(self, model: Any, own: range | None = None) -> None:
         self.model = model
         self.layers_name, self._layers = find_layers(model)
         self._real = list(self._layers)
+        self.own = range(len(self._real)) if own is None else own
         self._stand_ins = [_StandIn(layer) for layer in self._real]
         self._below_head = _HiddenStates()
         self._prefix: str = model.base_model_prefix
@@ -107,14 +126,36 @@ class Body:
         return int(self.model.config.get_text_config().hidden_size) * self.itemsize
 
     def _note_what_layers_return(self) -> None:
-        def note(layer: nn.Module, args: Any, output: Any) -> None:
-            self._stand_ins[self._real.index(layer)].returns_tuple = isinstance(output, tuple)
+        """Tensors or tuples; a layer that is not here returns what those that are do, so one of the two guesses is
+        right."""
+        returned: dict[int, bool] = {}
 
-        hooks = [layer.register_forward_hook(note) for layer in self._real]
-        with torch.inference_mode():
-            self._run(torch.zeros(1, 2, dtype=torch.long, device=self.input_device))
-        for hook in hooks:
-            hook.remove()
+        def note(layer: nn.Module, args: Any, output: Any) -> None:
+            returned[self._real.index(layer)] = isinstance(output, tuple)
+
+        hooks = [self._real[index].register_forward_hook(note) for index in self.own]
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.input_device)
+        try:
+            self._guess_returned(tokens, returned)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _guess_returned(self, tokens: Tensor, returned: dict[int, bool]) -> None:
+        whole = len(self.own) == self.num_layers
+        for guess in (False, True):
+            for index, stand_in in enumerate(self._stand_ins):
+                stand_in.returns_tuple = returned.get(index, guess)
+            with torch.inference_mode(), self._only(self.own.start, self.own.stop):
+                try:
+                    self._run(tokens)
+                except Exception:  # whatever the model's code makes of what it did not expect
+                    if whole or guess:
+                        raise
+            for index, is_tuple in returned.items():
+                self._stand_ins[index].returns_tuple = is_tuple
+            if whole or returned.get(self.own.start) == guess:
+                return
 
     @property
     def input_device(self) -> torch.device:
@@ -122,7 +163,7 @@ class Body:
         return device
 
     def _run(self, tokens: Tensor) -> Tensor:
-        with _no_questions():
+        with no_questions():
             hidden: Tensor = getattr(self.model, self._prefix)(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
 
@@ -138,7 +179,7 @@ class Body:
                 self._layers._modules[str(index)] = layer
                 self._stand_ins[index].state = self._stand_ins[index].seen = None
 
-    def advance(self, tokens: Tensor, state: Tensor | None, start: int, stop: int) -> Tensor:
+    def advance(self, tokens: Tensor, state: State | None, start: int, stop: int) -> State:
         """The state at boundary `stop` (below the number of layers) from that at `start` (None at boundary 0)."""
         with self._only(start, stop):
             self._enter(state, start)
@@ -147,14 +188,33 @@ class Body:
         assert seen is not None
         return seen
 
-    def finish(self, tokens: Tensor, state: Tensor | None, start: int) -> Tensor:
+    def finish(self, tokens: Tensor, state: State | None, start: int) -> Tensor:
         """The head's input, at every token, from the state at boundary `start` (None at boundary 0)."""
         with self._only(start, self.num_layers):
             self._enter(state, start)
             return self._run(tokens)
 
-    def _enter(self, state: Tensor | None, start: int) -> None:
-        assert (state is None) == (start == 0)
+    def begin(self, tokens: Tensor, state: State | None, start: int) -> Callable[[], Tensor]:
+        """`finish`, of which what can go on by itself does so until its result is asked for."""
+        hidden = self.finish(tokens, state, start)
+        return lambda: hidden
+
+    def through(self, state: Tensor | None, start: int, stop: int, *arguments: Any, **named: Any) -> Tensor:
+        """The state at boundary `stop`, which may lie above the last layer, in a pass with these arguments of the
+        model's body."""
+        found: list[Any] = []
+        hook = self._real[stop - 1].register_forward_hook(lambda layer, args, output: found.append(output))
+        try:
+            with self._only(start, stop):
+                self._enter(state, start)
+                getattr(self.model, self._prefix)(*arguments, **named)
+        finally:
+            hook.remove()
+        reached: Tensor = found[0][0] if isinstance(found[0], tuple) else found[0]
+        return reached
+
+    def _enter(self, state: State | None, start: int) -> None:
+        assert (state is None) == (start == 0) and not isinstance(state, Elsewhere)
         if state is not None:
             self._stand_ins[start - 1].state = state
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dtmsearch.model.body import Body
+from dtmsearch.model.body import Body, State
 from dtmsearch.plans.calibration import FloatArray
 
 # Inputs that are remembered to know them again: those who read the same are called in short succession.
@@ -75,23 +75,27 @@ def _products(rows: Tensor) -> Tensor:
 class Gatherer:
     """Runs `tokens` [rows, length], in batches of `rows_in_batch`, through the dense model.
 
-    Layers are gone through upwards, with the text's states carried from one to the next.
+    Layers are gone through upwards, with the text's states carried from one to the next: from the tokens or, where the
+    model's first layers are not here, from `entry`, the text's states [rows, length, hidden] at the first that is.
     """
 
-    def __init__(self, body: Body, tokens: Tensor, components: Mapping[str, int], rows_in_batch: int) -> None:
+    def __init__(
+        self, body: Body, tokens: Tensor, components: Mapping[str, int], rows_in_batch: int, entry: Tensor | None = None
+    ) -> None:
         self._body = body
         self._batches = tokens.split(rows_in_batch)
-        self._layer_of = {name: layer for name, layer in components.items() if 0 <= layer < body.num_layers}
-        self._boundary = 0
-        self._states: list[Tensor] = []
+        self._layer_of = {name: layer for name, layer in components.items() if layer in body.own}
+        self._entry: tuple[Tensor, ...] = () if entry is None else entry.split(rows_in_batch)
+        self._boundary = body.own.start
+        self._states: Sequence[State] = self._entry
 
     def mean_squares(self) -> dict[str, FloatArray]:
         """Component -> mean squares [cols] of its inputs; without those that the text does not reach."""
         inputs = _Inputs(hessians=False)
         with self._hooked(list(self._layer_of), inputs):
-            for batch in self._batches:
+            for batch, state in zip(self._batches, self._entered(self._entry), strict=True):
                 inputs.seen.clear()
-                self._body.finish(batch, None, 0)
+                self._body.finish(batch, state, self._body.own.start)
         return {
             component: (gathered.sums / gathered.num_tokens).float().cpu().numpy()
             for gathered in inputs.gathered.values()
@@ -113,7 +117,7 @@ class Gatherer:
 
     def _advance(self, layer: int) -> None:
         if layer < self._boundary:
-            self._boundary, self._states = 0, []
+            self._boundary, self._states = self._body.own.start, self._entry
         if layer > self._boundary:
             self._states = [
                 self._body.advance(batch, state, self._boundary, layer)
@@ -124,7 +128,7 @@ class Gatherer:
     def _pass(self, layer: int, inputs: _Inputs) -> None:
         """Through one layer, and to the next boundary if there is one."""
         last = layer + 1 == self._body.num_layers
-        states: list[Tensor] = []
+        states: list[State] = []
         for batch, state in zip(self._batches, self._present(), strict=True):
             inputs.seen.clear()
             if last:
@@ -135,8 +139,12 @@ class Gatherer:
         if not last:
             self._states, self._boundary = states, layer + 1
 
-    def _present(self) -> Sequence[Tensor | None]:
-        return self._states or [None] * len(self._batches)
+    def _present(self) -> Iterator[State | None]:
+        return self._entered(self._states)
+
+    def _entered(self, states: Sequence[State]) -> Iterator[State | None]:
+        """States of all batches on the device, one at a time; none before the first layer of all."""
+        return iter([None] * len(self._batches)) if not states else (s.to(self._body.input_device) for s in states)
 
     @contextmanager
     def _hooked(self, components: Sequence[str], inputs: _Inputs) -> Iterator[None]:

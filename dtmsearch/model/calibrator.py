@@ -57,6 +57,7 @@ class Calibrator:
         self._calibrations: dict[str, Calibration] = {}
         self._statistics: dict[str, InputStatistics] = {}
         self._fetch: dict[str, Fetch] = {}
+        self._entries: dict[str, Tensor] = {}
         self._active: str | None = None
         self._walker: Gatherer | None = None
         self._hessians: OrderedDict[int, list[SharedHessian]] = OrderedDict()
@@ -72,6 +73,10 @@ class Calibrator:
         self._calibrations.setdefault(calibration.id, calibration)
         if statistics is not None:
             self._statistics[calibration.id] = statistics
+
+    def enter(self, calibration_id: str, entry: Tensor) -> None:
+        """Take the base model's states of a calibration's text at the first layer that is here."""
+        self._entries[calibration_id] = entry
 
     def fetch_from(self, calibration_id: str, fetch: Fetch) -> None:
         """Where matrices solved by a calibration may be had."""
@@ -130,8 +135,7 @@ class Calibrator:
         """
         wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
         compressor = self._weights.compressor
-        # What may be fetched was solved for the base model's weights.
-        compressor.fetch_from(None if self._standing_on() else self._fetch.get(self._active or ""))
+        self._choose_fetch()
         found = {pair: packed for pair in wanted if (packed := compressor.solved(*pair)) is not None}
         missing: dict[int, dict[str, list[str]]] = {}
         for component, name in wanted.keys() - found.keys():
@@ -142,6 +146,15 @@ class Calibrator:
                 found[packed.component, packed.scheme] = packed
         compressor.trim(wanted.keys())
         return [found[pair] for pair in wanted]
+
+    def lacks(self, pairs: Iterable[tuple[str, str]]) -> bool:
+        """Whether some of these (component, solved scheme) pairs are neither at hand nor to be fetched."""
+        self._choose_fetch()
+        return any(self._weights.compressor.solved(*pair) is None for pair in pairs)
+
+    def _choose_fetch(self) -> None:
+        """What may be fetched was solved for the base model's weights."""
+        self._weights.compressor.fetch_from(None if self._standing_on() else self._fetch.get(self._active or ""))
 
     def _layer_of(self, component: str) -> int:
         layer = self._manifest.by_name[component].layer
@@ -190,7 +203,8 @@ class Calibrator:
     def _gatherer(self, calibration: Calibration) -> Gatherer:
         tokens = torch.from_numpy(calibration.tokens).long().to(self._body.input_device)
         layers = {c.name: c.layer for c in self._manifest.components}
-        return Gatherer(self._body, tokens, layers, self._rows_in_batch(tokens.shape[1]))
+        entry = self._entries.get(calibration.id)
+        return Gatherer(self._body, tokens, layers, self._rows_in_batch(tokens.shape[1]), entry)
 
     def rest(self) -> None:
         """Let go of the text's states, for evaluations need the room."""

@@ -27,6 +27,7 @@ from dtmsearch.model.compressor import Fetch
 from dtmsearch.model.discovery import find_layers, read_manifest
 from dtmsearch.model.divergence import Divergence, Scores, compare, fetch
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens, vocabulary_size
+from dtmsearch.model.outliers import outlier_shares
 from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
@@ -125,17 +126,19 @@ class Replica:
         self._never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         self._never[list(self._suppressed)] = True
         self._never = self._never.to(model.get_output_embeddings().weight.device)
-        self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        self._body = Body(model)
+        self._weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
+        self._body = self._make_body(model)
         self._slots: dict[str, Slot] = {}
         places = Places(model, self._slots)
-        self._compiled = settings.num_devices == 1 and _pays_to_compile(spec, model, self._device)
+        self._compiled = settings.num_devices == settings.num_stages == 1 and _pays_to_compile(
+            spec, model, self._device
+        )
         self._reuse = Reuse(self._body, self._manifest, places, self._compiled)
         if self._compiled:
             self._slots.update(compile_layers(*find_layers(model)))
-        self._weights = Weights(model, loaded.checkpoint, places, getattr(torch, spec.scale_dtype))
-        self._calibrator = Calibrator(
-            self._body,
+        self._weights_folder, self._weights_id = settings.weights_folder, ""
+        self._weights = self._make_weights(loaded, places, getattr(torch, spec.scale_dtype))
+        self._calibrator = self._make_calibrator(
             self._weights,
             self._manifest,
             lambda weights_id: self._to_parent(Plan(), weights_id),
@@ -143,7 +146,6 @@ class Replica:
             self._generating,
             self._rows_in_batch,
         )
-        self._weights_folder, self._weights_id = settings.weights_folder, ""
         self._states = settings.states
         # False once memory has not sufficed: nothing is kept then that is not needed.
         self._roomy = True
@@ -158,6 +160,15 @@ class Replica:
         checkpoint = Checkpoint(weight_files(folder))
         checkpoint.map_apart(model)
         return LoadedModel(model, load_tokenizer(folder, spec), manifest, checkpoint)
+
+    def _make_body(self, model: Any) -> Body:
+        return Body(model)
+
+    def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
+        return Weights(loaded.model, loaded.checkpoint, places, scale_dtype)
+
+    def _make_calibrator(self, *parts: Any) -> Calibrator:
+        return Calibrator(self._body, *parts)
 
     @property
     def mode(self) -> str:
@@ -285,19 +296,13 @@ class Replica:
 
     @torch.inference_mode()
     def outlier_shares(self, calibration_id: str, multiple: float = 5.0) -> dict[int, float]:
-        """Layer -> part of its weights whose |w| times the norm of their input is over `multiple` times the layer's
-        mean (OWL, arXiv 2310.05175, section 3)."""
+        """See `dtmsearch.model.outliers.outlier_shares`, of the base model by a calibration."""
         self._to_base()
         self._calibrator.activate(calibration_id)
-        layers: dict[int, list[Tensor]] = {}
-        for component in self._manifest.components:
-            norms = self._weights.compressor.mean_squares(component.name).sqrt()
-            layers.setdefault(component.layer, []).append(self._weights.original(component.name).float().abs() * norms)
-        shares = {}
-        for layer, scores in layers.items():
-            flat = torch.cat([score.flatten() for score in scores])
-            shares[layer] = float((flat > multiple * flat.mean()).double().mean())
-        return shares
+        return self._outlier_shares(multiple)
+
+    def _outlier_shares(self, multiple: float) -> dict[int, float]:
+        return outlier_shares(self._weights, self._manifest.components, multiple)
 
     def use(self, reference: Reference) -> None:
         """Take a reference, against which requests may be made from now on."""

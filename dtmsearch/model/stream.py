@@ -7,7 +7,8 @@ or one, which is carried upward as candidates come in order of their layers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dtmsearch.model.body import Body
+from dtmsearch.model.body import Body, State
 from dtmsearch.model.reuse import Outputs, Reuse
 from dtmsearch.plans.evaluation import StatesKept
 
@@ -69,7 +70,7 @@ class Stream:
         self._wanted = slice(targets_from - 1, tokens.shape[1] - 1)
         spared = 1 - (self._wanted.stop - self._wanted.start) / tokens.shape[1]
         self._in_part = spared >= _LEAST_SPARED
-        self._states: dict[int, list[Tensor]] = {}
+        self._states: dict[int, list[State]] = {}
         self._outputs: list[Outputs | None] = []
         self._state_bytes = tokens.numel() * body.hidden_bytes
         self.kept: StatesKept = self._fitting() if kept == "auto" else kept
@@ -125,24 +126,31 @@ class Stream:
         components `changed`, none of them in a layer below `boundary`."""
         self.carry(boundary)
         recorded = self._outputs if self._outputs else [None] * len(self.batches)
+        begun: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
         for batch, state, outputs in zip(self.batches, self._at(boundary), recorded, strict=True):
             with ExitStack() as stack:
                 self._enter_part(stack)
                 stack.enter_context(self._reuse.serving(_of_layer(outputs, boundary), changed))
-                hidden = self._body.finish(batch, state, boundary)
-            yield batch, hidden[:, self._wanted]
+                begun.append((batch, self._body.begin(batch, state, boundary)))
+            while len(begun) > self._body.passes_ahead:
+                yield self._ended(*begun.popleft())
+        while begun:
+            yield self._ended(*begun.popleft())
+
+    def _ended(self, batch: Tensor, finish: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        return batch, finish()[:, self._wanted]
 
     def _enter_part(self, stack: ExitStack) -> None:
         if self._in_part:
             stack.enter_context(self._reuse.predicting(self._wanted))
 
-    def _at(self, boundary: int) -> list[Tensor | None]:
+    def _at(self, boundary: int) -> list[State | None]:
         if boundary == 0:
             return [None] * len(self.batches)
         device = self._body.input_device
         return [state.to(device, non_blocking=True) for state in self._states[boundary]]
 
-    def _keep(self, boundary: int, states: list[Tensor], sweeping_from: int | None = None) -> None:
+    def _keep(self, boundary: int, states: list[State], sweeping_from: int | None = None) -> None:
         if self.kept == "sweep":
             self._states = {b: kept for b, kept in self._states.items() if b == sweeping_from}
         elif self.kept == "host":
@@ -154,6 +162,8 @@ def _of_layer(outputs: Outputs | None, layer: int) -> Outputs | None:
     return outputs if outputs is not None and outputs.layer == layer else None
 
 
-def _to_host(state: Tensor) -> Tensor:
+def _to_host(state: State) -> State:
+    if not isinstance(state, Tensor):
+        return state
     host = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
     return host.copy_(state, non_blocking=True)

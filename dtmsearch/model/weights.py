@@ -127,6 +127,8 @@ class Weights:
         for name in sorted(names | self._trained_names):
             component, _, leaf = name.rpartition(".")
             parameter = getattr(self._places.get(component), leaf)
+            if parameter.is_meta:
+                continue  # of a layer that another process holds
             if name not in self._trained_names and not base.has(name):
                 self._unnamed[name] = parameter.data.cpu()  # the checkpoint has it under another name
             value = self._checkpoint.parameter(name) if self._checkpoint.has(name) else self._unnamed[name]

@@ -48,7 +48,8 @@ class ReplicaSettings:
 
     `batch_tokens` bounds the tokens of one forward batch (0: chosen by device), `num_devices` spreads the model over
     several GPUs, `num_threads` bounds the processor threads (0: torch's choice), `states` says where hidden states of
-    the parent plan are kept (`auto`: by the memory there is), `weights_folder` where trained weights are found.
+    the parent plan are kept (`auto`: by the memory there is), `weights_folder` where trained weights are found. A model
+    of several stages is cut at its layers, and a process has one of them, the `stage`-th.
     """
 
     batch_tokens: int = 0
@@ -56,6 +57,8 @@ class ReplicaSettings:
     num_threads: int = 0
     states: StatesKept = "auto"
     weights_folder: str = ""
+    num_stages: int = 1
+    stage: int = 0
 
 
 @dataclass(frozen=True)
