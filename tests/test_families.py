@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exports import in_process, measured_plan
-from tiny import VOCABULARY, values, with_reference, write_model
+from tiny import VOCABULARY, in_stages, values, with_reference, write_model
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -112,6 +112,22 @@ def running(family: tuple[str, Path]) -> tuple[Replica, Reference]:
     spec = ModelSpec(str(family[1]), dtype="float32", attention=FAMILIES[family[0]].attention)
     model = Replica(spec, ReplicaSettings(num_threads=1))
     return model, with_reference(model, count=4, prompt=8, continuation=10)
+
+
+def test_a_family_in_two_stages_measures_as_in_one_process(
+    family: tuple[str, Path], running: tuple[Replica, Reference]
+) -> None:
+    staged = in_stages(family[1], 2, FAMILIES[family[0]].attention)
+    reference = with_reference(staged, count=4, prompt=8, continuation=10)
+    requests = [
+        EvalRequest(Plan.of({component.name: "int4-g16"}), reference.id, (0, 4), ("kl",))
+        for component in staged.manifest().components[::4]
+    ]
+    found = []
+    for model, own in (running, (staged, reference)):
+        outcomes = [values(outcome) for outcome in model.evaluate(requests)]
+        found.append((own.continuation.tolist(), outcomes, model.routed_tokens(own.id)))
+    assert found[0] == found[1]
 
 
 @dataclass

@@ -6,37 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TEXT, llama_config, replica, values, with_reference, write_model
+from tiny import TEXT, in_stages, llama_config, replica, values, with_reference, write_model
 
-from dtmsearch.model.pipeline import PipelineReplica, make_stage
 from dtmsearch.model.replica import Replica
 from dtmsearch.model.stage import cut
 from dtmsearch.plans.calibration import Calibration
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.plans.evaluation import EvalRequest, Reference
 from dtmsearch.plans.plan import Plan
-
-STAGES = 3
-
-
-class Here:
-    """A peer in this process. What it promises it has done already."""
-
-    def __init__(self, stage: Any) -> None:
-        self.stage = stage
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.stage, method)(*arguments)
-
-    def answer(self, promise: Any) -> Any:
-        return promise
-
-
-def in_stages(folder: Path) -> PipelineReplica:
-    spec = ModelSpec(str(folder), dtype="float32")
-    first, *others = [ReplicaSettings(num_threads=1, num_stages=STAGES, stage=stage) for stage in range(STAGES)]
-    made = make_stage(spec, first, peers=[Here(make_stage(spec, settings)) for settings in others])
-    assert isinstance(made, PipelineReplica)
-    return made
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(3, 3), (5, 3), (7, 2), (80, 6)])
@@ -65,7 +41,7 @@ def whole(folder: Path) -> tuple[Replica, Reference]:
 
 @pytest.fixture(scope="module")
 def staged(folder: Path) -> tuple[Replica, Reference]:
-    made = in_stages(folder)
+    made = in_stages(folder, 3)
     return made, with_reference(made)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 import dtmsearch
+from dtmsearch.model.pipeline import PipelineReplica, make_stage
 from dtmsearch.model.replica import Replica
 from dtmsearch.plans.evaluation import EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
 
@@ -49,6 +51,28 @@ def write_model(folder: Path, config: PretrainedConfig | None = None, seed: int 
 
 def replica(folder: Path, **settings: int) -> Replica:
     return Replica(ModelSpec(str(folder), dtype="float32"), ReplicaSettings(**({"num_threads": 1} | settings)))
+
+
+class PeerHere:
+    """Another stage, in this process. What it promises it has done already."""
+
+    def __init__(self, stage: Any) -> None:
+        self.stage = stage
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.stage, method)(*arguments)
+
+    def answer(self, promise: Any) -> Any:
+        return promise
+
+
+def in_stages(folder: Path, num_stages: int, attention: str = "sdpa") -> PipelineReplica:
+    """A replica in stages, all of them in this process."""
+    spec = ModelSpec(str(folder), dtype="float32", attention=attention)
+    first, *others = [ReplicaSettings(num_threads=1, num_stages=num_stages, stage=i) for i in range(num_stages)]
+    made = make_stage(spec, first, peers=[PeerHere(make_stage(spec, settings)) for settings in others])
+    assert isinstance(made, PipelineReplica)
+    return made
 
 
 def with_reference(model: Replica, count: int = 6, prompt: int = 10, continuation: int = 12) -> Reference:

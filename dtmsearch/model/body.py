@@ -7,14 +7,14 @@ extras stay those of the model's family. Knows nothing of plans or metrics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import Cache, StaticCache, masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from dtmsearch.model.discovery import find_layers
@@ -35,26 +35,40 @@ class Elsewhere:
 State = Tensor | Elsewhere
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """In place of a layer: hands on its input, or `state` if there is one, and remembers what came in."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, index: int) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)  # no submodule: its weights are the model's
+        self.index = index
         self.state: Tensor | None = None
         self.seen: Tensor | None = None
         self.returns_tuple = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.seen = hidden_states
-        handed = hidden_states if self.state is None else self.state
+        _grow_cache(self.index, hidden_states, [*args, *kwargs.values()])
+        handed = self.handed_on(hidden_states)
         return (handed, None) if self.returns_tuple else handed
+
+    def handed_on(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states if self.state is None else self.state
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.layer, name)  # what the model's loop asks its layers about themselves
+
+
+def _grow_cache(index: int, hidden_states: Tensor, arguments: Iterable[Any]) -> None:
+    """What the model's code asks a cache's layer about lengths is answered as if the layer had run, for next to no
+    memory."""
+    for cache in arguments:
+        if isinstance(cache, Cache) and index < len(cache.layers):
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(nothing, nothing, index)
 
 
 @dataclass
@@ -79,7 +93,7 @@ class _HiddenStates(nn.Module):
 
 
 @contextmanager
-def no_questions() -> Iterator[None]:
+def _no_questions() -> Iterator[None]:
     """Rows are never several packed sequences here. transformers would ask the device so at every pass, and the host
     would wait for all work under way before it could hand out more."""
     own = masking_utils.find_packed_sequence_indices
@@ -105,7 +119,7 @@ class Body:
         self.layers_name, self._layers = find_layers(model)
         self._real = list(self._layers)
         self.own = range(len(self._real)) if own is None else own
-        self._stand_ins = [_StandIn(layer) for layer in self._real]
+        self._stand_ins = [StandIn(layer, index) for index, layer in enumerate(self._real)]
         self._below_head = _HiddenStates()
         self._prefix: str = model.base_model_prefix
         self.vocabulary_size = vocabulary_size(model)
@@ -148,7 +162,7 @@ class Body:
                 stand_in.returns_tuple = returned.get(index, guess)
             with torch.inference_mode(), self._only(self.own.start, self.own.stop):
                 try:
-                    self._run(tokens)
+                    self.run(tokens)
                 except Exception:  # whatever the model's code makes of what it did not expect
                     if whole or guess:
                         raise
@@ -162,8 +176,9 @@ class Body:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
-    def _run(self, tokens: Tensor) -> Tensor:
-        with no_questions():
+    def run(self, tokens: Tensor) -> Tensor:
+        """The head's input, at every token, through whatever stands in the layers' places."""
+        with _no_questions():
             hidden: Tensor = getattr(self.model, self._prefix)(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
 
@@ -183,7 +198,7 @@ class Body:
         """The state at boundary `stop` (below the number of layers) from that at `start` (None at boundary 0)."""
         with self._only(start, stop):
             self._enter(state, start)
-            self._run(tokens)
+            self.run(tokens)
             seen = self._stand_ins[stop].seen
         assert seen is not None
         return seen
@@ -192,22 +207,27 @@ class Body:
         """The head's input, at every token, from the state at boundary `start` (None at boundary 0)."""
         with self._only(start, self.num_layers):
             self._enter(state, start)
-            return self._run(tokens)
+            return self.run(tokens)
 
     def begin(self, tokens: Tensor, state: State | None, start: int) -> Callable[[], Tensor]:
         """`finish`, of which what can go on by itself does so until its result is asked for."""
         hidden = self.finish(tokens, state, start)
         return lambda: hidden
 
-    def through(self, state: Tensor | None, start: int, stop: int, *arguments: Any, **named: Any) -> Tensor:
-        """The state at boundary `stop`, which may lie above the last layer, in a pass with these arguments of the
-        model's body."""
+    @property
+    def around_layers(self) -> nn.Module:
+        """The module whose code runs the layers one after the other."""
+        module: nn.Module = self.model.get_submodule(self.layers_name.rpartition(".")[0])
+        return module
+
+    def through(self, state: Tensor | None, start: int, stop: int, run: Callable[[], object]) -> Tensor:
+        """The state at boundary `stop`, which may lie above the last layer, in the pass that `run` makes."""
         found: list[Any] = []
         hook = self._real[stop - 1].register_forward_hook(lambda layer, args, output: found.append(output))
         try:
             with self._only(start, stop):
                 self._enter(state, start)
-                getattr(self.model, self._prefix)(*arguments, **named)
+                run()
         finally:
             hook.remove()
         reached: Tensor = found[0][0] if isinstance(found[0], tuple) else found[0]
@@ -234,10 +254,14 @@ class Body:
         logits: Tensor = self.model(input_ids=None, use_cache=False).logits
         return logits.squeeze(0)
 
+    def new_cache(self, length: int) -> Cache:
+        """A cache for texts of so many tokens. One that grows would be copied at every token."""
+        return StaticCache(self.model.config.get_text_config(), max_cache_len=length)
+
     def generate(self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...]) -> Tensor:
         """Greedy continuations [prompts, num_tokens] of `prompts` [prompts, tokens], with a cache; `suppressed` tokens
         are never chosen. Nothing of the checkpoint's own generation settings applies."""
-        from transformers import GenerationConfig, StaticCache
+        from transformers import GenerationConfig
 
         settings = GenerationConfig(
             do_sample=False,
@@ -248,8 +272,8 @@ class Body:
             use_cache=True,
             disable_compile=True,
         )
-        # One that grows is copied at every token. It is made here, for the model would keep the length of an earlier.
-        cache = StaticCache(self.model.config.get_text_config(), max_cache_len=prompts.shape[1] + num_tokens)
+        # It is made here, for the model would keep the length of an earlier.
+        cache = self.new_cache(prompts.shape[1] + num_tokens)
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             output: Tensor = self.model.generate(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dtmsearch.model.body import Body, Elsewhere, State
+from dtmsearch.model.body import Body, Elsewhere, StandIn, State
 from dtmsearch.model.calibrator import Calibrator
 from dtmsearch.model.loading import load_tokenizer
 from dtmsearch.model.outliers import outlier_shares
@@ -63,16 +63,13 @@ def make_stage(
     return PipelineReplica(spec, settings, name, node, peers)
 
 
-class _Bridge(nn.Module):
-    """In place of all layers that are elsewhere, in a generation."""
+class _Bridge(StandIn):
+    """In place of the first layer that is elsewhere, in a generation: hands on what comes out of the last of them."""
 
-    def __init__(self, cross: Callable[[Tensor], Tensor], returns_tuple: bool) -> None:
-        super().__init__()
-        self.cross, self.returns_tuple = cross, returns_tuple
+    cross: Callable[[Tensor], Tensor]
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        reached = self.cross(hidden_states)
-        return (reached, None) if self.returns_tuple else reached
+    def handed_on(self, hidden_states: Tensor) -> Tensor:
+        return self.cross(hidden_states)
 
 
 class PipelineBody(Body):
@@ -123,24 +120,25 @@ class PipelineBody(Body):
     @contextmanager
     def _bridged(self) -> Iterator[None]:
         """Within, the model's own code runs through all stages, as it calls its layers."""
-        called_with: dict[str, Any] = {}
+        arguments: Any = None
 
-        def note(module: nn.Module, arguments: Any, named: Mapping[str, Any]) -> None:
-            assert not arguments, "the model's head hands its body arguments by name"
-            called_with.update({key: to_send(value) for key, value in named.items() if key != "past_key_values"})
+        def note(module: nn.Module, ordered: Any, named: Mapping[str, Any]) -> None:
+            nonlocal arguments
+            arguments = to_send((ordered, {key: value for key, value in named.items() if key != "past_key_values"}))
 
         def cross(hidden: Tensor) -> Tensor:
             promise = to_send(hidden)
             for remote in self._remotes:
-                promise = remote.peer.ask("decode", called_with, promise)
+                promise = remote.peer.ask("decode", arguments, promise)
             crossed: Tensor = received(self._remotes[-1].peer.answer(promise), hidden.device)
             return crossed
 
-        hook = getattr(self.model, self._prefix).register_forward_pre_hook(note, with_kwargs=True)
+        hook = self.around_layers.register_forward_pre_hook(note, with_kwargs=True)
         try:
             with self._only(self.own.start, self.own.stop):
                 first = self.own.stop
-                bridge = _Bridge(cross, self._stand_ins[first].returns_tuple)
+                bridge = _Bridge(self._real[first], first)
+                bridge.cross, bridge.returns_tuple = cross, self._stand_ins[first].returns_tuple
                 self._layers._modules[str(first)] = bridge
                 yield
         finally:
@@ -355,6 +353,15 @@ class PipelineReplica(Replica):
         speed = super().measure_speed(count, prompt_tokens, continuation_tokens)
         others = sum(remote.get("memory_bytes") for remote in self._remotes)
         return replace(speed, memory_bytes=speed.memory_bytes + others)
+
+    def routed_tokens(self, reference_id: str) -> dict[str, int]:
+        """See `Replica.routed_tokens`."""
+        for remote in self._remotes:
+            remote.tell("begin_counting")
+        routed = super().routed_tokens(reference_id)
+        for remote in self._remotes:
+            routed |= remote.get("end_counting")
+        return routed
 
     def _outlier_shares(self, multiple: float) -> dict[int, float]:
         here = [c for c in self._manifest.components if c.layer in self._own]

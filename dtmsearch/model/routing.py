@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,16 @@ def routed_tokens(body: Body, batches: Iterable[Tensor]) -> dict[str, int]:
 
     Must run under `torch.inference_mode`, on the dense model.
     """
-    stacked = [matrix for matrix in matrices_of(body.model) if matrix.stack is not None]
+    with counting(body.model) as found:
+        for batch in batches:
+            body.finish(batch, None, 0)
+    return found
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[dict[str, int]]:
+    """The same of whatever runs within; it is there at the end."""
+    stacked = [matrix for matrix in matrices_of(model) if matrix.stack is not None]
     modules = dict.fromkeys(matrix.name.rsplit(".", 2)[0] for matrix in stacked)
     counts: dict[str, Tensor] = {}
 
@@ -30,19 +40,19 @@ def routed_tokens(body: Body, batches: Iterable[Tensor]) -> dict[str, int]:
             counts[name] = _padded(before, length) + _padded(found, length)
 
     hooks = [
-        body.model.get_submodule(name).register_forward_pre_hook(
+        model.get_submodule(name).register_forward_pre_hook(
             lambda _, args, kwargs, name=name: count(name, [*args, *kwargs.values()]), with_kwargs=True
         )
         for name in modules
     ]
+    found: dict[str, int] = {}
     try:
-        for batch in batches:
-            body.finish(batch, None, 0)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
     places = {matrix.name: matrix.name.rsplit(".", 2)[:2] for matrix in stacked}
-    return {name: _count_of(counts, module, expert) for name, (module, expert) in places.items() if module in counts}
+    found |= {name: _count_of(counts, module, expert) for name, (module, expert) in places.items() if module in counts}
 
 
 def _count_of(counts: dict[str, Tensor], module: str, expert: str) -> int:

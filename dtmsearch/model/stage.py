@@ -10,6 +10,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import torch
 from accelerate.utils import recursively_apply
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import Cache
 
-from dtmsearch.model.body import Body, Elsewhere, State, no_questions
+from dtmsearch.model.body import Body, Elsewhere, State
 from dtmsearch.model.calibrator import Calibrator
 from dtmsearch.model.compressor import Fetch
 from dtmsearch.model.discovery import find_layers, read_manifest
 from dtmsearch.model.loading import checkpoint_folder, load_model
 from dtmsearch.model.outliers import outlier_shares
 from dtmsearch.model.places import Places
+from dtmsearch.model.routing import counting
 from dtmsearch.model.trained import trained_file
 from dtmsearch.model.weights import Checkpoint, Weights
 from dtmsearch.plans.calibration import Calibration, FloatArray, InputStatistics, PackedMatrix, WeightError
@@ -110,9 +112,8 @@ class StageBody(Body):
     """The forward pass as far as it goes here: from the first of the own layers, and to above the last of them."""
 
     def finish(self, tokens: Tensor, state: State | None, start: int) -> Tensor:
-        with no_questions():
-            assert not isinstance(state, Elsewhere)
-            return self.through(state, start, self.own.stop, input_ids=tokens, use_cache=False)
+        assert not isinstance(state, Elsewhere)
+        return self.through(state, start, self.own.stop, lambda: self.run(tokens))
 
 
 class Stage:
@@ -138,8 +139,9 @@ class Stage:
             nullcontext,
             lambda _tokens: self._rows_in_batch,
         )
-        self._perturbed = ExitStack()
-        self._cache: StaticCache | None = None
+        self._perturbed, self._counting = ExitStack(), ExitStack()
+        self._counted: dict[str, int] = {}
+        self._cache: Cache | None = None
 
     # Passes.
 
@@ -147,28 +149,29 @@ class Stage:
     def run(self, tokens: Sent, state: Sent, start: int, stop: int) -> Any:
         """The state at boundary `stop` from that at `start`, both within this stage."""
         rows, entering = received((tokens, state), self._device)
-        with no_questions():
-            return to_send(self._body.through(entering, start, stop, input_ids=rows, use_cache=False))
+        return to_send(self._body.through(entering, start, stop, lambda: self._body.run(rows)))
 
     def begin_generation(self, length: int) -> None:
         """Forget the texts before; the next are of `length` tokens in all."""
-        self._cache = self._new_cache(length)
+        self._cache = self._body.new_cache(length)
 
     @torch.inference_mode()
     def decode(self, arguments: Any, state: Sent) -> Any:
-        """The state above this stage in a pass of a generation, with the arguments that the model's body has there."""
-        named, entering = received((arguments, state), self._device)
-        own = self._body.own
-        return to_send(self._body.through(entering, own.start, own.stop, past_key_values=self._cache, **named))
+        """The state above this stage in a pass of a generation. `arguments`, in order and by name, are those that the
+        module around the layers has there, without its cache."""
+        (ordered, named), entering = received((arguments, state), self._device)
+        own, around = self._body.own, self._body.around_layers
+        run = partial(around, *ordered, past_key_values=self._cache, **named)
+        return to_send(self._body.through(entering, own.start, own.stop, run))
 
-    def _new_cache(self, length: int) -> StaticCache:
-        """The model's code asks it how long the texts are, in layers that do not run here: those that do, answer."""
-        cache = StaticCache(self._body.model.config.get_text_config(), max_cache_len=length)
-        own = [cache.layers[index] for index in self._body.own]
-        for index, layer in enumerate(cache.layers):
-            if index not in self._body.own:
-                cache.layers[index] = next((one for one in own if type(one) is type(layer)), own[0])
-        return cache
+    def begin_counting(self) -> None:
+        """Count the tokens that experts get, from now on."""
+        self._counted = self._counting.enter_context(counting(self._body.model))
+
+    def end_counting(self) -> dict[str, int]:
+        """See `dtmsearch.model.routing.counting`."""
+        self._counting.close()
+        return self._counted
 
     # Weights.
 
