@@ -4,6 +4,7 @@ distribution has moved. Never holds logits of more than a chunk of tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,19 +34,35 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Scores:
-    """The values of a `Divergence` for one batch, still on the device."""
+    """The values of a `Divergence` for one batch, in the host's memory or, before `arrived`, on their way there."""
 
     diverged: Tensor
     nll: Tensor
     kl: Tensor | None
+    arrived: torch.cuda.Event | None = None
+
+    def sent(self) -> Scores:
+        """On their way to the host. What the device is given to do from now on is not waited for with them."""
+        if not self.nll.is_cuda:
+            return self
+        there = _send(self.diverged), _send(self.nll), None if self.kl is None else _send(self.kl)
+        return Scores(*there, torch.cuda.current_stream(self.nll.device).record_event())
+
+
+def _send(values: Tensor) -> Tensor:
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
 
 
 def fetch(batches: Sequence[Scores]) -> Divergence:
-    """Wait for the device, and take what it has found."""
-    kl = [batch.kl.cpu() for batch in batches if batch.kl is not None]
+    """Wait until what the device has found is there, and take it."""
+    for batch in batches:
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+    kl = [batch.kl for batch in batches if batch.kl is not None]
     return Divergence(
-        torch.cat([batch.diverged.cpu() for batch in batches]).numpy(),
-        torch.cat([batch.nll.cpu() for batch in batches]).numpy(),
+        torch.cat([batch.diverged for batch in batches]).numpy(),
+        torch.cat([batch.nll for batch in batches]).numpy(),
         torch.cat(kl).numpy() if kl else None,
     )
 
@@ -71,7 +88,8 @@ def compare(
     nll: list[Tensor] = []
     kl: list[Tensor] = []
     with body.head_only():
-        chunk = max(1, _CHUNK_LOGITS[hidden.device.type] // body.vocabulary_size)
+        most = max(1, _CHUNK_LOGITS[hidden.device.type] // body.vocabulary_size)
+        chunk = math.ceil(len(rows) / math.ceil(len(rows) / most))  # as large as the others
         for at in range(0, len(rows), chunk):
             part = slice(at, at + chunk)
             logits = body.logits(rows[part])
@@ -79,11 +97,12 @@ def compare(
             scored = score(logits, wanted[part].to(logits.device), base_logits, never)
             for column, values in zip((diverged, nll, kl), scored, strict=True):
                 column.append(values)
-    return Scores(
+    found = Scores(
         torch.cat(diverged).reshape(shape),
         torch.cat(nll).reshape(shape),
         None if base_rows is None else torch.cat(kl).reshape(shape),
     )
+    return found.sent()
 
 
 def _score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +116,24 @@ def _score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: T
     else:
         base = base_logits.float().log_softmax(dim=1)
         kl = (base.exp() * (base - log_probabilities)).sum(dim=1).clamp(min=0.0)
-    allowed = scores.index_fill_(1, never.nonzero().squeeze(1), -torch.inf)  # a mask takes longer than the argmax
-    return allowed.argmax(dim=1) != targets, nll, kl
+    return _diverged(scores, targets, never), nll, kl
+
+
+def _diverged(scores: Tensor, targets: Tensor, never: Tensor) -> Tensor:
+    """Whether the largest allowed of `scores` [rows, vocabulary], the first among equals, is at another place than the
+    target's. Overwrites `scores`.
+
+    The largest of all others is found in a tenth of the time that `argmax` takes on a processor.
+    """
+    wanted = targets.unsqueeze(1)
+    scores.index_fill_(1, never.nonzero().squeeze(1), -torch.inf)  # a mask takes longer than all the rest
+    own = scores.gather(1, wanted)
+    best = scores.scatter_(1, wanted, -torch.inf).amax(dim=1, keepdim=True)
+    diverged = ~(own > best).squeeze(1)
+    equal = (own == best).squeeze(1).nonzero().squeeze(1)
+    first = (scores[equal] == best[equal]).int().argmax(dim=1)
+    diverged[equal] = (first < targets[equal]) | never[targets[equal]]
+    return diverged
 
 
 @cache
