@@ -73,6 +73,11 @@ def test_a_plan_on_the_square_root_law_needs_no_remark() -> None:
     )
 
 
+def test_outcomes_of_what_a_search_came_to_between_need_no_plan() -> None:
+    measured = {**outcomes(), "uniform:int4-channel": result(0.1), "plan": result(0.1), "round-1:20.0%": result(0.2)}
+    assert law_remarks(SPACE, PLANS, measured, 100) == []
+
+
 def test_a_plan_that_diverges_more_than_its_kl_says_is_flagged() -> None:
     measured = {label: result(0.4, sdt=18) for label in PLANS} | {"plan": result(0.4, sdt=40)}
     (remark,) = law_remarks(SPACE, PLANS, measured, 100)

@@ -47,11 +47,12 @@ def better_uniform(
 def law_remarks(
     space: SearchSpace, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome], length: int
 ) -> list[str]:
-    """A line if the plan's SDT leaves the square root of its KL by more than the uniform plans' do."""
+    """A line if the plan's SDT leaves the square root of its KL by more than the uniform plans' do. `outcomes` may hold
+    more than those of `plans`."""
     factors = {
         label: divergent_share(outcome, length)
-        for label, outcome in outcomes.items()
-        if isinstance(outcome, EvalResult) and plans[label].entries
+        for label, plan in plans.items()
+        if plan.entries and isinstance(outcome := outcomes[label], EvalResult)
     }
     own = factors.pop("plan", None)
     others = sorted(f for label, f in factors.items() if f is not None and _is_uniform(space, plans[label]))
