@@ -24,7 +24,7 @@ import click
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.results import tables
+from dtmsearch.results import schemas
 from dtmsearch.results.query import query
 from dtmsearch.results.segments import Segment
 from dtmsearch.results.store import ResultStore
@@ -85,9 +85,9 @@ def evaluations(rng: np.random.Generator, run: str, ids: pa.Array, prompts: int,
         "finished_at": np.arange(number) * 1_000_000,
     }
     arrays = []
-    for field in tables.EVALUATIONS:
+    for field in schemas.EVALUATIONS:
         if field.name in constant:
-            values = tables._coded_constant(constant[field.name], number)
+            values = columns.coded_constant(constant[field.name], number)
         elif field.name in columns:
             values = columns[field.name]
             values = values if isinstance(values, pa.Array) else pa.array(values)
@@ -95,7 +95,7 @@ def evaluations(rng: np.random.Generator, run: str, ids: pa.Array, prompts: int,
         else:
             values = pa.nulls(number, field.type)
         arrays.append(values)
-    return pa.Table.from_arrays(arrays, schema=tables.EVALUATIONS)
+    return pa.Table.from_arrays(arrays, schema=schemas.EVALUATIONS)
 
 
 def plan_rows(rng: np.random.Generator, ids: pa.Array, depth: int) -> pa.Table:
@@ -113,7 +113,7 @@ def plan_rows(rng: np.random.Generator, ids: pa.Array, depth: int) -> pa.Table:
         pa.array(np.full(total, 134_000_000, np.int64)),
         pa.array(np.full(total, 16_777_216, np.int64)),
     ]
-    return pa.Table.from_arrays(arrays, schema=tables.PLANS)
+    return pa.Table.from_arrays(arrays, schema=schemas.PLANS)
 
 
 def write_store(store: ResultStore, num_evaluations: int, runs: int, prompts: int, depth: int) -> None:

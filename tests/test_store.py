@@ -32,8 +32,10 @@ from dtmsearch.plans.metrics import summarize
 from dtmsearch.plans.plan import Plan, plan_size
 from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
 from dtmsearch.results import locks, segments, store, tables
+from dtmsearch.results.evaluation_table import evaluations_table, outcomes, summary_of
 from dtmsearch.results.files import LocalFolder, StoreReadOnly, open_folder
 from dtmsearch.results.locks import Lease
+from dtmsearch.results.plan_table import PlanFigures, PlanRows, plan_of
 from dtmsearch.results.segments import Segment, uncovered
 from dtmsearch.results.store import ResultStore, RunLocked, RunWriter, StoreError, StoreFull
 from dtmsearch.search.scheduler import ResultLog
@@ -182,10 +184,10 @@ def canonical(outcome: Outcome) -> tuple[object, ...]:
 
 @given(st.lists(outcomes(), max_size=4))
 def test_outcomes_come_back_from_their_rows(found: list[Outcome]) -> None:
-    figures = tables.PlanFigures(0, 0.0, 16.0)
+    figures = PlanFigures(0, 0.0, 16.0)
     records = [EvaluationRecord(_RequestOf(o), o, "search") for o in found]  # type: ignore[arg-type]
-    rows = tables.evaluations_table("run", records, [figures] * len(found), "0.1.0")
-    back = [outcome for batch in rows.to_batches() for outcome in tables.outcomes(batch)]
+    rows = evaluations_table("run", records, [figures] * len(found), "0.1.0")
+    back = [outcome for batch in rows.to_batches() for outcome in outcomes(batch)]
     assert [canonical(o) for o in back] == [canonical(o) for o in found]
 
 
@@ -235,7 +237,7 @@ PLANS = st.fixed_dictionaries({c.name: SCHEMES for c in (*toy_components(), *toy
 def test_figures_are_those_of_the_plan_over_the_searched_components(plans: list[Plan]) -> None:
     searched = toy_components()[1:]
     expected = [plan_size(plan, searched, 16) for plan in plans]
-    found = tables.PlanRows(toy_manifest(), searched).figures(plans)
+    found = PlanRows(toy_manifest(), searched).figures(plans)
     assert [(f.num_compressed, f.share, f.bits_per_weight) for f in found] == [
         (size.num_compressed, size.share, size.bits_per_weight) for size in expected
     ]
@@ -243,28 +245,28 @@ def test_figures_are_those_of_the_plan_over_the_searched_components(plans: list[
 
 @given(st.lists(PLANS, max_size=4, unique_by=lambda plan: plan.id))
 def test_plans_come_back_from_their_rows(plans: list[Plan]) -> None:
-    rows = tables.PlanRows(toy_manifest(), toy_components()).table(plans)
-    assert [tables.plan_of(rows.filter(pa.compute.equal(rows["plan_id"], p.id))) for p in plans] == plans
+    rows = PlanRows(toy_manifest(), toy_components()).table(plans)
+    assert [plan_of(rows.filter(pa.compute.equal(rows["plan_id"], p.id))) for p in plans] == plans
 
 
 def test_failure_has_no_values() -> None:
     failure = EvalFailure(make_request(0).id, "out_of_memory", "no room")
-    rows = tables.evaluations_table("run", [make_record(0, failure)], [tables.PlanFigures(1, 0.5, 8.0)], "0.1.0")
+    rows = evaluations_table("run", [make_record(0, failure)], [PlanFigures(1, 0.5, 8.0)], "0.1.0")
     measured = ["fdt_mean", "fdt_p50", "sdt_mean", "dppl", "ppl", "kl", "fdt", "sdt", "dppl_list", "kl_list"]
     assert rows.select(measured).to_pylist() == [dict.fromkeys(measured)]
 
 
 def test_aggregates_are_those_of_the_metrics() -> None:
     outcome = evaluate(make_request(3))
-    rows = tables.evaluations_table("run", [make_record(3)], [tables.PlanFigures(1, 0.5, 8.0)], "0.1.0")
-    assert tables.summary_of(rows.to_pylist()[0]) == summarize(outcome)
+    rows = evaluations_table("run", [make_record(3)], [PlanFigures(1, 0.5, 8.0)], "0.1.0")
+    assert summary_of(rows.to_pylist()[0]) == summarize(outcome)
 
 
 def test_component_and_scheme_name_a_plan_of_one_component_only() -> None:
     one, two = Plan.of({"a": "nf4"}), Plan.of({"a": "nf4", "b": "nf4"})
     requests = [EvalRequest(plan, "reference", (0, 8)) for plan in (Plan(), one, two)]
     records = [EvaluationRecord(r, EvalFailure(r.id, "invalid", ""), "search") for r in requests]
-    rows = tables.evaluations_table("run", records, [tables.PlanFigures(0, 0.0, 16.0)] * 3, "0.1.0")
+    rows = evaluations_table("run", records, [PlanFigures(0, 0.0, 16.0)] * 3, "0.1.0")
     assert rows.select(["component", "scheme"]).to_pylist() == [
         {"component": None, "scheme": None},
         {"component": "a", "scheme": "nf4"},

@@ -19,7 +19,7 @@ from dtmsearch.plans.metrics import METRICS, PairedDifference, paired_difference
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.plans.schemes import DENSE, parse_scheme
-from dtmsearch.results import tables
+from dtmsearch.results import schemas, tables
 from dtmsearch.results.pareto import candidates
 from dtmsearch.results.store import ResultStore
 from dtmsearch.results.summary import RunSummary, summarize_run
@@ -476,7 +476,7 @@ def _texts(store: ResultStore, record: RunRecord, plan_id: str | None) -> list[R
 
 def _losses(store: ResultStore, record: RunRecord) -> list[Row]:
     """The loss of every step of the run's trainings under masks, at most as many as a picture tells apart."""
-    if "trainings" not in tables.SCHEMAS:
+    if "trainings" not in schemas.SCHEMAS:
         return []
     trainings = {row["training_id"]: row for row in store.table("trainings", run=record.run).to_pylist()}
     rows: list[Row] = []

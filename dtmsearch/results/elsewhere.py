@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dtmsearch.plans.evaluation import Outcome
+from dtmsearch.results.evaluation_table import OUTCOME_COLUMNS, outcomes
 from dtmsearch.results.files import StoreError
 from dtmsearch.results.segments import Segment, Segments
-from dtmsearch.results.tables import OUTCOME_COLUMNS, outcomes
 
 # How often the store is looked through for what other running searches have added.
 _REFRESH_SECONDS = 20.0

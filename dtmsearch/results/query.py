@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtmsearch.results import tables
+from dtmsearch.results import schemas, tables
 from dtmsearch.results.segments import Segment
 from dtmsearch.results.store import ResultStore
 
@@ -34,7 +34,7 @@ _USER_ERRORS = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogEx
 
 
 def query(store: ResultStore, sql: str, time_limit_seconds: float = 60.0) -> pa.Table:
-    """Answer one SELECT (WITH before it is fine) over the store's tables (`dtmsearch.results.tables.SCHEMAS`).
+    """Answer one SELECT (WITH before it is fine) over the store's tables (`dtmsearch.results.schemas.SCHEMAS`).
 
     `runs` has one row a run, its last record; `plans` and `components` hold no row twice. Times are in UTC. Raises
     `ValueError` for anything but one SELECT, for what DuckDB makes nothing of, and when the answer takes longer than
@@ -74,8 +74,8 @@ def _check_select(sql: str) -> None:
 def _mentioned(sql: str) -> list[str]:
     """Tables whose name is a word of the query: at least those that it reads, if it does not spell them with care."""
     if re.search(r"\bquery(_table)?\s*\(", sql, re.IGNORECASE):
-        return list(tables.SCHEMAS)
-    return [name for name in tables.SCHEMAS if re.search(rf"\b{name}\b", sql, re.IGNORECASE)]
+        return list(schemas.SCHEMAS)
+    return [name for name in schemas.SCHEMAS if re.search(rf"\b{name}\b", sql, re.IGNORECASE)]
 
 
 def _read(store: ResultStore, name: str) -> pa.Table:
@@ -101,14 +101,14 @@ def _answer(
     time_limit_seconds: float,
 ) -> pa.Table:
     with tempfile.TemporaryDirectory(prefix="dtmsearch-query-") as spill, duckdb.connect(":memory:") as connection:
-        for name in tables.SCHEMAS:
+        for name in schemas.SCHEMAS:
             segments = scanned.get(name, [])
             if name == "plans" and segments:
                 _register_plans(connection, store, segments)
             elif segments:
                 connection.register(name, store.segments.dataset(name, segments))
             else:
-                connection.register(name, whole.get(name, tables.empty(name)))
+                connection.register(name, whole.get(name, schemas.empty(name)))
         _lock_down(connection, spill)
         with _time_limit(connection, time_limit_seconds):
             return _fetch(connection, sql)
@@ -200,8 +200,8 @@ def _explain(text: str) -> str:
     missing = re.search(r"Table with name (\S+) does not exist", message)
     if missing is None:
         return message
-    name, names = missing[1], ", ".join(tables.SCHEMAS)
-    return f"there is no table {name!r}{_nearest(name, tables.SCHEMAS)}. Tables are {names}"
+    name, names = missing[1], ", ".join(schemas.SCHEMAS)
+    return f"there is no table {name!r}{_nearest(name, schemas.SCHEMAS)}. Tables are {names}"
 
 
 def _nearest(name: str, known: Collection[str]) -> str:

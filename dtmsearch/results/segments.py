@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from dtmsearch.results.files import Folder, StoreError, StoreReadOnly
-from dtmsearch.results.tables import SCHEMAS, fits
+from dtmsearch.results.schemas import SCHEMAS, fits
 
 DAMAGED = ".damaged"
 # Large enough that the description of all groups of all columns is small beside the columns that a query reads, small
@@ -120,7 +120,7 @@ class Segments:
         """The rows of these segments, to be scanned with every page that is read verified.
 
         Raises `ArrowInvalid` when a segment has other columns: a scan would fill those that it lacks with nulls, as it
-        should only for columns that came later (`tables.ADDED`).
+        should only for columns that came later (`schemas.ADDED`).
         """
         schema, filesystem = SCHEMAS[table], self.folder.filesystem
         fragments = [self._format.make_fragment(self.folder.full(s.path), filesystem) for s in segments]

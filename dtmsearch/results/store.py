@@ -23,10 +23,12 @@ from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.evaluation import Continuation, Outcome, Reference
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord, TrainingRecord
-from dtmsearch.results import tables
+from dtmsearch.results import calibration_tables, schemas, tables
 from dtmsearch.results.elsewhere import Elsewhere
+from dtmsearch.results.evaluation_table import evaluations_table, outcomes
 from dtmsearch.results.files import TEMPORARY, StoreError, StoreFull, StoreReadOnly, open_folder
 from dtmsearch.results.locks import RunLocked, lock_of
+from dtmsearch.results.plan_table import PlanRows, plan_of
 from dtmsearch.results.segments import Segment, Segments
 
 __all__ = ["ResultStore", "RunLocked", "RunWriter", "StoreError", "StoreFull", "StoreReadOnly"]
@@ -80,17 +82,17 @@ class ResultStore:
             version = int(json.loads(content)["format"])
         except (ValueError, KeyError, TypeError):
             raise StoreError(f"{self.url} is no store that can be read: its {_MARKER} is damaged") from None
-        if version > tables.FORMAT_VERSION:
+        if version > schemas.FORMAT_VERSION:
             raise StoreError(
                 f"the store {self.url} has format version {version}, this dtmsearch reads up to version "
-                f"{tables.FORMAT_VERSION}. Use the version of dtmsearch that wrote it, or a newer one"
+                f"{schemas.FORMAT_VERSION}. Use the version of dtmsearch that wrote it, or a newer one"
             )
         return True
 
     def create(self) -> None:
         """Make the place a store if it is none yet."""
         if not self._check_marker():
-            self.folder.write(_MARKER, json.dumps({"format": tables.FORMAT_VERSION}).encode())
+            self.folder.write(_MARKER, json.dumps({"format": schemas.FORMAT_VERSION}).encode())
 
     def table(
         self,
@@ -123,7 +125,7 @@ class ResultStore:
         rows = self.table("plans", ["component", "scheme"], run, pc.field("plan_id") == plan_id)
         if rows.num_rows == 0:
             return None
-        plan = tables.plan_of(rows)
+        plan = plan_of(rows)
         assert plan.id == plan_id, f"the rows of plan {plan_id} make plan {plan.id}"
         return plan
 
@@ -147,7 +149,7 @@ class ResultStore:
     def statistics(self, calibration_id: str) -> InputStatistics | None:
         """What was gathered over a calibration, by any run."""
         rows = self.segments.read("statistics", [calibration_id])
-        return tables.statistics_of(rows) if rows.num_rows else None
+        return calibration_tables.statistics_of(rows) if rows.num_rows else None
 
     def solved(self, calibration_id: str) -> set[tuple[str, str]]:
         """The (component, scheme) pairs that have been solved by a calibration."""
@@ -158,7 +160,7 @@ class ResultStore:
         """(component, scheme) -> solved matrix, of some components; of those solved twice the first counts."""
         wanted = pc.field("component").isin(list(components))
         rows = self.segments.read("matrices", [calibration_id], where=wanted)
-        return {(m.component, m.scheme): m for m in reversed(tables.matrices_of(rows))}
+        return {(m.component, m.scheme): m for m in reversed(calibration_tables.matrices_of(rows))}
 
     def is_running(self, run: str) -> bool:
         """Whether a driver works on the run."""
@@ -204,7 +206,7 @@ class RunWriter:
         self._epoch = 0
         self._commits = 0
         self._since_compaction: dict[str, int] = {}
-        self._plan_rows: tables.PlanRows | None = None
+        self._plan_rows: PlanRows | None = None
         self._recorded: _Recorded | None = None
         self._recorded_steps: set[int] | None = None
         self._elsewhere = Elsewhere(store.segments, key)
@@ -226,7 +228,7 @@ class RunWriter:
         folder = self._store.folder
         if self._key == self._run:
             folder.remove(_stop_marker(self._run))
-        for table in tables.SCHEMAS:
+        for table in schemas.SCHEMAS:
             for file in folder.walk(f"{table}/{self._key}"):
                 if file.path.rpartition("/")[2].startswith(TEMPORARY):
                     folder.remove(file.path)
@@ -240,7 +242,7 @@ class RunWriter:
             # Compaction only makes reading faster: a full disk must not turn a finished search into a failed one.
             with suppress(StoreError):
                 self._lock.check()
-                for table in tables.SCHEMAS:
+                for table in schemas.SCHEMAS:
                     self._segments.compact(table, self._key)
         finally:
             self._lock.release()
@@ -251,7 +253,7 @@ class RunWriter:
 
     def put_components(self, manifest: ModelManifest, components: Sequence[Component]) -> None:
         """Record the model's components and those searched, over which a plan's size is counted from now on."""
-        self._plan_rows = tables.PlanRows(manifest, components)
+        self._plan_rows = PlanRows(manifest, components)
         rows = self._segments.read("components", [self._key], ["manifest_id", "component"])
         known = set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
         new = [c for c in dict.fromkeys((*manifest.components, *components)) if (manifest.id, c.name) not in known]
@@ -274,7 +276,7 @@ class RunWriter:
         if not self._segments.live("statistics", calibration.id):
             number = 1 + self._segments.last_epoch(calibration.id)
             segment = Segment("statistics", calibration.id, (number, 1), (number, 1))
-            self._write(segment, tables.statistics_table(calibration, statistics), keep_existing=True)
+            self._write(segment, calibration_tables.statistics_table(calibration, statistics), keep_existing=True)
         recorded = self._store.statistics(calibration.id)
         assert recorded is not None
         return recorded
@@ -289,7 +291,7 @@ class RunWriter:
             # Another run that writes at this moment may take the number; then ours come under the next.
             number = 1 + self._segments.last_epoch(calibration_id)
             segment = Segment("matrices", calibration_id, (number, 1), (number, 1))
-            self._write(segment, tables.matrices_table(calibration_id, new), keep_existing=True)
+            self._write(segment, calibration_tables.matrices_table(calibration_id, new), keep_existing=True)
         raise StoreError(f"cannot record matrices in {self._store.url}: others keep writing under {calibration_id}")
 
     def replay(self) -> Iterator[Outcome]:
@@ -306,7 +308,7 @@ class RunWriter:
             rows = self._segments.whole(segment)
             for batch in () if rows is None else rows.to_batches():
                 batch_plans = batch["plan_id"].to_pylist()
-                for plan_id, outcome in zip(batch_plans, tables.outcomes(batch), strict=True):
+                for plan_id, outcome in zip(batch_plans, outcomes(batch), strict=True):
                     if outcome.request_id not in seen and plan_id in plans:
                         seen.add(outcome.request_id)
                         yield outcome
@@ -316,11 +318,11 @@ class RunWriter:
 
     def weight_errors(self) -> list[WeightError]:
         """The errors that this run has recorded."""
-        return tables.weight_errors_of(self._segments.read("weight_errors", [self._key]))
+        return calibration_tables.weight_errors_of(self._segments.read("weight_errors", [self._key]))
 
     def put_weight_errors(self, errors: Sequence[WeightError]) -> None:
         """Record errors: what a strategy decided by them, a replay on another machine has to decide by them, too."""
-        self._commit("weight_errors", tables.weight_errors_table(self._run, errors))
+        self._commit("weight_errors", calibration_tables.weight_errors_table(self._run, errors))
 
     def put_plan(self, plan: Plan) -> None:
         """Record a plan that may not have been evaluated."""
@@ -343,7 +345,7 @@ class RunWriter:
         if new:
             rows = list(reversed(new.values()))
             figures = self._plan_rows.figures([r.request.plan for r in rows])
-            self._commit("evaluations", tables.evaluations_table(self._run, rows, figures, dtmsearch.__version__))
+            self._commit("evaluations", evaluations_table(self._run, rows, figures, dtmsearch.__version__))
             recorded.evaluations |= new.keys()
 
     def _known(self) -> _Recorded:

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from dtmsearch.plans.metrics import PairedDifference, Summary, paired_difference
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import RunRecord, RunStatus, StepRecord
+from dtmsearch.results.evaluation_table import summary_of
+from dtmsearch.results.schemas import SUMMARY_COLUMNS
 from dtmsearch.results.store import ResultStore
-from dtmsearch.results.tables import SUMMARY_COLUMNS, step_records, summary_of
+from dtmsearch.results.tables import step_records
 
 _PLAN = "plan"
 # What the search came to, where the uniform plan of its size did as well and is the plan instead.

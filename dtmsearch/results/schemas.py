@@ -1,0 +1,238 @@
+"""The store's tables: their columns, in a format of its own version. Knows nothing of rows or files."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# Raise it when a column changes; a store of a newer version than this is refused.
+FORMAT_VERSION = 1
+CODED = pa.dictionary(pa.int32(), pa.string())  # for names that repeat: stored once, compared as numbers
+_TIME = pa.timestamp("us")  # UTC
+_INTS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+
+
+def _schema(name: str, columns: list[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema(columns, metadata={"dtmsearch.table": name, "dtmsearch.format": str(FORMAT_VERSION)})
+
+
+# A run has a row for each time that its status was written; the last one holds.
+RUNS = _schema(
+    "runs",
+    [
+        ("run", pa.string()),
+        ("status", pa.string()),
+        ("config", pa.string()),
+        ("config_folder", pa.string()),
+        ("manifest_id", pa.string()),
+        ("reference_id", pa.string()),
+        ("validation_reference_id", pa.string()),
+        ("final_plan_id", pa.string()),
+        ("created_at", _TIME),
+        ("finished_at", _TIME),
+        ("version", pa.string()),
+        ("message", pa.string()),
+    ],
+)
+COMPONENTS = _schema(
+    "components",
+    [
+        ("manifest_id", CODED),
+        ("model", CODED),
+        ("component", pa.string()),
+        ("layer", pa.int32()),
+        ("kind", CODED),
+        ("rows", pa.int64()),
+        ("cols", pa.int64()),
+        ("num_weights", pa.int64()),
+        ("dense_bits", pa.int32()),
+    ],
+)
+# `disagreements` are all the positions at which the base model leaves its continuation, `base_agreement` the first.
+PROMPTS = _schema(
+    "prompts",
+    [
+        ("reference_id", CODED),
+        ("manifest_id", CODED),
+        ("mode", CODED),
+        ("prompt", pa.int32()),
+        ("tokens", _INTS),
+        ("continuation", _INTS),
+        ("human_continuation", _INTS),
+        ("base_agreement", pa.int32()),
+        ("disagreements", _INTS),
+        ("suppressed", _INTS),
+    ],
+)
+# `tokens` counts the tokens that the evaluation computed; the lists run over its prompts.
+EVALUATIONS = _schema(
+    "evaluations",
+    [
+        ("run", CODED),
+        ("step", pa.int32()),
+        ("evaluation_id", pa.string()),
+        ("plan_id", pa.string()),
+        ("parent_plan_id", CODED),
+        ("weights_id", CODED),
+        ("perturbation", CODED),
+        ("component", CODED),
+        ("scheme", CODED),
+        ("purpose", CODED),
+        ("label", CODED),
+        ("reused_from", CODED),
+        ("reference_id", CODED),
+        ("status", CODED),
+        ("message", pa.string()),
+        ("num_compressed", pa.int32()),
+        ("share", pa.float64()),
+        ("bits_per_weight", pa.float64()),
+        ("num_prompts", pa.int32()),
+        ("fdt_mean", pa.float64()),
+        ("fdt_p25", pa.float64()),
+        ("fdt_p50", pa.float64()),
+        ("fdt_p75", pa.float64()),
+        ("sdt_mean", pa.float64()),
+        ("dppl", pa.float64()),
+        ("ppl", pa.float64()),
+        ("kl", pa.float64()),
+        ("fdt", _INTS),
+        ("sdt", _INTS),
+        ("dppl_list", _FLOATS),
+        ("ppl_list", _FLOATS),
+        ("kl_list", _FLOATS),
+        ("tokens", pa.int64()),
+        ("wall_seconds", pa.float64()),
+        ("replica", CODED),
+        ("node", CODED),
+        ("attempts", pa.int32()),
+        ("finished_at", _TIME),
+        ("version", CODED),
+    ],
+)
+PLANS = _schema(
+    "plans",
+    [
+        ("plan_id", CODED),
+        ("component", CODED),
+        ("scheme", CODED),
+        ("stored_bits", pa.int64()),
+        ("num_weights", pa.int64()),
+    ],
+)
+# How the base model and a run's final plan go on from some held-out prompts; `own` is the compressed model's.
+CONTINUATIONS = _schema(
+    "continuations",
+    [
+        ("run", CODED),
+        ("reference_id", CODED),
+        ("plan_id", CODED),
+        ("prompt", pa.int32()),
+        ("prompt_text", pa.string()),
+        ("base_tokens", _INTS),
+        ("base_pieces", pa.list_(pa.string())),
+        ("base_margins", _FLOATS),
+        ("own_tokens", _INTS),
+        ("own_pieces", pa.list_(pa.string())),
+        ("own_margins", _FLOATS),
+    ],
+)
+STEPS = _schema(
+    "steps",
+    [
+        ("run", CODED),
+        ("step", pa.int32()),
+        ("plan_id", pa.string()),
+        ("perturbation", pa.string()),
+        ("score", pa.float64()),
+        ("num_compressed", pa.int32()),
+        ("share", pa.float64()),
+        ("bits_per_weight", pa.float64()),
+        ("sparsity", pa.float64()),
+        ("evaluations", pa.int64()),
+        ("wall_seconds", pa.float64()),
+    ],
+)
+# Mean squares of the inputs of a model's components over calibration text.
+STATISTICS = _schema(
+    "statistics",
+    [
+        ("calibration_id", CODED),
+        ("manifest_id", CODED),
+        ("component", pa.string()),
+        ("mean_squares", _FLOATS),
+    ],
+)
+# Components under schemes that took solving for, as `plans.calibration.PackedMatrix` says.
+MATRICES = _schema(
+    "matrices",
+    [
+        ("calibration_id", CODED),
+        ("component", pa.string()),
+        ("scheme", pa.string()),
+        ("rows", pa.int64()),
+        ("cols", pa.int64()),
+        ("bits", pa.int32()),
+        ("block", pa.int64()),
+        ("scale_dtype", CODED),
+        ("codes", pa.large_binary()),
+        ("scales", pa.large_binary()),
+        ("zeros", pa.large_binary()),
+        ("mask", pa.large_binary()),
+    ],
+)
+# Trainings under masks: `weights_id` names the weights that `plan_id` over `from_weights_id` came to.
+TRAININGS = _schema(
+    "trainings",
+    [
+        ("run", CODED),
+        ("round", pa.int32()),
+        ("training_id", pa.string()),
+        ("plan_id", pa.string()),
+        ("from_weights_id", pa.string()),
+        ("weights_id", pa.string()),
+        ("steps", pa.int64()),
+        ("tokens", pa.int64()),
+        ("wall_seconds", pa.float64()),
+        ("losses", _FLOATS),
+    ],
+)
+# What a run knew of schemes without measuring them, as `plans.calibration.WeightError` says.
+WEIGHT_ERRORS = _schema(
+    "weight_errors",
+    [
+        ("run", CODED),
+        ("component", CODED),
+        ("scheme", CODED),
+        ("plain", pa.float64()),
+        ("weighted_by_inputs", pa.float64()),
+        ("weighted_by_hessian", pa.float64()),
+    ],
+)
+SCHEMAS: dict[str, pa.Schema] = {
+    "runs": RUNS,
+    "components": COMPONENTS,
+    "prompts": PROMPTS,
+    "evaluations": EVALUATIONS,
+    "plans": PLANS,
+    "steps": STEPS,
+    "statistics": STATISTICS,
+    "matrices": MATRICES,
+    "weight_errors": WEIGHT_ERRORS,
+    "continuations": CONTINUATIONS,
+    "trainings": TRAININGS,
+}
+# Columns that came to a table after its first segments were written, which lack them: there they are null.
+ADDED: dict[str, frozenset[str]] = {"evaluations": frozenset({"weights_id"})}
+SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
+
+
+def fits(table: str, schema: pa.Schema) -> bool:
+    """Whether a segment's columns are those of a table, or were before columns were added to it."""
+    missing = set(SCHEMAS[table].names) - set(schema.names)
+    if not missing <= ADDED.get(table, frozenset()):
+        return False
+    return bool(schema.equals(pa.schema([field for field in SCHEMAS[table] if field.name not in missing])))
+
+
+def empty(table: str) -> pa.Table:
+    return SCHEMAS[table].empty_table()
