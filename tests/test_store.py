@@ -31,8 +31,8 @@ from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Out
 from dtmsearch.plans.metrics import summarize
 from dtmsearch.plans.plan import Plan, plan_size
 from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
-from dtmsearch.results import locks, segments, store, tables
-from dtmsearch.results.evaluation_table import evaluations_table, outcomes, summary_of
+from dtmsearch.results import evaluation_table, locks, segments, store, tables
+from dtmsearch.results.evaluation_table import evaluations_table, summary_of
 from dtmsearch.results.files import LocalFolder, StoreReadOnly, open_folder
 from dtmsearch.results.locks import Lease
 from dtmsearch.results.plan_table import PlanFigures, PlanRows, plan_of
@@ -187,7 +187,7 @@ def test_outcomes_come_back_from_their_rows(found: list[Outcome]) -> None:
     figures = PlanFigures(0, 0.0, 16.0)
     records = [EvaluationRecord(_RequestOf(o), o, "search") for o in found]  # type: ignore[arg-type]
     rows = evaluations_table("run", records, [figures] * len(found), "0.1.0")
-    back = [outcome for batch in rows.to_batches() for outcome in outcomes(batch)]
+    back = [outcome for batch in rows.to_batches() for outcome in evaluation_table.outcomes(batch)]
     assert [canonical(o) for o in back] == [canonical(o) for o in found]
 
 

@@ -1,0 +1,26 @@
+"""The figures of a report as Altair charts. Knows what a row means to the eye, nothing of stores or pages."""
+
+from __future__ import annotations
+
+from dtmsearch.report.charts.drawing import TITLES, Figure, plan_name, save
+from dtmsearch.report.charts.heatmaps import plan_figures, schemes_of, sensitivity_figures
+from dtmsearch.report.charts.quality import course_figures, interaction_figures, survival_figures, sweep_figures
+from dtmsearch.report.charts.sparsity import sparsity_figures
+from dtmsearch.report.charts.tree import tree_figures
+from dtmsearch.report.facts import RunFacts
+
+__all__ = ["TITLES", "Figure", "figures", "plan_name", "save", "schemes_of"]
+
+
+def figures(facts: RunFacts) -> list[Figure]:
+    """Every figure that the rows of a run bear."""
+    found: list[Figure] = []
+    found += sensitivity_figures(facts)
+    found += plan_figures(facts)
+    found += course_figures(facts)
+    found += survival_figures(facts)
+    found += interaction_figures(facts)
+    found += tree_figures(facts)
+    found += sparsity_figures(facts)
+    found += sweep_figures(facts)
+    return found

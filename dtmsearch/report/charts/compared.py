@@ -1,0 +1,86 @@
+"""Figures of two runs beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dtmsearch.report.charts.drawing import (
+    DENSE_COLOUR,
+    PALETTE,
+    PLOT_HEIGHT,
+    ROW_HEIGHT,
+    TITLES,
+    Figure,
+    decades,
+    named,
+    sized,
+)
+from dtmsearch.report.charts.heatmaps import layers_by_kinds
+from dtmsearch.report.charts.quality import survival
+from dtmsearch.report.extra import altair as alt
+from dtmsearch.report.facts import Row, kinds_of
+
+
+def compared_plans(rows: Sequence[Row], runs: tuple[str, str]) -> list[Figure]:
+    """Where two plans choose alike, and where not. `rows` as `comparison.plan_differences` gives them."""
+    if not rows:
+        return []
+    choices = ["dense in both", "the same scheme", "different schemes", *(f"only in {run}" for run in runs)]
+    scale = alt.Scale(domain=choices, range=[DENSE_COLOUR, PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[1]])
+    kinds = kinds_of(rows)
+    cells = list({(row["layer"], row["kind"]): row for row in rows}.values())
+    chart = layers_by_kinds("choices", cells, kinds).encode(
+        color=alt.Color("choice:N", scale=scale, legend=alt.Legend(title=None, orient="bottom", columns=3)),
+        tooltip=[
+            alt.Tooltip("component:N"),
+            alt.Tooltip("scheme:N", title=runs[0]),
+            alt.Tooltip("other_scheme:N", title=runs[1]),
+        ],
+    )
+    description = "Heat map of layers by kinds: where the two plans choose alike"
+    return [Figure("plans", "plans", sized(chart, ROW_HEIGHT * len(kinds), description), {"choices": cells})]
+
+
+def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequence[str]) -> list[Figure]:
+    """The decisions of runs, a line each, by their metrics on their own prompts."""
+    rows = [{**row, "run": run} for run, path in paths for row in path]
+    if not rows:
+        return []
+    runs = [run for run, _ in paths]
+    found = []
+    for metric in metrics:
+        values = [row[metric] for row in rows if row.get(metric) is not None]
+        logarithmic = metric in ("kl", "sdt") and bool(values) and min(values) > 0
+        scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
+        axis = decades(values) if logarithmic else alt.Axis()
+        chart = (
+            named("paths")
+            .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18), aria=False)
+            .encode(
+                x=alt.X(
+                    "bits:Q",
+                    title="bits a weight",
+                    scale=alt.Scale(reverse=True, zero=False, nice=False, padding=8),
+                    axis=alt.Axis(format="~g", grid=False, tickCount=8),
+                ),
+                y=alt.Y(f"{metric}:Q", title=TITLES[metric], scale=scale, axis=axis),
+                color=alt.Color("run:N", sort=runs, legend=alt.Legend(title=None, orient="bottom")),
+                order="step:Q",
+                tooltip=[
+                    alt.Tooltip("run:N"),
+                    alt.Tooltip("step:Q"),
+                    alt.Tooltip("edge:N", title="choice"),
+                    alt.Tooltip("bits:Q", format=".2f"),
+                    alt.Tooltip(f"{metric}:Q", title=metric.upper(), format=".4~g"),
+                ],
+            )
+        )
+        chart = sized(chart, PLOT_HEIGHT, f"{TITLES[metric]} of both runs' decisions against bits a weight")
+        found.append(Figure("course", f"courses-{metric}", chart, {"paths": rows}, metric.upper()))
+    return found
+
+
+def compared_survival(plans: Sequence[tuple[str, Sequence[Row]]]) -> list[Figure]:
+    """How long texts stay the base model's, under the plans of runs."""
+    rows = [{**row, "label": run} for run, curve in plans for row in curve]
+    return [Figure("divergence", "survivals", survival(rows, "survivals"), {"survivals": rows})] if rows else []

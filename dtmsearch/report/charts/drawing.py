@@ -1,0 +1,110 @@
+"""What the figures of a report share: names of metrics, colours, sizes, scales; and how they become files.
+
+Charts name their rows, which stand beside them, so that figures share what they show. Colours are left to the theme,
+which the page sets for light and dark and `save` for paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dtmsearch.report.extra import altair as alt
+from dtmsearch.report.extra import vl_convert
+from dtmsearch.report.facts import Row
+
+# A metric as an axis names it, with its unit.
+TITLES = {
+    "fdt": "FDT (tokens before the first divergence)",
+    "sdt": "SDT (divergent tokens a prompt)",
+    "dppl": "DPPL (perplexity on the base model's text)",
+    "ppl": "PPL (perplexity on human text)",
+    "kl": "KL (nats a token)",
+}
+# The same for what a compression costs.
+DAMAGES = TITLES | {"fdt": "FDT lost (tokens)"}
+ROW_HEIGHT = 22
+PLOT_HEIGHT = 300
+# Figures for paper: pixels wide, and pixels of a PNG for each of them.
+_PAPER_WIDTH = 560
+_PNG_SCALE = 3.0
+# The palette of Okabe and Ito, which the colour-blind tell apart.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+FAINT, DENSE_COLOUR = "#8a8f98", "#a7abb2"
+_PAPER = {
+    "background": "white",
+    "font": "Helvetica, Arial, sans-serif",
+    "view": {"stroke": None},
+    "axis": {"gridColor": "#e8e8e8", "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"},
+    "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"},
+    "title": {"fontSize": 12, "anchor": "start", "fontWeight": "normal"},
+    "range": {"category": list(PALETTE), "heatmap": {"scheme": "yelloworangebrown"}, "ramp": {"scheme": "viridis"}},
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with the place it has: `section` of the page, `name` of its file, `choice` among the figures that share
+    a place (empty where there is one; parts divided by `|` are chosen one by one). `data` are its rows by the names
+    that the chart calls them, each of which means the same rows in all figures of a page."""
+
+    section: str
+    name: str
+    chart: Any
+    data: Mapping[str, Sequence[Row]]
+    choice: str = ""
+
+
+def save(found: Iterable[Figure], folder: Path) -> list[Path]:
+    """Write each figure as SVG and PNG for paper into `folder`, which is made; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for figure in found:
+        spec = figure.chart.to_dict()
+        spec |= {"config": _PAPER, "datasets": {name: list(rows) for name, rows in figure.data.items()}}
+        spec["width"] = _PAPER_WIDTH
+        svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
+        svg.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+        png.write_bytes(vl_convert.vegalite_to_png(spec, scale=_PNG_SCALE))
+        written += [svg, png]
+    return written
+
+
+def plan_name(label: str) -> str:
+    """A validated plan as a reader calls it."""
+    kind, _, scheme = label.partition(":")
+    return (
+        f"uniform {scheme}"
+        if kind.startswith("uniform")
+        else {"plan": "this plan", "base": "base model"}.get(label, label)
+    )
+
+
+def named(name: str) -> Any:
+    return alt.Chart(alt.NamedData(name))
+
+
+def sized(chart: Any, height: int, description: str) -> Any:
+    return chart.properties(width="container", height=height, description=description)
+
+
+def ramp_legend(title: str, values: Sequence[float] = ()) -> Any:
+    return alt.Legend(
+        title=title,
+        orient="bottom",
+        gradientLength=180,
+        gradientThickness=8,
+        titleLimit=400,
+        format=".2~g",
+        values=list(values) or alt.Undefined,
+    )
+
+
+def decades(values: Sequence[float]) -> Any:
+    """An axis with ticks at powers of ten, and between them where there are few."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    steps = (1, 2, 5) if high - low <= 3 else (1,)
+    return alt.Axis(values=[step * 10.0**power for power in range(low, high + 1) for step in steps], format="~g")

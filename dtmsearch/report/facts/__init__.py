@@ -1,0 +1,126 @@
+"""What a report shows of a run, read from the store's tables: plain rows, ready to be drawn.
+
+Everything is derived, nothing is measured. Knows tables and numbers, nothing of charts or pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dtmsearch.config import section_of
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.report.facts.cost import Cost, cost_of, losses_of
+from dtmsearch.report.facts.course import candidates_of, complete_of, measured_metrics, path_of, tree_of
+from dtmsearch.report.facts.held_out import (
+    ceiling_of,
+    noise_floor_of,
+    per_prompt,
+    survival_of,
+    sweep_of,
+    texts_of,
+    validated,
+)
+from dtmsearch.report.facts.plans import components_of, plan_rows_of, sensitivity_of, sums_of
+from dtmsearch.report.facts.rows import COLUMN, MOST_POINTS, Row, damage, interval, kinds_of, plain, spread
+from dtmsearch.results import tables
+from dtmsearch.results.store import ResultStore
+from dtmsearch.results.summary import RunSummary, summarize_run
+
+__all__ = ["COLUMN", "Row", "RunFacts", "damage", "gather", "interval", "kinds_of", "per_prompt", "spread"]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run, ready to be shown.
+
+    `ceiling`: the length of continuations, which FDT and SDT end at (None before there is a reference). `metrics`:
+    those measured in the search, the one that ranks first. Rows are mappings from names to plain values: `components`
+    (component, layer, kind, num_weights), `sensitivity` (component and scheme with each metric's value when compressed
+    alone), `plan_rows` (the final plan, or the leader so far, dense components included), `points` (candidates that
+    are drawn, of `num_points`), `path` (decisions), `uniform` (plans on held-out prompts), `survival` (share of
+    prompts that have not diverged by a token), `sums` (a plan's damage beside that of its parts), `nodes` and `edges`
+    (the tree of kept and dropped plans), `texts` (how both models go on from prompts), `losses` (of trainings under
+    masks, step by step), `sweep` (plans of all runs on the same held-out prompts; empty with one run).
+    """
+
+    summary: RunSummary
+    record: RunRecord
+    rank_by: str
+    strategy: str
+    ceiling: int | None
+    noise_floor: float | None
+    metrics: tuple[str, ...]
+    size_mb: float | None
+    dense_size_mb: float | None
+    components: list[Row]
+    sensitivity: list[Row]
+    plan_id: str | None
+    plan_rows: list[Row]
+    points: list[Row]
+    num_points: int
+    path: list[Row]
+    uniform: list[Row]
+    survival: list[Row]
+    sums: list[Row]
+    nodes: list[Row]
+    edges: list[Row]
+    num_leaves: int
+    texts: list[Row]
+    losses: list[Row]
+    sweep: list[Row]
+    cost: Cost
+
+    @property
+    def title(self) -> str:
+        return self.summary.run
+
+
+def gather(store: ResultStore, run: str) -> RunFacts:
+    """Everything that a report shows of a run. Raises `ValueError` when the store has none of that name."""
+    summary = summarize_run(store, run)
+    record = store.run(run)
+    assert record is not None
+    search = section_of(record.config, "search")
+    rank_by = str(search.get("rank_by", "fdt"))
+    candidates = candidates_of(store, record)
+    complete = complete_of(candidates)
+    metrics = measured_metrics(complete, rank_by)
+    components = components_of(store, record)
+    steps = tables.step_records(store.table("steps", run=run))
+    path = path_of(complete, steps)
+    plan_id = summary.final_plan_id or (steps[-1].plan_id if steps else None)
+    plan_rows, size_mb, dense_size_mb = plan_rows_of(store, record, plan_id, components, summary.share, path)
+    sensitivity = sensitivity_of(candidates, components)
+    ceiling = ceiling_of(store, record)
+    points = spread(complete, "bits_per_weight", COLUMN[rank_by], MOST_POINTS)
+    nodes, edges, num_leaves = tree_of(complete, rank_by, [row["plan_id"] for row in path])
+    return RunFacts(
+        summary=summary,
+        record=record,
+        rank_by=rank_by,
+        strategy=str(search.get("strategy", "")),
+        ceiling=ceiling,
+        noise_floor=noise_floor_of(store, record),
+        metrics=metrics,
+        size_mb=size_mb,
+        dense_size_mb=dense_size_mb,
+        components=components,
+        sensitivity=sensitivity,
+        plan_id=plan_id,
+        plan_rows=plan_rows,
+        points=plain(points, metrics),
+        num_points=complete.num_rows,
+        path=path,
+        uniform=validated(summary),
+        survival=survival_of(store, record, summary),
+        sums=sums_of(store, record, complete, sensitivity, metrics, ceiling),
+        nodes=nodes,
+        edges=edges,
+        num_leaves=num_leaves,
+        texts=texts_of(store, record, plan_id),
+        losses=losses_of(store, record),
+        sweep=sweep_of(store, record),
+        cost=cost_of(candidates, summary),
+    )

@@ -1,0 +1,116 @@
+"""The course of a search: its candidates, its decisions, and the tree of the plans that it kept and dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dtmsearch.plans.metrics import METRICS
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.report.facts.rows import COLUMN, DENSE_PLAN, Row
+from dtmsearch.results.store import ResultStore
+
+_CANDIDATE_COLUMNS = [
+    *("step", "plan_id", "parent_plan_id", "perturbation", "component", "scheme", "reference_id", "status"),
+    *("num_compressed", "share", "bits_per_weight", "num_prompts", *COLUMN.values()),
+    *("tokens", "wall_seconds", "replica", "attempts", "reused_from", "weights_id"),
+]
+# Dropped plans drawn in the tree, at most.
+_MOST_LEAVES = 2_000
+
+
+def candidates_of(store: ResultStore, record: RunRecord) -> pa.Table:
+    """The search's evaluations on its own prompts, failures included, without their lists over prompts."""
+    where = pc.field("purpose") == "search"
+    if record.reference_id is not None:
+        where &= pc.field("reference_id") == record.reference_id
+    table = store.table("evaluations", _CANDIDATE_COLUMNS, record.run, where)
+    coded = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
+    for name in coded:
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
+    return table.combine_chunks()
+
+
+def complete_of(candidates: pa.Table) -> pa.Table:
+    """Those that were measured, on as many prompts as any was: others do not compare with them."""
+    ok = candidates.filter(pc.equal(candidates["status"], "ok"))
+    return ok.filter(pc.equal(ok["num_prompts"], pc.max(ok["num_prompts"]))) if ok.num_rows else ok
+
+
+def measured_metrics(complete: pa.Table, rank_by: str) -> tuple[str, ...]:
+    measured = [m for m in METRICS if complete[COLUMN[m]].null_count < complete.num_rows]
+    return tuple(sorted(measured, key=lambda m: m != rank_by))
+
+
+def path_of(complete: pa.Table, steps: Sequence[Any]) -> list[Row]:
+    """The decisions, with what was measured of the plan that each chose."""
+    wanted = pa.array([step.plan_id for step in steps], pa.string())
+    measured = complete.filter(pc.is_in(complete["plan_id"], wanted)).to_pylist()
+    by_plan = {row["plan_id"]: row for row in measured}
+    rows = []
+    for step in steps:
+        row = by_plan.get(step.plan_id, {})
+        values = {metric: row.get(column) for metric, column in COLUMN.items()}
+        rows.append(
+            {
+                "step": step.step,
+                "plan_id": step.plan_id,
+                "edge": step.perturbation or "chosen as a whole",
+                "score": step.score,
+                "num_compressed": step.num_compressed,
+                "share": step.share,
+                "bits": step.bits_per_weight,
+                "sparsity": step.sparsity,
+                "evaluations": step.evaluations,
+                "wall_seconds": step.wall_seconds,
+                **{metric: value for metric, value in values.items() if value is not None},
+            }
+        )
+    return rows
+
+
+def tree_of(complete: pa.Table, rank_by: str, chosen: Sequence[str]) -> tuple[list[Row], list[Row], int]:
+    """Nodes by round and rank within it, edges between kept plans, and how many dropped plans there are."""
+    rows = complete.filter(pc.is_valid(complete["step"]))
+    columns = ["step", "plan_id", "parent_plan_id", "perturbation", "num_compressed", COLUMN[rank_by]]
+    parents = set(rows["parent_plan_id"].to_pylist())
+    on_path = set(chosen)
+    if not parents - {DENSE_PLAN} - on_path:  # one plan at a time: a line, not a tree
+        return [], [], 0
+    sign = "descending" if rank_by == "fdt" else "ascending"
+    ordered = rows.select(columns).sort_by([("step", "ascending"), (COLUMN[rank_by], sign)])
+    step = ordered["step"].to_numpy()
+    first = np.concatenate(([0], np.flatnonzero(np.diff(step)) + 1)) if len(step) else np.array([], np.int64)
+    rank = np.arange(len(step)) - np.repeat(first, np.diff(np.append(first, len(step)))) + 1
+    ordered = ordered.append_column("rank", pa.array(rank))
+    kept_ids = pa.array(sorted((parents | on_path) - {DENSE_PLAN}), pa.string())
+    is_kept = pc.is_in(ordered["plan_id"], kept_ids)
+    leaves = ordered.filter(pc.invert(is_kept))
+    if leaves.num_rows > _MOST_LEAVES:  # the best of each round, as many as can be drawn
+        leaves = leaves.filter(pc.less_equal(leaves["rank"], max(1, _MOST_LEAVES // max(1, len(first)))))
+    kept = [_node(row, rank_by, on_path) for row in ordered.filter(is_kept).to_pylist()]
+    place = {row["plan_id"]: row for row in kept}
+    root = {"step": -1, "rank": 1}
+    edges = [
+        {
+            "step": (parent := place.get(row["parent_plan_id"], root))["step"],
+            "rank": parent["rank"],
+            "step2": row["step"],
+            "rank2": row["rank"],
+            "fate": row["fate"],
+        }
+        for row in kept
+        if row["parent_plan_id"] in place or row["parent_plan_id"] == DENSE_PLAN
+    ]
+    dropped = [_node(row, rank_by, on_path) | {"fate": "dropped"} for row in leaves.to_pylist()]
+    return dropped + kept, edges, ordered.num_rows - len(kept)
+
+
+def _node(row: Row, rank_by: str, on_path: set[str]) -> Row:
+    fate = "chosen" if row["plan_id"] in on_path else "kept"
+    names = ("step", "rank", "plan_id", "parent_plan_id", "num_compressed")
+    return {**{n: row[n] for n in names}, "edge": row["perturbation"], "value": row[COLUMN[rank_by]], "fate": fate}

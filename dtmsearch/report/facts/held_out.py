@@ -1,0 +1,107 @@
+"""What was measured on held-out prompts: values, texts, how long they stay the base model's, and other runs' plans."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.report.facts.rows import COLUMN, Row
+from dtmsearch.results.pareto import candidates
+from dtmsearch.results.store import ResultStore
+from dtmsearch.results.summary import RunSummary
+
+
+def validated(summary: RunSummary) -> list[Row]:
+    rows = []
+    for row in summary.validation:
+        if row.summary is None:
+            continue
+        values = {metric: getattr(row.summary, column) for metric, column in COLUMN.items()}
+        size = {"label": row.label, "share": row.share, "bits": row.bits_per_weight}
+        rows.append({**size, **{metric: value for metric, value in values.items() if value is not None}})
+    return rows
+
+
+def survival_of(store: ResultStore, record: RunRecord, summary: RunSummary) -> list[Row]:
+    """For each validated plan and position: the share of held-out prompts whose text is still the base model's."""
+    length = ceiling_of(store, record, held_out=True)
+    if length is None:
+        return []
+    rows = []
+    for label, lists in per_prompt(store, record, summary).items():
+        fdt = np.asarray(lists["fdt"])
+        if label != "base":
+            same = [float((fdt >= position).mean()) for position in range(length + 1)]
+            rows += [{"label": label, "token": position, "same": value} for position, value in enumerate(same)]
+    return rows
+
+
+def per_prompt(store: ResultStore, record: RunRecord, summary: RunSummary) -> dict[str, Row]:
+    """label of a validated plan -> its values per held-out prompt: fdt, sdt, kl_list."""
+    labels = {row.plan_id: row.label for row in summary.validation if row.summary is not None}
+    if not labels or record.validation_reference_id is None:
+        return {}
+    where = (pc.field("reference_id") == record.validation_reference_id) & (pc.field("status") == "ok")
+    where &= pc.field("plan_id").isin(list(labels))
+    rows = store.table("evaluations", ["plan_id", "fdt", "sdt", "kl_list"], record.run, where).to_pylist()
+    by_label = {labels[row["plan_id"]]: row for row in rows}
+    return {label: by_label[label] for label in labels.values() if label in by_label}
+
+
+def texts_of(store: ResultStore, record: RunRecord, plan_id: str | None) -> list[Row]:
+    """How the base model and the plan go on from prompts, least robust first, with the position of the divergence."""
+    if plan_id is None or record.validation_reference_id is None:
+        return []
+    where = (pc.field("plan_id") == plan_id) & (pc.field("reference_id") == record.validation_reference_id)
+    rows = list(
+        {row["prompt"]: row for row in store.table("continuations", None, record.run, where).to_pylist()}.values()
+    )
+    for row in rows:
+        pairs = zip(row["base_tokens"], row["own_tokens"], strict=True)
+        row["diverges_at"] = next((at for at, (a, b) in enumerate(pairs) if a != b), len(row["base_tokens"]))
+    return sorted(rows, key=lambda row: (row["diverges_at"], row["prompt"]))
+
+
+def sweep_of(store: ResultStore, record: RunRecord) -> list[Row]:
+    """Every validated plan of the store on this run's held-out prompts, if more than one run has any."""
+    if record.validation_reference_id is None:
+        return []
+    found = [c for c in candidates(store) if c.reference_id == record.validation_reference_id]
+    if len({c.run for c in found if c.label == "plan"}) < 2:
+        return []
+    return [
+        {
+            **{name: getattr(c, name) for name in ("run", "label", "plan_id", "share", "kl", "num_compressed")},
+            "bits": c.bits_per_weight,
+            "fdt": c.fdt_mean,
+            "sdt": c.sdt_mean,
+            "fronts": list(c.fronts),
+            "name": c.run if c.label == "plan" else c.label.replace("uniform-nearest:", "uniform:"),
+            "whose": "this run" if c.run == record.run and c.label == "plan" else _others(c.label),
+        }
+        for c in found
+    ]
+
+
+def _others(label: str) -> str:
+    return "another run" if label == "plan" else "uniform plan"
+
+
+def ceiling_of(store: ResultStore, record: RunRecord, held_out: bool = False) -> int | None:
+    reference_id = record.validation_reference_id if held_out else record.reference_id
+    if reference_id is None:
+        return None
+    rows = store.segments.read("prompts", [reference_id], ["continuation"]).slice(0, 1).to_pylist()
+    return len(rows[0]["continuation"]) if rows else None
+
+
+def noise_floor_of(store: ResultStore, record: RunRecord) -> float | None:
+    """Tokens a prompt at which the base model's single pass leaves its own cached generation, on held-out prompts."""
+    reference_id = record.validation_reference_id or record.reference_id
+    if reference_id is None:
+        return None
+    rows = store.segments.read("prompts", [reference_id], ["disagreements"])
+    if rows.num_rows == 0:
+        return None
+    return float(pc.mean(pc.list_value_length(rows["disagreements"])).as_py())

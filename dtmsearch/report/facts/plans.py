@@ -1,0 +1,118 @@
+"""The plan of a run, what each component costs alone, and how such damages add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dtmsearch.plans.records import RunRecord
+from dtmsearch.plans.schemes import DENSE, parse_scheme
+from dtmsearch.report.facts.rows import COLUMN, DENSE_PLAN, Row, damage, spread
+from dtmsearch.results.store import ResultStore
+
+# Plans whose damage is compared with that of their parts, at most.
+_MOST_SUMS = 800
+
+
+def components_of(store: ResultStore, record: RunRecord) -> list[Row]:
+    if record.manifest_id is None:
+        return []
+    columns = ["component", "layer", "kind", "rows", "cols", "num_weights", "dense_bits"]
+    rows = store.table("components", columns, record.run, pc.field("manifest_id") == record.manifest_id).to_pylist()
+    return list({row["component"]: row for row in rows}.values())
+
+
+def plan_rows_of(
+    store: ResultStore,
+    record: RunRecord,
+    plan_id: str | None,
+    components: list[Row],
+    share: float | None,
+    path: list[Row],
+) -> tuple[list[Row], float | None, float | None]:
+    """Each component with its scheme and bits in a plan; the size in MB of those searched, and of their dense form."""
+    if plan_id is None:
+        return [], None, None
+    where = pc.field("plan_id") == plan_id
+    stored = store.table("plans", ["component", "scheme", "stored_bits", "num_weights"], record.run, where).to_pylist()
+    by_name = {row["component"]: row for row in stored}
+    rows = []
+    for component in components:
+        own = by_name.get(component["component"])
+        bits = component["dense_bits"] if own is None else own["stored_bits"] / own["num_weights"]
+        scheme = DENSE if own is None else own["scheme"]
+        pruned = parse_scheme(scheme).pruned_weights((component["rows"], component["cols"]))
+        rows.append({**component, "scheme": scheme, "bits": bits, "pruned": pruned / component["num_weights"]})
+    share = share if share is not None else (path[-1]["share"] if path else None)
+    if not stored or not share:
+        return rows, None, None
+    compressed = sum(row["num_weights"] for row in stored)
+    dense_bits = components[0]["dense_bits"] if components else 16
+    total = compressed / share
+    size = sum(row["stored_bits"] for row in stored) + (total - compressed) * dense_bits
+    return rows, size / 8e6, total * dense_bits / 8e6
+
+
+def sensitivity_of(candidates: pa.Table, components: list[Row]) -> list[Row]:
+    """Every component under every scheme that was measured with nothing else compressed and nothing trained, tied ones
+    together; where one was measured more than once, on the most prompts."""
+    alone = candidates.filter(
+        pc.or_(
+            pc.is_valid(candidates["component"]),
+            pc.and_(pc.equal(candidates["parent_plan_id"], DENSE_PLAN), pc.is_valid(candidates["perturbation"])),
+        )
+    )
+    alone = alone.filter(pc.and_(pc.equal(alone["status"], "ok"), pc.is_null(alone["weights_id"])))
+    by_name = {row["component"]: row for row in components}
+    found: dict[tuple[str, str], Row] = {}
+    for row in alone.to_pylist():
+        names, scheme = _edge(row)
+        for name in names:
+            before = found.get((name, scheme))
+            if name in by_name and (before is None or before["num_prompts"] < row["num_prompts"]):
+                values = {metric: row[column] for metric, column in COLUMN.items() if row[column] is not None}
+                place = {key: by_name[name][key] for key in ("component", "layer", "kind", "num_weights")}
+                size = {"bits": row["bits_per_weight"], "num_prompts": row["num_prompts"]}
+                found[name, scheme] = {**place, "scheme": scheme, **size, **values}
+    return list(found.values())
+
+
+def _edge(row: Row) -> tuple[list[str], str]:
+    """The components and the scheme of a plan that is one step from dense."""
+    if row["component"] is not None:
+        return [row["component"]], row["scheme"]
+    names, _, scheme = row["perturbation"].partition("=")
+    return names.split("+"), scheme
+
+
+def sums_of(
+    store: ResultStore,
+    record: RunRecord,
+    complete: pa.Table,
+    sensitivity: list[Row],
+    metrics: Sequence[str],
+    ceiling: int | None,
+) -> list[Row]:
+    """Plans of several components: the damage measured, and the sum of what their components do alone."""
+    metric = next((m for m in ("kl", "sdt") if m in metrics), None)
+    several = complete.filter(pc.greater(complete["num_compressed"], 1)) if metric else complete.slice(0, 0)
+    if metric is None or several.num_rows == 0 or not sensitivity:
+        return []
+    several = spread(several, "num_compressed", COLUMN[metric], _MOST_SUMS)
+    alone = {(r["component"], r["scheme"]): damage(metric, r[metric], ceiling) for r in sensitivity if metric in r}
+    where = pc.field("plan_id").isin(several["plan_id"].to_pylist())
+    parts = store.table("plans", ["plan_id", "component", "scheme"], record.run, where)
+    sums: dict[str, float] = {}
+    columns = (parts[name].to_pylist() for name in ("plan_id", "component", "scheme"))
+    for plan_id, component, scheme in zip(*columns, strict=True):
+        sums[plan_id] = sums.get(plan_id, 0.0) + alone.get((component, scheme), np.nan)
+    rows = []
+    for row in several.to_pylist():
+        expected = sums.get(row["plan_id"], np.nan)
+        if np.isfinite(expected):
+            found = damage(metric, row[COLUMN[metric]], ceiling)
+            rows.append({"metric": metric, "sum": expected, "measured": found, "num_compressed": row["num_compressed"]})
+    return rows

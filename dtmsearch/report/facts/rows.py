@@ -1,0 +1,72 @@
+"""What the parts of a report's facts share: metrics as columns, damage, spots that can be told apart, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dtmsearch.plans.metrics import METRICS, PairedDifference, paired_difference
+from dtmsearch.plans.plan import Plan
+
+Row = dict[str, Any]
+# The column of `evaluations` that holds a metric's value over all prompts.
+COLUMN = {"fdt": "fdt_mean", "sdt": "sdt_mean", "dppl": "dppl", "ppl": "ppl", "kl": "kl"}
+assert COLUMN.keys() == set(METRICS)
+# Candidates drawn at most: as many spots as a figure of a page's width has apart.
+MOST_POINTS = 2_500
+_BOOTSTRAP_SEED = 0
+_RESAMPLES = 2_000
+DENSE_PLAN = Plan().id
+# Attention first, then the feed-forward part, as they come in a layer; other kinds follow in order of name.
+_KIND_ORDER = ("qkv", "q", "k", "v", "o", "router", "gate_up", "gate", "up", "down")
+
+
+def plain(table: pa.Table, metrics: Sequence[str]) -> list[Row]:
+    """Rows with metrics under their own names."""
+    names = {"plan_id": "plan_id", "perturbation": "edge", "num_compressed": "num_compressed", "share": "share"}
+    names |= {"bits_per_weight": "bits", "step": "step"} | {COLUMN[m]: m for m in metrics}
+    rows: list[Row] = table.select(list(names)).rename_columns(list(names.values())).to_pylist()
+    return rows
+
+
+def spread(table: pa.Table, x: str, y: str, most: int) -> pa.Table:
+    """At most about `most` rows, one for each spot of an even grid over two columns that has any: what is left out
+    would be drawn on top of what stays. Rows where either is null or infinite are left out."""
+    xs, ys = (table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in (x, y))
+    known = np.flatnonzero(np.isfinite(xs) & np.isfinite(ys))
+    if len(known) <= most:
+        return table.take(known)
+    ranks = [_cells(values[known]) for values in (xs, ys)]
+    for cells in (256, 192, 128, 96, 64, 48, 32):
+        spots = (ranks[0] * cells).astype(np.int64) * (cells + 1) + (ranks[1] * cells).astype(np.int64)
+        _, first = np.unique(spots, return_index=True)
+        if len(first) <= most:
+            break
+    return table.take(known[np.sort(first)])
+
+
+def _cells(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Values from 0 to 1 between their extremes."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
+def kinds_of(components: Iterable[Row]) -> list[str]:
+    """The kinds of components, as they come in a layer."""
+    kinds = {row["kind"] for row in components}
+    known = [kind for kind in _KIND_ORDER if kind in kinds]
+    return known + sorted(kinds - set(known))
+
+
+def damage(metric: str, value: float, ceiling: int | None) -> float:
+    """How far a value is from that of a model that never diverges; perplexities stand for themselves."""
+    return (ceiling or 0) - value if metric == "fdt" else value
+
+
+def interval(values: Sequence[float]) -> PairedDifference:
+    """A mean over prompts with its 95% bootstrap interval."""
+    array = np.asarray(values, np.float64)
+    return paired_difference(array, np.zeros_like(array), _BOOTSTRAP_SEED, resamples=_RESAMPLES)
