@@ -5,9 +5,7 @@ Everything is derived, nothing is measured. Knows tables and numbers, nothing of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dtmsearch.config import section_of
 from dtmsearch.plans.records import RunRecord
