@@ -249,12 +249,13 @@ class _Loop:
     def guess(self) -> None:
         """Give replicas that idle what the next round will probably ask for.
 
-        Never more than `guess_share` of the evaluations told so far wait for somebody to ask for them: no more can
-        have been in vain.
+        Never more than `guess_share` of the evaluations that the search will ask for, as it looks now, wait for somebody
+        to ask for them: no more can have been in vain.
         """
         if not (self.guess_share and isinstance(self.strategy, Guessing) and isinstance(self.evaluator, Offering)):
             return
-        allowed = int(self.guess_share * self.answered) - len(self.known) - len(self.guessed)
+        to_be_asked = max(self.asked, self.strategy.expected_evaluations() or 0)
+        allowed = int(self.guess_share * to_be_asked) - len(self.known) - len(self.guessed)
         most = min(allowed, self.evaluator.num_idle())
         if most <= 0:
             return
