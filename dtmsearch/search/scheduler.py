@@ -249,8 +249,8 @@ class _Loop:
     def guess(self) -> None:
         """Give replicas that idle what the next round will probably ask for.
 
-        Never more than `guess_share` of the evaluations that the search will ask for, as it looks now, wait for somebody
-        to ask for them: no more can have been in vain.
+        As many as nobody has asked for yet can have been in vain: never more than `guess_share` of the evaluations that
+        the search will ask for in all, as it looks now.
         """
         if not (self.guess_share and isinstance(self.strategy, Guessing) and isinstance(self.evaluator, Offering)):
             return
