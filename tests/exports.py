@@ -9,9 +9,8 @@ from typing import Any
 
 from tiny import TEXT, result, with_reference
 
-from dtmsearch import exporting
 from dtmsearch.config import parse
-from dtmsearch.exporting import Exported, export
+from dtmsearch.exporting import Exported, check, export
 from dtmsearch.model.replica import Replica
 from dtmsearch.model.served import measure
 from dtmsearch.plans.components import ModelManifest
@@ -89,10 +88,10 @@ search: {{schemes: [int8-channel, int4-g16]}}
 
 
 def measure_here(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> dict[str, list[float]]:
-    """As `exporting.measure_apart`, in this process: quick, and as good where nothing else is tested."""
+    """As `exporting.check.measure_apart`, in this process: quick, and as good where nothing else is tested."""
     outcome = measure(spec, settings, reference)
     return {"fdt": outcome.fdt.tolist(), "sdt": outcome.sdt.tolist(), "dppl": outcome.dppl.tolist()}
 
 
 def in_process(monkeypatch: Any) -> None:
-    monkeypatch.setattr(exporting, "measure_apart", measure_here)
+    monkeypatch.setattr(check, "measure_apart", measure_here)

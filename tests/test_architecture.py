@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recovering": {"plans", "config", "search", "results", "texts", "cluster", "training"},
     "driver": {"plans", "config", "search", "results", "texts", "cluster"},
     "named": {"plans", "config", "search", "results"},
+    "exporting": {"plans", "config", "results", "model", "export"},
     "validation": {"calibrating", "plans", "config", "search", "results", "cluster"},
     "measuring": COMPOSITION,
     "run": COMPOSITION | {"logs", "measuring", "validation"},

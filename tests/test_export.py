@@ -84,9 +84,9 @@ def test_a_folder_that_says_something_else_fails_the_export(
 def test_a_failed_export_leaves_no_folder_of_that_name(
     mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtmsearch import exporting
+    from dtmsearch.exporting import check
 
-    monkeypatch.setattr(exporting, "measure_apart", lambda *_: {"fdt": [0] * 6, "sdt": [0] * 6})
+    monkeypatch.setattr(check, "measure_apart", lambda *_: {"fdt": [0] * 6, "sdt": [0] * 6})
     with pytest.raises(ExportFailed):
         mixed.export("dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()

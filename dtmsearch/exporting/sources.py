@@ -1,0 +1,147 @@
+"""What is to be exported: a plan by its run's name or file, its model, and what the store measured of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dtmsearch import config
+from dtmsearch.config import SearchFile
+from dtmsearch.export.evopress import is_configuration, read_configuration
+from dtmsearch.model.discovery import read_manifest
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalRequest, IntArray, ModelSpec, Reference
+from dtmsearch.plans.plan import Plan, plan_from_json, plan_to_json
+from dtmsearch.results.store import ResultStore
+
+_COLUMNS = ["run", "evaluation_id", "reference_id", "num_prompts", "fdt", "sdt"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A measurement of a plan in the store: of which run, against which reference, per prompt; calibrated by what."""
+
+    run: str
+    reference: Reference
+    fdt: IntArray
+    sdt: IntArray
+    calibration_id: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A plan, the model that it is for, and what the store holds of it."""
+
+    plan: Plan
+    spec: ModelSpec
+    manifest: ModelManifest
+    recorded: Recorded | None
+    file: SearchFile | None
+
+
+def find(source: str, results: ResultStore, model: str | None) -> Source:
+    """What a run's name or a plan's file stands for. Raises `ValueError` for a plan that cannot be exported."""
+    path = Path(source)
+    if path.is_file():
+        return _find_file(path, results, model)
+    record = results.run(source)
+    if record is None:
+        names = ", ".join(r.run for r in results.runs()) or "none"
+        raise ValueError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
+    if record.final_plan_id is None:
+        raise ValueError(f"run {source!r} has no final plan (it is {record.status})")
+    if results.weights_id(source):
+        raise ValueError(
+            f"the plan of run {source!r} prunes weights that were trained between its rounds, and only plans of the "
+            f"base model's own can be exported; the trained ones are weights/{results.weights_id(source)}.safetensors "
+            "in the store, by parameter name"
+        )
+    plan = results.plan(record.final_plan_id, source)
+    if plan is None:
+        raise ValueError(f"the final plan of run {source!r} is not in the store")
+    file = config.parse(record.config, f"the search file of run {source}", Path(record.config_folder))
+    spec = _spec(file, model)
+    manifest = read_manifest(spec)
+    if manifest.id != record.manifest_id:
+        raise ValueError(
+            f"run {source!r} searched the model with manifest {record.manifest_id}; the one at {spec.path} has "
+            f"{manifest.id}. If the model lies elsewhere now, say where with --model"
+        )
+    preferred = [i for i in (record.validation_reference_id, record.reference_id) if i is not None]
+    return Source(plan, spec, manifest, _recorded(results, plan, source, preferred), file)
+
+
+def _find_file(path: Path, results: ResultStore, model: str | None) -> Source:
+    text = path.read_text(encoding="utf-8")
+    if is_configuration(text):
+        if model is None:
+            raise ValueError(f"{path} is a configuration of modules and levels: say with --model what it is for")
+        manifest = read_manifest(ModelSpec(model))
+        text = plan_to_json(read_configuration(path), manifest)
+    try:
+        content = json.loads(text)
+        where = str(content["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
+    manifest = read_manifest(ModelSpec(model or where))
+    plan = plan_from_json(text, manifest, str(path))
+    recorded = _recorded(results, plan, None, [])
+    if recorded is None:
+        return Source(plan, ModelSpec(model or where, dtype=manifest.dtype), manifest, None, None)
+    record = results.run(recorded.run)
+    if record is None:  # measured by `evaluate`, which keeps no record of its file
+        return Source(plan, _spec_of_mode(model or where, recorded.reference.mode), manifest, recorded, None)
+    file = config.parse(record.config, f"the search file of run {recorded.run}", Path(record.config_folder))
+    return Source(plan, _spec(file, model or where), manifest, recorded, file)
+
+
+def _spec(file: SearchFile, model: str | None) -> ModelSpec:
+    return file.model_spec if model is None else replace(file.model_spec, path=model)
+
+
+def _spec_of_mode(path: str, mode: str) -> ModelSpec:
+    dtype, _, attention, _, *scales = mode.split("/")
+    return ModelSpec(
+        path, None, dtype, attention, scale_dtype=scales[0].removesuffix("-scales") if scales else "float32"
+    )
+
+
+def _recorded(results: ResultStore, plan: Plan, run: str | None, preferred: Sequence[str]) -> Recorded | None:
+    """The measurement of a plan over most prompts; one against a preferred reference first."""
+    fits = (pc.field("plan_id") == plan.id) & (pc.field("status") == "ok")
+    rows = results.table("evaluations", _COLUMNS, run, fits).to_pylist()
+
+    def rank(row: Mapping[str, object]) -> tuple[int, int]:
+        place = preferred.index(str(row["reference_id"])) if row["reference_id"] in preferred else len(preferred)
+        return place, -int(str(row["num_prompts"]))
+
+    calibrations = [""]
+    if plan.needs_calibration:
+        calibrations = sorted(set(results.table("statistics", ["calibration_id"])["calibration_id"].to_pylist()))
+    for row in sorted(rows, key=rank):
+        reference = results.reference(row["reference_id"])
+        calibration_id = _calibration_of(plan, row, calibrations)
+        if reference is not None and reference.num_prompts == row["num_prompts"] and calibration_id is not None:
+            fdt, sdt = np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32)
+            return Recorded(row["run"], reference, fdt, sdt, calibration_id)
+    return None
+
+
+def _calibration_of(plan: Plan, row: Mapping[str, Any], calibrations: Sequence[str]) -> str | None:
+    """By which calibration a plan was measured: the one that gives the row its identity. None if none does: the weights
+    had been trained, or the row is another version's."""
+    prompts = (0, int(row["num_prompts"]))
+    for calibration_id in calibrations:
+        for count in range(len(EXTRA_METRICS) + 1):
+            for extra in combinations(EXTRA_METRICS, count):
+                request = EvalRequest(plan, row["reference_id"], prompts, extra, calibration_id=calibration_id)
+                if request.id == row["evaluation_id"]:
+                    return calibration_id
+    return None
