@@ -101,6 +101,23 @@ def test_a_change_in_the_mlp_leaves_attention_alone(folder: Path) -> None:
     assert not any(positions[n] for n in names if ".1.self_attn" in n)
 
 
+def test_a_change_in_the_mlp_leaves_attention_itself_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    requests = probe(model, reference.id)
+    mlp = [r for r in requests if ".1.mlp" in r.plan.entries[0][0]]
+    model.evaluate([replace(r, extra_metrics=()) for r in mlp[:2]])
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    model.evaluate([replace(mlp[2], extra_metrics=())])
+    assert len(calls) == model.manifest().num_layers - 2
+
+
 def test_a_change_of_keys_leaves_queries_and_values_alone(folder: Path) -> None:
     model = replica(folder)
     reference = with_reference(model)
@@ -152,12 +169,14 @@ def test_a_norm_of_the_layer_leaves_nothing_to_reuse(tmp_path: Path) -> None:
     assert values(alone.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL, parent=plan)])[0]) == values(shared)
 
 
-def test_an_output_that_is_written_into_is_kept_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["a component", "a norm"])
+def test_an_output_that_is_written_into_is_kept_apart(folder: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def in_place(self: Any, values: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(values)
-        product: torch.Tensor = self.down_proj(gate.mul_(self.up_proj(values)))
+        up = self.up_proj(values.mul_(2.0) if of == "a norm" else values)
+        product: torch.Tensor = self.down_proj(gate * up if of == "a norm" else gate.mul_(up))
         return product
 
     monkeypatch.setattr(LlamaMLP, "forward", in_place)

@@ -1,21 +1,24 @@
-"""Less than a whole layer: outputs of components that a change in the layer cannot reach are the parent's, and the
-last layer runs where something is predicted only.
+"""Less than a whole layer: what a change in the layer cannot reach is the parent's, and the last layer runs where
+something is predicted only.
 
-What reaches what is found out from the model itself, on a few tokens, before anything is measured; nothing here knows
-a model's family.
+What reaches what is found out from the model itself, on a few tokens, before anything is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtmsearch.model.body import Body
+from dtmsearch.model.calls import blocks_of, watch
 from dtmsearch.model.compress.bitsandbytes import runs_by_token
+from dtmsearch.model.discovery import find_layers
 from dtmsearch.model.places import Places
 from dtmsearch.plans.components import ModelManifest
 
@@ -24,51 +27,36 @@ _FEW_TOKENS = 4
 
 @dataclass
 class Outputs:
-    """What the components of a layer made of one batch, in the parent's pass, by component."""
+    """What the components of a layer, and blocks of them, made of one batch in the parent's pass, by name."""
 
     layer: int
-    of: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """How a layer calls its components: their order, and which of its inputs each reads, numbered as they come."""
-
-    order: tuple[str, ...]
-    reads: dict[str, int]
-
-    def unreached(self, changed: Collection[str]) -> set[str]:
-        """Components whose outputs stay as they are when the weights of `changed` change.
-
-        They are called before the first that changed, or read what was there before its output was.
-        """
-        if not changed:
-            return set(self.order)
-        first = min(self.order.index(component) for component in changed)
-        earlier = {self.reads[component] for component in self.order[: first + 1]}
-        return {component for component in self.order if self.reads[component] in earlier} - set(changed)
+    of: dict[str, Any] = field(default_factory=dict)
 
 
 class _Recorder(nn.Module):
     """Notes what `inner` makes; `apart` from the tensor that is handed on, where that may be written into."""
 
-    def __init__(self, component: str, inner: nn.Module, outputs: Outputs, apart: bool) -> None:
+    def __init__(self, name: str, inner: Callable[..., Any], outputs: Outputs, apart: bool) -> None:
         super().__init__()
-        self.component, self.inner, self.outputs, self.apart = component, inner, outputs, apart
+        self.name, self.inner, self.outputs, self.apart = name, inner, outputs, apart
 
-    def forward(self, values: Tensor) -> Tensor:
-        output: Tensor = self.inner(values)
-        self.outputs.of[self.component] = output.clone() if self.apart else output
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)
+        self.outputs.of[self.name] = _copy(output) if self.apart else output
         return output
 
 
 class _Recorded(nn.Module):
-    def __init__(self, output: Tensor, apart: bool) -> None:
+    def __init__(self, output: Any, apart: bool) -> None:
         super().__init__()
         self.output, self.apart = output, apart
 
-    def forward(self, values: Tensor) -> Tensor:
-        return self.output.clone() if self.apart else self.output
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _copy(self.output) if self.apart else self.output
+
+
+def _copy(output: Any) -> Any:
+    return output.clone() if isinstance(output, Tensor) else (output[0].clone(), *output[1:])
 
 
 class _Part(nn.Module):
@@ -80,56 +68,32 @@ class _Part(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         part: Tensor = self.inner(values[:, self.positions].contiguous())
-        output = part.new_zeros(*values.shape[:2], part.shape[-1])
+        output = part.new_empty(*values.shape[:2], part.shape[-1])
+        output[:, : self.positions.start] = 0
         output[:, self.positions] = part
+        output[:, self.positions.stop :] = 0
         return output
 
 
 class Reuse:
     """What a pass over a layer can be spared. Made while the layers run eagerly; `compiled` if they will not later, for
-    compiled code may write into any tensor that it needs no more."""
+    compiled code may write into any tensor that it needs no more, and hands nothing but components out of its hands."""
 
     def __init__(self, body: Body, manifest: ModelManifest, places: Places, compiled: bool = False) -> None:
         self.places = places
         self._compiled = compiled
-        self._written_into: set[str] = set()
         self._layer_of = {component.name: component.layer for component in manifest.components}
         self._last = body.num_layers - 1
+        blocks = {} if compiled else blocks_of(*find_layers(body.model), self._layer_of)
+        self._blocks = {name: module for name, (_, module) in blocks.items()}
+        modules = {name for name, _ in body.model.named_modules()}
+        components = {name: places.get(name) for name in self._layer_of if name in modules}
+        layer_of = self._layer_of | {name: layer for name, (layer, _) in blocks.items()}
         with torch.inference_mode():
             tokens = torch.arange(_FEW_TOKENS, device=body.input_device).unsqueeze(0) % body.vocabulary_size
-            self._calls = self._watch(body, tokens)
+            run = partial(body.finish, tokens, None, 0)
+            self._watched = watch(components, self._blocks, layer_of, body.num_layers, tuple(tokens.shape), run)
             self._in_part = self._that_run_in_part(body, tokens)
-        self._features = {c.name: c.shape[0] for c in manifest.components}
-
-    def _watch(self, body: Body, tokens: Tensor) -> list[_Calls]:
-        """How each layer calls its components; one that is not called once, on every token, is left out. Notes whose
-        outputs are written into by what comes after."""
-        order: list[tuple[str, Tensor]] = []
-        made: list[tuple[str, Tensor, Tensor]] = []
-
-        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                order.append((name, inputs[0]))
-                made.append((name, output, output.clone()))
-
-            return hook
-
-        modules = {name for name, _ in body.model.named_modules()}
-        names = [name for name in self._layer_of if name in modules]
-        hooks = [self.places.get(name).register_forward_hook(note(name)) for name in names]
-        body.finish(tokens, None, 0)
-        for hook in hooks:
-            hook.remove()
-        self._written_into = {name for name, output, before in made if not torch.equal(output, before)}
-        names = [name for name, _ in order]
-        whole = [(n, v) for n, v in order if names.count(n) == 1 and v.ndim == 3 and v.shape[:2] == tokens.shape]
-        calls = []
-        for layer in range(body.num_layers):
-            here = [(name, values) for name, values in whole if self._layer_of[name] == layer]
-            # The tensors are still held, so that no two have the same identity.
-            distinct = list(dict.fromkeys(id(values) for _, values in here))
-            calls.append(_Calls(tuple(n for n, _ in here), {n: distinct.index(id(v)) for n, v in here}))
-        return calls
 
     def _that_run_in_part(self, body: Body, tokens: Tensor) -> frozenset[str]:
         """Components of the last layer whose outputs at a token reach no later token: poisoned there, nothing shows."""
@@ -137,7 +101,7 @@ class Reuse:
         later = slice(_FEW_TOKENS // 2, None)
         expected = body.finish(tokens, state, self._last)[:, later]
         safe = []
-        for component in self._calls[self._last].order:
+        for component in self._watched.calls[self._last].components:
             inner = self.places.get(component)
             hook = inner.register_forward_hook(_poison)
             found = body.finish(tokens, state, self._last)[:, later]
@@ -148,21 +112,23 @@ class Reuse:
 
     def bytes_of(self, layer: int, values: int, itemsize: int) -> int:
         """Memory for the outputs of a layer over `values` tokens."""
-        return sum(self._features[c] for c in self._worth_keeping(layer)) * values * itemsize
+        return sum(self._watched.features[name] for name in self._worth_keeping(layer)) * values * itemsize
 
     def _worth_keeping(self, layer: int) -> set[str]:
-        """Components whose outputs another's change does not reach."""
-        calls = self._calls[layer]
-        return {kept for changed in calls.order for kept in calls.unreached([changed])}
+        """Whatever a change of one component spares."""
+        calls = self._watched.calls[layer]
+        return {kept for changed in calls.components for kept in calls.spared([changed])}
 
-    def _apart(self, component: str) -> bool:
-        return self._compiled or component in self._written_into
+    def _apart(self, name: str) -> bool:
+        return self._compiled or name in self._watched.written_into
 
     @contextmanager
     def recording(self, outputs: Outputs) -> Iterator[None]:
-        """Within, a pass over the layer of `outputs` leaves there what the components made."""
-        kept = self._worth_keeping(outputs.layer)
-        with self.places.holding({c: _Recorder(c, self.places.get(c), outputs, self._apart(c)) for c in kept}):
+        """Within, a pass over the layer of `outputs` leaves there what its modules made."""
+        inner: dict[str, Callable[..., Any]] = {}
+        for name in self._worth_keeping(outputs.layer):
+            inner[name] = self._blocks[name].forward if name in self._blocks else self.places.get(name)
+        with self._calling({name: _Recorder(name, own, outputs, self._apart(name)) for name, own in inner.items()}):
             yield
 
     @contextmanager
@@ -174,10 +140,20 @@ class Reuse:
         if outputs is None:
             yield
             return
-        calls = self._calls[outputs.layer]
+        calls = self._watched.calls[outputs.layer]
         here = [c for c in changed if self._layer_of.get(c, -1) <= outputs.layer]
-        known = outputs.of.keys() & calls.unreached(here) if all(c in calls.reads for c in here) else ()
-        with self.places.holding({c: _Recorded(outputs.of[c], self._apart(c)) for c in known}):
+        known = outputs.of.keys() & calls.spared(here) if all(c in calls.reads for c in here) else ()
+        with self._calling({name: _Recorded(outputs.of[name], self._apart(name)) for name in known}):
+            yield
+
+    @contextmanager
+    def _calling(self, others: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Within, others are called in the place of components and blocks. Blocks stay where they are, for the layer
+        may ask them for more than their outputs."""
+        with ExitStack() as stack:
+            stack.enter_context(self.places.holding({n: m for n, m in others.items() if n not in self._blocks}))
+            for name in others.keys() & self._blocks.keys():
+                stack.enter_context(_answering(self._blocks[name], others[name].forward))
             yield
 
     @contextmanager
@@ -192,3 +168,16 @@ def _poison(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
     poisoned = output.clone()
     poisoned[:, : _FEW_TOKENS // 2] = torch.nan
     return poisoned
+
+
+@contextmanager
+def _answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, `forward` is what runs where `module` is called."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
