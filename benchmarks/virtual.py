@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from dtmsearch.cluster.placement import Share
+
 
 class Clock:
     """In the place of the module `time`."""
@@ -95,7 +97,7 @@ def virtual_pool(
             "ray": VirtualRay(clock),
             "time": clock,
             "connect": lambda _: False,
-            "_share": lambda _: SimpleNamespace(num_gpus=0.0, num_cpus=1.0),
+            "_share": lambda _: Share(num_gpus=0.0, num_cpus=1.0),
         },
         "crew": {
             "ray": VirtualRay(clock),

@@ -20,9 +20,9 @@ from dtmsearch.search.space import SearchSpace
 @dataclass(frozen=True)
 class Estimate:
     """`evaluations` that the search asks for; `tokens` that they run through layers, counted whole; `operations` of
-    their matrix products, shared prefixes left out; `memory_bytes` of one replica with the activations of a batch,
-    beside which it keeps hidden states of parent plans where `states_kept` says; `search_seconds` with all `replicas`
-    at work; `other_seconds` for the reference and the validation."""
+    their matrix products, shared prefixes left out; `memory_bytes` of one replica, on all its `nodes_per_replica`,
+    with the activations of a batch, beside which it keeps hidden states of parent plans where `states_kept` says;
+    `search_seconds` with all `replicas` at work; `other_seconds` for the reference and the validation."""
 
     evaluations: int
     tokens: int
@@ -33,6 +33,7 @@ class Estimate:
     evaluation_seconds: float
     search_seconds: float
     other_seconds: float
+    nodes_per_replica: int = 1
 
 
 def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate:
@@ -68,6 +69,7 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         states_kept=speed.states_kept,
         evaluation_seconds=each,
         search_seconds=evaluations * each / replicas,
+        nodes_per_replica=where.nodes_per_replica,
         other_seconds=references * speed.generation_seconds + validated * whole / replicas,
     )
 

@@ -195,11 +195,12 @@ def recovered_text(recovered: RecoveredModel) -> str:
 
 def estimate_text(estimate: Estimate) -> str:
     """What a search will cost."""
+    nodes = f" on {estimate.nodes_per_replica} nodes" if estimate.nodes_per_replica > 1 else ""
     return "\n".join(
         [
             _line("search", f"about {estimate.evaluations:,} evaluations, {estimate.tokens / 1e6:,.1f} million tokens"),
             _line("work", f"{estimate.operations / 1e12:,.1f} TFLOP in matrix products, shared prefixes left out"),
-            _line("memory", f"{estimate.memory_bytes / 2**30:.2f} GiB a replica, {estimate.replicas} replicas"),
+            _line("memory", f"{estimate.memory_bytes / 2**30:.2f} GiB a replica{nodes}, {estimate.replicas} replicas"),
             _line("prefixes", _STATES_KEPT[estimate.states_kept]),
             _line("rate", f"{estimate.evaluation_seconds:.3g} s an evaluation, as timed here on one replica"),
             _line("time", f"{duration(estimate.search_seconds)} of search"),

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +19,13 @@ import ray
 from fakes import toy_components
 from processes import COMMAND, PATIENCE_SECONDS, Ended, environment, num_recorded, tiny_search
 from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+from tiny import TEXT, replica, result, values, with_reference, write_model
 
 from dtmsearch.cluster import placement
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference
 from dtmsearch.plans.plan import Perturbation, Plan
 from dtmsearch.results.store import ResultStore
 
@@ -194,3 +197,85 @@ def test_replicas_join_with_a_node_and_leave_with_it(cluster: Cluster) -> None:
         left = pool.num_replicas
     answered = sorted(o.request_id for o in arrived if isinstance(o, EvalResult)) == sorted(r.id for r in asked)
     assert (before, joined, left, answered) == (1, 2, 1, True)
+
+
+# Replicas that are larger than a node.
+
+
+@dataclass
+class Spread:
+    """What became of a replica on two nodes: of its wait while there was one, its reference and its evaluations, and
+    those after one of its processes was killed."""
+
+    waited: bool
+    nodes: set[str]
+    reference: Reference
+    before: list[Outcome]
+    after: list[Outcome]
+    notes: list[str]
+
+
+@pytest.fixture(scope="module")
+def spread_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("spread"))
+
+
+def some_requests(reference: Reference, manifest: ModelManifest) -> list[EvalRequest]:
+    names = [component.name for component in manifest.components]
+    parent = Plan.of({names[0]: "int4-g16"})
+    plans = [Plan.of({**parent.schemes, name: "int3-g16"}) for name in names[1::6]]
+    return [EvalRequest(plan, reference.id, (0, 6), ("kl",), parent) for plan in plans]
+
+
+def gathered(pool: ReplicaPool, requests: list[EvalRequest]) -> list[Outcome]:
+    """The outcomes of requests, in their order."""
+    pool.submit(requests)
+    arrived: dict[str, Outcome] = {}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while len(arrived) < len(requests) and time.monotonic() < deadline:
+        arrived |= {outcome.request_id: outcome for outcome in pool.poll(0.1)}
+    return [arrived[request.id] for request in requests]
+
+
+@pytest.fixture(scope="module")
+def spread(spread_model: Path) -> Iterator[Spread]:
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(nodes.address, namespace="dtmsearch", log_to_driver=False)
+    notes: list[str] = []
+    settings = PoolSettings(address=nodes.address, replicas=1, cpus_per_replica=1.0, nodes_per_replica=2)
+    with ReplicaPool(ModelSpec(str(spread_model), dtype="float32"), settings, notes.append) as pool:
+        waited = not ray.wait([pool._crew.members[0].host.placed], timeout=1.0)[0]
+        nodes.add_node(num_cpus=1)
+        manifest = pool.manifest()
+        prompts, _ = pool.cut_prompts([TEXT], 6, 10, 12, 0)
+        reference = pool.make_reference(prompts)
+        pool.use(reference)
+        requests = some_requests(reference, manifest)
+        before = gathered(pool, requests)
+        host = pool._crew.members[0].host
+        placed = set(placement_group_table(host.group)["bundles_to_node_id"].values())
+        os.kill(ray.get(host.others[0].where.remote())[1], signal.SIGKILL)
+        again = [replace(request, prompts=(0, 5)) for request in requests]
+        yield Spread(waited, placed, reference, before, gathered(pool, again), notes)
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def test_a_replica_on_two_nodes_waits_until_it_can_have_both(spread: Spread) -> None:
+    assert (spread.waited, len(spread.nodes)) == (True, 2)
+
+
+def test_a_replica_on_two_nodes_measures_what_one_process_measures(spread: Spread, spread_model: Path) -> None:
+    alone = replica(spread_model)
+    with_reference(alone)
+    expected = alone.evaluate(some_requests(spread.reference, alone.manifest()))
+    assert [values(outcome) for outcome in spread.before] == [values(outcome) for outcome in expected]
+
+
+def test_with_one_stage_the_replica_is_lost_and_another_goes_on(spread: Spread, spread_model: Path) -> None:
+    alone = replica(spread_model)
+    with_reference(alone)
+    again = [replace(r, prompts=(0, 5)) for r in some_requests(spread.reference, alone.manifest())]
+    assert [values(outcome) for outcome in spread.after] == [values(outcome) for outcome in alone.evaluate(again)]
+    assert max(result(outcome).provenance.attempts for outcome in spread.after) == 2
+    assert [note for note in spread.notes if "replica-0" in note and "was lost and is replaced" in note]

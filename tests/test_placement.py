@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dtmsearch.cluster import placement
+from dtmsearch.cluster import placement, pool
 from dtmsearch.cluster.placement import Node, Patience, Room, Share, share_of, waiting_line
+from dtmsearch.cluster.pool import PoolSettings
 
 
 def cpus(*nodes: float) -> list[Node]:
@@ -32,6 +33,15 @@ def test_processors_are_shared_so_that_all_replicas_find_a_node(nodes: list[Node
     assert share_of(nodes, replicas, None, None) == Share(0.0, each)
 
 
+def test_processors_of_a_replica_on_two_nodes_leave_room_for_the_others() -> None:
+    assert share_of(cpus(8, 8), 3, None, None, nodes_per_replica=2) == Share(0.0, 2.0, 2)
+
+
+def test_a_replica_on_two_nodes_has_a_stage_and_a_processor_for_each_gpu() -> None:
+    share = share_of(gpus(4, 4), 0, 4.0, None, nodes_per_replica=2)
+    assert (share, share.num_stages) == (Share(4.0, 4.0, 2), 8)
+
+
 def test_a_replica_takes_a_gpu_where_there_are_any() -> None:
     assert share_of(gpus(0, 2), 0, None, None) == Share(1.0, 1.0)
 
@@ -49,10 +59,21 @@ def test_wishes_are_taken_as_they_are() -> None:
         (Share(0.1, 1.0), gpus(1), 10),
         (Share(1.0, 8.0), gpus(4), 2),
         (Share(0.0, 1.0), cpus(2, 0, 3), 5),
+        (Share(2.0, 1.0, num_nodes=2), gpus(4), 0),  # the parts of one lie on different nodes
+        (Share(2.0, 1.0, num_nodes=2), gpus(4, 2), 1),
+        (Share(2.0, 1.0, num_nodes=2), gpus(4, 2, 3), 2),
+        (Share(1.0, 1.0, num_nodes=3), gpus(2, 2, 2, 1, 1), 2),
+        (Share(1.0, 1.0, num_nodes=3), gpus(8, 8), 0),
     ],
 )
 def test_room_is_counted_node_by_node(share: Share, nodes: list[Node], room: int) -> None:
     assert share.room(nodes) == room
+
+
+def test_one_machine_is_no_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "alive_nodes", lambda: cpus(8.0))
+    with pytest.raises(ValueError, match="--nodes-per-replica asks for 2 nodes, but 1 can be had here"):
+        pool._share(PoolSettings(nodes_per_replica=2))
 
 
 @pytest.fixture
@@ -99,3 +120,9 @@ def test_a_wait_names_what_is_wanted_and_what_is_free() -> None:
 
 def test_a_wait_for_a_node_that_is_not_there_says_so() -> None:
     assert "no node that is there is large enough" in waiting_line(["replica-0"], 0, Share(4.0, 1.0), gpus(2.0), {})
+
+
+def test_a_wait_for_enough_nodes_says_how_many_one_replica_takes() -> None:
+    line = waiting_line(["replica-0"], 0, Share(4.0, 4.0, num_nodes=2), gpus(2.0, 4.0), {})
+    assert "with 4 GPUs and 4 processors on each of 2 nodes" in line
+    assert "1 of them large enough, where one replica takes 2" in line

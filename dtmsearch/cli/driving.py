@@ -22,10 +22,18 @@ def where_of(
     gpus_per_replica: float | None,
     cpus_per_replica: float | None,
     batch_tokens: int | None,
+    nodes_per_replica: int | None,
 ) -> Where:
     from dtmsearch.run import Where
 
-    return Where(address, replicas or 0, gpus_per_replica, batch_tokens or 0, cpus_per_replica)
+    return Where(
+        address,
+        replicas or 0,
+        gpus_per_replica,
+        batch_tokens or 0,
+        cpus_per_replica,
+        nodes_per_replica=nodes_per_replica or 1,
+    )
 
 
 @contextmanager

@@ -114,7 +114,7 @@ class Crew:
         name = f"replica-{self._started}"
         self._started += 1
         group = self._groups.pop() if self._groups else None
-        host = start_host(self._replica_class, name, self._share.num_cpus, self._share.num_gpus, group)
+        host = start_host(self._replica_class, name, self._share, group)
         starting = host.actor.load.remote(self._spec, self._settings)
         for method, arguments in self._gifts:
             getattr(host.actor, method).remote(*arguments)
@@ -170,11 +170,13 @@ class Crew:
 
     def lose(self, member: Member, error: Exception) -> None:
         """Kill a replica and start another in its place. Raises `ReplicasFailed` when too many were lost in a row."""
+        if is_loss(error):
+            error = cause_of(error)
         self.members.remove(member)
         member.host.end()
         if member.host.group is not None:
             self._groups.append(member.host.group)
-        reason = str(cause_of(error) if isinstance(error, RayTaskError) else error).strip().splitlines()[0][:300]
+        reason = str(cause_of(error)).strip().splitlines()[0][:300]
         self._on_lost(member, error, reason)
         if isinstance(error, WrongNumbers):
             self._dismissed += 1
@@ -196,7 +198,12 @@ def _with_its_node(error: Exception) -> bool:
     return isinstance(error, ActorUnavailableError)  # what the first call hears of a node that has just died
 
 
-def cause_of(error: RayTaskError) -> Exception:
-    """What the replica itself raised."""
-    cause = error.cause
+def cause_of(error: Exception) -> Exception:
+    """What the replica itself raised, if it did."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, Exception) else error
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether a replica's process has died, or that of one of its stages, of which the first has told."""
+    return isinstance(cause_of(error), RayActorError)

@@ -1,6 +1,7 @@
 """How much of a cluster a replica takes, how many replicas it has room for, and what they wait for.
 
-Counts node by node, because a replica lies on one: two nodes of four processors have no room for a replica of eight.
+Counts node by node, because a replica, or each of its parts, lies on one: two nodes of four processors have no room for
+a replica of eight.
 Knows resources, nothing of what replicas do.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -22,13 +23,28 @@ Node = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Share:
-    """What a replica takes of a node."""
+    """What a replica takes of each of the `num_nodes` over which it is spread."""
 
     num_gpus: float
     num_cpus: float
+    num_nodes: int = 1
+
+    @property
+    def stages_on_node(self) -> int:
+        """Stages of a replica on each of its nodes: one for each GPU. On a single node its model is not cut."""
+        return max(1, int(self.num_gpus)) if self.num_nodes > 1 else 1
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What is to be reserved of a node, as Ray names it."""
+        return {"CPU": self.num_cpus} | ({"GPU": self.num_gpus} if self.num_gpus else {})
+
+    @property
+    def num_stages(self) -> int:
+        return self.num_nodes * self.stages_on_node
 
     def fits(self, node: Node) -> int:
-        """How many of these a node has room for when nothing else is on it."""
+        """How many replicas' parts a node has room for when nothing else is on it."""
         counts = [
             int(node.get(kind, 0.0) / each + 1e-9)
             for kind, each in (("GPU", self.num_gpus), ("CPU", self.num_cpus))
@@ -37,30 +53,43 @@ class Share:
         return min(counts)
 
     def room(self, nodes: Sequence[Node]) -> int:
-        return sum(self.fits(node) for node in nodes)
+        """How many replicas nodes have room for, when the parts of one lie on different nodes."""
+        fitting = [self.fits(node) for node in nodes]
+        replicas = sum(fitting) // self.num_nodes
+        while sum(min(fits, replicas) for fits in fitting) < replicas * self.num_nodes:
+            replicas -= 1
+        return replicas
 
     def __str__(self) -> str:
         gpus = f"{self.num_gpus:g} GPU{'' if self.num_gpus == 1 else 's'} and " if self.num_gpus else ""
-        return f"{gpus}{self.num_cpus:.3g} processor{'' if self.num_cpus == 1 else 's'}"
+        nodes = f" on each of {self.num_nodes} nodes" if self.num_nodes > 1 else ""
+        return f"{gpus}{self.num_cpus:.3g} processor{'' if self.num_cpus == 1 else 's'}{nodes}"
 
 
 def share_of(
-    nodes: Sequence[Node], replicas: int, gpus_per_replica: float | None, cpus_per_replica: float | None
+    nodes: Sequence[Node],
+    replicas: int,
+    gpus_per_replica: float | None,
+    cpus_per_replica: float | None,
+    nodes_per_replica: int = 1,
 ) -> Share:
-    """The share of each replica. Without a wish: a GPU each where there are any, and one processor; on processors
-    alone, as many as the wanted replicas leave each, one if their number is not given (`replicas` 0)."""
+    """The share of each replica, of each of its nodes. Without a wish: a GPU where there are any, and a processor for
+    each stage; on processors alone, as many as the wanted replicas leave each, one if their number is not given
+    (`replicas` 0)."""
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     num_gpus = gpus_per_replica if gpus_per_replica is not None else (1.0 if gpus else 0.0)
     if cpus_per_replica is not None:
-        return Share(num_gpus, cpus_per_replica)
+        return Share(num_gpus, cpus_per_replica, nodes_per_replica)
     if num_gpus or not replicas:
-        return Share(num_gpus, 1.0)
+        one = Share(num_gpus, 1.0, nodes_per_replica)
+        return replace(one, num_cpus=float(one.stages_on_node))
     largest = int(max((node.get("CPU", 0.0) for node in nodes), default=1.0))
     for num_cpus in range(largest, 0, -1):
-        if Share(0.0, float(num_cpus)).room(nodes) >= replicas:
-            return Share(0.0, float(num_cpus))
+        share = Share(0.0, float(num_cpus), nodes_per_replica)
+        if share.room(nodes) >= replicas:
+            return share
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    return Share(0.0, max(0.01, cpus / replicas) if cpus else 1.0)
+    return Share(0.0, max(0.01, cpus / (replicas * nodes_per_replica)) if cpus else 1.0, nodes_per_replica)
 
 
 def alive_nodes() -> list[Node]:
@@ -129,7 +158,10 @@ def waiting_line(
     verb = "waits" if len(waiting) == 1 else "wait"
     goes_on = f"the search goes on with {num_at_work}" if num_at_work else "the search begins with the first"
     if not any(share.fits(node) for node in nodes):
-        help_ = "no node that is there is large enough for one"
+        help_ = "no node that is there is large enough" + (" for one" if share.num_nodes == 1 else "")
+    elif not share.room(nodes):
+        fitting = sum(share.fits(node) > 0 for node in nodes)
+        help_ = f"{fitting} of them large enough, where one replica takes {share.num_nodes}"
     else:
         help_ = "another program holds the rest, or a process is slow to start; a smaller --cpus-per-replica needs less"
     return f"{names} {verb} for a place with {share}: the cluster's {len(nodes)} nodes have {has} ({help_}); {goes_on}"

@@ -39,6 +39,7 @@ from dtmsearch.plans.evaluation import (
 log = logging.getLogger(__name__)
 
 REPLICA_CLASS = "dtmsearch.model.replica:Replica"
+_STAGES = "dtmsearch.model.pipeline:make_stage"
 
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
@@ -53,8 +54,9 @@ _MOST_GUESSES = 8
 @dataclass(frozen=True)
 class PoolSettings:
     """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
-    None are chosen from what the cluster has. From `guess_from` replicas on, those that idle are offered to guesses:
-    with fewer, the end of a round costs too little. `weights_folder` is where trained weights lie, for all nodes."""
+    None are chosen from what the cluster has, and are of each of `nodes_per_replica` nodes. From `guess_from` replicas
+    on, those that idle are offered to guesses: with fewer, the end of a round costs too little. `weights_folder` is
+    where trained weights lie, for all nodes."""
 
     address: str | None = None
     replicas: int = 0
@@ -63,6 +65,7 @@ class PoolSettings:
     cpus_per_replica: float | None = None
     guess_from: int = 8
     weights_folder: str = ""
+    nodes_per_replica: int = 1
 
 
 class ReplicaPool(Services):
@@ -73,7 +76,7 @@ class ReplicaPool(Services):
         spec: ModelSpec,
         settings: PoolSettings = PoolSettings(),
         on_note: Callable[[str], None] = log.warning,
-        replica_class: str = REPLICA_CLASS,
+        replica_class: str | None = None,
         health: Health = Health(),
         run: str = "",
     ) -> None:
@@ -83,10 +86,12 @@ class ReplicaPool(Services):
         self._share = _share(settings)
         replica_settings = ReplicaSettings(
             batch_tokens=settings.batch_tokens,
-            num_devices=max(1, int(self._share.num_gpus)),
+            num_devices=max(1, int(self._share.num_gpus / self._share.stages_on_node)),
             num_threads=0 if self._share.num_gpus else max(1, int(self._share.num_cpus)),
             weights_folder=settings.weights_folder,
+            num_stages=self._share.num_stages,
         )
+        replica_class = replica_class or (REPLICA_CLASS if self._share.num_nodes == 1 else _STAGES)
         crew = Crew(replica_class, spec, replica_settings, self._share, settings.replicas, on_note, self._take_back)
         super().__init__(crew, check_alive if self._own_ray else lambda: None)
         self._health, self._pace, self._canaries = health, Pace(health), Canaries(health, crew.references)
@@ -358,7 +363,14 @@ def _fetch_one(reference: Any) -> Any:
 def _share(settings: PoolSettings) -> Share:
     """The share of each replica. Raises `ValueError` for what this machine does not have; a cluster may grow."""
     nodes = alive_nodes()
-    share = share_of(nodes, settings.replicas, settings.gpus_per_replica, settings.cpus_per_replica)
+    share = share_of(
+        nodes, settings.replicas, settings.gpus_per_replica, settings.cpus_per_replica, settings.nodes_per_replica
+    )
+    if settings.address is None and len(nodes) < share.num_nodes:
+        raise ValueError(
+            f"--nodes-per-replica asks for {share.num_nodes} nodes, but {len(nodes)} can be had "
+            "here: a replica is spread over nodes of a cluster (--address), over the GPUs of one by --gpus-per-replica"
+        )
     if settings.address is None and not share.room(nodes):
         for option, kind, each in (("gpus", "GPU", share.num_gpus), ("cpus", "CPU", share.num_cpus)):
             has = sum(node.get(kind, 0.0) for node in nodes)

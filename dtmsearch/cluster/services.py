@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from dtmsearch.cluster.crew import Crew, ReplicasFailed, cause_of
+from dtmsearch.cluster.crew import Crew, ReplicasFailed, cause_of, is_loss
 from dtmsearch.cluster.member import Member
 from dtmsearch.cluster.work import MAX_ATTEMPTS
 from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
@@ -120,9 +120,9 @@ class Services:
                 member, number, attempt = under_way.pop(call)
                 try:
                     yield ray.get(call)
-                except RayTaskError as error:
-                    raise cause_of(error) from None
-                except RayActorError as error:
+                except (RayTaskError, RayActorError) as error:
+                    if not is_loss(error):
+                        raise cause_of(error) from None
                     if attempt >= MAX_ATTEMPTS:
                         raise ReplicasFailed(f"{attempt} replicas were lost while they solved a layer") from error
                     waiting.appendleft((number, attempt + 1))
@@ -134,9 +134,9 @@ class Services:
             member = self._first_ready()
             try:
                 return ray.get(member.actor.call.remote(method, *arguments))
-            except RayTaskError as error:
-                raise cause_of(error) from None
-            except RayActorError as error:
+            except (RayTaskError, RayActorError) as error:
+                if not is_loss(error):
+                    raise cause_of(error) from None
                 self._crew.lose(member, error)
 
     def _first_ready(self) -> Member:

@@ -122,7 +122,9 @@ def _run_trials(
     files: Sequence[SearchFile], store: str, where: Where, race: Race | None, on_note: Callable[[str], None]
 ) -> None:
     replicas = where.replicas or 1
-    share = share_of(alive_nodes(), replicas, where.gpus_per_replica, where.cpus_per_replica or 1.0)
+    share = share_of(
+        alive_nodes(), replicas, where.gpus_per_replica, where.cpus_per_replica or 1.0, where.nodes_per_replica
+    )
     _check_room(share, replicas, where)
     inside = replace(
         where,
@@ -140,14 +142,13 @@ def _run_trials(
         except Exception as error:  # the store has it, as the run's status; another try would end the same way
             logging.getLogger(__name__).warning("%s: %s", config["run"], error)
 
-    bundle = {"CPU": share.num_cpus} | ({"GPU": share.num_gpus} if share.num_gpus else {})
     scheduler = None
     if race is not None:
         scheduler = StopDominated(race, {file.run: _group(file) for file in files}, store, on_note)
     os.environ.update(_QUIET)
     with tempfile.TemporaryDirectory(prefix="dtmsearch-sweep-") as folder:
         tune.Tuner(
-            tune.with_resources(trial, tune.PlacementGroupFactory([{}] + [bundle] * replicas)),
+            tune.with_resources(trial, tune.PlacementGroupFactory([{}] + [share.bundle] * replicas * share.num_nodes)),
             param_space={"run": tune.grid_search([file.run for file in files])},
             tune_config=tune.TuneConfig(scheduler=scheduler, num_samples=1),
             run_config=tune.RunConfig(
