@@ -44,6 +44,14 @@ def coded(codes: NDArray[np.integer[Any]], names: list[str]) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(names, pa.string()))
 
 
+def values_of(column: pa.Array) -> list[Any]:
+    """A column's values; of a coded one each name is made once, not once for each row."""
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    names = [*column.dictionary.to_pylist(), None]
+    return [names[code] for code in column.indices.fill_null(len(names) - 1).to_pylist()]
+
+
 def lists(rows: Sequence[NDArray[np.generic] | None], values: pa.DataType) -> pa.Array:
     """A list column from an array per row, null where there is none."""
     present = [row for row in rows if row is not None]

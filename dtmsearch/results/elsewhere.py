@@ -134,6 +134,7 @@ class Elsewhere:
 
 def _keys_of(ids: pa.ChunkedArray) -> _Keys:
     """The first 64 bits of hexadecimal ids."""
-    joined = "".join(pc.utf8_slice_codeunits(ids, 0, _KEY_DIGITS).to_pylist())
-    keys: _Keys = np.frombuffer(bytes.fromhex(joined), ">u8").astype(np.uint64)
+    digits = pc.utf8_slice_codeunits(ids, 0, _KEY_DIGITS).cast(pa.binary(_KEY_DIGITS)).combine_chunks()
+    joined = digits.buffers()[1].slice(digits.offset * _KEY_DIGITS, len(digits) * _KEY_DIGITS)
+    keys: _Keys = np.frombuffer(bytes.fromhex(str(joined, "ascii")), ">u8").astype(np.uint64)
     return keys

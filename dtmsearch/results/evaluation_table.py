@@ -10,7 +10,7 @@ import pyarrow as pa
 from dtmsearch.plans.evaluation import EvalFailure, EvalResult, Outcome, Provenance
 from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.records import EvaluationRecord
-from dtmsearch.results.columns import arrays, coded_constant, from_columns, from_time, lists, to_time
+from dtmsearch.results.columns import arrays, coded_constant, from_columns, from_time, lists, to_time, values_of
 from dtmsearch.results.plan_table import PlanFigures
 from dtmsearch.results.schemas import EVALUATIONS, SUMMARY_COLUMNS
 
@@ -77,10 +77,10 @@ OUTCOME_COLUMNS = [
 
 def outcomes(batch: pa.RecordBatch) -> Iterator[Outcome]:
     """The outcomes in rows of `evaluations`. Their arrays are read-only views into the rows' memory."""
-    ids, status, message = (batch[name].to_pylist() for name in ("evaluation_id", "status", "message"))
+    ids, status, message = (values_of(batch[name]) for name in ("evaluation_id", "status", "message"))
     lists = [arrays(batch[name]) for name in ("fdt", "sdt", "dppl_list", "kl_list", "ppl_list")]
     seconds = from_time(batch["finished_at"])
-    where = map(Provenance, *(batch[name].to_pylist() for name in _PROVENANCE_COLUMNS), seconds)
+    where = map(Provenance, *(values_of(batch[name]) for name in _PROVENANCE_COLUMNS), seconds)
     if set(status) == {"ok"}:
         yield from map(EvalResult, ids, *lists, where)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -68,14 +69,16 @@ class PlanRows:
 
     def _numbers(self, plans: Sequence[Plan]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The pair numbers of all entries of all plans, one plan after the other, and each plan's length."""
-        known = self._number_of_pair
-        for plan in plans:
-            for entry in plan.entries:
-                if entry not in known:
+        entries = list(chain.from_iterable(plan.entries for plan in plans))
+        try:
+            numbers = list(map(self._number_of_pair.__getitem__, entries))
+        except KeyError:
+            for entry in dict.fromkeys(entries):
+                if entry not in self._number_of_pair:
                     self._learn(entry)
-        self._pairs = np.array(self._pair_rows, np.int64).reshape(-1, 5)
-        numbers = np.array([known[entry] for plan in plans for entry in plan.entries], np.int64)
-        return numbers, np.array([len(plan) for plan in plans], np.int64)
+            self._pairs = np.array(self._pair_rows, np.int64).reshape(-1, 5)
+            return self._numbers(plans)
+        return np.array(numbers, np.int64), np.array([len(plan) for plan in plans], np.int64)
 
     def _learn(self, entry: tuple[str, str]) -> None:
         name, scheme = entry
