@@ -3,7 +3,7 @@
     python benchmarks/search_table.py FOLDER... [--plot docs/search-quality.svg]
 
 Means over seeds; `vs auto` counts the seeds in which the 95% interval of the paired difference in held-out KL excludes
-that `auto` is better (+), or that it is worse (-). The plot needs matplotlib.
+that `auto` is better (+), or that it is worse (-). The plot needs the extra `report`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import altair
 import click
 import numpy as np
 
@@ -56,31 +57,30 @@ def _line(case: str, strategy: str, group: Rows, comparisons: Rows) -> str:
 
 
 def _draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
-    from matplotlib import pyplot
+    """A panel for each case: held-out KL over uniform's against tokens, a line for each search."""
+    points = [
+        {"case": case, "strategy": strategy, "search": f"{strategy} {row['seed']}", "tokens": tokens, "ratio": ratio}
+        for (case, strategy), group in groups.items()
+        for row in group
+        for tokens, ratio in _course(row)
+    ]
+    base = altair.Chart(altair.Data(values=points)).encode(
+        x=altair.X("tokens:Q", scale=altair.Scale(type="log"), title="million tokens forwarded"),
+        y=altair.Y("ratio:Q", scale=altair.Scale(zero=False), title="held-out KL over the uniform plan's"),
+        color=altair.Color("strategy:N", title=None),
+        detail="search:N",
+    )
+    panels = (base.mark_line(opacity=0.6) + base.mark_point(size=14, filled=True)).properties(width=230, height=230)
+    chart = panels.facet(altair.Facet("case:N", title=None), columns=3).resolve_scale(x="independent", y="independent")
+    chart.configure(background="white").save(str(path))
 
-    cases = sorted({case for case, _ in groups})
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(4.5 * len(cases), 3.6), squeeze=False)
-    colours = {name: f"C{i}" for i, name in enumerate(sorted({s for _, s in groups if not s.startswith("uniform")}))}
-    for case, axis in zip(cases, axes[0], strict=True):
-        for (_, strategy), group in ((key, group) for key, group in groups.items() if key[0] == case):
-            _draw_strategy(axis, strategy, group, colours)
-        axis.set(title=case, xlabel="million tokens forwarded", xscale="log")
-    axes[0][0].set_ylabel("held-out KL, nats per token")
-    handles = {h.get_label(): h for axis in axes[0] for h in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize="small")
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(path)
 
-
-def _draw_strategy(axis: Any, strategy: str, group: Rows, colours: dict[str, str]) -> None:
-    if strategy.startswith("uniform"):
-        axis.axhline(group[0]["kl"], color="grey", linestyle=":", label="uniform")
-        return
-    for number, row in enumerate(group):
-        path: Sequence[Sequence[float]] = [*row["path"], (row["megatokens"], row["kl"])]
-        tokens, kl = zip(*path, strict=True)
-        label = None if number else strategy
-        axis.plot(tokens, kl, marker="o", markersize=3, linewidth=1, color=colours[strategy], label=label)
+def _course(row: dict[str, Any]) -> Sequence[tuple[float, float]]:
+    """(million tokens, KL over uniform's) of a search's decisions; none of a uniform plan."""
+    if not row["megatokens"]:
+        return []
+    scale = row["kl_vs_uniform"] / row["kl"]
+    return [(tokens, kl * scale) for tokens, kl in [*row["path"], (row["megatokens"], row["kl"])]]
 
 
 if __name__ == "__main__":

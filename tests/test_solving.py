@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
-from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, failing, run_search, toy_components
+from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, chance, failing, run_search, toy_components
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving import (
@@ -12,6 +15,7 @@ from solving import (
     STRATEGIES,
     additive,
     additive_damage,
+    alpha,
     equal_components,
     errors_of,
     request_for,
@@ -19,8 +23,10 @@ from solving import (
     strategy,
 )
 
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, Outcome
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.search.auto import Effort
 from dtmsearch.search.choices import Choices
 from dtmsearch.search.evolution import Switching
 from dtmsearch.search.scheduler import SearchFailed, Strategy
@@ -56,6 +62,28 @@ def test_a_local_search_to_its_end_finds_the_best_plan_of_units_alike() -> None:
     plan = run_search(strategy("local", space_with(BUDGET), local=everything), FakeEvaluator(additive))
     assert plan is not None
     assert additive_damage(plan) == pytest.approx(additive_damage(best_by_trying(BUDGET)))
+
+
+def test_correction_goes_on_while_much_is_in_doubt() -> None:
+    def uneven(request: EvalRequest) -> EvalResult:
+        """The same damages on average, but every prompt minds other components."""
+        kl = [
+            sum(
+                alpha(c) * 4.0 ** (1 - parse_scheme(s).bits) * 2.0 * chance("minds", prompt, c)
+                for c, s in request.plan.entries
+            )
+            for prompt in range(*request.prompts)
+        ]
+        return replace(additive(request), kl=np.array(kl, np.float32))
+
+    def rounds(answer: Callable[[EvalRequest], EvalResult]) -> int:
+        log = MemoryLog()
+        effort = Effort(probe_prompts=2, rounds=5, prompts=2, plans=6)
+        run_search(strategy("auto", space_with(BUDGET, equal_components(16)), auto=effort), FakeEvaluator(answer), log)
+        # A plan that leads is decided on once a round, and once more at the end.
+        return len(log.steps) - 1
+
+    assert rounds(additive) < rounds(uneven)
 
 
 @pytest.mark.parametrize("name", ["spdy", "evolution"])

@@ -96,11 +96,11 @@ class StopSection(Section):
 
 
 class AutoSection(Section):
-    """How much `auto` measures: prompts of a unit's probe; rounds of correction, their prompts, and the plans drawn in
-    each. `sensitivity` takes the probe from here."""
+    """How much `auto` measures: prompts of a unit's probe; rounds of correction at most, the prompts of the first (each
+    takes twice as many as the one before), and the plans drawn in each. `sensitivity` takes the probe from here."""
 
     probe_prompts: int = Field(default=4, ge=1)
-    rounds: int = Field(default=2, ge=0)
+    rounds: int = Field(default=4, ge=0)
     prompts: int = Field(default=32, ge=1)
     plans: int = Field(default=8, ge=1)
 

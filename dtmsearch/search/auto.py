@@ -3,7 +3,7 @@
 1. Every unit alone under one scheme of each family, on few prompts: what all schemes cost, by the law.
 2. The solver's plan within the budget.
 3. Rounds of correction around the plan that leads: units moved alone, and whole plans drawn from the belief; each
-   measured difference corrects it.
+   measured difference corrects it. They go on as long as they pay, each on more prompts than the last.
 4. The leading plans on all prompts, in the metric that ranks, beside the uniform plans of the budget.
 
 `sensitivity` leaves the third step out, and compares on fewer prompts.
@@ -36,17 +36,23 @@ _SIZE_STEP = 0.005
 _DIVERGENT_SHARE = 0.28
 # Of how many units one is moved alone: in the first round, and later.
 _DOUBTED = (2, 4)
+# A round doubles the prompts of the last, whose differences it must tell apart at half their size.
+_GROWTH = 2
+# Another round follows if by the belief the leading plan's damage is still further from the least than this part of it.
+_WORTHWHILE = 0.005
 # The part of each unit's own difference between plans by which the sum over units is off.
 _INTERACTION = 0.15
+# So many rounds are foreseen; whether more follow, measurements say.
+_USUAL_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: prompts of a probe; rounds of correction, their prompts, plans drawn in each; plans of the
-    last comparison."""
+    """How much is measured: prompts of a probe; rounds of correction at most, the first one's prompts, plans drawn in
+    each; plans of the last comparison."""
 
     probe_prompts: int = 4
-    rounds: int = 2
+    rounds: int = 4
     prompts: int = 32
     plans: int = 8
     finalists: int = 3
@@ -71,7 +77,6 @@ class Auto(Solver):
         if min_fdt is not None:
             self._best = None  # nothing is known to keep it
         self._effort = effort
-        self._prompts_each = min(effort.prompts, self.num_prompts)
         self._errors = unit_errors(self._choices, errors)
 
     def script(self) -> Script:
@@ -83,8 +88,10 @@ class Auto(Solver):
         self._best = self._choices.plan(leader)
         pool = [leader]
         for number in range(self._effort.rounds):
-            belief, leader, good = yield from self._correct(belief, leader, number)
-            pool = list(dict.fromkeys((*good, *pool)))
+            belief, good, regret = yield from self._correct(belief, leader, number)
+            leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
+            if regret < _WORTHWHILE:
+                break
         few = None if self._effort.rounds else self._effort.prompts
         yield from self._final([*pool[: self._effort.finalists], first], few)
 
@@ -127,7 +134,7 @@ class Auto(Solver):
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""
         probed = probings(self._choices, self._errors)
-        rounds, units = self._effort.rounds, len(self._choices.units)
+        rounds, units = min(self._effort.rounds, _USUAL_ROUNDS), len(self._choices.units)
         moves = sum(units // _DOUBTED[number > 0] for number in range(rounds))
         self._num_to_come = moves + rounds * (self._effort.plans + 2) + 2
         answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
@@ -137,10 +144,10 @@ class Auto(Solver):
         own = float(np.hypot(_LAW_SPREAD, min(probe_noise(answers), 1.0)))
         return Belief.of(tables, families, own, _COMMON_SPREAD)
 
-    def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, Options, list[Options]]]:
-        """A round of correction: (belief, leader, the best candidates)."""
+    def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, list[Options], float]]:
+        """A round of correction: (belief; candidates, the best first; the leader's expected regret)."""
         # Every time other prompts: what was learnt on some must not be confirmed by the same.
-        prompts = self._block(2 * number)
+        prompts = self._block(number, 0)
         (base,) = yield from self._measured([leader], prompts)
         self._lead(leader, base)
         moves = self._doubtful(belief, leader, number)
@@ -148,12 +155,13 @@ class Auto(Solver):
         for (unit, option), answer in zip(moves, answers, strict=True):
             belief = self._learn(belief, _moved(leader, unit, option), leader, *paired(answer, base, "kl"))
         random = self._random(number)
-        drawn = [self._solve(belief.tables())]
-        drawn += [self._solve(belief.tables(belief.sample(random))) for _ in range(self._effort.plans - 1)]
+        thetas = [belief.mean, *(belief.sample(random) for _ in range(self._effort.plans - 1))]
+        drawn = [self._solve(belief.tables(theta)) for theta in thetas]
+        regret = _regret(belief, leader, drawn, thetas)
         candidates = [options for options in dict.fromkeys(drawn) if options != leader]
         if not candidates:
-            return belief, leader, [leader]
-        prompts = self._block(2 * number + 1)
+            return belief, [leader], regret
+        prompts = self._block(number, 1)
         base, *answers = yield from self._measured([leader, *candidates], prompts, self._choices.plan(leader))
         seen = [paired(answer, base, "kl") for answer in answers]
         for options, (value, variance) in zip(candidates, seen, strict=True):
@@ -161,14 +169,16 @@ class Auto(Solver):
         last = self._solve(belief.tables())
         field = dict.fromkeys([last, leader, *candidates])
         measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
-        order = sorted(field, key=lambda options: self._estimate(belief, options, leader, measured.get(options)))
-        return belief, order[0], order
+        estimates = {options: self._estimate(belief, options, leader, measured.get(options)) for options in field}
+        order = sorted(field, key=estimates.__getitem__)
+        return belief, order, regret
 
-    def _block(self, number: int) -> tuple[int, int]:
-        """A stretch of the prompts: those after the last one's, from the front again where they end."""
-        count = min(self._effort.prompts, self.num_prompts)
-        first = number * count % (self.num_prompts - count + 1)
-        return first, first + count
+    def _block(self, number: int, half: int) -> tuple[int, int]:
+        """The stretch of the prompts that a round's moves (0) or drawn plans (1) are measured on: those after the last
+        one's, from the front again where they end."""
+        counts = [min(self._effort.prompts * _GROWTH**n, self.num_prompts) for n in range(number + 1)]
+        first = (2 * sum(counts[:-1]) + half * counts[-1]) % (self.num_prompts - counts[-1] + 1)
+        return first, first + counts[-1]
 
     def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
         """(unit, option) to move alone: those whose damage is most in doubt."""
@@ -202,6 +212,15 @@ class Auto(Solver):
         variance += _INTERACTION**2 * belief.squares(options, other)
         total = variance + seen[1]
         return mean if total <= 0 else (mean * seen[1] + seen[0] * variance) / total
+
+
+def _regret(belief: Belief, leader: Options, best: Sequence[Options], thetas: Sequence[Floats]) -> float:
+    """By what part of its damage a plan is expected to miss the least, for thetas drawn from the belief and the best
+    plan under each: the expected value of perfect information (Raiffa and Schlaifer, Applied Statistical Decision
+    Theory, 1961), which no further measuring can exceed."""
+    damage = sum(float(belief.features(leader) @ theta) for theta in thetas)
+    least = sum(float(belief.features(options) @ theta) for options, theta in zip(best, thetas, strict=True))
+    return 1.0 - least / damage if damage > 0.0 else 0.0
 
 
 def _moved(options: Options, unit: int, option: int) -> Options:
