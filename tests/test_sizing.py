@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtmsearch.cluster.sizing import CALL_SECONDS, call_seconds, guess_seconds, usual_seconds
+from dtmsearch.cluster.sizing import APART_SECONDS, CALL_SECONDS, call_seconds, guess_seconds, usual_seconds
 
 
 def test_few_replicas_get_calls_of_the_usual_length() -> None:
@@ -12,8 +12,7 @@ def test_few_replicas_get_calls_of_the_usual_length() -> None:
 
 
 def test_calls_to_many_replicas_leave_the_driver_time_for_the_rest() -> None:
-    calls_each_second = 2000 / usual_seconds(2000)
-    assert calls_each_second * 0.7e-3 == pytest.approx(0.25)
+    assert usual_seconds(2000) / 2000 == pytest.approx(APART_SECONDS)
 
 
 def test_a_replica_takes_at_most_half_its_fair_part_where_the_driver_has_time() -> None:
@@ -22,7 +21,7 @@ def test_a_replica_takes_at_most_half_its_fair_part_where_the_driver_has_time() 
 
 def test_a_rounds_last_calls_are_as_long_as_sending_them_all_takes() -> None:
     length = call_seconds(waiting_seconds=20.0, num_replicas=512)
-    assert length == pytest.approx(0.7e-3 * 20.0 / length)
+    assert length == pytest.approx(APART_SECONDS * 20.0 / length)
 
 
 def test_no_work_is_no_time() -> None:
