@@ -56,6 +56,7 @@ def sparsity_of(file: SearchFile) -> SparsitySettings:
         allocate=section.allocate,
         prune=section.prune,
         probe_points=section.probe_points,
+        probe_every=section.probe_every,
         cap=section.cap,
         continuation_tokens=file.prompts.continuation_tokens,
     )

@@ -80,6 +80,32 @@ def test_a_round_asks_two_probes_of_every_component_then_its_plan() -> None:
     assert [len(record.request.plan) for record in log.records[:-1]] == [1] * 24 and len(log.records) == 25
 
 
+def test_a_round_that_adds_much_is_probed_again_over_the_plan_of_its_first_part() -> None:
+    log = MemoryLog()
+    strategy = Sparsity(SPACE, request_for, settings("sensitivity", 50.0))
+    plan = searched(strategy, log)
+    halfway = log.records[24].request.plan
+    assert [len(record.request.plan) for record in log.records] == [1] * 24 + [12] * 26
+    assert all(len(record.request.plan.diff(halfway)) <= 1 for record in log.records[24:49])
+    assert [round(SPACE.size(p).sparsity, 2) for p in (halfway, plan)] == [0.25, 0.5]
+    assert [decision.plan for decision in strategy.decisions] == [plan]
+
+
+@pytest.mark.parametrize(("points", "probings"), [(25.0, 1), (25.1, 2), (50.0, 2), (75.0, 3)])
+def test_stages_add_no_more_than_their_points(points: float, probings: int) -> None:
+    stages = settings("sensitivity", points)
+    assert (stages.stages(0), settings("fdt75", points).stages(0)) == (probings, 1)
+    assert stages.stage_target(0, probings - 1) == points / 100
+
+
+def test_as_many_evaluations_are_asked_as_were_expected() -> None:
+    log = MemoryLog()
+    strategy = Sparsity(SPACE, request_for, settings("sensitivity", 40.0, 10.0), recover=trainer([]))
+    expected = strategy.expected_evaluations()
+    searched(strategy, log)
+    assert len(log.records) == expected
+
+
 def test_the_published_probes_add_half_and_one_and_a_half_of_the_target() -> None:
     asks = Sparsity(SPACE, request_for, settings("fdt75", 20.0)).ask()
     assert [ask.perturbation and ask.perturbation.scheme for ask in asks[:2]] == ["magnitude-0.1", "magnitude-0.3"]
@@ -164,10 +190,10 @@ def test_weights_count_in_the_identity_of_an_evaluation_and_none_do_not() -> Non
     assert trained.id != request.id
 
 
-@pytest.mark.parametrize("stop_after", [1, 24, 25, 26, 40, 52])
+@pytest.mark.parametrize("stop_after", [1, 24, 25, 26, 49, 50, 51, 60, 77])
 def test_a_search_that_is_killed_anywhere_goes_on_where_it_was(stop_after: int) -> None:
     whole, calls = MemoryLog(), []
-    make = lambda: Sparsity(SPACE, request_for, settings("sensitivity", 20.0, 10.0), recover=trainer(calls))  # noqa: E731
+    make = lambda: Sparsity(SPACE, request_for, settings("sensitivity", 40.0, 10.0), recover=trainer(calls))  # noqa: E731
     plan = searched(make(), whole)
     cut = MemoryLog()
     cut.records = list(whole.records[:stop_after])

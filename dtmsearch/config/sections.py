@@ -195,6 +195,7 @@ class SearchSection(Section):
     allocate: Literal["sensitivity", "knapsack", "fdt75", "fdt_mean", "sdt", "kl", "owl", "uniform"] = "sensitivity"
     prune: Literal["magnitude", "wanda", "sparsegpt", "random"] = "magnitude"
     probe_points: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    probe_every: float = Field(default=25.0, gt=0, le=100)
     cap: float = Field(default=1.0, gt=0, le=1)
     recovery: RecoverySection | None = None
 

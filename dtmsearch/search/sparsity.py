@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from math import floor
+from math import ceil, floor
 
 from dtmsearch.plans.components import Component
 from dtmsearch.plans.evaluation import EvalFailure, Outcome
@@ -51,14 +51,16 @@ class SparsitySettings:
 
     `rounds`: percentage points that each adds. `allocate`: a statistic of the threshold allocation (`fdt75` as
     published, `fdt_mean`, `sdt`, `kl`), `sensitivity` or `knapsack` (least sum of KL damages, with the error model or
-    without), `owl` or `uniform`. `prune`: the saliency. `probe_points`: empty for the allocation's own. `cap`: the
-    most that any component is pruned. `continuation_tokens` is the most that FDT can be.
+    without), `owl` or `uniform`. `prune`: the saliency. `probe_points`: empty for the allocation's own.
+    `probe_every`: `sensitivity` allocates no more points than these before it probes again, over what it has
+    allocated. `cap`: the most that any component is pruned. `continuation_tokens` is the most that FDT can be.
     """
 
     rounds: tuple[float, ...]
     allocate: str = "sensitivity"
     prune: str = "magnitude"
     probe_points: tuple[float, ...] = ()
+    probe_every: float = 25.0
     cap: float = 1.0
     continuation_tokens: int = 100
 
@@ -66,6 +68,15 @@ class SparsitySettings:
     def targets(self) -> tuple[float, ...]:
         """The share of all weights that is pruned after each round."""
         return tuple(round(points, 9) / 100.0 for points in accumulate(self.rounds))
+
+    def stages(self, number: int) -> int:
+        """In how many equal parts what a round adds is allocated, each after probes of its own."""
+        return ceil(self.rounds[number] / self.probe_every - 1e-9) if self.allocate == "sensitivity" else 1
+
+    def stage_target(self, number: int, stage: int) -> float:
+        """The share of all weights that is pruned after a stage of a round, both from 0."""
+        before = self.targets[number - 1] if number else 0.0
+        return before + (self.targets[number] - before) * (stage + 1) / self.stages(number)
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,9 @@ class _Unit:
 class Sparsity:
     """Rounds of probes, one allocation, its plan's evaluation, and training where `recover` is given.
 
+    A round that adds much is allocated in stages: damages do not add up over half of a model, so the second stage's
+    probes start from the plan of the first.
+
     Every round leaves a decision for its pruned plan and, where it trains, one for the trained model. A round's plan
     prunes the weights that the rounds before it trained, so shares are of the whole component and never fall.
     `errors` are what `sensitivity` knows of the weights; without them they count as normally distributed. `outliers`
@@ -121,7 +135,7 @@ class Sparsity:
         self._recover, self._errors, self._outliers = recover, errors, outliers
         self._units = tuple(_Unit(unit.components) for unit in space.units)
         self._weights = [unit.num_weights for unit in self._units]
-        self._round = 0
+        self._round = self._stage = 0
         self._plan, self._weights_id = Plan(), ""
         self._shares = [0.0] * len(self._units)
         self._present: Summary | None = None  # of the model that this round prunes; None for the dense one
@@ -162,9 +176,17 @@ class Sparsity:
         return self._remarks
 
     def expected_evaluations(self) -> int:
-        rounds_to_come = len(self._settings.rounds) - self._round - 1
-        per_round = len(self._units) * self._num_points + 1 + (self._recover is not None)
-        return self._num_asked + max(rounds_to_come, 0) * per_round
+        if self.done:
+            return self._num_asked
+        settings, probes = self._settings, len(self._units) * self._num_points
+        trains = self._recover is not None
+        left = (
+            settings.stages(self._round) - self._stage
+        )  # this round's plans to come; the first one's probes are asked
+        to_come = range(self._round + 1, len(settings.rounds))
+        stages = left + sum(settings.stages(number) for number in to_come)
+        trained = trains * (len(to_come) + (not self._trained))
+        return self._num_asked + stages * (probes + 1) - probes * (left > 0) + trained
 
     def ask(self) -> list[Ask]:
         if self._to_train:
@@ -204,9 +226,14 @@ class Sparsity:
         return len(self._settings.probe_points or (MODEL_PROBES if kind == "sensitivity" else PUBLISHED_PROBES))
 
     def _begin_round(self) -> None:
-        self._candidate, self._trained, self._answers = None, False, {}
-        if self.done:
-            return
+        self._candidate, self._trained, self._stage = None, False, 0
+        if not self.done:
+            self._begin_stage()
+
+    def _begin_stage(self) -> None:
+        self._answers = {}
+        if self._stage:
+            self._ask((-1, 0.0), self._plan)
         for number, unit in enumerate(self._units):
             for share in self._probed_shares(number):
                 self._ask((number, share), self._plan.with_(unit.edge(scheme_name(self._settings.prune, share))))
@@ -238,10 +265,11 @@ class Sparsity:
         return unit.edge(plan.scheme_of(unit.name))
 
     def _propose(self) -> None:
-        """Allocate what this round adds, and have the plan measured."""
+        """Allocate what this stage of the round adds; have the plan measured, or probe on from it."""
+        self._present = self._answers.pop((-1, 0.0), self._present)
         if self._num_points and not self._answers and any(share < 1.0 for share in self._shares):
             raise SearchFailed(f"no probe of round {self._round + 1} could be measured")
-        target = self._settings.targets[self._round]
+        target = self._settings.stage_target(self._round, self._stage)
         wanted = floor(target * sum(self._weights) + 1e-6)
         if self._settings.allocate == "uniform":
             schemes = [scheme_name(self._settings.prune, target)] * len(self._units)
@@ -254,8 +282,13 @@ class Sparsity:
         for unit, scheme in zip(self._units, schemes, strict=True):
             plan = plan.with_(unit.edge(scheme))
         self._shares = [share_of(scheme) for scheme in schemes]
-        self._candidate = plan
-        self._ask((-1, 0.0), plan)
+        self._stage += 1
+        if self._stage < self._settings.stages(self._round):
+            self._plan = plan
+            self._begin_stage()
+        else:
+            self._candidate = plan
+            self._ask((-1, 0.0), plan)
 
     def _allocated(self, wanted: int) -> Allocation:
         kind, settings = self._settings.allocate, self._settings
