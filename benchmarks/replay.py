@@ -20,7 +20,7 @@ from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import EvaluationRecord, StepRecord
 from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Decision, Progress, SearchStopped, search
+from dtmsearch.search.scheduler import SearchStopped, Silent, search
 from dtmsearch.search.space import SearchSpace
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -74,17 +74,6 @@ class Answers:
         return [replace(self._results[int(i[:8], 16) % 997], request_id=i) for i in pending]
 
 
-class Silence:
-    def on_progress(self, progress: Progress) -> None:
-        pass
-
-    def on_decision(self, decision: Decision, replayed: bool) -> None:
-        pass
-
-    def on_note(self, text: str) -> None:
-        pass
-
-
 def make_beam(width: int, num_prompts: int) -> Beam:
     components = tuple(
         Component(f"model.layers.{layer}.block.{kind}_proj", layer, kind, (4096, 4096))
@@ -105,11 +94,11 @@ def make_beam(width: int, num_prompts: int) -> Beam:
 def main(outcomes: int, width: int, prompts: int) -> None:
     recorded, evaluator = Records(), Answers(prompts)
     with suppress(SearchStopped):
-        search(make_beam(width, prompts), evaluator, recorded, Silence(), lambda: evaluator.answered >= outcomes)
+        search(make_beam(width, prompts), evaluator, recorded, Silent(), lambda: evaluator.answered >= outcomes)
     recorded = Records(recorded.outcomes[:outcomes])
     beam = make_beam(width, prompts)
     started_at, cpu_started_at = time.perf_counter(), time.process_time()
-    search(beam, evaluator, recorded, Silence(), limit_seconds=0.0)
+    search(beam, evaluator, recorded, Silent(), limit_seconds=0.0)
     seconds, cpu_seconds = time.perf_counter() - started_at, time.process_time() - cpu_started_at
     click.echo(
         f"{len(recorded.outcomes)} outcomes of {prompts} prompts replayed to depth {beam.step} in {seconds:.2f} s "

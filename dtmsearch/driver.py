@@ -15,19 +15,10 @@ from dtmsearch import texts
 from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import PromptsSection, SearchFile
-from dtmsearch.plans.evaluation import Reference
+from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalRequest, Reference
+from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore, RunWriter
-from dtmsearch.search.scheduler import Decision, Observer, Progress
-
-
-class Silent:
-    """An observer that looks away."""
-
-    def on_progress(self, progress: Progress) -> None: ...
-
-    def on_decision(self, decision: Decision, replayed: bool) -> None: ...
-
-    def on_note(self, text: str) -> None: ...
+from dtmsearch.search.scheduler import Observer
 
 
 def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
@@ -60,6 +51,12 @@ def reference_for(
     if reference is None:
         reference = writer.put_reference(pool.make_reference(tokens))
     return reference
+
+
+def whole_request(plan: Plan, reference: Reference, calibration_id: str, weights_id: str = "") -> EvalRequest:
+    """A plan on every prompt of a reference, in all metrics."""
+    prompts = 0, reference.num_prompts
+    return EvalRequest(plan, reference.id, prompts, EXTRA_METRICS, calibration_id=calibration_id, weights_id=weights_id)
 
 
 @contextmanager

@@ -11,14 +11,14 @@ from dtmsearch.calibrating import Calibrating
 from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.compose import space_of
 from dtmsearch.config import SearchFile
-from dtmsearch.driver import Silent, interruptible, pool_for, reference_for
+from dtmsearch.driver import interruptible, pool_for, reference_for, whole_request
 from dtmsearch.named import UNIFORM, check_plan_argument, find_plan, stored_file
-from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest
+from dtmsearch.plans.evaluation import EvalFailure
 from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan, PlanSize
 from dtmsearch.recovering import Recovering, weights_folder
 from dtmsearch.results.store import ResultStore
-from dtmsearch.search.scheduler import Observer, measure
+from dtmsearch.search.scheduler import Observer, Silent, measure
 
 
 @dataclass(frozen=True)
@@ -67,23 +67,15 @@ def evaluate(
         reference = reference_for(pool, results, writer, file, file.prompts, None)
         pool.use(reference)
         calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
-        request = EvalRequest(
-            chosen,
-            reference.id,
-            (0, reference.num_prompts),
-            EXTRA_METRICS,
-            calibration_id=calibration_id,
-            weights_id=weights_id,
-        )
+        request = whole_request(chosen, reference, calibration_id, weights_id)
         outcome = measure({plan: request}, pool, writer, "evaluate")[plan]
-    failed = isinstance(outcome, EvalFailure)
     return PlanMeasurement(
         label=plan,
         plan=chosen,
         size=space.size(chosen),
         num_prompts=reference.num_prompts,
         summary=None if isinstance(outcome, EvalFailure) else summarize(outcome),
-        failure=f"{outcome.kind}: {outcome.message}" if failed and isinstance(outcome, EvalFailure) else None,
+        failure=f"{outcome.kind}: {outcome.message}" if isinstance(outcome, EvalFailure) else None,
     )
 
 
@@ -128,14 +120,7 @@ def recover(
         trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
         reference = reference_for(pool, results, writer, file, prompts, None)
         pool.use(reference)
-        before = EvalRequest(
-            plan,
-            reference.id,
-            (0, reference.num_prompts),
-            EXTRA_METRICS,
-            calibration_id=calibration_id,
-            weights_id=weights_id,
-        )
+        before = whole_request(plan, reference, calibration_id, weights_id)
         requests = {"before": before, "after": replace(before, weights_id=trained)}
         found = measure(requests, pool, writer, "evaluate")
     summaries = {label: None if isinstance(o, EvalFailure) else summarize(o) for label, o in found.items()}

@@ -11,6 +11,7 @@ from dtmsearch.plans.plan import Plan, plan_from_json
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.plans.schemes import parse_scheme
 from dtmsearch.results.store import ResultStore
+from dtmsearch.results.summary import record_of
 from dtmsearch.search.space import SearchSpace
 
 # How `evaluate` is asked for the uniform plan of a scheme.
@@ -20,15 +21,6 @@ UNIFORM = "uniform:"
 def open_store(url: str) -> ResultStore:
     """The store at a local path or a bucket's URL; created on first writing."""
     return ResultStore(url)
-
-
-def record_of(results: ResultStore, run_name: str) -> RunRecord:
-    """What the store records of a run. Raises `ValueError` for one that it does not hold."""
-    record = results.run(run_name)
-    if record is None:
-        names = ", ".join(r.run for r in results.runs()) or "none"
-        raise ValueError(f"no run {run_name!r} in this store; it holds: {names}")
-    return record
 
 
 def stored_file(results: ResultStore, run_name: str) -> SearchFile:

@@ -21,17 +21,17 @@ from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.compose import space_of, sparsity_search_of, strategy_of
 from dtmsearch.config import PromptsSection, SearchFile
-from dtmsearch.driver import Silent, interruptible, pool_for, reference_for
+from dtmsearch.driver import interruptible, pool_for, reference_for
 from dtmsearch.logs import naming
 from dtmsearch.measuring import PlanMeasurement, evaluate, recover
-from dtmsearch.named import begun, open_store, record_of, stored_file
+from dtmsearch.named import begun, open_store, stored_file
 from dtmsearch.plans.evaluation import Reference, evaluation_cost
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.recovering import Recovering, RecoveryDiverged, weights_folder
 from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFull
-from dtmsearch.results.summary import RunSummary, summarize_run
-from dtmsearch.search.scheduler import Decision, Observer, SearchStopped, Strategy, remarks_of, search
+from dtmsearch.results.summary import RunSummary, record_of, summarize_run
+from dtmsearch.search.scheduler import Decision, Observer, SearchStopped, Silent, Strategy, remarks_of, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.sparsity import Milestone, Sparsity
 from dtmsearch.search.strategies import NEED_ERRORS

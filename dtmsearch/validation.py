@@ -13,7 +13,8 @@ import numpy as np
 from dtmsearch.calibrating import Calibrating
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
-from dtmsearch.plans.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, IntArray, Outcome, Reference
+from dtmsearch.driver import whole_request
+from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import siblings
 from dtmsearch.results.store import RunWriter
@@ -62,11 +63,7 @@ class Validation:
         return self._chosen(plans, outcomes)
 
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
-        prompts = 0, self.reference.num_prompts
-        requests = {
-            label: EvalRequest(plan, self.reference.id, prompts, EXTRA_METRICS, calibration_id=calibration_id)
-            for label, plan in plans.items()
-        }
+        requests = {label: whole_request(plan, self.reference, calibration_id) for label, plan in plans.items()}
         for model in self.milestones:
             label = _PLAN if model is self.milestones[-1] else model.label
             requests[label] = replace(requests[_PLAN], plan=model.plan, weights_id=model.weights_id)

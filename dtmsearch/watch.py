@@ -23,6 +23,7 @@ from dtmsearch.config import section_of
 from dtmsearch.output import duration, number
 from dtmsearch.plans.records import RunRecord, StepRecord
 from dtmsearch.results.store import ResultStore
+from dtmsearch.results.summary import record_of
 from dtmsearch.results.tables import step_records
 
 _RECENT_DECISIONS = 6
@@ -52,10 +53,7 @@ class Glance:
 
 def glance(store: ResultStore, run: str) -> Glance:
     """How far a run is. Raises `ValueError` when the store has none of that name."""
-    record = store.run(run)
-    if record is None:
-        names = ", ".join(r.run for r in store.runs()) or "none"
-        raise ValueError(f"no run {run!r} in the store {store.url}; it holds: {names}")
+    record = record_of(store, run)
     of_search = pc.field("purpose").isin(["search", "race"])
     rows = store.table("evaluations", ["status", "finished_at", "replica"], run, of_search)
     statuses = Counter(rows["status"].to_pylist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,12 +42,12 @@ def ids(items: Sequence[EvaluationRecord] | Sequence[Outcome]) -> list[str]:
     return [item.request.id if isinstance(item, EvaluationRecord) else item.request_id for item in items]
 
 
-class ResultLogContract:
+class ResultLogContract(ABC):
     """For `ResultLog`."""
 
+    @abstractmethod
     def opened(self, place: Path, run: str) -> AbstractContextManager[ResultLog]:
         """The log of a run at a place, as one session has it; its records stay when the session ends."""
-        raise NotImplementedError
 
     def test_new_log_replays_nothing(self, tmp_path: Path) -> None:
         with self.opened(tmp_path, "run") as log:

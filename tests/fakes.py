@@ -18,7 +18,7 @@ from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Out
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import EvaluationRecord, StepRecord
 from dtmsearch.plans.schemes import parse_scheme
-from dtmsearch.search.scheduler import Decision, Progress, Strategy, search
+from dtmsearch.search.scheduler import Silent, Strategy, search
 
 NUM_PROMPTS = 8
 CONTINUATION_TOKENS = 100
@@ -148,22 +148,11 @@ class KilledAfter(MemoryLog):
         super().append(records)
 
 
-class SilentObserver:
-    def on_progress(self, progress: Progress) -> None:
-        pass
-
-    def on_decision(self, decision: Decision, replayed: bool) -> None:
-        pass
-
-    def on_note(self, text: str) -> None:
-        pass
-
-
 def run_search(
     strategy: Strategy, evaluator: FakeEvaluator | None = None, log: MemoryLog | None = None, **settings: Any
 ) -> Plan | None:
     """A search over the toy model with what is not given made fresh."""
-    return search(strategy, evaluator or FakeEvaluator(), log or MemoryLog(), SilentObserver(), **settings)
+    return search(strategy, evaluator or FakeEvaluator(), log or MemoryLog(), Silent(), **settings)
 
 
 def failing(kinds: Mapping[str, str]) -> Callable[[EvalRequest], Outcome]:

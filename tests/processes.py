@@ -23,6 +23,15 @@ COMMAND = str(Path(sys.executable).with_name("dtmsearch"))
 # The longest that anything waited for here may take, on a machine that is busy with other things.
 PATIENCE_SECONDS = 180.0
 
+_WITHOUT_RAY = """
+import sys, ray
+def refuse(**options):
+    sys.exit("Ray was started")
+ray.init = refuse
+from dtmsearch.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 Rows = list[dict[str, Any]]
 
 
@@ -51,6 +60,11 @@ def ended(command: list[str], cwd: Path | None = None) -> Ended:
         command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=PATIENCE_SECONDS, check=False
     )
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def without_ray(*arguments: str | Path, cwd: Path | None = None) -> Ended:
+    """The command with a Ray that refuses to start."""
+    return ended([sys.executable, "-c", _WITHOUT_RAY, *map(str, arguments)], cwd)
 
 
 class Driver:

@@ -7,14 +7,14 @@ from pathlib import Path
 import fakes
 import numpy as np
 import yaml
-from fakes import CONTINUATION_TOKENS, FakeEvaluator, SilentObserver, toy_components, toy_manifest
+from fakes import CONTINUATION_TOKENS, FakeEvaluator, toy_components, toy_manifest
 
 from dtmsearch.plans.evaluation import Continuation, EvalRequest, Reference, Writing
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.results.store import ResultStore
 from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import measure, search
+from dtmsearch.search.scheduler import Silent, measure, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.validation import validation_plans
 
@@ -52,7 +52,7 @@ def make_run(
         space = SearchSpace(components, schemes, budget=Budget(share=share))
         beam = Beam(space, lambda plan, parent: request(plan, references[0], parent), "kl", width)
         answers = fakes.failing({"layers.1.mlp": "nonfinite"}) if failing else fakes.evaluate
-        plan = search(beam, FakeEvaluator(answers, per_poll=8), writer, SilentObserver())
+        plan = search(beam, FakeEvaluator(answers, per_poll=8), writer, Silent())
         assert plan is not None
         if finished:
             plans = validation_plans(space, plan)

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "driver": {"plans", "config", "search", "results", "texts", "cluster"},
     "named": {"plans", "config", "search", "results"},
     "exporting": {"plans", "config", "results", "model", "export"},
-    "validation": {"calibrating", "plans", "config", "search", "results", "cluster"},
+    "validation": {"calibrating", "driver", "plans", "config", "search", "results", "cluster"},
     "measuring": COMPOSITION,
     "run": COMPOSITION | {"logs", "measuring", "validation"},
     "report": {"plans", "config", "results", "output"},

@@ -99,7 +99,7 @@ AT_ONCE_KNOWN = {
     "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version 1")),
     "a plan that is nothing": Case(evaluate("nothing"), 2, ("'nothing' is no file, no run of this store",)),
     "a scheme that is none": Case(evaluate("uniform:int8"), 2, ("unknown scheme 'int8'", "the nearest is")),
-    "a run that is not there": Case(lambda folder: ["resume", "nobody"], 2, ("no run 'nobody' in this store",)),
+    "a run that is not there": Case(lambda folder: ["resume", "nobody"], 2, ("no run 'nobody' in the store",)),
     "code that came with the model": Case(
         run(model={"path": "./nowhere", "trust_remote_code": True}), 2, ("WARNING: TRUST_REMOTE_CODE IS ON",)
     ),

@@ -25,6 +25,7 @@ from processes import (
     num_recorded,
     rows,
     tiny_search,
+    without_ray,
 )
 
 import dtmsearch as dtm
@@ -34,15 +35,6 @@ pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
 METRICS = ("fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
 MEASURED = (*METRICS, "fdt", "sdt", "dppl_list", "ppl_list", "kl_list")
-# Runs the command with a Ray that refuses to start.
-WITHOUT_RAY = """
-import sys, ray
-def refuse(**options):
-    sys.exit("Ray was started")
-ray.init = refuse
-from dtmsearch.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 # The demo.
@@ -90,7 +82,7 @@ def test_a_query_of_the_demo_answers(demo: Demo, at: int) -> None:
 
 
 def test_the_demo_again_is_already_complete_without_ray(demo: Demo) -> None:
-    said = ended([sys.executable, "-c", WITHOUT_RAY, "demo"], demo.folder)
+    said = without_ray("demo", cwd=demo.folder)
     assert (said.code, "run demo: already complete" in said.out) == (0, True), said
 
 

@@ -25,14 +25,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from dtmsearch.driver import Silent
 from dtmsearch.model.discovery import read_manifest
 from dtmsearch.model.replica import Replica
 from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore
 from dtmsearch.run import rare_experts
-from dtmsearch.search.scheduler import SearchStopped, search
+from dtmsearch.search.scheduler import SearchStopped, Silent, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies import make_strategy
 

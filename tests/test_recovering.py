@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from fakes import SilentObserver
 from safetensors.torch import load_file
 from tiny import TEXT, write_model
 
@@ -23,7 +22,7 @@ from dtmsearch.plans.evaluation import ReplicaSettings
 from dtmsearch.plans.plan import Plan
 from dtmsearch.recovering import Recovering, RecoveryDiverged, _failure, weights_folder
 from dtmsearch.results.store import ResultStore
-from dtmsearch.search.scheduler import SearchStopped
+from dtmsearch.search.scheduler import SearchStopped, Silent
 
 DOWN = "model.layers.1.mlp.down_proj"
 PLAN = Plan.of({DOWN: "magnitude-0.5", "model.layers.0.self_attn.k_proj": "drop"})
@@ -53,7 +52,7 @@ def recovering(file: SearchFile, stop_requested: Callable[[], bool] = lambda: Fa
     pool, section = cast(ReplicaPool, replica), file.search.recovery
     assert section is not None
     with results.writer("toy") as writer:
-        yield Recovering(file, section, results, writer, pool, replica.manifest(), SilentObserver(), stop_requested)
+        yield Recovering(file, section, results, writer, pool, replica.manifest(), Silent(), stop_requested)
 
 
 def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
@@ -108,7 +107,7 @@ def test_a_bucket_cannot_hold_trainings(tmp_path: Path) -> None:
     section = file.search.recovery
     assert section is not None
     with pytest.raises(ValueError, match="is a bucket: give --store a folder that every node sees"):
-        Recovering(file, section, bucket, None, None, None, SilentObserver(), lambda: False)  # type: ignore[arg-type]
+        Recovering(file, section, bucket, None, None, None, Silent(), lambda: False)  # type: ignore[arg-type]
 
 
 def test_recover_takes_the_files_settings_and_overrides(tmp_path: Path) -> None:

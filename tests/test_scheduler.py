@@ -12,7 +12,6 @@ from fakes import (
     Killed,
     KilledAfter,
     MemoryLog,
-    SilentObserver,
     evaluate,
     failing,
     request_for,
@@ -34,6 +33,7 @@ from dtmsearch.search.scheduler import (
     Progress,
     SearchStalled,
     SearchStopped,
+    Silent,
     measure,
     search,
 )
@@ -184,7 +184,7 @@ def test_what_was_told_is_let_go() -> None:
 
     held: list[int] = []
 
-    class Counting(SilentObserver):
+    class Counting(Silent):
         def on_decision(self, decision: Decision, replayed: bool) -> None:
             gc.collect()
             held.append(sum(reference() is not None for reference in results))
@@ -194,12 +194,12 @@ def test_what_was_told_is_let_go() -> None:
 
 
 def test_nothing_in_flight_nothing_to_ask_and_not_done_is_an_error() -> None:
-    class Silent(Beam):
+    class Quiet(Beam):
         def ask(self) -> list[Ask]:
             return []
 
     with pytest.raises(SearchStalled, match="round 0"):
-        run_search(Silent(SearchSpace(toy_components(), ("nf4",)), request_for))
+        run_search(Quiet(SearchSpace(toy_components(), ("nf4",)), request_for))
 
 
 def test_a_strategy_that_forgets_its_last_round_stalls_rather_than_ends() -> None:
@@ -318,7 +318,7 @@ def test_a_record_names_the_round_that_asked_and_the_edge() -> None:
     ]
 
 
-class Watching(SilentObserver):
+class Watching(Silent):
     def __init__(self) -> None:
         self.decisions: list[tuple[int, bool]] = []
         self.progress: list[Progress] = []
@@ -414,7 +414,7 @@ def test_measuring_can_be_stopped() -> None:
 
 def test_the_evaluator_in_process_answers_everything() -> None:
     in_process = InProcess(lambda requests: [evaluate(request) for request in requests])
-    plan = search(small_beam(), in_process, MemoryLog(), SilentObserver())
+    plan = search(small_beam(), in_process, MemoryLog(), Silent())
     assert plan == run_search(small_beam())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import PATIENCE_SECONDS, Ended, dtmsearch, ended, num_recorded, tiny_search
+from processes import PATIENCE_SECONDS, Ended, dtmsearch, num_recorded, tiny_search, without_ray
 
 from dtmsearch.cluster import sweep as sweep_module
 from dtmsearch.cluster.sweep import StopDominated
@@ -122,16 +121,6 @@ def test_an_unknown_key_of_a_sweep_file_is_named(tmp_path: Path) -> None:
 # A sweep, in processes of its own.
 
 
-WITHOUT_RAY = """
-import sys, ray
-def refuse(**options):
-    sys.exit("Ray was started")
-ray.init = refuse
-from dtmsearch.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @dataclass(frozen=True)
 class Swept:
     folder: Path
@@ -150,7 +139,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     path = sweep_file(folder, {"search.stop.share": [0.1, 0.2]}, stop_dominated={"margin": 50})
     command = ["sweep", str(path), "--store", str(folder / "store"), "--format", "json"]
     first = dtmsearch(*command)
-    return Swept(folder, first, ended([sys.executable, "-c", WITHOUT_RAY, *command]))
+    return Swept(folder, first, without_ray(*command))
 
 
 RUNS = ("many.share-0.1", "many.share-0.2")

@@ -105,12 +105,18 @@ class RunOverview:
     created_at: float
 
 
-def summarize_run(store: ResultStore, run: str) -> RunSummary:
-    """What the store knows of a run. Raises `ValueError` when it has none of that name."""
+def record_of(store: ResultStore, run: str) -> RunRecord:
+    """What the store records of a run. Raises `ValueError` when it has none of that name."""
     record = store.run(run)
     if record is None:
         names = ", ".join(r.run for r in store.runs()) or "none"
         raise ValueError(f"no run {run!r} in the store {store.url}; it holds: {names}")
+    return record
+
+
+def summarize_run(store: ResultStore, run: str) -> RunSummary:
+    """What the store knows of a run. Raises `ValueError` when it has none of that name."""
+    record = record_of(store, run)
     statuses = _search_statuses(store, run)
     steps = step_records(store.table("steps", run=run))
     rows = _validation_rows(store, record)

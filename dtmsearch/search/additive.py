@@ -81,10 +81,9 @@ class Spdy(Solver):
         settings: SpdySearch = SpdySearch(),
         seed: int = 0,
     ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
+        super().__init__(space, request_for, rank_by, seed, settings.prompts)
         self._errors = unit_errors(self._choices, errors)
         self._settings = settings
-        self._prompts_each = min(settings.prompts, self.num_prompts)
 
     def script(self) -> Script:
         settings, units = self._settings, len(self._choices.units)

@@ -72,7 +72,7 @@ class Auto(Solver):
         min_fdt: float | None = None,
         continuation_tokens: int = 100,
     ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
+        super().__init__(space, request_for, rank_by, seed, effort.prompts)
         self._min_fdt, self._length = min_fdt, continuation_tokens
         if min_fdt is not None:
             self._best = None  # nothing is known to keep it

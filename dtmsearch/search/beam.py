@@ -6,19 +6,20 @@ the order of the answers changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 from dtmsearch.plans.evaluation import Outcome
 from dtmsearch.plans.metrics import Summary
 from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.search.course import Course
 from dtmsearch.search.racing import RacedRound, Racing
 from dtmsearch.search.rounds import Answer, Candidate, RequestFactory, Round
 from dtmsearch.search.scheduler import Ask, Decision
 from dtmsearch.search.space import SearchSpace
 
 
-class Beam:
+class Beam(Course):
     """Keeps the `width` best plans of every round and extends each by every legal perturbation.
 
     With a number for `expand`, a plan is extended by that many perturbations only, the best by their rank in the
@@ -39,6 +40,7 @@ class Beam:
         min_fdt: float | None = None,
         racing: Racing | None = None,
     ) -> None:
+        super().__init__()
         self._space = space
         self._request_for = request_for
         self._rank_by = rank_by
@@ -52,9 +54,6 @@ class Beam:
         self._known: dict[str, Answer] = {}
         # Children of this round's candidates, as far as they were guessed.
         self._children: dict[str, list[Ask]] = {}
-        self._decisions: list[Decision] = []
-        self._best: Plan | None = None
-        self._done = False
         # In rounds that are over: evaluations asked for, and candidates.
         self._num_asked = 0
         self._num_candidates = 0
@@ -67,20 +66,8 @@ class Beam:
             self._round = self._next_round()
 
     @property
-    def done(self) -> bool:
-        return self._done
-
-    @property
     def step(self) -> int:
         return self._round.step
-
-    @property
-    def best(self) -> Plan | None:
-        return self._best
-
-    @property
-    def decisions(self) -> Sequence[Decision]:
-        return self._decisions
 
     @property
     def remarks(self) -> list[str]:

@@ -59,11 +59,10 @@ class Evolution(Solver):
         seed: int = 0,
         start: Options | None = None,
     ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
-        self._stages = stages
         candidates = (stages.children, *stages.survivors)
         rows = sum(number * prompts for number, prompts in zip(candidates, stages.prompts, strict=True))
-        self._prompts_each = min(rows // sum(candidates), self.num_prompts)
+        super().__init__(space, request_for, rank_by, seed, rows // sum(candidates))
+        self._stages = stages
         self._start = start or self._largest_start()
 
     def script(self) -> Script:
@@ -137,9 +136,8 @@ class Local(Solver):
         seed: int = 0,
         start: Options | None = None,
     ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
+        super().__init__(space, request_for, rank_by, seed, switching.prompts)
         self._switching = switching
-        self._prompts_each = min(switching.prompts, self.num_prompts)
         self._start = start or self._largest_start()
 
     def script(self) -> Script:

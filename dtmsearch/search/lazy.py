@@ -18,6 +18,7 @@ from typing import Literal
 from dtmsearch.plans.evaluation import Outcome
 from dtmsearch.plans.metrics import HIGHER_IS_BETTER, Summary, rank_key
 from dtmsearch.plans.plan import Plan
+from dtmsearch.search.course import Course
 from dtmsearch.search.rounds import Answer, Candidate, RequestFactory, Round, all_failed, distinct_candidates
 from dtmsearch.search.scheduler import Ask, Decision, SearchFailed
 from dtmsearch.search.space import SearchSpace
@@ -50,7 +51,7 @@ class LazyCount:
     regret: float = 0.0
 
 
-class Lazy:
+class Lazy(Course):
     """Keeps the `width` best plans of every round, as `dtmsearch.search.beam.Beam` does, but measures few children.
 
     `expand` bounds how many children a round measures for each plan kept; `audit` is the share of the others that is
@@ -70,6 +71,7 @@ class Lazy:
         seed: int = 0,
         continuation_tokens: int = 0,
     ) -> None:
+        super().__init__()
         self._space = space
         self._request_for = request_for
         self._rank_by = rank_by
@@ -83,30 +85,11 @@ class Lazy:
         self._drift = 1.0
         self._known: dict[str, Answer] = {}
         self._queue: list[Candidate] = []
-        self._decisions: list[Decision] = []
-        self._best: Plan | None = None
-        self._done = False
         self._num_asked = 0
         self.count = LazyCount()
         self._round = Round(0, (), request_for)
         self._course = self._search()
         self._go_on()
-
-    @property
-    def done(self) -> bool:
-        return self._done
-
-    @property
-    def step(self) -> int:
-        return len(self._decisions)
-
-    @property
-    def best(self) -> Plan | None:
-        return self._best
-
-    @property
-    def decisions(self) -> Sequence[Decision]:
-        return self._decisions
 
     @property
     def remarks(self) -> list[str]:

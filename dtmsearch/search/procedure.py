@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.metrics import summarize
 from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.search.course import Course
 from dtmsearch.search.rounds import RequestFactory
 from dtmsearch.search.scheduler import Ask, Decision, SearchFailed
 from dtmsearch.search.space import SearchSpace
@@ -41,7 +42,7 @@ Part = Generator[Sequence[Trial], Sequence[Outcome], _T]
 Script = Part[None]
 
 
-class Procedure(ABC):
+class Procedure(Course, ABC):
     """A strategy that follows the script of its subclass.
 
     A script says what it has come to by `_conclude`; `_metrics` are measured of every trial beside the search's own.
@@ -49,11 +50,10 @@ class Procedure(ABC):
     """
 
     def __init__(self, space: SearchSpace, request_for: RequestFactory, metrics: Iterable[str] = ()) -> None:
+        super().__init__()
         self._space = space
         self._request_for = request_for
         self._metrics = tuple(metric for metric in metrics if metric in ("kl", "ppl"))
-        self._decisions: list[Decision] = []
-        self._best: Plan | None = None
         self._told: dict[str, Outcome] = {}
         self._waiting: set[str] = set()
         self._unasked: list[Ask] = []
@@ -62,7 +62,6 @@ class Procedure(ABC):
         self._num_to_come = 0
         self._prompts_asked = 0
         self._prompts_each = self.num_prompts
-        self._done = False
         self._script: Script | None = None
 
     @abstractmethod
@@ -72,20 +71,12 @@ class Procedure(ABC):
     @property
     def done(self) -> bool:
         self._begin()
-        return self._done
-
-    @property
-    def step(self) -> int:
-        return len(self._decisions)
+        return super().done
 
     @property
     def best(self) -> Plan | None:
         self._begin()
-        return self._best
-
-    @property
-    def decisions(self) -> Sequence[Decision]:
-        return self._decisions
+        return super().best
 
     def expected_evaluations(self) -> int:
         self._begin()

@@ -169,6 +169,16 @@ class Observer(Protocol):
         """A line worth knowing: a replica was replaced, a damaged segment was set aside."""
 
 
+class Silent:
+    """An observer that looks away."""
+
+    def on_progress(self, progress: Progress) -> None: ...
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None: ...
+
+    def on_note(self, text: str) -> None: ...
+
+
 class _Loop:
     """The state of one session of a search: what is known, what is in flight, how fast it goes."""
 

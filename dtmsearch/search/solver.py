@@ -29,8 +29,17 @@ _NEAR = 0.95
 class Solver(Procedure):
     """A procedure over choices. Until it has measured anything, the best is the first uniform plan of the budget."""
 
-    def __init__(self, space: SearchSpace, request_for: RequestFactory, rank_by: str = "kl", seed: int = 0) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        rank_by: str = "kl",
+        seed: int = 0,
+        prompts: int | None = None,
+    ) -> None:
         super().__init__(space, request_for, ("kl", rank_by))
+        if prompts is not None:  # what most of its trials are measured on, if not on all
+            self._prompts_each = min(prompts, self.num_prompts)
         self._rank_by, self._seed = rank_by, seed
         self._choices = Choices(space)
         uniforms = self._choices.uniforms()

@@ -24,7 +24,7 @@ from dtmsearch.report.facts.plans import components_of, plan_rows_of, sensitivit
 from dtmsearch.report.facts.rows import COLUMN, MOST_POINTS, Row, damage, interval, kinds_of, plain, spread
 from dtmsearch.results import tables
 from dtmsearch.results.store import ResultStore
-from dtmsearch.results.summary import RunSummary, summarize_run
+from dtmsearch.results.summary import RunSummary, record_of, summarize_run
 
 __all__ = ["COLUMN", "Row", "RunFacts", "damage", "gather", "interval", "kinds_of", "per_prompt", "spread"]
 
@@ -78,8 +78,7 @@ class RunFacts:
 def gather(store: ResultStore, run: str) -> RunFacts:
     """Everything that a report shows of a run. Raises `ValueError` when the store has none of that name."""
     summary = summarize_run(store, run)
-    record = store.run(run)
-    assert record is not None
+    record = record_of(store, run)
     search = section_of(record.config, "search")
     rank_by = str(search.get("rank_by", "fdt"))
     candidates = candidates_of(store, record)
