@@ -73,7 +73,8 @@ CASES = (
 _SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "sensitivity": ("sensitivity", SolverSettings()),
     "auto": ("auto", SolverSettings()),
-    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, rounds=4, prompts=96, plans=12))),
+    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, prompts=64))),
+    "lazy-greedy": ("lazy_greedy", SolverSettings()),
     "knapsack-64": ("knapsack", SolverSettings(knapsack_prompts=64)),
     "spdy": ("spdy", SolverSettings()),
     "evolution-100": ("evolution", SolverSettings(evolution=Stages(generations=100))),

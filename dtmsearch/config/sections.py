@@ -100,8 +100,8 @@ class AutoSection(Section):
     takes twice as many as the one before), and the plans drawn in each. `sensitivity` takes the probe from here."""
 
     probe_prompts: int = Field(default=4, ge=1)
-    rounds: int = Field(default=4, ge=0)
-    prompts: int = Field(default=32, ge=1)
+    rounds: int = Field(default=5, ge=0)
+    prompts: int = Field(default=16, ge=1)
     plans: int = Field(default=8, ge=1)
 
 

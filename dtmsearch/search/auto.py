@@ -52,8 +52,8 @@ class Effort:
     each; plans of the last comparison."""
 
     probe_prompts: int = 4
-    rounds: int = 4
-    prompts: int = 32
+    rounds: int = 5
+    prompts: int = 16
     plans: int = 8
     finalists: int = 3
 
