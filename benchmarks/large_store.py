@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from dtmsearch.results import schemas
+from dtmsearch.results.columns import coded_constant
 from dtmsearch.results.query import query
 from dtmsearch.results.segments import Segment
 from dtmsearch.results.store import ResultStore
@@ -87,7 +89,7 @@ def evaluations(rng: np.random.Generator, run: str, ids: pa.Array, prompts: int,
     arrays = []
     for field in schemas.EVALUATIONS:
         if field.name in constant:
-            values = columns.coded_constant(constant[field.name], number)
+            values = coded_constant(constant[field.name], number)
         elif field.name in columns:
             values = columns[field.name]
             values = values if isinstance(values, pa.Array) else pa.array(values)
@@ -116,21 +118,27 @@ def plan_rows(rng: np.random.Generator, ids: pa.Array, depth: int) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schemas.PLANS)
 
 
-def write_store(store: ResultStore, num_evaluations: int, runs: int, prompts: int, depth: int) -> None:
-    rng = np.random.default_rng(0)
-    store.create()
-    for number in range(runs):
-        run, left, commit = f"run-{number}", num_evaluations // runs, 1
-        while left:
-            ids = hexadecimal(rng, min(left, _PER_SEGMENT))
-            parents = ids.take(pa.array(rng.integers(0, 10, len(ids))))
-            left -= len(ids)
-            for table, rows in (
-                ("plans", plan_rows(rng, ids, depth)),
-                ("evaluations", evaluations(rng, run, ids, prompts, parents)),
-            ):
-                store.segments.write(Segment(table, run, (1, commit), (1, commit + 1)), rows)
-            commit += 2
+def write_store(folder: Path, num_evaluations: int, runs: int, prompts: int, depth: int) -> None:
+    """A process for each processor, for it takes minutes; what a run holds follows from its number."""
+    ResultStore(folder).create()
+    arguments = [(folder, number, num_evaluations // runs, prompts, depth) for number in range(runs)]
+    with Pool() as processes:
+        processes.starmap(write_run, arguments, chunksize=1)
+
+
+def write_run(folder: Path, number: int, left: int, prompts: int, depth: int) -> None:
+    store, run, commit = ResultStore(folder), f"run-{number}", 1
+    rng = np.random.default_rng([0, number])
+    while left:
+        ids = hexadecimal(rng, min(left, _PER_SEGMENT))
+        parents = ids.take(pa.array(rng.integers(0, 10, len(ids))))
+        left -= len(ids)
+        for table, rows in (
+            ("plans", plan_rows(rng, ids, depth)),
+            ("evaluations", evaluations(rng, run, ids, prompts, parents)),
+        ):
+            store.segments.write(Segment(table, run, (1, commit), (1, commit + 1)), rows)
+        commit += 2
 
 
 def resume(store: ResultStore) -> Iterator[str]:
@@ -175,7 +183,7 @@ def main(num_evaluations: int, runs: int, prompts: int, depth: int, store: Path 
     try:
         if not (folder / "store.json").is_file():
             started_at = time.perf_counter()
-            write_store(ResultStore(folder), num_evaluations, runs, prompts, depth)
+            write_store(folder, num_evaluations, runs, prompts, depth)
             click.echo(f"written in {time.perf_counter() - started_at:.0f} s", err=True)
         files = list(folder.rglob("*.parquet"))
         size = sum(file.stat().st_size for file in files) / 1e9

@@ -1,0 +1,43 @@
+"""Requests: their identity, and how they cross a process border."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from dtmsearch.plans.evaluation import METRICS_VERSION, EvalRequest
+from dtmsearch.plans.identity import identity
+from dtmsearch.plans.plan import Plan
+
+PLAN = Plan.of({"layers.0.q": "int8-channel"})
+CALIBRATED = Plan.of({"layers.0.q": "gptq-int4-g128"})
+START = ['reference "ü"', [0, 8], ["kl", "ppl"], METRICS_VERSION]
+
+
+@pytest.mark.parametrize(
+    ("plan", "calibration_id", "weights_id", "members"),
+    [
+        (PLAN, "", "", []),
+        (PLAN, "calibration", "", []),
+        (CALIBRATED, "calibration", "", ["calibration"]),
+        (CALIBRATED, "calibration", "trained", ["calibration", {"weights": "trained"}]),
+    ],
+)
+def test_an_identity_is_that_of_what_determines_the_value(
+    plan: Plan, calibration_id: str, weights_id: str, members: list[object]
+) -> None:
+    request = EvalRequest(plan, str(START[0]), (0, 8), ("ppl", "kl"), Plan(), calibration_id, weights_id)
+    assert request.id == identity([plan.id, *START, *members])
+
+
+def test_a_request_comes_out_of_another_process_as_it_went_in() -> None:
+    request = EvalRequest(PLAN, "reference", (0, 8), (), Plan.of({"layers.1.q": "nf4"}))
+    assert request.changed and request.plan.schemes
+    again = pickle.loads(pickle.dumps(request))
+    assert (again, again.id, again.changed, again.plan.schemes) == (
+        request,
+        request.id,
+        request.changed,
+        {"layers.0.q": "int8-channel"},
+    )
