@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
-from dtmsearch import config
+from dtmsearch import config, texts
 from dtmsearch.config import SearchFile
 from dtmsearch.plans.components import ModelManifest
 from dtmsearch.plans.plan import Plan, plan_from_json
@@ -27,6 +28,27 @@ def stored_file(results: ResultStore, run_name: str) -> SearchFile:
     """The search file that a run was started from, as the store remembers it."""
     record = record_of(results, run_name)
     return config.parse(record.config, f"the search file of run {run_name}", Path(record.config_folder))
+
+
+def check_continuable(results: ResultStore, file: SearchFile) -> None:
+    """Raises `ValueError` where a run cannot be continued by its name alone: its driver was sent elsewhere, or its
+    texts lie there."""
+    record = record_of(results, file.run)
+    if record.status == "finished" or Path(record.config_folder).is_dir():
+        return
+    if record.continue_command is not None:
+        raise ValueError(
+            f"run {file.run!r} was submitted to a cluster, which has its texts. To continue it, where it was "
+            f"submitted:\n  {record.continue_command}"
+        )
+    try:
+        texts.check_readable(file)
+    except ValueError as error:
+        raise ValueError(
+            f"run {file.run!r} was started from a search file in {record.config_folder}, which is not here ({error}). "
+            f"Continue it there, or here with a copy of the file and its texts:\n"
+            f"  dtmsearch run FILE --store {shlex.quote(results.url)}"
+        ) from None
 
 
 def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,10 +25,10 @@ from dtmsearch.config import PromptsSection, SearchFile
 from dtmsearch.driver import interruptible, pool_for, reference_for
 from dtmsearch.logs import naming
 from dtmsearch.measuring import PlanMeasurement, evaluate, recover
-from dtmsearch.named import begun, open_store, stored_file
+from dtmsearch.named import begun, check_continuable, open_store, stored_file
 from dtmsearch.plans.evaluation import Reference, evaluation_cost
 from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import RunRecord
+from dtmsearch.plans.records import CONTINUE_VARIABLE, RunRecord
 from dtmsearch.recovering import Recovering, RecoveryDiverged, weights_folder
 from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFull
 from dtmsearch.results.summary import RunSummary, record_of, summarize_run
@@ -85,8 +86,14 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
 
 
 def resume(run_name: str, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
-    """Continue a search by its name, from the search file that the store remembers."""
-    return run(stored_file(open_store(store), run_name), store, where, observer)
+    """Continue a search by its name, from the search file that the store remembers.
+
+    Raises also `ValueError` where the search cannot be continued from here, because its texts are elsewhere.
+    """
+    results = open_store(store)
+    file = stored_file(results, run_name)
+    check_continuable(results, file)
+    return run(file, store, where, observer)
 
 
 def demo(store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
@@ -96,16 +103,17 @@ def demo(store: str, where: Where = Where(), observer: Observer | None = None) -
     return run(config.parse(text, "demo.yaml", package), store, where, observer)
 
 
-def stop(run_name: str, store: str, reason: str = "") -> None:
+def stop(run_name: str, store: str, reason: str = "") -> str | None:
     """Ask a running search to stop; it ends within a second or so of its replicas' present calls.
 
-    A reason is kept as the run's message.
+    A reason is kept as the run's message. For a search that was submitted, the command that continues it.
     """
     results = open_store(store)
-    record_of(results, run_name)
+    record = record_of(results, run_name)
     if not results.is_running(run_name):
         raise ValueError(f"run {run_name!r} is not running")
     results.request_stop(run_name, reason)
+    return record.continue_command
 
 
 def is_left_out(results: ResultStore, run_name: str) -> bool:
@@ -131,11 +139,15 @@ class _Session:
         self._file, self._results, self._writer = file, results, writer
         self._where, self._observer, self._previous = where, observer, previous
         self._milestones: Sequence[Milestone] = ()
+        folder, command = str(file.folder.absolute()), os.environ.get(CONTINUE_VARIABLE)
+        if previous is not None:
+            previous = replace(previous, config_folder=folder, continue_command=command)
         self._record = previous or RunRecord(
             run=file.run,
             status="running",
             config=file.to_yaml(),
-            config_folder=str(file.folder.absolute()),
+            config_folder=folder,
+            continue_command=command,
             manifest_id=None,
             reference_id=None,
             validation_reference_id=None,

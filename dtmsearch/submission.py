@@ -24,11 +24,10 @@ from dtmsearch import texts
 from dtmsearch.cluster import pins
 from dtmsearch.cluster.submit import Job, Jobs, Order
 from dtmsearch.config import PromptsSection, SearchFile, load
+from dtmsearch.plans.records import CONTINUE_VARIABLE
 
 Pins = Literal["check", "install", "none"]
 
-# Tells a driver on a cluster the command that continues it.
-RESUME_VARIABLE = "DTMSEARCH_RESUME_COMMAND"
 _SEARCH_FILE = "search.yaml"
 # Folders below the parcel's own, one for each `..` that the search file's paths begin with.
 _LEVEL = "in"
@@ -92,7 +91,8 @@ def submit(
             command=shlex.join(command),
             folder=Path(folder) / "work",
             packages=(_package(Path(folder) / "dtmsearch"),),
-            environment=_environment(path, overrides, address, store, pins_mode),
+            environment={CONTINUE_VARIABLE: _again(path, overrides, address, store, where, pins_mode)}
+            | ({} if pins_mode == "none" else pins.environment(pins.versions())),
             pip=_requirements() if pins_mode == "install" else (),
             facts={"store": store, "search": _fingerprint(file, parcel)},
         )
@@ -173,11 +173,14 @@ def _model_there(file: SearchFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (() if path == file.model.path else (f"model.path={path}",)), (note,)
 
 
-def _environment(path: Path, overrides: tuple[str, ...], address: str, store: str, pins_mode: Pins) -> dict[str, str]:
-    """What the job's processes are told: the pinned versions, and how its user continues it."""
+def _again(
+    path: Path, overrides: tuple[str, ...], address: str, store: str, where: Sequence[str], pins_mode: Pins
+) -> str:
+    """The command that continues a submitted search, from whatever folder it is typed in."""
     options = [a for override in overrides for a in ("--set", override)]
-    again = shlex.join(["dtmsearch", "submit", str(path), *options, "--address", address, "--store", store])
-    return {RESUME_VARIABLE: again} | ({} if pins_mode == "none" else pins.environment(pins.versions()))
+    options += ["--address", address, "--store", store, *where]
+    options += [] if pins_mode == "check" else ["--pins", pins_mode]
+    return shlex.join(["dtmsearch", "submit", str(path.absolute()), *options])
 
 
 def _package(target: Path) -> Path:

@@ -82,8 +82,14 @@ def _status(summary: RunSummary) -> str:
     if summary.already_complete:
         return "already complete"
     if summary.interrupted:
-        return "interrupted: no driver works on it; `resume` continues it"
-    return {"stopped": "stopped; `resume` continues it"}.get(summary.status, summary.status)
+        return f"interrupted: no driver works on it; {_continuing(summary)}"
+    return {"stopped": f"stopped; {_continuing(summary)}"}.get(summary.status, summary.status)
+
+
+def _continuing(summary: RunSummary) -> str:
+    if summary.continue_command is None:
+        return "`resume` continues it"
+    return f"where it was submitted, `{summary.continue_command}` continues it"
 
 
 def _effort(summary: RunSummary) -> str:

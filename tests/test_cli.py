@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,7 @@ from dtmsearch.results.store import ResultStore
 from dtmsearch.results.summary import RunSummary, ValidationRow
 from dtmsearch.run import PlanMeasurement, Where
 from dtmsearch.search.scheduler import SearchStopped
-from dtmsearch.summaries import DEMO_QUERIES, PLAN_QUERY
+from dtmsearch.summaries import DEMO_QUERIES, PLAN_QUERY, run_text
 
 GOLDEN = Path(__file__).parent / "golden" / "cli.json"
 PLAN = Plan.of({c.name: "int8-channel" for c in toy_components()[:4]})
@@ -50,6 +51,7 @@ def a_summary(**changes: Any) -> RunSummary:
         "status": "finished",
         "interrupted": False,
         "message": None,
+        "continue_command": None,
         "model": "some/model",
         "manifest_id": "toy",
         "reference_id": "search",
@@ -340,6 +342,45 @@ def test_stop_says_how_to_go_on(replace_run: Any, capsys: pytest.CaptureFixture[
     calls = replace_run(stop=None)
     main(["stop", "mine"])
     assert calls == [("mine", "dtm-store")] and "dtmsearch resume mine" in capsys.readouterr().err
+
+
+def test_stop_says_where_a_submitted_search_goes_on(replace_run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    replace_run(stop="dtmsearch submit /searches/mine.yaml --address http://there:8265")
+    main(["stop", "mine"])
+    assert "where it was submitted: dtmsearch submit /searches/mine.yaml" in capsys.readouterr().err
+
+
+def test_status_of_a_stopped_search_says_where_it_was_submitted() -> None:
+    summary = a_summary(status="stopped", continue_command="dtmsearch submit /searches/mine.yaml")
+    assert "stopped; where it was submitted, `dtmsearch submit /searches/mine.yaml` continues it" in run_text(summary)
+
+
+def store_of_a_run_begun_elsewhere(folder: Path, continue_command: str | None) -> str:
+    text = "run: mine\nmodel: {path: hub/model}\nprompts: {files: [text.txt]}\nsearch: {schemes: [int8-channel]}\n"
+    with ResultStore(folder / "store").writer("mine") as writer:
+        there = str(folder / "elsewhere")
+        record = RunRecord("mine", "stopped", text, there, "toy", "search", None, None, 1e9, 1e9 + 70, "0.1.0")
+        writer.put_run(replace(record, continue_command=continue_command))
+    return str(folder / "store")
+
+
+def test_resume_of_a_submitted_search_says_how_it_is_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = store_of_a_run_begun_elsewhere(tmp_path, "dtmsearch submit /searches/mine.yaml --address http://there:8265")
+    code = main(["resume", "mine", "--store", store])
+    assert (code, "dtmsearch submit /searches/mine.yaml" in capsys.readouterr().err) == (2, True)
+
+
+def test_resume_without_the_search_s_texts_leaves_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = store_of_a_run_begun_elsewhere(tmp_path, None)
+    code = main(["resume", "mine", "--store", store])
+    record = ResultStore(store).run("mine")
+    said = capsys.readouterr().err
+    assert (code, record is not None and record.status) == (2, "stopped")
+    assert f"a search file in {tmp_path / 'elsewhere'}, which is not here" in said and "dtmsearch run FILE" in said
 
 
 def test_query_prints_json_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus
 
 from dtmsearch.cluster import pins
 from dtmsearch.cluster.joining import ClusterUnreachable
-from dtmsearch.cluster.submit import Jobs, Order
+from dtmsearch.cluster.submit import JobNotBegun, Jobs, Order, _exit_code
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.config import SearchFile, load
-from dtmsearch.submission import pack, submit
+from dtmsearch.submission import _again, pack, submit
 from dtmsearch.texts import text_files
 
 SEARCH = """
@@ -118,3 +119,38 @@ def test_pins_that_are_to_be_installed_stand_in_the_job_s_environment() -> None:
 )
 def test_a_refusal_says_what_to_do_about_the_token(error: str, says: str) -> None:
     assert says in refused("http://there:8265", error)
+
+
+PIP_FAILED = """Failed to set up runtime environment.
+Traceback (most recent call last):
+SubprocessCalledProcessError: Run cmd[9] failed with the following details.
+    ERROR: Could not find a version that satisfies the requirement numpy==2.4.6 (from versions: none)
+    ERROR: No matching distribution found for numpy==2.4.6
+"""
+
+
+def test_a_job_whose_pins_cannot_be_installed_says_which_and_what_else_there_is() -> None:
+    job = JobDetails(  # type: ignore[call-arg]
+        type="SUBMISSION",
+        entrypoint="true",
+        submission_id="mine",
+        status=JobStatus.FAILED,
+        error_type="RUNTIME_ENV_SETUP_FAILURE",
+        message=PIP_FAILED,
+    )
+    with pytest.raises(
+        JobNotBegun, match=r"environment of job mine: .*No matching distribution found for numpy==2\.4\.6"
+    ) as said:
+        _exit_code(job)
+    assert "Traceback" not in str(said.value) and "--pins none" in str(said.value)
+
+
+def test_the_command_that_continues_a_submitted_search_holds_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    again = _again(Path("a search.yaml"), ("seed=1",), "http://there:8265", "s3://b/s", ["--replicas", "8"], "install")
+    assert again == (
+        f"dtmsearch submit '{tmp_path}/a search.yaml' --set seed=1 --address http://there:8265 --store s3://b/s "
+        "--replicas 8 --pins install"
+    )

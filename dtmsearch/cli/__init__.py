@@ -26,6 +26,7 @@ _EXIT_CODES = {
     "ClusterUnreachable": CLUSTER_UNREACHABLE,
     "ExportFailed": FAILED,
     "JobEnded": STOPPED,
+    "JobNotBegun": FAILED,
     "RecoveryDiverged": STOPPED,
     "ReplicasFailed": FAILED,
     "RunLocked": FAILED,

@@ -61,8 +61,11 @@ def stop_verb(name: str, store: str) -> None:
     """Stop a running search; it can be resumed."""
     from dtmsearch.run import stop
 
-    stop(name, store)
-    say(f"asked {name} to stop; to continue it: {resume_command(name, store)}")
+    submitted = stop(name, store)
+    if submitted is None:
+        say(f"asked {name} to stop; to continue it: {resume_command(name, store)}")
+    else:
+        say(f"asked {name} to stop; to continue it, where it was submitted: {submitted}")
 
 
 @cli.command(

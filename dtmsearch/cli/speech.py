@@ -48,7 +48,9 @@ def print_text(text: str) -> None:
 
 
 def resume_command(run: str, store: str) -> str:
-    submitted = os.environ.get("DTMSEARCH_RESUME_COMMAND")  # set by `dtmsearch submit` for the driver that it sends
+    from dtmsearch.plans.records import CONTINUE_VARIABLE
+
+    submitted = os.environ.get(CONTINUE_VARIABLE)  # set by `dtmsearch submit` for the driver that it sends
     return submitted or f"dtmsearch resume {run}{store_argument(store)}"
 
 

@@ -25,6 +25,8 @@ from dtmsearch.cluster.tokens import refused
 # Between a run's name, which cannot hold it, and the number of a later session of the run.
 _SESSION = "~"
 _POLL_SECONDS = 0.5
+# Ray's word for a job that ended before it began.
+_NO_ENVIRONMENT = "RUNTIME_ENV_SETUP_FAILURE"
 # A dashboard that is out of reach for this long, while a job is followed, is given up; the job goes on.
 _PATIENCE_SECONDS = 60.0
 _TALKATIVE = (
@@ -37,6 +39,10 @@ _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 class JobEnded(RuntimeError):
     """A followed job ended without an exit code: killed, or lost with its node."""
+
+
+class JobNotBegun(RuntimeError):
+    """A job's environment could not be made on the cluster; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Jobs:
             return Job(job_id, attached=False)
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> int:
-        """Write what a job says until it ends; its exit code. Raises `JobEnded` where it has none."""
+        """Write what a job says until it ends; its exit code. Raises `JobNotBegun` or `JobEnded` where it has none."""
         written = 0
         give_up_at = time.monotonic() + _PATIENCE_SECONDS
         while True:
@@ -181,7 +187,19 @@ def _exit_code(job: JobDetails) -> int:
         return job.driver_exit_code
     if job.status == JobStatus.SUCCEEDED:
         return 0
+    if job.error_type == _NO_ENVIRONMENT:
+        raise JobNotBegun(
+            f"the cluster could not make the environment of job {_id(job)}: {_gist(job.message or '')}. With `--pins "
+            "install` its nodes reach a package registry; `--pins none` takes the versions that they have"
+        )
     raise JobEnded(f"job {_id(job)} ended as {job.status}: {(job.message or 'no reason given').strip()}")
+
+
+def _gist(message: str) -> str:
+    """What counts in the traceback of an environment that could not be made: pip's errors or, without, its end."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return "; ".join(dict.fromkeys(errors)) or next(reversed(lines), "no reason given")
 
 
 @contextmanager

@@ -63,9 +63,15 @@ class TrainingRecord:
     losses: tuple[float, ...]
 
 
+# Tells a driver on a cluster the command that continues its search.
+CONTINUE_VARIABLE = "DTMSEARCH_RESUME_COMMAND"
+
+
 @dataclass(frozen=True)
 class RunRecord:
-    """A search as a whole. `config` is the search file's YAML; times in seconds since the epoch."""
+    """A search as a whole. `config` is the search file's YAML, and `config_folder` where its latest driver had it;
+    `continue_command` is what continues a search that was submitted, where it was submitted. Times in seconds since the
+    epoch."""
 
     run: str
     status: RunStatus
@@ -79,3 +85,4 @@ class RunRecord:
     finished_at: float | None
     version: str
     message: str | None = None
+    continue_command: str | None = None

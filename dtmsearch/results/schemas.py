@@ -32,6 +32,7 @@ RUNS = _schema(
         ("finished_at", _TIME),
         ("version", pa.string()),
         ("message", pa.string()),
+        ("continue_command", pa.string()),
     ],
 )
 COMPONENTS = _schema(
@@ -222,7 +223,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "trainings": TRAININGS,
 }
 # Columns that came to a table after its first segments were written, which lack them: there they are null.
-ADDED: dict[str, frozenset[str]] = {"evaluations": frozenset({"weights_id"})}
+ADDED: dict[str, frozenset[str]] = {
+    "evaluations": frozenset({"weights_id"}),
+    "runs": frozenset({"continue_command"}),
+}
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
 
 

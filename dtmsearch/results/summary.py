@@ -56,7 +56,8 @@ class ValidationRow:
 class RunSummary:
     """A run as its records show it.
 
-    `interrupted`: the run counts as running, but no driver works on it. `num_evaluations` are those of the search, its
+    `interrupted`: the run counts as running, but no driver works on it. `continue_command` continues a run that was
+    submitted to a cluster, where it was submitted. `num_evaluations` are those of the search, its
     failures included; `failures` counts them by kind. `wall_seconds` is the search's own time over all its sessions
     up to its last decision, None before the first. `verdict` says in one sentence how the plan does on held-out
     prompts.
@@ -66,6 +67,7 @@ class RunSummary:
     status: RunStatus
     interrupted: bool
     message: str | None
+    continue_command: str | None
     model: str | None
     manifest_id: str | None
     reference_id: str | None
@@ -128,6 +130,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         status=record.status,
         interrupted=_is_interrupted(store, record),
         message=record.message,
+        continue_command=record.continue_command,
         model=_models(store).get(record.manifest_id),
         manifest_id=record.manifest_id,
         reference_id=record.reference_id,
