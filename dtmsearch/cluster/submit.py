@@ -189,8 +189,8 @@ def _exit_code(job: JobDetails) -> int:
         return 0
     if job.error_type == _NO_ENVIRONMENT:
         raise JobNotBegun(
-            f"the cluster could not make the environment of job {_id(job)}: {_gist(job.message or '')}. With `--pins "
-            "install` its nodes reach a package registry; `--pins none` takes the versions that they have"
+            f"the cluster could not make the environment of job {_id(job)}: {_gist(job.message or '')}. For `--pins "
+            "install` its nodes must reach a package registry; `--pins none` takes the versions that they have"
         )
     raise JobEnded(f"job {_id(job)} ended as {job.status}: {(job.message or 'no reason given').strip()}")
 
