@@ -11,7 +11,8 @@ from dtmsearch import texts
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.compose import extra_metrics_of, space_of, strategy_of
 from dtmsearch.config import SearchFile
-from dtmsearch.plans.evaluation import EXTRA_METRICS, Speed, StatesKept
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
 from dtmsearch.plans.schemes import parse_scheme
 from dtmsearch.search.procedure import Procedure
 from dtmsearch.search.space import SearchSpace
@@ -48,13 +49,10 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         speed = pool.measure_speed(prompts.count, prompts.prompt_tokens, prompts.continuation_tokens)
         replicas = pool.num_replicas
     extra = extra_metrics_of(file)
-    evaluations, share_of_prompts = _expected(file, space)
-    share = sum(manifest.num_layers - max(c.layer, 0) for c in space.components) / (
-        manifest.num_layers * len(space.components)
-    )
-    each = share_of_prompts * prompts.count * evaluation_seconds(speed, share, extra)
+    evaluations, share_of_prompts, share = _expected(file, space, manifest)
+    each = share_of_prompts * prompts.count * candidate_seconds(speed, share, manifest.num_layers, extra)
     validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2)
-    whole = evaluation_seconds(speed, 1.0, EXTRA_METRICS)
+    whole = _with_head(speed, speed.layers_seconds, EXTRA_METRICS)
     references = prompts.count + (0 if held_out is None else held_out.count)
     streams = 2 if "ppl" in extra else 1
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
@@ -74,20 +72,32 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
     )
 
 
-def evaluation_seconds(speed: Speed, share_of_layers: float, extra_metrics: tuple[str, ...]) -> float:
-    """Seconds a prompt: the layers that run, the head once more for KL, all of it again over human text for PPL."""
-    layers, head = share_of_layers * speed.layers_seconds, speed.head_seconds
+def candidate_seconds(
+    speed: Speed, share_of_layers: float, num_layers: int, extra_metrics: tuple[str, ...] = ()
+) -> float:
+    """Seconds a prompt of candidates that run through so much of the layers on average: between those that change the
+    first layer and those that change the last."""
+    first, last = speed.first_layer_seconds, speed.last_layer_seconds
+    height = (share_of_layers * num_layers - 1) / max(num_layers - 1, 1)
+    return _with_head(speed, last + (first - last) * height, extra_metrics)
+
+
+def _with_head(speed: Speed, layers: float, extra_metrics: tuple[str, ...]) -> float:
+    """The layers, the head once more for KL, all of it again over human text for PPL."""
+    head = speed.head_seconds
     text = layers + head * speed.text_head_factor if "ppl" in extra_metrics else 0.0
     return layers + head * (2 if "kl" in extra_metrics else 1) + text
 
 
-def _expected(file: SearchFile, space: SearchSpace) -> tuple[int, float]:
-    """Evaluations that the search asks for, and the mean share of the prompts that one of them runs over."""
+def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> tuple[int, float, float]:
+    """Evaluations that the search asks for; the mean share of the prompts that one of them runs over, and of the
+    layers, as in those that are asked for first."""
     # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
     nominal = {(c.name, s): 4.0 ** -(parse_scheme(s).bits or 2) for c in space.components for s in space.schemes}
     strategy = strategy_of(file, space, reference_id="", errors=nominal)
-    strategy.ask()
+    layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in strategy.ask()]
+    share = sum(layers) / (len(layers) * manifest.num_layers) if layers else 1.0
     evaluations = strategy.expected_evaluations() or 0
     if not isinstance(strategy, Procedure) or not evaluations:
-        return evaluations, 1.0
-    return evaluations, strategy.expected_prompts() / (evaluations * file.prompts.count)
+        return evaluations, 1.0, share
+    return evaluations, strategy.expected_prompts() / (evaluations * file.prompts.count), share

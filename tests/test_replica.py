@@ -380,3 +380,12 @@ def test_a_model_that_accelerate_has_spread_measures_the_same(folder: Path, monk
     hooked = replica(folder)
     hooked.use(reference)
     assert [values(o) for o in hooked.evaluate(requests)] == [values(o) for o in plain.evaluate(requests)]
+
+
+def test_timing_leaves_nothing_behind(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    request = EvalRequest(Plan.of({component(1, "mlp.up_proj"): "int3-g8"}), reference.id, (0, 6))
+    before = values(model.evaluate([request])[0])
+    model.measure_speed(4, 5, 5)
+    assert (list(model._references), values(model.evaluate([request])[0])) == ([reference.id], before)

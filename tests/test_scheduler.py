@@ -3,7 +3,8 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import pytest
 from contracts import EvaluatorContract
@@ -348,19 +349,39 @@ def test_progress_counts_recorded_outcomes_apart() -> None:
     assert (last.evaluations, last.replayed, last.in_flight) == (len(log.records), 12, 0)
 
 
+class Waits:
+    """An evaluator that hands over three outcomes in every `polls`th poll, and the clock by which a poll takes 1 s."""
+
+    def __init__(self, polls: int) -> None:
+        self.inner, self.polls, self.now = FakeEvaluator(per_poll=3), polls, 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        self.inner.submit(requests)
+
+    def poll(self, timeout_seconds: float) -> list[Outcome]:
+        self.now += 1.0
+        return self.inner.poll(timeout_seconds) if self.now % self.polls == 0 else []
+
+
+def time_left(polls: int, cost_of: Callable[[EvalRequest], float]) -> list[float | None]:
+    """What is said to be left of a probe of six components, second by second."""
+    waits, watching = Waits(polls), Watching()
+    probe = Probe(SearchSpace(toy_components(), ("nf4",)), request_for)
+    with patch("dtmsearch.search.scheduler.time", waits):
+        search(probe, waits, MemoryLog(), watching, cost_of=cost_of)
+    return [progress.seconds_left for progress in watching.progress]
+
+
 def test_the_time_left_goes_by_cost_and_not_by_count() -> None:
     costs = {c.name: 4.0 - 3.0 * c.layer for c in toy_components()}  # the lower layer costs four times the upper
+    assert time_left(1, lambda request: sum(costs[name] for name in request.plan.schemes)) == [None, 0.25, 0.0]
 
-    def cost_of(request: EvalRequest) -> float:
-        return sum(costs[name] for name in request.plan.schemes)
 
-    watching = Watching()
-    probe = Probe(SearchSpace(toy_components(), ("nf4",)), request_for)
-    search(probe, FakeEvaluator(per_poll=3), MemoryLog(), watching, cost_of=cost_of)
-    half = next(progress for progress in watching.progress if progress.evaluations == 3)
-    assert half.seconds_left is not None
-    # In the time in which 3 evaluations were made, 3 at a quarter of the cost: 3 / rate x 1/4.
-    assert half.seconds_left * half.evaluations_per_second == pytest.approx(3 / 4, rel=1e-6)
+def test_the_time_left_goes_on_while_outcomes_are_waited_for() -> None:
+    assert time_left(4, lambda request: 1.0) == [None, None, None, None, 4.0, 3.0, 2.0, 1.0, 0.0]
 
 
 def named_requests() -> dict[str, EvalRequest]:

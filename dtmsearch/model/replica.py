@@ -32,7 +32,7 @@ from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
 from dtmsearch.model.routing import routed_tokens
-from dtmsearch.model.speed import time_batch
+from dtmsearch.model.speed import time_batch, time_candidates
 from dtmsearch.model.stream import Room, Stream
 from dtmsearch.model.trained import check_only_pruned, trained_file, write_pruned
 from dtmsearch.model.weights import Checkpoint, Weights
@@ -70,6 +70,8 @@ _BATCH_TOKENS = {"cpu": 1_600, "cuda": 25_600}
 _WIDE = 1_024
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
+# The reference of timed candidates, and how many of a layer are timed: a Llama has seven.
+_TIMED, _MOST_TIMED = "timed", 7
 _T = TypeVar("_T")
 # Weights, parent, reference, prompts, first layer that differs.
 _Place = tuple[str, str, str, tuple[int, int], int]
@@ -233,14 +235,41 @@ class Replica:
         length = prompt_tokens + continuation_tokens
         rows = min(count, self._rows_in_batch(length))
         seconds = time_batch(self._body, self._never, self._generating, rows, prompt_tokens, continuation_tokens)
+        memory_bytes = self._memory_bytes()  # before any states are kept
+        first, last = self._candidate_seconds(rows, prompt_tokens, continuation_tokens)
         return Speed(
             layers_seconds=seconds.layers / rows,
+            first_layer_seconds=max(first - seconds.head, 0.0) / rows,
+            last_layer_seconds=max(last - seconds.head, 0.0) / rows,
             head_seconds=seconds.head / rows,
             text_head_factor=(length - 1) / continuation_tokens,
             generation_seconds=seconds.generation / rows,
-            memory_bytes=self._memory_bytes(),
+            memory_bytes=memory_bytes,
             states_kept=self._stream(np.zeros((count, length), np.int32), prompt_tokens).kept,
         )
+
+    def _candidate_seconds(self, rows: int, prompt_tokens: int, continuation_tokens: int) -> tuple[float, float]:
+        """Seconds in which candidates that change the first layer, and the last, run over random tokens."""
+        shape = rows, prompt_tokens + continuation_tokens
+        tokens = torch.randint(self._body.vocabulary_size, shape).numpy().astype(np.int32)
+        targets = tokens[:, prompt_tokens:]
+        agrees = np.ones(targets.shape, np.bool_)
+        self.use(Reference(_TIMED, self._manifest.id, self.mode, tokens, targets, agrees, self._suppressed))
+        try:
+            first, last = (
+                time_candidates(
+                    self.evaluate,
+                    [
+                        EvalRequest(Plan.of({component.name: "int8-channel"}), _TIMED, (0, rows))
+                        for component in self._manifest.components
+                        if component.layer == layer
+                    ][:_MOST_TIMED],
+                )
+                for layer in (0, self._manifest.num_layers - 1)
+            )
+        finally:
+            del self._references[_TIMED]
+        return first, last
 
     def _memory_bytes(self) -> int:
         """Weights and the activations of one batch: the device's own count, or what the widest layer makes of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtmsearch.model.body import Body
 from dtmsearch.model.divergence import compare, fetch
+from dtmsearch.plans.evaluation import EvalRequest
 
 # Tokens generated to time generation.
 _TIMED_TOKENS = 8
@@ -53,6 +54,14 @@ def time_batch(
         head=_seconds(head),
         generation=_seconds(generate) * continuation_tokens / _TIMED_TOKENS,
     )
+
+
+def time_candidates(evaluate: Callable[[Sequence[EvalRequest]], object], requests: Sequence[EvalRequest]) -> float:
+    """Seconds that each of some requests takes, which leave their parent at one place, once its states are there."""
+    evaluate(requests[:1])
+    started_at = time.perf_counter()
+    evaluate(requests)
+    return (time.perf_counter() - started_at) / len(requests)
 
 
 def _seconds(work: Callable[[], object]) -> float:

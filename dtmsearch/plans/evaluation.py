@@ -184,11 +184,14 @@ def evaluation_cost(request: EvalRequest, manifest: ModelManifest) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a replica takes for one prompt, in seconds: all layers, the head where continuations are predicted, and
-    generating the continuation. `text_head_factor` is how much more head there is over human text. `memory_bytes`: the
-    weights and the activations of one batch. `states_kept`: where states of parents are kept for these prompts."""
+    """What a replica takes for one prompt, in seconds: all layers; the layers of a candidate that changes the first
+    one, and of one that changes the last; the head where continuations are predicted; generating the continuation.
+    `text_head_factor` is how much more head there is over human text. `memory_bytes`: the weights and the activations
+    of one batch. `states_kept`: where states of parents are kept for these prompts."""
 
     layers_seconds: float
+    first_layer_seconds: float
+    last_layer_seconds: float
     head_seconds: float
     text_head_factor: float
     generation_seconds: float

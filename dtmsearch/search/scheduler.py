@@ -209,6 +209,7 @@ class _Loop:
         self.asked = 0
         # Costs of all that was asked for, of what is under way, and of what was measured in this session.
         self.cost_asked = self.cost_in_flight = self.cost_measured = 0.0
+        self.measured_until = 0.0  # seconds from the start of this session to the latest outcomes
         self.put_together = 0
 
     @property
@@ -250,6 +251,8 @@ class _Loop:
         cost = sum(self.cost_of(ask.request) for ask, _, _ in answers)
         self.cost_measured += cost
         self.cost_in_flight -= cost
+        if arrived:
+            self.measured_until = time.monotonic() - self.started_at
         for request_id in arrived:
             if request_id in self.guessed:
                 self.guessed.remove(request_id)  # from now on it is known, and waits until it is asked for
@@ -340,12 +343,14 @@ class _Loop:
         )
 
     def _seconds_left(self, elapsed: float) -> float | None:
-        """By cost and not by count: candidates come in order of their layers, so that the first cost the most."""
+        """By cost and not by count: candidates come in order of their layers, so that the first cost the most. As
+        of the latest outcomes: they come many at a time, and what was done since is still under way."""
         expected = self.strategy.expected_evaluations()
         if expected is None or not self.cost_measured:
             return None
         to_come = max(expected - self.asked, 0) * self.cost_asked / self.asked
-        return (self.cost_in_flight + to_come) * elapsed / self.cost_measured
+        left = (self.cost_in_flight + to_come) * self.measured_until / self.cost_measured
+        return max(left - (elapsed - self.measured_until), 0.0)
 
 
 def search(
