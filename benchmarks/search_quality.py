@@ -73,7 +73,7 @@ CASES = (
 _SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "sensitivity": ("sensitivity", SolverSettings()),
     "auto": ("auto", SolverSettings()),
-    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, prompts=64))),
+    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, prompts=64, correction_prompts=50_000))),
     "lazy-greedy": ("lazy_greedy", SolverSettings()),
     "knapsack-64": ("knapsack", SolverSettings(knapsack_prompts=64)),
     "spdy": ("spdy", SolverSettings()),

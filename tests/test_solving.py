@@ -6,7 +6,17 @@ from itertools import product
 
 import numpy as np
 import pytest
-from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, chance, failing, run_search, toy_components
+from fakes import (
+    NUM_PROMPTS,
+    FakeEvaluator,
+    Killed,
+    KilledAfter,
+    MemoryLog,
+    chance,
+    failing,
+    run_search,
+    toy_components,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving import (
@@ -84,6 +94,22 @@ def test_correction_goes_on_while_much_is_in_doubt() -> None:
         return len(log.steps) - 1
 
     assert rounds(additive) < rounds(uneven)
+
+
+def test_correction_forwards_no_more_prompts_than_it_may() -> None:
+    def forwarded(most: int) -> int:
+        asked: list[EvalRequest] = []
+
+        def answer(request: EvalRequest) -> EvalResult:
+            asked.append(request)
+            return additive(request)
+
+        effort = Effort(probe_prompts=2, rounds=5, prompts=2, plans=3, correction_prompts=most)
+        run_search(strategy("auto", space_with(BUDGET, equal_components(16)), auto=effort), FakeEvaluator(answer))
+        return sum(end - first for first, end in (request.prompts for request in asked))
+
+    none = forwarded(0)
+    assert 0 < forwarded(40) - none <= 40 + 3 * NUM_PROMPTS  # and up to three plans more are compared in the end
 
 
 @pytest.mark.parametrize("name", ["spdy", "evolution"])

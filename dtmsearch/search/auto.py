@@ -49,12 +49,14 @@ _USUAL_ROUNDS = 2
 @dataclass(frozen=True)
 class Effort:
     """How much is measured: prompts of a probe; rounds of correction at most, the first one's prompts, plans drawn in
-    each; plans of the last comparison."""
+    each, and prompts that all rounds together may forward (a prompt once for every plan measured on it); plans of the
+    last comparison."""
 
     probe_prompts: int = 4
     rounds: int = 5
     prompts: int = 16
     plans: int = 8
+    correction_prompts: int = 6_000
     finalists: int = 3
 
 
@@ -87,7 +89,7 @@ class Auto(Solver):
         first = leader = self._solve(belief.tables())
         self._best = self._choices.plan(leader)
         pool = [leader]
-        for number in range(self._effort.rounds):
+        for number in range(self._affordable_rounds()):
             belief, good, regret = yield from self._correct(belief, leader, number)
             leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
             if regret < _WORTHWHILE:
@@ -134,9 +136,8 @@ class Auto(Solver):
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""
         probed = probings(self._choices, self._errors)
-        rounds, units = min(self._effort.rounds, _USUAL_ROUNDS), len(self._choices.units)
-        moves = sum(units // _DOUBTED[number > 0] for number in range(rounds))
-        self._num_to_come = moves + rounds * (self._effort.plans + 2) + 2
+        rounds = min(self._affordable_rounds(), _USUAL_ROUNDS)
+        self._num_to_come = sum(self._num_measured(number) for number in range(rounds)) + 2
         answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
         damages = [mean_loss(answer, "kl") for answer in answers]
         tables = predicted(self._choices, self._errors, probed, damages)
@@ -173,6 +174,23 @@ class Auto(Solver):
         order = sorted(field, key=estimates.__getitem__)
         return belief, order, regret
 
+    def _affordable_rounds(self) -> int:
+        """How many rounds of correction stay within what they may forward together."""
+        left = self._effort.correction_prompts
+        for number in range(self._effort.rounds):
+            first, end = self._block(number, 0)
+            left -= (end - first) * self._num_measured(number)
+            if left < 0:
+                return number
+        return self._effort.rounds
+
+    def _num_measured(self, number: int) -> int:
+        """Plans measured in a round: units moved alone and plans drawn, each lot beside the leader."""
+        return self._num_doubted(number) + self._effort.plans + 2
+
+    def _num_doubted(self, number: int) -> int:
+        return max(len(self._choices.units) // _DOUBTED[number > 0], 1)
+
     def _block(self, number: int, half: int) -> tuple[int, int]:
         """The stretch of the prompts that a round's moves (0) or drawn plans (1) are measured on: those after the last
         one's, from the front again where they end."""
@@ -184,7 +202,7 @@ class Auto(Solver):
         """(unit, option) to move alone: those whose damage is most in doubt."""
         moves = [(unit, self._telling(belief, leader, unit)) for unit in range(len(leader))]
         doubt = [belief.difference(_moved(leader, *move), leader)[1] for move in moves]
-        most = np.argsort(-np.array(doubt), kind="stable")[: max(len(moves) // _DOUBTED[number > 0], 1)]
+        most = np.argsort(-np.array(doubt), kind="stable")[: self._num_doubted(number)]
         return [moves[at] for at in sorted(most.tolist())]
 
     def _telling(self, belief: Belief, leader: Options, unit: int) -> int:
