@@ -32,7 +32,7 @@ from dtmsearch.search.sensitivity import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies import SolverSettings, make_strategy
 
-PROMPT, CONTINUATION = 100, 100
+CONTINUATION = 100  # tokens, and as many of a prompt, unless said
 HELD_OUT_SEED = 1_000
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 64, 256
 _LEVELS = tuple(f"int{bits}-g32-asym" for bits in range(2, 7))
@@ -171,11 +171,12 @@ class Bench:
     """A model, its held-out reference, and what has been measured on it."""
 
     def __init__(
-        self, model: Path, text: Path, held_out: Path, prompts: int, held_out_prompts: int, dtype: str
-    ) -> None:
+        self, model: Path, text: Path, held_out: Path, prompts: int, held_out_prompts: int, dtype: str,
+        continuation: int = CONTINUATION,
+    ) -> None:  # fmt: skip
         spec = ModelSpec(str(model), dtype=dtype, compile="never")
         self.replica = Kept(spec, ReplicaSettings(batch_tokens=0))
-        self.num_prompts = prompts
+        self.num_prompts, self.continuation = prompts, continuation
         self._text = text.read_text(encoding="utf-8")
         self.held_out = self._reference(held_out.read_text(encoding="utf-8"), held_out_prompts, HELD_OUT_SEED)
         self._measured: dict[str, EvalResult] = {}
@@ -183,7 +184,7 @@ class Bench:
         self._calibration_id = ""
 
     def _reference(self, text: str, count: int, seed: int) -> Reference:
-        tokens, _ = self.replica.cut_prompts([text], count, PROMPT, CONTINUATION, seed)
+        tokens, _ = self.replica.cut_prompts([text], count, self.continuation, self.continuation, seed)
         made = self.replica.make_reference(tokens)
         self.replica.use(made)
         return made
@@ -230,7 +231,7 @@ class Bench:
         strategy = make_strategy(
             strategy_name, space, request_for, "kl", solver=replace(settings, errors=errors), seed=seed
         )
-        counter = Counter(self.replica, PROMPT + CONTINUATION)
+        counter = Counter(self.replica, 2 * self.continuation)
         watcher = Watcher(counter)
         started_at = time.perf_counter()
         plan = search(strategy, counter, Forgetful(), watcher)
@@ -295,16 +296,17 @@ class Bench:
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--prompts", default=512, show_default=True)
 @click.option("--held-out-prompts", default=256, show_default=True)
+@click.option("--tokens", default=CONTINUATION, show_default=True, help="Of a prompt, and of its continuation.")
 @click.option("--errors", "kind", type=click.Choice(["plain", "inputs", "hessian"]), default="plain", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--seconds", default=1e9, help="Begin no search after so many seconds.")
 def main(
     model: Path, text: Path, held_out: Path, out: Path, cases: str, strategies: str, seeds: str, prompts: int,
-    held_out_prompts: int, kind: str, dtype: str, seconds: float,
+    held_out_prompts: int, tokens: int, kind: str, dtype: str, seconds: float,
 ) -> None:  # fmt: skip
     started_at = time.perf_counter()
     torch.set_float32_matmul_precision("high")
-    bench = Bench(model, text, held_out, prompts, held_out_prompts, dtype)
+    bench = Bench(model, text, held_out, prompts, held_out_prompts, dtype, tokens)
     rows: list[Row] = []
     left_out: list[str] = []
     jobs = [(c, int(s)) for s in seeds.split(",") for c in CASES if c.name in cases.split(",")]
