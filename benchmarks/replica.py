@@ -90,7 +90,7 @@ class Probe:
     @torch.inference_mode()
     def plain(self, component: Component) -> Array:
         """Divergent tokens of each prompt, by the plain loop."""
-        batches = self.tokens.split(self.replica._rows_in_batch(self.tokens.shape[1]))
+        batches = self.tokens.split(self.replica._batches.rows(self.tokens.shape[1]))
         plan = Plan().with_(Perturbation(component.name, self.scheme))
         with self.replica._weights.perturbed(plan), self.replica._generating():
             diverged = torch.cat([self._compare(batch) for batch in batches]).cpu().numpy()

@@ -10,29 +10,32 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dtmsearch.model.answers import Launched, outcome_of
+from dtmsearch.model.batches import Batches, is_out_of_memory
 from dtmsearch.model.body import Body
 from dtmsearch.model.calibrator import Calibrator
 from dtmsearch.model.compiled import Slot, as_loaded, compile_layers
 from dtmsearch.model.compressor import Fetch
 from dtmsearch.model.discovery import find_layers, read_manifest
 from dtmsearch.model.divergence import Divergence, Scores, compare, fetch
+from dtmsearch.model.loaded import Loaded, greedy
 from dtmsearch.model.loading import checkpoint_folder, load_model, load_tokenizer, suppressed_tokens, vocabulary_size
 from dtmsearch.model.outliers import outlier_shares
 from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
 from dtmsearch.model.routing import routed_tokens
-from dtmsearch.model.speed import time_batch, time_candidates
+from dtmsearch.model.speed import candidates_of, time_batch, time_candidates, timed_reference
 from dtmsearch.model.stream import Room, Stream
 from dtmsearch.model.trained import check_only_pruned, trained_file, write_pruned
 from dtmsearch.model.weights import Checkpoint, Weights
@@ -41,10 +44,7 @@ from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatr
 from dtmsearch.plans.components import ModelManifest, weight_files
 from dtmsearch.plans.evaluation import (
     Continuation,
-    EvalFailure,
     EvalRequest,
-    EvalResult,
-    FailureKind,
     FloatArray,
     IntArray,
     ModelSpec,
@@ -58,21 +58,15 @@ from dtmsearch.plans.evaluation import (
     first_changed_layer,
     reference_id,
 )
-from dtmsearch.plans.metrics import first_divergent_token, perplexity, share_of_divergent_tokens
+from dtmsearch.plans.metrics import perplexity, share_of_divergent_tokens
 from dtmsearch.plans.plan import Plan
 
 log = logging.getLogger(__name__)
 
-# Tokens of a forward batch unless the settings say otherwise: on a processor what its cache likes, on a GPU what
-# keeps its matrix products busy.
-_BATCH_TOKENS = {"cpu": 1_600, "cuda": 25_600}
 # From this width on compiled layers pay.
 _WIDE = 1_024
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
-# The reference of timed candidates, and how many of a layer are timed: a Llama has seven.
-_TIMED, _MOST_TIMED = "timed", 7
-_T = TypeVar("_T")
 # Weights, parent, reference, prompts, first layer that differs.
 _Place = tuple[str, str, str, tuple[int, int], int]
 
@@ -85,25 +79,6 @@ class LoadedModel:
     tokenizer: Any
     manifest: ModelManifest
     checkpoint: Checkpoint
-
-
-@dataclass
-class _Loaded:
-    """A reference on the device, and its streams for the range of prompts in use."""
-
-    reference: Reference
-    prompts: tuple[int, int] | None = None
-    streams: dict[str, Stream] = field(default_factory=dict)
-    base_hidden: list[Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A request whose work is on its way: what its streams will score, a batch at a time, or why there is nothing."""
-
-    request: EvalRequest
-    scores: dict[str, list[Scores]] = field(default_factory=dict)
-    failure: tuple[FailureKind, str] | None = None
 
 
 class Replica:
@@ -120,7 +95,8 @@ class Replica:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
             raise ValueError(f"{settings.num_devices} GPUs a replica, but it sees {torch.cuda.device_count()}")
-        self._batch_tokens = settings.batch_tokens or _BATCH_TOKENS[self._device.type]
+        self._references: dict[str, Loaded] = {}
+        self._batches = Batches(settings.batch_tokens, self._device, self._release_memory, self._longest_row)
         loaded = self._load(spec, settings)
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
         self._context = getattr(model.config, "max_position_embeddings", None)
@@ -146,13 +122,10 @@ class Replica:
             lambda weights_id: self._to_parent(Plan(), weights_id),
             lambda: self._weights_id,
             self._generating,
-            self._rows_in_batch,
+            self._batches.rows,
         )
         self._states = settings.states
-        # False once memory has not sufficed: nothing is kept then that is not needed.
-        self._roomy = True
         self._place_before: _Place | None = None
-        self._references: dict[str, _Loaded] = {}
         self._finished_at = 0.0
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
@@ -203,7 +176,7 @@ class Replica:
     def make_reference(self, prompts: PromptTokens) -> Reference:
         """The base model's greedy continuations of `prompts`, and where its own single pass disagrees with them."""
         self._to_base()
-        continuation = self._halving_batches(lambda: self._continue(prompts))
+        continuation = self._batches.halving(lambda: self._continue(prompts))
         reference = Reference(
             id=reference_id(self._manifest.id, self.mode, prompts),
             manifest_id=self._manifest.id,
@@ -213,7 +186,7 @@ class Replica:
             agrees=np.ones(continuation.shape, dtype=np.bool_),
             suppressed=self._suppressed,
         )
-        loaded = _Loaded(reference)
+        loaded = Loaded(reference)
         check = self._dense_divergence(loaded)
         return Reference(**{**reference.__dict__, "agrees": ~check.diverged})
 
@@ -223,7 +196,7 @@ class Replica:
 
     def _continue(self, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:
         rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
-        batches = rows.split(self._rows_in_batch(prompts.tokens.shape[1]))
+        batches = rows.split(self._batches.rows(prompts.tokens.shape[1]))
         length = prompts.continuation_tokens
         with self._generating():
             parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
@@ -233,7 +206,7 @@ class Replica:
     def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
         """What one of `count` prompts takes, timed on one batch of random tokens."""
         length = prompt_tokens + continuation_tokens
-        rows = min(count, self._rows_in_batch(length))
+        rows = min(count, self._batches.rows(length))
         seconds = time_batch(self._body, self._never, self._generating, rows, prompt_tokens, continuation_tokens)
         memory_bytes = self._memory_bytes()  # before any states are kept
         first, last = self._candidate_seconds(rows, prompt_tokens, continuation_tokens)
@@ -250,25 +223,17 @@ class Replica:
 
     def _candidate_seconds(self, rows: int, prompt_tokens: int, continuation_tokens: int) -> tuple[float, float]:
         """Seconds in which candidates that change the first layer, and the last, run over random tokens."""
-        shape = rows, prompt_tokens + continuation_tokens
-        tokens = torch.randint(self._body.vocabulary_size, shape).numpy().astype(np.int32)
-        targets = tokens[:, prompt_tokens:]
-        agrees = np.ones(targets.shape, np.bool_)
-        self.use(Reference(_TIMED, self._manifest.id, self.mode, tokens, targets, agrees, self._suppressed))
+        tokens = torch.randint(self._body.vocabulary_size, (rows, prompt_tokens + continuation_tokens))
+        text = PromptTokens(tokens.numpy().astype(np.int32), prompt_tokens)
+        reference = timed_reference(text, self._manifest.id, self.mode)
+        self.use(reference)
         try:
             first, last = (
-                time_candidates(
-                    self.evaluate,
-                    [
-                        EvalRequest(Plan.of({component.name: "int8-channel"}), _TIMED, (0, rows))
-                        for component in self._manifest.components
-                        if component.layer == layer
-                    ][:_MOST_TIMED],
-                )
+                time_candidates(self.evaluate, candidates_of(layer, self._manifest, reference))
                 for layer in (0, self._manifest.num_layers - 1)
             )
         finally:
-            del self._references[_TIMED]
+            del self._references[reference.id]
         return first, last
 
     def _memory_bytes(self) -> int:
@@ -276,7 +241,7 @@ class Replica:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
         widest = max(max(c.shape) for c in self._manifest.components)
-        return int(self._weight_bytes + 4 * self._batch_tokens * widest * self._body.itemsize)
+        return int(self._weight_bytes + 4 * self._batches.tokens * widest * self._body.itemsize)
 
     def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
@@ -297,7 +262,7 @@ class Replica:
     def gather_statistics(self, calibration: Calibration) -> InputStatistics:
         """Mean squares of all components' inputs over a calibration, which is in use from then on."""
         self._calibrator.use(calibration, None)
-        return self._halving_batches(lambda: self._calibrator.statistics(calibration.id))
+        return self._batches.halving(lambda: self._calibrator.statistics(calibration.id))
 
     @torch.inference_mode()
     def solve(self, calibration_id: str, pairs: Sequence[tuple[str, str]]) -> list[PackedMatrix]:
@@ -309,7 +274,7 @@ class Replica:
             self._calibrator.activate(calibration_id)
             return self._calibrator.solve(pairs)
 
-        return self._halving_batches(solved)
+        return self._batches.halving(solved)
 
     @torch.inference_mode()
     def weight_errors(
@@ -319,7 +284,7 @@ class Replica:
 
         No evaluation; with a calibration also weighted by mean squared inputs and, with `by_hessian`, by Hessians.
         """
-        return self._halving_batches(
+        return self._batches.halving(
             lambda: self._calibrator.weight_errors(components, schemes, calibration_id, by_hessian)
         )
 
@@ -339,7 +304,7 @@ class Replica:
             raise ValueError(
                 f"reference {reference.id} was made in mode {reference.mode}, this replica runs in {self.mode}"
             )
-        self._references.setdefault(reference.id, _Loaded(reference))
+        self._references.setdefault(reference.id, Loaded(reference))
 
     @torch.inference_mode()
     def canary(self, reference_id: str) -> float:
@@ -353,10 +318,9 @@ class Replica:
         """Component -> tokens of a reference's prompts and continuations that reach it, for every expert's matrix."""
         reference = self._references[reference_id].reference
         self._to_base()
-        greedy = np.concatenate([reference.text[:, : reference.prompt_tokens], reference.continuation], axis=1)
-        rows = torch.from_numpy(greedy).long().to(self._body.input_device)
+        rows = torch.from_numpy(greedy(reference, slice(None))).long().to(self._body.input_device)
         with self._generating():
-            return routed_tokens(self._body, rows.split(self._rows_in_batch(rows.shape[1])))
+            return routed_tokens(self._body, rows.split(self._batches.rows(rows.shape[1])))
 
     @torch.inference_mode()
     def check(self, plan: Plan, reference_id: str, num_prompts: int) -> tuple[IntArray, FloatArray]:
@@ -368,22 +332,22 @@ class Replica:
         loaded = self._references[reference_id]
         rows = slice(0, num_prompts)
         self._to_parent(plan)
-        stream = self._greedy_stream(loaded.reference, rows)
+        stream = self._stream(greedy(loaded.reference, rows), loaded.reference.prompt_tokens)
         with self._generating():
             found = fetch(
-                self._halving_batches(lambda: self._measure(stream.head_inputs(0, ()), stream.targets_from, None))
+                self._batches.halving(lambda: self._measure(stream.head_inputs(0, ()), stream.targets_from, None))
             )
         return share_of_divergent_tokens(found.diverged & loaded.reference.agrees[rows]), perplexity(found.nll)
 
-    def _dense_divergence(self, loaded: _Loaded) -> Divergence:
+    def _dense_divergence(self, loaded: Loaded) -> Divergence:
         request = EvalRequest(Plan(), loaded.reference.id, (0, loaded.reference.num_prompts))
-        return fetch(self._halving_batches(lambda: self._score(loaded, request))["continuation"])
+        return fetch(self._batches.halving(lambda: self._score(loaded, request))["continuation"])
 
     @torch.inference_mode()
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         """An outcome for each request, in the order of the requests."""
         outcomes: dict[int, Outcome] = {}
-        launched: tuple[int, _Launched] | None = None
+        launched: tuple[int, Launched] | None = None
         self._solve_ahead(requests)
         self._finished_at = time.perf_counter()
         places = [self._place(request) for request in requests]
@@ -414,7 +378,7 @@ class Replica:
         rows = reference.text[list(prompts)]
         start = PromptTokens(rows, reference.prompt_tokens)
         self._to_parent(plan, weights_id)
-        own = self._halving_batches(lambda: self._continue(start))
+        own = self._batches.halving(lambda: self._continue(start))
         own_margins = self._margins(start, own)
         self._to_base()
         base = reference.continuation[list(prompts)]
@@ -440,21 +404,20 @@ class Replica:
         layer = first_changed_layer(request, self._manifest)
         return request.weights_id, request.parent.id, request.reference_id, request.prompts, layer
 
-    def _launch(self, request: EvalRequest, shared: bool) -> _Launched:
+    def _launch(self, request: EvalRequest, shared: bool) -> Launched:
         loaded = self._references[request.reference_id]
         try:
-            return _Launched(request, self._halving_batches(lambda: self._score(loaded, request, shared)))
+            return Launched(request, self._batches.halving(lambda: self._score(loaded, request, shared)))
         except ValueError as error:
-            return _Launched(request, failure=("invalid", str(error)))
+            return Launched(request, failure=("invalid", str(error)))
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            return _Launched(request, failure=("out_of_memory", f"even with one prompt in a batch: {error}"))
+            return Launched(request, failure=("out_of_memory", f"even with one prompt in a batch: {error}"))
 
-    def _finish(self, launched: _Launched) -> Outcome:
-        request, reference = launched.request, self._references[launched.request.reference_id].reference
-        streams = {name: fetch(scores) for name, scores in launched.scores.items()}
-        failure = launched.failure or self._check_finite(streams)
+    def _finish(self, launched: Launched) -> Outcome:
+        reference = self._references[launched.request.reference_id].reference
+        streams = launched.fetched()
         started_at, self._finished_at = self._finished_at, time.perf_counter()
         provenance = Provenance(
             replica=self._name,
@@ -463,38 +426,12 @@ class Replica:
             tokens=sum(s.nll.shape[0] * reference.text.shape[1] for s in streams.values()),
             finished_at=time.time(),
         )
-        if failure is not None:
-            return EvalFailure(request.id, *failure, provenance)
-        return self._result(request, streams, reference, provenance)
+        return outcome_of(launched, streams, reference, provenance)
 
-    @staticmethod
-    def _check_finite(streams: dict[str, Divergence]) -> tuple[FailureKind, str] | None:
-        for name, stream in streams.items():
-            bad = ~np.isfinite(stream.nll)
-            if bad.any():
-                return "nonfinite", f"{bad.any(axis=1).sum()} of {len(bad)} prompts ({name}) got non-finite logits"
-        return None
-
-    @staticmethod
-    def _result(
-        request: EvalRequest, streams: dict[str, Divergence], reference: Reference, provenance: Provenance
-    ) -> EvalResult:
-        measured = streams["continuation"]
-        diverged = measured.diverged & reference.agrees[slice(*request.prompts)]
-        return EvalResult(
-            request_id=request.id,
-            fdt=first_divergent_token(diverged),
-            sdt=share_of_divergent_tokens(diverged),
-            dppl=perplexity(measured.nll),
-            kl=None if measured.kl is None else measured.kl.mean(axis=1, dtype=np.float64).astype(np.float32),
-            ppl=perplexity(streams["text"].nll) if "text" in streams else None,
-            provenance=provenance,
-        )
-
-    def _score(self, loaded: _Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
+    def _score(self, loaded: Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
         """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
         other requests leave this parent there too."""
-        self._set_range(loaded, request.prompts)
+        loaded.set_range(request.prompts, self._stream)
         names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
         if "kl" in request.extra_metrics and loaded.base_hidden is None:
             loaded.base_hidden = self._base_hidden(loaded)
@@ -528,25 +465,10 @@ class Replica:
         share = sum(c.num_weights for c in changed) / sum(c.num_weights for c in self._manifest.components)
         return request if share <= _MOST_HELD_TWICE else replace(request, parent=request.plan)
 
-    def _set_range(self, loaded: _Loaded, prompts: tuple[int, int]) -> None:
-        if loaded.prompts == prompts:
-            return
-        reference = loaded.reference
-        rows = slice(*prompts)
-        text = self._stream(reference.text[rows], 1)
-        loaded.prompts, loaded.base_hidden = prompts, None
-        loaded.streams = {"continuation": self._greedy_stream(reference, rows), "text": text}
-
-    def _greedy_stream(self, reference: Reference, rows: slice) -> Stream:
-        """Prompts and the base model's own continuations of them."""
-        start = reference.prompt_tokens
-        greedy = np.concatenate([reference.text[rows, :start], reference.continuation[rows]], axis=1)
-        return self._stream(greedy, start)
-
     def _stream(self, tokens: IntArray, targets_from: int) -> Stream:
         on_device = torch.from_numpy(tokens).long().to(self._body.input_device)
-        room = Room.on(self._body.input_device, self._weight_bytes) if self._roomy else Room.none()
-        rows = self._rows_in_batch(tokens.shape[1])
+        room = Room.on(self._body.input_device, self._weight_bytes) if self._batches.roomy else Room.none()
+        rows = self._batches.rows(tokens.shape[1])
         return Stream(self._body, self._reuse, on_device, targets_from, rows, room, self._states)
 
     def _to_parent(self, parent: Plan, weights_id: str = "") -> None:
@@ -585,10 +507,7 @@ class Replica:
     def _streams(self) -> list[Stream]:
         return [stream for loaded in self._references.values() for stream in loaded.streams.values()]
 
-    def _rows_in_batch(self, row_tokens: int) -> int:
-        return max(1, self._batch_tokens // row_tokens)
-
-    def _base_hidden(self, loaded: _Loaded) -> list[Tensor]:
+    def _base_hidden(self, loaded: Loaded) -> list[Tensor]:
         """The base model's inputs of the head, kept to compare distributions with."""
         self._to_base()
         return [hidden.clone() for _, hidden in loaded.streams["continuation"].head_inputs(0, ())]
@@ -603,32 +522,12 @@ class Replica:
             for index, (tokens, hidden) in enumerate(head_inputs)
         ]
 
-    def _halving_batches(self, work: Callable[[], _T]) -> _T:
-        """`work`, with smaller batches for as long as memory does not suffice."""
-        while True:
-            try:
-                return work()
-            except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    raise
-                message = str(error)
-            self._release_memory()
-            if self._roomy:
-                self._roomy = False
-            elif not self._smaller_batches():
-                raise torch.OutOfMemoryError(message)
-
-    def _smaller_batches(self) -> bool:
-        longest = max((r.reference.text.shape[1] for r in self._references.values()), default=1)
-        if self._batch_tokens <= longest:
-            return False
-        self._batch_tokens //= 2
-        log.warning("out of memory: batches of %d tokens from now on", self._batch_tokens)
-        return True
+    def _longest_row(self) -> int:
+        return max((r.reference.text.shape[1] for r in self._references.values()), default=1)
 
     def _release_memory(self) -> None:
         for loaded in self._references.values():
-            loaded.prompts, loaded.base_hidden, loaded.streams = None, None, {}
+            loaded.forget()
         self._calibrator.forget()
         gc.collect()
         if self._device.type == "cuda":
@@ -640,7 +539,3 @@ def _pays_to_compile(spec: ModelSpec, model: Any, device: torch.device) -> bool:
     if spec.compile == "auto":
         return device.type == "cuda" and bool(model.config.get_text_config().hidden_size >= _WIDE)
     return spec.compile == "always"
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -7,15 +7,20 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dtmsearch.model.body import Body
 from dtmsearch.model.divergence import compare, fetch
-from dtmsearch.plans.evaluation import EvalRequest
+from dtmsearch.plans.components import ModelManifest
+from dtmsearch.plans.evaluation import EvalRequest, PromptTokens, Reference
+from dtmsearch.plans.plan import Plan
 
 # Tokens generated to time generation.
 _TIMED_TOKENS = 8
+# Candidates of a layer that are timed at most: a Llama's layer has seven.
+_MOST_TIMED = 7
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,19 @@ def time_batch(
         head=_seconds(head),
         generation=_seconds(generate) * continuation_tokens / _TIMED_TOKENS,
     )
+
+
+def timed_reference(text: PromptTokens, manifest_id: str, mode: str) -> Reference:
+    """A reference whose continuations are the text's own."""
+    targets = text.tokens[:, text.prompt_tokens :]
+    return Reference("timed", manifest_id, mode, text.tokens, targets, np.ones(targets.shape, np.bool_), ())
+
+
+def candidates_of(layer: int, manifest: ModelManifest, reference: Reference) -> list[EvalRequest]:
+    """Requests that change one component each of a layer."""
+    components = [component for component in manifest.components if component.layer == layer][:_MOST_TIMED]
+    plans = [Plan.of({component.name: "int8-channel"}) for component in components]
+    return [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans]
 
 
 def time_candidates(evaluate: Callable[[Sequence[EvalRequest]], object], requests: Sequence[EvalRequest]) -> float:
