@@ -121,7 +121,7 @@ def propose(model: ModelFacts, machine: Machine, prompts: str, held_out: str, co
     count = _COUNTS[machine.device]
     layers = "" if model.num_layers is None else f", {model.num_layers} layers"
     return f"""\
-# {model.architecture}{layers}, {model.num_weights / 1e6:,.0f} million weights in {model.dtype}.
+# {model.architecture}{layers}, {_millions(model.num_weights)} million weights in {model.dtype}.
 # {where.comment}
 {_cost_comment(cost)}
 # To run it: dtmsearch run FILE{where.options}
@@ -185,8 +185,16 @@ def _where(machine: Machine, need: float) -> _Where:
             "free here: run on a larger machine or, --nodes-per-replica of them to a copy, on a cluster (--address)"
         )
     replicas = max(1, min(fitting, machine.cores))
-    fits = f"A replica takes about {need / _GIB:.2f} GiB; {machine.memory_bytes / _GIB:.1f} GiB are free, no GPU."
+    fits = f"A replica takes {_gib(need)}; {machine.memory_bytes / _GIB:.1f} GiB are free, no GPU."
     return _Where(fits, "" if replicas == machine.cores else f" --replicas {replicas}")
+
+
+def _gib(size: float) -> str:
+    return f"about {size / _GIB:.2f} GiB" if size >= 0.01 * _GIB else "less than 0.01 GiB"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.0f}" if number >= 10_000_000 else f"{number / 1e6:.2g}"
 
 
 def _cost_comment(cost: str | None) -> str:

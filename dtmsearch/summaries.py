@@ -60,7 +60,9 @@ def run_text(summary: RunSummary) -> str:
     lines.append(_line("search", _effort(summary)))
     if summary.last_step is not None:
         step = summary.last_step
-        lines.append(_line("last step", f"{step.step}: {step.perturbation or 'chosen as a whole'}, {step.score:.4g}"))
+        lines.append(
+            _line("last step", f"{step.step}: {step.perturbation or 'chosen as a whole'}, score {step.score:.4g}")
+        )
     lines += _plan_lines(summary)
     if summary.validation:
         lines += ["", "On held-out prompts:", validation_table(summary.validation)]
@@ -232,7 +234,7 @@ def exported_text(result: Exported) -> str:
         f"{result.format} in {result.folder}",
         _line("plan", result.plan.id),
         _line("size", _size(size.num_compressed, size.share, size.bits_per_weight)),
-        _line("files", f"{len(result.files)}, {sum(result.files.values()):,} bytes"),
+        _line("files", f"{len(result.files)} with {sum(result.files.values()):,} bytes"),
     ]
     account = size_account(result)
     lines += [] if account is None else [_line("tensors", account)]
@@ -257,7 +259,7 @@ def sweep_text(outcome: SweepOutcome) -> str:
 
 def front_text(candidates: Sequence[Candidate]) -> str:
     """Plans from small to large, those of each model and set of held-out prompts together."""
-    columns = ["model", "run", "plan", "bits", "share", *_METRIC_COLUMNS, "no better as small in"]
+    columns = ["model", "run", "plan", "bits", "share", *_METRIC_COLUMNS, "unbeaten in"]
     return table(columns, [_front_cells(candidate) for candidate in candidates])
 
 

@@ -68,7 +68,9 @@ def paths(file: SearchFile, names: Sequence[str]) -> list[Path]:
         path = file.resolve(name)
         matches = [path] if path.is_file() else sorted(match for match in _expand(file, name) if match.is_file())
         if not matches:
-            raise ValueError(f"no prompt file {name!r}, neither in {file.folder} nor in the current folder")
+            beside = file.folder.absolute() != Path.cwd()
+            places = f"neither in {file.folder} nor in the current folder" if beside else "in the current folder"
+            raise ValueError(f"no prompt file {name!r}{',' if beside else ''} {places}")
         found += matches
     return found
 

@@ -92,6 +92,8 @@ def query_verb(sql: str | None, name: str | None, store: str, form: str, out: Pa
     if form == "parquet" and out is None:
         raise click.UsageError("parquet is no text for a terminal: give a file with --out")
     answer = _answer(store, sql, name, listed)
+    if listed and form == "table":
+        say("to ask one of them about a run: dtmsearch query NAME RUN")
     if form == "parquet":
         from pyarrow import parquet
 

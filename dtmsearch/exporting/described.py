@@ -35,11 +35,13 @@ class Exported:
 
 
 def described(form: Format, target: Path, partial: Path, found: Source, job: Job, written: Written) -> Exported:
+    # A recipe writes no weights: what it leaves dense stays as the checkpoint has it.
+    dense_bits = job.dtype.itemsize * 8 if written.tensor_bytes else found.manifest.dense_bits
     return Exported(
         format=form.name,
         folder=str(target.absolute()),
         plan=found.plan,
-        size=plan_size(found.plan, found.manifest.components, job.dtype.itemsize * 8),
+        size=plan_size(found.plan, found.manifest.components, dense_bits),
         files={
             str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
         },
