@@ -7,9 +7,9 @@ MODEL is a folder, or a shape of `shapes.py` with random weights (and random tex
 component, runs the whole model as transformers gives it, compares the logits of all positions that matter with the
 reference, and puts the component back. The floor is the matrix products alone, of the layers from the changed one
 upward and of the head where continuations are predicted, at the rate of a large matrix product. On a processor the
-three take turns, a component each, so that what else the machine does falls on all alike; on a GPU the replica gets
-the probe whole, as in a search, and of the plain loop a sample is extrapolated. Continuations are the text's own: the
-same work as with the model's, without generating them.
+three take turns, a layer each (the replica gets its components together, as in a search), so that what else the
+machine does falls on all alike; on a GPU the replica gets the probe whole, and of the plain loop a sample is
+extrapolated. Continuations are the text's own: the same work as with the model's, without generating them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +147,21 @@ def take_turns(probe: Probe, components: Sequence[Component]) -> Times:
     times = Times()
     probe.ours(components[-1])
     probe.plain(components[0])
-    for component in components:
-        operations, seconds = probe.matrix_product()
-        times.matrix_operations += operations
-        times.matrix_seconds += seconds
-        seconds, expected = probe.timed(partial(probe.plain, component))
-        times.plain += seconds
-        seconds, found = probe.timed(partial(probe.ours, component))
+    for _, of_a_layer in groupby(components, key=lambda component: component.layer):
+        layer = list(of_a_layer)
+        expected = []
+        for component in layer:
+            operations, seconds = probe.matrix_product()
+            times.matrix_operations += operations
+            times.matrix_seconds += seconds
+            seconds, values = probe.timed(partial(probe.plain, component))
+            times.plain += seconds
+            expected.append(values)
+            times.compressing += probe.timed(partial(probe.compress, component))[0]
+            times.operations += probe.operations(component)
+        seconds, found = probe.timed(partial(probe.ours_together, layer))
         times.ours += seconds
-        times.compressing += probe.timed(partial(probe.compress, component))[0]
-        times.operations += probe.operations(component)
-        times.differing += int(np.abs(expected - found).sum())
+        times.differing += int(np.abs(np.concatenate(expected) - found).sum())
     return times
 
 
