@@ -65,7 +65,7 @@ def test_patience_learns_from_replicas_that_grow_slower() -> None:
 def test_waiting_for_the_driver_makes_no_replica_slower() -> None:
     pace = Pace(HEALTH)
     pace.learn(cost=10.0, seconds=5.0, own_seconds=1.0)
-    assert pace.seconds_per_cost == pytest.approx(0.1)
+    assert (pace.seconds_per_cost, pace.limit_seconds(10.0)) == pytest.approx((0.1, 20 * 5.0))
 
 
 def test_canaries_that_take_long_come_rarely() -> None:

@@ -53,10 +53,14 @@ class Health:
 
 @dataclass
 class Pace:
-    """How fast replicas are, learned from their calls; costs are in the queue's units (layers times prompts)."""
+    """How fast replicas are, learned from their calls; costs are in the queue's units (layers times prompts).
+
+    `seconds_per_cost` is by the replicas' own clocks, for how much to send; limits go by what the driver sees of them.
+    """
 
     health: Health
     seconds_per_cost: float | None = None
+    seen_seconds_per_cost: float | None = None
     seconds_per_request: float = float("inf")
     longest_seconds: float = 0.0
 
@@ -64,17 +68,21 @@ class Pace:
         """`seconds` as the driver saw the call. `own_seconds` is what the replica says that it worked, 0 where it does
         not say: what comes on top is waiting for a busy driver, who would only be busier with smaller calls."""
         worked = own_seconds or seconds
-        measured, known = worked / cost, self.seconds_per_cost
         self.seconds_per_request = max(worked, 1e-6) / num_requests
-        self.seconds_per_cost = measured if known is None else 0.7 * known + 0.3 * measured
+        self.seconds_per_cost = _nearer(self.seconds_per_cost, worked / cost)
+        self.seen_seconds_per_cost = _nearer(self.seen_seconds_per_cost, seconds / cost)
         self.longest_seconds = max(self.longest_seconds, seconds)
 
     def limit_seconds(self, cost: float) -> float:
         """How long a replica may work on a call before it counts as hung."""
-        if self.seconds_per_cost is None:
+        if self.seen_seconds_per_cost is None:
             return self.health.first_seconds
-        expected = cost * self.seconds_per_cost
+        expected = cost * self.seen_seconds_per_cost
         return max(self.health.floor_seconds, self.health.factor * expected, 3 * self.longest_seconds)
+
+
+def _nearer(known: float | None, measured: float) -> float:
+    return measured if known is None else 0.7 * known + 0.3 * measured
 
 
 @dataclass(frozen=True, eq=False)
