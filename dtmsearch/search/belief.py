@@ -7,7 +7,7 @@ begin with. Differences between measured plans are observations of sums of theta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,10 @@ class Belief:
         total = float(row @ gain) + variance
         mean = self.mean + gain * (value - float(row @ self.mean)) / total
         return Belief(self.damages, self.parameters, mean, self.covariance - np.outer(gain, gain) / total)
+
+    def scaled(self, factor: float) -> Belief:
+        """The same means with so many times the variance."""
+        return replace(self, covariance=self.covariance * factor)
 
     def sample(self, random: np.random.Generator) -> Floats:
         """Thetas drawn from the belief."""
