@@ -230,8 +230,8 @@ class Auto(Solver):
     def _surprise(
         belief: Belief, leader: Options, moved: Sequence[Options], differences: Sequence[tuple[float, float]]
     ) -> float:
-        """By how many times its variance the belief is off, what measuring itself adds left out (method of moments): the
-        law holds better for one model than for another."""
+        """By how many times its variance the belief is off, what measuring itself adds left out (method of moments):
+        the law holds better for one model than for another."""
         believed = [belief.difference(options, leader) for options in moved]
         pairs = [(b, d) for b, d in zip(believed, differences, strict=True) if np.isfinite(d[0])]
         expected = sum(variance for (_, variance), _ in pairs)
