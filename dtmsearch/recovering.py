@@ -26,7 +26,7 @@ from dtmsearch.plans.records import TrainingRecord
 from dtmsearch.results.files import LocalFolder
 from dtmsearch.results.store import ResultStore, RunWriter
 from dtmsearch.search.scheduler import Observer, SearchStopped
-from dtmsearch.training import FAILURE_FILE, JOB_FILE, LOG_FILE
+from dtmsearch.training import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE
 
 # Raise it when the same job would come to other weights.
 _VERSION = 1
@@ -123,12 +123,13 @@ class Recovering:
         (folder / JOB_FILE).write_text(json.dumps(job, indent=1), encoding="utf-8")
 
     def _train(self, folder: Path) -> None:
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
         if self._on_cluster:
             from dtmsearch.cluster.training import train_on_cluster
 
             self._pool.rest()  # its places are the workers'
-            train_on_cluster(str(folder / JOB_FILE), str(folder))
-            code = 0
+            stopped = train_on_cluster(str(folder / JOB_FILE), str(folder / STOP_FILE), self._stop_requested)
+            code = _STOPPED if stopped else 0
         else:
             code = self._train_here(folder)
         if code == _STOPPED:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 from dtmsearch import config, texts
 
 JOB_FILE, FAILURE_FILE, LOG_FILE = "job.json", "failure.json", "log.txt"
+# Where no signal reaches, this file in the training's folder asks it to stop.
+STOP_FILE = "stop"
 _DONE, _STOPPED, _FAILED = 0, 3, 1
 # How a process knows that accelerate has started it.
 _LAUNCHED = "DTMSEARCH_TRAINING_LAUNCHED"
@@ -49,25 +52,26 @@ def worker(job_path: str) -> int:
     """One process of a training; the first of several does the writing."""
     job = Path(job_path)
     content: dict[str, Any] = json.loads(job.read_text(encoding="utf-8"))
-    stopping = _Stopping(os.getppid())
+    stopping = _Stopping(os.getppid(), job.parent / STOP_FILE)
     with _alone(job.parent), stopping.listening():
         return _train(job, content, stopping)
 
 
 def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
     from dtmsearch.model.recover import Recipe, Training, TrainingDiverged, TrainingStopped, train
+    from dtmsearch.model.trained import write_whole
 
     file = config.parse(content["config"], str(job), Path(content["config_folder"]))
     base = None if content["base"] is None else Path(content["base"])
     training = Training(file.model_spec, job.parent, Path(content["weights_folder"]), base)
-    (job.parent / FAILURE_FILE).unlink(missing_ok=True)
     try:
         train(training, texts.read_files(file, content["files"]), Recipe(**content["recipe"]), stopping.requested)
     except TrainingStopped:
         return _STOPPED
-    except (TrainingDiverged, ValueError) as error:
+    except (TrainingDiverged, ValueError) as error:  # in every process alike
         kind = "diverged" if isinstance(error, TrainingDiverged) else "invalid"
-        (job.parent / FAILURE_FILE).write_text(json.dumps({"kind": kind, "message": str(error)}), encoding="utf-8")
+        said = json.dumps({"kind": kind, "message": str(error)})
+        write_whole(job.parent / FAILURE_FILE, lambda path: path.write_text(said, encoding="utf-8"))
         return _FAILED
     return _DONE
 
@@ -75,22 +79,21 @@ def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
 class _Stopping:
     """Whether somebody wants this process to end: by a signal, or because whoever started it is gone."""
 
-    def __init__(self, parent: int) -> None:
-        self._parent, self._asked = parent, False
+    def __init__(self, parent: int, file: Path) -> None:
+        self._parent, self._file, self._asked = parent, file, False
 
     def requested(self) -> bool:
-        return self._asked or os.getppid() != self._parent
+        return self._asked or os.getppid() != self._parent or self._file.exists()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         def note(_signal: int, _frame: object) -> None:
             self._asked = True
 
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # a worker's thread: its cluster ends it
+        if threading.current_thread() is not threading.main_thread():  # a cluster's worker: signals are not for it
             yield
             return
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

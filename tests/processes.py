@@ -107,7 +107,7 @@ class Driver:
 
     def below(self, name: str) -> list[int]:
         """Ids of the processes below this one with `name` in their command line."""
-        return _below(self._process.pid, name)
+        return below(self._process.pid, name)
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -147,7 +147,7 @@ def process_ends(pid: int) -> bool:
     return True
 
 
-def _below(pid: int, name: str) -> list[int]:
+def below(pid: int, name: str) -> list[int]:
     """Process ids of descendants with `name` in their command line."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():

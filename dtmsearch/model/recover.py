@@ -199,7 +199,9 @@ class _Loop:
 
     def __init__(self, training: Training, texts: Sequence[str], recipe: Recipe) -> None:
         self._training, self._recipe = training, recipe
-        self._accelerator = Accelerator(mixed_precision=_precision(recipe))
+        # On processors accelerate joins the other processes only when told that there is nothing else.
+        self._accelerator = Accelerator(mixed_precision=_precision(recipe), cpu=not torch.cuda.is_available())
+        _check_shares(recipe, self._accelerator.num_processes)
         source = checkpoint_folder(training.spec)
         self._rows = self._read(texts, load_tokenizer(source, training.spec))
         device = self._accelerator.device
@@ -248,13 +250,23 @@ class _Loop:
                 self._look()
             if self._step == recipe.masked_steps:
                 self._masks.check("the trained model")
-            stopping = stop_requested()
+            stopping = self._agreed(stop_requested)
             if (self._step % recipe.checkpoint_steps == 0 or stopping) and not last:
                 self._look()
                 self._save()
             if stopping and not last:
                 raise TrainingStopped(f"stopped at step {self._step} of {recipe.num_steps}")
         return self._finish()
+
+    def _agreed(self, stop_requested: Callable[[], bool]) -> bool:
+        """Whether any process wants to stop, the same for all of them; several ask each other only now and then."""
+        accelerator = self._accelerator
+        if accelerator.num_processes == 1:
+            return stop_requested()
+        if self._step % _STEPS_BETWEEN_LOOKS:
+            return False
+        wish = torch.tensor(float(stop_requested()), device=accelerator.device)
+        return bool(accelerator.reduce(wish, "sum") > 0)
 
     def _take_step(self) -> None:
         recipe = self._recipe
@@ -354,18 +366,19 @@ class _Loop:
         folder = found[-1]
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         model, optimizer = self._state()  # for all that a checkpoint leaves out: it follows from the recipe
-        for key, tensor in load_file(folder / "state.safetensors").items():
-            kind, _, name = key.partition(" ")
-            if kind == "model":
-                model[name] = tensor
-            else:
-                optimizer["state"][name][kind] = tensor
+        if self._accelerator.is_main_process:  # the others have no whole state; they get theirs from the first
+            for key, tensor in load_file(folder / "state.safetensors").items():
+                kind, _, name = key.partition(" ")
+                if kind == "model":
+                    model[name] = tensor
+                else:
+                    optimizer["state"][name][kind] = tensor
         set_state_dict(
             self._model,
             self._bare_optimizer,
             model_state_dict=model,
             optim_state_dict=optimizer,
-            options=StateDictOptions(full_state_dict=True),
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=self._accelerator.num_processes > 1),
         )
         self._step, self._losses, self._seconds = content["step"], content["losses"], content["seconds"]
         if self._step <= self._recipe.masked_steps:
@@ -417,6 +430,17 @@ def checkpoints(folder: Path) -> list[Path]:
     """A training's checkpoints, in order of their steps."""
     found = [path for path in folder.glob(f"{_CHECKPOINT}*") if path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_CHECKPOINT)))
+
+
+def _check_shares(recipe: Recipe, num_processes: int) -> None:
+    """Raise `ValueError` for batches that processes cannot share: each part of one holds as many rows for each."""
+    if recipe.rows % (recipe.accumulate * num_processes):
+        least = recipe.accumulate * num_processes
+        raise ValueError(
+            f"a batch has {recipe.rows} rows of {recipe.sequence_tokens} tokens, which {num_processes} processes "
+            f"cannot share in {recipe.accumulate} parts: make recovery.batch_tokens a multiple of "
+            f"{least * recipe.sequence_tokens}"
+        )
 
 
 def _precision(recipe: Recipe) -> str:
