@@ -25,7 +25,12 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import functional
 
 from dtmsearch.model.discovery import find_layers
@@ -373,13 +378,10 @@ class _Loop:
                     model[name] = tensor
                 else:
                     optimizer["state"][name][kind] = tensor
-        set_state_dict(
-            self._model,
-            self._bare_optimizer,
-            model_state_dict=model,
-            optim_state_dict=optimizer,
-            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=self._accelerator.num_processes > 1),
-        )
+        several = self._accelerator.num_processes > 1
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+        set_model_state_dict(self._model, model, options=options)
+        set_optimizer_state_dict(self._model, self._bare_optimizer, optimizer, options=options)
         self._step, self._losses, self._seconds = content["step"], content["losses"], content["seconds"]
         if self._step <= self._recipe.masked_steps:
             self._masks.check(f"the checkpoint {folder}")
