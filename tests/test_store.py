@@ -16,7 +16,7 @@ from stores import bucket, opened, refuse, replayed, run_record
 from dtmsearch.plans.evaluation import EvalFailure, Reference
 from dtmsearch.plans.records import EvaluationRecord, StepRecord
 from dtmsearch.results import locks
-from dtmsearch.results.files import StoreReadOnly
+from dtmsearch.results.files import Folder, StoreReadOnly
 from dtmsearch.results.store import ResultStore, StoreError, StoreFull
 from dtmsearch.search.scheduler import ResultLog
 
@@ -128,6 +128,17 @@ def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(StoreError, match=r"holds thesis\.tex but no store\.json"):
         ResultStore(tmp_path)
+
+
+def test_a_store_that_is_made_while_one_looks_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Folder.names
+
+    def made_before(folder: Folder) -> list[str]:
+        folder.write("store.json", b'{"format": 1}')
+        return look(folder)
+
+    monkeypatch.setattr(Folder, "names", made_before)
+    assert ResultStore(tmp_path).runs() == []
 
 
 def test_damaged_marker_is_reported(tmp_path: Path) -> None:

@@ -68,15 +68,18 @@ class ResultStore:
 
     def _check_marker(self) -> bool:
         """Whether the place is a store already. Raises `StoreError` when it is something else."""
-        try:
-            content = self.folder.read(_MARKER).to_pybytes()
-        except FileNotFoundError:
-            strangers = [name for name in self.folder.names() if not name.startswith(".") and name != "lost+found"]
+        content = self._marker()
+        if content is None:
+            names = self.folder.names()
+            # Somebody may have made the store between the look for its marker and the look at the folder.
+            content = self._marker() if _MARKER in names else None
+        if content is None:
+            strangers = [name for name in names if not name.startswith(".") and name != "lost+found"]
             if strangers:
                 raise StoreError(
                     f"{self.url} is no store: it holds {strangers[0]} but no {_MARKER}. Give --store a new or empty "
                     "folder"
-                ) from None
+                )
             return False
         try:
             version = int(json.loads(content)["format"])
@@ -88,6 +91,13 @@ class ResultStore:
                 f"{schemas.FORMAT_VERSION}. Use the version of dtmsearch that wrote it, or a newer one"
             )
         return True
+
+    def _marker(self) -> bytes | None:
+        try:
+            content: bytes = self.folder.read(_MARKER).to_pybytes()
+        except FileNotFoundError:
+            return None
+        return content
 
     def create(self) -> None:
         """Make the place a store if it is none yet."""
