@@ -5,12 +5,12 @@ The driver's side: replicas gather and solve, only here is anything written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dtmsearch import texts
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
-from dtmsearch.plans.calibration import Calibration
+from dtmsearch.plans.calibration import Calibration, WeightError
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import parse_scheme, solved_scheme
@@ -62,14 +62,23 @@ class Calibrating:
         return self.for_plans([Plan.uniform(components, scheme) for scheme in schemes])
 
     def errors(self, components: Sequence[Component], schemes: Sequence[str]) -> dict[Pair, float]:
-        """(component, scheme) -> relative squared error of the component's weights; as the run has recorded it."""
+        """(component, scheme) -> relative squared error of the component's weights; as the run has recorded it. Where
+        schemes are calibrated, it is that of the outputs, which alone tells rounding and GPTQ apart."""
+        found = self._recorded_errors(components, schemes, lambda: self.for_schemes(components, schemes))
+        return {pair: _of_outputs(error) for pair, error in found.items()}
+
+    def _recorded_errors(
+        self, components: Sequence[Component], schemes: Sequence[str], calibrated: Callable[[], str]
+    ) -> dict[Pair, WeightError]:
+        """Errors as the run has recorded them: what a strategy decides by them, a replay decides by them again.
+        `calibrated` is asked for the calibration's id, if there is one, where they must be measured."""
         wanted = {(component.name, scheme) for component in components for scheme in schemes}
-        known = {(error.component, error.scheme): error.plain for error in self._writer.weight_errors()}
+        known = {(error.component, error.scheme): error for error in self._writer.weight_errors()}
         if wanted - known.keys():
-            calibrated = self.for_schemes(components, schemes)
-            found = self._pool.weight_errors([c.name for c in components], list(schemes), calibrated)
+            given = calibrated()
+            found = self._pool.weight_errors([c.name for c in components], list(schemes), given, bool(given))
             self._writer.put_weight_errors(found)
-            known = {(error.component, error.scheme): error.plain for error in found}
+            known = {(error.component, error.scheme): error for error in found}
         return known
 
     def pruning_errors(self, components: Sequence[Component]) -> dict[str, list[tuple[float, float]]] | None:
@@ -81,12 +90,9 @@ class Calibrating:
         # SparseGPT's own would have to be solved for at every share; Wanda's have nearly its shape.
         saliency = "wanda" if search.prune == "sparsegpt" else search.prune
         share_of = {scheme_name(saliency, step / _ERROR_STEPS): step / _ERROR_STEPS for step in range(1, _ERROR_STEPS)}
-        names = [component.name for component in components]
-        found = self._pool.weight_errors(names, list(share_of), self.id, by_hessian=True)
-        errors: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-        for error in found:
-            assert error.weighted_by_hessian is not None
-            errors[error.component].append((share_of[error.scheme], error.weighted_by_hessian))
+        errors: dict[str, list[tuple[float, float]]] = {component.name: [] for component in components}
+        for (component, scheme), error in self._recorded_errors(components, list(share_of), lambda: self.id).items():
+            errors[component].append((share_of[scheme], _of_outputs(error)))
         return errors
 
     def outliers(self) -> dict[int, float] | None:
@@ -111,3 +117,8 @@ class Calibrating:
         for component, scheme in sorted(pairs):
             layers.setdefault(self._manifest.by_name[component].layer, []).append((component, scheme))
         return [layers[layer] for layer in sorted(layers)]
+
+
+def _of_outputs(error: WeightError) -> float:
+    """The error of the component's outputs where Hessians told it, else that of its weights."""
+    return error.plain if error.weighted_by_hessian is None else error.weighted_by_hessian

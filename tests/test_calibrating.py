@@ -117,6 +117,28 @@ def test_errors_of_weights_are_recorded_and_found_by_the_run_alone(folder: Path,
     assert (errors[0] == errors[1], len(errors[0]), asked) == (True, 42, [["statistics", "errors"], []])
 
 
+def test_a_mixture_of_rounding_and_gptq_is_priced_by_the_errors_of_outputs(folder: Path, tmp_path: Path) -> None:
+    results = ResultStore(tmp_path)
+    with results.writer("run") as writer:
+        here = world(folder, writer, results)
+        components = here.pool.replica.manifest().components[:2]
+        names, schemes = [c.name for c in components], ["int4-g8", "gptq-int4-g8"]
+        found = here.calibrating.errors(components, schemes)
+        measured = here.pool.replica.weight_errors(names, schemes, here.calibrating.id, True)
+    assert found == {(e.component, e.scheme): e.weighted_by_hessian for e in measured}
+
+
+def test_errors_of_pruning_are_recorded(folder: Path, tmp_path: Path) -> None:
+    results = ResultStore(tmp_path)
+    found, asked = [], []
+    for _ in range(2):
+        with results.writer("run") as writer:
+            here = world(folder, writer, results)
+            found.append(here.calibrating.pruning_errors(here.pool.replica.manifest().components))
+            asked.append(here.pool.asked)
+    assert (found[0] == found[1], asked) == (True, [["statistics", "errors"], []])
+
+
 def test_statistics_come_back_bit_by_bit(folder: Path, tmp_path: Path) -> None:
     results = ResultStore(tmp_path)
     with results.writer("run") as writer:
