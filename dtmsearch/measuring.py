@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dtmsearch import config, texts
 from dtmsearch.calibrating import Calibrating
@@ -12,11 +11,11 @@ from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.compose import space_of
 from dtmsearch.config import SearchFile
 from dtmsearch.driver import interruptible, pool_for, reference_for, whole_request
-from dtmsearch.named import UNIFORM, check_plan_argument, find_plan, stored_file
+from dtmsearch.named import check_plan_argument, find_plan, find_weights_id, stored_file
 from dtmsearch.plans.evaluation import EvalFailure
 from dtmsearch.plans.metrics import Summary, summarize
 from dtmsearch.plans.plan import Plan, PlanSize
-from dtmsearch.recovering import Recovering, weights_folder
+from dtmsearch.recovering import Recovering
 from dtmsearch.results.store import ResultStore
 from dtmsearch.search.scheduler import Observer, Silent, measure
 
@@ -56,9 +55,8 @@ def evaluate(
     results = ResultStore(store, on_note=observer.on_note)
     check_plan_argument(plan, results)
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
-    named = not plan.startswith(UNIFORM) and not Path(plan).is_file()
-    weights_id = results.weights_id(plan) if named else ""
-    where = replace(where, weights_folder=weights_folder(results))
+    weights_id = find_weights_id(plan, results)
+    where = replace(where, weights_folder=results.weights_folder)
     with results.evaluate_writer(file.run) as writer, pool_for(file, where, observer) as pool, interruptible():
         manifest = pool.manifest()
         space = space_of(file, manifest)
@@ -98,7 +96,7 @@ def recover(
     recovery = config.recovery_of(file, settings)
     prompts = file.validation_prompts or file.prompts
     texts.paths(file, recovery.files)  # missing ones are said before anything is started
-    where = replace(where, weights_folder=weights_folder(results))
+    where = replace(where, weights_folder=results.weights_folder)
     with results.evaluate_writer(run_name) as writer, pool_for(file, where, observer) as pool, interruptible():
         manifest = pool.manifest()
         space = space_of(file, manifest)
@@ -124,5 +122,5 @@ def recover(
         requests = {"before": before, "after": replace(before, weights_id=trained)}
         found = measure(requests, pool, writer, "evaluate")
     summaries = {label: None if isinstance(o, EvalFailure) else summarize(o) for label, o in found.items()}
-    weights_file = f"{weights_folder(results)}/{trained}.safetensors"
+    weights_file = f"{results.weights_folder}/{trained}.safetensors"
     return RecoveredModel(run_name, trained, weights_file, summaries["before"], summaries["after"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from dtmsearch import config, texts
 from dtmsearch.config import SearchFile
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.plan import Plan, plan_from_json
+from dtmsearch.plans.plan import Plan, plan_from_json, weights_id_from_json
 from dtmsearch.plans.records import RunRecord
 from dtmsearch.plans.schemes import parse_scheme
 from dtmsearch.results.store import ResultStore
@@ -98,3 +98,11 @@ def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: R
     if found is None:
         raise ValueError(f"the plan of run {plan!r} is not in the store")
     return found
+
+
+def find_weights_id(plan: str, results: ResultStore) -> str:
+    """The trained weights that such a plan is over, a plan file's or a run's; empty for the base model's own."""
+    if plan.startswith(UNIFORM):
+        return ""
+    path = Path(plan)
+    return weights_id_from_json(path.read_text(encoding="utf-8"), plan) if path.is_file() else results.weights_id(plan)

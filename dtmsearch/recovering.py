@@ -40,12 +40,6 @@ class RecoveryDiverged(RuntimeError):
     """A training's loss is no number any more; its last good checkpoint is kept."""
 
 
-def weights_folder(results: ResultStore) -> str:
-    """Where the store keeps trained weights; nothing where it lies in a bucket."""
-    folder = results.folder
-    return folder.full("weights") if isinstance(folder, LocalFolder) else ""
-
-
 class Recovering:
     """Trains models of a run's plans. Calling it is a strategy's `Recover`."""
 
@@ -71,7 +65,7 @@ class Recovering:
         self._manifest, self._observer, self._stop_requested = manifest, observer, stop_requested
         self._calibration_id, self._on_cluster = calibration_id, on_cluster
         self._root = Path(results.folder.full("trainings"))
-        self._weights = Path(weights_folder(results))
+        self._weights = Path(results.weights_folder)
         self._text_digest = _digest(texts.paths(file, recovery.files))
 
     def __call__(self, number: int, plan: Plan, weights_id: str) -> str:

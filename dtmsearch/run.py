@@ -29,7 +29,7 @@ from dtmsearch.named import begun, check_continuable, open_store, stored_file
 from dtmsearch.plans.evaluation import Reference, evaluation_cost
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.records import CONTINUE_VARIABLE, RunRecord
-from dtmsearch.recovering import Recovering, RecoveryDiverged, weights_folder
+from dtmsearch.recovering import Recovering, RecoveryDiverged
 from dtmsearch.results.store import ResultStore, RunWriter, StoreError, StoreFull
 from dtmsearch.results.summary import RunSummary, record_of, summarize_run
 from dtmsearch.search.scheduler import Decision, Observer, SearchStopped, Silent, Strategy, remarks_of, search
@@ -161,7 +161,7 @@ class _Session:
         try:
             self._save(status="running", finished_at=None, message=None)
             texts.check_readable(self._file)
-            where = replace(self._where, weights_folder=weights_folder(self._results))
+            where = replace(self._where, weights_folder=self._results.weights_folder)
             with interruptible(), pool_for(self._file, where, self._observer) as pool:
                 self._run(pool)
         except (KeyboardInterrupt, SearchStopped):

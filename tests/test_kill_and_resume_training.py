@@ -5,23 +5,18 @@ The undisturbed search runs in this process, without Ray, which takes a part of 
 
 from __future__ import annotations
 
-import importlib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
+from inprocess import run_here
 from processes import PATIENCE_SECONDS, Driver, Rows, num_recorded, process_ends, rows, tiny_search
 
-from dtmsearch import config, training
-from dtmsearch.model.replica import Replica
 from dtmsearch.model.trained import unpack_masks
-from dtmsearch.plans.evaluation import EvalRequest, Outcome, ReplicaSettings
-from dtmsearch.recovering import Recovering, weights_folder
 from dtmsearch.results.store import ResultStore
 
 pytestmark = pytest.mark.timeout(2 * PATIENCE_SECONDS)
@@ -29,35 +24,6 @@ pytestmark = pytest.mark.timeout(2 * PATIENCE_SECONDS)
 _STEPS = 40
 # What differs between two runs of one search: where and when.
 _CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
-
-
-class InProcess(Replica):
-    """A replica in the place of a pool of them."""
-
-    metrics = SimpleNamespace(decided=lambda *_: None)
-    waiting: Sequence[EvalRequest] = ()
-
-    def submit(self, requests: Sequence[EvalRequest]) -> None:
-        self.waiting = (*self.waiting, *requests)
-
-    def poll(self, _timeout_seconds: float) -> list[Outcome]:
-        now, self.waiting = self.waiting, ()
-        return self.evaluate(now)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def run_here(file: Path, store: Path) -> None:
-    search_file = config.load(str(file))
-    settings = ReplicaSettings(num_threads=1, weights_folder=weights_folder(ResultStore(store)))
-    with pytest.MonkeyPatch.context() as patch:
-        running = importlib.import_module("dtmsearch.run")  # by attribute it is the verb
-        patch.setattr(running, "pool_for", lambda *_: InProcess(search_file.model_spec, settings))
-        patch.setattr(Recovering, "_train_here", lambda _, folder: training.worker(str(folder / training.JOB_FILE)))
-        running.run(search_file, str(store))
 
 
 @dataclass(frozen=True)

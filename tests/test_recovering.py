@@ -20,7 +20,7 @@ from dtmsearch.model.replica import Replica
 from dtmsearch.model.trained import MASKS_FILE, unpack_masks
 from dtmsearch.plans.evaluation import ReplicaSettings
 from dtmsearch.plans.plan import Plan
-from dtmsearch.recovering import Recovering, RecoveryDiverged, _failure, weights_folder
+from dtmsearch.recovering import Recovering, RecoveryDiverged, _failure
 from dtmsearch.results.store import ResultStore
 from dtmsearch.search.scheduler import SearchStopped, Silent
 
@@ -48,7 +48,7 @@ def search_file(folder: Path, steps: int) -> SearchFile:
 def recovering(file: SearchFile, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Recovering]:
     """Trainings for a store beside the file, with a replica in this process for a pool."""
     results = ResultStore(file.folder / "store")
-    replica = Replica(file.model_spec, ReplicaSettings(num_threads=1, weights_folder=weights_folder(results)))
+    replica = Replica(file.model_spec, ReplicaSettings(num_threads=1, weights_folder=results.weights_folder))
     pool, section = cast(ReplicaPool, replica), file.search.recovery
     assert section is not None
     with results.writer("toy") as writer:

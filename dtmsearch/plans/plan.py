@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import starmap
+from typing import Any
 
 from dtmsearch.plans.components import Component, ModelManifest
 from dtmsearch.plans.identity import identity_of_text
@@ -162,19 +163,18 @@ class Budget:
         return self.bits_per_weight is not None or self.size_mb is not None
 
 
-def plan_to_json(plan: Plan, manifest: ModelManifest) -> str:
-    """The plan file: model, manifest_id, and every compressed component's scheme, in order of name."""
-    content = {"model": manifest.model, "manifest_id": manifest.id, "schemes": dict(plan.entries)}
+def plan_to_json(plan: Plan, manifest: ModelManifest, weights_id: str = "") -> str:
+    """The plan file: model, manifest_id, the trained weights that the plan is over, if it is, and every compressed
+    component's scheme, in order of name."""
+    trained = {"weights_id": weights_id} if weights_id else {}
+    content = {"model": manifest.model, "manifest_id": manifest.id, **trained, "schemes": dict(plan.entries)}
     return json.dumps(content, indent=2) + "\n"
 
 
 def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
     """The plan in a plan file. Raises `ValueError` when it is malformed or was made for another model."""
-    try:
-        content = json.loads(text)
-        manifest_id, schemes = content["manifest_id"], dict(content["schemes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
+    content = _plan_content(text, source)
+    manifest_id, schemes = content["manifest_id"], content["schemes"]
     if manifest_id != manifest.id:
         raise ValueError(
             f"{source} was made for another model: its manifest is {manifest_id} ({content.get('model')}), that of "
@@ -185,3 +185,16 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
             raise ValueError(f"{source} names {component!r}, which {manifest.model} does not have")
         parse_scheme(scheme)
     return Plan.of(schemes)
+
+
+def weights_id_from_json(text: str, source: str) -> str:
+    """The trained weights that a plan file's plan is over; empty for the base model's own. Raises `ValueError`."""
+    return str(_plan_content(text, source).get("weights_id", ""))
+
+
+def _plan_content(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = dict(json.loads(text))
+        return content | {"manifest_id": content["manifest_id"], "schemes": dict(content["schemes"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} is no plan file (JSON with model, manifest_id and schemes): {error}") from None

@@ -26,7 +26,7 @@ from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord, Tra
 from dtmsearch.results import calibration_tables, schemas, tables
 from dtmsearch.results.elsewhere import Elsewhere
 from dtmsearch.results.evaluation_table import evaluations_table, outcomes
-from dtmsearch.results.files import TEMPORARY, StoreError, StoreFull, StoreReadOnly, open_folder
+from dtmsearch.results.files import TEMPORARY, LocalFolder, StoreError, StoreFull, StoreReadOnly, open_folder
 from dtmsearch.results.locks import RunLocked, lock_of
 from dtmsearch.results.plan_table import PlanRows, plan_of
 from dtmsearch.results.segments import Segment, Segments
@@ -65,6 +65,11 @@ class ResultStore:
     @property
     def notes(self) -> list[str]:
         return self.segments.notes
+
+    @property
+    def weights_folder(self) -> str:
+        """Where trained weights are kept, a file for each; nothing where the store lies in a bucket."""
+        return self.folder.full("weights") if isinstance(self.folder, LocalFolder) else ""
 
     def _check_marker(self) -> bool:
         """Whether the place is a store already. Raises `StoreError` when it is something else."""
