@@ -198,7 +198,8 @@ def recovered_text(recovered: RecoveredModel) -> str:
         for label, summary in (("before", recovered.before), ("after", recovered.after))
     ]
     head = f"the plan of {recovered.run}, trained under its masks: {recovered.weights_file}"
-    return f"{head}\n\n{table(['training', *_METRIC_COLUMNS], rows)}"
+    export = f"to export it: dtmsearch export {recovered.run} --to dense --out DIR --weights {recovered.weights_id}"
+    return f"{head}\n\n{table(['training', *_METRIC_COLUMNS], rows)}\n{export}"
 
 
 def estimate_text(estimate: Estimate) -> str:
@@ -236,6 +237,7 @@ def exported_text(result: Exported) -> str:
         _line("size", _size(size.num_compressed, size.share, size.bits_per_weight)),
         _line("files", f"{len(result.files)} with {sum(result.files.values()):,} bytes"),
     ]
+    lines += [_line("weights", f"trained, {result.weights_id}")] if result.weights_id else []
     account = size_account(result)
     lines += [] if account is None else [_line("tensors", account)]
     if check is None:

@@ -81,6 +81,7 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
         "dtmsearch export my-run --to dense --out my-model",
         "dtmsearch export plan.json --to json --out recipe --store s3://bucket/store",
         "dtmsearch export my-run --to dense --out my-model --model /mnt/models/llama --no-check",
+        "dtmsearch export my-run --to dense --out my-model --weights 4f0c2d...  # as `recover` names them",
     ),
 )
 @click.argument("source", metavar="RUN|PLAN")
@@ -94,6 +95,7 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
     help="What shall load a compressed-tensors folder; vllm takes less, and fuses q, k, v and gate, up.",
 )
 @click.option("--model", help="Where the base model lies now, if not where the search found it.")
+@click.option("--weights", metavar="ID", help="Trained weights of the store, if not those that the search ended with.")
 @click.option("--check/--no-check", default=True, help="Load what was written and measure it against the store.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch of the check.")
 @store_option
@@ -104,6 +106,7 @@ def export_verb(
     out: Path,
     runtime: str,
     model: str | None,
+    weights: str | None,
     check: bool,
     batch_tokens: int | None,
     store: str,
@@ -117,7 +120,16 @@ def export_verb(
     from dtmsearch.summaries import exported_text, exported_values
 
     result = export(
-        source, to, out, store, check=check, model=model, runtime=runtime, batch_tokens=batch_tokens or 0, say=say
+        source,
+        to,
+        out,
+        store,
+        check=check,
+        model=model,
+        weights=weights,
+        runtime=runtime,
+        batch_tokens=batch_tokens or 0,
+        say=say,
     )
     show(result, form, exported_text, exported_values)
 

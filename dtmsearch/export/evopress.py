@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.export.components import component_dense
-from dtmsearch.export.job import Job, Written
+from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.plans.plan import Plan
 from dtmsearch.plans.schemes import DENSE, parse_scheme
 
@@ -24,7 +24,13 @@ _DENSE_LEVEL = 16
 
 
 def write_evopress(job: Job, folder: Path) -> Written:
-    """The plan as a configuration, and a database of every scheme of the job for every component."""
+    """The plan as a configuration, and a database of every scheme of the job for every component.
+
+    Raises `ValueError` for trained weights.
+    """
+    if job.trained is not None:
+        why = "its database holds components only, but norms and biases were trained with them; `dense` holds all"
+        raise refuse("evopress", why, [f"trained weights {job.weights_id}"])
     levels = levels_of(sorted({DENSE, *job.schemes, *(scheme for _, scheme in job.plan.entries)}))
     (folder / LEVELS).write_text(json.dumps(levels, indent=2) + "\n", encoding="utf-8")
     names = [c.name for c in job.manifest.components]

@@ -28,7 +28,7 @@ class Format:
 
 def write_json(job: Job, folder: Path) -> Written:
     path = folder / "plan.json"
-    path.write_text(plan_to_json(job.plan, job.manifest), encoding="utf-8")
+    path.write_text(plan_to_json(job.plan, job.manifest, job.weights_id), encoding="utf-8")
     return Written((path,))
 
 

@@ -123,6 +123,8 @@ def _notes(job: Job, held: dict[str, list[Component]], types: dict[str, str]) ->
         notes.append(
             f"{coarse} components have rows that blocks of 256 do not divide: they get types of blocks of 32, or F16."
         )
+    if job.trained is not None:
+        notes.append("The weights were trained: convert a `dense` export of this plan instead of BASE.")
     if any(parse_scheme(scheme).pruning is not None or scheme == "drop" for _, scheme in job.plan.entries):
         notes.append(
             "GGUF has no sparse types: convert a `dense` export of this plan instead of BASE, so that zeros stay zero."

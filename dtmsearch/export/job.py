@@ -1,4 +1,5 @@
-"""What an export starts from and what it leaves: a base checkpoint with a plan over it, and a folder of known bytes."""
+"""What an export starts from and what it leaves: a base checkpoint, perhaps with trained weights in the place of its
+own, a plan over it, and a folder of known bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Job:
     """A plan over the checkpoint in `folder`, as it was measured: weights in `dtype`, scales in `scale_dtype`.
 
     `runtime` is what shall load it, where a format has several. `compressor` makes a component's weights out of its
-    own; it has what calibrated schemes need. `schemes` are those of the search, beyond the plan's.
+    own; it has what calibrated schemes need. `schemes` are those of the search, beyond the plan's. `trained` is a file
+    of weights that stand in the place of the checkpoint's own, `weights_id` names them.
     """
 
     folder: Path
@@ -34,6 +36,8 @@ class Job:
     runtime: str = "transformers"
     compressor: Compressor = field(default_factory=Compressor)
     schemes: tuple[str, ...] = ()
+    trained: Path | None = None
+    weights_id: str = ""
 
     def __post_init__(self) -> None:
         missing = [name for name in self.plan.schemes if name not in self._places]
@@ -41,6 +45,17 @@ class Job:
             raise ValueError(
                 f"the files of {self.manifest.model} hold no tensor for {missing[0]} and {len(missing) - 1} others: "
                 "transformers puts them together in a way that is not known here"
+            )
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        shapes = self._trained_shapes
+        wrong = [own for tensor, own in self._trained.items() if self.shapes.get(tensor) != shapes[own]]
+        if wrong:
+            raise ValueError(
+                f"the trained weights {self.weights_id} cannot be put into the files of {self.manifest.model}: "
+                f"{wrong[0]} and {len(wrong) - 1} others stand there in no tensor of that shape. They are of another "
+                "model, or transformers puts these tensors together when it loads them"
             )
 
     @cached_property
@@ -65,12 +80,28 @@ class Job:
         found = {name: self._tensors_of(name) for name in self.plan.schemes}
         return {name: tensors for name, tensors in found.items() if tensors}
 
+    @cached_property
+    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters of the model that were trained."""
+        if self.trained is None:
+            return {}
+        return {name: shape for name, (_, shape) in read_header(self.trained).items()}
+
+    @cached_property
+    def _trained(self) -> dict[str, str]:
+        """The trained parameter that stands in the place of a tensor of the checkpoint, by the tensor's name."""
+        return {self._tensor_of(parameter): parameter for parameter in self._trained_shapes}
+
+    def _tensor_of(self, parameter: str) -> str:
+        """The name in the files of a parameter that is a tensor there; its own name where there is none."""
+        below_base = parameter.partition(".")[2]
+        # Saved without the head, the files lack the name of what is below it.
+        return below_base if parameter not in self.shapes and below_base in self.shapes else parameter
+
     def _tensors_of(self, component: str) -> tuple[str, ...]:
-        if f"{component}.weight" in self.shapes:
-            return (f"{component}.weight",)
-        below_base = component.partition(".")[2]
-        if f"{below_base}.weight" in self.shapes:  # saved without the head, and so without the name of what is below it
-            return (f"{below_base}.weight",)
+        whole = self._tensor_of(f"{component}.weight")
+        if whole in self.shapes:
+            return (whole,)
         experts, _, rest = component.rpartition(".experts.")
         expert, _, stack = rest.partition(".")
         if f"{experts}.experts.{stack}" in self.shapes:
@@ -125,9 +156,13 @@ class Job:
 
     def read(self, tensor: str) -> Tensor:
         """One tensor, on the job's device; a floating-point one in the measured dtype."""
+        path, name = self._files[tensor], tensor
+        if tensor in self._trained:
+            assert self.trained is not None
+            path, name = self.trained, self._trained[tensor]
         # A file stays mapped, and its pages in memory, as long as it is open: so it is opened for each.
-        with safe_open(self._files[tensor], framework="pt") as file:
-            found: Tensor = file.get_tensor(tensor)
+        with safe_open(path, framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
         return found.to(self.device, self.dtype if found.is_floating_point() else None)
 
     @cached_property

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dtmsearch.export.formats import FORMATS
-from dtmsearch.export.job import Job
+from dtmsearch.export.job import Job, refuse
 from dtmsearch.export.packed import NAME as PACKED
 from dtmsearch.exporting.check import ExportFailed, check_bytes, measured
 from dtmsearch.exporting.described import Exported, card_of, described, size_account
@@ -22,6 +22,7 @@ from dtmsearch.exporting.repairs import require_tied
 from dtmsearch.exporting.sources import Source, find
 from dtmsearch.model.compressor import Compressor
 from dtmsearch.model.loading import checkpoint_folder
+from dtmsearch.plans.schemes import parse_scheme, solved_scheme
 from dtmsearch.results.store import ResultStore
 
 __all__ = ["ExportFailed", "Exported", "export", "size_account"]
@@ -35,13 +36,15 @@ def export(
     *,
     check: bool = True,
     model: str | None = None,
+    weights: str | None = None,
     runtime: str = "transformers",
     batch_tokens: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write the plan of a run, or of a plan file, to the new folder `out`.
 
-    `model` is where the base model lies now, if not where the search found it. Raises `ValueError` for a plan that
+    `model` is where the base model lies now, if not where the search found it. `weights` names trained weights of the
+    store to take the plan over, if not those that the search ended with. Raises `ValueError` for a plan that
     cannot be found or that the format cannot hold, `ExportFailed` when the written folder does not measure as the
     store says; it is left beside `out` then.
     """
@@ -50,17 +53,19 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--out {target} is there already: give a folder that is new or empty")
     results = ResultStore(store)
-    found = find(source, results, model)
+    found = find(source, results, model, weights)
     wants_check = check and form.is_model
     if wants_check and found.recorded is None:
         raise ValueError(
-            f"the store {store} holds no measurement of this plan to hold the export against. Measure it first "
-            f"(dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
+            f"the store {store} holds no measurement of this plan{_over(found)} to hold the export against. "
+            f"Measure it first (dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
         )
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     job = _job(found, runtime, results)
+    if form.is_model:
+        _check_solved(found, to)
     if runtime == "vllm" and to == PACKED:
         require_tied(found, target, job)
     say(f"writing {to} of {found.manifest.model}: {len(found.plan)} compressed components")
@@ -97,7 +102,13 @@ def _job(found: Source, runtime: str, results: ResultStore) -> Job:
         runtime=runtime,
         compressor=_compressor(found, results, scale_dtype, device),
         schemes=() if found.file is None else found.file.search.schemes,
+        trained=found.trained,
+        weights_id=found.weights_id,
     )
+
+
+def _over(found: Source) -> str:
+    return f" over the weights {found.weights_id}" if found.weights_id else ""
 
 
 def _compressor(found: Source, results: ResultStore, scale_dtype: torch.dtype, device: torch.device) -> Compressor:
@@ -107,10 +118,18 @@ def _compressor(found: Source, results: ResultStore, scale_dtype: torch.dtype, d
     statistics = results.statistics(calibration_id) if calibration_id else None
     if statistics is not None:
         compressor.calibrate(calibration_id, statistics.mean_squares, device)
-        compressor.fetch_from(
-            lambda component, scheme: results.matrices(calibration_id, [component]).get((component, scheme))
-        )
+        if found.trained is None:  # matrices are kept of the model's own weights only
+            compressor.fetch_from(
+                lambda component, scheme: results.matrices(calibration_id, [component]).get((component, scheme))
+            )
     return compressor
+
+
+def _check_solved(found: Source, to: str) -> None:
+    """Raises `ValueError` where trained weights would have to be solved for once more."""
+    offending = [f"{name}: {scheme}" for name, scheme in found.plan.entries if solved_scheme(parse_scheme(scheme))]
+    if found.trained is not None and offending:
+        raise refuse(to, f"the store keeps no matrices solved for the trained weights {found.weights_id}", offending)
 
 
 def _raise_unless_equal(result: Exported, folder: Path) -> None:

@@ -20,7 +20,8 @@ from dtmsearch.plans.plan import Plan, PlanSize, plan_size
 class Exported:
     """What an export made. `files`: name -> bytes. `tensor_bytes` are those of the files without headers, `plan_bits`
     what the plan's arithmetic gives, `extra_bits` what the format stores beyond it, by what it is; None where no
-    weights are written. `check` is None where nothing was measured."""
+    weights are written. `check` is None where nothing was measured. `weights_id` names the trained weights that the
+    plan is over, if it is."""
 
     format: str
     folder: str
@@ -32,6 +33,7 @@ class Exported:
     extra_bits: Mapping[str, int]
     notes: Sequence[str]
     check: Check | None
+    weights_id: str = ""
 
 
 def described(form: Format, target: Path, partial: Path, found: Source, job: Job, written: Written) -> Exported:
@@ -50,6 +52,7 @@ def described(form: Format, target: Path, partial: Path, found: Source, job: Job
         extra_bits=written.extra_bits,
         notes=tuple(written.notes),
         check=None,
+        weights_id=found.weights_id,
     )
 
 
@@ -68,6 +71,7 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             f"{check.differing} prompts differ",
         ]
     parts = ["dtmsearch", "export", source, "--to", form.name, "--out", Path(result.folder).name, "--store", store]
+    parts += ["--weights", found.weights_id] if found.weights_id else []
     return card_text(
         Card(
             base_model=found.manifest.model,
@@ -77,11 +81,17 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             size=result.size,
             files=result.files,
             measured=measured,
-            notes=[*_size_notes(result), *result.notes],
+            notes=[*_weights_notes(found), *_size_notes(result), *result.notes],
             command=shlex.join(parts),
             version=dtmsearch.__version__,
         )
     )
+
+
+def _weights_notes(found: Source) -> list[str]:
+    if not found.weights_id:
+        return []
+    return [f"The weights were trained: `{found.weights_id}` of the store. Embeddings and head are the base model's."]
 
 
 def _size_notes(result: Exported) -> list[str]:

@@ -30,7 +30,7 @@ def require_tied(found: Source, target: Path, job: Job) -> None:
     # The narrower one costs nothing if it says the same.
     cheapest = "narrowest" if fdt["narrowest"][0] >= fdt["unrepaired"][0] else "widest"
     path = target.with_name(target.name + ".repaired.json")
-    path.write_text(plan_to_json(repairs[cheapest], found.manifest), encoding="utf-8")
+    path.write_text(plan_to_json(repairs[cheapest], found.manifest, found.weights_id), encoding="utf-8")
     lines.append(f"the cheapest repair ({cheapest}) is in {path}; measure it with `dtmsearch evaluate`, then export it")
     lines.append("or search with `fused: true`, which ties them from the start; or --runtime transformers")
     raise refuse(PACKED, "vLLM runs q, k, v and gate, up as one matrix each, of one scheme", lines)
@@ -41,11 +41,12 @@ def _fdt_of(found: Source, plans: Mapping[str, Plan]) -> dict[str, tuple[float, 
     if found.recorded is None:
         return dict.fromkeys((*plans, "unrepaired"), (0.0, "FDT not measured: the store has no reference for it"))
     reference = found.recorded.reference
-    replica = Replica(found.spec, ReplicaSettings())
+    replica = Replica(found.spec, ReplicaSettings(weights_folder=str(found.trained.parent) if found.trained else ""))
     replica.use(reference)
     if any(plan.needs_calibration for plan in plans.values()):
         return dict.fromkeys((*plans, "unrepaired"), (0.0, "FDT not measured: it needs the search's calibration"))
-    requests = [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans.values()]
+    prompts = (0, reference.num_prompts)
+    requests = [EvalRequest(plan, reference.id, prompts, weights_id=found.weights_id) for plan in plans.values()]
     before = float(found.recorded.fdt.mean())
     fdt = {"unrepaired": (before, f"FDT {before:.2f}")}
     for word, outcome in zip(plans, replica.evaluate(requests), strict=True):
