@@ -58,7 +58,8 @@ def worker(job_path: str) -> int:
 
 
 def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
-    from dtmsearch.model.recover import Recipe, Training, TrainingDiverged, TrainingStopped, train
+    from dtmsearch.model.recover.loop import Training, TrainingDiverged, TrainingStopped, train
+    from dtmsearch.model.recover.recipe import Recipe
     from dtmsearch.model.trained import write_whole
 
     file = config.parse(content["config"], str(job), Path(content["config_folder"]))

@@ -22,7 +22,8 @@ from test_recover import PRUNED, RECIPE, prepared
 from tiny import TEXT, write_model
 
 from dtmsearch.cluster.training import train_on_cluster
-from dtmsearch.model.recover import Training, checkpoints, train
+from dtmsearch.model.recover.checkpoints import checkpoints
+from dtmsearch.model.recover.loop import Training, train
 from dtmsearch.model.trained import MASKS_FILE, unpack_masks
 from dtmsearch.training import JOB_FILE, STOP_FILE
 

@@ -12,16 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TEXT, write_model
 
-from dtmsearch.model import recover
-from dtmsearch.model.recover import (
-    Recipe,
-    Training,
-    TrainingDiverged,
-    TrainingStopped,
-    batch_rows,
-    checkpoints,
-    train,
-)
+from dtmsearch.model.recover.checkpoints import checkpoints
+from dtmsearch.model.recover.learner import Learner
+from dtmsearch.model.recover.loop import Training, TrainingDiverged, TrainingStopped, train
+from dtmsearch.model.recover.recipe import Recipe
+from dtmsearch.model.recover.rows import batch_rows
 from dtmsearch.model.trained import MASKS_FILE, START_FILE, pack_masks, unpack_masks
 from dtmsearch.plans.evaluation import ModelSpec
 
@@ -93,17 +88,15 @@ def test_a_training_that_is_killed_goes_on_from_its_last_checkpoint(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = prepared(model, tmp_path / "a" / "t"), prepared(model, tmp_path / "b" / "t")
-    steps: list[int] = []
-    take_step = recover._Loop._take_step
+    learn = Learner.learn
 
-    def dying(loop: recover._Loop) -> None:
-        if len(steps) == 5:
+    def dying(learner: Learner, step: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        if step == 5:
             raise KeyboardInterrupt
-        steps.append(loop._step)
-        take_step(loop)
+        return learn(learner, step, parts)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(recover._Loop, "_take_step", dying)
+        patch.setattr(Learner, "learn", dying)
         train(parts, [TEXT], RECIPE)
     assert [path.name for path in checkpoints(parts.folder)] == ["checkpoint-2", "checkpoint-4"]
     assert train(parts, [TEXT], RECIPE)["weights_id"] == train(whole, [TEXT], RECIPE)["weights_id"]
@@ -134,12 +127,12 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = prepared(model, tmp_path / "t")
-    loss = recover._Loop._loss
+    learn = Learner.learn
 
-    def failing(loop: recover._Loop, rows: torch.Tensor) -> torch.Tensor:
-        return loss(loop, rows) * (float("nan") if loop._step == 4 else 1.0)
+    def failing(learner: Learner, step: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        return learn(learner, step, parts) * (float("nan") if step == 4 else 1.0)
 
-    monkeypatch.setattr(recover._Loop, "_loss", failing)
+    monkeypatch.setattr(Learner, "learn", failing)
     with pytest.raises(TrainingDiverged, match=r"the loss is nan at step 4.*Lower search.recovery.lr"):
         train(training, [TEXT], RECIPE)
     assert [path.name for path in checkpoints(training.folder)] == ["checkpoint-2", "checkpoint-4"]

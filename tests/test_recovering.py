@@ -15,7 +15,9 @@ from tiny import TEXT, write_model
 from dtmsearch import texts
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile, parse, recovery_of
-from dtmsearch.model.recover import Recipe, Training, checkpoints, train
+from dtmsearch.model.recover.checkpoints import checkpoints
+from dtmsearch.model.recover.loop import Training, train
+from dtmsearch.model.recover.recipe import Recipe
 from dtmsearch.model.replica import Replica
 from dtmsearch.model.trained import MASKS_FILE, unpack_masks
 from dtmsearch.plans.evaluation import ReplicaSettings
