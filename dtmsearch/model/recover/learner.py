@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -34,12 +35,21 @@ _BETAS = (0.9, 0.95)
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """This process among those of a training, at the recipe's precision."""
+    """This process among those of a training, at the recipe's precision. Raises `ValueError` where accelerate is
+    configured to flatten parameters, over which masks cannot be laid."""
     wanted = recipe.precision
     if wanted == "auto":
         wanted = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     # On processors accelerate joins the other processes only when told that there is nothing else.
-    return Accelerator(mixed_precision="bf16" if wanted == "bfloat16" else "no", cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision="bf16" if wanted == "bfloat16" else "no", cpu=not torch.cuda.is_available()
+    )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "masks need parameters that keep their shapes, but accelerate is configured for FSDP of version 1: set "
+            "fsdp_version: 2 in its configuration, or FSDP_VERSION=2"
+        )
+    return accelerator
 
 
 class Learner:
@@ -62,7 +72,7 @@ class Learner:
         self._accelerator, self._recipe = accelerator, recipe
         device = accelerator.device
         model = load_model(source, replace(spec, dtype="float32"), device, 1)
-        self._trained = _make_trainable(model)
+        _make_trainable(model)
         for path in over:
             _overlay(model, path)
         if recipe.checkpointing:
@@ -72,6 +82,8 @@ class Learner:
         self._teacher = load_model(source, spec, device, 1) if recipe.distill else None
         optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=device.type == "cuda")
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
+        # Asked for now: cut up between devices, they are others than before.
+        self._trained = [p for p in self._bare_model.parameters() if p.requires_grad]
         self._masks = Masks(self._bare_model, kept)
 
     def learn(self, step: int, parts: Sequence[Tensor]) -> Tensor:
@@ -172,7 +184,7 @@ def _overlay(model: nn.Module, path: Path) -> None:
             named[name].copy_(tensor)
 
 
-def _make_trainable(model: nn.Module) -> list[nn.Parameter]:
+def _make_trainable(model: nn.Module) -> None:
     """Let all learn but the embeddings and the head."""
     fixed = {id(p) for module in _ends(model) for p in module.parameters()}
     model.train()
@@ -180,7 +192,6 @@ def _make_trainable(model: nn.Module) -> list[nn.Parameter]:
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()  # what is mapped from a file cannot be written
         parameter.requires_grad_(id(parameter) not in fixed)
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _ends(model: Any) -> list[nn.Module]:

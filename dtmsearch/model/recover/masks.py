@@ -38,6 +38,4 @@ def _placed(mask: Tensor, parameter: nn.Parameter) -> Tensor:
     if isinstance(parameter.data, DTensor):
         here = mask.to(parameter.data.device)
         return distribute_tensor(here, parameter.data.device_mesh, parameter.data.placements)
-    if parameter.shape != mask.shape:
-        raise ValueError("masks need parameters that keep their shapes: with accelerate's FSDP, set fsdp_version: 2")
     return mask.to(parameter.device)
