@@ -85,7 +85,7 @@ def random_reference(replica: ShapedReplica, count: int, vocabulary: int) -> Ref
 
 def warm_up(replica: ShapedReplica, reference: Reference) -> None:
     """One evaluation of each batch shape that the search will use, so that no compiling falls into its time."""
-    for count in (4, 32, reference.num_prompts):
+    for count in (4, 16, 32, reference.num_prompts):
         replica.evaluate([EvalRequest(Plan(), reference.id, (0, min(count, reference.num_prompts)), ("kl",))])
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -37,11 +37,13 @@ from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Out
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.plans.schemes import parse_scheme
 from dtmsearch.search.auto import Effort
+from dtmsearch.search.belief import Belief, Spread
 from dtmsearch.search.choices import Choices
 from dtmsearch.search.evolution import Switching
 from dtmsearch.search.scheduler import SearchFailed, Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies import SolverSettings, make_strategy
+from dtmsearch.search.switches import promising
 
 BUDGET = Budget(bits_per_weight=4.5)
 
@@ -88,7 +90,7 @@ def test_correction_goes_on_while_much_is_in_doubt() -> None:
 
     def rounds(answer: Callable[[EvalRequest], EvalResult]) -> int:
         log = MemoryLog()
-        effort = Effort(probe_prompts=2, rounds=5, prompts=2, plans=6)
+        effort = Effort(probe_prompts=2, rounds=12, prompts=2, plans=6, polish_prompts=0)
         run_search(strategy("auto", space_with(BUDGET, equal_components(16)), auto=effort), FakeEvaluator(answer), log)
         # A plan that leads is decided on once a round, and once more at the end.
         return len(log.steps) - 1
@@ -97,19 +99,58 @@ def test_correction_goes_on_while_much_is_in_doubt() -> None:
 
 
 def test_correction_forwards_no_more_prompts_than_it_may() -> None:
-    def forwarded(most: int) -> int:
+    def forwarded(corrected: int, polished: int) -> int:
         asked: list[EvalRequest] = []
 
         def answer(request: EvalRequest) -> EvalResult:
             asked.append(request)
             return additive(request)
 
-        effort = Effort(probe_prompts=2, rounds=5, prompts=2, plans=3, correction_prompts=most)
+        effort = Effort(2, rounds=5, prompts=2, plans=3, correction_prompts=corrected, polish_prompts=polished)
         run_search(strategy("auto", space_with(BUDGET, equal_components(16)), auto=effort), FakeEvaluator(answer))
         return sum(end - first for first, end in (request.prompts for request in asked))
 
-    none = forwarded(0)
-    assert 0 < forwarded(40) - none <= 40 + 3 * NUM_PROMPTS  # and up to three plans more are compared in the end
+    none = forwarded(0, 0)
+    # Up to three plans more are compared in the end.
+    assert 0 < forwarded(40, 0) - none <= 40 + 3 * NUM_PROMPTS
+    assert 0 < forwarded(0, 4 * NUM_PROMPTS) - none <= 4 * NUM_PROMPTS + 3 * NUM_PROMPTS
+
+
+def test_the_most_promising_switches_are_those_of_least_mean_less_deviation() -> None:
+    choices = Choices(space_with(BUDGET))
+    random = np.random.default_rng(3)
+    damages = [np.array([0.0, *np.sort(random.random(len(LEVELS)))[::-1]]) for _ in choices.units]
+    errors = [np.array([0.0, *(4.0**-bits for bits in range(2, 7))])] * len(damages)
+    names = [["dense", *["int"] * len(LEVELS)]] * len(damages)
+    belief = Belief.of(damages, errors, names, Spread(0.3, 0.2, 0.1, 0.1))
+    leader = choices.solve([damage[::-1] for damage in damages]).options
+    options = product(*(range(len(schemes)) for schemes in choices.schemes))
+    near = [o for o in options if 0 < sum(a != b for a, b in zip(o, leader, strict=True)) <= 2 and choices.meets(o)]
+    believed = belief.differences(near, leader)
+    order = np.argsort(believed.means - np.sqrt(believed.variances))
+    assert promising(choices, belief, leader, {leader}, 5) == [near[at] for at in order[:5]]
+    assert promising(choices, belief, leader, {leader, near[order[0]]}, 1) == [near[order[1]]]
+
+
+def test_switches_find_what_sums_over_units_do_not_see() -> None:
+    """Two neighbours under few bits each are far worse together than each alone."""
+
+    def together(plan: Plan) -> float:
+        bits = [parse_scheme(plan.scheme_of(c.name)).bits or 8 for c in equal_components(16)]
+        return 0.05 * sum(a <= 3 and b <= 3 for a, b in pairwise(bits))
+
+    def answer(request: EvalRequest) -> EvalResult:
+        found = additive(request)
+        return replace(found, kl=None if found.kl is None else (found.kl + together(request.plan)).astype(np.float32))
+
+    def loss(polish_prompts: int) -> float:
+        effort = Effort(probe_prompts=2, rounds=1, prompts=2, plans=3, polish_prompts=polish_prompts)
+        space = space_with(Budget(bits_per_weight=3.5), equal_components(16))
+        plan = run_search(strategy("auto", space, auto=effort), FakeEvaluator(answer))
+        assert plan is not None
+        return additive_damage(plan) + together(plan)
+
+    assert loss(polish_prompts=2_000) < 0.9 * loss(polish_prompts=0)
 
 
 @pytest.mark.parametrize("name", ["spdy", "evolution"])

@@ -97,14 +97,16 @@ class StopSection(Section):
 
 class AutoSection(Section):
     """How much `auto` measures: prompts of a unit's probe; rounds of correction at most, the prompts of the first (each
-    takes twice as many as the one before), the plans drawn in each, and the prompts that all rounds together may
-    forward (a prompt once for every plan measured on it). `sensitivity` takes the probe from here."""
+    takes twice as many as the one before), the plans drawn in each and the switches tried at once; and the prompts that
+    all rounds together, and all switches, may forward (a prompt once for every plan measured on it). `sensitivity`
+    takes the probe from here."""
 
     probe_prompts: int = Field(default=4, ge=1)
     rounds: int = Field(default=5, ge=0)
     prompts: int = Field(default=16, ge=1)
     plans: int = Field(default=8, ge=1)
-    correction_prompts: int = Field(default=6_000, ge=0)
+    correction_prompts: int = Field(default=4_000, ge=0)
+    polish_prompts: int = Field(default=3_000, ge=0)
 
 
 class KnapsackSection(Section):

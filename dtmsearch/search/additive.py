@@ -47,7 +47,7 @@ class Knapsack(Solver):
             for option, scheme in enumerate(schemes)
             if option > 0
         ]
-        self._num_to_come = 1 + len(self._choices.uniforms())
+        self._foresee((len(probed), self._prompts), (1 + len(self._rivals()), self.num_prompts))
         answers = yield from self._alone(probed, self._first(self._prompts))
         tables = [np.zeros(len(schemes)) for schemes in self._choices.schemes]
         for probing, answer in zip(probed, answers, strict=True):
@@ -81,13 +81,14 @@ class Spdy(Solver):
         settings: SpdySearch = SpdySearch(),
         seed: int = 0,
     ) -> None:
-        super().__init__(space, request_for, rank_by, seed, settings.prompts)
+        super().__init__(space, request_for, rank_by, seed)
         self._errors = unit_errors(self._choices, errors)
         self._settings = settings
 
     def script(self) -> Script:
         settings, units = self._settings, len(self._choices.units)
-        self._num_to_come = settings.starts + settings.generations * settings.children
+        last = (1 + len(self._rivals()), self.num_prompts)
+        self._foresee((settings.starts + settings.generations * settings.children, settings.prompts), last)
         starts = [self._random(0, index).random(units) for index in range(settings.starts)]
         best, score, answer = yield from self._try(starts)
         self._lead(self._solution(best), answer)
@@ -96,7 +97,7 @@ class Spdy(Solver):
             changed = max(1, round(settings.share * units * left))
             children = [self._child(best, changed, generation, index) for index in range(settings.children)]
             child, value, answer = yield from self._try(children)
-            self._num_to_come = (settings.generations - generation - 1) * settings.children
+            self._foresee(((settings.generations - generation - 1) * settings.children, settings.prompts), last)
             if value < score:
                 best, score = child, value
                 self._lead(self._solution(best), answer)

@@ -11,25 +11,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.plans.plan import Budget
-from dtmsearch.search.belief import Belief
+from dtmsearch.search.belief import Belief, Spread
 from dtmsearch.search.choices import Options
 from dtmsearch.search.procedure import Part, Script, mean_loss
 from dtmsearch.search.rounds import RequestFactory
 from dtmsearch.search.sensitivity import WeightErrors, expected_fdt, family_of, predicted, probings, unit_errors
 from dtmsearch.search.solver import Solver, paired, probe_noise
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.switches import moved, promising
 
 Floats = NDArray[np.float64]
 
-# Spread of measured over predicted damages: the law's own, and what a plan does to all units alike.
-_LAW_SPREAD, _COMMON_SPREAD = 0.15, 0.5
+# By how much measured damages are off the law's (docs/search-quality.md).
+_SPREAD = Spread(common=0.5, family=0.15, option=0.2, interaction=0.15)
 # Sizes are told apart down to this part of them.
 _SIZE_STEP = 0.005
 # Divergent tokens over the square root of KL where nothing was measured yet; the search's own measurements decide.
@@ -40,10 +41,10 @@ _DOUBTED = (2, 4)
 _GROWTH = 2
 # Another round follows if by the belief the leading plan's damage is still further from the least than this part of it.
 _WORTHWHILE = 0.005
-# The part of each unit's own difference between plans by which the sum over units is off.
-_INTERACTION = 0.15
 # A belief's variance is put right by no more than these factors at once.
 _SURPRISE = (1.0, 16.0)
+# Prompts on which switches are told apart.
+_POLISHED_ON = 32
 # So many rounds are foreseen; whether more follow, measurements say.
 _USUAL_ROUNDS = 2
 
@@ -51,14 +52,15 @@ _USUAL_ROUNDS = 2
 @dataclass(frozen=True)
 class Effort:
     """How much is measured: prompts of a probe; rounds of correction at most, the first one's prompts, plans drawn in
-    each, and prompts that all rounds together may forward (a prompt once for every plan measured on it); plans of the
-    last comparison."""
+    each and switches tried at once; prompts that all rounds together, and all switches, may forward (a prompt once for
+    every plan measured on it); plans of the last comparison."""
 
     probe_prompts: int = 4
     rounds: int = 5
     prompts: int = 16
     plans: int = 8
-    correction_prompts: int = 6_000
+    correction_prompts: int = 4_000
+    polish_prompts: int = 3_000
     finalists: int = 3
 
 
@@ -76,7 +78,7 @@ class Auto(Solver):
         min_fdt: float | None = None,
         continuation_tokens: int = 100,
     ) -> None:
-        super().__init__(space, request_for, rank_by, seed, effort.prompts)
+        super().__init__(space, request_for, rank_by, seed)
         self._min_fdt, self._length = min_fdt, continuation_tokens
         if min_fdt is not None:
             self._best = None  # nothing is known to keep it
@@ -96,8 +98,35 @@ class Auto(Solver):
             leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
             if regret < _WORTHWHILE:
                 break
+        better = yield from self._polish(belief, leader)
+        pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
         few = None if self._effort.rounds else self._effort.prompts
         yield from self._final([*pool[: self._effort.finalists], first], few)
+
+    def _polish(self, belief: Belief, leader: Options) -> Part[list[Options]]:
+        """What switches lead to, the last first: of those that by the belief may gain most a lot is measured each time,
+        which teaches the belief, and the best leads from there on if it is believed to gain."""
+        leaders, tried = [leader], {leader}
+        count = min(_POLISHED_ON, self.num_prompts)
+        for number in range(self._effort.polish_prompts // (count * (self._effort.plans + 1))):
+            field = promising(self._choices, belief, leader, tried, self._effort.plans)
+            if not field:
+                break
+            first = number * count % (self.num_prompts - count + 1)
+            base, *answers = yield from self._measured(
+                [leader, *field], (first, first + count), self._choices.plan(leader)
+            )
+            if len(tried) == 1:
+                self._lead(leader, base)
+            seen = [paired(answer, base, "kl") for answer in answers]
+            estimates = belief.estimates(field, leader, seen)
+            belief = belief.observed(field, leader, seen)
+            tried.update(field)
+            at = int(np.argmin(estimates))
+            if estimates[at] < 0.0:
+                leader, tried = field[at], {field[at]}
+                leaders.insert(0, leader)
+        return leaders
 
     def _smallest(self, belief: Belief, min_fdt: float) -> Script:
         """The plan of the budget if it keeps a mean FDT of `min_fdt` on all prompts, else the smallest that does: sizes
@@ -138,35 +167,32 @@ class Auto(Solver):
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""
         probed = probings(self._choices, self._errors)
-        rounds = min(self._affordable_rounds(), _USUAL_ROUNDS)
-        self._num_to_come = sum(self._num_measured(number) for number in range(rounds)) + 2
+        self._foresee((len(probed), self._effort.probe_prompts), *self._usual())
         answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
         damages = [mean_loss(answer, "kl") for answer in answers]
         tables = predicted(self._choices, self._errors, probed, damages)
         families = [[family_of(scheme) for scheme in schemes] for schemes in self._choices.schemes]
-        own = float(np.hypot(_LAW_SPREAD, min(probe_noise(answers), 1.0)))
-        return Belief.of(tables, families, own, _COMMON_SPREAD)
+        own = float(np.hypot(_SPREAD.family, min(probe_noise(answers), 1.0)))
+        return Belief.of(tables, self._errors, families, replace(_SPREAD, family=own))
 
     def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, list[Options], float]]:
         """A round of correction: (belief; candidates, the best first; the leader's expected regret)."""
         belief = yield from self._learn_by_moves(belief, leader, number)
         random = self._random(number)
-        thetas = [belief.mean, *(belief.sample(random) for _ in range(self._effort.plans - 1))]
-        drawn = [self._solve(belief.tables(theta)) for theta in thetas]
-        regret = _regret(belief, leader, drawn, thetas)
+        tables = [belief.tables(), *(belief.tables(belief.sample(random)) for _ in range(self._effort.plans - 1))]
+        drawn = [self._solve(each) for each in tables]
+        regret = _regret(leader, drawn, tables)
         candidates = [options for options in dict.fromkeys(drawn) if options != leader]
         if not candidates:
             return belief, [leader], regret
         prompts = self._block(number, 1)
         base, *answers = yield from self._measured([leader, *candidates], prompts, self._choices.plan(leader))
         seen = [paired(answer, base, "kl") for answer in answers]
-        for options, (value, variance) in zip(candidates, seen, strict=True):
-            belief = self._learn(belief, options, leader, value, variance)
-        last = self._solve(belief.tables())
-        field = dict.fromkeys([last, leader, *candidates])
+        belief = belief.observed(candidates, leader, seen)
+        field = list(dict.fromkeys([self._solve(belief.tables()), leader, *candidates]))
         measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
-        estimates = {options: self._estimate(belief, options, leader, measured.get(options)) for options in field}
-        order = sorted(field, key=estimates.__getitem__)
+        estimates = belief.estimates(field, leader, [measured.get(options) for options in field])
+        order = [field[at] for at in np.argsort(estimates, kind="stable")]
         return belief, order, regret
 
     def _learn_by_moves(self, belief: Belief, leader: Options, number: int) -> Part[Belief]:
@@ -177,13 +203,19 @@ class Auto(Solver):
         self._lead(leader, base)
         moves = self._doubtful(belief, leader, number)
         answers = yield from self._moves(leader, moves, prompts)
-        moved = [_moved(leader, *move) for move in moves]
+        neighbours = [moved(leader, *move) for move in moves]
         differences = [paired(answer, base, "kl") for answer in answers]
         if number == 0:
-            belief = belief.scaled(self._surprise(belief, leader, moved, differences))
-        for options, difference in zip(moved, differences, strict=True):
-            belief = self._learn(belief, options, leader, *difference)
-        return belief
+            belief = belief.scaled(float(np.clip(belief.surprise(neighbours, leader, differences), *_SURPRISE)))
+        return belief.observed(neighbours, leader, differences)
+
+    def _usual(self) -> Iterator[tuple[int, int]]:
+        """What searches mostly ask for after the probe: (trials, prompts of each)."""
+        for number in range(min(self._affordable_rounds(), _USUAL_ROUNDS)):
+            first, end = self._block(number, 0)
+            yield self._num_measured(number), end - first
+        yield self._effort.polish_prompts // (2 * _POLISHED_ON), _POLISHED_ON
+        yield 2 + len(self._rivals()), self.num_prompts if self._effort.rounds else self._effort.prompts
 
     def _affordable_rounds(self) -> int:
         """How many rounds of correction stay within what they may forward together."""
@@ -212,8 +244,8 @@ class Auto(Solver):
     def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
         """(unit, option) to move alone: those whose damage is most in doubt."""
         moves = [(unit, self._telling(belief, leader, unit)) for unit in range(len(leader))]
-        doubt = [belief.difference(_moved(leader, *move), leader)[1] for move in moves]
-        most = np.argsort(-np.array(doubt), kind="stable")[: self._num_doubted(number)]
+        doubt = belief.differences([moved(leader, *move) for move in moves], leader).variances
+        most = np.argsort(-doubt, kind="stable")[: self._num_doubted(number)]
         return [moves[at] for at in sorted(most.tolist())]
 
     def _telling(self, belief: Belief, leader: Options, unit: int) -> int:
@@ -226,43 +258,15 @@ class Auto(Solver):
             return min(worse, key=lambda k: (errors[k], k))
         return max(better, key=lambda k: (errors[k], k), default=now)
 
-    @staticmethod
-    def _surprise(
-        belief: Belief, leader: Options, moved: Sequence[Options], differences: Sequence[tuple[float, float]]
-    ) -> float:
-        """By how many times its variance the belief is off, what measuring itself adds left out (method of moments):
-        the law holds better for one model than for another."""
-        believed = [belief.difference(options, leader) for options in moved]
-        pairs = [(b, d) for b, d in zip(believed, differences, strict=True) if np.isfinite(d[0])]
-        expected = sum(variance for (_, variance), _ in pairs)
-        found = sum((value - mean) ** 2 - noise for (mean, _), (value, noise) in pairs)
-        return float(np.clip(found / expected, *_SURPRISE)) if expected > 0.0 else 1.0
 
-    @staticmethod
-    def _learn(belief: Belief, options: Options, other: Options, value: float, variance: float) -> Belief:
-        if not np.isfinite(value):
-            return belief
-        return belief.observed(options, other, value, variance + _INTERACTION**2 * belief.squares(options, other))
-
-    @staticmethod
-    def _estimate(belief: Belief, options: Options, other: Options, seen: tuple[float, float] | None) -> float:
-        """What a candidate's damage exceeds the leader's by: belief and its own measurement, each by its precision."""
-        mean, variance = belief.difference(options, other)
-        if seen is None or not np.isfinite(seen[0]):
-            return mean
-        variance += _INTERACTION**2 * belief.squares(options, other)
-        total = variance + seen[1]
-        return mean if total <= 0 else (mean * seen[1] + seen[0] * variance) / total
-
-
-def _regret(belief: Belief, leader: Options, best: Sequence[Options], thetas: Sequence[Floats]) -> float:
-    """By what part of its damage a plan is expected to miss the least, for thetas drawn from the belief and the best
-    plan under each: the expected value of perfect information (Raiffa and Schlaifer, Applied Statistical Decision
-    Theory, 1961), which no further measuring can exceed."""
-    damage = sum(float(belief.features(leader) @ theta) for theta in thetas)
-    least = sum(float(belief.features(options) @ theta) for options, theta in zip(best, thetas, strict=True))
+def _regret(leader: Options, best: Sequence[Options], tables: Sequence[Sequence[Floats]]) -> float:
+    """By what part of its damage a plan is expected to miss the least, for damages [options] of each unit drawn from
+    the belief and the best plan under each: the expected value of perfect information (Raiffa and Schlaifer, Applied
+    Statistical Decision Theory, 1961), which no further measuring can exceed."""
+    damage = sum(_damage(leader, each) for each in tables)
+    least = sum(_damage(options, each) for options, each in zip(best, tables, strict=True))
     return 1.0 - least / damage if damage > 0.0 else 0.0
 
 
-def _moved(options: Options, unit: int, option: int) -> Options:
-    return (*options[:unit], option, *options[unit + 1 :])
+def _damage(options: Options, tables: Sequence[Floats]) -> float:
+    return float(sum(table[k] for table, k in zip(tables, options, strict=True)))

@@ -93,6 +93,13 @@ class Choices:
         """Whether a rule is met."""
         return any(self.cost(rule.costs, options) <= rule.capacity for rule in self.rules)
 
+    def neighbour(self, options: Sequence[int], unit: int, direction: int) -> int | None:
+        """The option of a unit with the next more (+1) or fewer (-1) stored bits; None at the end."""
+        bits = self.bits[unit]
+        order = np.argsort(bits, kind="stable").tolist()
+        at = order.index(options[unit]) + direction
+        return int(order[at]) if 0 <= at < len(order) else None
+
     @staticmethod
     def cost(costs: Sequence[Ints], options: Sequence[int]) -> int:
         return sum(int(cost[k]) for cost, k in zip(costs, options, strict=True))

@@ -59,26 +59,24 @@ class Evolution(Solver):
         seed: int = 0,
         start: Options | None = None,
     ) -> None:
-        candidates = (stages.children, *stages.survivors)
-        rows = sum(number * prompts for number, prompts in zip(candidates, stages.prompts, strict=True))
-        super().__init__(space, request_for, rank_by, seed, rows // sum(candidates))
+        super().__init__(space, request_for, rank_by, seed)
         self._stages = stages
         self._start = start or self._largest_start()
 
     def script(self) -> Script:
         stages, leader = self._stages, self._start
-        each = stages.children + sum(stages.survivors) + 1
+        *each, last = (stages.children, *stages.survivors)
         for generation in range(stages.generations):
-            self._num_to_come = (stages.generations - generation) * each
+            lots = zip((*each, last + 1), stages.prompts, strict=True)
+            self._foresee(*(((stages.generations - generation) * n, prompts) for n, prompts in lots))
             children = [self._child(leader, generation, index) for index in range(stages.children)]
             field = [child for child in dict.fromkeys(children) if child != leader]
             if not field:
                 break  # there is nothing to switch
-            last = len(stages.prompts) - 1
             for stage, count in enumerate(stages.prompts):
                 prompts = self._sample(count, generation, stage)
                 # The leader defends its place on the prompts of the last stage.
-                contenders = [leader, *field] if stage == last else field
+                contenders = [leader, *field] if stage == len(stages.survivors) else field
                 answers = yield from self._measured(contenders, prompts, self._choices.plan(leader))
                 order = sorted(range(len(contenders)), key=lambda i: mean_loss(answers[i], self._rank_by))
                 field = [contenders[i] for i in order[: (*stages.survivors, 1)[stage]]]
@@ -110,7 +108,7 @@ class Evolution(Solver):
                 self._choices.units[up].sizes["dense"].num_weights
             ):
                 continue
-            fewer, more = self._neighbour(options, down, -1), self._neighbour(options, up, +1)
+            fewer, more = self._choices.neighbour(options, down, -1), self._choices.neighbour(options, up, +1)
             if fewer is None or more is None:
                 continue
             changed = list(options)
@@ -136,7 +134,7 @@ class Local(Solver):
         seed: int = 0,
         start: Options | None = None,
     ) -> None:
-        super().__init__(space, request_for, rank_by, seed, switching.prompts)
+        super().__init__(space, request_for, rank_by, seed)
         self._switching = switching
         self._start = start or self._largest_start()
 
@@ -144,7 +142,7 @@ class Local(Solver):
         most, size = self._switching.rounds, self._switching.children
         everything, few = self._first(self.num_prompts), self._first(self._switching.prompts)
         leader = self._start
-        self._num_to_come = most * size
+        self._foresee((1, self.num_prompts), (most * (size + 1), self._switching.prompts))
         (answer,) = yield from self._measured([leader], everything)
         self._lead(leader, answer)
         untried = self._switches(leader, 0)
@@ -152,7 +150,7 @@ class Local(Solver):
             field = list(islice(untried, size))
             if not field:
                 break
-            self._num_to_come = (most - number + 1) * size
+            self._foresee(((most - number + 1) * (size + 1), self._switching.prompts))
             base, *answers = yield from self._measured([leader, *field], few, self._choices.plan(leader))
             values = [paired(each, base, self._rank_by)[0] for each in answers]
             at = int(np.argmin(values))
@@ -183,7 +181,7 @@ class Local(Solver):
         everything = sum(len(schemes) for schemes in self._choices.schemes) <= _MOST_MOVES
         moves: list[tuple[int, int]] = []
         for unit, schemes in enumerate(self._choices.schemes):
-            near = (self._neighbour(leader, unit, direction) for direction in (-1, 1))
+            near = (self._choices.neighbour(leader, unit, direction) for direction in (-1, 1))
             options = range(len(schemes)) if everything else [k for k in near if k is not None]
             moves += [(unit, option) for option in options if option != leader[unit]]
         return moves

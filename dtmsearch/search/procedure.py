@@ -59,9 +59,8 @@ class Procedure(Course, ABC):
         self._unasked: list[Ask] = []
         self._round: list[str] = []
         self._num_asked = 0
-        self._num_to_come = 0
         self._prompts_asked = 0
-        self._prompts_each = self.num_prompts
+        self._to_come, self._prompts_to_come = 0, 0
         self._script: Script | None = None
 
     @abstractmethod
@@ -80,12 +79,12 @@ class Procedure(Course, ABC):
 
     def expected_evaluations(self) -> int:
         self._begin()
-        return self._num_asked + self._num_to_come
+        return self._num_asked + self._to_come
 
     def expected_prompts(self) -> int:
         """As `expected_evaluations`, each counted as the prompts that it runs over, which are not always all."""
         self._begin()
-        return self._prompts_asked + self._num_to_come * self._prompts_each
+        return self._prompts_asked + self._prompts_to_come
 
     def ask(self) -> list[Ask]:
         self._begin()
@@ -112,7 +111,8 @@ class Procedure(Course, ABC):
                 trials = self._script.send(answers) if self._round else next(self._script)
                 self._take(trials)
         except StopIteration:
-            self._done, self._round, self._num_to_come = True, [], 0
+            self._done, self._round = True, []
+            self._foresee()
 
     def _take(self, trials: Sequence[Trial]) -> None:
         assert trials, "a round holds a trial at least"
@@ -123,8 +123,18 @@ class Procedure(Course, ABC):
             if request.id not in self._told and request.id not in self._waiting:
                 self._waiting.add(request.id)
                 self._unasked.append(Ask(request, trial.perturbation))
-                self._num_asked += 1
-                self._prompts_asked += trial.prompts[1] - trial.prompts[0]
+                self._count(trial.prompts[1] - trial.prompts[0])
+
+    def _count(self, prompts: int) -> None:
+        self._num_asked += 1
+        self._prompts_asked += prompts
+        self._to_come = max(self._to_come - 1, 0)
+        self._prompts_to_come = max(self._prompts_to_come - prompts, 0)
+
+    def _foresee(self, *lots: tuple[int, int]) -> None:
+        """What the script will still ask for, what it asks for next included: (trials, prompts of each)."""
+        self._to_come = sum(trials for trials, _ in lots)
+        self._prompts_to_come = sum(trials * min(prompts, self.num_prompts) for trials, prompts in lots)
 
     def _request(self, trial: Trial) -> EvalRequest:
         request = self._request_for(trial.plan, trial.parent)

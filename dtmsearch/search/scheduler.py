@@ -108,6 +108,15 @@ class Guessing(Protocol):
 
 
 @runtime_checkable
+class Foreseeing(Protocol):
+    """A strategy whose evaluations do not all run over as many prompts."""
+
+    def expected_prompts(self) -> int:
+        """As `expected_evaluations`, each counted as the prompts that it runs over."""
+        ...
+
+
+@runtime_checkable
 class Offering(Protocol):
     """An evaluator that says when it has nothing better to do."""
 
@@ -209,6 +218,7 @@ class _Loop:
         self.asked = 0
         # Costs of all that was asked for, of what is under way, and of what was measured in this session.
         self.cost_asked = self.cost_in_flight = self.cost_measured = 0.0
+        self.prompts_asked = 0
         self.measured_until = 0.0  # seconds from the start of this session to the latest outcomes
         self.put_together = 0
 
@@ -232,6 +242,7 @@ class _Loop:
         self.in_flight |= {a.request.id: (a, step) for a in fresh}
         self.asked += len(asks)
         self.cost_asked += sum(self.cost_of(a.request) for a in asks if a.answer is None)
+        self.prompts_asked += sum(a.request.prompts[1] - a.request.prompts[0] for a in asks if a.answer is None)
         self.cost_in_flight += sum(self.cost_of(a.request) for a in fresh)
         self.guessed.difference_update(a.request.id for a in asks)
         self.put_together += len(given.keys() - elsewhere.keys())
@@ -348,8 +359,11 @@ class _Loop:
         expected = self.strategy.expected_evaluations()
         if expected is None or not self.cost_measured:
             return None
-        to_come = max(expected - self.asked, 0) * self.cost_asked / self.asked
-        left = (self.cost_in_flight + to_come) * self.measured_until / self.cost_measured
+        if isinstance(self.strategy, Foreseeing):
+            to_come = self.cost_asked * (self.strategy.expected_prompts() / max(self.prompts_asked, 1) - 1.0)
+        else:
+            to_come = self.cost_asked * (expected / self.asked - 1.0)
+        left = (self.cost_in_flight + max(to_come, 0.0)) * self.measured_until / self.cost_measured
         return max(left - (elapsed - self.measured_until), 0.0)
 
 

@@ -35,11 +35,8 @@ class Solver(Procedure):
         request_for: RequestFactory,
         rank_by: str = "kl",
         seed: int = 0,
-        prompts: int | None = None,
     ) -> None:
         super().__init__(space, request_for, ("kl", rank_by))
-        if prompts is not None:  # what most of its trials are measured on, if not on all
-            self._prompts_each = min(prompts, self.num_prompts)
         self._rank_by, self._seed = rank_by, seed
         self._choices = Choices(space)
         uniforms = self._choices.uniforms()
@@ -66,13 +63,6 @@ class Solver(Procedure):
         cost = [(self._choices.cost(self._choices.bits, options), options) for options in self._choices.uniforms()]
         most = max((bits for bits, _ in cost), default=0)
         return [options for bits, options in cost if bits >= _NEAR * most]
-
-    def _neighbour(self, options: Options, unit: int, direction: int) -> int | None:
-        """The option of a unit with the next more (+1) or fewer (-1) stored bits; None at the end."""
-        bits = self._choices.bits[unit]
-        order = np.argsort(bits, kind="stable").tolist()
-        at = order.index(options[unit]) + direction
-        return int(order[at]) if 0 <= at < len(order) else None
 
     def _random(self, *place: int) -> np.random.Generator:
         """Derived from the run's seed and a place in the search: no generator's state is carried."""
