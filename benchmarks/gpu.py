@@ -141,12 +141,13 @@ def pool(shape: str, prompts: int, gpus: str) -> None:
 
 
 class Utilisation:
-    """What the driver of the GPUs counts, once a second: the part of the time since in which a kernel ran. Nothing
-    where there is no `nvidia-smi`."""
+    """What the driver of the GPUs that are visible counts, once a second: the part of the time since in which a kernel
+    ran. Nothing where there is no `nvidia-smi`."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, float]] = []
         query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=1000"]
+        query += [f"--id={visible}"] if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) else []
         self._process: subprocess.Popen[str] | None = None
         if shutil.which(query[0]):
             self._process = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)  # noqa: S603 - no user's words
