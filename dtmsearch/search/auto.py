@@ -4,9 +4,11 @@
 2. The solver's plan within the budget.
 3. Rounds of correction around the plan that leads: units moved alone, and whole plans drawn from the belief; each
    measured difference corrects it. They go on as long as they pay, each on more prompts than the last.
-4. The leading plans on all prompts, in the metric that ranks, beside the uniform plans of the budget.
+4. Switches of the plan that leads (a unit to another scheme, or two), those first that may gain most: what sums over
+   units do not see shows here. They are judged by KL: other metrics hardly tell plans so near to each other apart.
+5. The leading plans on all prompts, in the metric that ranks, beside the uniform plans of the budget.
 
-`sensitivity` leaves the third step out, and compares on fewer prompts.
+`sensitivity` leaves the third and fourth step out, and compares on fewer prompts.
 """
 
 from __future__ import annotations

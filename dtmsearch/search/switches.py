@@ -20,7 +20,7 @@ def promising(
     choices: Choices, belief: Belief, leader: Options, tried: Collection[Options], count: int
 ) -> list[Options]:
     """Up to `count` switches within the budget that were not tried, those first whose believed difference to the leader
-    less its standard deviation is least, as far as that is below zero."""
+    less its standard deviation is least."""
     known = ((u, k) for u, k in _moves(choices, leader) if np.isfinite(belief.damages[u][k]))
     moves = [(-1, 0), *known]  # the first moves nothing: single moves are pairs with it
     believed = belief.differences([leader, *(moved(leader, *move) for move in moves[1:])], leader)
@@ -28,9 +28,7 @@ def promising(
     variance = own[:, None] + own[None, :] + 2.0 * believed.covariance
     value = means[:, None] + means[None, :] - np.sqrt(np.maximum(variance, 0.0))
     units = np.array([unit for unit, _ in moves])
-    first, second = np.nonzero(
-        (units[:, None] != units[None, :]) & np.triu(_meets(choices, leader, moves), 1) & (value < 0.0)
-    )
+    first, second = np.nonzero((units[:, None] != units[None, :]) & np.triu(_meets(choices, leader, moves), 1))
     found: list[Options] = []
     for at in np.argsort(value[first, second], kind="stable"):
         options = moved(leader, *moves[second[at]])
