@@ -29,7 +29,7 @@ from dtmsearch.search.scheduler import Observer, SearchStopped
 from dtmsearch.training import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE
 
 # Raise it when the same job would come to other weights.
-_VERSION = 1
+_VERSION = 2
 _POLL_SECONDS = 0.2
 _STOPPED = 3
 # A training that is asked to stop has this long to write its checkpoint.

@@ -80,7 +80,7 @@ class Learner:
             enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self._teacher = load_model(source, spec, device, 1) if recipe.distill else None
-        optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=True)
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         # Asked for now: cut up between devices, they are others than before.
         self._trained = [p for p in self._bare_model.parameters() if p.requires_grad]

@@ -89,27 +89,35 @@ class Loop:
         self._learner = Learner(self._accelerator, recipe, training.spec, source, over, kept)
         self._step, self._losses = 0, list[float]()
         self._pending: list[Tensor] = []
-        self._seconds = 0.0
+        self._started_at = time.monotonic()
 
     def run(self, stop_requested: Callable[[], bool]) -> dict[str, Any]:
-        recipe = self._recipe
         self._restore()
-        started_at = time.monotonic() - self._seconds
-        while self._step < recipe.num_steps:
-            self.take_step()
-            self._seconds = time.monotonic() - started_at
-            last = self._step == recipe.num_steps
-            if self._step % _STEPS_BETWEEN_LOOKS == 0 or last:
-                self._look()
-            if self._step == recipe.masked_steps:
-                self._learner.check_masks("the trained model")
-            stopping = self._agreed(stop_requested)
-            if (self._step % recipe.checkpoint_steps == 0 or stopping) and not last:
-                self._look()
-                self._save()
-            if stopping and not last:
-                raise TrainingStopped(f"stopped at step {self._step} of {recipe.num_steps}")
+        while self._step < self._recipe.num_steps:
+            self.advance(stop_requested)
         return self._finish()
+
+    def advance(self, stop_requested: Callable[[], bool]) -> None:
+        """One step, and what is due after it: a look at the loss, a check of masks, a checkpoint. Raises as `train`."""
+        recipe = self._recipe
+        self._pending.append(self._learner.learn(self._step, self._parts()))
+        self._step += 1
+        last = self._step == recipe.num_steps
+        if self._step % _STEPS_BETWEEN_LOOKS == 0 or last:
+            self._look()
+        if self._step == recipe.masked_steps:
+            self._learner.check_masks("the trained model")
+        stopping = self._agreed(stop_requested)
+        if (self._step % recipe.checkpoint_steps == 0 or stopping) and not last:
+            self._look()
+            self._save()
+        if stopping and not last:
+            raise TrainingStopped(f"stopped at step {self._step} of {recipe.num_steps}")
+
+    @property
+    def _seconds(self) -> float:
+        """The training's time, with that of ended processes up to the checkpoint from which this one goes on."""
+        return time.monotonic() - self._started_at
 
     def _agreed(self, stop_requested: Callable[[], bool]) -> bool:
         """Whether any process wants to stop, the same for all of them; several ask each other only now and then."""
@@ -120,10 +128,6 @@ class Loop:
             return False
         wish = torch.tensor(float(stop_requested()), device=accelerator.device)
         return bool(accelerator.reduce(wish, "sum") > 0)
-
-    def take_step(self) -> None:
-        self._pending.append(self._learner.learn(self._step, self._parts()))
-        self._step += 1
 
     def _parts(self) -> list[Tensor]:
         """This process's rows of the batch, in parts."""
@@ -166,7 +170,8 @@ class Loop:
             return
         content = checkpoint_content(found[-1])
         self._learner.put_state(checkpoint_tensors(found[-1]) if self._accelerator.is_main_process else {})
-        self._step, self._losses, self._seconds = content["step"], content["losses"], content["seconds"]
+        self._step, self._losses = content["step"], content["losses"]
+        self._started_at = time.monotonic() - content["seconds"]
         if self._step <= self._recipe.masked_steps:
             self._learner.check_masks(f"the checkpoint {found[-1]}")
 

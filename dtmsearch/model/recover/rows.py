@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,14 @@ def tokenized(texts: Sequence[str], tokenizer: Any, sequence_tokens: int) -> NDA
 def batch_rows(step: int, rows: int, num_rows: int, seed: int) -> NDArray[np.int64]:
     """Which of `num_rows` rows step `step` takes: every epoch is a permutation of its own, one after the other."""
     epochs, places = np.divmod(np.arange(step * rows, (step + 1) * rows), num_rows)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in np.unique(epochs).tolist()}
-    return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)])
+    orders = {epoch: _order(epoch, num_rows, seed) for epoch in np.unique(epochs).tolist()}
+    return np.concatenate([order[places[epochs == epoch]] for epoch, order in orders.items()])
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, num_rows: int, seed: int) -> NDArray[np.int64]:
+    """The rows of an epoch, one after the other; a batch reaches into two."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def _digest(texts: Sequence[str], tokenizer: Any, sequence_tokens: int) -> str:
