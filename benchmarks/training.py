@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -222,8 +223,6 @@ def memory_apart(name: str, setting: Setting) -> float:
 
 
 def tell_memory(name: str, fields: list[str]) -> None:
-    import resource
-
     import psutil
 
     import dtmsearch.model.recover.loop  # noqa: F401 - code is loaded before the count begins
@@ -234,7 +233,10 @@ def tell_memory(name: str, fields: list[str]) -> None:
     step = LOOPS[name](setting)
     for _ in range(2):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before)
+    # What getrusage calls the peak is also that of the process that started this one.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert peak is not None
+    print(int(peak[1]) / 2**10 - before)
 
 
 def compare(setting: Setting, pairs: int, steps: int) -> dict[str, object]:
