@@ -49,14 +49,16 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         speed = pool.measure_speed(prompts.count, prompts.prompt_tokens, prompts.continuation_tokens)
         replicas = pool.num_replicas
     extra = extra_metrics_of(file)
-    evaluations, share_of_prompts, share = _expected(file, space, manifest)
-    each = share_of_prompts * prompts.count * candidate_seconds(speed, share, manifest.num_layers, extra)
+    expected = _expected(file, space, manifest)
+    evaluations, prompts_each, share = expected.evaluations, expected.prompts_each, expected.share_of_layers
+    each = prompts_each * candidate_seconds(speed, share, manifest.num_layers, extra)
+    each += speed.compress_seconds * expected.share_of_plans
     validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2)
     whole = _with_head(speed, speed.layers_seconds, EXTRA_METRICS)
     references = prompts.count + (0 if held_out is None else held_out.count)
     streams = 2 if "ppl" in extra else 1
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
-    tokens = round(evaluations * share_of_prompts * streams * prompts.count * row_tokens)
+    tokens = round(evaluations * prompts_each * streams * row_tokens)
     weights = sum(c.num_weights for c in manifest.components)
     return Estimate(
         evaluations=evaluations,
@@ -89,15 +91,29 @@ def _with_head(speed: Speed, layers: float, extra_metrics: tuple[str, ...]) -> f
     return layers + head * (2 if "kl" in extra_metrics else 1) + text
 
 
-def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> tuple[int, float, float]:
-    """Evaluations that the search asks for; the mean share of the prompts that one of them runs over, and of the
-    layers, as in those that are asked for first."""
+@dataclass(frozen=True)
+class _Expected:
+    """`evaluations` that a search asks for; the prompts that one of them runs over and the share of the layers, on
+    average; the share of them that are plans of many components, which no parent of theirs holds."""
+
+    evaluations: int
+    prompts_each: float
+    share_of_layers: float
+    share_of_plans: float = 0.0
+
+
+def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> _Expected:
     # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
     nominal = {(c.name, s): 4.0 ** -(parse_scheme(s).bits or 2) for c in space.components for s in space.schemes}
     strategy = strategy_of(file, space, reference_id="", errors=nominal)
-    layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in strategy.ask()]
+    asks = strategy.ask()
+    layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]
     share = sum(layers) / (len(layers) * manifest.num_layers) if layers else 1.0
     evaluations = strategy.expected_evaluations() or 0
     if not isinstance(strategy, Procedure) or not evaluations:
-        return evaluations, 1.0, share
-    return evaluations, strategy.expected_prompts() / (evaluations * file.prompts.count), share
+        return _Expected(evaluations, file.prompts.count, share)
+    prompts, plans = strategy.expected_prompts(), 1.0
+    if all(ask.perturbation is not None for ask in asks):  # what follows on components alone are whole plans
+        alone = sum(ask.request.prompts[1] - ask.request.prompts[0] for ask in asks)
+        share, plans = (alone * share + prompts - alone) / prompts, 1.0 - len(asks) / evaluations
+    return _Expected(evaluations, prompts / evaluations, share, plans)

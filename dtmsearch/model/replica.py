@@ -35,7 +35,7 @@ from dtmsearch.model.places import Places
 from dtmsearch.model.prompts import cut_calibration, cut_prompts
 from dtmsearch.model.reuse import Reuse
 from dtmsearch.model.routing import routed_tokens
-from dtmsearch.model.speed import candidates_of, time_batch, time_candidates, timed_reference
+from dtmsearch.model.speed import candidates_of, time_batch, time_candidates, timed_reference, whole_plans
 from dtmsearch.model.stream import Room, Stream
 from dtmsearch.model.trained import check_only_pruned, trained_file, write_pruned
 from dtmsearch.model.weights import Checkpoint, Weights
@@ -209,11 +209,12 @@ class Replica:
         rows = min(count, self._batches.rows(length))
         seconds = time_batch(self._body, self._never, self._generating, rows, prompt_tokens, continuation_tokens)
         memory_bytes = self._memory_bytes()  # before any states are kept
-        first, last = self._candidate_seconds(rows, prompt_tokens, continuation_tokens)
+        first, last, whole = self._candidate_seconds(rows, prompt_tokens, continuation_tokens)
         return Speed(
             layers_seconds=seconds.layers / rows,
             first_layer_seconds=max(first - seconds.head, 0.0) / rows,
             last_layer_seconds=max(last - seconds.head, 0.0) / rows,
+            compress_seconds=max(whole - first, 0.0),
             head_seconds=seconds.head / rows,
             text_head_factor=(length - 1) / continuation_tokens,
             generation_seconds=seconds.generation / rows,
@@ -221,20 +222,21 @@ class Replica:
             states_kept=self._stream(np.zeros((count, length), np.int32), prompt_tokens).kept,
         )
 
-    def _candidate_seconds(self, rows: int, prompt_tokens: int, continuation_tokens: int) -> tuple[float, float]:
-        """Seconds in which candidates that change the first layer, and the last, run over random tokens."""
+    def _candidate_seconds(self, rows: int, prompt_tokens: int, continuation_tokens: int) -> list[float]:
+        """Seconds in which candidates that change the first layer, the last, and every component run over random
+        tokens."""
         tokens = torch.randint(self._body.vocabulary_size, (rows, prompt_tokens + continuation_tokens))
         text = PromptTokens(tokens.numpy().astype(np.int32), prompt_tokens)
         reference = timed_reference(text, self._manifest.id, self.mode)
         self.use(reference)
+        timed = [candidates_of(layer, self._manifest, reference) for layer in (0, self._manifest.num_layers - 1)]
         try:
-            first, last = (
-                time_candidates(self.evaluate, candidates_of(layer, self._manifest, reference))
-                for layer in (0, self._manifest.num_layers - 1)
-            )
+            return [
+                time_candidates(self.evaluate, requests)
+                for requests in (*timed, whole_plans(self._manifest, reference))
+            ]
         finally:
             del self._references[reference.id]
-        return first, last
 
     def _memory_bytes(self) -> int:
         """Weights and the activations of one batch: the device's own count, or what the widest layer makes of it."""

@@ -74,6 +74,12 @@ def candidates_of(layer: int, manifest: ModelManifest, reference: Reference) -> 
     return [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans]
 
 
+def whole_plans(manifest: ModelManifest, reference: Reference) -> list[EvalRequest]:
+    """Requests that change every component, each to something else than the one before."""
+    plans = [Plan.of(dict.fromkeys((c.name for c in manifest.components), f"int{bits}-channel")) for bits in (8, 4, 6)]
+    return [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans]
+
+
 def time_candidates(evaluate: Callable[[Sequence[EvalRequest]], object], requests: Sequence[EvalRequest]) -> float:
     """Seconds that each of some requests takes, which leave their parent at one place, once its states are there."""
     evaluate(requests[:1])

@@ -186,12 +186,14 @@ def evaluation_cost(request: EvalRequest, manifest: ModelManifest) -> float:
 class Speed:
     """What a replica takes for one prompt, in seconds: all layers; the layers of a candidate that changes the first
     one, and of one that changes the last; the head where continuations are predicted; generating the continuation.
+    `compress_seconds` is how much longer an evaluation takes, whatever its prompts, for changing every component.
     `text_head_factor` is how much more head there is over human text. `memory_bytes`: the weights and the activations
     of one batch. `states_kept`: where states of parents are kept for these prompts."""
 
     layers_seconds: float
     first_layer_seconds: float
     last_layer_seconds: float
+    compress_seconds: float
     head_seconds: float
     text_head_factor: float
     generation_seconds: float

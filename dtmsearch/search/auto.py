@@ -216,7 +216,7 @@ class Auto(Solver):
         for number in range(min(self._affordable_rounds(), _USUAL_ROUNDS)):
             first, end = self._block(number, 0)
             yield self._num_measured(number), end - first
-        yield self._effort.polish_prompts // (2 * _POLISHED_ON), _POLISHED_ON
+        yield self._effort.polish_prompts // _POLISHED_ON, _POLISHED_ON
         yield 2 + len(self._rivals()), self.num_prompts if self._effort.rounds else self._effort.prompts
 
     def _affordable_rounds(self) -> int:
