@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, fsdp2_canonicalize_names
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -83,8 +83,9 @@ class Learner:
         optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=True)
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         # Asked for now: cut up between devices, they are others than before.
-        self._trained = [p for p in self._bare_model.parameters() if p.requires_grad]
-        self._masks = Masks(self._bare_model, kept)
+        named = fsdp2_canonicalize_names(dict(accelerator.unwrap_model(self._model).named_parameters()))
+        self._trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self._masks = Masks(named, kept)
 
     def learn(self, step: int, parts: Sequence[Tensor]) -> Tensor:
         """Take step `step` with this process's rows of the batch, in parts; their mean loss, on the device."""
@@ -100,7 +101,7 @@ class Learner:
             total += loss.detach()
         if step < recipe.masked_steps:
             self._masks.hold()
-        self._accelerator.clip_grad_norm_(self._trained, recipe.clip)
+        self._accelerator.clip_grad_norm_(self._trained.values(), recipe.clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return total
@@ -129,14 +130,14 @@ class Learner:
     def weights(self) -> dict[str, Tensor]:
         """What is trained, whole and on the processor, in the first process; nothing in the others. All must ask."""
         model, _ = self._state()
-        return {name: model[name] for name in self._trained_names} if self._accelerator.is_main_process else {}
+        return {name: model[name] for name in self._trained} if self._accelerator.is_main_process else {}
 
     def state(self) -> dict[str, Tensor]:
         """All that a training goes on with, as `weights`: of each parameter its own and its optimiser's tensors."""
         model, optimizer = self._state()
         if not self._accelerator.is_main_process:
             return {}
-        tensors = {f"model {name}": model[name] for name in self._trained_names}
+        tensors = {f"model {name}": model[name] for name in self._trained}
         for name, state in optimizer["state"].items():
             tensors |= {f"{key} {name}": value for key, value in state.items()}
         return tensors
@@ -160,15 +161,6 @@ class Learner:
         """The model's and the optimiser's state, whole and on the processor, from all processes."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return get_state_dict(self._model, self._bare_optimizer, options=options)
-
-    @property
-    def _trained_names(self) -> list[str]:
-        return [name for name, parameter in self._bare_model.named_parameters() if parameter.requires_grad]
-
-    @property
-    def _bare_model(self) -> nn.Module:
-        bare: nn.Module = self._accelerator.unwrap_model(self._model)
-        return bare
 
     @property
     def _bare_optimizer(self) -> torch.optim.Optimizer:

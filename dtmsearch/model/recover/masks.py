@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Masks:
-    """Which weights of a model stay zero. Gradients there are taken away before the optimiser sees them: its moments
-    stay zero, so do its steps, and decay of a zero is zero."""
+    """Which weights stay zero, of parameters by name. Gradients there are taken away before the optimiser sees them:
+    its moments stay zero, so do its steps, and decay of a zero is zero."""
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
-        named = dict(model.named_parameters())
+    def __init__(self, named: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
         self._pairs = [(name, named[name], _placed(mask, named[name])) for name, mask in kept.items()]
 
     def hold(self) -> None:
@@ -21,9 +21,10 @@ class Masks:
         torch._foreach_mul_(gradients, [mask for _, p, mask in self._pairs if p.grad is not None])
 
     def check(self, what: str) -> None:
-        """Raise `ValueError` where a weight is not zero that ought to be."""
+        """Raise `ValueError` where a weight is not zero that ought to be, in all processes alike."""
         for name, parameter, mask in self._pairs:
-            wrong = int(((parameter.detach() != 0) & ~mask).sum())
+            found = ((parameter.detach() != 0) & ~mask).sum()
+            wrong = int(found.full_tensor() if isinstance(found, DTensor) else found)
             if wrong:
                 raise ValueError(
                     f"{what} violates its mask: {wrong} weights of {name} are not zero though they were pruned. It was "
@@ -33,8 +34,6 @@ class Masks:
 
 def _placed(mask: Tensor, parameter: nn.Parameter) -> Tensor:
     """A mask where its parameter is, cut up as the parameter is between devices."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     if isinstance(parameter.data, DTensor):
         here = mask.to(parameter.data.device)
         return distribute_tensor(here, parameter.data.device_mesh, parameter.data.placements)
