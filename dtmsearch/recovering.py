@@ -133,6 +133,8 @@ class Recovering:
 
     def _train_here(self, folder: Path) -> int:
         command = [sys.executable, "-m", "dtmsearch.training", str(folder / JOB_FILE)]
+        stop = folder / STOP_FILE
+        stop.unlink(missing_ok=True)
         with (folder / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(  # noqa: S603 (our own module)
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -141,9 +143,10 @@ class Recovering:
             while process.poll() is None:
                 time.sleep(_POLL_SECONDS)
                 if self._stop_requested():
-                    process.terminate()
+                    stop.touch()
                     process.wait(_PATIENCE_SECONDS)
-            return process.returncode
+            # Where accelerate has started several processes, theirs is not the code that is seen here.
+            return _STOPPED if self._stop_requested() else process.returncode
         finally:
             if process.poll() is None:
                 process.terminate()

@@ -23,7 +23,7 @@ JOB_FILE, FAILURE_FILE, LOG_FILE = "job.json", "failure.json", "log.txt"
 # Where no signal reaches, this file in the training's folder asks it to stop.
 STOP_FILE = "stop"
 _DONE, _STOPPED, _FAILED = 0, 3, 1
-# How a process knows that accelerate has started it.
+# How a process knows that accelerate has started it, and for which driver.
 _LAUNCHED = "DTMSEARCH_TRAINING_LAUNCHED"
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     job = Path(arguments[0])
     if _wants_launching():
-        os.environ[_LAUNCHED] = "1"
+        os.environ[_LAUNCHED] = str(os.getppid())
         launch = ["-m", "accelerate.commands.launch", "--module", "dtmsearch.training", str(job)]
         os.execv(sys.executable, [sys.executable, *launch])  # noqa: S606 (our own module)
     return worker(str(job))
@@ -52,7 +52,7 @@ def worker(job_path: str) -> int:
     """One process of a training; the first of several does the writing."""
     job = Path(job_path)
     content: dict[str, Any] = json.loads(job.read_text(encoding="utf-8"))
-    stopping = _Stopping(os.getppid(), job.parent / STOP_FILE)
+    stopping = _Stopping(job.parent / STOP_FILE)
     with _alone(job.parent), stopping.listening():
         return _train(job, content, stopping)
 
@@ -80,11 +80,13 @@ def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
 class _Stopping:
     """Whether somebody wants this process to end: by a signal, or because whoever started it is gone."""
 
-    def __init__(self, parent: int, file: Path) -> None:
-        self._parent, self._file, self._asked = parent, file, False
+    def __init__(self, file: Path) -> None:
+        self._file, self._asked = file, False
+        self._parent = os.getppid()
+        self._driver = int(os.environ.get(_LAUNCHED, self._parent))  # not the parent where accelerate is between them
 
     def requested(self) -> bool:
-        return self._asked or os.getppid() != self._parent or self._file.exists()
+        return self._asked or os.getppid() != self._parent or not _runs(self._driver) or self._file.exists()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -100,6 +102,16 @@ class _Stopping:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 @contextmanager

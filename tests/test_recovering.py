@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_wa
     whole = Training(file.model_spec, tmp_path / "whole", tmp_path / "weights")
     undisturbed = train(whole, texts.read_files(file, job["files"]), Recipe(**job["recipe"]))
     assert (0 < stopped_at < 100, weights_id) == (True, undisturbed["weights_id"])
+
+
+def test_a_stopped_training_is_no_failed_one_whatever_code_its_launcher_ends_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nuntil [ -e "${3%job.json}stop" ]; do sleep 0.05; done; exit 1\n')
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    with recovering(search_file(tmp_path, 2), lambda: True) as trainings, pytest.raises(SearchStopped):
+        trainings(0, PLAN, "")
 
 
 def test_a_training_that_is_in_the_store_is_found_and_its_weights_keep_the_masks(tmp_path: Path) -> None:
