@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -32,6 +33,7 @@ from dtmsearch.model.recover.recipe import Recipe
 from dtmsearch.plans.evaluation import ModelSpec
 
 _BETAS = (0.9, 0.95)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
@@ -129,7 +131,7 @@ class Learner:
 
     def weights(self) -> dict[str, Tensor]:
         """What is trained, whole and on the processor, in the first process; nothing in the others. All must ask."""
-        model, _ = self._state()
+        model: dict[str, Any] = get_model_state_dict(self._model, options=_WHOLE)
         return {name: model[name] for name in self._trained} if self._accelerator.is_main_process else {}
 
     def state(self) -> dict[str, Tensor]:
@@ -159,8 +161,7 @@ class Learner:
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The model's and the optimiser's state, whole and on the processor, from all processes."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_state_dict(self._model, self._bare_optimizer, options=options)
+        return get_state_dict(self._model, self._bare_optimizer, options=_WHOLE)
 
     @property
     def _bare_optimizer(self) -> torch.optim.Optimizer:
