@@ -65,7 +65,12 @@ def _draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
         for tokens, ratio in _course(row)
     ]
     base = altair.Chart(altair.Data(values=points)).encode(
-        x=altair.X("tokens:Q", scale=altair.Scale(type="log"), title="million tokens forwarded"),
+        x=altair.X(
+            "tokens:Q",
+            scale=altair.Scale(type="log"),
+            axis=altair.Axis(values=[0.01, 0.1, 1, 10, 100]),
+            title="million tokens forwarded",
+        ),
         y=altair.Y("ratio:Q", scale=altair.Scale(zero=False), title="held-out KL over the uniform plan's"),
         color=altair.Color("strategy:N", title=None),
         detail="search:N",
