@@ -12,7 +12,8 @@ from fakes import toy_components, toy_manifest
 from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.metrics import summarize
 from dtmsearch.plans.plan import Plan, plan_size
-from dtmsearch.plans.records import EvaluationRecord, Purpose, RunRecord, StepRecord
+from dtmsearch.plans.records import EvaluationRecord, Purpose, RunRecord, StepRecord, TrainingRecord
+from dtmsearch.results.pareto import candidates
 from dtmsearch.results.store import ResultStore, RunWriter
 from dtmsearch.results.summary import RunSummary, runs_overview, summarize_run
 
@@ -159,6 +160,39 @@ def test_validation_row_has_the_metrics_and_sizes(tmp_path: Path) -> None:
     assert isinstance(plan.outcome, EvalResult)
     assert row.summary == summarize(plan.outcome)
     assert (row.num_compressed, row.share, row.bits_per_weight) == (4, size.share, size.bits_per_weight)
+
+
+def trained(place: Path) -> None:
+    """A run whose plan was measured, trained, and measured again, by the search and on held-out prompts."""
+
+    def measured(weights_id: str, fdt: float, purpose: Purpose, label: str | None) -> EvaluationRecord:
+        asked = replace(request(PLAN, SEARCH if purpose == "search" else HELD_OUT), weights_id=weights_id)
+        return EvaluationRecord(asked, result(asked, fdt), purpose, label=label)
+
+    write(
+        place,
+        measured("", 10.0, "search", None),
+        measured("trained", 20.0, "search", None),
+        measured("", 10.0, "validation", "round-1"),
+        measured("trained", 20.0, "validation", "plan"),
+        measured("later", 30.0, "evaluate", "after"),
+        steps=(StepRecord(0, PLAN.id, None, 5.0, 4, 0.5, 9.0, 0.0, 4, 12.5),),
+    )
+    with ResultStore(place).writer("run") as writer:
+        writer.put_training(TrainingRecord(0, "training", PLAN.id, "", "trained", 1, 1, 1.0, (1.0,)))
+
+
+def test_a_trained_plans_values_are_those_over_the_weights_that_it_ended_with(tmp_path: Path) -> None:
+    trained(tmp_path)
+    store = ResultStore(tmp_path)
+    rows = {row.label: row.summary for row in summarize_run(store, "run").validation}
+    assert {label: summary and summary.fdt_mean for label, summary in rows.items()} == {"plan": 20.0, "round-1": 10.0}
+    assert runs_overview(store)[0].fdt == 20.0
+
+
+def test_a_trained_plan_stands_once_on_the_front_as_it_ended(tmp_path: Path) -> None:
+    trained(tmp_path)
+    assert [c.fdt_mean for c in candidates(ResultStore(tmp_path))] == [20.0]
 
 
 def test_final_plan_is_put_together_again(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from dtmsearch.results.store import ResultStore
 
 # metric -> the column of a candidate's mean, and whether more of it is better
 METRICS = {"fdt": ("fdt_mean", True), "sdt": ("sdt_mean", False), "kl": ("kl", False)}
-# Each plan once for a set of held-out prompts: the final plans of the runs, and the uniform plans beside them.
+# The final plans of the runs, over whatever weights, and the uniform plans beside them.
 _CANDIDATES = """
-SELECT DISTINCT ON (e.reference_id, e.plan_id)
+SELECT
+  e.weights_id, e.plan_id = r.final_plan_id AS is_final,
   e.reference_id, coalesce(c.model, '') AS model, r.run, e.label, e.plan_id, e.num_compressed, e.share,
   e.bits_per_weight, e.num_prompts, e.fdt_mean, e.sdt_mean, e.dppl, e.ppl, e.kl
 FROM evaluations e
@@ -54,7 +55,7 @@ class Candidate:
 def candidates(store: ResultStore, pattern: str = "*") -> list[Candidate]:
     """Every validated plan of the runs whose names match a pattern, and the uniform plans beside them, by reference
     and from small to large. Plans are held against each other only on the same prompts and model."""
-    rows = query(store, _CANDIDATES.format(pattern=pattern.replace("'", "''"))).to_pylist()
+    rows = _each_once(store, query(store, _CANDIDATES.format(pattern=pattern.replace("'", "''"))).to_pylist())
     fronts: dict[int, list[str]] = {id(row): [] for row in rows}
     for reference in {row["reference_id"] for row in rows}:
         group = [row for row in rows if row["reference_id"] == reference]
@@ -62,6 +63,18 @@ def candidates(store: ResultStore, pattern: str = "*") -> list[Candidate]:
             _mark(group, metric, fronts)
     found = [Candidate(**_plan_row(row), fronts=tuple(fronts[id(row)])) for row in rows]
     return sorted(found, key=lambda c: (c.model, c.reference_id, c.bits_per_weight, c.run))
+
+
+def _each_once(store: ResultStore, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model once for a set of held-out prompts: a run's plan over the weights that it ended with, other plans over
+    the base model's."""
+    ended_with = {run: store.weights_id(run) or None for run in {row["run"] for row in rows}}
+    found: dict[tuple[str, str, str | None], dict[str, Any]] = {}
+    for row in rows:
+        is_final, weights_id = row.pop("is_final"), row.pop("weights_id")
+        if weights_id == (ended_with[row["run"]] if is_final else None):
+            found.setdefault((row["reference_id"], row["plan_id"], weights_id), row)
+    return list(found.values())
 
 
 def _mark(rows: list[dict[str, Any]], metric: str, fronts: dict[int, list[str]]) -> None:

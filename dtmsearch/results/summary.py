@@ -29,7 +29,7 @@ _NEAREST = "uniform-nearest:"
 # Intervals are drawn from the same resamples every time that they are asked for.
 _BOOTSTRAP_SEED = 0
 _VALIDATION_COLUMNS = [
-    *("label", "plan_id", "purpose", "reference_id", "status", "message"),
+    *("label", "plan_id", "weights_id", "purpose", "reference_id", "status", "message"),
     *("num_compressed", "bits_per_weight", "share", "fdt", "sdt", "kl_list"),
     *SUMMARY_COLUMNS,
 ]
@@ -198,13 +198,14 @@ def _search_statuses(store: ResultStore, run: str) -> Counter[str]:
 
 
 def _fdt_of(store: ResultStore, record: RunRecord, plan_id: str) -> float | None:
-    """A plan's mean FDT on the search's prompts."""
+    """A plan's mean FDT on the search's prompts, over the weights that the search has come to."""
     if record.reference_id is None:
         return None
     where = (pc.field("plan_id") == plan_id) & (pc.field("reference_id") == record.reference_id)
     on_all = where & (pc.field("purpose") != "race")
-    values: list[float | None] = store.table("evaluations", ["fdt_mean"], record.run, on_all)["fdt_mean"].to_pylist()
-    return next((value for value in values if value is not None), None)
+    rows = store.table("evaluations", ["fdt_mean", "weights_id"], record.run, on_all).to_pylist()
+    over = store.weights_id(record.run) or None
+    return next((row["fdt_mean"] for row in rows if row["weights_id"] == over and row["fdt_mean"] is not None), None)
 
 
 # Validation
@@ -238,10 +239,13 @@ def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
         & ((pc.field("purpose") == "validation") | final)
     )
     rows = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where)
+    ended_with = (record.final_plan_id, store.weights_id(record.run) or None)
     found: dict[str, _Measured] = {}
     for row in rows.to_pylist():
-        label = _PLAN if row["plan_id"] == record.final_plan_id else row["label"]
-        if label == _PLAN and row["plan_id"] != record.final_plan_id:
+        label = row["label"] if row["purpose"] == "validation" else None
+        if (row["plan_id"], row["weights_id"]) == ended_with:
+            label = _PLAN
+        elif label == _PLAN:
             label = _FOUND
         if label is not None:
             found.setdefault(label, _Measured(row, label, _per_prompt(row)))
