@@ -32,7 +32,7 @@ from dtmsearch.training import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE
 _VERSION = 2
 _POLL_SECONDS = 0.2
 _STOPPED = 3
-# A training that is asked to stop has this long to write its checkpoint.
+# A training that is interrupted has this long to write its checkpoint.
 _PATIENCE_SECONDS = 120.0
 
 
@@ -143,8 +143,7 @@ class Recovering:
             while process.poll() is None:
                 time.sleep(_POLL_SECONDS)
                 if self._stop_requested():
-                    stop.touch()
-                    process.wait(_PATIENCE_SECONDS)
+                    stop.touch()  # it ends after a step, of several processes after some
             # Where accelerate has started several processes, theirs is not the code that is seen here.
             return _STOPPED if self._stop_requested() else process.returncode
         finally:
