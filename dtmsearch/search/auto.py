@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -110,7 +111,7 @@ class Auto(Solver):
         which teaches the belief, and the best leads from there on if it is believed to gain."""
         leaders, tried = [leader], {leader}
         count = min(_POLISHED_ON, self.num_prompts)
-        for number in range(self._effort.polish_prompts // (count * (self._effort.plans + 1))):
+        for number in range(self._effort.polish_prompts // (_POLISHED_ON * (self._effort.plans + 1))):
             field = promising(self._choices, belief, leader, tried, self._effort.plans)
             if not field:
                 break
@@ -213,6 +214,9 @@ class Auto(Solver):
 
     def _usual(self) -> Iterator[tuple[int, int]]:
         """What searches mostly ask for after the probe: (trials, prompts of each)."""
+        if self._min_fdt is not None:  # sizes are halved
+            yield 3 - round(math.log2(_SIZE_STEP)), self.num_prompts
+            return
         for number in range(min(self._affordable_rounds(), _USUAL_ROUNDS)):
             first, end = self._block(number, 0)
             yield self._num_measured(number), end - first
