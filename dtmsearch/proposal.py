@@ -173,8 +173,8 @@ def _where(machine: Machine, need: float) -> _Where:
             return _Where(f"A replica takes about {need / _GIB:.1f} GiB and is spread over {each} GPUs.", options)
         raise ValueError(
             f"a replica takes about {need / _GIB:.0f} GiB, and the GPUs here have "
-            f"{sum(machine.gpu_bytes) / _GIB:.0f} GiB together: run on a larger machine or, "
-            "--nodes-per-replica of them to a copy, on a cluster (--address)"
+            f"{sum(machine.gpu_bytes) / _GIB:.0f} GiB together: run on a larger machine, "
+            "or on a cluster (--address) with several nodes to a replica (--nodes-per-replica)"
         )
     if machine.memory_bytes is None:
         return _Where(f"A replica takes about {need / _GIB:.1f} GiB.", "")
@@ -182,7 +182,8 @@ def _where(machine: Machine, need: float) -> _Where:
     if fitting == 0:
         raise ValueError(
             f"a replica takes about {need / _GIB:.1f} GiB of memory, and {machine.memory_bytes / _GIB:.1f} GiB are "
-            "free here: run on a larger machine or, --nodes-per-replica of them to a copy, on a cluster (--address)"
+            "free here: run on a larger machine, or on a cluster (--address) with several nodes to a replica "
+            "(--nodes-per-replica)"
         )
     replicas = max(1, min(fitting, machine.cores))
     fits = f"A replica takes {_gib(need)}; {machine.memory_bytes / _GIB:.1f} GiB are free, no GPU."

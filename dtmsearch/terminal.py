@@ -188,6 +188,8 @@ def decision_line(decision: Decision) -> str:
 def progress_line(progress: Progress) -> str:
     recorded = f" ({progress.replayed} from the store)" if progress.replayed else ""
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+    if progress.evaluations == progress.replayed and progress.in_flight:
+        return f"step {progress.step}: {progress.in_flight} evaluations under way{recorded}, none has arrived yet"
     return (
         f"step {progress.step}: {progress.evaluations} evaluations{recorded}, {progress.in_flight} in flight, "
         f"{progress.evaluations_per_second:.1f} a second{left}"

@@ -48,7 +48,7 @@ def test_a_model_larger_than_a_gpu_is_spread_over_several() -> None:
 
 @pytest.mark.parametrize("machine", [Machine((80 * GIB,), None, 64), Machine((), 16 * GIB, 4)])
 def test_a_model_that_fits_nowhere_is_said(machine: Machine) -> None:
-    with pytest.raises(ValueError, match=r"run on a larger machine or.* on a cluster"):
+    with pytest.raises(ValueError, match=r"run on a larger machine, or on a cluster"):
         proposed(LARGE, machine)
 
 

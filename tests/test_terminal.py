@@ -11,7 +11,7 @@ from dtmsearch.output import duration, number
 from dtmsearch.plans.metrics import Summary
 from dtmsearch.plans.plan import Perturbation, Plan, PlanSize
 from dtmsearch.search.scheduler import Decision, Progress
-from dtmsearch.terminal import LiveProgress, PlainProgress, done_share, table, watching
+from dtmsearch.terminal import LiveProgress, PlainProgress, done_share, progress_line, table, watching
 
 
 class Screen(io.StringIO):
@@ -63,6 +63,11 @@ def test_a_progress_line_tells_evaluations_rate_and_time_left() -> None:
     now[0] = 6.0
     plain.on_progress(some_progress())
     assert out.getvalue() == "step 3: 30 evaluations (10 from the store), 4 in flight, 2.0 a second, about 35 s left\n"
+
+
+def test_before_the_first_outcome_a_progress_line_tells_no_rate() -> None:
+    waiting = some_progress(evaluations=10)
+    assert progress_line(waiting) == "step 3: 4 evaluations under way (10 from the store), none has arrived yet"
 
 
 def test_outside_a_terminal_nothing_but_plain_text_is_written() -> None:
