@@ -27,6 +27,7 @@ from dtmsearch.plans.evaluation import (
     Provenance,
     Reference,
     ReplicaSettings,
+    Speed,
     reference_id,
 )
 from dtmsearch.plans.plan import Plan
@@ -38,8 +39,8 @@ class Scripted:
     """`spec.path` holds its orders, separated by spaces: `seconds=S` an evaluation, `die-once=FOLDER`, `die-on=SCHEME`,
     `bad-start=FOLDER` (the first to start fails), `liar=FOLDER` (the first to start has another model),
     `hang-once=FOLDER` and `wrong-once=FOLDER` (of the replicas that have evaluated `after=N` requests the first stops
-    answering, or returns wrong numbers from then on), `wrong-on=SCHEME` (and so does each that evaluates it), `mistake`
-    (a user's mistake at the start), `broken` (every start fails)."""
+    answering, or returns wrong numbers from then on), `fast=FOLDER` (the first is fast), `wrong-on=SCHEME` (and so does
+    each that evaluates it), `mistake` (a user's mistake at the start), `broken` (every start fails)."""
 
     def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str, node: str) -> None:
         self._orders = dict(order.partition("=")[::2] for order in spec.path.split())
@@ -90,6 +91,13 @@ class Scripted:
 
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         return [self._answer(request) for request in requests]
+
+    def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
+        """A second for one of two replicas, three for the other; one that dies leaves the other's."""
+        if self._first("die-once"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        seconds = 1.0 if self._first("fast") else 3.0
+        return Speed(seconds, seconds, seconds, seconds, seconds, 2.0, seconds, int(seconds), "device")
 
     def _answer(self, request: EvalRequest) -> Outcome:
         started_at = time.perf_counter()

@@ -216,6 +216,17 @@ def test_a_second_reference_reaches_replicas_that_still_take_the_first() -> None
         assert len(answers(pool, requests())) == len(requests())
 
 
+def test_speed_is_measured_on_all_replicas_at_once(tmp_path: Path) -> None:
+    with pool_of(f"fast={tmp_path}") as pool:
+        speed = pool.measure_speed(8, 100, 100)
+    assert (speed.head_seconds, speed.text_head_factor, speed.memory_bytes) == (2.0, 2.0, 3)
+
+
+def test_speed_is_that_of_the_replicas_that_are_left(tmp_path: Path) -> None:
+    with pool_of(f"die-once={tmp_path}") as pool:
+        assert pool.measure_speed(8, 100, 100).head_seconds == 3.0
+
+
 def test_gpus_that_are_not_there_are_a_users_mistake() -> None:
     settings = PoolSettings(gpus_per_replica=1.0)
     with pytest.raises(ValueError, match="asks for 1 GPUs, but this machine has 0"):

@@ -63,6 +63,11 @@ class Crew:
         """Those that have loaded and take requests."""
         return [member for member in self.members if member.ready]
 
+    @property
+    def num_loading(self) -> int:
+        """Those that have a place and do not take requests yet."""
+        return len(self.members) - len(self.ready) - len(self._unplaced())
+
     def leave(self) -> None:
         """Let all replicas go; `fill` starts others."""
         for member in self.members:

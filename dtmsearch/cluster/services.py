@@ -17,7 +17,7 @@ from dtmsearch.cluster.member import Member
 from dtmsearch.cluster.work import MAX_ATTEMPTS
 from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import Continuation, Reference, Speed
+from dtmsearch.plans.evaluation import Continuation, Reference, Speed, mean_speed
 from dtmsearch.plans.plan import Plan
 
 
@@ -42,9 +42,24 @@ class Services:
         return reference
 
     def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
-        """See `dtmsearch.model.replica.Replica.measure_speed`."""
-        speed: Speed = self._ask_one("measure_speed", count, prompt_tokens, continuation_tokens)
-        return speed
+        """See `dtmsearch.model.replica.Replica.measure_speed`. Every replica that has a place measures at the same
+        time, for they share machines: the mean of what they say."""
+        self._first_ready()
+        while self._crew.num_loading:
+            self._crew.welcome(timeout_seconds=1.0)
+        calls = [
+            (member, member.actor.call.remote("measure_speed", count, prompt_tokens, continuation_tokens))
+            for member in self._crew.ready
+        ]
+        measured: list[Speed] = []
+        for member, call in calls:
+            try:
+                measured.append(ray.get(call))
+            except (RayTaskError, RayActorError) as error:
+                if not is_loss(error):
+                    raise cause_of(error) from None
+                self._crew.lose(member, error)
+        return mean_speed(measured) if measured else self.measure_speed(count, prompt_tokens, continuation_tokens)
 
     def continuations(
         self, plan: Plan, reference_id: str, prompts: Sequence[int], weights_id: str = ""

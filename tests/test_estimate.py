@@ -1,0 +1,85 @@
+"""What a dry run foretells, against what the search then does; a replica in the place of a pool of two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inprocess import InProcess, run_here
+from processes import rows, tiny_search
+
+from dtmsearch import estimate as module
+from dtmsearch.config import load
+from dtmsearch.estimate import Estimate, estimate
+from dtmsearch.plans.evaluation import ReplicaSettings, Speed
+from dtmsearch.summaries import estimate_text
+
+SPEED = Speed(
+    layers_seconds=4.0,
+    first_layer_seconds=4.0,
+    last_layer_seconds=2.0,
+    compress_seconds=10.0,
+    head_seconds=1.0,
+    text_head_factor=2.0,
+    generation_seconds=30.0,
+    memory_bytes=2**30,
+    states_kept="device",
+)
+
+
+class Two(InProcess):
+    num_replicas = 2
+
+    def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
+        return SPEED
+
+
+def foretold(monkeypatch: pytest.MonkeyPatch, file: Path, **speed: Any) -> Estimate:
+    monkeypatch.setattr(module, "ReplicaPool", lambda spec, _where: Two(spec, ReplicaSettings(num_threads=1)))
+    monkeypatch.setattr(Two, "measure_speed", lambda *_: replace(SPEED, **speed))
+    return estimate(load(str(file)))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "within"),
+    [("probe", 1.0), ("greedy", 1.2), ("sensitivity", 1.1), ("knapsack", 1.0), ("auto", 2.0)],
+)
+def test_evaluations_are_those_that_the_search_makes(
+    strategy: str, within: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = {"share": 0.4} if strategy in ("probe", "greedy") else {"bits_per_weight": 6.5}
+    search = {"strategy": strategy, "schemes": ["int4-channel", "int8-channel"], "stop": stop}
+    search |= {} if strategy == "probe" else {"rank_by": "kl"}
+    file = tiny_search(tmp_path, search=search)
+    expected = foretold(monkeypatch, file).evaluations
+    run_here(file, tmp_path / "store")
+    made = sum(row["purpose"] == "search" for row in rows(tmp_path / "store", "evaluations"))
+    assert made / within <= expected <= made * within
+
+
+def test_a_probe_costs_its_layers_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_search(tmp_path, search={"strategy": "probe", "schemes": ["int8-channel"]})
+    found = foretold(monkeypatch, file)
+    assert found.tokens == found.evaluations * 8 * 22
+    # Candidates of the first layer run for 4 s, those of the last for 2, half of them each; the head for 1; 8 prompts.
+    assert found.evaluation_seconds == pytest.approx((3.0 + 1.0) * 8)
+    assert found.search_seconds == pytest.approx(found.evaluations * found.evaluation_seconds / 2)
+    # The reference and the held-out one are generated; the base, two uniform plans and the plan run over held-out text.
+    assert found.other_seconds == pytest.approx((8 + 6) * 30 + 6 * 3 * (2 * (4 + 1) + 1 + 1) / 2)
+
+
+def test_whole_plans_run_through_all_layers_and_are_compressed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = {"strategy": "spdy", "schemes": ["int4-channel"], "rank_by": "kl", "stop": {"share": 0.4}}
+    file = tiny_search(tmp_path, search=search)
+    quick, slow = (foretold(monkeypatch, file, compress_seconds=seconds) for seconds in (0.0, 10.0))
+    assert slow.evaluation_seconds - quick.evaluation_seconds == pytest.approx(10.0)
+    assert quick.evaluation_seconds == pytest.approx((4.0 + 2.0) * 8, rel=0.01)
+
+
+def test_what_is_foretold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = estimate_text(foretold(monkeypatch, tiny_search(tmp_path)))
+    assert "1.00 GiB a replica, 2 replicas" in text and "of search" in text
