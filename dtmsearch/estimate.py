@@ -113,7 +113,9 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> 
     if not isinstance(strategy, Procedure) or not evaluations:
         return _Expected(evaluations, file.prompts.count, share)
     prompts, plans = strategy.expected_prompts(), 1.0
-    if all(ask.perturbation is not None for ask in asks):  # what follows on components alone are whole plans
+    if all(ask.perturbation is not None for ask in asks):
+        # What follows on components alone are moves around a plan, alike, and whole plans, about as many of each.
         alone = sum(ask.request.prompts[1] - ask.request.prompts[0] for ask in asks)
-        share, plans = (alone * share + prompts - alone) / prompts, 1.0 - len(asks) / evaluations
+        share = (alone * share + (prompts - alone) * (1.0 + share) / 2.0) / prompts
+        plans = (1.0 - len(asks) / evaluations) / 2.0
     return _Expected(evaluations, prompts / evaluations, share, plans)
