@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from overhead import Silence, evaluating_share
+from overhead import evaluating_share
 from shapes import SHAPES, ShapedReplica
 
 import dtmsearch
@@ -35,7 +35,7 @@ from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, PromptTokens, Ref
 from dtmsearch.plans.plan import Perturbation, Plan
 from dtmsearch.results.store import ResultStore
 from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import search
+from dtmsearch.search.scheduler import Silent, search
 from dtmsearch.search.space import SearchSpace
 
 PROMPT, CONTINUATION = 100, 100
@@ -226,7 +226,7 @@ def beam(shape: str, prompts: int, gpus: int, width: int, expand: int, seconds: 
         space = SearchSpace(manifest.components, ("int8-channel",))
         strategy = Beam(space, request_for, width=width, expand=expand)
         with Utilisation() as utilisation:
-            search(strategy, replicas, writer, Silence(), limit_seconds=seconds)
+            search(strategy, replicas, writer, Silent(), limit_seconds=seconds)
         say("the search is over")
         rows = ResultStore(folder).table("evaluations", ["replica", "wall_seconds", "finished_at"])
     spans = Spans.of(rows)

@@ -27,7 +27,6 @@ from unittest.mock import patch
 import click
 import numpy as np
 import ray
-from overhead import Silence
 from sleeping import Sleeping, make_manifest
 
 from dtmsearch.cluster.joining import connect
@@ -45,7 +44,7 @@ from dtmsearch.plans.evaluation import (
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.results.store import ResultStore
 from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import search
+from dtmsearch.search.scheduler import Silent, search
 from dtmsearch.search.space import SearchSpace
 
 _LAYERS = 32
@@ -161,7 +160,7 @@ def main(replicas: int, processes: int, evaluation_ms: float, rounds: int, width
         beam = Beam(space, request_of, width=width)
         started_at, cpu_started_at = time.perf_counter(), time.process_time()
         with counting(pool) as sent:
-            search(beam, pool, writer, Silence())
+            search(beam, pool, writer, Silent())
         elapsed, cpu = time.perf_counter() - started_at, time.process_time() - cpu_started_at
         number = ResultStore(folder).table("evaluations", ["evaluation_id"]).num_rows
     click.echo(f"{replicas} replicas, {number} results in {elapsed:.1f} s, {number / elapsed:.0f} a second")

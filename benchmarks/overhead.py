@@ -27,18 +27,10 @@ from dtmsearch.plans.evaluation import EvalRequest, ModelSpec
 from dtmsearch.plans.plan import Plan
 from dtmsearch.results.store import ResultStore
 from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Decision, Progress, search
+from dtmsearch.search.scheduler import Silent, search
 from dtmsearch.search.space import SearchSpace
 
 _LAYERS = 32
-
-
-class Silence:
-    def on_progress(self, progress: Progress) -> None: ...
-
-    def on_decision(self, decision: Decision, replayed: bool) -> None: ...
-
-    def on_note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ def measure_load(num_replicas: int, seconds: float, evaluation_seconds: float, w
         writer.put_components(manifest, manifest.components)
         beam = Beam(SearchSpace(manifest.components, ("int8-channel",)), request_for, width=width)
         started_at, cpu_started_at = time.perf_counter(), time.process_time()
-        search(beam, pool, writer, Silence(), limit_seconds=seconds)
+        search(beam, pool, writer, Silent(), limit_seconds=seconds)
         elapsed, cpu = time.perf_counter() - started_at, time.process_time() - cpu_started_at
         rows = ResultStore(folder).table("evaluations", ["replica", "wall_seconds", "finished_at"])
     return Load(rows.num_rows, beam.step + 1, elapsed, evaluating_share(rows), cpu / elapsed)

@@ -29,7 +29,7 @@ from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outco
 from dtmsearch.plans.plan import Budget, Plan
 from dtmsearch.plans.records import EvaluationRecord, StepRecord
 from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Decision, Progress, search
+from dtmsearch.search.scheduler import Silent, search
 from dtmsearch.search.space import SearchSpace
 
 _KINDS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -60,11 +60,7 @@ class Log:
         self.steps += steps
 
 
-class Silence:
-    def on_progress(self, progress: Progress) -> None: ...
-
-    def on_decision(self, decision: Decision, replayed: bool) -> None: ...
-
+class Noting(Silent):
     def on_note(self, text: str) -> None:
         print("note:", text)
 
@@ -151,13 +147,13 @@ def measure_use(
     log, cpu_started_at = Log(), time.process_time()
     with (
         virtual_pool(clock, actors, lambda: VirtualActor(clock, replica, seconds_of), replicas),
-        patch("dtmsearch.search.scheduler.time", clock),
+        patch("dtmsearch.search.workload.time", clock),
         ReplicaPool(ModelSpec(""), PoolSettings(replicas=replicas)) as pool,
     ):
         pool.manifest()
         pool.use(reference)
         started_at = clock.now
-        plan = search(Beam(space, request_for, width=width), pool, log, Silence(), guess_share=guess_share)
+        plan = search(Beam(space, request_for, width=width), pool, log, Noting(), guess_share=guess_share)
     assert plan is not None
     held = replicas * (clock.now - started_at)
     return Use(

@@ -26,12 +26,11 @@ from dtmsearch.plans.records import TrainingRecord
 from dtmsearch.results.files import LocalFolder
 from dtmsearch.results.store import ResultStore, RunWriter
 from dtmsearch.search.scheduler import Observer, SearchStopped
-from dtmsearch.training import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE
+from dtmsearch.training import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE, STOPPED
 
 # Raise it when the same job would come to other weights.
 _VERSION = 2
 _POLL_SECONDS = 0.2
-_STOPPED = 3
 # A training that is interrupted has this long to write its checkpoint.
 _PATIENCE_SECONDS = 120.0
 
@@ -123,10 +122,10 @@ class Recovering:
 
             self._pool.rest()  # its places are the workers'
             stopped = train_on_cluster(str(folder / JOB_FILE), str(folder / STOP_FILE), self._stop_requested)
-            code = _STOPPED if stopped else 0
+            code = STOPPED if stopped else 0
         else:
             code = self._train_here(folder)
-        if code == _STOPPED:
+        if code == STOPPED:
             raise SearchStopped
         if not (folder / "result.json").exists():
             raise _failure(folder, code)
@@ -145,7 +144,7 @@ class Recovering:
                 if self._stop_requested():
                     stop.touch()  # it ends after a step, of several processes after some
             # Where accelerate has started several processes, theirs is not the code that is seen here.
-            return _STOPPED if self._stop_requested() else process.returncode
+            return STOPPED if self._stop_requested() else process.returncode
         finally:
             if process.poll() is None:
                 process.terminate()

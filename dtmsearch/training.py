@@ -22,7 +22,7 @@ from dtmsearch import config, texts
 JOB_FILE, FAILURE_FILE, LOG_FILE = "job.json", "failure.json", "log.txt"
 # Where no signal reaches, this file in the training's folder asks it to stop.
 STOP_FILE = "stop"
-_DONE, _STOPPED, _FAILED = 0, 3, 1
+_DONE, STOPPED, _FAILED = 0, 3, 1
 # How a process knows that accelerate has started it, and for which driver.
 _LAUNCHED = "DTMSEARCH_TRAINING_LAUNCHED"
 
@@ -68,7 +68,7 @@ def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
     try:
         train(training, texts.read_files(file, content["files"]), Recipe(**content["recipe"]), stopping.requested)
     except TrainingStopped:
-        return _STOPPED
+        return STOPPED
     except (TrainingDiverged, ValueError) as error:  # in every process alike
         kind = "diverged" if isinstance(error, TrainingDiverged) else "invalid"
         said = json.dumps({"kind": kind, "message": str(error)})

@@ -22,6 +22,8 @@ from dtmsearch.results.store import ResultStore
 COMMAND = str(Path(sys.executable).with_name("dtmsearch"))
 # The longest that anything waited for here may take, on a machine that is busy with other things.
 PATIENCE_SECONDS = 180.0
+# What differs between evaluations of two runs of one search: where and when.
+CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
 
 _WITHOUT_RAY = """
 import sys, ray

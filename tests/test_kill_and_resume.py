@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from processes import (
+    CIRCUMSTANCES,
     PATIENCE_SECONDS,
     Driver,
     Ended,
@@ -24,9 +25,6 @@ from processes import (
 from dtmsearch.results.store import ResultStore
 
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
-
-# What differs between two runs of one search: where and when.
-_CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,8 @@ def test_its_steps_are_those_of_an_undisturbed_search(history: History) -> None:
 
 
 def test_its_evaluations_are_those_of_an_undisturbed_search_bit_by_bit(history: History) -> None:
-    evaluations = rows(history.store, "evaluations", without=_CIRCUMSTANCES)
-    assert by_id(evaluations) == by_id(rows(history.undisturbed, "evaluations", without=_CIRCUMSTANCES))
+    evaluations = rows(history.store, "evaluations", without=CIRCUMSTANCES)
+    assert by_id(evaluations) == by_id(rows(history.undisturbed, "evaluations", without=CIRCUMSTANCES))
 
 
 def test_no_evaluation_is_recorded_twice(history: History) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from inprocess import run_here
-from processes import PATIENCE_SECONDS, Driver, Rows, num_recorded, process_ends, rows, tiny_search
+from processes import CIRCUMSTANCES, PATIENCE_SECONDS, Driver, Rows, num_recorded, process_ends, rows, tiny_search
 
 from dtmsearch.model.trained import unpack_masks
 from dtmsearch.results.store import ResultStore
@@ -22,8 +22,6 @@ from dtmsearch.results.store import ResultStore
 pytestmark = pytest.mark.timeout(2 * PATIENCE_SECONDS)
 
 _STEPS = 40
-# What differs between two runs of one search: where and when.
-_CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def test_its_plans_are_those_of_an_undisturbed_search(history: History) -> None:
 
 
 def test_its_evaluations_are_those_of_an_undisturbed_search_each_once(history: History) -> None:
-    first, second = history.both(lambda store: rows(store, "evaluations", without=_CIRCUMSTANCES))
+    first, second = history.both(lambda store: rows(store, "evaluations", without=CIRCUMSTANCES))
     by_id = {row["evaluation_id"]: row for row in first}
     assert len(by_id) == len(first) and by_id == {row["evaluation_id"]: row for row in second}
 

@@ -370,7 +370,7 @@ def time_left(polls: int, cost_of: Callable[[EvalRequest], float]) -> list[float
     """What is said to be left of a probe of six components, second by second."""
     waits, watching = Waits(polls), Watching()
     probe = Probe(SearchSpace(toy_components(), ("nf4",)), request_for)
-    with patch("dtmsearch.search.scheduler.time", waits):
+    with patch("dtmsearch.search.workload.time", waits):
         search(probe, waits, MemoryLog(), watching, cost_of=cost_of)
     return [progress.seconds_left for progress in watching.progress]
 

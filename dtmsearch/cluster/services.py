@@ -46,6 +46,7 @@ class Services:
         time, for they share machines: the mean of what they say."""
         self._first_ready()
         while self._crew.num_loading:
+            self._check_alive()
             self._crew.welcome(timeout_seconds=1.0)
         calls = [
             (member, member.actor.call.remote("measure_speed", count, prompt_tokens, continuation_tokens))

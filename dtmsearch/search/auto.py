@@ -56,7 +56,7 @@ _USUAL_ROUNDS = 2
 class Effort:
     """How much is measured: prompts of a probe; rounds of correction at most, the first one's prompts, plans drawn in
     each and switches tried at once; prompts that all rounds together, and all switches, may forward (a prompt once for
-    every plan measured on it); plans of the last comparison."""
+    every plan measured on it); plans of the last comparison, and its prompts, of which None is all."""
 
     probe_prompts: int = 4
     rounds: int = 5
@@ -65,6 +65,7 @@ class Effort:
     correction_prompts: int = 4_000
     polish_prompts: int = 3_000
     finalists: int = 3
+    final_prompts: int | None = None
 
 
 class Auto(Solver):
@@ -103,8 +104,7 @@ class Auto(Solver):
                 break
         better = yield from self._polish(belief, leader)
         pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
-        few = None if self._effort.rounds else self._effort.prompts
-        yield from self._final([*pool[: self._effort.finalists], first], few)
+        yield from self._final([*pool[: self._effort.finalists], first], self._effort.final_prompts)
 
     def _polish(self, belief: Belief, leader: Options) -> Part[list[Options]]:
         """What switches lead to, the last first: of those that by the belief may gain most a lot is measured each time,
@@ -221,7 +221,7 @@ class Auto(Solver):
             first, end = self._block(number, 0)
             yield self._num_measured(number), end - first
         yield self._effort.polish_prompts // _POLISHED_ON, _POLISHED_ON
-        yield 2 + len(self._rivals()), self.num_prompts if self._effort.rounds else self._effort.prompts
+        yield 2 + len(self._rivals()), self._effort.final_prompts or self.num_prompts
 
     def _affordable_rounds(self) -> int:
         """How many rounds of correction stay within what they may forward together."""

@@ -6,7 +6,6 @@ Owns the protocols that the rest implements: `Strategy` (chooses), `Evaluator` (
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,7 @@ from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.plans.metrics import Summary
 from dtmsearch.plans.plan import Perturbation, Plan, PlanSize
 from dtmsearch.plans.records import EvaluationRecord, Purpose, StepRecord
+from dtmsearch.search.workload import Workload
 
 # How long a wait for outcomes may last before the stop request is looked at again.
 _POLL_SECONDS = 0.5
@@ -202,7 +202,6 @@ class _Loop:
     ) -> None:
         self.strategy, self.evaluator, self.log, self.observer = strategy, evaluator, log, observer
         self.guess_share = guess_share
-        self.cost_of = cost_of
         self.guessed: set[str] = set()  # under way, asked for by nobody yet
         self.elsewhere: set[str] = set()  # what need not be guessed, for other runs have measured it
         # What is recorded is read as the strategy comes to ask for it, and let go when it is told.
@@ -210,21 +209,17 @@ class _Loop:
         self.known: dict[str, Outcome] = {}
         self.recorded_steps = list(log.decisions())
         self.earlier_seconds = self.recorded_steps[-1].wall_seconds if self.recorded_steps else 0.0
-        self.started_at = time.monotonic()
+        self.work = Workload(cost_of)
         self.in_flight: dict[str, tuple[Ask, int]] = {}
         self.answered = 0
         self.replayed = 0
         self.measured = 0
         self.asked = 0
-        # Costs of all that was asked for, of what is under way, and of what was measured in this session.
-        self.cost_asked = self.cost_in_flight = self.cost_measured = 0.0
-        self.prompts_asked = 0
-        self.measured_until = 0.0  # seconds from the start of this session to the latest outcomes
         self.put_together = 0
 
     @property
     def wall_seconds(self) -> float:
-        return self.earlier_seconds + time.monotonic() - self.started_at
+        return self.earlier_seconds + self.work.seconds
 
     def ask(self) -> bool:
         """Take the strategy's candidates; answer the known ones, send the rest. False if there were none."""
@@ -238,12 +233,11 @@ class _Loop:
         fresh = [a for a in unknown if a.request.id not in answers]
         # Guesses that are under way: asked for from now on, or answered by somebody else meanwhile.
         for request_id in self.in_flight.keys() & {a.request.id for a in unknown}:
-            self.cost_in_flight -= self.cost_of(self.in_flight.pop(request_id)[0].request)
+            self.work.drop(self.in_flight.pop(request_id)[0].request)
         self.in_flight |= {a.request.id: (a, step) for a in fresh}
         self.asked += len(asks)
-        self.cost_asked += sum(self.cost_of(a.request) for a in asks if a.answer is None)
-        self.prompts_asked += sum(a.request.prompts[1] - a.request.prompts[0] for a in asks if a.answer is None)
-        self.cost_in_flight += sum(self.cost_of(a.request) for a in fresh)
+        self.work.ask(a.request for a in asks if a.answer is None)
+        self.work.begin(a.request for a in fresh)
         self.guessed.difference_update(a.request.id for a in asks)
         self.put_together += len(given.keys() - elsewhere.keys())
         self._take([(a, step, answers[a.request.id]) for a in unknown if a.request.id in answers])
@@ -259,11 +253,7 @@ class _Loop:
         answers = [(*self.in_flight.pop(request_id), (None, outcome)) for request_id, outcome in arrived.items()]
         self._take(answers)
         self.measured += len(arrived)
-        cost = sum(self.cost_of(ask.request) for ask, _, _ in answers)
-        self.cost_measured += cost
-        self.cost_in_flight -= cost
-        if arrived:
-            self.measured_until = time.monotonic() - self.started_at
+        self.work.measure(ask.request for ask, _, _ in answers)
         for request_id in arrived:
             if request_id in self.guessed:
                 self.guessed.remove(request_id)  # from now on it is known, and waits until it is asked for
@@ -288,7 +278,7 @@ class _Loop:
         self.elsewhere |= self.log.recorded_elsewhere(list(guesses)).keys()
         fresh = {i: ask for i, ask in guesses.items() if i not in self.elsewhere}
         self.in_flight |= {i: (ask, self.strategy.step + 1) for i, ask in fresh.items()}
-        self.cost_in_flight += sum(self.cost_of(ask.request) for ask in fresh.values())
+        self.work.begin(ask.request for ask in fresh.values())
         self.guessed |= fresh.keys()
         self.evaluator.submit_guesses([ask.request for ask in fresh.values()])
 
@@ -340,7 +330,7 @@ class _Loop:
             self.observer.on_decision(decision, replayed=False)
 
     def progress(self) -> Progress:
-        elapsed = time.monotonic() - self.started_at
+        elapsed = self.work.seconds
         rate = self.measured / elapsed if elapsed > 0 else 0.0
         decisions = self.strategy.decisions
         return Progress(
@@ -350,21 +340,16 @@ class _Loop:
             replayed=self.answered - self.measured - self.put_together,
             in_flight=len(self.in_flight),
             evaluations_per_second=rate,
-            seconds_left=self._seconds_left(elapsed),
+            seconds_left=self._seconds_left(),
         )
 
-    def _seconds_left(self, elapsed: float) -> float | None:
-        """By cost and not by count: candidates come in order of their layers, so that the first cost the most. As
-        of the latest outcomes: they come many at a time, and what was done since is still under way."""
+    def _seconds_left(self) -> float | None:
         expected = self.strategy.expected_evaluations()
-        if expected is None or not self.cost_measured:
+        if expected is None or not self.asked:
             return None
         if isinstance(self.strategy, Foreseeing):
-            to_come = self.cost_asked * (self.strategy.expected_prompts() / max(self.prompts_asked, 1) - 1.0)
-        else:
-            to_come = self.cost_asked * (expected / self.asked - 1.0)
-        left = (self.cost_in_flight + max(to_come, 0.0)) * self.measured_until / self.cost_measured
-        return max(left - (elapsed - self.measured_until), 0.0)
+            return self.work.seconds_left(self.strategy.expected_prompts() / max(self.work.prompts_asked, 1) - 1.0)
+        return self.work.seconds_left(expected / self.asked - 1.0)
 
 
 def search(

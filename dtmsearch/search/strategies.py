@@ -72,7 +72,9 @@ def make_strategy(
         "lazy_greedy": lambda: lazy(1),
         "lazy_beam": lambda: lazy(width),
         "knapsack": lambda: Knapsack(space, request_for, rank_by, solver.knapsack_prompts, seed),
-        "sensitivity": lambda: auto(replace(solver.auto, rounds=0, polish_prompts=0)),
+        "sensitivity": lambda: auto(
+            replace(solver.auto, rounds=0, polish_prompts=0, final_prompts=solver.auto.prompts)
+        ),
         "auto": lambda: auto(solver.auto),
         "spdy": lambda: Spdy(space, request_for, errors, rank_by, solver.spdy, seed),
         "evolution": lambda: Evolution(space, request_for, rank_by, solver.evolution, seed),
