@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from shapes import ShapedReplica
 
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.calibration import Calibration, calibration_id
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, PromptTokens, ReplicaSettings
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.core.calibration import Calibration, calibration_id
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, PromptTokens, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.model.replica.replica import Replica
 
 WIDTHS = (2, 3, 4, 5, 6)
 PRUNING = ("magnitude-0.5", "magnitude-2:4", "wanda-0.5", "wanda-2:4", "random-0.001", "drop")

@@ -34,7 +34,7 @@ import click
 from chaos_machines import PATIENCE_SECONDS, Machines, environment
 from chaos_search import WEIGHTS, Disturbed, Tally, write_search
 
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 # What differs between two runs of one search: where and when; and who guessed that an evaluation would be asked for.
 _CIRCUMSTANCES = (

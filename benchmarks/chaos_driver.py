@@ -17,16 +17,17 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from dtmsearch import config, driver
+from dtmsearch import config
+from dtmsearch.cluster.connect import ClusterLost, ClusterUnreachable
 from dtmsearch.cluster.health import Health
-from dtmsearch.cluster.joining import ClusterLost, ClusterUnreachable
 from dtmsearch.cluster.pool import ReplicaPool
-from dtmsearch.results.files import LocalFolder
-from dtmsearch.results.store import RunLocked, StoreError, StoreFull
-from dtmsearch.search.scheduler import Decision, Progress, SearchStopped
+from dtmsearch.search.loop import Decision, Progress, SearchStopped
+from dtmsearch.store.files import LocalFolder
+from dtmsearch.store.store import RunLocked, StoreError, StoreFull
+from dtmsearch.workflows import session as driver
 
 # By name: in the package itself `run` is the verb.
-composed = importlib.import_module("dtmsearch.run")
+composed = importlib.import_module("dtmsearch.workflows.run")
 HEALTH = Health(first_seconds=60.0, floor_seconds=3.0, canary_seconds=1.0)
 
 

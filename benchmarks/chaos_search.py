@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from chaos_machines import PATIENCE_SECONDS, Machines, until
 
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 # How often each fault comes, among all.
 WEIGHTS = {

@@ -17,10 +17,10 @@ import click
 import numpy as np
 from search_quality import CONTINUATION, Bench
 
-from dtmsearch.plans.calibration import WeightError
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest
-from dtmsearch.plans.plan import Perturbation, Plan
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.core.calibration import WeightError
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.schemes import parse_scheme
 
 _SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 # family -> its schemes, the one that the others are compared with first.

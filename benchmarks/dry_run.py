@@ -17,11 +17,11 @@ from pathlib import Path
 import click
 import ray
 
-from dtmsearch.cluster.joining import connect
+from dtmsearch.cluster.connect import connect
 from dtmsearch.config import SearchFile, load
-from dtmsearch.estimate import estimate
-from dtmsearch.run import run
-from dtmsearch.search.scheduler import Decision, Progress
+from dtmsearch.search.loop import Decision, Progress
+from dtmsearch.workflows.estimate import estimate
+from dtmsearch.workflows.run import run
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -20,7 +20,7 @@ from inprocess import load, reference
 from torch import Tensor
 from transformers import DynamicCache
 
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.plan import Plan
 
 TOKENS = 100
 _ROUNDS = 3

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from shapes import SHAPES
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dtmsearch.export.formats import FORMATS
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.export.formats.registry import FORMATS
 from dtmsearch.export.job import Job
-from dtmsearch.model.discovery import components_of, find_layers
-from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.model.modules.discovery import components_of, find_layers
 
 SCHEMES = {"dense": "int4-g128", "compressed-tensors": "int4-g128", "bitsandbytes": "nf4"}
 

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 from dtmsearch.config import parse
-from dtmsearch.exporting import ExportFailed, export
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, RunRecord
-from dtmsearch.results.store import ResultStore
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.export import ExportFailed, export
 
 # what is exported: format, the scheme of attention, the scheme of the rest, what loads it
 EXPORTS = (

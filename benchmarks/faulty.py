@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.evaluation import (
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import (
     EvalRequest,
     EvalResult,
     ModelSpec,
@@ -30,8 +30,8 @@ from dtmsearch.plans.evaluation import (
     ReplicaSettings,
     reference_id,
 )
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
 
 FOLDER_VARIABLE = "CHAOS_FOLDER"
 _MODE = "faulty"

@@ -30,13 +30,13 @@ from shapes import SHAPES, ShapedReplica
 import dtmsearch
 from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, PromptTokens, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Perturbation, Plan
-from dtmsearch.results.store import ResultStore
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Silent, search
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, PromptTokens, Reference, ReplicaSettings
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.loop import Silent, search
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.store.store import ResultStore
 
 PROMPT, CONTINUATION = 100, 100
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome, Reference
-from dtmsearch.plans.evaluation import ReplicaSettings as Settings
-from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.search.scheduler import Decision, Progress
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome, Reference
+from dtmsearch.core.evaluation import ReplicaSettings as Settings
+from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.loop import Decision, Progress
 
 _BATCH = 64
 

@@ -25,11 +25,11 @@ import click
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.results import schemas
-from dtmsearch.results.columns import coded_constant
-from dtmsearch.results.query import query
-from dtmsearch.results.segments import Segment
-from dtmsearch.results.store import ResultStore
+from dtmsearch.analysis.sql import query
+from dtmsearch.store import schemas
+from dtmsearch.store.codecs.columns import coded_constant
+from dtmsearch.store.segments import Segment
+from dtmsearch.store.store import ResultStore
 
 _PER_SEGMENT = 32_768
 _COMPONENTS = 224

@@ -16,12 +16,12 @@ from typing import Any
 import click
 from inprocess import Forgetful, Measuring, load, reference, result
 
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult
-from dtmsearch.plans.metrics import paired_difference, summarize
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.search.scheduler import remarks_of, search
+from dtmsearch.core.evaluation import EvalRequest, EvalResult
+from dtmsearch.core.metrics import paired_difference, summarize
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.loop import remarks_of, search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import make_strategy
+from dtmsearch.search.strategies.registry import make_strategy
 
 # label -> strategy and its settings
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {

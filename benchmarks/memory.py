@@ -71,9 +71,9 @@ def measure(folder: Path, dtype: str, case: str, batch_tokens: int) -> Memory:
     """In this process, which must be a fresh one."""
     from transformers import LlamaForCausalLM  # noqa: F401 - imported late by transformers itself
 
-    from dtmsearch.model.replica import Replica
-    from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
-    from dtmsearch.plans.plan import Plan
+    from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
+    from dtmsearch.core.plan import Plan
+    from dtmsearch.model.replica.replica import Replica
 
     libraries = resident_bytes()
     replica = Replica(ModelSpec(str(folder), dtype=dtype), ReplicaSettings(batch_tokens=batch_tokens))
@@ -98,7 +98,7 @@ def touched(parameter: Any) -> int:
 
 def plans_of(case: str, components: Sequence[Any]) -> list[Any]:
     """Plans to measure one after another: single perturbations, or the whole plan, the dense one, the whole one."""
-    from dtmsearch.plans.plan import Perturbation, Plan
+    from dtmsearch.core.plan import Perturbation, Plan
 
     which, _, scheme = case.partition(" component, ")
     if which == "one":
@@ -109,7 +109,7 @@ def plans_of(case: str, components: Sequence[Any]) -> list[Any]:
 
 def random_reference(replica: Any, count: int) -> Any:
     """A reference of random tokens: the same work, without generating them."""
-    from dtmsearch.plans.evaluation import Reference
+    from dtmsearch.core.evaluation import Reference
 
     size = replica._body.vocabulary_size
     tokens = np.random.default_rng(0).integers(3, size, (count, PROMPT + CONTINUATION), dtype=np.int32)

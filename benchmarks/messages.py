@@ -29,9 +29,9 @@ import numpy as np
 import ray
 from sleeping import Sleeping, make_manifest
 
-from dtmsearch.cluster.joining import connect
+from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.plans.evaluation import (
+from dtmsearch.core.evaluation import (
     FIXED_COST,
     EvalRequest,
     EvalResult,
@@ -41,11 +41,11 @@ from dtmsearch.plans.evaluation import (
     ReplicaSettings,
     evaluation_cost,
 )
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.results.store import ResultStore
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Silent, search
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.loop import Silent, search
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.store.store import ResultStore
 
 _LAYERS = 32
 _PROMPTS = 100
@@ -147,7 +147,7 @@ def main(replicas: int, processes: int, evaluation_ms: float, rounds: int, width
         return SimpleNamespace(actor=actor, placed=placed, group=None, end=lambda: None, leave=lambda: None)
 
     with (
-        patch("dtmsearch.cluster.crew.start_host", start_host),
+        patch("dtmsearch.cluster.replicas.start_host", start_host),
         tempfile.TemporaryDirectory() as folder,
         ReplicaPool(ModelSpec(""), PoolSettings(replicas=replicas)) as pool,
         ResultStore(folder).writer("messages") as writer,

@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from dtmsearch.cluster.joining import connect
+from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec
-from dtmsearch.plans.plan import Plan
-from dtmsearch.results.store import ResultStore
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Silent, search
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec
+from dtmsearch.core.plan import Plan
+from dtmsearch.search.loop import Silent, search
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.store.store import ResultStore
 
 _LAYERS = 32
 

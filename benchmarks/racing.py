@@ -17,10 +17,10 @@ import click
 import numpy as np
 from inprocess import load, reference, result
 
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult
-from dtmsearch.plans.plan import Perturbation, Plan
-from dtmsearch.search.racing import Racing
+from dtmsearch.core.components import Component
+from dtmsearch.core.evaluation import EvalRequest, EvalResult
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.search.strategies.racing import Racing
 
 METRICS = ("fdt", "sdt", "kl")
 TOKENS = 100

@@ -15,13 +15,13 @@ from dataclasses import replace
 import click
 import numpy as np
 
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Outcome
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import SearchStopped, Silent, search
+from dtmsearch.core.components import Component
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.search.loop import SearchStopped, Silent, search
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -28,9 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.evaluation import (
+from dtmsearch.core.components import Component
+from dtmsearch.core.evaluation import (
     EvalRequest,
     EvalResult,
     ModelSpec,
@@ -39,8 +38,9 @@ from dtmsearch.plans.evaluation import (
     ReplicaSettings,
     reference_id,
 )
-from dtmsearch.plans.metrics import share_of_divergent_tokens
-from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.core.metrics import share_of_divergent_tokens
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.model.replica.replica import Replica
 
 Array = NDArray[Any]
 _MATRIX = {"cpu": 2_048, "cuda": 8_192}

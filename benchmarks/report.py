@@ -15,9 +15,9 @@ from pathlib import Path
 import click
 from store import record_all
 
-from dtmsearch.plans.records import RunRecord
+from dtmsearch.core.records import RunRecord
 from dtmsearch.report.writing import write_report
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 _RECORD = RunRecord("benchmark", "running", "", "/", None, "benchmark", None, None, 1.7e9, None, "0.1.0")
 

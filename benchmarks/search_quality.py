@@ -20,17 +20,17 @@ import click
 import numpy as np
 import torch
 
-from dtmsearch.model.replica import LoadedModel, Replica
-from dtmsearch.model.weights import Checkpoint
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
-from dtmsearch.plans.metrics import paired_difference, summarize
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.search.auto import Effort
-from dtmsearch.search.evolution import Stages, Switching
-from dtmsearch.search.scheduler import Decision, Progress, search
-from dtmsearch.search.sensitivity import WeightErrors
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.metrics import paired_difference, summarize
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.model.replica.replica import LoadedModel, Replica
+from dtmsearch.model.weights.applied import Checkpoint
+from dtmsearch.search.loop import Decision, Progress, search
+from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import SolverSettings, make_strategy
+from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
 
 CONTINUATION = 100  # tokens, and as many of a prompt, unless said
 HELD_OUT_SEED = 1_000

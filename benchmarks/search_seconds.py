@@ -16,11 +16,11 @@ import torch
 from search_quality import Counter, Forgetful, Watcher
 from shapes import SHAPES, ShapedReplica
 
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.search.scheduler import search
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.loop import search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import SolverSettings, make_strategy
+from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
 
 PROMPT, CONTINUATION = 100, 100
 SCHEMES = tuple(f"int{bits}-g128" for bits in (3, 4, 5, 6, 8))

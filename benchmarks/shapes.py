@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dtmsearch.model import replica
-from dtmsearch.model.discovery import components_of, find_layers
-from dtmsearch.model.weights import Checkpoint
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.model.modules.discovery import components_of, find_layers
+from dtmsearch.model.replica import replica
+from dtmsearch.model.weights.applied import Checkpoint
 
 SHAPES = {
     "llama2-7b": {

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Provenance, ReplicaSettings
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Provenance, ReplicaSettings
 
 _KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 _CONTINUATION_TOKENS = 100

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 
-from dtmsearch.plans.schemes import parse_scheme
-from dtmsearch.results.store import ResultStore
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.store.store import ResultStore
 
 _ALMOST_ALL = 0.9
 _COLUMNS = ["run", "label", "plan_id", "purpose", "fdt_mean", "sdt_mean", "kl", "ppl", "status"]

@@ -17,10 +17,10 @@ import torch
 from ray.cluster_utils import Cluster
 
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.replica.replica import Replica
 
 
 def requests_of(reference: Reference, manifest: ModelManifest, count: int) -> list[EvalRequest]:

@@ -17,12 +17,12 @@ from pathlib import Path
 import click
 import numpy as np
 
-from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Provenance
-from dtmsearch.plans.plan import Perturbation, Plan
-from dtmsearch.plans.records import EvaluationRecord
-from dtmsearch.results.query import query
-from dtmsearch.results.store import ResultStore
+from dtmsearch.analysis.sql import query
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, Provenance
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.records import EvaluationRecord
+from dtmsearch.store.store import ResultStore
 
 _PER_COMMIT = 100
 _KINDS = ("q", "k", "v", "o", "gate", "up", "down")

@@ -76,10 +76,10 @@ def prepare(setting: Setting) -> None:
     """What a training starts from: half of every component pruned, by magnitude."""
     from safetensors.torch import save_file
 
-    from dtmsearch.model.discovery import read_manifest
-    from dtmsearch.model.loading import load_model
-    from dtmsearch.model.trained import MASKS_FILE, START_FILE, pack_masks
-    from dtmsearch.plans.evaluation import ModelSpec
+    from dtmsearch.core.evaluation import ModelSpec
+    from dtmsearch.model.modules.discovery import read_manifest
+    from dtmsearch.model.modules.loading import load_model
+    from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, pack_masks
 
     folder = setting.scratch / "training"
     folder.mkdir()
@@ -93,9 +93,9 @@ def prepare(setting: Setting) -> None:
 
 def ours(setting: Setting) -> Step:
     """The loop of `dtmsearch recover`, a step of it."""
-    from dtmsearch.model.recover.loop import Loop, Training
-    from dtmsearch.model.recover.recipe import Recipe
-    from dtmsearch.plans.evaluation import ModelSpec
+    from dtmsearch.core.evaluation import ModelSpec
+    from dtmsearch.model.training.loop import Loop, Training
+    from dtmsearch.model.training.recipe import Recipe
 
     recipe = Recipe(
         masked_steps=10**6,
@@ -116,7 +116,7 @@ def plain(setting: Setting) -> Step:
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dtmsearch.model.recover.rows import read_rows
+    from dtmsearch.model.training.batches import read_rows
 
     accelerator = Accelerator(mixed_precision="bf16" if setting.precision == "bfloat16" else "no")
     network = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32, attn_implementation="sdpa")
@@ -225,7 +225,7 @@ def memory_apart(name: str, setting: Setting) -> float:
 def tell_memory(name: str, fields: list[str]) -> None:
     import psutil
 
-    import dtmsearch.model.recover.loop  # noqa: F401 - code is loaded before the count begins
+    import dtmsearch.model.training.loop  # noqa: F401 - code is loaded before the count begins
 
     model, text, precision, batch_tokens, scratch = fields
     setting = Setting(Path(model), Path(text), precision, int(batch_tokens), Path(scratch))

@@ -24,13 +24,13 @@ import numpy as np
 from virtual import Clock, VirtualActor, virtual_pool
 
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, first_changed_layer
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Silent, search
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, first_changed_layer
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.search.loop import Silent, search
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
 
 _KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 _PROMPTS = 128
@@ -147,7 +147,7 @@ def measure_use(
     log, cpu_started_at = Log(), time.process_time()
     with (
         virtual_pool(clock, actors, lambda: VirtualActor(clock, replica, seconds_of), replicas),
-        patch("dtmsearch.search.workload.time", clock),
+        patch("dtmsearch.search.eta.time", clock),
         ReplicaPool(ModelSpec(""), PoolSettings(replicas=replicas)) as pool,
     ):
         pool.manifest()

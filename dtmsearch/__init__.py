@@ -12,20 +12,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtmsearch.cluster.sweep import sweep
+    from dtmsearch.analysis.named_queries import ask
+    from dtmsearch.analysis.pareto import candidates as pareto
+    from dtmsearch.analysis.sql import query
+    from dtmsearch.analysis.summary import runs_overview as ls
+    from dtmsearch.analysis.summary import summarize_run as status
     from dtmsearch.config import load
-    from dtmsearch.doctor import examine as doctor
-    from dtmsearch.exporting import export
+    from dtmsearch.config.sweep import load_sweep
     from dtmsearch.report.writing import write_report as report
-    from dtmsearch.results.pareto import candidates as pareto
-    from dtmsearch.results.query import query
-    from dtmsearch.results.questions import ask
-    from dtmsearch.results.summary import runs_overview as ls
-    from dtmsearch.results.summary import summarize_run as status
-    from dtmsearch.run import Where, demo, evaluate, open_store, recover, resume, run, stop
-    from dtmsearch.scoring import score
-    from dtmsearch.submission import submit
-    from dtmsearch.sweepfile import load_sweep
+    from dtmsearch.workflows.doctor import examine as doctor
+    from dtmsearch.workflows.export import export
+    from dtmsearch.workflows.run import Where, demo, evaluate, open_store, recover, resume, run, stop
+    from dtmsearch.workflows.score import score
+    from dtmsearch.workflows.submit import submit
+    from dtmsearch.workflows.sweep import sweep
 
 __all__ = [
     "Where",
@@ -55,27 +55,27 @@ __version__ = "0.1.0"
 
 # name here -> module, name there
 _LAZY = {
-    "Where": ("dtmsearch.run", "Where"),
-    "ask": ("dtmsearch.results.questions", "ask"),
-    "demo": ("dtmsearch.run", "demo"),
-    "doctor": ("dtmsearch.doctor", "examine"),
-    "evaluate": ("dtmsearch.run", "evaluate"),
-    "export": ("dtmsearch.exporting", "export"),
+    "Where": ("dtmsearch.workflows.run", "Where"),
+    "ask": ("dtmsearch.analysis.named_queries", "ask"),
+    "demo": ("dtmsearch.workflows.run", "demo"),
+    "doctor": ("dtmsearch.workflows.doctor", "examine"),
+    "evaluate": ("dtmsearch.workflows.run", "evaluate"),
+    "export": ("dtmsearch.workflows.export", "export"),
     "load": ("dtmsearch.config", "load"),
-    "load_sweep": ("dtmsearch.sweepfile", "load_sweep"),
-    "ls": ("dtmsearch.results.summary", "runs_overview"),
-    "open_store": ("dtmsearch.run", "open_store"),
-    "pareto": ("dtmsearch.results.pareto", "candidates"),
-    "query": ("dtmsearch.results.query", "query"),
-    "recover": ("dtmsearch.run", "recover"),
+    "load_sweep": ("dtmsearch.config.sweep", "load_sweep"),
+    "ls": ("dtmsearch.analysis.summary", "runs_overview"),
+    "open_store": ("dtmsearch.workflows.run", "open_store"),
+    "pareto": ("dtmsearch.analysis.pareto", "candidates"),
+    "query": ("dtmsearch.analysis.sql", "query"),
+    "recover": ("dtmsearch.workflows.run", "recover"),
     "report": ("dtmsearch.report.writing", "write_report"),
-    "resume": ("dtmsearch.run", "resume"),
-    "run": ("dtmsearch.run", "run"),
-    "score": ("dtmsearch.scoring", "score"),
-    "status": ("dtmsearch.results.summary", "summarize_run"),
-    "stop": ("dtmsearch.run", "stop"),
-    "submit": ("dtmsearch.submission", "submit"),
-    "sweep": ("dtmsearch.cluster.sweep", "sweep"),
+    "resume": ("dtmsearch.workflows.run", "resume"),
+    "run": ("dtmsearch.workflows.run", "run"),
+    "score": ("dtmsearch.workflows.score", "score"),
+    "status": ("dtmsearch.analysis.summary", "summarize_run"),
+    "stop": ("dtmsearch.workflows.run", "stop"),
+    "submit": ("dtmsearch.workflows.submit", "submit"),
+    "sweep": ("dtmsearch.workflows.sweep", "sweep"),
 }
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from fakes import evaluate, toy_components
 
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.search.scheduler import Evaluator, ResultLog
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.search.loop import Evaluator, ResultLog
 
 _SCHEMES = [f"int{bits}-{grain}" for bits in range(2, 9) for grain in ("tensor", "channel", "g32", "g64")]
 

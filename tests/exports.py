@@ -10,14 +10,15 @@ from typing import Any
 from tiny import TEXT, result, with_reference
 
 from dtmsearch.config import parse
-from dtmsearch.exporting import Exported, check, export
-from dtmsearch.model.replica import Replica
-from dtmsearch.model.served import measure
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, RunRecord
-from dtmsearch.results.store import ResultStore
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.model.replica.exported import measure
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows import export_check as check
+from dtmsearch.workflows.export import Exported, export
 
 RUN = "mine"
 

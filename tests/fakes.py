@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from dtmsearch.plans.components import Component, ModelManifest
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.plans.schemes import parse_scheme
-from dtmsearch.search.scheduler import Silent, Strategy, search
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.search.loop import Silent, Strategy, search
 
 NUM_PROMPTS = 8
 CONTINUATION_TOKENS = 100

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from fakes import MemoryLog, readable_tree, request_for, run_search, toy_components
 
-from dtmsearch.plans.plan import Budget
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.probe import Probe
-from dtmsearch.search.scheduler import Strategy
+from dtmsearch.core.plan import Budget
+from dtmsearch.search.loop import Strategy
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.probe import Probe
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -11,11 +11,13 @@ from typing import Any, Self
 
 import pytest
 
-from dtmsearch import config, measuring, training
+from dtmsearch import config
 from dtmsearch.config import SearchFile
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalRequest, Outcome, ReplicaSettings
-from dtmsearch.recovering import Recovering
+from dtmsearch.core.evaluation import EvalRequest, Outcome, ReplicaSettings
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.model.training import main as training
+from dtmsearch.workflows import evaluate as measuring
+from dtmsearch.workflows.recover import Recovering
 
 
 class InProcess(Replica):
@@ -45,7 +47,10 @@ def _pool(file: SearchFile, where: Any, *_: object) -> InProcess:
 def here() -> Iterator[None]:
     """Within, the verbs start no other process."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (importlib.import_module("dtmsearch.run"), measuring):  # by attribute the first is the verb
+        for module in (
+            importlib.import_module("dtmsearch.workflows.run"),
+            measuring,
+        ):  # by attribute the first is the verb
             patch.setattr(module, "pool_for", _pool)
         patch.setattr(Recovering, "_train_here", lambda _, folder: training.worker(str(folder / training.JOB_FILE)))
         yield
@@ -53,4 +58,4 @@ def here() -> Iterator[None]:
 
 def run_here(file: Path, store: Path) -> None:
     with here():
-        importlib.import_module("dtmsearch.run").run(config.load(str(file)), str(store))
+        importlib.import_module("dtmsearch.workflows.run").run(config.load(str(file)), str(store))

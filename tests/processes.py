@@ -17,7 +17,7 @@ import pytest
 import yaml
 from tiny import TEXT, write_model
 
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 COMMAND = str(Path(sys.executable).with_name("dtmsearch"))
 # The longest that anything waited for here may take, on a machine that is busy with other things.

@@ -9,14 +9,14 @@ import numpy as np
 import yaml
 from fakes import CONTINUATION_TOKENS, FakeEvaluator, toy_components, toy_manifest
 
-from dtmsearch.plans.evaluation import Continuation, EvalRequest, Reference, Writing
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.plans.records import RunRecord
-from dtmsearch.results.store import ResultStore
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Silent, measure, search
+from dtmsearch.core.evaluation import Continuation, EvalRequest, Reference, Writing
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.records import RunRecord
+from dtmsearch.search.loop import Silent, measure, search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.validation import validation_plans
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.validate import validation_plans
 
 NUM_LAYERS = 4
 NUM_PROMPTS = 8

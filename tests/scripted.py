@@ -17,8 +17,8 @@ import numpy as np
 from fakes import evaluate, toy_manifest
 from numpy.typing import NDArray
 
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import (
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import (
     EvalRequest,
     EvalResult,
     ModelSpec,
@@ -30,7 +30,7 @@ from dtmsearch.plans.evaluation import (
     Speed,
     reference_id,
 )
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.plan import Plan
 
 SECONDS_VARIABLE = "SCRIPTED_SECONDS"
 

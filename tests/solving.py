@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from fakes import CONTINUATION_TOKENS, NUM_PROMPTS, REFERENCE_ID, chance
 
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.plans.schemes import parse_scheme
-from dtmsearch.search.additive import SpdySearch
-from dtmsearch.search.auto import Effort
-from dtmsearch.search.evolution import Stages, Switching
-from dtmsearch.search.scheduler import Strategy
+from dtmsearch.core.components import Component
+from dtmsearch.core.evaluation import EvalRequest, EvalResult
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.search.loop import Strategy
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import SolverSettings, make_strategy
+from dtmsearch.search.strategies.additive import SpdySearch
+from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
 
 LEVELS = tuple(f"int{bits}-channel" for bits in range(2, 7))
 STRATEGIES = ("knapsack", "sensitivity", "auto", "spdy", "evolution", "local")

@@ -13,8 +13,8 @@ from contracts import ids
 from fakes import toy_components, toy_manifest
 from pyarrow import fs
 
-from dtmsearch.plans.records import RunRecord
-from dtmsearch.results.store import ResultStore, RunWriter
+from dtmsearch.core.records import RunRecord
+from dtmsearch.store.store import ResultStore, RunWriter
 
 
 @contextmanager

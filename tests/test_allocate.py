@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtmsearch.search.allocate import (
+from dtmsearch.search.solver.allocation import (
     Curve,
     DamageCurve,
     curve,

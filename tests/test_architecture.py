@@ -87,7 +87,7 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are written out from the package's name"
             assert node.module is not None
-            # `from dtmsearch.results import tables` imports a module, `from dtmsearch.plans.plan import Plan` a name.
+            # `from dtmsearch.store import tables` imports a module, `from dtmsearch.core.plan import Plan` a name.
             names = (f"{node.module}.{alias.name}" for alias in node.names)
             yield from (name if name.removeprefix("dtmsearch.") in MODULES else node.module for name in names)
 
@@ -152,8 +152,8 @@ def test_help_loads_neither_torch_nor_ray(code: str) -> None:
 
 
 def test_the_driver_runs_without_torch() -> None:
-    assert loaded_by("import dtmsearch.run") & {"torch", "transformers", "bitsandbytes"} == set()
+    assert loaded_by("import dtmsearch.workflows.run") & {"torch", "transformers", "bitsandbytes"} == set()
 
 
 def test_the_search_needs_nothing_but_numpy() -> None:
-    assert loaded_by("import dtmsearch.search.strategies") & {"torch", "ray", "pyarrow", "pydantic"} == set()
+    assert loaded_by("import dtmsearch.search.strategies.registry") & {"torch", "ray", "pyarrow", "pydantic"} == set()

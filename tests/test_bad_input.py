@@ -22,9 +22,9 @@ from tiny import replica, write_model
 import dtmsearch as dtm
 from dtmsearch.cli import main
 from dtmsearch.config import load
-from dtmsearch.model import discovery
-from dtmsearch.plans.records import RunRecord
-from dtmsearch.results.store import ResultStore
+from dtmsearch.core.records import RunRecord
+from dtmsearch.model.modules import discovery
+from dtmsearch.store.store import ResultStore
 
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 

@@ -15,12 +15,12 @@ from golden_trees import CASES, FOLDER, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, Outcome
-from dtmsearch.plans.metrics import METRICS, rank_key, summarize
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import SearchFailed
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome
+from dtmsearch.core.metrics import METRICS, rank_key, summarize
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.loop import SearchFailed
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
 
 
 def literal_beam(space: SearchSpace, metric: str, width: int) -> list[Plan]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dtmsearch.search.belief import Belief, Spread
+from dtmsearch.search.solver.posterior import Belief, Spread
 
 DAMAGES = (np.array([0.0, 1.0, 4.0, 0.9]), np.array([0.0, 2.0, 8.0, 1.8]))
 # The last option's error is next to the second one's, and it is of another family.

@@ -16,12 +16,12 @@ from pyarrow import fs
 from test_store import opened, replayed
 from werkzeug.serving import make_server
 
-from dtmsearch.plans.plan import Budget
-from dtmsearch.results import locks
-from dtmsearch.results.files import open_folder
-from dtmsearch.results.store import ResultStore, RunLocked, StoreError
-from dtmsearch.search.beam import Beam
+from dtmsearch.core.plan import Budget
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.store import locks
+from dtmsearch.store.files import open_folder
+from dtmsearch.store.store import ResultStore, RunLocked, StoreError
 
 # boto3 inside the server asks Python for what the next release of Python will not have.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

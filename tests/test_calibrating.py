@@ -14,11 +14,11 @@ from processes import PATIENCE_SECONDS, Driver, Ended, dtmsearch, num_recorded, 
 from tiny import replica
 
 from dtmsearch import config
-from dtmsearch.calibrating import Calibrating
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
-from dtmsearch.plans.plan import Plan
-from dtmsearch.results.store import ResultStore, RunWriter
+from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.calibrate import Calibrating
 
 SCHEMES = ("wanda-0.5", "gptq-int3-g8", "int4-g8+wanda-0.5", "int4-g8+sparsegpt-0.5")
 

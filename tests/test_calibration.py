@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXT, VOCABULARY, llama_config, replica, result, values, with_reference, write_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from dtmsearch.model import calibrator as calibrator_module
-from dtmsearch.model import compressor as compressor_module
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.calibration import Calibration
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
-from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.core.calibration import Calibration
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.model.calibration import calibrator as calibrator_module
+from dtmsearch.model.compress import compressor as compressor_module
+from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
 CALIBRATED = [

@@ -23,16 +23,16 @@ import pytest
 from fakes import toy_components, toy_manifest
 
 import dtmsearch
+from dtmsearch.analysis.summary import RunSummary, ValidationRow
 from dtmsearch.cli import cli, main
-from dtmsearch.doctor import Finding, Status
-from dtmsearch.plans.metrics import PairedDifference, Summary
-from dtmsearch.plans.plan import Plan, plan_size
-from dtmsearch.plans.records import RunRecord, StepRecord
-from dtmsearch.results.store import ResultStore
-from dtmsearch.results.summary import RunSummary, ValidationRow
-from dtmsearch.run import PlanMeasurement, Where
-from dtmsearch.search.scheduler import SearchStopped
-from dtmsearch.summaries import DEMO_QUERIES, PLAN_QUERY, run_text
+from dtmsearch.console.text import DEMO_QUERIES, PLAN_QUERY, run_text
+from dtmsearch.core.metrics import PairedDifference, Summary
+from dtmsearch.core.plan import Plan, plan_size
+from dtmsearch.core.records import RunRecord, StepRecord
+from dtmsearch.search.loop import SearchStopped
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.doctor import Finding, Status
+from dtmsearch.workflows.run import PlanMeasurement, Where
 
 GOLDEN = Path(__file__).parent / "golden" / "cli.json"
 PLAN = Plan.of({c.name: "int8-channel" for c in toy_components()[:4]})
@@ -80,15 +80,15 @@ def a_summary(**changes: Any) -> RunSummary:
 
 @pytest.fixture
 def replace_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, ...]]]:
-    """Put fakes in the place of functions of `dtmsearch.run`; gives the list of what they are called with."""
+    """Put fakes in the place of functions of `dtmsearch.workflows.run`; gives the list of what they are called with."""
 
     def replace(**answers: Any) -> list[tuple[Any, ...]]:
         calls: list[tuple[Any, ...]] = []
-        fake = ModuleType("dtmsearch.run")
+        fake = ModuleType("dtmsearch.workflows.run")
         fake.Where = Where  # type: ignore[attr-defined]
         for name, answer in answers.items():
             setattr(fake, name, _recording(calls, answer))
-        monkeypatch.setitem(sys.modules, "dtmsearch.run", fake)
+        monkeypatch.setitem(sys.modules, "dtmsearch.workflows.run", fake)
         return calls
 
     return replace
@@ -182,13 +182,13 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     ("error", "code"),
     [
         ("builtins.ValueError", 2),
-        ("dtmsearch.results.store.StoreError", 4),
-        ("dtmsearch.results.store.StoreReadOnly", 4),
-        ("dtmsearch.results.store.StoreFull", 3),
-        ("dtmsearch.results.store.RunLocked", 1),
-        ("dtmsearch.cluster.joining.ClusterUnreachable", 5),
-        ("dtmsearch.cluster.crew.ReplicasFailed", 1),
-        ("dtmsearch.search.scheduler.SearchFailed", 1),
+        ("dtmsearch.store.store.StoreError", 4),
+        ("dtmsearch.store.store.StoreReadOnly", 4),
+        ("dtmsearch.store.store.StoreFull", 3),
+        ("dtmsearch.store.store.RunLocked", 1),
+        ("dtmsearch.cluster.connect.ClusterUnreachable", 5),
+        ("dtmsearch.cluster.replicas.ReplicasFailed", 1),
+        ("dtmsearch.search.loop.SearchFailed", 1),
     ],
 )
 def test_what_went_wrong_is_said_in_a_line_and_told_by_the_exit_code(
@@ -476,7 +476,7 @@ def test_doctor_exits_1_when_something_needed_is_missing(
     status: Status, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finding = Finding("store", status, "a file", "choose another")
-    monkeypatch.setattr(importlib.import_module("dtmsearch.doctor"), "examine", lambda _store: [finding])
+    monkeypatch.setattr(importlib.import_module("dtmsearch.workflows.doctor"), "examine", lambda _store: [finding])
     assert main(["doctor", "--format", "json"]) == code
     assert json.loads(capsys.readouterr().out) == [
         {"name": "store", "status": status, "found": "a file", "remedy": "choose another"}
@@ -488,8 +488,8 @@ def test_doctor_exits_1_when_something_needed_is_missing(
 
 @pytest.mark.parametrize("verb", ["demo", "doctor", "evaluate", "ls", "query", "resume", "run", "status", "stop"])
 def test_every_verb_is_a_function_of_the_package_also_once_its_module_is_loaded(verb: str) -> None:
-    importlib.import_module("dtmsearch.run")
-    importlib.import_module("dtmsearch.doctor")
+    importlib.import_module("dtmsearch.workflows.run")
+    importlib.import_module("dtmsearch.workflows.doctor")
     assert callable(getattr(dtmsearch, verb))
 
 

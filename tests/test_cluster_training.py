@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from test_recover import PRUNED, RECIPE, prepared
 from tiny import TEXT, write_model
 
-from dtmsearch.cluster.training import train_on_cluster
-from dtmsearch.model.recover.checkpoints import checkpoints
-from dtmsearch.model.recover.loop import Training, train
-from dtmsearch.model.trained import MASKS_FILE, unpack_masks
-from dtmsearch.training import JOB_FILE, STOP_FILE
+from dtmsearch.cluster.train import train_on_cluster
+from dtmsearch.model.training.checkpoints import checkpoints
+from dtmsearch.model.training.loop import Training, train
+from dtmsearch.model.training.main import JOB_FILE, STOP_FILE
+from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
 
 pytestmark = [
     pytest.mark.timeout(2 * PATIENCE_SECONDS),

@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny import llama_config, replica, result, values, with_reference, write_model
 
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
 pytestmark = [

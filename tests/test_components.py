@@ -9,7 +9,7 @@ import pytest
 from fakes import toy_manifest
 from safetensors.numpy import save_file
 
-from dtmsearch.plans.components import checkpoint_dtype, content_hash, read_header, weight_files
+from dtmsearch.core.components import checkpoint_dtype, content_hash, read_header, weight_files
 
 WEIGHTS = {
     "model.layers.0.mlp.up_proj.weight": np.arange(12, dtype=np.float16).reshape(3, 4),

@@ -9,9 +9,9 @@ from fakes import request_for, run_search, toy_components
 from solving import errors_of
 
 from dtmsearch.config import SearchFile, SearchSection, difference, load, parse
-from dtmsearch.plans.plan import Budget
+from dtmsearch.core.plan import Budget
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import SolverSettings, make_strategy
+from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
 
 TEXT = """
 run: toy

@@ -11,9 +11,9 @@ import pytest
 from reported import make_run
 
 import dtmsearch as dtm
+from dtmsearch.analysis.named_queries import QUESTIONS, ask
 from dtmsearch.cli import main
-from dtmsearch.results.questions import QUESTIONS, ask
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 TEXT = (Path(__file__).parent.parent / "docs" / "cookbook.md").read_text(encoding="utf-8")
 PREAMBLE, *SECTIONS = re.split(r"^## ", TEXT, flags=re.MULTILINE)

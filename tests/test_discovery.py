@@ -10,8 +10,8 @@ import pytest
 from tiny import llama_config, write_model
 from transformers import GPTNeoXConfig, MistralConfig, OPTConfig, Qwen2Config
 
-from dtmsearch.model.discovery import read_manifest
-from dtmsearch.plans.evaluation import ModelSpec
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.model.modules.discovery import read_manifest
 
 
 def manifest_of(folder: Path):  # type: ignore[no-untyped-def]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dtmsearch.model.divergence import _diverged
+from dtmsearch.model.forward.head_metrics import _diverged
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

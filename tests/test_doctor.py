@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dtmsearch.doctor import (
+from dtmsearch.workflows.doctor import (
     Finding,
     check_bitsandbytes,
     check_disk,

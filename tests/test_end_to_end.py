@@ -29,7 +29,7 @@ from processes import (
 )
 
 import dtmsearch as dtm
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 

@@ -10,11 +10,11 @@ import pytest
 from inprocess import InProcess, run_here
 from processes import rows, tiny_search
 
-from dtmsearch import estimate as module
 from dtmsearch.config import load
-from dtmsearch.estimate import Estimate, estimate
-from dtmsearch.plans.evaluation import ReplicaSettings, Speed
-from dtmsearch.summaries import estimate_text
+from dtmsearch.console.text import estimate_text
+from dtmsearch.core.evaluation import ReplicaSettings, Speed
+from dtmsearch.workflows import estimate as module
+from dtmsearch.workflows.estimate import Estimate, estimate
 
 SPEED = Speed(
     layers_seconds=4.0,

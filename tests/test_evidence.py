@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dtmsearch.search.evidence import Values, log_evidence, log_evidence_above
+from dtmsearch.search.solver.sequential_test import Values, log_evidence, log_evidence_above
 
 ORDERS = 2_000
 ERROR = 0.05

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
-from dtmsearch.export.formats import FORMATS
-from dtmsearch.exporting import ExportFailed, export
+from dtmsearch.core.plan import plan_from_json
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.export.formats.registry import FORMATS
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.plans.plan import plan_from_json
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.workflows.export import ExportFailed, export
 
 MIXED = {
     "model.layers.0.self_attn.q_proj": "int4-g16",
@@ -74,7 +74,7 @@ def test_a_folder_that_says_something_else_fails_the_export(
 
     from dataclasses import replace
 
-    from dtmsearch import exporting
+    from dtmsearch.workflows import export as exporting
 
     monkeypatch.setattr(exporting, "FORMATS", {"dense": replace(FORMATS["dense"], write=write_wrongly)})
     with pytest.raises(ExportFailed, match=r"FDT [0-9.]+ instead of [0-9.]+ \([-+][0-9.]+\)"):
@@ -84,7 +84,7 @@ def test_a_folder_that_says_something_else_fails_the_export(
 def test_a_failed_export_leaves_no_folder_of_that_name(
     mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtmsearch.exporting import check
+    from dtmsearch.workflows import export_check as check
 
     monkeypatch.setattr(check, "measure_apart", lambda *_: {"fdt": [0] * 6, "sdt": [0] * 6})
     with pytest.raises(ExportFailed):
@@ -144,7 +144,7 @@ def test_activations_that_are_rounded_have_no_dense_form(tmp_path: Path) -> None
 def test_a_large_model_goes_into_several_files(
     mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtmsearch.export import folder
+    from dtmsearch.export import writer as folder
 
     monkeypatch.setattr(folder, "_LEAST_SHARD_BYTES", 1)
     exported = mixed.export("dense", tmp_path / "out", check=False)

@@ -11,12 +11,12 @@ from exports import RUN, Measured, in_process, measured_plan
 from safetensors.torch import load_file
 from tiny import llama_config, write_model
 
-from dtmsearch.exporting import ExportFailed, export
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.model.served import decompressed_model
-from dtmsearch.plans.evaluation import ModelSpec
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.model.replica.exported import decompressed_model
+from dtmsearch.workflows.export import ExportFailed, export
 
 LAYERS = "model.layers"
 MIXED = {

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from test_families import FAMILIES
 from tiny import llama_config, write_model
 
-from dtmsearch.export.evopress import levels_of, read_configuration, read_weight
-from dtmsearch.exporting import export
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.export.formats.evopress import levels_of, read_configuration, read_weight
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.workflows.export import export
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

@@ -16,10 +16,10 @@ from tiny import llama_config, write_model
 
 from dtmsearch.cli import main
 from dtmsearch.config import load
-from dtmsearch.exporting import Exported, export
-from dtmsearch.measuring import evaluate, recover
-from dtmsearch.model.trained import unpack_masks
-from dtmsearch.results.store import ResultStore
+from dtmsearch.model.weights.trained import unpack_masks
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.evaluate import evaluate, recover
+from dtmsearch.workflows.export import Exported, export
 
 RUN = "tiny"
 RECOVERY = {"files": ["text.txt"], "masked_steps": 3, "unmasked_steps": 1, "batch_tokens": 64, "sequence_tokens": 16}

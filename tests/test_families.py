@@ -25,15 +25,15 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from dtmsearch.model.discovery import read_manifest
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
-from dtmsearch.plans.plan import Plan
-from dtmsearch.results.store import ResultStore
-from dtmsearch.run import rare_experts
-from dtmsearch.search.scheduler import SearchStopped, Silent, search
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.loop import SearchStopped, Silent, search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import make_strategy
+from dtmsearch.search.strategies.registry import make_strategy
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.run import rare_experts
 
 _SHAPE = {
     "vocab_size": VOCABULARY,

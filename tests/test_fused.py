@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from fakes import toy_manifest
 
-from dtmsearch.compose import space_of
 from dtmsearch.config import parse
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.fused import tied_plan, untied_groups
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.components import Component
+from dtmsearch.core.fusion import tied_plan, untied_groups
+from dtmsearch.core.plan import Plan
+from dtmsearch.workflows.build import space_of
 
 FILE = """
 run: mine

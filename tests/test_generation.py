@@ -15,10 +15,10 @@ import pytest
 import torch
 from tiny import DEMO_MODEL, replica, result
 
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalRequest, PromptTokens, Reference
-from dtmsearch.plans.metrics import first_divergent_token
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.evaluation import EvalRequest, PromptTokens, Reference
+from dtmsearch.core.metrics import first_divergent_token
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.replica.replica import Replica
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories-260k"
 SOURCE = (Path(__file__).parents[1] / "dtmsearch" / "run.py").read_text(encoding="utf-8")

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dtmsearch.core.schemes import Pruning, Scheme, parse_scheme
 from dtmsearch.model.compress import gptq
 from dtmsearch.model.compress.gptq import Job, Solved, inverse_factor, solve
 from dtmsearch.model.compress.packing import pack, packed_codes, unpack
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.plans.schemes import Pruning, Scheme, parse_scheme
 
 
 def world(rows: int, cols: int, seed: int = 0) -> tuple[Tensor, Tensor]:

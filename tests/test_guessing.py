@@ -9,10 +9,10 @@ from contextlib import suppress
 import pytest
 from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, evaluate, request_for, run_search, toy_components
 
-from dtmsearch.plans.evaluation import EvalRequest, Outcome
-from dtmsearch.plans.plan import Budget
-from dtmsearch.search.beam import Beam
+from dtmsearch.core.evaluation import EvalRequest, Outcome
+from dtmsearch.core.plan import Budget
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
 
 
 class Idling(FakeEvaluator):

@@ -7,8 +7,8 @@ import pytest
 from fakes import evaluate, toy_components
 
 from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample
-from dtmsearch.plans.evaluation import EvalRequest
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.evaluation import EvalRequest
+from dtmsearch.core.plan import Plan
 
 HEALTH = Health(first_seconds=1000.0, floor_seconds=1.0, factor=20.0)
 PLAN = Plan.of({toy_components()[0].name: "int4-g32"})

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from dtmsearch.model.divergence import _score
+from dtmsearch.model.forward.head_metrics import _score
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,7 +30,7 @@ def inputs(vocabulary: int, with_base: bool) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("with_base", [False, True])
 @pytest.mark.parametrize("vocabulary", [50, 4_096, 9_001])
 def test_fused_scores_are_the_plain_ones(vocabulary: int, with_base: bool) -> None:
-    from dtmsearch.model.kernels import score
+    from dtmsearch.model.forward.kernels import score
 
     logits, targets, base, never = inputs(vocabulary, with_base)
     fused = score(logits, targets, base, never)
@@ -40,7 +40,7 @@ def test_fused_scores_are_the_plain_ones(vocabulary: int, with_base: bool) -> No
 
 
 def test_a_row_that_is_not_finite_has_no_finite_likelihood() -> None:
-    from dtmsearch.model.kernels import score
+    from dtmsearch.model.forward.kernels import score
 
     logits, targets, base, never = inputs(300, True)
     logits[2, 11] = torch.nan

@@ -22,7 +22,7 @@ from processes import (
     tiny_search,
 )
 
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 

@@ -16,8 +16,8 @@ import torch
 from inprocess import run_here
 from processes import CIRCUMSTANCES, PATIENCE_SECONDS, Driver, Rows, num_recorded, process_ends, rows, tiny_search
 
-from dtmsearch.model.trained import unpack_masks
-from dtmsearch.results.store import ResultStore
+from dtmsearch.model.weights.trained import unpack_masks
+from dtmsearch.store.store import ResultStore
 
 pytestmark = pytest.mark.timeout(2 * PATIENCE_SECONDS)
 
@@ -57,7 +57,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
         return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1")
 
     def kill(process: Driver) -> None:
-        below = process.below("dtmsearch.training") + process.below("ray::_Host")
+        below = process.below("dtmsearch.model.training.main") + process.below("ray::_Host")
         process.signal_group(signal.SIGKILL)
         process.wait()
         assert all(process_ends(pid) for pid in below)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtmsearch.search.knapsack import Infeasible, Solution, solve
+from dtmsearch.search.solver.knapsack import Infeasible, Solution, solve
 
 OPTION = st.tuples(st.integers(0, 40).map(lambda n: n / 8), st.integers(0, 30))
 UNITS = st.lists(st.lists(OPTION, min_size=1, max_size=5), min_size=1, max_size=5)

@@ -17,12 +17,12 @@ from fakes import (
     toy_components,
 )
 
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.lazy import Lazy
-from dtmsearch.search.scheduler import SearchFailed
+from dtmsearch.core.evaluation import EvalRequest, EvalResult
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.loop import SearchFailed
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.lazy import Lazy
 
 BUDGETS = [Budget(), Budget(components=7), Budget(bits_per_weight=6.0)]
 

@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dtmsearch.plans.evaluation import EvalResult
-from dtmsearch.plans.metrics import (
+from dtmsearch.core.evaluation import EvalResult
+from dtmsearch.core.metrics import (
     METRICS,
     Summary,
     first_divergent_token,

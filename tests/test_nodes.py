@@ -24,10 +24,10 @@ from tiny import TEXT, replica, result, values, with_reference, write_model
 
 from dtmsearch.cluster import placement
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference
-from dtmsearch.plans.plan import Perturbation, Plan
-from dtmsearch.results.store import ResultStore
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.store.store import ResultStore
 
 # Ray leaves the sockets and files of its own processes to the garbage collector.
 pytestmark = [

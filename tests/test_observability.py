@@ -12,15 +12,15 @@ from contracts import make_request
 from fakes import evaluate, request_for, run_search, toy_components
 
 from dtmsearch.cli import main
-from dtmsearch.cluster import metrics as metrics_module
-from dtmsearch.cluster.metrics import Metrics
+from dtmsearch.cluster import prometheus as metrics_module
+from dtmsearch.cluster.prometheus import Metrics
+from dtmsearch.console.progress import LoggedProgress
+from dtmsearch.core.evaluation import EvalFailure, Provenance
+from dtmsearch.core.plan import Budget
 from dtmsearch.logs import json_lines, naming
-from dtmsearch.plans.evaluation import EvalFailure, Provenance
-from dtmsearch.plans.plan import Budget
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.scheduler import Progress
+from dtmsearch.search.loop import Progress
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.terminal import LoggedProgress
+from dtmsearch.search.strategies.beam import Beam
 
 LOG = logging.getLogger("dtmsearch.test")
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tiny import TEXT, in_stages, llama_config, replica, values, with_reference, write_model
 
-from dtmsearch.model.replica import Replica
-from dtmsearch.model.stage import cut
-from dtmsearch.plans.calibration import Calibration
-from dtmsearch.plans.evaluation import EvalRequest, Reference
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.calibration import Calibration
+from dtmsearch.core.evaluation import EvalRequest, Reference
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.pipeline_parallel.stage import cut
+from dtmsearch.model.replica.replica import Replica
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(3, 3), (5, 3), (7, 2), (80, 6)])

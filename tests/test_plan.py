@@ -8,9 +8,9 @@ from fakes import toy_components, toy_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtmsearch.plans.identity import identity
-from dtmsearch.plans.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
-from dtmsearch.plans.schemes import DENSE, parse_scheme
+from dtmsearch.core.identity import identity
+from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
+from dtmsearch.core.schemes import DENSE, parse_scheme
 
 SCHEMES = ("int8-channel", "int4-g32-asym", "int3-tensor", "nf4", "w8a8")
 NAMES = tuple(component.name for component in toy_components())

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from fakes import FakeEvaluator, evaluate, failing, request_for, run_search, toy_components
 
-from dtmsearch.plans.metrics import METRICS, summarize
-from dtmsearch.plans.plan import Plan
-from dtmsearch.search.probe import Probe
-from dtmsearch.search.scheduler import SearchFailed
+from dtmsearch.core.metrics import METRICS, summarize
+from dtmsearch.core.plan import Plan
+from dtmsearch.search.loop import SearchFailed
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.probe import Probe
 
 
 def test_every_perturbation_is_measured_alone() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dtmsearch.model.prompts import cut_prompts
+from dtmsearch.model.replica.prompts import cut_prompts
 
 
 class Words:

@@ -15,7 +15,7 @@ from tiny import DEMO_MODEL
 
 from dtmsearch.cli import cli, main
 from dtmsearch.config import json_schema, parse
-from dtmsearch.proposal import Machine, ModelFacts, propose, read_model
+from dtmsearch.workflows.init_config import Machine, ModelFacts, propose, read_model
 
 GIB = 1 << 30
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dtmsearch.core.schemes import Pruning, parse_scheme
 from dtmsearch.model.compress.pruning import Pruner, row_cuts, wanda_keys
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.plans.schemes import Pruning, parse_scheme
 
 shares = st.sampled_from(["0.001", "0.05", "0.25", "0.5", "0.55", "0.85", "0.999"])
 patterns = st.integers(2, 9).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m)))

@@ -9,12 +9,12 @@ import pytest
 from contracts import ids, make_records, make_request
 from fakes import evaluate, toy_components, toy_manifest
 
-from dtmsearch.plans.evaluation import EvalRequest
-from dtmsearch.plans.metrics import summarize
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.records import EvaluationRecord, RunRecord
-from dtmsearch.results.query import query
-from dtmsearch.results.store import ResultStore
+from dtmsearch.analysis.sql import query
+from dtmsearch.core.evaluation import EvalRequest
+from dtmsearch.core.metrics import summarize
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.store.store import ResultStore
 
 
 def recorded(place: Path, run: str = "run", *numbers: int) -> ResultStore:
@@ -173,7 +173,7 @@ def test_query_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 
 
 def test_answer_that_is_too_large_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtmsearch.results.query._ANSWER_BYTES", 1 << 20)
+    monkeypatch.setattr("dtmsearch.analysis.sql._ANSWER_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="the answer is larger than"):
         query(ResultStore(tmp_path), "SELECT range FROM range(10000000)")
 

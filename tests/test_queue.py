@@ -5,8 +5,8 @@ from __future__ import annotations
 from fakes import toy_components, toy_manifest
 
 from dtmsearch.cluster.queue import RequestQueue
-from dtmsearch.plans.evaluation import EvalRequest
-from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.core.evaluation import EvalRequest
+from dtmsearch.core.plan import Perturbation, Plan
 
 MANIFEST = toy_manifest(num_layers=8)
 COMPONENTS = toy_components(num_layers=8)

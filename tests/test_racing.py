@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, chance, damage, failing, run_search, toy_components
 
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult
-from dtmsearch.plans.plan import Budget, Perturbation, Plan
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.racing import Racing, block_ends
-from dtmsearch.search.scheduler import SearchFailed
+from dtmsearch.core.evaluation import EvalRequest, EvalResult
+from dtmsearch.core.plan import Budget, Perturbation, Plan
+from dtmsearch.search.loop import SearchFailed
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.racing import Racing, block_ends
 
 NUM_PROMPTS = 200
 TOKENS = 100

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TEXT, write_model
 
-from dtmsearch.model.recover.checkpoints import checkpoints
-from dtmsearch.model.recover.learner import Learner
-from dtmsearch.model.recover.loop import Training, TrainingDiverged, TrainingStopped, train
-from dtmsearch.model.recover.recipe import Recipe
-from dtmsearch.model.recover.rows import batch_rows
-from dtmsearch.model.trained import MASKS_FILE, START_FILE, pack_masks, unpack_masks
-from dtmsearch.plans.evaluation import ModelSpec
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.model.training.batches import batch_rows
+from dtmsearch.model.training.checkpoints import checkpoints
+from dtmsearch.model.training.learner import Learner
+from dtmsearch.model.training.loop import Training, TrainingDiverged, TrainingStopped, train
+from dtmsearch.model.training.recipe import Recipe
+from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, pack_masks, unpack_masks
 
 PRUNED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
 RECIPE = Recipe(masked_steps=6, unmasked_steps=0, batch_tokens=64, sequence_tokens=16, lr=1e-2, checkpoint_steps=2)

@@ -13,19 +13,18 @@ import pytest
 from safetensors.torch import load_file
 from tiny import TEXT, write_model
 
-from dtmsearch import texts
 from dtmsearch.cluster.pool import ReplicaPool
-from dtmsearch.config import SearchFile, parse, recovery_of
-from dtmsearch.model.recover.checkpoints import checkpoints
-from dtmsearch.model.recover.loop import Training, train
-from dtmsearch.model.recover.recipe import Recipe
-from dtmsearch.model.replica import Replica
-from dtmsearch.model.trained import MASKS_FILE, unpack_masks
-from dtmsearch.plans.evaluation import ReplicaSettings
-from dtmsearch.plans.plan import Plan
-from dtmsearch.recovering import Recovering, RecoveryDiverged, _failure
-from dtmsearch.results.store import ResultStore
-from dtmsearch.search.scheduler import SearchStopped, Silent
+from dtmsearch.config import SearchFile, parse, recovery_of, texts
+from dtmsearch.core.evaluation import ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.model.training.checkpoints import checkpoints
+from dtmsearch.model.training.loop import Training, train
+from dtmsearch.model.training.recipe import Recipe
+from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
+from dtmsearch.search.loop import SearchStopped, Silent
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.recover import Recovering, RecoveryDiverged, _failure
 
 DOWN = "model.layers.1.mlp.down_proj"
 PLAN = Plan.of({DOWN: "magnitude-0.5", "model.layers.0.self_attn.k_proj": "drop"})

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny import DEMO_MODEL, llama_config, replica, result, values, with_reference, write_model
 
-from dtmsearch.model import replica as replica_module
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Reference
-from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Reference
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.model.replica import replica as replica_module
+from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
 
@@ -169,8 +169,8 @@ def test_fdt_and_sdt_are_those_of_a_plain_forward_pass(folder: Path) -> None:
 def write_rounded(folder: Path, plan: Plan) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
+    from dtmsearch.core.schemes import parse_scheme
     from dtmsearch.model.compress.rounding import round_weight
-    from dtmsearch.plans.schemes import parse_scheme
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     for name, scheme in plan.entries:

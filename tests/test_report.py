@@ -19,7 +19,7 @@ from dtmsearch.report.charts import figures, save
 from dtmsearch.report.comparison import held_out_differences, plan_differences, sentence
 from dtmsearch.report.facts import RunFacts, gather, per_prompt, spread
 from dtmsearch.report.writing import page
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 MOST_BYTES = 3_000_000
 

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 
-from dtmsearch.plans.evaluation import METRICS_VERSION, EvalRequest
-from dtmsearch.plans.identity import identity
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.evaluation import METRICS_VERSION, EvalRequest
+from dtmsearch.core.identity import identity
+from dtmsearch.core.plan import Plan
 
 PLAN = Plan.of({"layers.0.q": "int8-channel"})
 CALIBRATED = Plan.of({"layers.0.q": "gptq-int4-g128"})

@@ -14,11 +14,11 @@ import pytest
 import torch
 from tiny import llama_config, replica, values, with_reference, write_model
 
-from dtmsearch.model import stream as stream_module
-from dtmsearch.model.replica import Replica
-from dtmsearch.model.stream import Room
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, ReplicaSettings, StatesKept
-from dtmsearch.plans.plan import Perturbation, Plan
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings, StatesKept
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.model.forward import activation_cache as stream_module
+from dtmsearch.model.forward.activation_cache import Room
+from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.compress.rounding import round_codes, round_weight
-from dtmsearch.plans.schemes import parse_scheme
 
 SCHEMES = [f"int{b}-{g}{a}" for b in (2, 3, 4, 8) for g in ("tensor", "channel", "g8", "g5") for a in ("", "-asym")]
 

@@ -7,9 +7,9 @@ import random
 import pytest
 from fakes import evaluate, request_for, toy_components
 
-from dtmsearch.plans.metrics import Summary, rank_key
-from dtmsearch.plans.plan import Perturbation, Plan
-from dtmsearch.search.rounds import Round
+from dtmsearch.core.metrics import Summary, rank_key
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.search.strategies.rounds import Round
 
 
 def round_of(num_layers: int = 6) -> Round:

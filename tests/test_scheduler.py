@@ -22,12 +22,10 @@ from fakes import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, Outcome
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.search.beam import Beam
-from dtmsearch.search.probe import Probe
-from dtmsearch.search.scheduler import (
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.search.loop import (
     Ask,
     Decision,
     InProcess,
@@ -39,6 +37,8 @@ from dtmsearch.search.scheduler import (
     search,
 )
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.probe import Probe
 
 
 def small_beam() -> Beam:
@@ -370,7 +370,7 @@ def time_left(polls: int, cost_of: Callable[[EvalRequest], float]) -> list[float
     """What is said to be left of a probe of six components, second by second."""
     waits, watching = Waits(polls), Watching()
     probe = Probe(SearchSpace(toy_components(), ("nf4",)), request_for)
-    with patch("dtmsearch.search.workload.time", waits):
+    with patch("dtmsearch.search.eta.time", waits):
         search(probe, waits, MemoryLog(), watching, cost_of=cost_of)
     return [progress.seconds_left for progress in watching.progress]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtmsearch.plans.schemes import DENSE, parse_scheme, siblings
+from dtmsearch.core.schemes import DENSE, parse_scheme, siblings
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 bit_widths = st.integers(2, 8)

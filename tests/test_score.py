@@ -9,7 +9,7 @@ import pytest
 from exports import RUN, Measured, measured_plan
 from tiny import write_model
 
-from dtmsearch.scoring import Asked, TaskScore, _compared, answer_of, base_model_of, score
+from dtmsearch.workflows.score import Asked, TaskScore, _compared, answer_of, base_model_of, score
 
 # The harness and what it loads warn of much that is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")

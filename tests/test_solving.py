@@ -33,17 +33,17 @@ from solving import (
     strategy,
 )
 
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
-from dtmsearch.plans.plan import Budget, Plan
-from dtmsearch.plans.schemes import parse_scheme
-from dtmsearch.search.auto import Effort
-from dtmsearch.search.belief import Belief, Spread
-from dtmsearch.search.choices import Choices
-from dtmsearch.search.evolution import Switching
-from dtmsearch.search.scheduler import SearchFailed, Strategy
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.search.loop import SearchFailed, Strategy
+from dtmsearch.search.solver.choices import Choices
+from dtmsearch.search.solver.neighbours import promising
+from dtmsearch.search.solver.posterior import Belief, Spread
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies import SolverSettings, make_strategy
-from dtmsearch.search.switches import promising
+from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.evolution import Switching
+from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
 
 BUDGET = Budget(bits_per_weight=4.5)
 

@@ -7,8 +7,8 @@ from fakes import toy_components
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.plan import Budget, Perturbation, Plan, plan_size
+from dtmsearch.core.components import Component
+from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_size
 from dtmsearch.search.space import SearchSpace
 
 

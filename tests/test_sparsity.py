@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import settings as settings_of_test
 from hypothesis import strategies as st
 
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
-from dtmsearch.plans.plan import Plan
-from dtmsearch.search.allocate import gaussian_pruning_error
-from dtmsearch.search.scheduler import SearchFailed
+from dtmsearch.core.components import Component
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.plan import Plan
+from dtmsearch.search.loop import SearchFailed
+from dtmsearch.search.solver.allocation import gaussian_pruning_error
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.sparsity import Sparsity, SparsitySettings, fitted_schemes, scheme_name, share_of
+from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings, fitted_schemes, scheme_name, share_of
 
 SPACE = SearchSpace(toy_components(4), ("magnitude-0.5",))
 TOTAL = sum(component.num_weights for component in SPACE.components)

@@ -13,12 +13,12 @@ from contracts import ResultLogContract, ids, make_record, make_records, make_re
 from fakes import MemoryLog, toy_components, toy_manifest
 from stores import bucket, opened, refuse, replayed, run_record
 
-from dtmsearch.plans.evaluation import EvalFailure, Reference
-from dtmsearch.plans.records import EvaluationRecord, StepRecord
-from dtmsearch.results import locks
-from dtmsearch.results.files import Folder, StoreReadOnly
-from dtmsearch.results.store import ResultStore, StoreError, StoreFull
-from dtmsearch.search.scheduler import ResultLog
+from dtmsearch.core.evaluation import EvalFailure, Reference
+from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.search.loop import ResultLog
+from dtmsearch.store import locks
+from dtmsearch.store.files import Folder, StoreReadOnly
+from dtmsearch.store.store import ResultStore, StoreError, StoreFull
 
 
 class TestMemoryLog(ResultLogContract):

@@ -13,9 +13,9 @@ import pytest
 from contracts import ids, make_records, make_step
 from stores import opened, refuse, replayed, segment_files
 
-from dtmsearch.plans.records import RunRecord
-from dtmsearch.results import segments
-from dtmsearch.results.store import ResultStore
+from dtmsearch.core.records import RunRecord
+from dtmsearch.store import segments
+from dtmsearch.store.store import ResultStore
 
 
 def flip_bytes(content: bytes) -> bytes:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from stores import bucket_filesystem, opened
 
-from dtmsearch.results.files import open_folder
-from dtmsearch.results.locks import Lease
-from dtmsearch.results.store import ResultStore, RunLocked, StoreError
+from dtmsearch.store.files import open_folder
+from dtmsearch.store.locks import Lease
+from dtmsearch.store.store import ResultStore, RunLocked, StoreError
 
 
 def test_second_driver_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_run_is_running_while_its_driver_holds_it(tmp_path: Path) -> None:
 
 _FORKING_CHILD = """
 import os, sys, time, warnings
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 with ResultStore({place!r}).writer("run"):
     if os.fork() == 0:
         print(os.getpid(), flush=True)

@@ -20,17 +20,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import opened, replayed, segment_files
 
-from dtmsearch.results import store
-from dtmsearch.results.files import LocalFolder
-from dtmsearch.results.segments import Segment, uncovered
-from dtmsearch.results.store import ResultStore, StoreError
+from dtmsearch.store import store
+from dtmsearch.store.files import LocalFolder
+from dtmsearch.store.segments import Segment, uncovered
+from dtmsearch.store.store import ResultStore, StoreError
 
 _CHILD = """
 import sys
 sys.path.insert(0, {tests!r})
 from contracts import ids, make_records
 from test_store import opened
-from dtmsearch.results import store
+from dtmsearch.store import store
 store._COMMITS_BETWEEN_COMPACTIONS = 3
 with opened(store.ResultStore({place!r})) as writer:
     done = len(list(writer.replay()))

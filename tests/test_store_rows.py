@@ -14,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reported import make_run
 
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Provenance, Reference
-from dtmsearch.plans.metrics import summarize
-from dtmsearch.plans.plan import Plan, plan_size
-from dtmsearch.plans.records import EvaluationRecord, RunRecord, StepRecord
-from dtmsearch.results import evaluation_table, tables
-from dtmsearch.results.evaluation_table import evaluations_table, summary_of
-from dtmsearch.results.plan_table import PlanFigures, PlanRows, plan_of
-from dtmsearch.results.store import ResultStore
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Provenance, Reference
+from dtmsearch.core.metrics import summarize
+from dtmsearch.core.plan import Plan, plan_size
+from dtmsearch.core.records import EvaluationRecord, RunRecord, StepRecord
+from dtmsearch.store.codecs import evaluations as evaluation_table
+from dtmsearch.store.codecs import tables
+from dtmsearch.store.codecs.evaluations import evaluations_table, summary_of
+from dtmsearch.store.codecs.plans import PlanFigures, PlanRows, plan_of
+from dtmsearch.store.store import ResultStore
 
 TEXT = st.text(max_size=8)
 MICROSECONDS = st.integers(0, 2**51).map(lambda us: us / 1_000_000)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 
-from dtmsearch.cluster import pins
-from dtmsearch.cluster.joining import ClusterUnreachable
-from dtmsearch.cluster.submit import JobNotBegun, Jobs, Order, _exit_code
+from dtmsearch.cluster import versions as pins
+from dtmsearch.cluster.connect import ClusterUnreachable
+from dtmsearch.cluster.jobs import JobNotBegun, Jobs, Order, _exit_code
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.config import SearchFile, load
-from dtmsearch.submission import _again, pack, submit
-from dtmsearch.texts import text_files
+from dtmsearch.config.texts import text_files
+from dtmsearch.workflows.submit import _again, pack, submit
 
 SEARCH = """
 run: mine

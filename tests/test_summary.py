@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from fakes import toy_components, toy_manifest
 
-from dtmsearch.plans.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
-from dtmsearch.plans.metrics import summarize
-from dtmsearch.plans.plan import Plan, plan_size
-from dtmsearch.plans.records import EvaluationRecord, Purpose, RunRecord, StepRecord, TrainingRecord
-from dtmsearch.results.pareto import candidates
-from dtmsearch.results.store import ResultStore, RunWriter
-from dtmsearch.results.summary import RunSummary, runs_overview, summarize_run
+from dtmsearch.analysis.pareto import candidates
+from dtmsearch.analysis.summary import RunSummary, runs_overview, summarize_run
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.metrics import summarize
+from dtmsearch.core.plan import Plan, plan_size
+from dtmsearch.core.records import EvaluationRecord, Purpose, RunRecord, StepRecord, TrainingRecord
+from dtmsearch.store.store import ResultStore, RunWriter
 
 NUM_PROMPTS = 40
 PLAN = Plan.of({c.name: "int4-g32" for c in toy_components()[:4]})

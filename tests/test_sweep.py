@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE_SECONDS, Ended, dtmsearch, num_recorded, tiny_search, without_ray
 
-from dtmsearch.cluster import sweep as sweep_module
-from dtmsearch.cluster.sweep import StopDominated
-from dtmsearch.plans.pareto import Point, Race, front
-from dtmsearch.results.store import ResultStore
-from dtmsearch.run import DOMINATED, is_left_out
-from dtmsearch.sweepfile import load_sweep
+from dtmsearch.config.sweep import load_sweep
+from dtmsearch.core.pareto import Point, Race, front
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows import sweep as sweep_module
+from dtmsearch.workflows.run import DOMINATED, is_left_out
+from dtmsearch.workflows.sweep import StopDominated
 
 # Fronts.
 

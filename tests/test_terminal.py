@@ -7,11 +7,11 @@ import re
 
 import pytest
 
-from dtmsearch.output import duration, number
-from dtmsearch.plans.metrics import Summary
-from dtmsearch.plans.plan import Perturbation, Plan, PlanSize
-from dtmsearch.search.scheduler import Decision, Progress
-from dtmsearch.terminal import LiveProgress, PlainProgress, done_share, progress_line, table, watching
+from dtmsearch.console.format import duration, number
+from dtmsearch.console.progress import LiveProgress, PlainProgress, done_share, progress_line, table, watching
+from dtmsearch.core.metrics import Summary
+from dtmsearch.core.plan import Perturbation, Plan, PlanSize
+from dtmsearch.search.loop import Decision, Progress
 
 
 class Screen(io.StringIO):

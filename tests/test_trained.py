@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import replica, values, with_reference, write_model
 
-from dtmsearch.model.replica import Replica
-from dtmsearch.model.trained import MASKS_FILE, START_FILE, unpack_masks
-from dtmsearch.plans.evaluation import EvalRequest, ModelSpec, ReplicaSettings
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, unpack_masks
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
 PRUNED = Plan.of({QUERY: "magnitude-0.5", DOWN: "drop"})

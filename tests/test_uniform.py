@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from fakes import toy_components
 
-from dtmsearch.plans.evaluation import EvalFailure, EvalResult, Outcome
-from dtmsearch.plans.plan import Budget, Plan
+from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.baselines import better_uniform, law_remarks
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.uniform import better_uniform, law_remarks
 
 SPACE = SearchSpace(
     toy_components(), ("int3-channel", "int4-channel", "int8-channel"), budget=Budget(bits_per_weight=5.0)

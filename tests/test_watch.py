@@ -10,8 +10,8 @@ from reported import make_run
 from rich.console import Console
 
 from dtmsearch.cli import main
-from dtmsearch.results.store import ResultStore
-from dtmsearch.watch import glance, render, watch
+from dtmsearch.console.watch import glance, render, watch
+from dtmsearch.store.store import ResultStore
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fakes import evaluate, request_for, toy_components, toy_manifest
 
-from dtmsearch.cluster.work import MAX_ATTEMPTS, Work
-from dtmsearch.plans.evaluation import EvalRequest
-from dtmsearch.plans.plan import Plan
+from dtmsearch.cluster.outstanding import MAX_ATTEMPTS, Work
+from dtmsearch.core.evaluation import EvalRequest
+from dtmsearch.core.plan import Plan
 
 REQUESTS = [request_for(Plan.of({c.name: "int4-g32"}), Plan()) for c in toy_components()]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from tiny import replica, with_reference, write_model
 
-from dtmsearch.model.writing import pieces
-from dtmsearch.plans.evaluation import PromptTokens
-from dtmsearch.plans.plan import Plan
-from dtmsearch.validation import telling_prompts
+from dtmsearch.core.evaluation import PromptTokens
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.replica.samples import pieces
+from dtmsearch.workflows.validate import telling_prompts
 
 
 class Bytes:

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 import dtmsearch
-from dtmsearch.model.pipeline import PipelineReplica, make_stage
-from dtmsearch.model.replica import Replica
-from dtmsearch.plans.evaluation import EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.evaluation import EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.model.pipeline_parallel.replica import PipelineReplica, make_stage
+from dtmsearch.model.replica.replica import Replica
 
 DEMO_MODEL = Path(dtmsearch.__file__).parent / "demo" / "model"
 VOCABULARY = 258

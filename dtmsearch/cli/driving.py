@@ -13,7 +13,7 @@ import click
 from dtmsearch.cli.speech import LOG_FORMAT, STOPPED, say
 
 if TYPE_CHECKING:
-    from dtmsearch.run import Where
+    from dtmsearch.workflows.run import Where
 
 
 def where_of(
@@ -24,7 +24,7 @@ def where_of(
     batch_tokens: int | None,
     nodes_per_replica: int | None,
 ) -> Where:
-    from dtmsearch.run import Where
+    from dtmsearch.workflows.run import Where
 
     return Where(
         address,
@@ -38,7 +38,7 @@ def where_of(
 
 @contextmanager
 def observing(quiet: bool) -> Iterator[Any]:
-    from dtmsearch.terminal import LoggedProgress, watching
+    from dtmsearch.console.progress import LoggedProgress, watching
 
     if LOG_FORMAT.get() == "json":
         from dtmsearch.logs import json_lines
@@ -53,7 +53,7 @@ def observing(quiet: bool) -> Iterator[Any]:
 @contextmanager
 def resumable(command: str) -> Iterator[None]:
     """Turn a stop into exit code 3 and a word on how to go on."""
-    from dtmsearch.search.scheduler import SearchStopped
+    from dtmsearch.search.loop import SearchStopped
 
     # `kill` is as good a wish to stop as Ctrl-C, also before the search has begun to listen.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

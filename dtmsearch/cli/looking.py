@@ -17,8 +17,8 @@ from dtmsearch.cli.speech import print_text, resume_command, say, show
 @format_option("table", "json")
 def ls_verb(store: str, form: str) -> None:
     """List the runs of a store."""
-    from dtmsearch.results.summary import runs_overview
-    from dtmsearch.summaries import overview_text
+    from dtmsearch.analysis.summary import runs_overview
+    from dtmsearch.console.text import overview_text
 
     runs = runs_overview(open_store(store))
     show(runs, form, overview_text)
@@ -32,8 +32,8 @@ def ls_verb(store: str, form: str) -> None:
 @format_option("table", "json")
 def status_verb(name: str, store: str, form: str) -> None:
     """Say how far a run is and what it found."""
-    from dtmsearch.results.summary import summarize_run
-    from dtmsearch.summaries import run_text, run_values
+    from dtmsearch.analysis.summary import summarize_run
+    from dtmsearch.console.text import run_text, run_values
 
     show(summarize_run(open_store(store), name), form, run_text, run_values)
 
@@ -49,7 +49,7 @@ def watch_verb(name: str, store: str, interval: float) -> None:
 
     Ends when nobody works on the run any more; Ctrl-C stops watching, not the run.
     """
-    from dtmsearch.watch import watch
+    from dtmsearch.console.watch import watch
 
     watch(open_store(store), name, interval)
 
@@ -59,7 +59,7 @@ def watch_verb(name: str, store: str, interval: float) -> None:
 @store_option
 def stop_verb(name: str, store: str) -> None:
     """Stop a running search; it can be resumed."""
-    from dtmsearch.run import stop
+    from dtmsearch.workflows.run import stop
 
     submitted = stop(name, store)
     if submitted is None:
@@ -106,8 +106,8 @@ def query_verb(sql: str | None, name: str | None, store: str, form: str, out: Pa
 
 def _answer(store: str, sql: str | None, run: str | None, listed: bool) -> Any:
     """The rows that `query` was asked for: a SELECT's, a named question's, or the list of these."""
-    from dtmsearch.results.query import query
-    from dtmsearch.results.questions import ask, list_of_questions
+    from dtmsearch.analysis.named_queries import ask, list_of_questions
+    from dtmsearch.analysis.sql import query
 
     if listed:
         return list_of_questions()
@@ -123,8 +123,8 @@ def _answer(store: str, sql: str | None, run: str | None, listed: bool) -> Any:
 
 
 def _query_text(answer: Any, form: str) -> str:
-    from dtmsearch.output import csv_text, json_text
-    from dtmsearch.terminal import table
+    from dtmsearch.console.format import csv_text, json_text
+    from dtmsearch.console.progress import table
 
     if form == "json":
         return json_text(answer.to_pylist())
@@ -147,8 +147,8 @@ def pareto_verb(pattern: str, everything: bool, store: str, form: str) -> None:
 
     PATTERN chooses runs by name. Plans are compared on the same held-out prompts, by FDT, SDT and KL.
     """
-    from dtmsearch.results.pareto import candidates
-    from dtmsearch.summaries import front_text
+    from dtmsearch.analysis.pareto import candidates
+    from dtmsearch.console.text import front_text
 
     found = candidates(open_store(store), pattern)
     show([c for c in found if everything or c.fronts], form, front_text)

@@ -11,7 +11,7 @@ import click
 from dtmsearch.cli.speech import DEFAULT_STORE, LOG_FORMAT, say
 
 if TYPE_CHECKING:
-    from dtmsearch.results.store import ResultStore
+    from dtmsearch.store.store import ResultStore
 
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -99,7 +99,7 @@ def examples(*lines: str) -> str:
 
 
 def open_store(store: str) -> ResultStore:
-    # Not through dtmsearch.run, which loads Ray: reading a store takes no cluster.
-    from dtmsearch.results.store import ResultStore
+    # Not through dtmsearch.workflows.run, which loads Ray: reading a store takes no cluster.
+    from dtmsearch.store.store import ResultStore
 
     return ResultStore(store, on_note=say)

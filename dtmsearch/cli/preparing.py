@@ -28,7 +28,7 @@ def init_verb(model: str, prompts: str, validation: str, out: Path | None, force
 
     It fits the model and this machine, and says what the search will cost if its texts are there.
     """
-    from dtmsearch.proposal import propose, read_model, run_name, this_machine
+    from dtmsearch.workflows.init_config import propose, read_model, run_name, this_machine
 
     facts, machine = read_model(model), this_machine()
     path = out or Path(f"{run_name(facts.path)}.yaml")
@@ -44,8 +44,8 @@ def init_verb(model: str, prompts: str, validation: str, out: Path | None, force
 def _cost_of(text: str) -> str | None:
     """What a search will cost, or None where it cannot be told, which is said."""
     from dtmsearch.config import parse
-    from dtmsearch.estimate import estimate
-    from dtmsearch.summaries import estimate_text
+    from dtmsearch.console.text import estimate_text
+    from dtmsearch.workflows.estimate import estimate
 
     say("timing a replica of the model ...")
     try:
@@ -66,7 +66,7 @@ def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
     Exits 2 and says what is wrong if anything is.
     """
     from dtmsearch.config import load
-    from dtmsearch.texts import check_model, check_readable
+    from dtmsearch.config.texts import check_model, check_readable
 
     search_file = load(file, overrides)
     check_readable(search_file)
@@ -106,8 +106,8 @@ def doctor_verb(store: str, form: str) -> int:
 
     Exits 1 if something that a search needs is missing.
     """
-    from dtmsearch.doctor import examine
-    from dtmsearch.summaries import findings_text
+    from dtmsearch.console.text import findings_text
+    from dtmsearch.workflows.doctor import examine
 
     findings = examine(store)
     show(findings, form, findings_text)

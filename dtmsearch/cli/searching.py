@@ -21,7 +21,7 @@ from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import FAILED, STOPPED, print_text, query_command, resume_command, say, show, store_argument
 
 if TYPE_CHECKING:
-    from dtmsearch.results.summary import RunSummary
+    from dtmsearch.analysis.summary import RunSummary
 
 
 @cli.command("demo", epilog=examples("dtmsearch demo", "dtmsearch demo --store /tmp/store --replicas 2"))
@@ -33,8 +33,8 @@ def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
 
     From start to validated plan, in about a minute.
     """
-    from dtmsearch.run import demo
-    from dtmsearch.summaries import DEMO_QUERIES
+    from dtmsearch.console.text import DEMO_QUERIES
+    from dtmsearch.workflows.run import demo
 
     with resumable("dtmsearch demo" + store_argument(store)), observing(quiet) as observer:
         summary = demo(store, where_of(**where), observer)
@@ -67,12 +67,12 @@ def run_verb(
 ) -> None:
     """Start or continue the search in FILE."""
     from dtmsearch.config import load
-    from dtmsearch.run import run
+    from dtmsearch.workflows.run import run
 
     search_file = load(file, (*overrides, "search.fused=true") if fused else overrides)
     if dry_run:
-        from dtmsearch.estimate import estimate
-        from dtmsearch.summaries import estimate_text
+        from dtmsearch.console.text import estimate_text
+        from dtmsearch.workflows.estimate import estimate
 
         show(estimate(search_file, where_of(**where)), form, estimate_text)
         return
@@ -91,7 +91,7 @@ def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> 
 
     Nothing that is recorded is measured again.
     """
-    from dtmsearch.run import resume
+    from dtmsearch.workflows.run import resume
 
     with resumable(resume_command(name, store)), observing(quiet) as observer:
         summary = resume(name, store, where_of(**where), observer)
@@ -132,7 +132,7 @@ def submit_verb(
 
     Attaches to the run's job if one is at work; continues the run if it ended anywhere. Weights are not sent.
     """
-    from dtmsearch.submission import submit
+    from dtmsearch.workflows.submit import submit
 
     options = [part for name, value in where.items() if value for part in (_option(name), f"{value:g}")]
     submission = submit(file, overrides, address, store, options, pins)
@@ -152,7 +152,7 @@ def submit_verb(
 
 
 def _follow(address: str, job_id: str) -> int:
-    from dtmsearch.cluster.submit import Jobs
+    from dtmsearch.cluster.jobs import Jobs
 
     try:
         return Jobs(address).follow(job_id, lambda text: click.echo(text, nl=False))
@@ -186,15 +186,15 @@ def sweep_verb(
 
     Run it again and it goes on where it was; --replicas is for each search.
     """
-    from dtmsearch.sweepfile import load_sweep
+    from dtmsearch.config.sweep import load_sweep
 
     plan, files = load_sweep(file, overrides)
     if dry_run:
         show({"sweep": plan.sweep, "runs": [f.run for f in files]}, form, lambda v: "\n".join(v["runs"]))
         return 0
-    from dtmsearch.cluster.sweep import sweep
-    from dtmsearch.plans.pareto import Race
-    from dtmsearch.summaries import sweep_text
+    from dtmsearch.console.text import sweep_text
+    from dtmsearch.core.pareto import Race
+    from dtmsearch.workflows.sweep import sweep
 
     rules = plan.stop_dominated
     race = None if rules is None else Race(rules.margin, rules.patience)
@@ -209,7 +209,7 @@ def sweep_verb(
 
 
 def _show_run(summary: RunSummary, store: str, form: str) -> None:
-    from dtmsearch.summaries import PLAN_QUERY, run_text, run_values
+    from dtmsearch.console.text import PLAN_QUERY, run_text, run_values
 
     show(summary, form, run_text, run_values)
     if form == "table" and summary.final_plan_id is not None:

@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 
 def show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callable[[Any], Any] | None = None) -> None:
-    from dtmsearch.output import json_text
+    from dtmsearch.console.format import json_text
 
     if form == "json":
         print_text(json_text(value if as_values is None else as_values(value)))
@@ -48,7 +48,7 @@ def print_text(text: str) -> None:
 
 
 def resume_command(run: str, store: str) -> str:
-    from dtmsearch.plans.records import CONTINUE_VARIABLE
+    from dtmsearch.core.records import CONTINUE_VARIABLE
 
     submitted = os.environ.get(CONTINUE_VARIABLE)  # set by `dtmsearch submit` for the driver that it sends
     return submitted or f"dtmsearch resume {run}{store_argument(store)}"

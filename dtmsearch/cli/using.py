@@ -38,8 +38,8 @@ def evaluate_verb(
     Exits 1 if it cannot be measured.
     """
     from dtmsearch.config import load
-    from dtmsearch.run import evaluate
-    from dtmsearch.summaries import measurement_text, measurement_values
+    from dtmsearch.console.text import measurement_text, measurement_values
+    from dtmsearch.workflows.run import evaluate
 
     search_file = load(file, overrides)
     with resumable("run the same command again"), observing(quiet) as observer:
@@ -67,8 +67,8 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
 
     What the plan prunes stays zero. The same command goes on with a training that was stopped.
     """
-    from dtmsearch.run import recover
-    from dtmsearch.summaries import recovered_text
+    from dtmsearch.console.text import recovered_text
+    from dtmsearch.workflows.run import recover
 
     with resumable("run the same command again"), observing(quiet) as observer:
         recovered = recover(name, store, overrides, where_of(**where), observer)
@@ -116,8 +116,8 @@ def export_verb(
 
     A model is loaded again in a fresh process and measured: FDT and SDT as recorded, or the export fails.
     """
-    from dtmsearch.exporting import export
-    from dtmsearch.summaries import exported_text, exported_values
+    from dtmsearch.console.text import exported_text, exported_values
+    from dtmsearch.workflows.export import export
 
     result = export(
         source,
@@ -168,8 +168,8 @@ def score_verb(
 
     Differences are paired over the same questions; flips are answers that went from right to wrong or back.
     """
-    from dtmsearch.scoring import Asked, score
-    from dtmsearch.summaries import scores_text
+    from dtmsearch.console.text import scores_text
+    from dtmsearch.workflows.score import Asked, score
 
     asked = Asked(tuple(task.strip() for task in tasks.split(",")), include, limit, fewshot, batch_size)
     show(score(source, asked, store, base=base, say=say), form, scores_text)

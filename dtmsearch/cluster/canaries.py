@@ -9,10 +9,10 @@ import time
 from collections.abc import Mapping, Sequence
 
 from dtmsearch.cluster.health import Check, Health, Known, Sample
-from dtmsearch.cluster.member import Held, Member
-from dtmsearch.cluster.work import Work
-from dtmsearch.plans.evaluation import EvalResult, Reference
-from dtmsearch.plans.plan import Plan
+from dtmsearch.cluster.outstanding import Work
+from dtmsearch.cluster.replica_handle import Held, Member
+from dtmsearch.core.evaluation import EvalResult, Reference
+from dtmsearch.core.plan import Plan
 
 
 class WrongNumbers(RuntimeError):

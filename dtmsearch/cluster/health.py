@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dtmsearch.plans.evaluation import EvalRequest, EvalResult, FloatArray, IntArray
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, FloatArray, IntArray
+from dtmsearch.core.plan import Plan
 
 # Verified plans that are remembered: more than the candidates of a round, whose best are the next round's parents.
 _MOST_KNOWN = 1 << 14

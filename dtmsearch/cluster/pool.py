@@ -16,18 +16,18 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from dtmsearch.cluster.canaries import Canaries, WrongNumbers
-from dtmsearch.cluster.crew import Crew
+from dtmsearch.cluster.connect import check_alive, connect
 from dtmsearch.cluster.health import Check, Health, Pace, Sample
-from dtmsearch.cluster.joining import check_alive, connect
-from dtmsearch.cluster.member import Call, Held, Member
-from dtmsearch.cluster.metrics import Metrics
+from dtmsearch.cluster.outstanding import Work
 from dtmsearch.cluster.placement import Share, alive_nodes, share_of
+from dtmsearch.cluster.prometheus import Metrics
 from dtmsearch.cluster.queue import RequestQueue
-from dtmsearch.cluster.services import Services
+from dtmsearch.cluster.replica_calls import Services
+from dtmsearch.cluster.replica_handle import Call, Held, Member
+from dtmsearch.cluster.replicas import Crew
 from dtmsearch.cluster.sizing import CALL_SECONDS, call_seconds, guess_seconds
-from dtmsearch.cluster.work import Work
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import (
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import (
     EvalFailure,
     EvalRequest,
     ModelSpec,
@@ -38,8 +38,8 @@ from dtmsearch.plans.evaluation import (
 
 log = logging.getLogger(__name__)
 
-REPLICA_CLASS = "dtmsearch.model.replica:Replica"
-_STAGES = "dtmsearch.model.pipeline:make_stage"
+REPLICA_CLASS = "dtmsearch.model.replica.replica:Replica"
+_STAGES = "dtmsearch.model.pipeline_parallel.replica:make_stage"
 
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
@@ -159,7 +159,7 @@ class ReplicaPool(Services):
         self._dispatch()
 
     def num_idle(self) -> int:
-        """See `dtmsearch.search.scheduler.Offering`: what would fill up the calls that replicas may hold."""
+        """See `dtmsearch.search.loop.Offering`: what would fill up the calls that replicas may hold."""
         if self._work is None or len(self._work.real):
             return 0
         ready = self._crew.ready
@@ -170,13 +170,13 @@ class ReplicaPool(Services):
         return max(free * each - len(self._work.guesses), 0)
 
     def submit_guesses(self, requests: Sequence[EvalRequest]) -> None:
-        """See `dtmsearch.search.scheduler.Offering`."""
+        """See `dtmsearch.search.loop.Offering`."""
         assert self._work is not None
         self._work.add_guesses(requests)
         self._dispatch()
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
-        """See `dtmsearch.search.scheduler.Evaluator`. What arrives within moments is handed over together."""
+        """See `dtmsearch.search.loop.Evaluator`. What arrives within moments is handed over together."""
         self._check_alive()
         if not self._arrived:
             self._wait(timeout_seconds)

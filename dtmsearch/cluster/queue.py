@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dtmsearch.plans.components import ModelManifest
-from dtmsearch.plans.evaluation import FIXED_COST, EvalRequest, evaluation_cost, first_changed_layer
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import FIXED_COST, EvalRequest, evaluation_cost, first_changed_layer
 
 
 class _Waiting(NamedTuple):

@@ -25,7 +25,7 @@ from dtmsearch.config.sections import (
     Section,
     ValidationSection,
 )
-from dtmsearch.plans.evaluation import ModelSpec
+from dtmsearch.core.evaluation import ModelSpec
 
 __all__ = [
     "DatasetSection",

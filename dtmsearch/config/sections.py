@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dtmsearch.plans.metrics import METRICS
-from dtmsearch.plans.plan import Budget
-from dtmsearch.plans.schemes import parse_scheme
+from dtmsearch.core.metrics import METRICS
+from dtmsearch.core.plan import Budget
+from dtmsearch.core.schemes import parse_scheme
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Metric = Literal["fdt", "sdt", "dppl", "ppl", "kl"]

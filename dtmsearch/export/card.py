@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dtmsearch.plans.plan import Plan, PlanSize
+from dtmsearch.core.plan import Plan, PlanSize
 
 
 @dataclass(frozen=True)

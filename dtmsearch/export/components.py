@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dtmsearch.core.components import Component
+from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.export.job import Job
 from dtmsearch.model.compress.packing import packed_codes
 from dtmsearch.model.compress.rounding import Codes, round_codes
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.schemes import parse_scheme, solved_scheme
 
 
 def component_codes(job: Job, component: Component, weight: Tensor) -> Codes:

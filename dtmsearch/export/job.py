@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dtmsearch.model.compressor import Compressor
-from dtmsearch.plans.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
-from dtmsearch.plans.plan import Plan
-from dtmsearch.plans.schemes import DENSE, parse_scheme
+from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.model.compress.compressor import Compressor
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from dtmsearch.config import difference
-from dtmsearch.plans.metrics import PairedDifference, paired_difference
-from dtmsearch.plans.schemes import DENSE
+from dtmsearch.core.metrics import PairedDifference, paired_difference
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.report.charts import Figure, save
 from dtmsearch.report.charts.compared import compared_course, compared_plans, compared_survival
 from dtmsearch.report.facts import Row, RunFacts, gather, per_prompt
 from dtmsearch.report.writing import page_data, places, render
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 _BOOTSTRAP_SEED = 0
 _DIGITS = {"fdt": 1, "sdt": 2, "kl": 4}

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from dtmsearch import __version__
-from dtmsearch.output import components, duration, number, plain
-from dtmsearch.plans.metrics import PairedDifference
+from dtmsearch.analysis.summary import ValidationRow
+from dtmsearch.console.format import components, duration, number, plain
+from dtmsearch.core.metrics import PairedDifference
 from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save, schemes_of
 from dtmsearch.report.extra import jinja2, vl_convert
 from dtmsearch.report.facts import COLUMN, Row, RunFacts, gather, interval, per_prompt
-from dtmsearch.results.store import ResultStore
-from dtmsearch.results.summary import ValidationRow
+from dtmsearch.store.store import ResultStore
 
 
 def write_report(store: ResultStore, run: str, out: Path, figures_folder: Path | None = None) -> list[Path]:

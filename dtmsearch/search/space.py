@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
-from dtmsearch.plans.components import Component
-from dtmsearch.plans.plan import Budget, Perturbation, Plan, PlanSize, plan_size
-from dtmsearch.plans.schemes import DENSE
+from dtmsearch.core.components import Component
+from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
+from dtmsearch.core.schemes import DENSE
 
 
 @dataclass(frozen=True)

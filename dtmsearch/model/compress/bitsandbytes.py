@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtmsearch.plans.schemes import BITSANDBYTES_BLOCK, Scheme
+from dtmsearch.core.schemes import BITSANDBYTES_BLOCK, Scheme
 
 # At import it reports that an optional kernel of the hub is absent; at every first call that it casts to float16,
 # which is what LLM.int8() is.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtmsearch.core.schemes import Pruning, Scheme
 from dtmsearch.model.compress.rounding import Codes
-from dtmsearch.plans.schemes import Pruning, Scheme
 
 # Columns that are solved before what they lost is carried to all others at once; SparseGPT chooses what it prunes
 # for as many at a time (arXiv 2301.00774, section 3.3).

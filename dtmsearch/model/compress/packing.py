@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dtmsearch.core.calibration import PackedMatrix
 from dtmsearch.model.compress.gptq import Solved, scale_dtype
 from dtmsearch.model.compress.rounding import Codes
-from dtmsearch.plans.calibration import PackedMatrix
 
 _NOTHING: NDArray[np.uint8] = np.empty(0, np.uint8)
 

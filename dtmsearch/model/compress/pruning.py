@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dtmsearch.plans.schemes import Pruning
+from dtmsearch.core.schemes import Pruning
 
 # Keys have 31 bits, or 15 where weights have 16; histograms are over the upper 15.
 _BINS = 1 << 15

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dtmsearch.plans.schemes import Scheme
+from dtmsearch.core.schemes import Scheme
 
 
 @dataclass(frozen=True)

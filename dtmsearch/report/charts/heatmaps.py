@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dtmsearch.plans.schemes import DENSE
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.report.charts.drawing import (
     DAMAGES,
     DENSE_COLOUR,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
 from dtmsearch.config import section_of
-from dtmsearch.plans.records import RunRecord
+from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.cost import Cost, cost_of, losses_of
 from dtmsearch.report.facts.course import candidates_of, complete_of, measured_metrics, path_of, tree_of
 from dtmsearch.report.facts.held_out import (
@@ -22,9 +23,8 @@ from dtmsearch.report.facts.held_out import (
 )
 from dtmsearch.report.facts.plans import components_of, plan_rows_of, sensitivity_of, sums_of
 from dtmsearch.report.facts.rows import COLUMN, MOST_POINTS, Row, damage, interval, kinds_of, plain, spread
-from dtmsearch.results import tables
-from dtmsearch.results.store import ResultStore
-from dtmsearch.results.summary import RunSummary, record_of, summarize_run
+from dtmsearch.store.codecs import tables
+from dtmsearch.store.store import ResultStore
 
 __all__ = ["COLUMN", "Row", "RunFacts", "damage", "gather", "interval", "kinds_of", "per_prompt", "spread"]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtmsearch.plans.records import RunRecord
+from dtmsearch.analysis.summary import RunSummary
+from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.rows import MOST_POINTS, Row
-from dtmsearch.results import schemas
-from dtmsearch.results.store import ResultStore
-from dtmsearch.results.summary import RunSummary
+from dtmsearch.store import schemas
+from dtmsearch.store.store import ResultStore
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtmsearch.plans.metrics import METRICS
-from dtmsearch.plans.records import RunRecord
+from dtmsearch.core.metrics import METRICS
+from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.rows import COLUMN, DENSE_PLAN, Row
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 _CANDIDATE_COLUMNS = [
     *("step", "plan_id", "parent_plan_id", "perturbation", "component", "scheme", "reference_id", "status"),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.compute as pc
 
-from dtmsearch.plans.records import RunRecord
+from dtmsearch.analysis.pareto import candidates
+from dtmsearch.analysis.summary import RunSummary
+from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.rows import COLUMN, Row
-from dtmsearch.results.pareto import candidates
-from dtmsearch.results.store import ResultStore
-from dtmsearch.results.summary import RunSummary
+from dtmsearch.store.store import ResultStore
 
 
 def validated(summary: RunSummary) -> list[Row]:

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtmsearch.plans.records import RunRecord
-from dtmsearch.plans.schemes import DENSE, parse_scheme
+from dtmsearch.core.records import RunRecord
+from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.report.facts.rows import COLUMN, DENSE_PLAN, Row, damage, spread
-from dtmsearch.results.store import ResultStore
+from dtmsearch.store.store import ResultStore
 
 # Plans whose damage is compared with that of their parts, at most.
 _MOST_SUMS = 800

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.plans.metrics import METRICS, PairedDifference, paired_difference
-from dtmsearch.plans.plan import Plan
+from dtmsearch.core.metrics import METRICS, PairedDifference, paired_difference
+from dtmsearch.core.plan import Plan
 
 Row = dict[str, Any]
 # The column of `evaluations` that holds a metric's value over all prompts.

@@ -1,0 +1,1 @@
+"""What is read from a store: SQL, named queries, summaries."""

@@ -1,0 +1,340 @@
+"""What the store says of its runs: how far a run is, what it found, and how its plan does on held-out prompts.
+
+Everything is derived from the tables; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dtmsearch.core.metrics import PairedDifference, Summary, paired_difference
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
+from dtmsearch.store.codecs.evaluations import summary_of
+from dtmsearch.store.codecs.tables import step_records
+from dtmsearch.store.schemas import SUMMARY_COLUMNS
+from dtmsearch.store.store import ResultStore
+
+_PLAN = "plan"
+# What the search came to, where the uniform plan of its size did as well and is the plan instead.
+_FOUND = "found"
+_NEAREST = "uniform-nearest:"
+# Intervals are drawn from the same resamples every time that they are asked for.
+_BOOTSTRAP_SEED = 0
+_VALIDATION_COLUMNS = [
+    *("label", "plan_id", "weights_id", "purpose", "reference_id", "status", "message"),
+    *("num_compressed", "bits_per_weight", "share", "fdt", "sdt", "kl_list"),
+    *SUMMARY_COLUMNS,
+]
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """A plan on the held-out prompts. The differences are the final plan minus this one, paired over prompts: in
+    tokens for fdt and sdt, in nats for kl; None for the final plan itself and where either was not measured."""
+
+    label: str
+    plan_id: str
+    num_compressed: int
+    bits_per_weight: float
+    share: float
+    summary: Summary | None
+    failure: str | None
+    fdt_vs_plan: PairedDifference | None = None
+    sdt_vs_plan: PairedDifference | None = None
+    kl_vs_plan: PairedDifference | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run as its records show it.
+
+    `interrupted`: the run counts as running, but no driver works on it. `continue_command` continues a run that was
+    submitted to a cluster, where it was submitted. `num_evaluations` are those of the search, its
+    failures included; `failures` counts them by kind. `wall_seconds` is the search's own time over all its sessions
+    up to its last decision, None before the first. `verdict` says in one sentence how the plan does on held-out
+    prompts.
+    """
+
+    run: str
+    status: RunStatus
+    interrupted: bool
+    message: str | None
+    continue_command: str | None
+    model: str | None
+    manifest_id: str | None
+    reference_id: str | None
+    validation_reference_id: str | None
+    num_evaluations: int
+    failures: Mapping[str, int]
+    num_steps: int
+    last_step: StepRecord | None
+    final_plan_id: str | None
+    final_plan: Plan | None
+    num_compressed: int | None
+    share: float | None
+    bits_per_weight: float | None
+    wall_seconds: float | None
+    created_at: float
+    finished_at: float | None
+    validation: tuple[ValidationRow, ...]
+    verdict: str
+    already_complete: bool = False
+
+
+@dataclass(frozen=True)
+class RunOverview:
+    """A line about a run. `score` is its last decision's value of the metric that it ranks by; `fdt` that decision's
+    mean FDT on the search's prompts."""
+
+    run: str
+    status: RunStatus
+    interrupted: bool
+    model: str | None
+    num_evaluations: int
+    last_step: int | None
+    share: float | None
+    bits_per_weight: float | None
+    score: float | None
+    fdt: float | None
+    created_at: float
+
+
+def record_of(store: ResultStore, run: str) -> RunRecord:
+    """What the store records of a run. Raises `ValueError` when it has none of that name."""
+    record = store.run(run)
+    if record is None:
+        names = ", ".join(r.run for r in store.runs()) or "none"
+        raise ValueError(f"no run {run!r} in the store {store.url}; it holds: {names}")
+    return record
+
+
+def summarize_run(store: ResultStore, run: str) -> RunSummary:
+    """What the store knows of a run. Raises `ValueError` when it has none of that name."""
+    record = record_of(store, run)
+    statuses = _search_statuses(store, run)
+    steps = step_records(store.table("steps", run=run))
+    rows = _validation_rows(store, record)
+    plan_row = next((row for row in rows if row.label == _PLAN), None)
+    chosen_at = next((step for step in reversed(steps) if step.plan_id == record.final_plan_id), None)
+    size = plan_row or chosen_at
+    return RunSummary(
+        run=run,
+        status=record.status,
+        interrupted=_is_interrupted(store, record),
+        message=record.message,
+        continue_command=record.continue_command,
+        model=_models(store).get(record.manifest_id),
+        manifest_id=record.manifest_id,
+        reference_id=record.reference_id,
+        validation_reference_id=record.validation_reference_id,
+        num_evaluations=sum(statuses.values()),
+        failures={kind: number for kind, number in sorted(statuses.items()) if kind != "ok"},
+        num_steps=len(steps),
+        last_step=steps[-1] if steps else None,
+        final_plan_id=record.final_plan_id,
+        final_plan=None if record.final_plan_id is None else store.plan(record.final_plan_id, run),
+        num_compressed=None if size is None else size.num_compressed,
+        share=None if size is None else size.share,
+        bits_per_weight=None if size is None else size.bits_per_weight,
+        wall_seconds=steps[-1].wall_seconds if steps else None,
+        created_at=record.created_at,
+        finished_at=record.finished_at,
+        validation=rows,
+        verdict=verdict(rows) if record.final_plan_id is not None else _without_plan(record),
+    )
+
+
+def _without_plan(record: RunRecord) -> str:
+    if record.status == "finished":
+        return "This strategy chooses no plan; its ranking is the run's rows of the table steps."
+    return "The search has not come to a plan yet."
+
+
+def runs_overview(store: ResultStore) -> list[RunOverview]:
+    """A line about every run, in order of creation."""
+    models = _models(store)
+    return [_overview(store, record, models) for record in store.runs()]
+
+
+def _overview(store: ResultStore, record: RunRecord, models: Mapping[str | None, str]) -> RunOverview:
+    steps = step_records(store.table("steps", run=record.run))
+    last = steps[-1] if steps else None
+    return RunOverview(
+        run=record.run,
+        status=record.status,
+        interrupted=_is_interrupted(store, record),
+        model=models.get(record.manifest_id),
+        num_evaluations=sum(_search_statuses(store, record.run).values()),
+        last_step=None if last is None else last.step,
+        share=None if last is None else last.share,
+        bits_per_weight=None if last is None else last.bits_per_weight,
+        score=None if last is None else last.score,
+        fdt=None if last is None else _fdt_of(store, record, last.plan_id),
+        created_at=record.created_at,
+    )
+
+
+def _is_interrupted(store: ResultStore, record: RunRecord) -> bool:
+    return record.status == "running" and not store.is_running(record.run)
+
+
+def _models(store: ResultStore) -> dict[str | None, str]:
+    """manifest id -> the model's path or hub id."""
+    rows = store.table("components", ["manifest_id", "model"])
+    return dict(zip(rows["manifest_id"].to_pylist(), rows["model"].to_pylist(), strict=True))
+
+
+def _search_statuses(store: ResultStore, run: str) -> Counter[str]:
+    rows = store.table("evaluations", ["status"], run, pc.field("purpose").isin(["search", "race"]))
+    return Counter(rows["status"].to_pylist())
+
+
+def _fdt_of(store: ResultStore, record: RunRecord, plan_id: str) -> float | None:
+    """A plan's mean FDT on the search's prompts, over the weights that the search has come to."""
+    if record.reference_id is None:
+        return None
+    where = (pc.field("plan_id") == plan_id) & (pc.field("reference_id") == record.reference_id)
+    on_all = where & (pc.field("purpose") != "race")
+    rows = store.table("evaluations", ["fdt_mean", "weights_id"], record.run, on_all).to_pylist()
+    over = store.weights_id(record.run) or None
+    return next((row["fdt_mean"] for row in rows if row["weights_id"] == over and row["fdt_mean"] is not None), None)
+
+
+# Validation
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A row of `evaluations` on the held-out prompts, its label, and its values per prompt."""
+
+    row: Mapping[str, Any]
+    label: str
+    per_prompt: Mapping[str, NDArray[np.generic]]
+
+
+def _validation_rows(store: ResultStore, record: RunRecord) -> tuple[ValidationRow, ...]:
+    """The final plan first, then what it is held against, from large to small."""
+    measured = _measured(store, record)
+    plan = next((m for m in measured if m.label == _PLAN), None)
+    others = sorted((m for m in measured if m is not plan), key=lambda m: (-m.row["bits_per_weight"], m.label))
+    return tuple(_validation_row(m, plan) for m in ([] if plan is None else [plan]) + others)
+
+
+def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
+    if record.validation_reference_id is None or record.final_plan_id is None:
+        return []
+    final = pc.field("plan_id") == record.final_plan_id
+    # The held-out prompts may be those of the search, whose evaluations bear no labels.
+    where = (
+        (pc.field("reference_id") == record.validation_reference_id)
+        & (pc.field("purpose") != "race")
+        & ((pc.field("purpose") == "validation") | final)
+    )
+    rows = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where)
+    ended_with = (record.final_plan_id, store.weights_id(record.run) or None)
+    found: dict[str, _Measured] = {}
+    for row in rows.to_pylist():
+        label = row["label"] if row["purpose"] == "validation" else None
+        if (row["plan_id"], row["weights_id"]) == ended_with:
+            label = _PLAN
+        elif label == _PLAN:
+            label = _FOUND
+        if label is not None:
+            found.setdefault(label, _Measured(row, label, _per_prompt(row)))
+    return list(found.values())
+
+
+def _per_prompt(row: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
+    columns = {"fdt": "fdt", "sdt": "sdt", "kl": "kl_list"}
+    return {metric: np.array(row[column]) for metric, column in columns.items() if row[column] is not None}
+
+
+def _validation_row(measured: _Measured, plan: _Measured | None) -> ValidationRow:
+    row = measured.row
+    ok = row["status"] == "ok"
+    return ValidationRow(
+        label=measured.label,
+        plan_id=row["plan_id"],
+        num_compressed=row["num_compressed"],
+        bits_per_weight=row["bits_per_weight"],
+        share=row["share"],
+        summary=summary_of(dict(row)) if ok else None,
+        failure=None if ok else f"{row['status']}: {row['message']}",
+        fdt_vs_plan=_difference(plan, measured, "fdt"),
+        sdt_vs_plan=_difference(plan, measured, "sdt"),
+        kl_vs_plan=_difference(plan, measured, "kl"),
+    )
+
+
+def _difference(plan: _Measured | None, other: _Measured, metric: str) -> PairedDifference | None:
+    if plan is None or plan is other:
+        return None
+    a, b = plan.per_prompt.get(metric), other.per_prompt.get(metric)
+    return None if a is None or b is None else paired_difference(a, b, _BOOTSTRAP_SEED)
+
+
+# The verdict
+
+
+def verdict(rows: Sequence[ValidationRow]) -> str:
+    """One sentence on how the final plan does against the uniform plan of its size, claiming no more than the interval
+    bears."""
+    plan = next((row for row in rows if row.label == _PLAN), None)
+    if plan is None:
+        return "The plan was not measured on held-out prompts, so nothing is said of how good it is."
+    if plan.summary is None:
+        return f"The plan could not be measured on held-out prompts ({plan.failure})."
+    found = (
+        f"On {plan.summary.num_prompts} held-out prompts the plan ({plan.bits_per_weight:.2f} bits per weight) first "
+        f"diverges after {plan.summary.fdt_mean:.1f} tokens on average"
+    )
+    instead = next((row for row in rows if row.label == _FOUND), None)
+    if instead is not None:
+        return f"{found}. It is a uniform plan: what the search found did no better ({_figures(instead)})."
+    nearest = next((row for row in rows if row.label.startswith(_NEAREST)), None)
+    if nearest is None:
+        return f"{found}; no uniform plan of its size was measured, so it is called neither better nor worse."
+    other = f"the uniform plan of its size, {nearest.label.removeprefix(_NEAREST)} ({nearest.bits_per_weight:.2f} bits)"
+    if nearest.summary is None or nearest.fdt_vs_plan is None:
+        return f"{found}; {other}, could not be measured ({nearest.failure}), so it is called neither better nor worse."
+    difference = nearest.fdt_vs_plan
+    return (
+        f"{found}: {_comparison(difference)} {other}, with {nearest.summary.fdt_mean:.1f} ({_interval(difference)})"
+        f"{_dissent(nearest)}."
+    )
+
+
+def _figures(row: ValidationRow) -> str:
+    if row.summary is None:
+        return f"it could not be measured: {row.failure}"
+    return f"{row.bits_per_weight:.2f} bits per weight, first divergence after {row.summary.fdt_mean:.1f} tokens"
+
+
+def _comparison(difference: PairedDifference) -> str:
+    if not difference.excludes_zero:
+        return "not distinguishable from"
+    return "better than" if difference.mean > 0 else "worse than"
+
+
+def _interval(d: PairedDifference) -> str:
+    return f"difference {d.mean:+.1f} tokens, {d.confidence:.0%} interval {d.low:+.1f} to {d.high:+.1f}"
+
+
+def _dissent(nearest: ValidationRow) -> str:
+    """What else has to be said: fewer divergent tokens and a smaller KL are better, and may say the opposite."""
+    fdt = nearest.fdt_vs_plan
+    assert fdt is not None
+    opposite = [
+        f"{name} {'worse' if d.mean > 0 else 'better'} ({d.mean:+.{digits}f})"
+        for name, d, digits in (("SDT", nearest.sdt_vs_plan, 1), ("KL", nearest.kl_vs_plan, 4))
+        if d is not None and d.excludes_zero and (d.mean > 0) == (fdt.mean > 0)
+    ]
+    return f", but its {' and '.join(opposite)}" if opposite else ""

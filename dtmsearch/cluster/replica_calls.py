@@ -1,0 +1,163 @@
+"""What is asked of replicas beside evaluations: whole answers of whichever is up, and things that all of them take.
+
+Knows nothing of searches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from dtmsearch.cluster.outstanding import MAX_ATTEMPTS
+from dtmsearch.cluster.replica_handle import Member
+from dtmsearch.cluster.replicas import Crew, ReplicasFailed, cause_of, is_loss
+from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import Continuation, Reference, Speed, mean_speed
+from dtmsearch.core.plan import Plan
+
+
+class Services:
+    """The replicas' methods, each called on one replica or given to all. `check_alive` is called while none is up."""
+
+    def __init__(self, crew: Crew, check_alive: Callable[[], None]) -> None:
+        self._crew, self._check_alive = crew, check_alive
+        self._solved: dict[str, dict[tuple[str, str], Any]] = {}
+
+    def manifest(self) -> ModelManifest:
+        manifest: ModelManifest = self._ask_one("manifest")
+        return manifest
+
+    def cut_prompts(self, *arguments: Any) -> Any:
+        """See `dtmsearch.model.replica.replica.Replica.cut_prompts`."""
+        return self._ask_one("cut_prompts", *arguments)
+
+    def make_reference(self, prompts: Any) -> Reference:
+        """See `dtmsearch.model.replica.replica.Replica.make_reference`."""
+        reference: Reference = self._ask_one("make_reference", prompts)
+        return reference
+
+    def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
+        """See `Replica.measure_speed` in `dtmsearch.model.replica`. Every replica that has a place measures at the same
+        time, for they share machines: the mean of what they say."""
+        self._first_ready()
+        while self._crew.num_loading:
+            self._check_alive()
+            self._crew.welcome(timeout_seconds=1.0)
+        calls = [
+            (member, member.actor.call.remote("measure_speed", count, prompt_tokens, continuation_tokens))
+            for member in self._crew.ready
+        ]
+        measured: list[Speed] = []
+        for member, call in calls:
+            try:
+                measured.append(ray.get(call))
+            except (RayTaskError, RayActorError) as error:
+                if not is_loss(error):
+                    raise cause_of(error) from None
+                self._crew.lose(member, error)
+        return mean_speed(measured) if measured else self.measure_speed(count, prompt_tokens, continuation_tokens)
+
+    def continuations(
+        self, plan: Plan, reference_id: str, prompts: Sequence[int], weights_id: str = ""
+    ) -> list[Continuation]:
+        """See `dtmsearch.model.replica.replica.Replica.continuations`."""
+        written: list[Continuation] = self._ask_one("continuations", plan, reference_id, tuple(prompts), weights_id)
+        return written
+
+    def save_pruned(self, plan: Plan, weights_id: str, calibration_id: str, folder: str) -> None:
+        """See `dtmsearch.model.replica.replica.Replica.save_pruned`."""
+        self._ask_one("save_pruned", plan, weights_id, calibration_id, folder)
+
+    def routed_tokens(self, reference_id: str) -> dict[str, int]:
+        """See `dtmsearch.model.replica.replica.Replica.routed_tokens`."""
+        routed: dict[str, int] = self._ask_one("routed_tokens", reference_id)
+        return routed
+
+    def use(self, reference: Reference) -> None:
+        """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""
+        self._crew.use(reference)
+
+    def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
+        """See `dtmsearch.model.replica.replica.Replica.cut_calibration`."""
+        calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed)
+        return calibration
+
+    def gather_statistics(self, calibration: Calibration) -> InputStatistics:
+        """See `dtmsearch.model.replica.replica.Replica.gather_statistics`."""
+        statistics: InputStatistics = self._ask_one("gather_statistics", calibration)
+        return statistics
+
+    def weight_errors(
+        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str = "", by_hessian: bool = False
+    ) -> list[WeightError]:
+        """See `dtmsearch.model.replica.replica.Replica.weight_errors`."""
+        errors: list[WeightError] = self._ask_one("weight_errors", components, schemes, calibration_id, by_hessian)
+        return errors
+
+    def outlier_shares(self, calibration_id: str) -> dict[int, float]:
+        """See `dtmsearch.model.replica.replica.Replica.outlier_shares`."""
+        shares: dict[int, float] = self._ask_one("outlier_shares", calibration_id)
+        return shares
+
+    def use_calibration(self, calibration: Calibration, statistics: InputStatistics) -> None:
+        """Give a calibration to every replica, those to come included."""
+        self._crew.give("call", "use_calibration", ray.put(calibration), ray.put(statistics))
+
+    def use_solved(self, calibration_id: str, matrices: Iterable[PackedMatrix]) -> None:
+        """Give solved matrices to every replica, those to come included; they lie in the cluster's memory."""
+        held = self._solved.setdefault(calibration_id, {})
+        held |= {(packed.component, packed.scheme): ray.put(packed) for packed in matrices}
+        self._crew.give("take_solved", calibration_id, dict(held))
+
+    def solve(
+        self, calibration_id: str, parts: Sequence[Sequence[tuple[str, str]]]
+    ) -> Iterator[Sequence[PackedMatrix]]:
+        """Have (component, scheme) pairs solved, a part on whichever replica is free; yields a part as it is done.
+
+        In order of layers each replica gathers on its way up. A part whose replica is lost goes to another.
+        """
+        waiting = deque((number, 1) for number in range(len(parts)))
+        under_way: dict[Any, tuple[Member, int, int]] = {}
+        while waiting or under_way:
+            self._first_ready()
+            busy = [member for member, _, _ in under_way.values()]
+            for member in (m for m in self._crew.ready if m not in busy):
+                if waiting:
+                    number, attempt = waiting.popleft()
+                    call = member.actor.call.remote("solve", calibration_id, parts[number])
+                    under_way[call] = member, number, attempt
+            done, _ = ray.wait(list(under_way), timeout=1.0)
+            for call in done:
+                member, number, attempt = under_way.pop(call)
+                try:
+                    yield ray.get(call)
+                except (RayTaskError, RayActorError) as error:
+                    if not is_loss(error):
+                        raise cause_of(error) from None
+                    if attempt >= MAX_ATTEMPTS:
+                        raise ReplicasFailed(f"{attempt} replicas were lost while they solved a layer") from error
+                    waiting.appendleft((number, attempt + 1))
+                    self._crew.lose(member, error)
+
+    def _ask_one(self, method: str, *arguments: Any) -> Any:
+        """The answer of whichever replica is up first; another is asked if that one is lost."""
+        while True:
+            member = self._first_ready()
+            try:
+                return ray.get(member.actor.call.remote(method, *arguments))
+            except (RayTaskError, RayActorError) as error:
+                if not is_loss(error):
+                    raise cause_of(error) from None
+                self._crew.lose(member, error)
+
+    def _first_ready(self) -> Member:
+        while not (ready := self._crew.ready):
+            self._check_alive()
+            self._crew.fill()
+            self._crew.welcome(timeout_seconds=1.0)
+        return ready[0]

@@ -1,0 +1,214 @@
+"""The replicas of one model: started where there is room, given what all of them must hold, replaced when lost.
+
+Knows nothing of what they are asked, nor of what becomes of the work of one that is lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+
+from dtmsearch.cluster.actor import give_back, start_host
+from dtmsearch.cluster.canaries import WrongNumbers
+from dtmsearch.cluster.placement import Patience, Room, Share
+from dtmsearch.cluster.replica_handle import Member
+from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
+
+_MAX_FAILED_STARTS = 3
+# A replica's first canary may diverge by near ties on other hardware; more than this share is a broken replica.
+_CANARY_LIMIT = 0.02
+
+
+class ReplicasFailed(RuntimeError):
+    """No replica can be brought up; the message says why."""
+
+
+class Crew:
+    """`members` are those that are there, ready or not. `on_lost` hears of each that is lost, with the error and its
+    one line of reason, once the replica is ended and before another is started."""
+
+    def __init__(
+        self,
+        replica_class: str,
+        spec: ModelSpec,
+        settings: ReplicaSettings,
+        share: Share,
+        replicas: int,
+        on_note: Callable[[str], None],
+        on_lost: Callable[[Member, Exception, str], None],
+    ) -> None:
+        self._replica_class, self._spec, self._settings, self._share = replica_class, spec, settings, share
+        self._room, self._patience = Room(share, replicas), Patience(share)
+        self._on_note, self._on_lost = on_note, on_lost
+        self.members: list[Member] = []
+        self.references: dict[str, Reference] = {}
+        self._held_references: dict[str, Any] = {}  # in the cluster's memory
+        self._gifts: list[tuple[str, tuple[Any, ...]]] = []
+        self._groups: list[Any] = []  # reserved places whose replica was lost
+        self._started = 0
+        self._failed_starts = 0
+        self._dismissed = 0
+
+    @property
+    def wanted(self) -> int:
+        """Replicas that are asked for, there or not."""
+        return self._room.wanted
+
+    @property
+    def ready(self) -> list[Member]:
+        """Those that have loaded and take requests."""
+        return [member for member in self.members if member.ready]
+
+    @property
+    def num_loading(self) -> int:
+        """Those that have a place and do not take requests yet."""
+        return len(self.members) - len(self.ready) - len(self._unplaced())
+
+    def leave(self) -> None:
+        """Let all replicas go; `fill` starts others."""
+        for member in self.members:
+            member.host.leave()
+        self.members.clear()
+
+    def close(self) -> None:
+        self.leave()
+        for group in self._groups:
+            give_back(group)
+
+    def use(self, reference: Reference) -> None:
+        """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""
+        if reference.id in self.references:
+            return
+        self.references[reference.id], self._held_references[reference.id] = reference, ray.put(reference)
+        for member in self.ready:
+            self._begin_or_take(member)
+
+    def give(self, method: str, *arguments: Any) -> None:
+        """Have every replica's host take something, those to come included, before whatever it is asked next."""
+        self._gifts.append((method, arguments))
+        for member in self.members:
+            getattr(member.actor, method).remote(*arguments)
+
+    def trusted(self) -> None:
+        """A canary was good: those that were wrong before it are no series."""
+        self._dismissed = 0
+
+    # Starting.
+
+    def fill(self) -> None:
+        """Ask for as many replicas as there shall be, let go of those that wait for a place that is gone, and say
+        what the others wait for."""
+        wanted = self._room.wanted
+        while len(self.members) < wanted:
+            self._start_member()
+        while self._groups:
+            give_back(self._groups.pop())
+        unplaced = self._unplaced()
+        while unplaced and len(self.members) > wanted:
+            self.members.remove(unplaced[-1])
+            unplaced.pop().host.leave()
+        note = self._patience.note([m.name for m in unplaced], len(self.ready))
+        if note is not None:
+            self._on_note(note)
+
+    def _start_member(self) -> None:
+        name = f"replica-{self._started}"
+        self._started += 1
+        group = self._groups.pop() if self._groups else None
+        host = start_host(self._replica_class, name, self._share, group)
+        starting = host.actor.load.remote(self._spec, self._settings)
+        for method, arguments in self._gifts:
+            getattr(host.actor, method).remote(*arguments)
+        self.members.append(Member(name, host.actor, starting, host))
+
+    def _unplaced(self) -> list[Member]:
+        """Replicas that have no place in the cluster yet."""
+        waiting = {m.host.placed: m for m in self.members if not m.ready}
+        if not waiting:
+            return []
+        placed, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        return [member for reference, member in waiting.items() if reference not in placed]
+
+    def welcome(self, timeout_seconds: float) -> None:
+        """Let replicas that have loaded take the references, and those that have taken them begin."""
+        starting = {m.starting: m for m in self.members if not m.ready}
+        if not starting:
+            return
+        done, _ = ray.wait(list(starting), num_returns=len(starting), timeout=timeout_seconds)
+        for reference in done:
+            member = starting[reference]
+            try:
+                self._advance_start(member, ray.get(reference))
+            except RayTaskError as error:
+                cause = cause_of(error)
+                if isinstance(cause, ValueError):
+                    raise cause from None
+                self.lose(member, error)
+            except RayError as error:
+                self.lose(member, error)
+
+    def _advance_start(self, member: Member, answer: tuple[str, int] | float) -> None:
+        if isinstance(answer, tuple):
+            member.node = f"{answer[0]}:{answer[1]}"
+        elif answer > _CANARY_LIMIT:
+            raise RayError(f"its dense model diverges on {answer:.1%} of the reference's tokens")
+        self._begin_or_take(member)
+
+    def _begin_or_take(self, member: Member) -> None:
+        """Let a replica begin, once it has every reference."""
+        missing = self.references.keys() - member.references
+        member.ready = not missing
+        if missing:
+            member.references |= missing
+            member.taking_since = time.monotonic()
+            member.starting = member.actor.take.remote(*(self._held_references[i] for i in sorted(missing)))
+        else:
+            self._failed_starts = 0
+            member.taking_since = None
+            member.record.verified_at = time.monotonic()
+
+    # Losing.
+
+    def lose(self, member: Member, error: Exception) -> None:
+        """Kill a replica and start another in its place. Raises `ReplicasFailed` when too many were lost in a row."""
+        if is_loss(error):
+            error = cause_of(error)
+        self.members.remove(member)
+        member.host.end()
+        if member.host.group is not None:
+            self._groups.append(member.host.group)
+        reason = str(cause_of(error)).strip().splitlines()[0][:300]
+        self._on_lost(member, error, reason)
+        if isinstance(error, WrongNumbers):
+            self._dismissed += 1
+            if self._dismissed > self.wanted + _MAX_FAILED_STARTS:
+                raise ReplicasFailed(f"{self._dismissed} replicas in a row returned wrong numbers; the last: {reason}")
+        if isinstance(error, RayActorError):
+            self._room.count_again()
+        if not member.ready and not _with_its_node(error):
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                raise ReplicasFailed(f"{self._failed_starts} replicas in a row did not start; the last: {reason}")
+        self.fill()
+
+
+def _with_its_node(error: Exception) -> bool:
+    """Whether a replica died because its node did, which says nothing about the replica."""
+    if isinstance(error, ActorDiedError):
+        return bool(error.preempted) or "node has died" in str(error)
+    return isinstance(error, ActorUnavailableError)  # what the first call hears of a node that has just died
+
+
+def cause_of(error: Exception) -> Exception:
+    """What the replica itself raised, if it did."""
+    cause = error.cause if isinstance(error, RayTaskError) else None
+    return cause if isinstance(cause, Exception) else error
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether a replica's process has died, or that of one of its stages, of which the first has told."""
+    return isinstance(cause_of(error), RayActorError)

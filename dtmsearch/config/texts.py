@@ -1,0 +1,98 @@
+"""The texts and the model that a search file names, as far as the driver's own disk can tell. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
+from dtmsearch.core.components import weight_files
+
+# A dataset is read until its text surely holds the windows: this many characters for each token wanted.
+_CHARACTERS_PER_TOKEN = 12
+
+
+def check_model(file: SearchFile) -> None:
+    """Raises `ValueError` at once when the model's folder is there but holds no usable checkpoint, or is plainly a
+    path to nothing. A hub id passes."""
+    path = file.model.path
+    folder = file.resolve(path)
+    looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+    if folder.is_dir() or looks_local:
+        weight_files(folder)
+
+
+def check_readable(file: SearchFile) -> None:
+    """Raises `ValueError` for a text file of the search file that is not there."""
+    for section in (file.prompts, file.validation_prompts, file.calibration_text):
+        if section is not None:
+            text_files(file, section)
+    if file.search.recovery is not None:
+        paths(file, file.search.recovery.files)
+
+
+def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
+    """The documents that prompts are cut from: each file, or each row of the dataset, is one.
+
+    Bytes that are not UTF-8 are read as U+FFFD. Raises `ValueError` when one is missing.
+    """
+    if prompts.dataset is not None:
+        tokens = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens)
+        return _dataset_rows(prompts.dataset, tokens * _CHARACTERS_PER_TOKEN)
+    return read_files(file, prompts.files)
+
+
+def read_files(file: SearchFile, names: Sequence[str]) -> list[str]:
+    """The documents that a search file names, each file one; what ends in `.zst` or `.gz` is decompressed."""
+    return [_text(path) for path in paths(file, names)]
+
+
+def _text(path: Path) -> str:
+    if path.suffix not in (".zst", ".gz"):
+        return path.read_text(encoding="utf-8", errors="replace")
+    import pyarrow as pa
+
+    with pa.input_stream(str(path)) as stream:  # which tells the compression by the name
+        return str(stream.read().decode(encoding="utf-8", errors="replace"))
+
+
+def text_files(file: SearchFile, prompts: PromptsSection) -> list[Path]:
+    """The files that `prompts.files` names, patterns such as `docs/*.txt` expanded in order of name."""
+    return paths(file, prompts.files)
+
+
+def paths(file: SearchFile, names: Sequence[str]) -> list[Path]:
+    """The files of names or patterns in a search file. Raises `ValueError` for one that is not there."""
+    found: list[Path] = []
+    for name in names:
+        path = file.resolve(name)
+        matches = [path] if path.is_file() else sorted(match for match in _expand(file, name) if match.is_file())
+        if not matches:
+            beside = file.folder.absolute() != Path.cwd()
+            places = f"neither in {file.folder} nor in the current folder" if beside else "in the current folder"
+            raise ValueError(f"no prompt file {name!r}{',' if beside else ''} {places}")
+        found += matches
+    return found
+
+
+def _expand(file: SearchFile, name: str) -> list[Path]:
+    if Path(name).is_absolute():
+        return list(Path("/").glob(str(Path(name).relative_to("/"))))
+    return list(file.folder.glob(name)) or list(Path().glob(name))
+
+
+def _dataset_rows(section: DatasetSection, enough_characters: int) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError("prompts.dataset needs an extra: pip install 'dtmsearch[datasets]'") from None
+    rows: list[str] = []
+    characters = 0
+    for row in load_dataset(section.path, section.name, split=section.split, streaming=True):
+        if section.column not in row:
+            raise ValueError(f"dataset {section.path} has no column {section.column!r}; it has {sorted(row)}")
+        rows.append(row[section.column])
+        characters += len(rows[-1])
+        if characters >= enough_characters:
+            break
+    return rows

@@ -1,0 +1,243 @@
+"""What a person sees: live progress in a terminal, plain lines elsewhere, and tables.
+
+Progress goes to stderr, tables are text for stdout. Knows the types that an `Observer` is shown and nothing of
+where they come from.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dtmsearch.console.format import components, duration, number, plain
+from dtmsearch.search.loop import Decision, Observer, Progress
+
+log = logging.getLogger(__name__)
+
+# Elsewhere than in a terminal: at most one progress line in this time.
+_PLAIN_SECONDS = 5.0
+_RECENT_DECISIONS = 5
+_REFRESHES_PER_SECOND = 4
+_BAR_WIDTH = 40
+
+
+@contextmanager
+def watching(quiet: bool = False, stream: TextIO | None = None) -> Iterator[Observer]:
+    """An observer for the length of one search: live in a terminal, a line now and then elsewhere, notes alone if
+    `quiet`."""
+    stream = stream or sys.stderr
+    console = Console(file=stream)
+    if quiet:
+        yield QuietProgress(stream)
+    elif stream.isatty() and not console.is_dumb_terminal:
+        live = LiveProgress()
+        # Leaves nothing behind: what the search came to is printed after it.
+        with Live(
+            console=console, get_renderable=live.render, refresh_per_second=_REFRESHES_PER_SECOND, transient=True
+        ):
+            live.say = lambda text: console.print(Text(text))
+            yield live
+    else:
+        yield PlainProgress(stream)
+
+
+class QuietProgress:
+    """Says nothing but the notes, which a person has to know."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def on_progress(self, progress: Progress) -> None:
+        pass
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        pass
+
+    def on_note(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+
+class LoggedProgress:
+    """Tells Python's logging instead of a person: a record for each decision and note, at times for progress."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.last_at = -_PLAIN_SECONDS
+
+    def on_progress(self, progress: Progress) -> None:
+        if self.clock() - self.last_at >= _PLAIN_SECONDS:
+            self.last_at = self.clock()
+            values = {key: value for key, value in vars(progress).items() if key != "decision"}
+            log.info("progress", extra=values)
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        edge = None if decision.perturbation is None else str(decision.perturbation)
+        values = {"step": decision.step, "plan": decision.plan.id, "perturbation": edge, "score": decision.score}
+        measured = {"size": plain(decision.size), "summary": plain(decision.summary)}
+        log.info("decision", extra=values | measured | {"replayed": replayed})
+
+    def on_note(self, text: str) -> None:
+        log.warning(text)
+
+
+class PlainProgress(QuietProgress):
+    """A line for each new decision, one for all replayed ones together, and a progress line now and then."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(stream)
+        self.clock = clock
+        self.last_line_at = clock()
+        self.last_replayed: Decision | None = None
+
+    def on_progress(self, progress: Progress) -> None:
+        self._say_replayed()
+        if self.clock() - self.last_line_at >= _PLAIN_SECONDS:
+            self._say(progress_line(progress))
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        if replayed:
+            self.last_replayed = decision
+            return
+        self._say_replayed()
+        self._say(decision_line(decision))
+
+    def _say_replayed(self) -> None:
+        if self.last_replayed is not None:
+            decision, self.last_replayed = self.last_replayed, None
+            self._say(f"continued after {decision_line(decision)}")
+
+    def _say(self, line: str) -> None:
+        self.last_line_at = self.clock()
+        self.on_note(line)
+
+
+class LiveProgress:
+    """The state that the live view draws; `say` prints a line above it."""
+
+    def __init__(self) -> None:
+        self.say: Callable[[str], None] = lambda text: None
+        self.progress: Progress | None = None
+        self.recent: deque[Decision] = deque(maxlen=_RECENT_DECISIONS)
+
+    def on_progress(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        self.recent.append(decision)
+
+    def on_note(self, text: str) -> None:
+        self.say(text)
+
+    def render(self) -> Group | Text:
+        if self.progress is None:
+            return Text("starting ...")
+        lines = [Text(decision_line(d), style="dim", no_wrap=True, overflow="ellipsis") for d in self.recent]
+        done = done_share(self.progress)
+        bar = ProgressBar(total=1.0, completed=done or 0.0, width=_BAR_WIDTH, pulse=done is None)
+        status = Text(progress_line(self.progress), no_wrap=True, overflow="ellipsis")
+        return Group(*lines, _side_by_side(bar, share_of_weights(self.progress.decision)), status)
+
+
+def _side_by_side(bar: ProgressBar, text: str) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(bar, Text(text))
+    return grid
+
+
+def done_share(progress: Progress) -> float | None:
+    """The part of the expected evaluations that is answered, from 0 to 1; None while nothing is known of the rest."""
+    if progress.seconds_left is None:
+        return None
+    expected = progress.evaluations + max(progress.seconds_left, 0.0) * progress.evaluations_per_second
+    return progress.evaluations / expected if expected else None
+
+
+def share_of_weights(decision: Decision | None) -> str:
+    if decision is None:
+        return "nothing compressed yet"
+    return (
+        f"{decision.size.share:.1%} of weights compressed, FDT {decision.summary.fdt_mean:.1f}, "
+        f"{decision.size.bits_per_weight:.2f} bits a weight"
+    )
+
+
+def decision_line(decision: Decision) -> str:
+    """One line for a decision: its depth, the edge, and what the plan amounts to."""
+    edge = "chosen as a whole" if decision.perturbation is None else str(decision.perturbation)
+    size = decision.size
+    return (
+        f"step {decision.step}: {edge}  [{components(size.num_compressed)}, {size.share:.1%} of weights, "
+        f"{size.bits_per_weight:.2f} bits a weight, FDT {decision.summary.fdt_mean:.1f}]"
+    )
+
+
+def progress_line(progress: Progress) -> str:
+    recorded = f" ({progress.replayed} from the store)" if progress.replayed else ""
+    left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+    if progress.evaluations == progress.replayed and progress.in_flight:
+        return f"step {progress.step}: {progress.in_flight} evaluations under way{recorded}, none has arrived yet"
+    return (
+        f"step {progress.step}: {progress.evaluations} evaluations{recorded}, {progress.in_flight} in flight, "
+        f"{progress.evaluations_per_second:.1f} a second{left}"
+    )
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], stream: TextIO | None = None) -> str:
+    """A table as text for `stream` (stdout): ruled and within the window in a terminal, aligned columns elsewhere."""
+    stream = stream or sys.stdout
+    cells = [[cell(value) for value in row] for row in rows]
+    right = [bool(cells) and all(_is_number(row[at]) for row in cells) for at in range(len(columns))]
+    return _ruled(columns, cells, right, stream) if stream.isatty() else _aligned([list(columns), *cells], right)
+
+
+def _ruled(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], stream: TextIO) -> str:
+    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    for name, is_right in zip(columns, right, strict=True):
+        drawn.add_column(Text(name), justify="right" if is_right else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*(Text(text) for text in row))
+    out = io.StringIO()
+    Console(file=out, width=Console(file=stream).width, force_terminal=True).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+
+def _aligned(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
+    """Never folded, and quick also for a hundred thousand lines."""
+    widths = [max(cell_len(line[at]) for line in lines) for at in range(len(right))]
+
+    def padded(text: str, width: int, is_right: bool) -> str:
+        gap = " " * (width - cell_len(text))
+        return gap + text if is_right else text + gap
+
+    return "\n".join("  ".join(map(padded, line, widths, right)).rstrip() for line in lines)
+
+
+def cell(value: object) -> str:
+    """A value as a table shows it; what is unmeasured is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return number(value)
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text == "-"
+    return True

@@ -1,0 +1,292 @@
+"""What the command line says of runs, plans and machines: as text for a person, as values for JSON.
+
+Knows what a summary holds and how a person reads it; measures and reads nothing itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dtmsearch.console.format import components, duration, plain
+from dtmsearch.console.progress import table
+from dtmsearch.core.metrics import PairedDifference, Summary
+from dtmsearch.core.plan import Plan
+
+if TYPE_CHECKING:
+    from dtmsearch.analysis.pareto import Candidate
+    from dtmsearch.analysis.summary import RunOverview, RunSummary, ValidationRow
+    from dtmsearch.workflows.doctor import Finding
+    from dtmsearch.workflows.estimate import Estimate
+    from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
+    from dtmsearch.workflows.export import Exported
+    from dtmsearch.workflows.score import TaskScore
+    from dtmsearch.workflows.sweep import SweepOutcome
+
+# A label before its text, as `status` shows them.
+_LABEL_WIDTH = 11
+_METRIC_COLUMNS = ("FDT", "SDT", "DPPL", "PPL", "KL")
+# To be pasted between double quotes in a shell, so without ", $, ` and !.
+PLAN_QUERY = "SELECT component, scheme FROM plans WHERE plan_id = '{plan_id}' ORDER BY component"
+DEMO_QUERIES = (
+    # how much each kind of component suffers alone
+    "SELECT kind, scheme, round(avg(fdt_mean), 1) AS fdt FROM evaluations JOIN components USING (component) "
+    "WHERE run = '{run}' AND status = 'ok' AND step = 0 GROUP BY ALL ORDER BY fdt",
+    # how the plan grew
+    "SELECT step, perturbation, round(score, 2) AS fdt, round(share, 3) AS share FROM steps WHERE run = '{run}' "
+    "ORDER BY step",
+    # how the plan does on held-out prompts, beside uniform ones
+    "SELECT label, bits_per_weight, fdt_mean, fdt_p25, sdt_mean, dppl, kl FROM evaluations "
+    "WHERE run = '{run}' AND purpose = 'validation' ORDER BY fdt_mean DESC",
+)
+
+
+# What a replica does with the hidden states of parent plans, by where it keeps them.
+_STATES_KEPT = {
+    "auto": "chosen by the memory there is",
+    "device": "hidden states of the parent are kept at every layer, beside the model",
+    "host": "hidden states of the parent are kept at every layer, in the host's memory",
+    "sweep": "hidden states of the parent are kept at one layer, carried upward as candidates come",
+}
+
+
+def run_text(summary: RunSummary) -> str:
+    """Everything that the store knows of a run."""
+    lines = [f"run {summary.run}: {_status(summary)}"]
+    lines += [_line("message", summary.message)] if summary.message else []
+    lines.append(_line("model", summary.model or "not read yet"))
+    lines.append(_line("search", _effort(summary)))
+    if summary.last_step is not None:
+        step = summary.last_step
+        lines.append(
+            _line("last step", f"{step.step}: {step.perturbation or 'chosen as a whole'}, score {step.score:.4g}")
+        )
+    lines += _plan_lines(summary)
+    if summary.validation:
+        lines += ["", "On held-out prompts:", validation_table(summary.validation)]
+    return "\n".join([*lines, "", summary.verdict])
+
+
+def run_values(summary: RunSummary) -> dict[str, Any]:
+    """A run's summary for JSON, its plan as component -> scheme."""
+    values: dict[str, Any] = plain(summary)
+    values["final_plan"] = None if summary.final_plan is None else summary.final_plan.schemes
+    return values
+
+
+def _line(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL_WIDTH}}{text}"
+
+
+def _status(summary: RunSummary) -> str:
+    if summary.already_complete:
+        return "already complete"
+    if summary.interrupted:
+        return f"interrupted: no driver works on it; {_continuing(summary)}"
+    return {"stopped": f"stopped; {_continuing(summary)}"}.get(summary.status, summary.status)
+
+
+def _continuing(summary: RunSummary) -> str:
+    if summary.continue_command is None:
+        return "`resume` continues it"
+    return f"where it was submitted, `{summary.continue_command}` continues it"
+
+
+def _effort(summary: RunSummary) -> str:
+    failed = ", ".join(f"{number} {kind}" for kind, number in summary.failures.items())
+    took = "" if summary.wall_seconds is None else f" in {duration(summary.wall_seconds)}"
+    return f"{summary.num_steps} steps, {summary.num_evaluations} evaluations{f' ({failed})' if failed else ''}{took}"
+
+
+def _plan_lines(summary: RunSummary) -> list[str]:
+    if summary.final_plan_id is None:
+        return []
+    lines = [_line("plan", summary.final_plan_id)]
+    if summary.share is not None and summary.bits_per_weight is not None:
+        lines.append(_line("size", _size(summary.num_compressed, summary.share, summary.bits_per_weight)))
+    if summary.final_plan is not None:
+        lines.append(_line("schemes", _schemes(summary.final_plan)))
+    return lines
+
+
+def _size(num_compressed: int | None, share: float, bits_per_weight: float) -> str:
+    return f"{components(num_compressed)}, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits a weight"
+
+
+# A plan of more schemes than this is summed up; the query that is printed lists them.
+_MOST_SCHEMES = 12
+
+
+def _schemes(plan: Plan) -> str:
+    counts = Counter(scheme for _, scheme in plan.entries).most_common()
+    if len(counts) > _MOST_SCHEMES:  # a share of its own for every component
+        named = ", ".join(f"{number} x {scheme}" for scheme, number in counts[:2])
+        return f"{named}, and {len(counts) - 2} others"
+    return ", ".join(f"{number} x {scheme}" for scheme, number in counts) or "all dense"
+
+
+def validation_table(rows: Sequence[ValidationRow]) -> str:
+    """The final plan beside uniform ones; `ahead` is its FDT minus theirs, paired over prompts, with the interval."""
+    columns = ["plan", "components", "share", "bits", *_METRIC_COLUMNS, "plan's FDT ahead by"]
+    return table(columns, [_validation_cells(row) for row in rows])
+
+
+def _validation_cells(row: ValidationRow) -> list[object]:
+    size = [row.label, row.num_compressed, f"{row.share:.1%}", f"{row.bits_per_weight:.2f}"]
+    if row.summary is None:
+        return [*size, *[None] * len(_METRIC_COLUMNS), row.failure]
+    return [*size, *_metric_cells(row.summary), _ahead(row.fdt_vs_plan)]
+
+
+def _metric_cells(summary: Summary) -> list[float | None]:
+    return [summary.fdt_mean, summary.sdt_mean, summary.dppl, summary.ppl, summary.kl]
+
+
+def _ahead(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def overview_text(runs: Sequence[RunOverview]) -> str:
+    columns = ["run", "status", "evaluations", "step", "share", "bits", "FDT", "created", "model"]
+    return table(columns, [_overview_cells(run) for run in runs])
+
+
+def _overview_cells(run: RunOverview) -> list[object]:
+    return [
+        run.run,
+        "interrupted" if run.interrupted else run.status,
+        run.num_evaluations,
+        run.last_step,
+        None if run.share is None else f"{run.share:.1%}",
+        None if run.bits_per_weight is None else f"{run.bits_per_weight:.2f}",
+        run.fdt,
+        _local_time(run.created_at),
+        run.model,
+    ]
+
+
+def _local_time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def measurement_text(measurement: PlanMeasurement) -> str:
+    """One plan's size and metrics, or why there are none."""
+    size = measurement.size
+    lines = [
+        f"{measurement.label} on {measurement.num_prompts} prompts",
+        _line("plan", measurement.plan.id),
+        _line("size", f"{_size(size.num_compressed, size.share, size.bits_per_weight)}, {size.size_mb:.1f} MB"),
+        _line("schemes", _schemes(measurement.plan)),
+        "",
+    ]
+    if measurement.summary is None:
+        return "\n".join([*lines, f"it could not be measured: {measurement.failure}"])
+    summary = measurement.summary
+    columns = [*_METRIC_COLUMNS, "FDT p25", "p50", "p75"]
+    cells = [*_metric_cells(summary), summary.fdt_p25, summary.fdt_p50, summary.fdt_p75]
+    return "\n".join([*lines, table(columns, [cells])])
+
+
+def recovered_text(recovered: RecoveredModel) -> str:
+    """A plan's model before and after training."""
+    rows = [
+        [label, *(_metric_cells(summary) if summary is not None else ["not measured"])]
+        for label, summary in (("before", recovered.before), ("after", recovered.after))
+    ]
+    head = f"the plan of {recovered.run}, trained under its masks: {recovered.weights_file}"
+    export = f"to export it: dtmsearch export {recovered.run} --to dense --out DIR --weights {recovered.weights_id}"
+    return f"{head}\n\n{table(['training', *_METRIC_COLUMNS], rows)}\n{export}"
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """What a search will cost."""
+    nodes = f" on {estimate.nodes_per_replica} nodes" if estimate.nodes_per_replica > 1 else ""
+    return "\n".join(
+        [
+            _line("search", f"about {estimate.evaluations:,} evaluations, {estimate.tokens / 1e6:,.1f} million tokens"),
+            _line("work", f"{estimate.operations / 1e12:,.1f} TFLOP in matrix products, shared prefixes left out"),
+            _line("memory", f"{estimate.memory_bytes / 2**30:.2f} GiB a replica{nodes}, {estimate.replicas} replicas"),
+            _line("prefixes", _STATES_KEPT[estimate.states_kept]),
+            _line("rate", f"{estimate.evaluation_seconds:.3g} s an evaluation, as timed here, by all replicas at once"),
+            _line("time", f"{duration(estimate.search_seconds)} of search"),
+            _line("", f"{duration(estimate.other_seconds)} for the reference and the validation"),
+        ]
+    )
+
+
+def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:
+    """A measurement for JSON: its plan as component -> scheme, its size with what follows from it."""
+    size = measurement.size
+    derived = {"share": size.share, "bits_per_weight": size.bits_per_weight, "size_mb": size.size_mb}
+    values: dict[str, Any] = plain(measurement)
+    return values | {"plan_id": measurement.plan.id, "plan": measurement.plan.schemes, "size": values["size"] | derived}
+
+
+def exported_text(result: Exported) -> str:
+    """What an export wrote, how large it is, and what its check measured."""
+    from dtmsearch.workflows.export import size_account
+
+    size, check = result.size, result.check
+    lines = [
+        f"{result.format} in {result.folder}",
+        _line("plan", result.plan.id),
+        _line("size", _size(size.num_compressed, size.share, size.bits_per_weight)),
+        _line("files", f"{len(result.files)} with {sum(result.files.values()):,} bytes"),
+    ]
+    lines += [_line("weights", f"trained, {result.weights_id}")] if result.weights_id else []
+    account = size_account(result)
+    lines += [] if account is None else [_line("tensors", account)]
+    if check is None:
+        return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", "not measured")])
+    verdict = "as recorded" if check.equal else f"{check.differing} prompts differ"
+    figures = f"FDT {check.fdt_measured:.4f}, SDT {check.sdt_measured:.4f} on {check.num_prompts} prompts: {verdict}"
+    return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", figures)])
+
+
+def exported_values(result: Exported) -> dict[str, Any]:
+    """An export for JSON: its plan as component -> scheme."""
+    values: dict[str, Any] = plain(result)
+    return values | {"plan_id": result.plan.id, "plan": result.plan.schemes}
+
+
+def sweep_text(outcome: SweepOutcome) -> str:
+    """How each search of a sweep stands."""
+    rows = [[run, status, outcome.messages.get(run)] for run, status in outcome.statuses.items()]
+    return table(["run", "status", "message"], rows)
+
+
+def front_text(candidates: Sequence[Candidate]) -> str:
+    """Plans from small to large, those of each model and set of held-out prompts together."""
+    columns = ["model", "run", "plan", "bits", "share", *_METRIC_COLUMNS, "unbeaten in"]
+    return table(columns, [_front_cells(candidate) for candidate in candidates])
+
+
+def _front_cells(c: Candidate) -> list[object]:
+    size = [f"{c.bits_per_weight:.2f}", f"{c.share:.1%}"]
+    metrics = [c.fdt_mean, c.sdt_mean, c.dppl, c.ppl, c.kl]
+    return [c.model, c.run, c.label, *size, *metrics, " ".join(c.fronts).upper() or None]
+
+
+def scores_text(scores: Sequence[TaskScore]) -> str:
+    """Tasks, the base model beside the compressed one; `change` is compressed minus base with its interval."""
+    columns = ["task", "metric", "questions", "base", "compressed", "change", "answers changed", "to wrong", "to right"]
+    return table(
+        columns,
+        [
+            [s.task, s.metric, s.num_questions, s.base, s.compressed, _change(s), s.changed, s.to_wrong, s.to_right]
+            for s in scores
+        ],
+    )
+
+
+def _change(score: TaskScore) -> str:
+    difference = score.difference
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    return table(["check", "status", "found", "what to do"], [[f.name, f.status, f.found, f.remedy] for f in findings])

@@ -1,0 +1,177 @@
+"""Components and the manifest of a model: names, shapes, layers, kinds, and an identity by content.
+
+Knows the files of a checkpoint (safetensors headers, configuration), never the values of its weights. Which
+modules of the tree are components is decided in `dtmsearch.model.modules.discovery`.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+from dtmsearch.core.identity import file_digest, identity
+
+DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
+_SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+# What of config.json changes no logit.
+_CONFIG_NOISE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One weight matrix of the model.
+
+    `name` is the path of its module, `layer` the index of its layer (-1 before the layers, the number of layers
+    after them), `kind` its role inside the layer (`q`, `down`, ...), `shape` its rows (outputs) and columns (inputs).
+    `transposed`: the model keeps it as columns by rows.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    shape: tuple[int, int]
+    transposed: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class ModelManifest:
+    """What a model consists of, without its weights.
+
+    `components` are the matrices inside the layers, in model order; `others` the embeddings, norms and the head,
+    which a search includes only by name. `dtype` is that of the checkpoint's weights. `id` follows the content of the
+    weights' files and the configuration, not the folder.
+    """
+
+    model: str
+    revision: str | None
+    dtype: str
+    num_layers: int
+    content_hash: str
+    components: tuple[Component, ...]
+    others: tuple[Component, ...] = field(default=())
+
+    @property
+    def id(self) -> str:
+        return self.content_hash
+
+    @property
+    def dense_bits(self) -> int:
+        """Bits of one uncompressed weight in the checkpoint."""
+        return DTYPE_BITS[self.dtype]
+
+    @cached_property
+    def by_name(self) -> dict[str, Component]:
+        return {c.name: c for c in (*self.components, *self.others)}
+
+    def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:
+        """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).
+
+        Embeddings, norms and the head are chosen only by a pattern that names them: one whose text holds their own
+        last name, so never by `*`. Raises `ValueError` for an include pattern that matches nothing.
+        """
+        chosen = [c for c in self.components if _matches(c, include)]
+        chosen += [c for c in self.others if any(c.name.rpartition(".")[2] in p and _matches(c, (p,)) for p in include)]
+        for pattern in include:
+            if not any(_matches(c, (pattern,)) for c in chosen):
+                kinds = ", ".join(sorted({c.kind for c in self.components}))
+                raise ValueError(
+                    f"components.include: {pattern!r} matches none of the {len(self.components)} components of "
+                    f"{self.model}; patterns match names such as {self.components[0].name!r} or kinds ({kinds})"
+                )
+        kept = tuple(c for c in chosen if not _matches(c, exclude))
+        if not kept:
+            raise ValueError(f"components.exclude {list(exclude)} leaves no component of {self.model}")
+        return kept
+
+
+def _matches(component: Component, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(component.name, p) or fnmatchcase(component.kind, p) for p in patterns)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, by name.
+
+    Raises `ValueError` when the folder is missing, is no checkpoint, or holds pickled weights only.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no model at {folder}: the folder does not exist")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no model at {folder}: it holds no config.json") from None
+    except ValueError as error:
+        raise ValueError(f"the model at {folder} has a config.json that is no JSON: {error}") from None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise ValueError(f"the model at {folder} is incomplete: its index names {missing[0]}, which is not there")
+    if files:
+        return files
+    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"the model at {folder} has pickled weights only ({pickled[0]}): loading them could run foreign code. "
+            "Convert it once with save_pretrained, which writes safetensors"
+        )
+    raise ValueError(f"no weights at {folder}: it holds no .safetensors file")
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors in one safetensors file, read from its header alone."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size <= length else b""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        needed = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no safetensors file, or a cut one: it begins with no readable header") from None
+    if needed > length:
+        raise ValueError(f"{path} is no safetensors file, or a cut one: it has {length} bytes of {needed}")
+    return {
+        name: (_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+def checkpoint_dtype(files: list[Path]) -> str:
+    """The dtype that most matrices of the checkpoint are stored in."""
+    counts: dict[str, int] = {}
+    for path in files:
+        for dtype, shape in read_header(path).values():
+            if len(shape) == 2 and dtype in DTYPE_BITS:
+                counts[dtype] = counts.get(dtype, 0) + 1
+    if not counts:
+        raise ValueError(f"{files[0].parent} holds no floating-point matrices: is the checkpoint quantized already?")
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def content_hash(folder: Path, files: list[Path]) -> str:
+    """Identity of a checkpoint by content: its weights' files and the configuration, wherever the folder lies."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(file_digest, files))
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in _CONFIG_NOISE}
+    return identity({"config": config, "files": digests})

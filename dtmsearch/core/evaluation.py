@@ -1,0 +1,287 @@
+"""All that crosses a process border: what a replica is, what is measured against, what is asked, what is answered.
+
+Values only. Arrays are numpy's, so that neither side needs the other's libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.identity import canonical, identity, identity_of_text
+from dtmsearch.core.plan import Plan
+
+# Raise it when the same plan and reference would yield other numbers.
+METRICS_VERSION = 1
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+FailureKind = Literal["replica_lost", "out_of_memory", "nonfinite", "invalid"]
+EXTRA_METRICS = ("kl", "ppl")
+# Where a replica keeps its parent's hidden states: beside the model, in the host's memory, or one boundary at a time.
+StatesKept = Literal["auto", "device", "host", "sweep"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model a replica loads, and in which numeric mode. `path` is a folder or a hub id; scales of rounded weights
+    are those that `scale_dtype` can hold, as they are once they are stored in it."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    compile: Literal["auto", "always", "never"] = "auto"
+    scale_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """How a replica runs; none of it changes what it answers, beyond the noise of batch shapes.
+
+    `batch_tokens` bounds the tokens of one forward batch (0: chosen by device), `num_devices` spreads the model over
+    several GPUs, `num_threads` bounds the processor threads (0: torch's choice), `states` says where hidden states of
+    the parent plan are kept (`auto`: by the memory there is), `weights_folder` where trained weights are found. A model
+    of several stages is cut at its layers, and a process has one of them, the `stage`-th.
+    """
+
+    batch_tokens: int = 0
+    num_devices: int = 1
+    num_threads: int = 0
+    states: StatesKept = "auto"
+    weights_folder: str = ""
+    num_stages: int = 1
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Prompts without a reference: `tokens` [num_prompts, prompt_tokens + continuation_tokens] of human text."""
+
+    tokens: IntArray
+    prompt_tokens: int
+
+    @property
+    def continuation_tokens(self) -> int:
+        return int(self.tokens.shape[1]) - self.prompt_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The base model's own greedy continuations of prompts, and how far it agrees with itself.
+
+    `id` follows model, prompts and numeric mode. `text` [num_prompts, prompt_tokens + continuation_tokens] is human
+    text, whose first `prompt_tokens` columns are the prompts. `continuation` [num_prompts, continuation_tokens] holds
+    the tokens that the base model chose, end-of-text (`suppressed`) never among them. `agrees` [num_prompts,
+    continuation_tokens] is False where the base model's own teacher-forced choice leaves its continuation (a near
+    tie): no divergence is counted there.
+    """
+
+    id: str
+    manifest_id: str
+    mode: str
+    text: IntArray
+    continuation: IntArray
+    agrees: NDArray[np.bool_]
+    suppressed: tuple[int, ...]
+
+    @property
+    def num_prompts(self) -> int:
+        return int(self.continuation.shape[0])
+
+    @property
+    def continuation_tokens(self) -> int:
+        return int(self.continuation.shape[1])
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.text.shape[1]) - self.continuation_tokens
+
+    @property
+    def base_agreement(self) -> IntArray:
+        """[num_prompts]: first position where the base model leaves its own continuation, its length if nowhere."""
+        first = np.where(self.agrees.all(axis=1), self.continuation_tokens, (~self.agrees).argmax(axis=1))
+        return first.astype(np.int32)
+
+
+def reference_id(manifest_id: str, mode: str, prompts: PromptTokens) -> str:
+    """Identity of the reference that a model in a numeric mode gives to prompts."""
+    return identity(
+        {
+            "manifest": manifest_id,
+            "mode": mode,
+            "prompt_tokens": prompts.prompt_tokens,
+            "tokens": prompts.tokens.tolist(),
+            "version": METRICS_VERSION,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """An evaluation to make: `plan` against a reference, on its prompts from `prompts[0]` up to `prompts[1]`.
+
+    `extra_metrics` names what is measured beside fdt, sdt and dppl. `parent` is a plan whose intermediate states are
+    likely to serve this one too: a hint, and no part of the identity. `calibration_id` says by which text calibrated
+    schemes are calibrated; it is part of the identity of plans that hold one, and of no others. `weights_id` names
+    trained weights that the plan is applied to; empty for the base model's own.
+    """
+
+    plan: Plan
+    reference_id: str
+    prompts: tuple[int, int]
+    extra_metrics: tuple[str, ...] = ()
+    parent: Plan = field(default=Plan(), compare=False)
+    calibration_id: str = ""
+    weights_id: str = ""
+
+    @cached_property
+    def id(self) -> str:
+        """Identity over the canonical JSON of [plan, reference, ...]; put together, for all but the plan repeats."""
+        calibration_id = self.calibration_id if self.calibration_id and self.plan.needs_calibration else ""
+        rest = _rest_of_identity(self.reference_id, self.prompts, self.extra_metrics, calibration_id, self.weights_id)
+        return identity_of_text(f'["{self.plan.id}",{rest}]')
+
+    @cached_property
+    def changed(self) -> tuple[str, ...]:
+        """The components in which the plan and its parent differ."""
+        return tuple(self.plan.diff(self.parent))
+
+
+@lru_cache
+def _rest_of_identity(
+    reference_id: str, prompts: tuple[int, int], extra_metrics: tuple[str, ...], calibration_id: str, weights_id: str
+) -> str:
+    """The members after the first of the list that is a request's identity, as canonical JSON."""
+    parts = [reference_id, list(prompts), sorted(extra_metrics), METRICS_VERSION]
+    calibrated = [calibration_id] if calibration_id else []
+    trained = [{"weights": weights_id}] if weights_id else []
+    return canonical([*parts, *calibrated, *trained])[1:-1]
+
+
+def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:
+    """Index of the first layer that must run: below it the request's plan and its parent have the same states."""
+    changed = (manifest.by_name[component].layer for component in request.changed)
+    return min(max(min(changed, default=0), 0), manifest.num_layers - 1)
+
+
+# What an evaluation costs beyond its layers (head, dispatch), in layers.
+FIXED_COST = 1.0
+
+
+def evaluation_cost(request: EvalRequest, manifest: ModelManifest) -> float:
+    """What a request takes of a replica, in layers times prompts, the parent's states given."""
+    layers = manifest.num_layers - first_changed_layer(request, manifest)
+    return (layers + FIXED_COST) * (request.prompts[1] - request.prompts[0])
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a replica takes for one prompt, in seconds: all layers; the layers of a candidate that changes the first
+    one, and of one that changes the last; the head where continuations are predicted; generating the continuation.
+    `compress_seconds` is how much longer an evaluation takes, whatever its prompts, for changing every component.
+    `text_head_factor` is how much more head there is over human text. `memory_bytes`: the weights and the activations
+    of one batch. `states_kept`: where states of parents are kept for these prompts."""
+
+    layers_seconds: float
+    first_layer_seconds: float
+    last_layer_seconds: float
+    compress_seconds: float
+    head_seconds: float
+    text_head_factor: float
+    generation_seconds: float
+    memory_bytes: int
+    states_kept: StatesKept
+
+
+def mean_speed(speeds: Sequence[Speed]) -> Speed:
+    """The means of what several replicas take; of their memory the most."""
+    means = {
+        each.name: sum(getattr(speed, each.name) for speed in speeds) / len(speeds)
+        for each in fields(Speed)
+        if each.name not in ("memory_bytes", "states_kept")
+    }
+    return replace(speeds[0], memory_bytes=max(speed.memory_bytes for speed in speeds), **means)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where and when an outcome came about; never part of an identity. `finished_at` in seconds since the epoch."""
+
+    replica: str = ""
+    node: str = ""
+    attempts: int = 1
+    wall_seconds: float = 0.0
+    tokens: int = 0
+    finished_at: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class EvalResult:
+    """What was measured, per prompt, each array [num_prompts]; `kl` and `ppl` are None when not asked for.
+
+    `fdt` in tokens, `sdt` a count of tokens, `dppl` and `ppl` perplexities, `kl` in nats per token.
+    """
+
+    request_id: str
+    fdt: IntArray
+    sdt: IntArray
+    dppl: FloatArray
+    kl: FloatArray | None = None
+    ppl: FloatArray | None = None
+    provenance: Provenance = Provenance()
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A text that a model wrote: its `tokens`, the characters that each added (`pieces`; none for a token within a
+    character), and the `margins` in nats by which each was likelier than the runner-up."""
+
+    tokens: tuple[int, ...]
+    pieces: tuple[str, ...]
+    margins: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How the base model and a compressed one each go on from a prompt of a reference, in text."""
+
+    prompt: int
+    prompt_text: str
+    base: Writing
+    own: Writing
+
+
+@dataclass(frozen=True)
+class EvalFailure:
+    """Why there is no measurement; a value like any other."""
+
+    request_id: str
+    kind: FailureKind
+    message: str
+    provenance: Provenance = Provenance()
+
+
+Outcome = EvalResult | EvalFailure
+
+
+def combine(request_id: str, parts: Sequence[EvalResult]) -> EvalResult:
+    """The results of one plan on ranges of prompts that join up, in their order, as one. It costs no tokens."""
+    kl = [part.kl for part in parts if part.kl is not None]
+    ppl = [part.ppl for part in parts if part.ppl is not None]
+    return EvalResult(
+        request_id,
+        fdt=np.concatenate([part.fdt for part in parts]),
+        sdt=np.concatenate([part.sdt for part in parts]),
+        dppl=np.concatenate([part.dppl for part in parts]),
+        kl=np.concatenate(kl) if kl else None,
+        ppl=np.concatenate(ppl) if ppl else None,
+        provenance=Provenance(attempts=0, finished_at=max(part.provenance.finished_at for part in parts)),
+    )

@@ -1,0 +1,40 @@
+"""Components that serving runtimes multiply as one matrix, and which must therefore share a scheme there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
+
+# As vLLM stacks them (its qkv_proj and gate_up_proj).
+FUSED_KINDS = (("q", "k", "v"), ("gate", "up"))
+
+
+def fused_groups(components: Iterable[Component]) -> list[tuple[Component, ...]]:
+    """Sets of components that one matrix holds, in model order: the kinds of one of `FUSED_KINDS` in one module."""
+    groups: dict[tuple[str, tuple[str, ...]], list[Component]] = {}
+    for component in components:
+        for kinds in FUSED_KINDS:
+            if component.kind in kinds:
+                groups.setdefault((component.name.rpartition(".")[0], kinds), []).append(component)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def untied_groups(plan: Plan, components: Iterable[Component]) -> list[tuple[Component, ...]]:
+    """The fused groups to which a plan gives more than one scheme."""
+    return [group for group in fused_groups(components) if len({plan.scheme_of(c.name) for c in group}) > 1]
+
+
+def tied_plan(plan: Plan, groups: Sequence[Sequence[Component]], dense_bits: int, widest: bool) -> Plan:
+    """`plan` with each group under one of its members' schemes: that which makes the group largest, or smallest."""
+    schemes = dict(plan.schemes)
+    for group in groups:
+
+        def bits(scheme: str, group: Sequence[Component] = group) -> int:
+            return sum(parse_scheme(scheme).stored_bits(c.shape, dense_bits) for c in group)
+
+        choices = sorted({plan.scheme_of(c.name) for c in group})
+        schemes |= dict.fromkeys((c.name for c in group), max(choices, key=bits) if widest else min(choices, key=bits))
+    return Plan.of(schemes)

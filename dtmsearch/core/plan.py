@@ -1,0 +1,200 @@
+"""Plans: component -> scheme. Their identity, their differences, their sizes, and the budgets that they meet."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import starmap
+from typing import Any
+
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.identity import identity_of_text
+from dtmsearch.core.schemes import DENSE, parse_scheme
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One edge of the search tree: `component`, and those tied to it, take `scheme`."""
+
+    component: str
+    scheme: str
+    tied: tuple[str, ...] = ()
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (self.component, *self.tied)
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.components)}={self.scheme}"
+
+
+@lru_cache(maxsize=1 << 16)
+def _canonical_entry(component: str, scheme: str) -> str:
+    return f"{json.dumps(component, ensure_ascii=False)}:{json.dumps(scheme)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice of scheme for every component; a component that is absent stays dense.
+
+    `entries` are (component, scheme) pairs in order of name, none of them dense: make plans with `Plan.of`.
+    """
+
+    entries: tuple[tuple[str, str], ...] = ()
+
+    @staticmethod
+    def of(schemes: Mapping[str, str]) -> Plan:
+        return Plan(tuple(sorted((c, s) for c, s in schemes.items() if s != DENSE)))
+
+    @staticmethod
+    def uniform(components: Iterable[Component], scheme: str) -> Plan:
+        return Plan.of({c.name: scheme for c in components})
+
+    @cached_property
+    def id(self) -> str:
+        """Identity over the canonical JSON of the mapping; put together from cached parts, for it is asked often."""
+        return identity_of_text("{" + ",".join(starmap(_canonical_entry, self.entries)) + "}")
+
+    @cached_property
+    def schemes(self) -> dict[str, str]:
+        return dict(self.entries)
+
+    def __getstate__(self) -> dict[str, object]:
+        """What crosses a process border: the entries and the identity, which takes longer to find than to send."""
+        return {"entries": self.entries, "id": self.id}
+
+    @cached_property
+    def needs_calibration(self) -> bool:
+        """Whether what the plan makes of the model depends on calibration text."""
+        return any(parse_scheme(scheme).needs_calibration for scheme in {scheme for _, scheme in self.entries})
+
+    def scheme_of(self, component: str) -> str:
+        return self.schemes.get(component, DENSE)
+
+    def with_(self, perturbation: Perturbation) -> Plan:
+        entries = list(self.entries)
+        for component in perturbation.components:
+            at = bisect_left(entries, (component, ""))
+            found = at < len(entries) and entries[at][0] == component
+            entries[at : at + found] = [] if perturbation.scheme == DENSE else [(component, perturbation.scheme)]
+        return Plan(tuple(entries))
+
+    def diff(self, other: Plan) -> dict[str, str]:
+        """What to change in `other` to get this plan: component -> its scheme here (`dense` where absent)."""
+        gone = dict.fromkeys(other.schemes.keys() - self.schemes.keys(), DENSE)
+        return gone | dict(set(self.entries) - set(other.entries))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+@dataclass(frozen=True)
+class PlanSize:
+    """What a plan amounts to over the components of a search.
+
+    `share` is the part of their weights that lies in compressed components; `bits_per_weight` counts scales and zero
+    points; `sparsity` is the part of their weights that is zero by the plan.
+    """
+
+    num_compressed: int
+    num_weights: int
+    compressed_weights: int
+    stored_bits: int
+    pruned_weights: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.compressed_weights / self.num_weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.stored_bits / self.num_weights
+
+    @property
+    def sparsity(self) -> float:
+        return self.pruned_weights / self.num_weights
+
+    @property
+    def size_mb(self) -> float:
+        """Stored size in megabytes of 10^6 bytes."""
+        return self.stored_bits / 8e6
+
+
+def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> PlanSize:
+    """Size of a plan over `components`; what the plan says of other components is left out."""
+    num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = 0
+    for component in components:
+        scheme = parse_scheme(plan.scheme_of(component.name))
+        num_weights += component.num_weights
+        stored_bits += scheme.stored_bits(component.shape, dense_bits)
+        if scheme.name != DENSE:
+            num_compressed += 1
+            compressed_weights += component.num_weights
+            pruned_weights += scheme.pruned_weights(component.shape)
+    return PlanSize(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The stop rules that a plan's size alone decides; None where there is no such rule."""
+
+    share: float | None = None
+    components: int | None = None
+    bits_per_weight: float | None = None
+    sparsity: float | None = None
+    size_mb: float | None = None
+
+    def reached(self, size: PlanSize) -> bool:
+        """True once any of the rules is met."""
+        return (
+            (self.share is not None and size.share >= self.share)
+            or (self.components is not None and size.num_compressed >= self.components)
+            or (self.bits_per_weight is not None and size.bits_per_weight <= self.bits_per_weight)
+            or (self.sparsity is not None and size.sparsity >= self.sparsity)
+            or (self.size_mb is not None and size.size_mb <= self.size_mb)
+        )
+
+    @property
+    def limits_size(self) -> bool:
+        """True when the budget counts bits, so that a component may be compressed further in a later step."""
+        return self.bits_per_weight is not None or self.size_mb is not None
+
+
+def plan_to_json(plan: Plan, manifest: ModelManifest, weights_id: str = "") -> str:
+    """The plan file: model, manifest_id, the trained weights that the plan is over, if it is, and every compressed
+    component's scheme, in order of name."""
+    trained = {"weights_id": weights_id} if weights_id else {}
+    content = {"model": manifest.model, "manifest_id": manifest.id, **trained, "schemes": dict(plan.entries)}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
+    """The plan in a plan file. Raises `ValueError` when it is malformed or was made for another model."""
+    content = _plan_content(text, source)
+    manifest_id, schemes = content["manifest_id"], content["schemes"]
+    if manifest_id != manifest.id:
+        raise ValueError(
+            f"{source} was made for another model: its manifest is {manifest_id} ({content.get('model')}), that of "
+            f"{manifest.model} is {manifest.id}"
+        )
+    for component, scheme in schemes.items():
+        if component not in manifest.by_name:
+            raise ValueError(f"{source} names {component!r}, which {manifest.model} does not have")
+        parse_scheme(scheme)
+    return Plan.of(schemes)
+
+
+def weights_id_from_json(text: str, source: str) -> str:
+    """The trained weights that a plan file's plan is over; empty for the base model's own. Raises `ValueError`."""
+    return str(_plan_content(text, source).get("weights_id", ""))
+
+
+def _plan_content(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = dict(json.loads(text))
+        return content | {"manifest_id": content["manifest_id"], "schemes": dict(content["schemes"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} is no plan file (JSON with model, manifest_id and schemes): {error}") from None

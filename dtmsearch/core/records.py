@@ -1,0 +1,88 @@
+"""What a search leaves behind: evaluations as they were asked and answered, decisions, and the run itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dtmsearch.core.evaluation import EvalRequest, Outcome
+
+Purpose = Literal["search", "validation", "evaluate", "race"]
+RunStatus = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """An answered request. `step` is the round that asked for it (None outside a search); `perturbation` the edge from
+    the request's parent, None where there is no single one; `reused_from` names the run that measured it, if another;
+    `label` says what a validated plan is (`plan`, `uniform:int4-g128`). The purpose `race` is a search's evaluation on
+    some of its prompts only.
+    """
+
+    request: EvalRequest
+    outcome: Outcome
+    purpose: Purpose
+    step: int | None = None
+    perturbation: str | None = None
+    reused_from: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A decision: the plan that leads after round `step`, how it came from its parent, and what it amounts to.
+
+    `score` is the value of the metric that ranks; `evaluations` and `wall_seconds` count from the start of the search.
+    """
+
+    step: int
+    plan_id: str
+    perturbation: str | None
+    score: float
+    num_compressed: int
+    share: float
+    bits_per_weight: float
+    sparsity: float
+    evaluations: int
+    wall_seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """A training after round `round` (from 0): of `plan_id` over `from_weights_id` (empty: the base model's), to
+    `weights_id`. `losses` are those of its steps; `training_id` names its folder in the store."""
+
+    round: int
+    training_id: str
+    plan_id: str
+    from_weights_id: str
+    weights_id: str
+    steps: int
+    tokens: int
+    wall_seconds: float
+    losses: tuple[float, ...]
+
+
+# Tells a driver on a cluster the command that continues its search.
+CONTINUE_VARIABLE = "DTMSEARCH_RESUME_COMMAND"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A search as a whole. `config` is the search file's YAML, and `config_folder` where its latest driver had it;
+    `continue_command` is what continues a search that was submitted, where it was submitted. Times in seconds since the
+    epoch."""
+
+    run: str
+    status: RunStatus
+    config: str
+    config_folder: str
+    manifest_id: str | None
+    reference_id: str | None
+    validation_reference_id: str | None
+    final_plan_id: str | None
+    created_at: float
+    finished_at: float | None
+    version: str
+    message: str | None = None
+    continue_command: str | None = None

@@ -1,0 +1,101 @@
+"""`bitsandbytes`: a checkpoint whose compressed components are that library's own tensors, which transformers loads.
+
+What it holds is what the search measured: the same modules, saved. The loader has one configuration for a model, so
+what one model may mix is limited; `check_modules` says by what.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.schemes import SCALE_BITS, parse_scheme
+from dtmsearch.export.job import Job, Written, refuse
+from dtmsearch.export.writer import write_quantized
+from dtmsearch.model.compress.bitsandbytes import OUTLIER_THRESHOLD, compressed_module
+
+NAME = "bitsandbytes"
+
+
+def write_modules(job: Job, folder: Path) -> Written:
+    """Raises `ValueError` for plans that transformers' loader cannot rebuild."""
+    check_modules(job)
+
+    def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+        parts = _saved(job, component, weight)
+        return parts, _extra_bits(job, component, parts)
+
+    return write_quantized(job, folder, parts_of, _quantization_config(job))
+
+
+def check_modules(job: Job) -> None:
+    """Raises `ValueError` with every component that stands in the way."""
+    foreign = [f"{name}: {scheme}" for name, scheme in job.plan.entries if parse_scheme(scheme).family != NAME]
+    if foreign:
+        raise refuse(NAME, "it stores w8a8, llm-int8, nf4 and fp4 only", foreign)
+    other = [name for name in job.plan.schemes if name not in job.linear]
+    if other:
+        raise refuse(NAME, "it stores linear layers only", other)
+    kinds = {"w8a8": "threshold 0", "llm-int8": "threshold 6", "nf4": "4 bits", "fp4": "4 bits"}
+    by_kind: dict[str, list[str]] = {}
+    for name, scheme in job.plan.entries:
+        by_kind.setdefault(kinds[scheme], []).append(f"{name}: {scheme}")
+    if len(by_kind) > 1:
+        rarest = min(by_kind.values(), key=len)
+        needs = ", ".join(f"{kind} ({len(names)} components)" for kind, names in by_kind.items())
+        reason = (
+            "transformers loads a model in 8 bits or in 4 bits, and with one outlier threshold; this plan needs "
+            f"{needs}. It could hold the plan without"
+        )
+        raise refuse(NAME, reason, rarest)
+
+
+def _saved(job: Job, component: Component, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that the module of a component saves, by the ending of their names."""
+    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    linear = nn.Linear(component.shape[1], component.shape[0], bias=False, device="meta")
+    if component.transposed:
+        weight = weight.t().contiguous()
+    state = compressed_module(linear, weight, scheme).state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _extra_bits(job: Job, component: Component, parts: dict[str, Tensor]) -> dict[str, int]:
+    """What the files hold of a component beyond the plan's arithmetic: scales of 32 bits, and tables."""
+    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    scales = scheme.num_scales(component.shape) * (32 - SCALE_BITS)
+    written = sum(8 * part.numel() * part.element_size() for part in parts.values())
+    other = written - scheme.stored_bits(component.shape, 8 * job.dtype.itemsize) - scales
+    return {"scales of 32 bits": scales, "tables of codes and their descriptions": other}
+
+
+def _quantization_config(job: Job) -> dict[str, Any]:
+    schemes = {scheme for _, scheme in job.plan.entries}
+    common = {"quant_method": NAME, "llm_int8_skip_modules": _skipped(job)}
+    if schemes & OUTLIER_THRESHOLD.keys():
+        threshold = OUTLIER_THRESHOLD[schemes.pop()]
+        return common | {"load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": threshold}
+    return common | {
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": min(schemes, default="nf4"),  # of new weights; saved ones bring their own
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": str(job.dtype).removeprefix("torch."),
+    }
+
+
+def _skipped(job: Job) -> list[str]:
+    """Names for the loader's skip list, which takes a name also as a regular expression and as an ending: each must be
+    whole, so that it hits no compressed module."""
+    skipped = [re.escape(name) for name in _linear_names(job) if name not in job.plan.schemes]
+    return [f"{name}$" for name in skipped]
+
+
+def _linear_names(job: Job) -> Sequence[str]:
+    # A tied head is a module, though it has no tensor of its own.
+    return [*job.linear, *([] if "lm_head" in job.linear else ["lm_head"])]

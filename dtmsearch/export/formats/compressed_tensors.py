@@ -1,0 +1,162 @@
+"""`compressed-tensors`: packed integers with their scales, several schemes in one model, as the library of that name
+stores them (its format `pack-quantized`), read by transformers with that library and by vLLM.
+
+What stands in the files is the search's own rounding: codes are packed as they are, nothing is rounded anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.schemes import SCALE_BITS, Scheme, parse_scheme
+from dtmsearch.export.components import component_codes
+from dtmsearch.export.job import Job, Written, refuse
+from dtmsearch.export.writer import write_quantized
+from dtmsearch.model.compress.gptq import scale_dtype as solved_scale_dtype
+from dtmsearch.model.compress.rounding import Codes
+
+NAME = "compressed-tensors"
+# What vLLM's kernels for weight-only integers take (its CompressedTensorsWNA16).
+_VLLM_BITS = (4, 8)
+_VLLM_GROUPS = (32, 64, 128)
+_WORD_BITS = 32
+_SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole bytes", "padding to words of 32 bits"
+
+
+def write_packed(job: Job, folder: Path) -> Written:
+    """Raises `ValueError` for schemes that the format does not know, or that the job's runtime has no kernel for."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ValueError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
+    check_packed(job)
+
+    def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+        codes = component_codes(job, component, weight)
+        return _parts(job, component, codes), _extra_bits(job, component, codes)
+
+    return write_quantized(job, folder, parts_of, _quantization_config(job))
+
+
+def check_packed(job: Job) -> None:
+    """Raises `ValueError` with every component whose scheme the format or the job's runtime does not know."""
+    reasons = {name: _obstacle(job, job.manifest.by_name[name], parse_scheme(s)) for name, s in job.plan.entries}
+    offending = [f"{name}: {job.plan.scheme_of(name)}: {why}" for name, why in reasons.items() if why]
+    if offending:
+        raise refuse(NAME, f"not for --runtime {job.runtime}", offending)
+
+
+def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
+    """Why a component cannot be written, if so."""
+    cols = component.shape[1]
+    if scheme.family not in ("rounding", "gptq"):
+        return "it stores integers with a scale for a tensor, a row or a group; `dense` takes the others"
+    if component.transposed or component.name not in job.linear:
+        return "it stores linear layers only"
+    if scheme.granularity == "group" and cols % scheme.group_size:
+        return f"its groups divide the inputs evenly, and {scheme.group_size} does not divide {cols}"
+    if job.runtime != "vllm":
+        return None
+    if scheme.bits not in _VLLM_BITS:
+        return f"its kernels read {' and '.join(map(str, _VLLM_BITS))} bits"
+    if scheme.granularity == "tensor" or (scheme.granularity == "group" and scheme.group_size not in _VLLM_GROUPS):
+        return f"its kernels take scales of rows and of groups of {', '.join(map(str, _VLLM_GROUPS))}"
+    return None
+
+
+def _is_packed(job: Job, scheme: Scheme) -> bool:
+    """Whether codes are packed. transformers makes room for zero points that are not packed, but the library writes
+    packed ones: what has zero points loads there only as whole bytes. vLLM reads packed ones."""
+    return job.runtime == "vllm" or not scheme.asymmetric
+
+
+def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
+    """The tensors of one component, by the ending of their names."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    scales = codes.scales.reshape(-1) if codes.scales.numel() == 1 else codes.scales
+    signed, zeros = _signed(codes.codes, codes), None if codes.zeros is None else _signed(codes.zeros, codes)
+    parts = {"weight_scale": scales.to(_scale_dtype(job, scheme))}
+    if not _is_packed(job, scheme):
+        assert zeros is not None
+        return parts | {"weight": signed, "weight_zero_point": zeros.reshape(scales.shape)}
+    parts |= {"weight_packed": pack_to_int32(signed, codes.bits), "weight_shape": torch.tensor(component.shape)}
+    if zeros is not None:
+        parts["weight_zero_point"] = pack_to_int32(zeros, codes.bits, packed_dim=0).contiguous()
+    return parts
+
+
+def _scale_dtype(job: Job, scheme: Scheme) -> torch.dtype:
+    """GPTQ solves for scales of 16 bits."""
+    return solved_scale_dtype(job.dtype) if scheme.family == "gptq" else job.scale_dtype
+
+
+def _signed(values: Tensor, codes: Codes) -> Tensor:
+    """Codes or zero points around zero, as the library counts them."""
+    if codes.zeros is None:
+        return values
+    middle = 2 ** (codes.bits - 1)
+    return values.to(torch.int16).sub_(middle).to(torch.int8)
+
+
+def _extra_bits(job: Job, component: Component, codes: Codes) -> dict[str, int]:
+    """What the files hold of a component beyond the plan's arithmetic."""
+    rows, cols = component.shape
+    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    scale_bits = codes.scales.numel() * (8 * _scale_dtype(job, scheme).itemsize - SCALE_BITS)
+    num_zeros = 0 if codes.zeros is None else codes.zeros.numel()
+    if not _is_packed(job, scheme):
+        return {_SCALES: scale_bits, _BYTES: (rows * cols + num_zeros) * (8 - codes.bits)}
+    padding = rows * _padding(cols * codes.bits) + (num_zeros // rows) * _padding(rows * codes.bits)
+    return {_SCALES: scale_bits, _PADDING: padding, "shapes": 128}
+
+
+def _padding(bits: int) -> int:
+    return -bits % _WORD_BITS
+
+
+def _quantization_config(job: Job) -> dict[str, Any]:
+    """One group of modules for each scheme; what is in none is ignored by name."""
+    by_scheme: dict[str, list[str]] = {}
+    for name, scheme in job.plan.entries:
+        by_scheme.setdefault(scheme, []).append(name)
+    groups = {
+        f"group_{number}": {
+            "targets": names,
+            "weights": _weights_arguments(parse_scheme(scheme)),
+            "input_activations": None,
+            "output_activations": None,
+            "format": _format(job, scheme),
+        }
+        for number, (scheme, names) in enumerate(by_scheme.items())
+    }
+    formats = {_format(job, scheme) for scheme in by_scheme}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [name for name in job.linear if name not in job.plan.schemes],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _format(job: Job, scheme: str) -> str:
+    return "pack-quantized" if _is_packed(job, parse_scheme(scheme)) else "naive-quantized"
+
+
+def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": not scheme.asymmetric,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size or (-1 if scheme.granularity == "channel" else None),
+        "dynamic": False,
+    }

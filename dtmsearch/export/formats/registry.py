@@ -1,0 +1,45 @@
+"""The formats that a plan can be exported to, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtmsearch.core.plan import plan_to_json
+from dtmsearch.export.formats.bitsandbytes import write_modules
+from dtmsearch.export.formats.compressed_tensors import write_packed
+from dtmsearch.export.formats.dense import write_dense
+from dtmsearch.export.formats.evopress import write_evopress
+from dtmsearch.export.formats.gguf import write_recipe
+from dtmsearch.export.job import Job, Written
+
+
+@dataclass(frozen=True)
+class Format:
+    """`write` puts a job into a folder that exists; `loads` says who reads it. `is_model`: whether it is a checkpoint
+    that `AutoModelForCausalLM.from_pretrained` loads, and so can be measured."""
+
+    name: str
+    write: Callable[[Job, Path], Written]
+    loads: str
+    is_model: bool
+
+
+def write_json(job: Job, folder: Path) -> Written:
+    path = folder / "plan.json"
+    path.write_text(plan_to_json(job.plan, job.manifest, job.weights_id), encoding="utf-8")
+    return Written((path,))
+
+
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("json", write_json, "`dtmsearch evaluate --plan` and `dtmsearch export`", is_model=False),
+        Format("dense", write_dense, "anything that loads a Hugging Face checkpoint", is_model=True),
+        Format("bitsandbytes", write_modules, "transformers with bitsandbytes", is_model=True),
+        Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
+        Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False),
+        Format("evopress", write_evopress, "EvoPress's search", is_model=False),
+    )
+}

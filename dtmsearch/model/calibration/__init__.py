@@ -1,0 +1,1 @@
+"""Statistics of inputs, and matrices solved over them."""

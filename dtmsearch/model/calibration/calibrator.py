@@ -1,0 +1,315 @@
+"""A replica's calibrations: it gathers their statistics, solves what schemes need solved, and says how far schemes move
+weights.
+
+Works on the dense model, to which it brings the replica back where that is needed. Knows nothing of evaluations.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme, solved_scheme
+from dtmsearch.model.calibration.statistics import Gatherer, SharedHessian
+from dtmsearch.model.compress.bitsandbytes import compressed_module, restored_weight
+from dtmsearch.model.compress.compressor import Fetch
+from dtmsearch.model.compress.gptq import inverse_factor, solve
+from dtmsearch.model.compress.packing import pack
+from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.weights.applied import Weights
+
+# Bytes of Hessians that are kept: all of a small model's, none of a large one's.
+_HESSIAN_BYTES = 1 << 30
+# Weights that are solved for side by side: about 16 bytes of working memory for each.
+_MOST_TOGETHER = 1 << 28
+
+
+class Calibrator:
+    """The calibrations that a replica was given, one of them active.
+
+    `stand_on` makes the model dense, on trained weights of an id or (the empty one) on the base model's own;
+    `standing_on` says on which it stands. Statistics and Hessians are those of the base model; matrices are solved for
+    the weights that it stands on. `eager` is a context in which layers run as they were loaded, `rows_in_batch` gives
+    the rows of a batch for rows of so many tokens.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        weights: Weights,
+        manifest: ModelManifest,
+        stand_on: Callable[[str], None],
+        standing_on: Callable[[], str],
+        eager: Callable[[], AbstractContextManager[None]],
+        rows_in_batch: Callable[[int], int],
+    ) -> None:
+        self._body, self._weights, self._manifest = body, weights, manifest
+        self._stand_on, self._standing_on = stand_on, standing_on
+        self._eager, self._rows_in_batch = eager, rows_in_batch
+        self._calibrations: dict[str, Calibration] = {}
+        self._statistics: dict[str, InputStatistics] = {}
+        self._fetch: dict[str, Fetch] = {}
+        self._entries: dict[str, Tensor] = {}
+        self._active: str | None = None
+        self._walker: Gatherer | None = None
+        self._hessians: OrderedDict[int, list[SharedHessian]] = OrderedDict()
+        self._errors: dict[tuple[str, str, str, bool], WeightError] = {}
+
+    def use(self, calibration: Calibration, statistics: InputStatistics | None) -> None:
+        """Take a calibration; where there are no statistics of it yet, they are gathered when first needed."""
+        if calibration.manifest_id != self._manifest.id:
+            raise ValueError(
+                f"calibration {calibration.id} is of another model: its manifest is {calibration.manifest_id}, that of "
+                f"{self._manifest.model} is {self._manifest.id}"
+            )
+        self._calibrations.setdefault(calibration.id, calibration)
+        if statistics is not None:
+            self._statistics[calibration.id] = statistics
+
+    def enter(self, calibration_id: str, entry: Tensor) -> None:
+        """Take the base model's states of a calibration's text at the first layer that is here."""
+        self._entries[calibration_id] = entry
+
+    def fetch_from(self, calibration_id: str, fetch: Fetch) -> None:
+        """Where matrices solved by a calibration may be had."""
+        self._fetch[calibration_id] = fetch
+
+    def statistics(self, calibration_id: str) -> InputStatistics:
+        """Gather, if they are not known, the mean squares of all components' inputs."""
+        if calibration_id not in self._statistics:
+            with self._on_base(), self._eager():
+                squares = self._gatherer(self._known(calibration_id)).mean_squares()
+            self._statistics[calibration_id] = InputStatistics(calibration_id, squares)
+        return self._statistics[calibration_id]
+
+    def activate(self, calibration_id: str) -> None:
+        """Calibrate by this one from now on. Raises `ValueError` for one that was not given."""
+        if self._active == calibration_id:
+            return
+        self._known(calibration_id)
+        statistics = self.statistics(calibration_id)
+        self._stand_on(self._standing_on())  # dense: what stands there may be calibrated by another
+        self._active = calibration_id
+        self.forget()
+        compressor = self._weights.compressor
+        compressor.calibrate(calibration_id, statistics.mean_squares, self._body.input_device)
+
+    @contextmanager
+    def _on_base(self) -> Iterator[None]:
+        """The base model within, dense; afterwards the weights that were stood on, dense, too."""
+        before = self._standing_on()
+        self._stand_on("")
+        try:
+            yield
+        finally:
+            if before:
+                self._stand_on(before)
+
+    def _known(self, calibration_id: str) -> Calibration:
+        if calibration_id not in self._calibrations:
+            named = f"calibration {calibration_id}, which this replica was not given" if calibration_id else "none"
+            raise ValueError(f"a calibrated scheme needs calibration text; the request names {named}")
+        return self._calibrations[calibration_id]
+
+    def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
+        """Make sure that these plans can be applied: by the calibration given, else the active or the first one."""
+        plans = [plan for plan in plans if plan.needs_calibration]
+        if plans:
+            own = self._active or next(iter(self._calibrations), "")
+            self.activate(own if calibration_id is None else calibration_id)
+            self.solve([entry for plan in plans for entry in plan.entries])
+
+    def solve(self, pairs: Iterable[tuple[str, str]]) -> list[PackedMatrix]:
+        """Solve for (component, scheme) pairs by the active calibration; those at hand already are not solved again.
+
+        The matrices of schemes that need solving, in order of the pairs. Raises `ValueError` for a component that the
+        text does not reach.
+        """
+        wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
+        compressor = self._weights.compressor
+        self._choose_fetch()
+        found = {pair: packed for pair in wanted if (packed := compressor.solved(*pair)) is not None}
+        missing: dict[int, dict[str, list[str]]] = {}
+        for component, name in wanted.keys() - found.keys():
+            missing.setdefault(self._layer_of(component), {}).setdefault(component, []).append(name)
+        for layer in sorted(missing):
+            for packed in self._solve_layer(layer, missing[layer]):
+                compressor.keep(packed)
+                found[packed.component, packed.scheme] = packed
+        compressor.trim(wanted.keys())
+        return [found[pair] for pair in wanted]
+
+    def lacks(self, pairs: Iterable[tuple[str, str]]) -> bool:
+        """Whether some of these (component, solved scheme) pairs are neither at hand nor to be fetched."""
+        self._choose_fetch()
+        return any(self._weights.compressor.solved(*pair) is None for pair in pairs)
+
+    def _choose_fetch(self) -> None:
+        """What may be fetched was solved for the base model's weights."""
+        self._weights.compressor.fetch_from(None if self._standing_on() else self._fetch.get(self._active or ""))
+
+    def _layer_of(self, component: str) -> int:
+        layer = self._manifest.by_name[component].layer
+        if not 0 <= layer < self._body.num_layers:
+            raise ValueError(f"{component} lies outside the layers, where no Hessians are gathered")
+        return layer
+
+    def _solve_layer(self, layer: int, wanted: Mapping[str, Sequence[str]]) -> Iterable[PackedMatrix]:
+        hessians = self.hessians(layer)
+        reached = {component for shared in hessians for component in shared.components}
+        for component in sorted(wanted.keys() - reached):
+            raise ValueError(
+                f"{component} cannot be calibrated: no token of the calibration text reached it as a module of its own"
+            )
+        for shared in hessians:
+            pairs = [(c, name) for c in shared.components for name in sorted(wanted.get(c, ()))]
+            if pairs:
+                yield from self._solve_shared(pairs, shared.hessian)
+
+    def _solve_shared(self, pairs: Sequence[tuple[str, str]], hessian: Tensor) -> Iterable[PackedMatrix]:
+        factor = inverse_factor(hessian)
+        for together in _chunks(pairs, lambda pair: self._manifest.by_name[pair[0]].num_weights):
+            originals = {component: self._weights.original(component) for component, _ in together}
+            jobs = [self._weights.compressor.job(c, originals[c], name) for c, name in together]
+            for (component, name), solved in zip(together, solve(jobs, factor), strict=True):
+                yield pack(component, name, solved, originals[component].dtype)
+
+    def hessians(self, layer: int) -> list[SharedHessian]:
+        """The Hessians of a layer by the active calibration, kept as long as there is room."""
+        if layer not in self._hessians:
+            assert self._active is not None
+            with self._on_base(), self._eager():
+                self._hessians[layer] = self._walking().hessians(layer)
+            self._hessians.move_to_end(layer)
+            while _bytes(self._hessians) > _HESSIAN_BYTES and len(self._hessians) > 1:
+                self._hessians.popitem(last=False)
+        return self._hessians[layer]
+
+    def _walking(self) -> Gatherer:
+        """The active calibration's text on its way up the layers."""
+        if self._walker is None:
+            assert self._active is not None
+            self._walker = self._gatherer(self._calibrations[self._active])
+        return self._walker
+
+    def _gatherer(self, calibration: Calibration) -> Gatherer:
+        tokens = torch.from_numpy(calibration.tokens).long().to(self._body.input_device)
+        layers = {c.name: c.layer for c in self._manifest.components}
+        entry = self._entries.get(calibration.id)
+        return Gatherer(self._body, tokens, layers, self._rows_in_batch(tokens.shape[1]), entry)
+
+    def rest(self) -> None:
+        """Let go of the text's states, for evaluations need the room."""
+        self._walker = None
+
+    def forget(self) -> None:
+        """Let go of all that can be gathered again."""
+        self.rest()
+        self._hessians.clear()
+
+    def weight_errors(
+        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str, by_hessian: bool
+    ) -> list[WeightError]:
+        """Errors of every scheme on every component, in this order of nesting; see `Replica.weight_errors`."""
+        if self._standing_on():
+            self._stand_on("")
+        if calibration_id:
+            self.activate(calibration_id)
+        parsed = [parse_scheme(name) for name in schemes]
+        if any(scheme.needs_calibration for scheme in parsed) and not calibration_id:
+            raise ValueError(f"errors of {', '.join(schemes)} need calibration text; no calibration is named")
+        by_layer: dict[int, list[str]] = {}
+        for component in components:
+            if any((calibration_id, component, name, by_hessian) not in self._errors for name in schemes):
+                by_layer.setdefault(self._manifest.by_name[component].layer, []).append(component)
+        for layer in sorted(by_layer):
+            self._measure_errors(by_layer[layer], parsed, calibration_id, by_hessian)
+        self.rest()
+        return [self._errors[calibration_id, c, name, by_hessian] for c in components for name in schemes]
+
+    def _measure_errors(
+        self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
+    ) -> None:
+        """Errors of all schemes on components of one layer; the device is asked for them once, at the end."""
+        self.solve([(component, scheme.name) for component in components for scheme in schemes])
+        hessian_of = {
+            component: shared.hessian
+            for shared in (self.hessians(self._layer_of(components[0])) if by_hessian else [])
+            for component in shared.components
+        }
+        found: list[Tensor] = []
+        for component in components:
+            weight = self._weights.original(component)
+            matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
+            squares = self._squares(component, calibration_id)
+            norms = _norms(matrix.float(), squares, hessian_of.get(component))
+            for scheme in schemes:
+                change = self._applied(component, matrix, scheme).float().sub_(matrix)
+                found.append(_norms(change, squares, hessian_of.get(component)) / norms)
+        rows = torch.stack(found).tolist()
+        names = [(component, scheme.name) for component in components for scheme in schemes]
+        for (component, name), (plain, by_inputs, hessian) in zip(names, rows, strict=True):
+            error = WeightError(
+                component,
+                name,
+                plain,
+                by_inputs if self._squares(component, calibration_id) is not None else None,
+                hessian if component in hessian_of else None,
+            )
+            self._errors[calibration_id, component, name, by_hessian] = error
+
+    def _squares(self, component: str, calibration_id: str) -> Tensor | None:
+        known = calibration_id and component in self._statistics[calibration_id].mean_squares
+        return self._weights.compressor.mean_squares(component) if known else None
+
+    def _applied(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        """The dense matrix [rows, cols] of a component under a scheme."""
+        if scheme.name == DENSE:
+            return weight.clone()
+        if scheme.family != "bitsandbytes":
+            return self._weights.compressor.compress(component, weight, scheme)
+        if scheme.bits == 8:  # vector-wise: a scale for each row, as in rounding
+            return round_weight(weight, parse_scheme("int8-channel"))
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        return restored_weight(compressed_module(linear, weight, scheme))
+
+
+def _norms(matrix: Tensor, squares: Tensor | None, hessian: Tensor | None) -> Tensor:
+    """Squared norms of `matrix`: plain, weighted by mean squared inputs, weighted by the Hessian; 1 where not known."""
+    one = matrix.new_ones(())
+    squared = matrix.square()
+    plain = squared.sum(dtype=torch.float64)
+    by_inputs = one if squares is None else (squared.sum(dim=0) * squares.to(matrix.device)).sum(dtype=torch.float64)
+    by_hessian = one if hessian is None else ((matrix @ hessian) * matrix).sum(dtype=torch.float64)
+    return torch.stack([plain, by_inputs.double(), by_hessian.double()])
+
+
+def _chunks(
+    pairs: Sequence[tuple[str, str]], weights_of: Callable[[tuple[str, str]], int]
+) -> Iterable[Sequence[tuple[str, str]]]:
+    """Pairs in runs of as many weights as are solved for side by side."""
+    chunk: list[tuple[str, str]] = []
+    held = 0
+    for pair in pairs:
+        if chunk and held + weights_of(pair) > _MOST_TOGETHER:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(pair)
+        held += weights_of(pair)
+    if chunk:
+        yield chunk
+
+
+def _bytes(hessians: Mapping[int, Sequence[SharedHessian]]) -> int:
+    return sum(
+        shared.hessian.numel() * shared.hessian.element_size() for layer in hessians.values() for shared in layer
+    )

@@ -1,0 +1,117 @@
+"""A component's own weights -> its weights under a scheme. Remembers what makes doing so again cheap: thresholds, and
+what took solving for, packed.
+
+One calibration at a time. Knows nothing of plans or of where weights stand.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from dtmsearch.core.calibration import FloatArray, PackedMatrix
+from dtmsearch.core.schemes import Scheme, parse_scheme, solved_scheme
+from dtmsearch.model.compress.gptq import Job
+from dtmsearch.model.compress.packing import unpack
+from dtmsearch.model.compress.pruning import Pruner
+from dtmsearch.model.compress.rounding import round_weight
+
+# Bytes of solved matrices that are kept at hand.
+_KEPT_BYTES = 2 << 30
+Fetch = Callable[[str, str], PackedMatrix | None]
+
+
+class Compressor:
+    """Compresses components. Calibrated schemes need `calibrate` first, solved ones `keep` or `fetch_from`."""
+
+    def __init__(self, scale_dtype: torch.dtype = torch.float32) -> None:
+        self._scale_dtype = scale_dtype
+        self._pruner = Pruner()
+        self._calibrated: str | None = None
+        self._mean_squares: dict[str, Tensor] = {}
+        self._solved: OrderedDict[tuple[str, str], PackedMatrix] = OrderedDict()
+        self._fetch: Fetch | None = None
+
+    def calibrate(self, calibration_id: str, mean_squares: Mapping[str, FloatArray], device: torch.device) -> None:
+        """Take the statistics of a calibration; what followed from another's is forgotten."""
+        self._pruner = Pruner()
+        self._solved.clear()
+        self._fetch = None
+        self._calibrated = calibration_id
+        self._mean_squares = {name: torch.from_numpy(values.copy()).to(device) for name, values in mean_squares.items()}
+
+    def forget_weights(self) -> None:
+        """The components have other weights from now on: thresholds and solved matrices were of those before."""
+        self._pruner = Pruner()
+        self._solved.clear()
+        self._fetch = None
+
+    def fetch_from(self, fetch: Fetch | None) -> None:
+        """Where solved matrices may be had that are not at hand."""
+        self._fetch = fetch
+
+    def keep(self, packed: PackedMatrix) -> None:
+        """Have a solved matrix at hand."""
+        self._solved[packed.component, packed.scheme] = packed
+
+    def trim(self, needed: Collection[tuple[str, str]]) -> None:
+        """Let go of matrices that were not asked for lately, while there are too many, but of none that is needed."""
+        held = sum(packed.num_bytes for packed in self._solved.values())
+        for pair in [pair for pair in self._solved if pair not in needed]:
+            if held <= _KEPT_BYTES:
+                return
+            held -= self._solved.pop(pair).num_bytes
+
+    def solved(self, component: str, scheme: str) -> PackedMatrix | None:
+        """A solved matrix, if it is at hand or can be fetched."""
+        found = self._solved.get((component, scheme))
+        if found is not None:
+            self._solved.move_to_end((component, scheme))
+            return found
+        return None if self._fetch is None else self._fetch(component, scheme)
+
+    def mean_squares(self, component: str) -> Tensor:
+        """Mean squares [cols] of a component's inputs. Raises `ValueError` where there are none."""
+        if self._calibrated is None:
+            raise ValueError(f"{component} cannot be calibrated: this replica was given no calibration text")
+        if component not in self._mean_squares:
+            raise ValueError(
+                f"{component} cannot be calibrated: no token of the calibration text reached it as a module of its own"
+            )
+        return self._mean_squares[component]
+
+    def compress(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        """`weight` [rows, cols] under any scheme but bitsandbytes', in its own dtype.
+
+        Raises `ValueError` for what is not calibrated, or not solved.
+        """
+        if scheme.family == "drop":
+            return torch.zeros_like(weight)
+        solved = solved_scheme(scheme)
+        if solved is not None:
+            packed = self.solved(component, solved)
+            if packed is None:
+                raise ValueError(f"{component} has not been solved for {solved}")
+            found = unpack(packed, weight.dtype, weight.device)
+            return found if solved == scheme.name else round_weight(found, scheme, self._scale_dtype)
+        pruned = weight if scheme.pruning is None else self._pruned(component, weight, scheme)
+        return round_weight(pruned, scheme, self._scale_dtype) if scheme.bits else pruned
+
+    def _pruned(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        assert scheme.pruning is not None
+        wanda = scheme.pruning.saliency == "wanda"
+        squares = self.mean_squares(component).to(weight.device) if wanda else None
+        return self._pruner.prune(component, weight, scheme.pruning, squares)
+
+    def job(self, component: str, weight: Tensor, name: str) -> Job:
+        """What is to be solved for a `solved_scheme`."""
+        scheme = parse_scheme(name)
+        quantizer = None if not scheme.bits else parse_scheme(scheme.quantizer or name)
+        if scheme.pruning is None:
+            return Job(weight, quantizer)
+        if scheme.pruning.saliency == "sparsegpt":
+            return Job(weight, quantizer, pruning=scheme.pruning)
+        return Job(weight, quantizer, kept=self._pruned(component, weight, scheme) != 0)

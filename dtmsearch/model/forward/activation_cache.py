@@ -1,0 +1,169 @@
+"""Token rows that evaluations run over, and what is kept of the parent's pass over them.
+
+A candidate leaves its parent at one layer, so the parent's states at that layer's boundary are all it needs. How many
+boundaries are kept follows from the memory there is: all of them beside the model, all of them in the host's memory,
+or one, which is carried upward as candidates come in order of their layers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from dtmsearch.core.evaluation import StatesKept
+from dtmsearch.model.forward.layer_reuse import Outputs, Reuse
+from dtmsearch.model.forward.partial import Body, State
+
+# On a processor what is kept may take this part of the model's weights, but need not be less than some megabytes.
+_PROCESSOR_SHARE, _PROCESSOR_BYTES = 0.02, 48 << 20
+# The part of a GPU's free memory for states, and for outputs of one layer's components; the part of the host's.
+_STATES_SHARE, _OUTPUTS_SHARE, _HOST_SHARE = 0.6, 0.25, 0.5
+# What part of the positions must be spared for the last layer to run in part.
+_LEAST_SPARED = 0.1
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory, in bytes, for what is kept of a parent's pass: states beside the model, states in the host's memory,
+    and outputs of one layer's components."""
+
+    states: float
+    host: float
+    outputs: float
+
+    @staticmethod
+    def none() -> Room:
+        return Room(0.0, 0.0, 0.0)
+
+    @staticmethod
+    def on(device: torch.device, weight_bytes: int) -> Room:
+        """What a replica may take now, beyond weights and activations."""
+        if device.type != "cuda":
+            room = max(_PROCESSOR_BYTES, _PROCESSOR_SHARE * weight_bytes)
+            return Room(room, 0.0, room)
+        # What the allocator holds and nothing uses is free too.
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free -= torch.cuda.memory_allocated(device)
+        return Room(_STATES_SHARE * free, _HOST_SHARE * psutil.virtual_memory().available, _OUTPUTS_SHARE * free)
+
+
+class Stream:
+    """Rows [prompts, tokens] in batches of `rows_in_batch`, whose head inputs are wanted from position
+    `targets_from` - 1 up to the last but one.
+
+    `kept` says where the parent's states are kept. The parent is whatever plan the model has when states are carried.
+    """
+
+    def __init__(
+        self, body: Body, reuse: Reuse, tokens: Tensor, targets_from: int, rows_in_batch: int, room: Room,
+        kept: StatesKept = "auto",
+    ) -> None:  # fmt: skip
+        self.tokens, self.targets_from = tokens, targets_from
+        self.batches: tuple[Tensor, ...] = tokens.split(rows_in_batch)
+        self._body, self._reuse, self._room = body, reuse, room
+        self._wanted = slice(targets_from - 1, tokens.shape[1] - 1)
+        spared = 1 - (self._wanted.stop - self._wanted.start) / tokens.shape[1]
+        self._in_part = spared >= _LEAST_SPARED
+        self._states: dict[int, list[State]] = {}
+        self._outputs: list[Outputs | None] = []
+        self._state_bytes = tokens.numel() * body.hidden_bytes
+        self.kept: StatesKept = self._fitting() if kept == "auto" else kept
+
+    def _fitting(self) -> StatesKept:
+        everything = self._state_bytes * (self._body.num_layers - 1)
+        return "device" if everything <= self._room.states else "host" if everything <= self._room.host else "sweep"
+
+    def forget(self, above: int = 0) -> None:
+        """The parent has changed from layer `above` upward: what was kept above that boundary is no longer its own."""
+        self._states = {boundary: states for boundary, states in self._states.items() if boundary <= above}
+        self._outputs = []
+
+    def carry(self, boundary: int) -> None:
+        """Have the parent's states at `boundary`."""
+        if boundary == 0 or boundary in self._states:
+            return
+        start = max((b for b in self._states if b < boundary), default=0)
+        before = self._at(start)
+        states = [self._body.advance(*batch, start, boundary) for batch in zip(self.batches, before, strict=True)]
+        self._keep(boundary, states)
+
+    def look_ahead(self, boundary: int) -> None:
+        """Have what the components of the layer above `boundary` make in the parent's pass, as far as memory goes.
+
+        The pass leaves the states at the next boundary, where a sweep goes next.
+        """
+        if self._outputs and (self._outputs[0] is None or self._outputs[0].layer == boundary):
+            return
+        self.carry(boundary)
+        left = self._room.outputs
+        states = []
+        self._outputs = []
+        for batch, before in zip(self.batches, self._at(boundary), strict=True):
+            outputs = Outputs(boundary)
+            left -= self._reuse.bytes_of(boundary, batch.numel(), self._body.itemsize)
+            last = boundary + 1 == self._body.num_layers
+            with ExitStack() as stack:
+                if last:
+                    self._enter_part(stack)
+                if left >= 0:
+                    stack.enter_context(self._reuse.recording(outputs))
+                if last:
+                    self._body.finish(batch, before, boundary)
+                else:
+                    states.append(self._body.advance(batch, before, boundary, boundary + 1))
+            self._outputs.append(outputs if left >= 0 else None)
+        if states:
+            self._keep(boundary + 1, states, sweeping_from=boundary)
+
+    def head_inputs(self, boundary: int, changed: Collection[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(tokens, head inputs [rows, targets, hidden]) of each batch, for a model that has left the parent in the
+        components `changed`, none of them in a layer below `boundary`."""
+        self.carry(boundary)
+        recorded = self._outputs if self._outputs else [None] * len(self.batches)
+        begun: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+        for batch, state, outputs in zip(self.batches, self._at(boundary), recorded, strict=True):
+            with ExitStack() as stack:
+                self._enter_part(stack)
+                stack.enter_context(self._reuse.serving(_of_layer(outputs, boundary), changed))
+                begun.append((batch, self._body.begin(batch, state, boundary)))
+            while len(begun) > self._body.passes_ahead:
+                yield self._ended(*begun.popleft())
+        while begun:
+            yield self._ended(*begun.popleft())
+
+    def _ended(self, batch: Tensor, finish: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        return batch, finish()[:, self._wanted]
+
+    def _enter_part(self, stack: ExitStack) -> None:
+        if self._in_part:
+            stack.enter_context(self._reuse.predicting(self._wanted))
+
+    def _at(self, boundary: int) -> list[State | None]:
+        if boundary == 0:
+            return [None] * len(self.batches)
+        device = self._body.input_device
+        return [state.to(device, non_blocking=True) for state in self._states[boundary]]
+
+    def _keep(self, boundary: int, states: list[State], sweeping_from: int | None = None) -> None:
+        if self.kept == "sweep":
+            self._states = {b: kept for b, kept in self._states.items() if b == sweeping_from}
+        elif self.kept == "host":
+            states = [_to_host(state) for state in states]
+        self._states[boundary] = states
+
+
+def _of_layer(outputs: Outputs | None, layer: int) -> Outputs | None:
+    return outputs if outputs is not None and outputs.layer == layer else None
+
+
+def _to_host(state: State) -> State:
+    if not isinstance(state, Tensor):
+        return state
+    host = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
+    return host.copy_(state, non_blocking=True)

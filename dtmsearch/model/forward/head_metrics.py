@@ -1,0 +1,146 @@
+"""The head, compared with the reference in chunks: who is chosen, how likely the reference's token is, how far the
+distribution has moved. Never holds logits of more than a chunk of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtmsearch.core.evaluation import FloatArray
+from dtmsearch.model.forward.partial import Body
+
+# Logits of a chunk: what a processor multiplies fast and still has near, what a GPU fills its units with.
+_CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per prompt and target token, each [num_prompts, targets]: whether the greedy choice is another token than the
+    reference's, the reference token's negative log likelihood in nats, and KL(base || compressed) in nats (None when
+    not asked for)."""
+
+    diverged: NDArray[np.bool_]
+    nll: FloatArray
+    kl: FloatArray | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The values of a `Divergence` for one batch, in the host's memory or, before `arrived`, on their way there."""
+
+    diverged: Tensor
+    nll: Tensor
+    kl: Tensor | None
+    arrived: torch.cuda.Event | None = None
+
+    def sent(self) -> Scores:
+        """On their way to the host. What the device is given to do from now on is not waited for with them."""
+        if not self.nll.is_cuda:
+            return self
+        there = _send(self.diverged), _send(self.nll), None if self.kl is None else _send(self.kl)
+        return Scores(*there, torch.cuda.current_stream(self.nll.device).record_event())
+
+
+def _send(values: Tensor) -> Tensor:
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
+
+
+def fetch(batches: Sequence[Scores]) -> Divergence:
+    """Wait until what the device has found is there, and take it."""
+    for batch in batches:
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+    kl = [batch.kl for batch in batches if batch.kl is not None]
+    return Divergence(
+        torch.cat([batch.diverged for batch in batches]).numpy(),
+        torch.cat([batch.nll for batch in batches]).numpy(),
+        torch.cat(kl).numpy() if kl else None,
+    )
+
+
+def compare(
+    body: Body,
+    hidden: Tensor,
+    targets: Tensor,
+    base_hidden: Tensor | None,
+    never: Tensor,
+) -> Scores:
+    """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
+
+    The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
+    tokens marked in `never` [vocabulary] not at all. Likelihoods are of the full distribution. Returns before a GPU
+    has done the work.
+    """
+    score = _fused_score() if hidden.is_cuda else _score
+    shape = targets.shape
+    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    base_rows = None if base_hidden is None else base_hidden.reshape(rows.shape)
+    diverged: list[Tensor] = []
+    nll: list[Tensor] = []
+    kl: list[Tensor] = []
+    with body.head_only():
+        most = max(1, _CHUNK_LOGITS[hidden.device.type] // body.vocabulary_size)
+        chunk = math.ceil(len(rows) / math.ceil(len(rows) / most))  # as large as the others
+        for at in range(0, len(rows), chunk):
+            part = slice(at, at + chunk)
+            logits = body.logits(rows[part])
+            base_logits = None if base_rows is None else body.logits(base_rows[part])
+            scored = score(logits, wanted[part].to(logits.device), base_logits, never)
+            for column, values in zip((diverged, nll, kl), scored, strict=True):
+                column.append(values)
+    found = Scores(
+        torch.cat(diverged).reshape(shape),
+        torch.cat(nll).reshape(shape),
+        None if base_rows is None else torch.cat(kl).reshape(shape),
+    )
+    return found.sent()
+
+
+def _score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(diverged, negative log likelihood, KL), each [rows], from logits [rows, vocabulary]; KL empty without the base
+    model's. `never` [vocabulary] marks tokens that may not be chosen. Overwrites `logits`."""
+    scores = logits.float()
+    log_probabilities = scores.log_softmax(dim=1)
+    nll = -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)
+    if base_logits is None:
+        kl = nll.new_empty(0)
+    else:
+        base = base_logits.float().log_softmax(dim=1)
+        kl = (base.exp() * (base - log_probabilities)).sum(dim=1).clamp(min=0.0)
+    return _diverged(scores, targets, never), nll, kl
+
+
+def _diverged(scores: Tensor, targets: Tensor, never: Tensor) -> Tensor:
+    """Whether the largest allowed of `scores` [rows, vocabulary], the first among equals, is at another place than the
+    target's. Overwrites `scores`.
+
+    The largest of all others is found in a tenth of the time that `argmax` takes on a processor.
+    """
+    wanted = targets.unsqueeze(1)
+    scores.index_fill_(1, never.nonzero().squeeze(1), -torch.inf)  # a mask takes longer than all the rest
+    own = scores.gather(1, wanted)
+    best = scores.scatter_(1, wanted, -torch.inf).amax(dim=1, keepdim=True)
+    diverged = ~(own > best).squeeze(1)
+    equal = (own == best).squeeze(1).nonzero().squeeze(1)
+    first = (scores[equal] == best[equal]).int().argmax(dim=1)
+    diverged[equal] = (first < targets[equal]) | never[targets[equal]]
+    return diverged
+
+
+@cache
+def _fused_score() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_score` as one pass over the logits, where there is Triton, as there is with torch for CUDA."""
+    try:
+        from dtmsearch.model.forward.kernels import score
+    except ImportError:
+        return _score
+    return score

@@ -1,0 +1,110 @@
+"""Which modules of a model are components: from the module tree and the safetensors headers, without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dtmsearch.core.components import (
+    Component,
+    ModelManifest,
+    checkpoint_dtype,
+    content_hash,
+    read_header,
+    weight_files,
+)
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.model.modules.loading import checkpoint_folder, empty_model
+from dtmsearch.model.modules.matrices import is_matrix, matrices_of
+
+_KIND_ENDINGS = ("_proj", "_weight", "_layer")
+# Without its ending it would say nothing.
+_WHOLE_KINDS = {"c_proj"}
+
+
+def read_manifest(spec: ModelSpec) -> ModelManifest:
+    """The manifest of a model. Raises `ValueError` when it is missing, pickled, quantized already, or has no layers."""
+    folder = checkpoint_folder(spec)
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        raise ValueError(f"{spec.path} is quantized already: a search starts from 16- or 32-bit weights")
+    model = empty_model(folder, spec)
+    layers_name, layers = find_layers(model)
+    components = components_of(layers_name, layers)
+    if not components:
+        raise ValueError(
+            f"{spec.path} has no components: no weight matrix lies inside {layers_name} ({type(layers[0]).__name__})"
+        )
+    files = weight_files(folder)
+    _check_headers(components, files)
+    return ModelManifest(
+        model=spec.path,
+        revision=spec.revision,
+        dtype=checkpoint_dtype(files),
+        num_layers=len(layers),
+        content_hash=content_hash(folder, files),
+        components=components,
+        others=_others(model, layers_name, len(layers)),
+    )
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder's layers: the `nn.ModuleList` of the configured length with the most weights."""
+    config: Any = model.config
+    expected = config.get_text_config().num_hidden_layers
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of {expected} layers, so it has no components to search")
+    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+
+
+def components_of(layers_name: str, layers: nn.ModuleList) -> tuple[Component, ...]:
+    """The weight matrices inside the layers of the list of that name, in model order."""
+    return tuple(
+        Component(f"{layers_name}.{index}.{matrix.name}", index, kind_of(matrix.name), matrix.shape, matrix.transposed)
+        for index, layer in enumerate(layers)
+        for matrix in matrices_of(layer)
+    )
+
+
+def kind_of(name: str) -> str:
+    """The role of a module inside its layer: `self_attn.q_proj` is `q`, `mlp.fc1` is `fc1`."""
+    last = name.rpartition(".")[2]
+    for ending in () if last in _WHOLE_KINDS else _KIND_ENDINGS:
+        last = last.removesuffix(ending) or last
+    return last
+
+
+def _others(model: nn.Module, layers_name: str, num_layers: int) -> tuple[Component, ...]:
+    """Embeddings, norms and the head; of tied weights the first owner only."""
+    others: list[Component] = []
+    seen: set[int] = set()
+    layers_reached = False
+    for name, module in model.named_modules():
+        layers_reached |= name == layers_name
+        own = module._parameters.get("weight")
+        if own is None or id(own) in seen or own.ndim > 2:
+            continue
+        seen.add(id(own))
+        inside = name.startswith(f"{layers_name}.")
+        if inside and is_matrix(module):
+            continue
+        layer = int(name[len(layers_name) + 1 :].split(".")[0]) if inside else num_layers if layers_reached else -1
+        rows, cols = own.shape if own.ndim == 2 else (1, own.shape[0])
+        others.append(Component(name, layer, kind_of(name), (rows, cols)))
+    return tuple(others)
+
+
+def _check_headers(components: tuple[Component, ...], files: list[Path]) -> None:
+    """Shapes in the files agree with the module tree, for tensors that carry their module's name."""
+    stored = {name: shape for path in files for name, (_, shape) in read_header(path).items()}
+    for component in components:
+        expected = component.shape[::-1] if component.transposed else component.shape
+        shape = stored.get(f"{component.name}.weight", expected)
+        if shape != expected:
+            raise ValueError(
+                f"{component.name} is {expected} by config.json but {shape} in the checkpoint: "
+                "the configuration and the weights are not of one model"
+            )

@@ -1,0 +1,108 @@
+"""A checkpoint in a folder or on the hub -> model and tokenizer. Safetensors only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from dtmsearch.core.components import weight_files
+from dtmsearch.core.evaluation import ModelSpec
+
+log = logging.getLogger(__name__)
+
+_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def checkpoint_folder(spec: ModelSpec) -> Path:
+    """The folder that holds the model's files, fetched from the hub where `spec.path` is no folder.
+
+    Raises `ValueError` when there is no such model, or its weights are not safetensors.
+    """
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        folder = _fetch(spec)
+    weight_files(folder)
+    return folder
+
+
+def _fetch(spec: ModelSpec) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = _CHECKPOINT_FILES + (["*.py"] if spec.trust_remote_code else [])
+    try:
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+    except Exception as error:  # every way in which a hub can fail, told as one
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(
+            f"no model at {spec.path!r}: it is no folder here, and the hub gave none ({type(error).__name__}: {reason})"
+        ) from error
+
+
+@contextmanager
+def _explained(what: str, folder: Path) -> Iterator[None]:
+    """What transformers cannot make of a folder is a user's mistake, and the message says which folder."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the machine, not of the folder
+        reason = str(error).strip()
+        if "trust_remote_code" in reason:
+            reason = "it needs Python code of its own. If you trust its author: model.trust_remote_code: true"
+        if "attn_implementation" in reason:
+            reason = f"{reason.partition('. ')[0]}. Another attention may do: model.attention: eager"
+        raise ValueError(f"cannot load the {what} in {folder}: {reason}") from error
+
+
+def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
+    with _explained("tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    tokenizer.model_max_length = 10**9  # documents are longer than contexts, and are cut by us
+    return tokenizer
+
+
+def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices: int) -> nn.Module:
+    """The model in evaluation mode on `device`, or spread over the first `num_devices` GPUs by accelerate."""
+    transformers_logging.disable_progress_bar()
+    if spec.trust_remote_code:
+        log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
+    with _explained("model", folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+            device_map="balanced" if num_devices > 1 else {"": str(device)},
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    result: nn.Module = model.eval().requires_grad_(False)
+    return result
+
+
+def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The module tree without weights."""
+    with _explained("model", folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    return model
+
+
+def suppressed_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The end-of-text tokens, which neither the base model nor a candidate may choose."""
+    ids: set[int] = set()
+    for source in (model.config, model.generation_config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        ids |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+    return tuple(sorted(i for i in ids if i < vocabulary_size(model)))
+
+
+def vocabulary_size(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])

@@ -1,0 +1,1 @@
+"""A replica whose layers are split over several GPUs."""

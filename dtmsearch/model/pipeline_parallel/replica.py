@@ -1,0 +1,381 @@
+"""A replica whose layers lie in several processes: the first stage, which asks the others.
+
+A pass goes from stage to stage without coming back in between; what a stage leaves is kept where it is until it is
+needed. How the others are reached is `Peer`'s business: nothing here knows Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings, Speed
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.model.calibration.calibrator import Calibrator
+from dtmsearch.model.calibration.outliers import outlier_shares
+from dtmsearch.model.forward.partial import Body, Elsewhere, StandIn, State
+from dtmsearch.model.modules.loading import load_tokenizer
+from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.pipeline_parallel.stage import Stage, StageBody, cut, load_part, received, to_send
+from dtmsearch.model.replica.replica import LoadedModel, Replica
+from dtmsearch.model.weights.applied import Checkpoint, Weights
+
+
+class Peer(Protocol):
+    """Another stage's process, which does what it is asked in the order in which it is asked."""
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Have a method of its `Stage` called. A promise of the answer, which may be an argument to any peer."""
+
+    def answer(self, promise: Any) -> Any:
+        """What was promised. Raises what the method has raised."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A stage in another process, and its layers."""
+
+    layers: range
+    peer: Peer
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Have a method called, and wait until it is done."""
+        self.get(method, *arguments)
+
+    def get(self, method: str, *arguments: Any) -> Any:
+        return self.peer.answer(self.peer.ask(method, *arguments))
+
+
+def make_stage(
+    spec: ModelSpec, settings: ReplicaSettings, name: str = "local", node: str = "", peers: Sequence[Peer] = ()
+) -> Stage | PipelineReplica:
+    """The stage that the settings say; the first one is the replica, and gets the others."""
+    if settings.stage:
+        return Stage(spec, settings)
+    return PipelineReplica(spec, settings, name, node, peers)
+
+
+class _Bridge(StandIn):
+    """In place of the first layer that is elsewhere, in a generation: hands on what comes out of the last of them."""
+
+    cross: Callable[[Tensor], Tensor]
+
+    def handed_on(self, hidden_states: Tensor) -> Tensor:
+        return self.cross(hidden_states)
+
+
+class PipelineBody(Body):
+    """The whole forward pass. Boundaries of other stages are `Elsewhere`."""
+
+    def __init__(self, model: Any, own: range, remotes: Sequence[Remote]) -> None:
+        super().__init__(model, own)
+        self._remotes = remotes
+        # While one batch is in the last stage, others are in those before.
+        self.passes_ahead = len(remotes)
+
+    def advance(self, tokens: Tensor, state: State | None, start: int, stop: int) -> State:
+        here = self.own.stop
+        if start < here:
+            state = super().advance(tokens, state, start, min(stop, here))
+        return state if stop <= here and state is not None else self._onward(tokens, state, max(start, here), stop)
+
+    def _onward(self, tokens: Tensor, state: State | None, start: int, stop: int) -> Elsewhere:
+        promise = outgoing(state)
+        rows = to_send(tokens)
+        for remote in self._remotes:
+            first, last = max(start, remote.layers.start), min(stop, remote.layers.stop)
+            if first < last:
+                promise = remote.peer.ask("run", rows, promise, first, last)
+        return Elsewhere(promise)
+
+    def begin(self, tokens: Tensor, state: State | None, start: int) -> Callable[[], Tensor]:
+        here = self.own.stop
+        if start < here:
+            state = super().advance(tokens, state, start, here)
+        reached = self._onward(tokens, state, max(start, here), self.num_layers)
+
+        def end() -> Tensor:
+            sent = self._remotes[-1].peer.answer(reached.promise)
+            return super(PipelineBody, self).finish(tokens, received(sent, self.input_device), self.num_layers)
+
+        return end
+
+    def finish(self, tokens: Tensor, state: State | None, start: int) -> Tensor:
+        return self.begin(tokens, state, start)()
+
+    def generate(self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...]) -> Tensor:
+        for remote in self._remotes:
+            remote.peer.ask("begin_generation", prompts.shape[1] + num_tokens)
+        with self._bridged():
+            return super().generate(prompts, num_tokens, suppressed)
+
+    @contextmanager
+    def _bridged(self) -> Iterator[None]:
+        """Within, the model's own code runs through all stages, as it calls its layers."""
+        arguments: Any = None
+
+        def note(module: nn.Module, ordered: Any, named: Mapping[str, Any]) -> None:
+            nonlocal arguments
+            arguments = to_send((ordered, {key: value for key, value in named.items() if key != "past_key_values"}))
+
+        def cross(hidden: Tensor) -> Tensor:
+            promise = to_send(hidden)
+            for remote in self._remotes:
+                promise = remote.peer.ask("decode", arguments, promise)
+            crossed: Tensor = received(self._remotes[-1].peer.answer(promise), hidden.device)
+            return crossed
+
+        hook = self.around_layers.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with self._only(self.own.start, self.own.stop):
+                first = self.own.stop
+                bridge = _Bridge(self._real[first], first)
+                bridge.cross, bridge.returns_tuple = cross, self._stand_ins[first].returns_tuple
+                self._layers._modules[str(first)] = bridge
+                yield
+        finally:
+            hook.remove()
+
+
+def outgoing(state: State | None) -> Any:
+    """A state as an argument to a peer."""
+    assert state is not None
+    return state.promise if isinstance(state, Elsewhere) else to_send(state)
+
+
+class PipelineWeights(Weights):
+    """A whole model's components under a plan, each where its layer is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        places: Places,
+        scale_dtype: torch.dtype,
+        remotes: Sequence[Remote],
+        manifest: ModelManifest,
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, checkpoint, places, scale_dtype)
+        self._device = device
+        self._remote_of = {c.name: r for r in remotes for c in manifest.components if c.layer in r.layers}
+
+    def become(self, plan: Plan) -> None:
+        for remote, changed in self._changes_elsewhere(plan).items():
+            remote.tell("become", self._part(remote, self.plan, changed))
+            self.plan = Plan.of(self.plan.schemes | changed)
+        super().become(plan)
+
+    @contextmanager
+    def perturbed(self, plan: Plan) -> Iterator[None]:
+        with ExitStack() as stack:
+            for remote, changed in self._changes_elsewhere(plan).items():
+                remote.tell("perturb", self._part(remote, self.plan, changed))
+                stack.callback(remote.peer.ask, "restore")
+            here = {c: s for c, s in plan.diff(self.plan).items() if c not in self._remote_of}
+            stack.enter_context(super().perturbed(Plan.of(self.plan.schemes | here)))
+            yield
+
+    def _changes_elsewhere(self, plan: Plan) -> dict[Remote, dict[str, str]]:
+        changes: dict[Remote, dict[str, str]] = {}
+        for component, scheme in plan.diff(self.plan).items():
+            if component in self._remote_of:
+                changes.setdefault(self._remote_of[component], {})[component] = scheme
+        return changes
+
+    def _part(self, remote: Remote, plan: Plan, changed: Mapping[str, str]) -> Plan:
+        """What a stage has of a plan with some changes."""
+        return Plan.of({c: s for c, s in plan.entries if self._remote_of.get(c) is remote} | dict(changed))
+
+    def standing(self, component: str) -> Tensor:
+        return self._fetched("standing", component) if component in self._remote_of else super().standing(component)
+
+    def original(self, component: str) -> Tensor:
+        return self._fetched("original", component) if component in self._remote_of else super().original(component)
+
+    def _fetched(self, method: str, component: str) -> Tensor:
+        weight: Tensor = received(self._remote_of[component].get(method, component), self._device)
+        return weight
+
+
+class PipelineCalibrator(Calibrator):
+    """Each stage calibrates its own components; `whole` is the pass that brings it the text's states."""
+
+    def __init__(self, whole: PipelineBody, remotes: Sequence[Remote], own: StageBody, *others: Any) -> None:
+        super().__init__(own, *others)
+        self._whole, self._remotes = whole, remotes
+        self._entered: set[str] = set()
+
+    def use(self, calibration: Calibration, statistics: InputStatistics | None) -> None:
+        super().use(calibration, statistics)
+        for remote in self._remotes:
+            remote.peer.ask("use_calibration", calibration, statistics)
+
+    def statistics(self, calibration_id: str) -> InputStatistics:
+        if calibration_id not in self._statistics:
+            calibration = self._known(calibration_id)
+            with self._on_base():
+                self._enter(calibration_id)
+                squares = dict(super().statistics(calibration_id).mean_squares)
+                del self._statistics[calibration_id]
+                gathering = [remote.peer.ask("gather", calibration_id) for remote in self._remotes]
+                for remote, promise in zip(self._remotes, gathering, strict=True):
+                    squares |= remote.peer.answer(promise)
+            self.use(calibration, InputStatistics(calibration_id, squares))
+        return self._statistics[calibration_id]
+
+    def _enter(self, calibration_id: str) -> None:
+        """Let every stage have the text's states at its first layer. The base model must stand, dense."""
+        if calibration_id in self._entered:
+            return
+        tokens = torch.from_numpy(self._known(calibration_id).tokens).long().to(self._whole.input_device)
+        batches = tokens.split(self._rows_in_batch(tokens.shape[1]))
+        states: list[State | None] = [None] * len(batches)
+        start = 0
+        for remote in self._remotes:
+            stop = remote.layers.start
+            states = [self._whole.advance(b, s, start, stop) for b, s in zip(batches, states, strict=True)]
+            remote.tell("enter", calibration_id, *map(outgoing, states))
+            start = stop
+        self._entered.add(calibration_id)
+
+    def activate(self, calibration_id: str) -> None:
+        if self._active == calibration_id:
+            return
+        super().activate(calibration_id)
+        for remote in self._remotes:
+            remote.tell("activate", calibration_id)
+
+    def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
+        plans = [plan for plan in plans if plan.needs_calibration]
+        if plans:
+            super().prepare([Plan.of(self._here(plan.entries)) for plan in plans], calibration_id)
+            own = self._active or next(iter(self._calibrations), "")
+            self.activate(own if calibration_id is None else calibration_id)
+            for remote, wanted in self._elsewhere(entry for plan in plans for entry in plan.entries):
+                if remote.get("lacks", wanted):
+                    self._have_enter()
+                    remote.tell("solve_for_itself", wanted)
+
+    def _here(self, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+        return {c: s for c, s in pairs if self._manifest.by_name[c].layer in self._whole.own}
+
+    def _elsewhere(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[Remote, list[tuple[str, str]]]]:
+        """What is to be solved in other stages: (component, solved scheme) pairs of each that has some."""
+        wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
+        found = [
+            (remote, [(c, name) for c, name in wanted if self._manifest.by_name[c].layer in remote.layers])
+            for remote in self._remotes
+        ]
+        return [(remote, pairs) for remote, pairs in found if pairs]
+
+    def _have_enter(self) -> None:
+        """Stand dense on the base model, as solving does, and have the stages entered."""
+        assert self._active is not None
+        with self._on_base():
+            self._enter(self._active)
+        self._stand_on(self._standing_on())
+
+    def solve(self, pairs: Iterable[tuple[str, str]]) -> list[PackedMatrix]:
+        pairs = list(pairs)
+        here = self._whole.own
+        found = super().solve([(c, s) for c, s in pairs if self._manifest.by_name[c].layer in here])
+        elsewhere = self._elsewhere(pairs)
+        if elsewhere:
+            self._have_enter()
+        solving = [(remote, remote.peer.ask("solve", wanted)) for remote, wanted in elsewhere]
+        for remote, promise in solving:
+            found += remote.peer.answer(promise)
+        by_pair = {(packed.component, packed.scheme): packed for packed in found}
+        wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
+        return [by_pair[pair] for pair in wanted]
+
+    def weight_errors(
+        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str, by_hessian: bool
+    ) -> list[WeightError]:
+        if self._standing_on():
+            self._stand_on("")
+        if calibration_id:
+            self.activate(calibration_id)
+            if by_hessian or any(solved_scheme(parse_scheme(name)) for name in schemes):
+                self._have_enter()
+        found: dict[tuple[str, str], WeightError] = {}
+        asked = []
+        for remote in self._remotes:
+            names = [c for c in components if self._manifest.by_name[c].layer in remote.layers]
+            asked.append((remote, remote.peer.ask("weight_errors", names, schemes, calibration_id, by_hessian)))
+        here = [c for c in components if self._manifest.by_name[c].layer in self._whole.own]
+        answers = [super().weight_errors(here, schemes, calibration_id, by_hessian)]
+        answers += [remote.peer.answer(promise) for remote, promise in asked]
+        for errors in answers:
+            found |= {(error.component, error.scheme): error for error in errors}
+        return [found[c, s] for c in components for s in schemes]
+
+
+class PipelineReplica(Replica):
+    """A replica that has the model's first layers itself, and asks the stages that have the others."""
+
+    def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str, node: str, peers: Sequence[Peer]) -> None:
+        self._peers = peers
+        super().__init__(spec, settings, name, node)
+
+    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
+        part = load_part(spec, settings, self._device)
+        self._own = part.layers
+        stages = cut(part.manifest.num_layers, settings.num_stages)[1:]
+        self._remotes = [Remote(*pair) for pair in zip(stages, self._peers, strict=True)]
+        return LoadedModel(part.model, load_tokenizer(part.folder, spec), part.manifest, part.checkpoint)
+
+    def _make_body(self, model: Any) -> Body:
+        return PipelineBody(model, self._own, self._remotes)
+
+    def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
+        device = self._body.input_device
+        return PipelineWeights(
+            loaded.model, loaded.checkpoint, places, scale_dtype, self._remotes, loaded.manifest, device
+        )
+
+    def _make_calibrator(self, *parts: Any) -> Calibrator:
+        assert isinstance(self._body, PipelineBody)
+        own = StageBody(self._body.model, self._own)
+        return PipelineCalibrator(self._body, self._remotes, own, *parts)
+
+    def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
+        """See `Replica.measure_speed`; the memory is that of all stages together."""
+        speed = super().measure_speed(count, prompt_tokens, continuation_tokens)
+        others = sum(remote.get("memory_bytes") for remote in self._remotes)
+        return replace(speed, memory_bytes=speed.memory_bytes + others)
+
+    def routed_tokens(self, reference_id: str) -> dict[str, int]:
+        """See `Replica.routed_tokens`."""
+        for remote in self._remotes:
+            remote.tell("begin_counting")
+        routed = super().routed_tokens(reference_id)
+        for remote in self._remotes:
+            routed |= remote.get("end_counting")
+        return routed
+
+    def _outlier_shares(self, multiple: float) -> dict[int, float]:
+        here = [c for c in self._manifest.components if c.layer in self._own]
+        shares = outlier_shares(self._weights, here, multiple)
+        for remote in self._remotes:
+            shares |= remote.get("outlier_shares", multiple)
+        return shares
+
+    def _to_weights(self, weights_id: str) -> None:
+        super()._to_weights(weights_id)
+        for remote in self._remotes:
+            remote.tell("stand_on", weights_id)
+
+    def _release_memory(self) -> None:
+        super()._release_memory()
+        for remote in self._remotes:
+            remote.tell("rest")

@@ -1,0 +1,1 @@
+"""A replica: the model, resident, evaluating plans."""

@@ -1,0 +1,132 @@
+"""A checkpoint folder as its users load it, measured against a reference.
+
+`python -m dtmsearch.model.replica.exported JOB` runs it.
+
+A process of its own, so that nothing of what wrote the folder is left in memory. JOB is a JSON file written by
+`write_job`; the answer, per prompt, is JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from dtmsearch.core.components import ModelManifest, read_header, weight_files
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.modules.loading import load_tokenizer
+from dtmsearch.model.replica.replica import LoadedModel, Replica
+from dtmsearch.model.weights.applied import Checkpoint
+
+
+class ServedReplica(Replica):
+    """A replica of a folder that nothing but `AutoModelForCausalLM` has had a hand in; it takes no plan."""
+
+    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
+        transformers_logging.disable_progress_bar()
+        folder = Path(spec.path)
+        load = decompressed_model if _has_packed_zeros(folder) else _plain_model
+        model = load(folder, spec, self._device).eval().requires_grad_(False)
+        with torch.no_grad():  # some weights are unpacked when the model first runs as a whole
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
+        num_layers = model.config.get_text_config().num_hidden_layers
+        nothing = ModelManifest(str(folder), None, spec.dtype, num_layers, "", ())
+        return LoadedModel(model, load_tokenizer(folder, spec), nothing, Checkpoint(weight_files(folder)))
+
+
+def _plain_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
+    """As a user loads it; but on processors with AVX-512 in bfloat16, bitsandbytes is kept from rounding the scales of
+    its 4-bit weights once more, as the search kept it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(device)
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that types know of
+    return model
+
+
+def _has_packed_zeros(folder: Path) -> bool:
+    """Whether it has what transformers cannot load: compressed-tensors' packed zero points."""
+    headers = (read_header(path) for path in weight_files(folder))
+    return any(name.endswith(".weight_zero_point") and kind == "I32" for h in headers for name, (kind, _) in h.items())
+
+
+def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
+    """A folder of compressed-tensors as a dense model, by that library's own decompression."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    quantization = QuantizationConfig.model_validate(config.quantization_config)
+    del config.quantization_config
+    state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path, str(device)).items()}
+    for scheme in quantization.config_groups.values():
+        for module in scheme.targets:
+            own = {
+                name.rpartition(".")[2]: state.pop(name) for name in list(state) if name.startswith(f"{module}.weight")
+            }
+            # As loading does it: multiplied in the dtype of the scales, codes would lose what the model's dtype holds.
+            own["weight_scale"] = own["weight_scale"].to(getattr(torch, spec.dtype))
+            compressor = BaseCompressor.get_value_from_registry(scheme.format)
+            state[f"{module}.weight"] = compressor.decompress(own, scheme)["weight"]
+    options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+    model = AutoModelForCausalLM.from_config(config, **options).to(device)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    assert not unexpected and set(missing) <= set(model.all_tied_weights_keys), (missing, unexpected)
+    return model
+
+
+def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> EvalResult:
+    """The folder at `spec.path` against a reference of the base model. Raises `ValueError` when it cannot be measured
+    in the reference's numeric mode."""
+    replica = ServedReplica(spec, settings)
+    replica.use(reference)
+    request = EvalRequest(Plan(), reference.id, (0, reference.num_prompts))
+    outcome = replica.evaluate([request])[0]
+    if not isinstance(outcome, EvalResult):
+        raise ValueError(f"{spec.path} could not be measured: {outcome.kind}: {outcome.message}")
+    return outcome
+
+
+def write_job(folder: Path, spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> Path:
+    """A job for this module's process, its files in `folder`."""
+    arrays = folder / "reference.npz"
+    np.savez(arrays, text=reference.text, continuation=reference.continuation, agrees=reference.agrees)
+    job = folder / "job.json"
+    values = {
+        "spec": asdict(spec),
+        "settings": asdict(settings),
+        "arrays": str(arrays),
+        "reference": {"id": reference.id, "manifest_id": reference.manifest_id, "mode": reference.mode},
+        "suppressed": list(reference.suppressed),
+    }
+    job.write_text(json.dumps(values), encoding="utf-8")
+    return job
+
+
+def _read_job(job: Mapping[str, Any]) -> tuple[ModelSpec, ReplicaSettings, Reference]:
+    with np.load(job["arrays"]) as arrays:
+        reference = Reference(**job["reference"], **dict(arrays), suppressed=tuple(job["suppressed"]))
+    return ModelSpec(**job["spec"]), ReplicaSettings(**job["settings"]), reference
+
+
+def main(path: str) -> None:
+    result = measure(*_read_job(json.loads(Path(path).read_text(encoding="utf-8"))))
+    values = {"fdt": result.fdt.tolist(), "sdt": result.sdt.tolist(), "dppl": result.dppl.tolist()}
+    sys.stdout.write(json.dumps(values) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

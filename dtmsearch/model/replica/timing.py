@@ -1,0 +1,99 @@
+"""What the parts of an evaluation take on this device, timed on one batch of random tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, PromptTokens, Reference
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.forward.head_metrics import compare, fetch
+from dtmsearch.model.forward.partial import Body
+
+# Tokens generated to time generation.
+_TIMED_TOKENS = 8
+# Candidates of a layer that are timed at most: a Llama's layer has seven.
+_MOST_TIMED = 7
+
+
+@dataclass(frozen=True)
+class BatchSeconds:
+    """Seconds of a whole batch: all layers, the head where continuations are predicted, generating them."""
+
+    layers: float
+    head: float
+    generation: float
+
+
+def time_batch(
+    body: Body,
+    never: Tensor,
+    generating: Callable[[], AbstractContextManager[None]],
+    rows: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+) -> BatchSeconds:
+    """Time a batch of `rows` prompts. `never` [vocabulary] marks tokens that are not chosen; generation happens within
+    `generating()`."""
+    length = prompt_tokens + continuation_tokens
+    tokens = torch.randint(body.vocabulary_size, (rows, length), device=body.input_device)
+    hidden = body.finish(tokens, None, 0)[:, prompt_tokens - 1 : -1]
+    suppressed = tuple(never.nonzero().flatten().tolist())
+
+    def head() -> None:
+        fetch([compare(body, hidden, tokens[:, prompt_tokens:], None, never)])
+
+    def generate() -> None:
+        with generating():
+            body.generate(tokens[:, :prompt_tokens], _TIMED_TOKENS, suppressed).cpu()
+
+    return BatchSeconds(
+        layers=_seconds(lambda: body.finish(tokens, None, 0)[:, -1].cpu()),
+        head=_seconds(head),
+        generation=_seconds(generate) * continuation_tokens / _TIMED_TOKENS,
+    )
+
+
+def timed_reference(text: PromptTokens, manifest_id: str, mode: str) -> Reference:
+    """A reference whose continuations are the text's own."""
+    targets = text.tokens[:, text.prompt_tokens :]
+    return Reference("timed", manifest_id, mode, text.tokens, targets, np.ones(targets.shape, np.bool_), ())
+
+
+def candidates_of(layer: int, manifest: ModelManifest, reference: Reference) -> list[EvalRequest]:
+    """Requests that change one component each of a layer."""
+    components = [component for component in manifest.components if component.layer == layer][:_MOST_TIMED]
+    plans = [Plan.of({component.name: "int8-channel"}) for component in components]
+    return [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans]
+
+
+def whole_plans(manifest: ModelManifest, reference: Reference) -> list[EvalRequest]:
+    """Requests that change every component, each to something else than the one before."""
+    plans = [Plan.of(dict.fromkeys((c.name for c in manifest.components), f"int{bits}-channel")) for bits in (8, 4, 6)]
+    return [EvalRequest(plan, reference.id, (0, reference.num_prompts)) for plan in plans]
+
+
+def time_candidates(evaluate: Callable[[Sequence[EvalRequest]], object], requests: Sequence[EvalRequest]) -> float:
+    """Seconds that each of some requests takes, which leave their parent at one place, once its states are there."""
+    evaluate(requests[:1])
+    started_at = time.perf_counter()
+    evaluate(requests)
+    return (time.perf_counter() - started_at) / len(requests)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The shorter of two runs, after one to warm up. `work` waits for the device itself."""
+    work()
+    seconds = []
+    for _ in range(2):
+        started_at = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started_at)
+    return min(seconds)

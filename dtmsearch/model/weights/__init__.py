@@ -1,0 +1,1 @@
+"""Weights of components: compressed ones in place, trained ones."""

@@ -1,0 +1,215 @@
+"""The weights of a loaded model under a plan: applied by difference, restored by pointer.
+
+Holds one copy of the model: the current plan's. A component's original weights, once replaced for good, are read
+again from the checkpoint (a memory map, so usually the page cache) when they are next needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dtmsearch.core.components import read_header
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.model.compress.bitsandbytes import compressed_module
+from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.modules.matrices import read, write
+from dtmsearch.model.modules.slots import Places
+
+# Replaced weights in the processor's memory after which the heap is trimmed, which takes milliseconds.
+_MOST_UNTRIMMED_BYTES = 1 << 25
+
+
+@dataclass(frozen=True)
+class _Installed:
+    """What stands in a component's place: a module, and its dense weights if it has any."""
+
+    module: nn.Module
+    weight: Tensor | None
+
+
+class Checkpoint:
+    """Original weights by module name, read one at a time. Knows which names the files hold as they are."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._file_of = {name: path for path in files for name in read_header(path)}
+
+    def holds(self, component: str) -> bool:
+        return f"{component}.weight" in self._file_of
+
+    def read(self, component: str) -> Tensor:
+        return self._tensor(f"{component}.weight")
+
+    def with_file(self, path: Path) -> Checkpoint:
+        """The same, with what another file holds in place of its own."""
+        other = Checkpoint(())
+        other._file_of = self._file_of | dict.fromkeys(read_header(path), path)
+        return other
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter of this full name is there."""
+        return name in self._file_of
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter of any kind by its full name."""
+        return self._tensor(name)
+
+    def map_apart(self, model: nn.Module) -> None:
+        """Give every weight on the processor a mapping of its file for itself.
+
+        The loader maps a file once for all its weights, and memory holds the whole as long as one of them is in use.
+        """
+        for name, parameter in model.named_parameters():
+            if parameter.device.type == "cpu":
+                own = self._tensor(name) if name in self._file_of else parameter.data.clone()
+                if own.dtype == parameter.dtype:  # else the loader has made a copy
+                    parameter.data = own
+
+    def _tensor(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+class Weights:
+    """A model's components under a plan, `Plan()` to begin with; scales of rounded ones as `scale_dtype` holds them."""
+
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._model = model
+        self._places = places
+        self._checkpoint = checkpoint
+        self._dense_modules: dict[str, nn.Module] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._base: Checkpoint | None = None
+        self._trained_names: set[str] = set()
+        self._unnamed: dict[str, Tensor] = {}
+        self.compressor = Compressor(scale_dtype)
+        self._untrimmed_bytes = 0
+        self.plan = Plan()
+
+    def become(self, plan: Plan) -> None:
+        """Apply `plan` for good; what it replaces is let go."""
+        for component, scheme in plan.diff(self.plan).items():
+            replaced = self._replace(component, scheme)
+            self._let_go(component, replaced)
+            changed = self.plan.schemes | {component: scheme}
+            self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
+
+    @contextmanager
+    def perturbed(self, plan: Plan) -> Iterator[None]:
+        """`plan` within, the current plan again after it, by pointer."""
+        replaced: list[tuple[str, _Installed]] = []
+        try:
+            for component, scheme in plan.diff(self.plan).items():
+                replaced.append((component, self._replace(component, scheme)))
+            yield
+        finally:
+            for component, installed in reversed(replaced):
+                self._install(component, installed)
+
+    def rest_on(self, trained: Path | None) -> None:
+        """Let the model's own weights be those of a file of trained ones, or the base model's again. No plan stands."""
+        assert self.plan == Plan(), "the plan of the weights before is taken back first"
+        base = self._base or self._checkpoint
+        self._checkpoint = base if trained is None else base.with_file(trained)
+        names = set() if trained is None else set(read_header(trained))
+        for name in sorted(names | self._trained_names):
+            component, _, leaf = name.rpartition(".")
+            parameter = getattr(self._places.get(component), leaf)
+            if parameter.is_meta:
+                continue  # of a layer that another process holds
+            if name not in self._trained_names and not base.has(name):
+                self._unnamed[name] = parameter.data.cpu()  # the checkpoint has it under another name
+            value = self._checkpoint.parameter(name) if self._checkpoint.has(name) else self._unnamed[name]
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        self._base = base
+        self._trained_names |= names
+        self._kept.clear()
+        self.compressor.forget_weights()
+
+    def standing(self, component: str) -> Tensor:
+        """A component's weights as the plan has made them."""
+        weight = self._installed(component).weight
+        assert weight is not None, f"{component} is no plain matrix under this plan"
+        return weight
+
+    def original(self, component: str) -> Tensor:
+        """A component's own weights, whatever the plan makes of it, on its device."""
+        return self._original(component, self._installed(component))
+
+    def _replace(self, component: str, scheme: str) -> _Installed:
+        now = self._installed(component)
+        self._install(component, self._make(component, scheme, now))
+        return now
+
+    def _make(self, component: str, scheme: str, now: _Installed) -> _Installed:
+        dense = self._dense_modules.setdefault(component, now.module)
+        weight = self._original(component, now)
+        parsed = parse_scheme(scheme)
+        if parsed.family == "dense":
+            return _Installed(dense, weight)
+        if parsed.family == "bitsandbytes":
+            if not isinstance(dense, nn.Linear):
+                raise ValueError(f"{scheme} needs a linear layer; {component} is {type(dense).__name__}")
+            return _Installed(compressed_module(dense, weight, parsed), None)
+        matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
+        return _Installed(dense, self.compressor.compress(component, matrix, parsed).reshape(weight.shape))
+
+    def _original(self, component: str, now: _Installed) -> Tensor:
+        """The component's own weights, on its device."""
+        if self.plan.scheme_of(component) == DENSE:
+            assert now.weight is not None
+            return now.weight
+        if component in self._kept:
+            return self._kept[component]
+        here = next(now.module.parameters())
+        weight = self._checkpoint.read(component).to(here.device, self._dtype)
+        return weight.t() if isinstance(self._dense_modules[component], Conv1D) else weight
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._model.dtype  # type: ignore[assignment]
+        return dtype
+
+    def _installed(self, component: str) -> _Installed:
+        module = self._places.get(component)
+        dense = self._dense_modules.get(component, module)
+        return _Installed(module, read(module) if module is dense else None)
+
+    def _install(self, component: str, installed: _Installed) -> None:
+        self._places.put(component, installed.module)
+        if installed.weight is not None:
+            write(installed.module, installed.weight)
+
+    def _let_go(self, component: str, replaced: _Installed) -> None:
+        """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""
+        if self.plan.scheme_of(component) == DENSE and not self._checkpoint.holds(component):
+            assert replaced.weight is not None
+            self._kept[component] = replaced.weight
+        dense = self._dense_modules[component]
+        if self._places.get(component) is not dense:
+            dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]
+        parts = self._places.get(component).parameters()
+        self._untrimmed_bytes += sum(part.nbytes for part in parts if part.device.type == "cpu")
+        if self._untrimmed_bytes > _MOST_UNTRIMMED_BYTES:
+            self._untrimmed_bytes = 0
+            _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system. The C library's heap would keep it for matrices to come, and where those
+    are larger, grow beyond it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

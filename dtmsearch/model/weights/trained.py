@@ -1,0 +1,86 @@
+"""Trained weights in files: where they lie, and what a training starts from. Knows nothing of training itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.model.weights.applied import Weights
+
+START_FILE, MASKS_FILE = "start.safetensors", "masks.safetensors"
+
+
+def trained_file(folder: str, weights_id: str) -> Path:
+    """The file of trained weights. Raises `ValueError` when this machine does not see it."""
+    path = Path(folder) / f"{weights_id}.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"there are no trained weights at {path}: the store must lie in a folder that every node sees, and its "
+            "weights must not be removed while evaluations need them"
+        )
+    return path
+
+
+def check_only_pruned(plan: Plan) -> None:
+    """Raise `ValueError` for a plan that does more to its components than prune them."""
+    for component, scheme in plan.entries:
+        if parse_scheme(scheme).family not in ("pruning", "drop"):
+            raise ValueError(
+                f"{component} is under {scheme}, but only pruned components can be trained under a mask: train the "
+                "pruned plan first, and quantize what comes out"
+            )
+
+
+def write_pruned(weights: Weights, plan: Plan, folder: Path) -> None:
+    """Write the components of `plan`, which stands, and masks of their weights that are not zero."""
+    own = {name: weights.standing(name).cpu().contiguous() for name, _ in plan.entries}
+    tensors = {f"{name}.weight": tensor for name, tensor in own.items()}
+    write_whole(folder / START_FILE, lambda path: save_file(tensors, path))
+    pack_masks({name: tensor != 0 for name, tensor in own.items()}, folder / MASKS_FILE)
+
+
+def pack_masks(kept: Mapping[str, Tensor], path: Path) -> None:
+    """Write masks of kept weights, one bit each; shapes stand in the file's metadata."""
+    packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None)) for name, mask in kept.items()}
+    shapes = {name: json.dumps(list(mask.shape)) for name, mask in kept.items()}
+    write_whole(path, lambda temporary: save_file(packed, temporary, shapes))
+
+
+def unpack_masks(path: Path) -> dict[str, Tensor]:
+    """Masks that `pack_masks` wrote: True where a weight is kept."""
+    masks = {}
+    with safe_open(path, framework="np") as file:
+        for name, text in sorted((file.metadata() or {}).items()):
+            shape = tuple(json.loads(text))
+            bits = np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))
+            masks[name] = torch.from_numpy(bits.reshape(shape).astype(np.bool_))
+    return masks
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a file written under a temporary name, then rename it, so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    write(temporary)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Numbers only: exact solvers, damage models, posteriors."""

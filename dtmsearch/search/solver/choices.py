@@ -1,0 +1,148 @@
+"""A search as a choice of one option for every unit under a budget: what the solvers work on.
+
+An option is a scheme, `dense` among them; a budget's rules become costs in whole numbers and a capacity. Knows sizes,
+never qualities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, floor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.core.plan import Perturbation, Plan, PlanSize
+from dtmsearch.core.schemes import DENSE
+from dtmsearch.search.solver.knapsack import Infeasible, Solution, solve
+from dtmsearch.search.space import SearchSpace
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+# An option's index for every unit.
+Options = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A stop rule as a capacity: a plan meets it whose options' costs [units][options] come to at most that."""
+
+    name: str
+    costs: tuple[Ints, ...]
+    capacity: int
+
+
+class Choices:
+    """The options of a search's units. `schemes[u]` lists those of unit u, `dense` first."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        self.units = space.units
+        self.schemes = tuple((DENSE, *(edge.scheme for edge in unit.edges)) for unit in self.units)
+        self.bits = self._costs(lambda size: size.stored_bits)
+
+    def _costs(self, cost: Callable[[PlanSize], int]) -> tuple[Ints, ...]:
+        return tuple(
+            np.array([cost(unit.sizes[scheme]) for scheme in schemes], np.int64)
+            for unit, schemes in zip(self.units, self.schemes, strict=True)
+        )
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of the budget; one that has every component compressed where there are none."""
+        budget, size = self.space.budget, self.space.size(Plan())
+        rules: list[Rule] = []
+        for name, wanted, scale in (
+            ("bits_per_weight", budget.bits_per_weight, size.num_weights),
+            ("size_mb", budget.size_mb, 8e6),
+        ):
+            if wanted is not None:
+                rules.append(Rule(name, self.bits, _most(wanted, scale)))
+        counted: tuple[tuple[str, float | None, Callable[[PlanSize], int], int], ...] = (
+            ("sparsity", budget.sparsity, lambda s: s.pruned_weights, size.num_weights),
+            ("share", budget.share, lambda s: s.compressed_weights, size.num_weights),
+            ("components", budget.components, lambda s: s.num_compressed, 1),
+        )
+        for name, least, count, total in counted:
+            if least is not None:
+                rules.append(Rule(name, tuple(-c for c in self._costs(count)), -_least(least, total)))
+        if not rules:
+            counts = tuple(-c for c in self._costs(lambda s: s.num_compressed))
+            rules.append(Rule("all components", counts, -len(self.space.components)))
+        return tuple(rules)
+
+    def solve(self, damages: Sequence[Floats]) -> Solution:
+        """The options of least total damage that meet a rule. Raises `Infeasible` when none can be met."""
+        solutions: list[Solution] = []
+        for rule in self.rules:
+            try:
+                solutions.append(solve(damages, rule.costs, rule.capacity))
+            except Infeasible as error:
+                problem = error
+        if not solutions:
+            raise problem
+        return min(solutions, key=lambda solution: solution.loss)
+
+    def within(self, damages: Sequence[Floats], stored_bits: int) -> Solution:
+        """The options of least total damage of at most so many stored bits, whatever the rules say."""
+        return solve(damages, self.bits, stored_bits)
+
+    def meets(self, options: Sequence[int]) -> bool:
+        """Whether a rule is met."""
+        return any(self.cost(rule.costs, options) <= rule.capacity for rule in self.rules)
+
+    def neighbour(self, options: Sequence[int], unit: int, direction: int) -> int | None:
+        """The option of a unit with the next more (+1) or fewer (-1) stored bits; None at the end."""
+        bits = self.bits[unit]
+        order = np.argsort(bits, kind="stable").tolist()
+        at = order.index(options[unit]) + direction
+        return int(order[at]) if 0 <= at < len(order) else None
+
+    @staticmethod
+    def cost(costs: Sequence[Ints], options: Sequence[int]) -> int:
+        return sum(int(cost[k]) for cost, k in zip(costs, options, strict=True))
+
+    def plan(self, options: Sequence[int]) -> Plan:
+        return Plan.of(
+            {
+                component.name: schemes[k]
+                for unit, schemes, k in zip(self.units, self.schemes, options, strict=True)
+                for component in unit.components
+            }
+        )
+
+    def perturbation(self, unit: int, option: int) -> Perturbation:
+        first, *others = (component.name for component in self.units[unit].components)
+        return Perturbation(first, self.schemes[unit][option], tuple(others))
+
+    def uniform(self, scheme: str) -> Options | None:
+        """Every unit under one scheme; None where one of them does not have it."""
+        if not all(scheme in schemes for schemes in self.schemes):
+            return None
+        return tuple(schemes.index(scheme) for schemes in self.schemes)
+
+    def uniforms(self) -> list[Options]:
+        """The uniform choices that meet a rule, in order of the schemes."""
+        found = [self.uniform(scheme) for scheme in self.space.schemes]
+        return [options for options in found if options is not None and self.meets(options)]
+
+
+def _most(wanted: float, scale: float) -> int:
+    """The largest whole number that, divided by `scale`, is at most `wanted`: as a budget compares it."""
+    number = floor(wanted * scale)
+    while (number + 1) / scale <= wanted:
+        number += 1
+    while number / scale > wanted:
+        number -= 1
+    return number
+
+
+def _least(wanted: float, scale: float) -> int:
+    number = ceil(wanted * scale)
+    while (number - 1) / scale >= wanted:
+        number -= 1
+    while number / scale < wanted:
+        number += 1
+    return number

@@ -1,0 +1,278 @@
+"""`sensitivity` and `auto`: a plan from one measured scheme a unit, and its correction by measured plans.
+
+1. Every unit alone under one scheme of each family, on few prompts: what all schemes cost, by the law.
+2. The solver's plan within the budget.
+3. Rounds of correction around the plan that leads: units moved alone, and whole plans drawn from the belief; each
+   measured difference corrects it. They go on as long as they pay, each on more prompts than the last.
+4. Switches of the plan that leads (a unit to another scheme, or two), those first that may gain most: what sums over
+   units do not see shows here. They are judged by KL: other metrics hardly tell plans so near to each other apart.
+5. The leading plans on all prompts, in the metric that ranks, beside the uniform plans of the budget.
+
+`sensitivity` leaves the third and fourth step out, and compares on fewer prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.core.plan import Budget
+from dtmsearch.search.solver.choices import Options
+from dtmsearch.search.solver.damage_model import WeightErrors, expected_fdt, family_of, predicted, probings, unit_errors
+from dtmsearch.search.solver.neighbours import moved, promising
+from dtmsearch.search.solver.posterior import Belief, Spread
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.generator import Part, Script, mean_loss
+from dtmsearch.search.strategies.rounds import RequestFactory
+from dtmsearch.search.strategies.solver_based import Solver, paired, probe_noise
+
+Floats = NDArray[np.float64]
+
+# By how much measured damages are off the law's (docs/search-quality.md).
+_SPREAD = Spread(common=0.5, family=0.15, option=0.2, interaction=0.15)
+# Sizes are told apart down to this part of them.
+_SIZE_STEP = 0.005
+# Divergent tokens over the square root of KL where nothing was measured yet; the search's own measurements decide.
+_DIVERGENT_SHARE = 0.28
+# Of how many units one is moved alone: in the first round, and later.
+_DOUBTED = (2, 4)
+# A round doubles the prompts of the last, whose differences it must tell apart at half their size.
+_GROWTH = 2
+# Another round follows if by the belief the leading plan's damage is still further from the least than this part of it.
+_WORTHWHILE = 0.005
+# A belief's variance is put right by no more than these factors at once.
+_SURPRISE = (1.0, 16.0)
+# Prompts on which switches are told apart.
+_POLISHED_ON = 32
+# So many rounds are foreseen; whether more follow, measurements say.
+_USUAL_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: prompts of a probe; rounds of correction at most, the first one's prompts, plans drawn in
+    each and switches tried at once; prompts that all rounds together, and all switches, may forward (a prompt once for
+    every plan measured on it); plans of the last comparison, and its prompts, of which None is all."""
+
+    probe_prompts: int = 4
+    rounds: int = 5
+    prompts: int = 16
+    plans: int = 8
+    correction_prompts: int = 4_000
+    polish_prompts: int = 3_000
+    finalists: int = 3
+    final_prompts: int | None = None
+
+
+class Auto(Solver):
+    """See the module. `errors` are those of every component under every scheme of the search."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        errors: WeightErrors,
+        rank_by: str = "kl",
+        effort: Effort = Effort(),
+        seed: int = 0,
+        min_fdt: float | None = None,
+        continuation_tokens: int = 100,
+    ) -> None:
+        super().__init__(space, request_for, rank_by, seed)
+        self._min_fdt, self._length = min_fdt, continuation_tokens
+        if min_fdt is not None:
+            self._best = None  # nothing is known to keep it
+        self._effort = effort
+        self._errors = unit_errors(self._choices, errors)
+
+    def script(self) -> Script:
+        belief = yield from self._probe()
+        if self._min_fdt is not None:
+            yield from self._smallest(belief, self._min_fdt)
+            return
+        first = leader = self._solve(belief.tables())
+        self._best = self._choices.plan(leader)
+        pool = [leader]
+        for number in range(self._affordable_rounds()):
+            belief, good, regret = yield from self._correct(belief, leader, number)
+            leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
+            if regret < _WORTHWHILE:
+                break
+        better = yield from self._polish(belief, leader)
+        pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
+        yield from self._final([*pool[: self._effort.finalists], first], self._effort.final_prompts)
+
+    def _polish(self, belief: Belief, leader: Options) -> Part[list[Options]]:
+        """What switches lead to, the last first: of those that by the belief may gain most a lot is measured each time,
+        which teaches the belief, and the best leads from there on if it is believed to gain."""
+        leaders, tried = [leader], {leader}
+        count = min(_POLISHED_ON, self.num_prompts)
+        for number in range(self._effort.polish_prompts // (_POLISHED_ON * (self._effort.plans + 1))):
+            field = promising(self._choices, belief, leader, tried, self._effort.plans)
+            if not field:
+                break
+            first = number * count % (self.num_prompts - count + 1)
+            base, *answers = yield from self._measured(
+                [leader, *field], (first, first + count), self._choices.plan(leader)
+            )
+            if len(tried) == 1:
+                self._lead(leader, base)
+            seen = [paired(answer, base, "kl") for answer in answers]
+            estimates = belief.estimates(field, leader, seen)
+            belief = belief.observed(field, leader, seen)
+            tried.update(field)
+            at = int(np.argmin(estimates))
+            if estimates[at] < 0.0:
+                leader, tried = field[at], {field[at]}
+                leaders.insert(0, leader)
+        return leaders
+
+    def _smallest(self, belief: Belief, min_fdt: float) -> Script:
+        """The plan of the budget if it keeps a mean FDT of `min_fdt` on all prompts, else the smallest that does: sizes
+        are halved between one that keeps it and one that does not."""
+        tables = belief.tables()
+        if self._choices.space.budget != Budget():
+            asked = self._solve(tables)
+            (answer,) = yield from self._measured([asked], self._first(self.num_prompts))
+            if -mean_loss(answer, "fdt") >= min_fdt:
+                self._lead(asked, answer)
+                return
+        least = sum(int(bits[np.isfinite(t)].min()) for bits, t in zip(self._choices.bits, tables, strict=True))
+        most = sum(int(bits[0]) for bits in self._choices.bits)
+        size = self._foreseen(tables, min_fdt, least, most)
+        (answer,) = yield from self._measured([(0,) * len(tables)], self._first(self.num_prompts))
+        self._lead((0,) * len(tables), answer)
+        fails = least - 1
+        while most > least and most - fails > _SIZE_STEP * most:
+            found = self._choices.within(tables, size)
+            (answer,) = yield from self._measured([found.options], self._first(self.num_prompts))
+            if -mean_loss(answer, "fdt") >= min_fdt:
+                most = self._choices.cost(self._choices.bits, found.options)
+                self._lead(found.options, answer)
+            else:
+                fails = size
+            size = max((most + fails) // 2, least)
+            if size <= fails:
+                return
+
+    def _foreseen(self, tables: Sequence[Floats], min_fdt: float, least: int, most: int) -> int:
+        """The size at which the law has a plan keep `min_fdt`: where a search for it begins."""
+        while most - least > _SIZE_STEP * most:
+            size = (least + most) // 2
+            kept = expected_fdt(self._choices.within(tables, size).loss, self._length, _DIVERGENT_SHARE)
+            least, most = (least, size) if kept >= min_fdt else (size, most)
+        return most
+
+    def _probe(self) -> Part[Belief]:
+        """Sensitivities, and the belief that they make."""
+        probed = probings(self._choices, self._errors)
+        self._foresee((len(probed), self._effort.probe_prompts), *self._usual())
+        answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
+        damages = [mean_loss(answer, "kl") for answer in answers]
+        tables = predicted(self._choices, self._errors, probed, damages)
+        families = [[family_of(scheme) for scheme in schemes] for schemes in self._choices.schemes]
+        own = float(np.hypot(_SPREAD.family, min(probe_noise(answers), 1.0)))
+        return Belief.of(tables, self._errors, families, replace(_SPREAD, family=own))
+
+    def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, list[Options], float]]:
+        """A round of correction: (belief; candidates, the best first; the leader's expected regret)."""
+        belief = yield from self._learn_by_moves(belief, leader, number)
+        random = self._random(number)
+        tables = [belief.tables(), *(belief.tables(belief.sample(random)) for _ in range(self._effort.plans - 1))]
+        drawn = [self._solve(each) for each in tables]
+        regret = _regret(leader, drawn, tables)
+        candidates = [options for options in dict.fromkeys(drawn) if options != leader]
+        if not candidates:
+            return belief, [leader], regret
+        prompts = self._block(number, 1)
+        base, *answers = yield from self._measured([leader, *candidates], prompts, self._choices.plan(leader))
+        seen = [paired(answer, base, "kl") for answer in answers]
+        belief = belief.observed(candidates, leader, seen)
+        field = list(dict.fromkeys([self._solve(belief.tables()), leader, *candidates]))
+        measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
+        estimates = belief.estimates(field, leader, [measured.get(options) for options in field])
+        order = [field[at] for at in np.argsort(estimates, kind="stable")]
+        return belief, order, regret
+
+    def _learn_by_moves(self, belief: Belief, leader: Options, number: int) -> Part[Belief]:
+        """The belief after units were moved alone around the leader."""
+        # Every time other prompts: what was learnt on some must not be confirmed by the same.
+        prompts = self._block(number, 0)
+        (base,) = yield from self._measured([leader], prompts)
+        self._lead(leader, base)
+        moves = self._doubtful(belief, leader, number)
+        answers = yield from self._moves(leader, moves, prompts)
+        neighbours = [moved(leader, *move) for move in moves]
+        differences = [paired(answer, base, "kl") for answer in answers]
+        if number == 0:
+            belief = belief.scaled(float(np.clip(belief.surprise(neighbours, leader, differences), *_SURPRISE)))
+        return belief.observed(neighbours, leader, differences)
+
+    def _usual(self) -> Iterator[tuple[int, int]]:
+        """What searches mostly ask for after the probe: (trials, prompts of each)."""
+        if self._min_fdt is not None:  # sizes are halved
+            yield 3 - round(math.log2(_SIZE_STEP)), self.num_prompts
+            return
+        for number in range(min(self._affordable_rounds(), _USUAL_ROUNDS)):
+            first, end = self._block(number, 0)
+            yield self._num_measured(number), end - first
+        yield self._effort.polish_prompts // _POLISHED_ON, _POLISHED_ON
+        yield 2 + len(self._rivals()), self._effort.final_prompts or self.num_prompts
+
+    def _affordable_rounds(self) -> int:
+        """How many rounds of correction stay within what they may forward together."""
+        left = self._effort.correction_prompts
+        for number in range(self._effort.rounds):
+            first, end = self._block(number, 0)
+            left -= (end - first) * self._num_measured(number)
+            if left < 0:
+                return number
+        return self._effort.rounds
+
+    def _num_measured(self, number: int) -> int:
+        """Plans measured in a round: units moved alone and plans drawn, each lot beside the leader."""
+        return self._num_doubted(number) + self._effort.plans + 2
+
+    def _num_doubted(self, number: int) -> int:
+        return max(len(self._choices.units) // _DOUBTED[number > 0], 1)
+
+    def _block(self, number: int, half: int) -> tuple[int, int]:
+        """The stretch of the prompts that a round's moves (0) or drawn plans (1) are measured on: those after the last
+        one's, from the front again where they end."""
+        counts = [min(self._effort.prompts * _GROWTH**n, self.num_prompts) for n in range(number + 1)]
+        first = (2 * sum(counts[:-1]) + half * counts[-1]) % (self.num_prompts - counts[-1] + 1)
+        return first, first + counts[-1]
+
+    def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
+        """(unit, option) to move alone: those whose damage is most in doubt."""
+        moves = [(unit, self._telling(belief, leader, unit)) for unit in range(len(leader))]
+        doubt = belief.differences([moved(leader, *move) for move in moves], leader).variances
+        most = np.argsort(-doubt, kind="stable")[: self._num_doubted(number)]
+        return [moves[at] for at in sorted(most.tolist())]
+
+    def _telling(self, belief: Belief, leader: Options, unit: int) -> int:
+        """The option whose measurement tells most about a unit: the next one that costs fewer bits, else more."""
+        errors, now = self._errors[unit], leader[unit]
+        known = [k for k in range(len(errors)) if np.isfinite(belief.damages[unit][k])]
+        worse = [k for k in known if errors[k] > errors[now]]
+        better = [k for k in known if errors[k] < errors[now]]
+        if worse:
+            return min(worse, key=lambda k: (errors[k], k))
+        return max(better, key=lambda k: (errors[k], k), default=now)
+
+
+def _regret(leader: Options, best: Sequence[Options], tables: Sequence[Sequence[Floats]]) -> float:
+    """By what part of its damage a plan is expected to miss the least, for damages [options] of each unit drawn from
+    the belief and the best plan under each: the expected value of perfect information (Raiffa and Schlaifer, Applied
+    Statistical Decision Theory, 1961), which no further measuring can exceed."""
+    damage = sum(_damage(leader, each) for each in tables)
+    least = sum(_damage(options, each) for options, each in zip(best, tables, strict=True))
+    return 1.0 - least / damage if damage > 0.0 else 0.0
+
+
+def _damage(options: Options, tables: Sequence[Floats]) -> float:
+    return float(sum(table[k] for table, k in zip(tables, options, strict=True)))

@@ -1,0 +1,192 @@
+"""`evolution` and `local`: a plan changed by switches at constant real size.
+
+`evolution` is the (1 + lambda) search of EvoPress (arXiv 2410.14649, section 3): each child makes one to three
+switches, most often one; a switch moves one unit to an option with fewer bits and another to one with more. Children
+are selected in stages, few left at each and more prompts; the leader goes only for a child that is better.
+
+`local` goes through all switches of the leader until none of them is better on all prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from dtmsearch.search.solver.choices import Options
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.generator import Script, mean_loss
+from dtmsearch.search.strategies.rounds import RequestFactory
+from dtmsearch.search.strategies.solver_based import Solver, paired
+
+# A switch that finds no partner is tried anew so often.
+_MOST_TRIES = 100
+# Above this many options in all, only neighbouring ones are paired.
+_MOST_MOVES = 1_000
+
+
+@dataclass(frozen=True)
+class Stages:
+    """`generations` of `children`; the prompts of a candidate at each stage, and how many go on from all
+    but the last, which leaves one."""
+
+    generations: int = 400
+    children: int = 16
+    prompts: tuple[int, ...] = (8, 32, 64)
+    survivors: tuple[int, ...] = (4, 2)
+
+
+@dataclass(frozen=True)
+class Switching:
+    """Rounds of a local search, the switches tried in each, and the prompts that they are first measured on."""
+
+    rounds: int = 100
+    children: int = 16
+    prompts: int = 32
+
+
+class Evolution(Solver):
+    """Starts from the largest uniform plan of the budget, or from `start`."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        rank_by: str = "kl",
+        stages: Stages = Stages(),
+        seed: int = 0,
+        start: Options | None = None,
+    ) -> None:
+        super().__init__(space, request_for, rank_by, seed)
+        self._stages = stages
+        self._start = start or self._largest_start()
+
+    def script(self) -> Script:
+        stages, leader = self._stages, self._start
+        *each, last = (stages.children, *stages.survivors)
+        for generation in range(stages.generations):
+            lots = zip((*each, last + 1), stages.prompts, strict=True)
+            self._foresee(*(((stages.generations - generation) * n, prompts) for n, prompts in lots))
+            children = [self._child(leader, generation, index) for index in range(stages.children)]
+            field = [child for child in dict.fromkeys(children) if child != leader]
+            if not field:
+                break  # there is nothing to switch
+            for stage, count in enumerate(stages.prompts):
+                prompts = self._sample(count, generation, stage)
+                # The leader defends its place on the prompts of the last stage.
+                contenders = [leader, *field] if stage == len(stages.survivors) else field
+                answers = yield from self._measured(contenders, prompts, self._choices.plan(leader))
+                order = sorted(range(len(contenders)), key=lambda i: mean_loss(answers[i], self._rank_by))
+                field = [contenders[i] for i in order[: (*stages.survivors, 1)[stage]]]
+            if field[0] != leader:
+                leader = field[0]
+                self._lead(leader, answers[order[0]])
+        yield from self._final([leader])
+
+    def _sample(self, count: int, *place: int) -> tuple[int, int]:
+        """Prompts of a stage: a stretch of them from a place by chance."""
+        count = min(count, self.num_prompts)
+        first = int(self._random(1, *place).integers(self.num_prompts - count + 1))
+        return first, first + count
+
+    def _child(self, parent: Options, generation: int, index: int) -> Options:
+        random = self._random(2, generation, index)
+        # The least of two draws: 1 switch in five of nine cases, 3 in one.
+        switches = int(min(random.integers(1, 4, 2)))
+        child = parent
+        for _ in range(switches):
+            child = self._switched(child, random)
+        return child
+
+    def _switched(self, options: Options, random: np.random.Generator) -> Options:
+        """One unit to fewer bits, another of equal size to more, such that the budget is met as before."""
+        for _ in range(_MOST_TRIES):
+            down, up = (int(u) for u in random.choice(len(options), 2, replace=False))
+            if self._choices.units[down].sizes["dense"].num_weights != (
+                self._choices.units[up].sizes["dense"].num_weights
+            ):
+                continue
+            fewer, more = self._choices.neighbour(options, down, -1), self._choices.neighbour(options, up, +1)
+            if fewer is None or more is None:
+                continue
+            changed = list(options)
+            changed[down], changed[up] = fewer, more
+            if self._choices.meets(changed):
+                return tuple(changed)
+        return options
+
+
+class Local(Solver):
+    """Every switch of the leader, in an order by chance, a round of `children` at a time: the best of a round by its
+    first prompts becomes the leader if it is better on all of them.
+
+    It ends when the leader has no better switch, or after the rounds of its settings.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        rank_by: str = "kl",
+        switching: Switching = Switching(),
+        seed: int = 0,
+        start: Options | None = None,
+    ) -> None:
+        super().__init__(space, request_for, rank_by, seed)
+        self._switching = switching
+        self._start = start or self._largest_start()
+
+    def script(self) -> Script:
+        most, size = self._switching.rounds, self._switching.children
+        everything, few = self._first(self.num_prompts), self._first(self._switching.prompts)
+        leader = self._start
+        self._foresee((1, self.num_prompts), (most * (size + 1), self._switching.prompts))
+        (answer,) = yield from self._measured([leader], everything)
+        self._lead(leader, answer)
+        untried = self._switches(leader, 0)
+        for number in range(1, most + 1):
+            field = list(islice(untried, size))
+            if not field:
+                break
+            self._foresee(((most - number + 1) * (size + 1), self._switching.prompts))
+            base, *answers = yield from self._measured([leader, *field], few, self._choices.plan(leader))
+            values = [paired(each, base, self._rank_by)[0] for each in answers]
+            at = int(np.argmin(values))
+            if values[at] >= 0.0:
+                continue
+            (better,) = yield from self._measured([field[at]], everything, self._choices.plan(leader))
+            if paired(better, answer, self._rank_by)[0] < 0.0:
+                leader, answer = field[at], better
+                self._lead(leader, answer)
+                untried = self._switches(leader, number)
+        yield from self._final([leader])
+
+    def _switches(self, leader: Options, number: int) -> Iterator[Options]:
+        """Every choice that one move, or one unit down and another up, leads to within the budget, in an order by
+        chance; those first that come nearest to the capacity are not told apart."""
+        moves = self._single_moves(leader)
+        pairs: list[tuple[tuple[int, int], ...]] = [(move,) for move in moves]
+        pairs += [(a, b) for i, a in enumerate(moves) for b in moves[i + 1 :] if a[0] != b[0]]
+        for at in self._random(3, number).permutation(len(pairs)).tolist():
+            changed = list(leader)
+            for unit, option in pairs[at]:
+                changed[unit] = option
+            if self._choices.meets(changed) and not self._pointless(leader, pairs[at]):
+                yield tuple(changed)
+
+    def _single_moves(self, leader: Options) -> list[tuple[int, int]]:
+        """(unit, option): all options, or where that is too many pairs the next ones up and down."""
+        everything = sum(len(schemes) for schemes in self._choices.schemes) <= _MOST_MOVES
+        moves: list[tuple[int, int]] = []
+        for unit, schemes in enumerate(self._choices.schemes):
+            near = (self._choices.neighbour(leader, unit, direction) for direction in (-1, 1))
+            options = range(len(schemes)) if everything else [k for k in near if k is not None]
+            moves += [(unit, option) for option in options if option != leader[unit]]
+        return moves
+
+    def _pointless(self, leader: Options, moves: Sequence[tuple[int, int]]) -> bool:
+        """Whether every move goes to fewer bits: no better plan is found that way."""
+        bits = self._choices.bits
+        return all(bits[unit][option] <= bits[unit][leader[unit]] for unit, option in moves)

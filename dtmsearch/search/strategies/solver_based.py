@@ -1,0 +1,127 @@
+"""What the strategies around the solver share: probes of units alone, plans for damages, comparisons on all prompts.
+
+A candidate is a choice of options (see `choices`); plans are made where something is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome
+from dtmsearch.core.plan import Plan
+from dtmsearch.search.loop import SearchFailed
+from dtmsearch.search.solver.choices import Choices, Options
+from dtmsearch.search.solver.damage_model import Probing
+from dtmsearch.search.solver.knapsack import Infeasible
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.generator import DENSE_PLAN, Part, Procedure, Trial, losses, mean_loss
+from dtmsearch.search.strategies.rounds import RequestFactory
+
+Floats = NDArray[np.float64]
+
+# Uniform plans of less than this part of the largest one's bits are no rivals of a plan that uses them all.
+_NEAR = 0.95
+
+
+class Solver(Procedure):
+    """A procedure over choices. Until it has measured anything, the best is the first uniform plan of the budget."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        request_for: RequestFactory,
+        rank_by: str = "kl",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(space, request_for, ("kl", rank_by))
+        self._rank_by, self._seed = rank_by, seed
+        self._choices = Choices(space)
+        uniforms = self._choices.uniforms()
+        self._best = self._choices.plan(uniforms[0]) if uniforms else None
+
+    def _solve(self, damages: Sequence[Floats]) -> Options:
+        """The options of least total damage within the budget. Raises `SearchFailed` when what could be measured
+        leaves none."""
+        try:
+            return self._choices.solve(damages).options
+        except Infeasible as error:
+            raise SearchFailed(f"without what cannot be measured no plan is within the budget: {error}") from None
+
+    def _largest_start(self) -> Options:
+        """The uniform plan of the budget that stores most, or where none fits, what fits with the fewest bits cut."""
+        uniforms = self._choices.uniforms()
+        if uniforms:
+            return max(uniforms, key=lambda options: self._choices.cost(self._choices.bits, options))
+        cut = [np.square(1.0 - bits / bits[0]) * bits[0] for bits in self._choices.bits]
+        return self._solve(cut)
+
+    def _rivals(self) -> list[Options]:
+        """The uniform plans of the budget to which no other is near in size and larger: those worth measuring."""
+        cost = [(self._choices.cost(self._choices.bits, options), options) for options in self._choices.uniforms()]
+        most = max((bits for bits, _ in cost), default=0)
+        return [options for bits, options in cost if bits >= _NEAR * most]
+
+    def _random(self, *place: int) -> np.random.Generator:
+        """Derived from the run's seed and a place in the search: no generator's state is carried."""
+        return np.random.default_rng((self._seed, *place))
+
+    def _first(self, count: int) -> tuple[int, int]:
+        return 0, min(count, self.num_prompts)
+
+    def _alone(self, probed: Sequence[Probing], prompts: tuple[int, int]) -> Part[Sequence[Outcome]]:
+        """Units measured alone, each under one option."""
+        edges = [self._choices.perturbation(probing.unit, probing.option) for probing in probed]
+        return (yield [Trial(DENSE_PLAN.with_(edge), prompts, DENSE_PLAN, edge) for edge in edges])
+
+    def _moves(
+        self, leader: Options, moves: Sequence[tuple[int, int]], prompts: tuple[int, int]
+    ) -> Part[Sequence[Outcome]]:
+        """A choice with one unit moved to another option, for each of `moves`."""
+        plan = self._choices.plan(leader)
+        edges = [self._choices.perturbation(unit, option) for unit, option in moves]
+        return (yield [Trial(plan.with_(edge), prompts, plan, edge) for edge in edges])
+
+    def _measured(
+        self, candidates: Sequence[Options], prompts: tuple[int, int], parent: Plan = DENSE_PLAN
+    ) -> Part[Sequence[Outcome]]:
+        return (yield [Trial(self._choices.plan(options), prompts, parent) for options in candidates])
+
+    def _lead(self, leader: Options, answer: Outcome) -> None:
+        self._conclude(self._choices.plan(leader), answer, self._rank_by)
+
+    def _final(self, candidates: Sequence[Options], prompts: int | None = None) -> Part[Options]:
+        """The best of a few candidates on all prompts (or that many), in the metric that ranks; of equals the first.
+
+        The largest uniform plan of the budget is among them.
+        """
+        field = list(dict.fromkeys((*candidates, *self._rivals())))
+        answers = yield from self._measured(field, self._first(prompts or self.num_prompts))
+        values = [(mean_loss(answer, self._rank_by), mean_loss(answer, "kl")) for answer in answers]
+        at = min(range(len(field)), key=lambda i: values[i])
+        self._lead(field[at], answers[at])
+        return field[at]
+
+
+def paired(a: Outcome, b: Outcome, metric: str) -> tuple[float, float]:
+    """Mean over prompts of a's loss less b's, and the variance of that mean; infinite where one of them failed."""
+    if isinstance(a, EvalFailure):
+        return np.inf, 0.0
+    if isinstance(b, EvalFailure):
+        return -np.inf, 0.0
+    difference = losses(a, metric) - losses(b, metric)
+    variance = float(difference.var(ddof=1)) / len(difference) if len(difference) > 1 else float(difference[0] ** 2)
+    return float(difference.mean()), variance
+
+
+def probe_noise(answers: Sequence[Outcome]) -> float:
+    """Relative standard error of a unit's mean over prompts, what all units of a prompt have in common left out."""
+    rows = [losses(answer, "kl") for answer in answers if isinstance(answer, EvalResult)]
+    if not rows or len(rows[0]) < 2:
+        return 0.5
+    values = np.array(rows)
+    relative = values / np.maximum(values.mean(axis=1, keepdims=True), 1e-12)
+    relative -= relative.mean(axis=0, keepdims=True)
+    return float(np.sqrt(relative.var(axis=1, ddof=1).mean() / values.shape[1]))

@@ -1,0 +1,73 @@
+"""From what a calibration comes to, to rows and back: statistics of inputs, solved matrices, errors of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.store.codecs.columns import arrays, coded_constant, from_columns, lists
+from dtmsearch.store.schemas import MATRICES, STATISTICS, WEIGHT_ERRORS
+
+
+def weight_errors_table(run: str, errors: Sequence[WeightError]) -> pa.Table:
+    columns: dict[str, Any] = {n: [getattr(e, n) for e in errors] for n in WEIGHT_ERRORS.names if n != "run"}
+    return from_columns(WEIGHT_ERRORS, columns | {"run": coded_constant(run, len(errors))})
+
+
+def weight_errors_of(table: pa.Table) -> list[WeightError]:
+    return [WeightError(**row) for row in table.drop_columns(["run"]).to_pylist()]
+
+
+def statistics_table(calibration: Calibration, statistics: InputStatistics) -> pa.Table:
+    names = sorted(statistics.mean_squares)
+    columns = {
+        "calibration_id": coded_constant(calibration.id, len(names)),
+        "manifest_id": coded_constant(calibration.manifest_id, len(names)),
+        "component": names,
+        "mean_squares": lists([statistics.mean_squares[name] for name in names], pa.float32()),
+    }
+    return from_columns(STATISTICS, columns)
+
+
+def statistics_of(table: pa.Table) -> InputStatistics:
+    """The statistics whose rows, at least one, these are."""
+    table = table.combine_chunks()
+    squares = table["mean_squares"].combine_chunks()
+    by_name = zip(table["component"].to_pylist(), arrays(squares), strict=True)
+    held = {name: values for name, values in by_name if values is not None}
+    return InputStatistics(table["calibration_id"][0].as_py(), held)
+
+
+_BYTES_COLUMNS = ("codes", "scales", "zeros", "mask")
+
+
+def matrices_table(calibration_id: str, matrices: Sequence[PackedMatrix]) -> pa.Table:
+    columns: dict[str, Any] = {
+        "calibration_id": coded_constant(calibration_id, len(matrices)),
+        "rows": [m.shape[0] for m in matrices],
+        "cols": [m.shape[1] for m in matrices],
+    }
+    columns |= {n: [getattr(m, n) for m in matrices] for n in ("component", "scheme", "bits", "block", "scale_dtype")}
+    columns |= {n: [getattr(m, n).tobytes() for m in matrices] for n in _BYTES_COLUMNS}
+    return from_columns(MATRICES, columns)
+
+
+def matrices_of(table: pa.Table) -> list[PackedMatrix]:
+    """The matrices in rows of `matrices`; their arrays are read-only views into the rows' memory."""
+    return [
+        PackedMatrix(
+            component=row["component"].as_py(),
+            scheme=row["scheme"].as_py(),
+            shape=(row["rows"].as_py(), row["cols"].as_py()),
+            bits=row["bits"].as_py(),
+            block=row["block"].as_py(),
+            scale_dtype=row["scale_dtype"].as_py(),
+            **{name: np.frombuffer(row[name].as_buffer(), np.uint8) for name in _BYTES_COLUMNS},
+        )
+        for batch in table.to_batches()
+        for row in ({name: batch[name][at] for name in batch.schema.names} for at in range(batch.num_rows))
+    ]

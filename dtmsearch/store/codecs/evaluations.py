@@ -1,0 +1,97 @@
+"""From evaluations to rows and back, the arrays of outcomes as views into the rows' memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome, Provenance
+from dtmsearch.core.metrics import Summary, summarize
+from dtmsearch.core.records import EvaluationRecord
+from dtmsearch.store.codecs.columns import arrays, coded_constant, from_columns, from_time, lists, to_time, values_of
+from dtmsearch.store.codecs.plans import PlanFigures
+from dtmsearch.store.schemas import EVALUATIONS, SUMMARY_COLUMNS
+
+
+def evaluations_table(
+    run: str, records: Sequence[EvaluationRecord], figures: Sequence[PlanFigures], version: str
+) -> pa.Table:
+    """Rows of evaluations. `figures` are those of each record's plan; `version` is the package's."""
+    number = len(records)
+    requests = [r.request for r in records]
+    outcomes = [r.outcome for r in records]
+    results = [o if isinstance(o, EvalResult) else None for o in outcomes]
+    failures = [o if isinstance(o, EvalFailure) else None for o in outcomes]
+    single = [r.plan.entries[0] if len(r.plan) == 1 else (None, None) for r in requests]
+    columns: dict[str, Any] = {
+        "run": coded_constant(run, number),
+        "step": [r.step for r in records],
+        "evaluation_id": [r.id for r in requests],
+        "plan_id": [r.plan.id for r in requests],
+        "parent_plan_id": [r.parent.id for r in requests],
+        "weights_id": [r.weights_id or None for r in requests],
+        "perturbation": [r.perturbation for r in records],
+        "component": [component for component, _ in single],
+        "scheme": [scheme for _, scheme in single],
+        "purpose": [r.purpose for r in records],
+        "label": [r.label for r in records],
+        "reused_from": [r.reused_from for r in records],
+        "reference_id": [r.reference_id for r in requests],
+        "status": ["ok" if f is None else f.kind for f in failures],
+        "message": [None if f is None else f.message for f in failures],
+        "num_compressed": [f.num_compressed for f in figures],
+        "share": [f.share for f in figures],
+        "bits_per_weight": [f.bits_per_weight for f in figures],
+        "fdt": lists([None if r is None else r.fdt for r in results], pa.int32()),
+        "sdt": lists([None if r is None else r.sdt for r in results], pa.int32()),
+        "dppl_list": lists([None if r is None else r.dppl for r in results], pa.float32()),
+        "ppl_list": lists([None if r is None else r.ppl for r in results], pa.float32()),
+        "kl_list": lists([None if r is None else r.kl for r in results], pa.float32()),
+        "version": coded_constant(version, number),
+    }
+    summaries = [None if r is None else summarize(r) for r in results]
+    columns |= {name: [None if s is None else getattr(s, name) for s in summaries] for name in SUMMARY_COLUMNS}
+    columns["num_prompts"] = [r.prompts[1] - r.prompts[0] for r in requests]
+    return from_columns(EVALUATIONS, columns | _provenance_columns([o.provenance for o in outcomes]))
+
+
+def _provenance_columns(provenances: Sequence[Provenance]) -> dict[str, Any]:
+    return {
+        "tokens": [p.tokens for p in provenances],
+        "wall_seconds": [p.wall_seconds for p in provenances],
+        "replica": [p.replica for p in provenances],
+        "node": [p.node for p in provenances],
+        "attempts": [p.attempts for p in provenances],
+        "finished_at": [to_time(p.finished_at) for p in provenances],
+    }
+
+
+_PROVENANCE_COLUMNS = ("replica", "node", "attempts", "wall_seconds", "tokens")
+OUTCOME_COLUMNS = [
+    *("evaluation_id", "status", "message", "fdt", "sdt", "dppl_list", "kl_list", "ppl_list"),
+    *(*_PROVENANCE_COLUMNS, "finished_at"),
+]
+
+
+def outcomes(batch: pa.RecordBatch) -> Iterator[Outcome]:
+    """The outcomes in rows of `evaluations`. Their arrays are read-only views into the rows' memory."""
+    ids, status, message = (values_of(batch[name]) for name in ("evaluation_id", "status", "message"))
+    lists = [arrays(batch[name]) for name in ("fdt", "sdt", "dppl_list", "kl_list", "ppl_list")]
+    seconds = from_time(batch["finished_at"])
+    where = map(Provenance, *(values_of(batch[name]) for name in _PROVENANCE_COLUMNS), seconds)
+    if set(status) == {"ok"}:
+        yield from map(EvalResult, ids, *lists, where)
+        return
+    rows = zip(ids, status, message, *lists, where, strict=True)
+    for request_id, kind, text, fdt, sdt, dppl, kl, ppl, provenance in rows:
+        if kind == "ok":
+            yield EvalResult(request_id, fdt, sdt, dppl, kl, ppl, provenance)
+        else:
+            yield EvalFailure(request_id, kind, text, provenance)
+
+
+def summary_of(row: dict[str, Any]) -> Summary:
+    """The aggregates of a row of `evaluations` whose status is `ok`."""
+    return Summary(**{name: row[name] for name in SUMMARY_COLUMNS})

@@ -1,0 +1,104 @@
+"""From plans to rows, each with its stored bits, and what a plan amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.store.codecs.columns import coded, from_columns
+from dtmsearch.store.schemas import PLANS
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """What a plan amounts to over the search's components, as `plans.plan.PlanSize` counts it."""
+
+    num_compressed: int
+    share: float
+    bits_per_weight: float
+
+
+class PlanRows:
+    """Turns plans into rows and figures, with a lookup for each (component, scheme) pair and the rest in numpy:
+    a search records a hundred thousand plans of hundreds of components."""
+
+    def __init__(self, manifest: ModelManifest, searched: Sequence[Component]) -> None:
+        self._manifest = manifest
+        self._searched = frozenset(c.name for c in searched)
+        self._total_weights = sum(c.num_weights for c in searched)
+        self._number_of_pair: dict[tuple[str, str], int] = {}
+        self._component_codes: dict[str, int] = {}
+        self._scheme_codes: dict[str, int] = {}
+        self._pair_rows: list[tuple[int, int, int, int, int]] = []
+        self._pairs = np.empty((0, 5), np.int64)
+
+    def table(self, plans: Sequence[Plan]) -> pa.Table:
+        numbers, lengths = self._numbers(plans)
+        component, scheme, stored_bits, num_weights, _ = self._pairs[numbers].T
+        plan_codes = np.repeat(np.arange(len(plans), dtype=np.int32), lengths)
+        columns = {
+            "plan_id": coded(plan_codes, [p.id for p in plans]),
+            "component": coded(component, list(self._component_codes)),
+            "scheme": coded(scheme, list(self._scheme_codes)),
+            "stored_bits": pa.array(stored_bits),
+            "num_weights": pa.array(num_weights),
+        }
+        return from_columns(PLANS, columns)
+
+    def figures(self, plans: Sequence[Plan]) -> list[PlanFigures]:
+        numbers, lengths = self._numbers(plans)
+        _, _, stored_bits, num_weights, searched = self._pairs[numbers].T
+        owner = np.repeat(np.arange(len(plans)), lengths)
+        dense_bits = self._manifest.dense_bits
+        counts, weights, saved = np.zeros((3, len(plans)), np.int64)
+        np.add.at(counts, owner, searched)
+        np.add.at(weights, owner, searched * num_weights)
+        np.add.at(saved, owner, searched * (num_weights * dense_bits - stored_bits))
+        return [
+            PlanFigures(c, w / self._total_weights, (self._total_weights * dense_bits - s) / self._total_weights)
+            for c, w, s in zip(counts.tolist(), weights.tolist(), saved.tolist(), strict=True)
+        ]
+
+    def _numbers(self, plans: Sequence[Plan]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The pair numbers of all entries of all plans, one plan after the other, and each plan's length."""
+        entries = list(chain.from_iterable(plan.entries for plan in plans))
+        try:
+            numbers = list(map(self._number_of_pair.__getitem__, entries))
+        except KeyError:
+            for entry in dict.fromkeys(entries):
+                if entry not in self._number_of_pair:
+                    self._learn(entry)
+            self._pairs = np.array(self._pair_rows, np.int64).reshape(-1, 5)
+            return self._numbers(plans)
+        return np.array(numbers, np.int64), np.array([len(plan) for plan in plans], np.int64)
+
+    def _learn(self, entry: tuple[str, str]) -> None:
+        name, scheme = entry
+        component = self._manifest.by_name.get(name)
+        if component is None:
+            raise ValueError(f"the plan names {name!r}, which {self._manifest.model} does not have")
+        assert scheme != DENSE, "plans leave dense components out"
+        stored_bits = parse_scheme(scheme).stored_bits(component.shape, self._manifest.dense_bits)
+        self._number_of_pair[entry] = len(self._pair_rows)
+        self._pair_rows.append(
+            (
+                self._component_codes.setdefault(name, len(self._component_codes)),
+                self._scheme_codes.setdefault(scheme, len(self._scheme_codes)),
+                stored_bits,
+                component.num_weights,
+                int(name in self._searched),
+            )
+        )
+
+
+def plan_of(table: pa.Table) -> Plan:
+    """The plan whose rows these are."""
+    return Plan.of(dict(zip(table["component"].to_pylist(), table["scheme"].to_pylist(), strict=True)))

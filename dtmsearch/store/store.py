@@ -1,0 +1,440 @@
+"""The store: many runs in one folder or bucket, each written by one driver at a time, read by anybody.
+
+What a writer's method was given is durable when it returns. Knows runs and records; files, locks and segments have
+modules of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import fs
+
+import dtmsearch
+from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import Continuation, Outcome, Reference
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord, RunRecord, StepRecord, TrainingRecord
+from dtmsearch.store import schemas
+from dtmsearch.store.codecs import calibration as calibration_tables
+from dtmsearch.store.codecs import tables
+from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes
+from dtmsearch.store.codecs.plans import PlanRows, plan_of
+from dtmsearch.store.files import TEMPORARY, LocalFolder, StoreError, StoreFull, StoreReadOnly, open_folder
+from dtmsearch.store.locks import RunLocked, lock_of
+from dtmsearch.store.reuse_index import Elsewhere
+from dtmsearch.store.segments import Segment, Segments
+
+__all__ = ["ResultStore", "RunLocked", "RunWriter", "StoreError", "StoreFull", "StoreReadOnly"]
+
+_MARKER = "store.json"
+# Between a run's name, which cannot hold it, and what is written beside the run's own driver.
+_PART = "~"
+_EVALUATE = "evaluate"
+# Above this many, reading small segments one by one takes longer than it should.
+_MANY_SEGMENTS = 64
+_COMMITS_BETWEEN_COMPACTIONS = 256
+# Of what several runs may write at once under one key.
+_PUT_ATTEMPTS = 8
+
+
+class ResultStore:
+    """The store at a local path or a URI that pyarrow knows (`s3://`, `gs://`); an empty one is created on writing.
+
+    `notes` are lines about damaged segments that were set aside; `on_note` hears each of them as it comes. Raises
+    `StoreError` when there is something else at the place, a newer version's store, or nothing can be read.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        filesystem: fs.FileSystem | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder = open_folder(url, filesystem)
+        self.url = self.folder.url
+        self.segments = Segments(self.folder, on_note)
+        self._check_marker()
+
+    @property
+    def notes(self) -> list[str]:
+        return self.segments.notes
+
+    @property
+    def weights_folder(self) -> str:
+        """Where trained weights are kept, a file for each; nothing where the store lies in a bucket."""
+        return self.folder.full("weights") if isinstance(self.folder, LocalFolder) else ""
+
+    def _check_marker(self) -> bool:
+        """Whether the place is a store already. Raises `StoreError` when it is something else."""
+        content = self._marker()
+        if content is None:
+            names = self.folder.names()
+            # Somebody may have made the store between the look for its marker and the look at the folder.
+            content = self._marker() if _MARKER in names else None
+        if content is None:
+            strangers = [name for name in names if not name.startswith(".") and name != "lost+found"]
+            if strangers:
+                raise StoreError(
+                    f"{self.url} is no store: it holds {strangers[0]} but no {_MARKER}. Give --store a new or empty "
+                    "folder"
+                )
+            return False
+        try:
+            version = int(json.loads(content)["format"])
+        except (ValueError, KeyError, TypeError):
+            raise StoreError(f"{self.url} is no store that can be read: its {_MARKER} is damaged") from None
+        if version > schemas.FORMAT_VERSION:
+            raise StoreError(
+                f"the store {self.url} has format version {version}, this dtmsearch reads up to version "
+                f"{schemas.FORMAT_VERSION}. Use the version of dtmsearch that wrote it, or a newer one"
+            )
+        return True
+
+    def _marker(self) -> bytes | None:
+        try:
+            content: bytes = self.folder.read(_MARKER).to_pybytes()
+        except FileNotFoundError:
+            return None
+        return content
+
+    def create(self) -> None:
+        """Make the place a store if it is none yet."""
+        if not self._check_marker():
+            self.folder.write(_MARKER, json.dumps({"format": schemas.FORMAT_VERSION}).encode())
+
+    def table(
+        self,
+        name: str,
+        columns: Sequence[str] | None = None,
+        run: str | None = None,
+        where: pc.Expression | None = None,
+    ) -> pa.Table:
+        """Rows of a table, every row once, in order of runs and commits: of some columns, of one run (for the tables
+        that runs write), where an expression over columns holds."""
+        return self.segments.read(name, None if run is None else self._keys(name, run), columns, where)
+
+    def _keys(self, table: str, run: str) -> list[str]:
+        """The keys under which a run's rows stand: its driver's, and those written beside it."""
+        keys = {segment.key for segment in self.segments.live(table)}
+        return sorted(key for key in keys if key.partition(_PART)[0] == run)
+
+    def runs(self) -> list[RunRecord]:
+        """The last record of every run, in order of creation."""
+        return tables.run_records(self.table("runs"))
+
+    def run(self, name: str) -> RunRecord | None:
+        records = tables.run_records(self.segments.read("runs", [name]))
+        return records[0] if records else None
+
+    def plan(self, plan_id: str, run: str | None = None) -> Plan | None:
+        """The plan of an id, if it was evaluated: in `run`, or in any."""
+        if plan_id == Plan().id:
+            return Plan()
+        rows = self.table("plans", ["component", "scheme"], run, pc.field("plan_id") == plan_id)
+        if rows.num_rows == 0:
+            return None
+        plan = plan_of(rows)
+        assert plan.id == plan_id, f"the rows of plan {plan_id} make plan {plan.id}"
+        return plan
+
+    def weights_id(self, run: str) -> str:
+        """The weights that a search's last round came to; empty for the base model's. What was trained later, beside
+        its driver, is not counted."""
+        rows = self.segments.read("trainings", [run], ["round", "weights_id"]).to_pylist()
+        return str(max(rows, key=lambda row: row["round"])["weights_id"]) if rows else ""
+
+    def plan_id_so_far(self, run: RunRecord) -> str | None:
+        """The run's final plan or, while it is under way or stopped, the one that leads; None before the first."""
+        if run.final_plan_id is not None or run.status == "finished":
+            return run.final_plan_id
+        steps = tables.step_records(self.table("steps", run=run.run))
+        return steps[-1].plan_id if steps else None
+
+    def reference(self, reference_id: str) -> Reference | None:
+        rows = self.segments.read("prompts", [reference_id])
+        return tables.reference_of(rows) if rows.num_rows else None
+
+    def statistics(self, calibration_id: str) -> InputStatistics | None:
+        """What was gathered over a calibration, by any run."""
+        rows = self.segments.read("statistics", [calibration_id])
+        return calibration_tables.statistics_of(rows) if rows.num_rows else None
+
+    def solved(self, calibration_id: str) -> set[tuple[str, str]]:
+        """The (component, scheme) pairs that have been solved by a calibration."""
+        rows = self.segments.read("matrices", [calibration_id], ["component", "scheme"])
+        return set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+
+    def matrices(self, calibration_id: str, components: Collection[str]) -> dict[tuple[str, str], PackedMatrix]:
+        """(component, scheme) -> solved matrix, of some components; of those solved twice the first counts."""
+        wanted = pc.field("component").isin(list(components))
+        rows = self.segments.read("matrices", [calibration_id], where=wanted)
+        return {(m.component, m.scheme): m for m in reversed(calibration_tables.matrices_of(rows))}
+
+    def is_running(self, run: str) -> bool:
+        """Whether a driver works on the run."""
+        return lock_of(self.folder, run).is_held()
+
+    def request_stop(self, run: str, reason: str = "") -> None:
+        """Ask the run's driver to stop; the request is gone when a driver next starts."""
+        self.folder.write(_stop_marker(run), reason.encode())
+
+    def stop_reason(self, run: str) -> str:
+        """What was said with the request to stop; empty without one."""
+        try:
+            return str(self.folder.read(_stop_marker(run)).to_pybytes(), "utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def stop_requested(self, run: str) -> bool:
+        return self.folder.exists(_stop_marker(run))
+
+    def writer(self, run: str) -> RunWriter:
+        """The run's own writer, to be used in a `with` statement. Entering raises `RunLocked` while another is open."""
+        return RunWriter(self, run, run)
+
+    def evaluate_writer(self, run: str) -> RunWriter:
+        """A writer for evaluations under the run's name but beside its driver, which may be at work."""
+        return RunWriter(self, run, f"{run}{_PART}{_EVALUATE}")
+
+
+def _stop_marker(run: str) -> str:
+    return f"stops/{run}"
+
+
+class RunWriter:
+    """One driver's hold on a run: its lock, its epoch, and what it records. The `ResultLog` of a search.
+
+    Everything is written under `key`: the run's name, or that and a part.
+    """
+
+    def __init__(self, store: ResultStore, run: str, key: str) -> None:
+        self._store, self._run, self._key = store, run, key
+        self._segments = store.segments
+        self._lock = lock_of(store.folder, key)
+        self._epoch = 0
+        self._commits = 0
+        self._since_compaction: dict[str, int] = {}
+        self._plan_rows: PlanRows | None = None
+        self._recorded: _Recorded | None = None
+        self._recorded_steps: set[int] | None = None
+        self._elsewhere = Elsewhere(store.segments, key)
+
+    def __enter__(self) -> Self:
+        self._store.create()
+        last_epoch = self._lock.acquire()
+        try:
+            self._epoch = 1 + max(last_epoch, self._segments.last_epoch(self._key))
+            self._lock.note_epoch(self._epoch)
+            self._tidy()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _tidy(self) -> None:
+        """Clear away what earlier drivers of the run left: stop requests, temporary files, too many segments."""
+        folder = self._store.folder
+        if self._key == self._run:
+            folder.remove(_stop_marker(self._run))
+        for table in schemas.SCHEMAS:
+            for file in folder.walk(f"{table}/{self._key}"):
+                if file.path.rpartition("/")[2].startswith(TEMPORARY):
+                    folder.remove(file.path)
+            if self._segments.num_small(table, self._key) > _MANY_SEGMENTS:
+                self._segments.compact(table, self._key)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            # Compaction only makes reading faster: a full disk must not turn a finished search into a failed one.
+            with suppress(StoreError):
+                self._lock.check()
+                for table in schemas.SCHEMAS:
+                    self._segments.compact(table, self._key)
+        finally:
+            self._lock.release()
+
+    def put_run(self, record: RunRecord) -> None:
+        assert record.run == self._run and self._key == self._run, "only a run's driver writes its record"
+        self._commit("runs", tables.runs_table([record]))
+
+    def put_components(self, manifest: ModelManifest, components: Sequence[Component]) -> None:
+        """Record the model's components and those searched, over which a plan's size is counted from now on."""
+        self._plan_rows = PlanRows(manifest, components)
+        rows = self._segments.read("components", [self._key], ["manifest_id", "component"])
+        known = set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+        new = [c for c in dict.fromkeys((*manifest.components, *components)) if (manifest.id, c.name) not in known]
+        if new:
+            self._commit("components", tables.components_table(manifest, new))
+
+    def put_reference(self, reference: Reference) -> Reference:
+        """Record a reference, for all runs; the one that counts is returned. Of two runs that make it at once the first
+        wins, for near ties may fall differently in the two."""
+        if not self._segments.live("prompts", reference.id):
+            number = 1 + self._segments.last_epoch(reference.id)
+            segment = Segment("prompts", reference.id, (number, 1), (number, 1))
+            self._write(segment, tables.prompts_table(reference), keep_existing=True)
+        recorded = self._store.reference(reference.id)
+        assert recorded is not None
+        return recorded
+
+    def put_statistics(self, calibration: Calibration, statistics: InputStatistics) -> InputStatistics:
+        """Record statistics, for all runs; those that count are returned: of two gathered at once, the first."""
+        if not self._segments.live("statistics", calibration.id):
+            number = 1 + self._segments.last_epoch(calibration.id)
+            segment = Segment("statistics", calibration.id, (number, 1), (number, 1))
+            self._write(segment, calibration_tables.statistics_table(calibration, statistics), keep_existing=True)
+        recorded = self._store.statistics(calibration.id)
+        assert recorded is not None
+        return recorded
+
+    def put_matrices(self, calibration_id: str, matrices: Sequence[PackedMatrix]) -> None:
+        """Record solved matrices, for all runs; one that is recorded already stays as it is."""
+        for _ in range(_PUT_ATTEMPTS):
+            solved = self._store.solved(calibration_id)
+            new = [m for m in matrices if (m.component, m.scheme) not in solved]
+            if not new:
+                return
+            # Another run that writes at this moment may take the number; then ours come under the next.
+            number = 1 + self._segments.last_epoch(calibration_id)
+            segment = Segment("matrices", calibration_id, (number, 1), (number, 1))
+            self._write(segment, calibration_tables.matrices_table(calibration_id, new), keep_existing=True)
+        raise StoreError(f"cannot record matrices in {self._store.url}: others keep writing under {calibration_id}")
+
+    def replay(self) -> Iterator[Outcome]:
+        """Every outcome that this run has recorded, in recorded order, as views into the memory of a segment's rows;
+        one segment is held at a time.
+
+        All columns are read, so that a segment that is damaged anywhere is set aside now and what it held is measured
+        again; so is an evaluation whose plan was lost in that way.
+        """
+        self._recorded = None
+        plans = {*self._known().plans, Plan().id}
+        seen: set[str] = set()
+        for segment in self._segments.live("evaluations", self._key):
+            rows = self._segments.whole(segment)
+            for batch in () if rows is None else rows.to_batches():
+                batch_plans = batch["plan_id"].to_pylist()
+                for plan_id, outcome in zip(batch_plans, outcomes(batch), strict=True):
+                    if outcome.request_id not in seen and plan_id in plans:
+                        seen.add(outcome.request_id)
+                        yield outcome
+
+    def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
+        return self._elsewhere.find(request_ids)
+
+    def weight_errors(self) -> list[WeightError]:
+        """The errors that this run has recorded."""
+        return calibration_tables.weight_errors_of(self._segments.read("weight_errors", [self._key]))
+
+    def put_weight_errors(self, errors: Sequence[WeightError]) -> None:
+        """Record errors: what a strategy decided by them, a replay on another machine has to decide by them, too."""
+        self._commit("weight_errors", calibration_tables.weight_errors_table(self._run, errors))
+
+    def put_plan(self, plan: Plan) -> None:
+        """Record a plan that may not have been evaluated."""
+        assert self._plan_rows is not None, "put_components comes before put_plan"
+        recorded = self._known()
+        if plan.entries and plan.id not in recorded.plans:
+            self._commit("plans", self._plan_rows.table([plan]))
+            recorded.plans.add(plan.id)
+
+    def append(self, records: Sequence[EvaluationRecord]) -> None:
+        """Record evaluations and their plans; one that is recorded already keeps its first outcome."""
+        assert self._plan_rows is not None, "put_components comes before append"
+        recorded = self._known()
+        plans = {r.request.plan.id: r.request.plan for r in records if r.request.plan.id not in recorded.plans}
+        plans.pop(Plan().id, None)
+        if plans:
+            self._commit("plans", self._plan_rows.table(list(plans.values())))
+            recorded.plans |= plans.keys()
+        new = {r.request.id: r for r in reversed(records) if r.request.id not in recorded.evaluations}
+        if new:
+            rows = list(reversed(new.values()))
+            figures = self._plan_rows.figures([r.request.plan for r in rows])
+            self._commit("evaluations", evaluations_table(self._run, rows, figures, dtmsearch.__version__))
+            recorded.evaluations |= new.keys()
+
+    def _known(self) -> _Recorded:
+        """The ids recorded so far, read anew when a segment was set aside meanwhile."""
+        if self._recorded is None or self._recorded.num_damaged != self._segments.num_damaged:
+            evaluations = self._segments.read("evaluations", [self._key], ["evaluation_id"])["evaluation_id"]
+            self._recorded = _Recorded(
+                evaluations=set(evaluations.to_pylist()),
+                plans=self._segments.scanning("plans", [self._key], self._plan_ids),
+                num_damaged=self._segments.num_damaged,
+            )
+        return self._recorded
+
+    def _plan_ids(self, segments: Sequence[Segment]) -> set[str]:
+        """Ids of the plans in segments, which are read in full, to see that they are whole, but one at a time."""
+        ids: set[str] = set()
+        for segment in segments:
+            rows = self._segments.dataset("plans", [segment]).to_table()
+            ids.update(pc.unique(rows["plan_id"]).to_pylist())
+        return ids
+
+    def decisions(self) -> Sequence[StepRecord]:
+        """The recorded decisions up to the first that is missing; those after it are decided again."""
+        records = tables.step_records(self._segments.read("steps", [self._key]))
+        self._recorded_steps = {record.step for record in records}
+        return [record for expected, record in enumerate(records) if record.step == expected]
+
+    def decide(self, steps: Sequence[StepRecord]) -> None:
+        """Record decisions; one that is recorded already stays as it is."""
+        if self._recorded_steps is None:
+            self.decisions()
+        assert self._recorded_steps is not None
+        new = [step for step in steps if step.step not in self._recorded_steps]
+        if new:
+            self._commit("steps", tables.steps_table(self._run, new))
+            self._recorded_steps |= {step.step for step in new}
+
+    def put_training(self, record: TrainingRecord) -> None:
+        """Record a training of the run; one that is recorded already stays as it is."""
+        known = self._segments.read("trainings", [self._key], ["training_id"])["training_id"].to_pylist()
+        if record.training_id not in known:
+            self._commit("trainings", tables.trainings_table(self._run, [record]))
+
+    def has_continuations(self, reference_id: str, plan_id: str) -> bool:
+        """Whether the run has recorded how a plan continues prompts of a reference."""
+        rows = self._segments.read("continuations", [self._key], ["reference_id", "plan_id"])
+        return (reference_id, plan_id) in set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+
+    def put_continuations(self, reference_id: str, plan_id: str, continuations: Sequence[Continuation]) -> None:
+        """Record how the base model and a plan continue prompts of a reference."""
+        self._commit("continuations", tables.continuations_table(self._run, reference_id, plan_id, continuations))
+
+    def _commit(self, table: str, rows: pa.Table) -> None:
+        self._commits += 1
+        at = (self._epoch, self._commits)
+        self._write(Segment(table, self._key, at, at), rows)
+        self._since_compaction[table] = self._since_compaction.get(table, 0) + 1
+        if self._since_compaction[table] >= _COMMITS_BETWEEN_COMPACTIONS:
+            self._since_compaction[table] = 0
+            with suppress(StoreError):  # the rows are recorded; what is wrong, the next commit says
+                self._segments.compact(table, self._key)
+
+    def _write(self, segment: Segment, rows: pa.Table, keep_existing: bool = False) -> None:
+        assert self._epoch, "the writer is used in a with statement"
+        self._lock.check()
+        self._segments.write(segment, rows, keep_existing)
+
+
+class _Recorded:
+    """Ids of what a writer's key holds, as of `num_damaged` segments set aside."""
+
+    def __init__(self, evaluations: Collection[str], plans: Collection[str], num_damaged: int) -> None:
+        self.evaluations = set(evaluations)
+        self.plans = set(plans)
+        self.num_damaged = num_damaged

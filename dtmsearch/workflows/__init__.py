@@ -1,0 +1,1 @@
+"""One module a use case, composed of the packages below."""

@@ -1,0 +1,127 @@
+"""From a search file to the objects of its search: the space, the requests, the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dtmsearch.config import SearchFile
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest
+from dtmsearch.core.fusion import FUSED_KINDS
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.loop import Strategy
+from dtmsearch.search.solver.damage_model import WeightErrors
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.additive import SpdySearch
+from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.rounds import RequestFactory
+from dtmsearch.search.strategies.sparsity import Errors, Recover, Sparsity, SparsitySettings, scheme_name
+
+
+def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
+    """The space of a search file over a model. Raises `ValueError` for components, ties or budgets that cannot be."""
+    section = file.search
+    sparsity = section.strategy == "sparsity"  # its rounds say when it ends, and its end is what is uniform
+    components = manifest.select(section.components.include, section.components.exclude)
+    return SearchSpace(
+        components=components,
+        schemes=(scheme_name(section.prune, sum(section.pruning_rounds) / 100),) if sparsity else section.schemes,
+        tied=(*section.tied, *(_fused_kinds(components) if section.fused else ())),
+        dense_bits=manifest.dense_bits,
+        budget=Budget() if sparsity else section.stop.budget,
+    )
+
+
+def _fused_kinds(components: Sequence[Component]) -> tuple[tuple[str, ...], ...]:
+    """What a fused runtime ties, of the kinds that are searched."""
+    searched = {component.kind for component in components}
+    groups = (tuple(kind for kind in kinds if kind in searched) for kinds in FUSED_KINDS)
+    return tuple(group for group in groups if len(group) > 1)
+
+
+def extra_metrics_of(file: SearchFile) -> tuple[str, ...]:
+    """What is measured of every candidate beside fdt, sdt and dppl: the metric that ranks, if it is another, and the
+    one that sparsity is allocated by."""
+    wanted = {file.search.rank_by} | ({"kl"} if file.search.strategy == "sparsity" else set())
+    return tuple(metric for metric in EXTRA_METRICS if metric in wanted)
+
+
+def sparsity_of(file: SearchFile) -> SparsitySettings:
+    """What the sparsity search of a file is."""
+    section = file.search
+    return SparsitySettings(
+        rounds=section.pruning_rounds,
+        allocate=section.allocate,
+        prune=section.prune,
+        probe_points=section.probe_points,
+        probe_every=section.probe_every,
+        cap=section.cap,
+        continuation_tokens=file.prompts.continuation_tokens,
+    )
+
+
+def sparsity_search_of(
+    file: SearchFile,
+    space: SearchSpace,
+    reference_id: str,
+    recover: Recover | None = None,
+    errors: Errors | None = None,
+    outliers: Mapping[int, float] | None = None,
+    calibration_id: str = "",
+) -> Sparsity:
+    """The sparsity search of a file: with what trains after its rounds, and what is known of the weights."""
+    request_for = _request_factory(file, reference_id, calibration_id)
+    return Sparsity(space, request_for, sparsity_of(file), file.search.rank_by, recover, errors, outliers)
+
+
+def strategy_of(
+    file: SearchFile,
+    space: SearchSpace,
+    reference_id: str,
+    errors: WeightErrors | None = None,
+    calibration_id: str = "",
+) -> Strategy:
+    """The strategy of a search file, which asks for evaluations against a reference of the file's prompts. `errors`
+    are what some strategies (`NEED_ERRORS`) know of schemes without measuring them; `calibration_id` names the text
+    by which calibrated schemes are calibrated."""
+    section = file.search
+    if section.strategy == "sparsity":
+        return sparsity_search_of(file, space, reference_id, calibration_id=calibration_id)
+    return make_strategy(
+        section.strategy,
+        space,
+        _request_factory(file, reference_id, calibration_id),
+        rank_by=section.rank_by,
+        width=section.width,
+        expand=section.expand,
+        min_fdt=section.stop.min_fdt,
+        confidence=section.confidence,
+        indifference=section.indifference,
+        continuation_tokens=file.prompts.continuation_tokens,
+        audit=section.audit,
+        seed=file.seed,
+        solver=_solver_settings(file, errors),
+    )
+
+
+def _request_factory(file: SearchFile, reference_id: str, calibration_id: str) -> RequestFactory:
+    extra = extra_metrics_of(file)
+
+    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+        return EvalRequest(plan, reference_id, (0, file.prompts.count), extra, parent, calibration_id)
+
+    return request_for
+
+
+def _solver_settings(file: SearchFile, errors: WeightErrors | None) -> SolverSettings:
+    section = file.search
+    return SolverSettings(
+        auto=Effort(**section.auto.model_dump()),
+        knapsack_prompts=section.knapsack.prompts,
+        spdy=SpdySearch(**section.spdy.model_dump()),
+        evolution=Stages(**section.evolution.model_dump()),
+        local=Switching(**section.local.model_dump()),
+        errors=errors,
+    )

@@ -1,0 +1,123 @@
+"""A run's calibration: cut from its text, its statistics and solved matrices found in the store or made and recorded.
+
+The driver's side: replicas gather and solve, only here is anything written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.calibration import Calibration, WeightError
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.search.strategies.sparsity import scheme_name
+from dtmsearch.store.store import ResultStore, RunWriter
+
+Pair = tuple[str, str]
+
+# Errors of pruning are known at this many parts of one.
+_ERROR_STEPS = 20
+
+
+class Calibrating:
+    """The calibration of a search file, made when it is first needed; replicas have it from then on."""
+
+    def __init__(
+        self, file: SearchFile, pool: ReplicaPool, results: ResultStore, writer: RunWriter, manifest: ModelManifest
+    ) -> None:
+        self._file, self._pool, self._results, self._writer = file, pool, results, writer
+        self._manifest = manifest
+        self._calibration: Calibration | None = None
+        self._handed: set[Pair] = set()
+
+    @property
+    def id(self) -> str:
+        """The calibration's id; it is cut, and its statistics are gathered, if that has not been done."""
+        if self._calibration is None:
+            section = self._file.calibration_text
+            tokens = section.prompt_tokens + section.continuation_tokens
+            calibration = self._pool.cut_calibration(
+                texts.read(self._file, section), section.count, tokens, section.seed
+            )
+            statistics = self._results.statistics(calibration.id)
+            if statistics is None:
+                statistics = self._writer.put_statistics(calibration, self._pool.gather_statistics(calibration))
+            self._pool.use_calibration(calibration, statistics)
+            self._calibration = calibration
+        return self._calibration.id
+
+    def for_plans(self, plans: Iterable[Plan]) -> str:
+        """Make sure that replicas can apply these plans; the calibration's id, or nothing where none needs it."""
+        plans = [plan for plan in plans if plan.needs_calibration]
+        if plans:
+            self._solve({entry for plan in plans for entry in plan.entries})
+        return self.id if plans else ""
+
+    def for_schemes(self, components: Sequence[Component], schemes: Sequence[str]) -> str:
+        """The same for every plan over these components and schemes."""
+        return self.for_plans([Plan.uniform(components, scheme) for scheme in schemes])
+
+    def errors(self, components: Sequence[Component], schemes: Sequence[str]) -> dict[Pair, float]:
+        """(component, scheme) -> relative squared error of the component's weights; as the run has recorded it. Where
+        schemes are calibrated, it is that of the outputs, which alone tells rounding and GPTQ apart."""
+        found = self._recorded_errors(components, schemes, lambda: self.for_schemes(components, schemes))
+        return {pair: _of_outputs(error) for pair, error in found.items()}
+
+    def _recorded_errors(
+        self, components: Sequence[Component], schemes: Sequence[str], calibrated: Callable[[], str]
+    ) -> dict[Pair, WeightError]:
+        """Errors as the run has recorded them: what a strategy decides by them, a replay decides by them again.
+        `calibrated` is asked for the calibration's id, if there is one, where they must be measured."""
+        wanted = {(component.name, scheme) for component in components for scheme in schemes}
+        known = {(error.component, error.scheme): error for error in self._writer.weight_errors()}
+        if wanted - known.keys():
+            given = calibrated()
+            found = self._pool.weight_errors([c.name for c in components], list(schemes), given, bool(given))
+            self._writer.put_weight_errors(found)
+            known = {(error.component, error.scheme): error for error in found}
+        return known
+
+    def pruning_errors(self, components: Sequence[Component]) -> dict[str, list[tuple[float, float]]] | None:
+        """What a sparsity search that models damages knows of the weights: component -> (pruned share, relative
+        squared error of its outputs); None for other searches."""
+        search = self._file.search
+        if search.allocate != "sensitivity":
+            return None
+        # SparseGPT's own would have to be solved for at every share; Wanda's have nearly its shape.
+        saliency = "wanda" if search.prune == "sparsegpt" else search.prune
+        share_of = {scheme_name(saliency, step / _ERROR_STEPS): step / _ERROR_STEPS for step in range(1, _ERROR_STEPS)}
+        errors: dict[str, list[tuple[float, float]]] = {component.name: [] for component in components}
+        for (component, scheme), error in self._recorded_errors(components, list(share_of), lambda: self.id).items():
+            errors[component].append((share_of[scheme], _of_outputs(error)))
+        return errors
+
+    def outliers(self) -> dict[int, float] | None:
+        """The part of each layer's weights that stand out, for the allocation that wants them."""
+        return self._pool.outlier_shares(self.id) if self._file.search.allocate == "owl" else None
+
+    def _solve(self, entries: set[Pair]) -> None:
+        """Hand over what is solved, layer by layer, and have the rest solved first."""
+        wanted = {(c, name) for c, scheme in entries if (name := solved_scheme(parse_scheme(scheme)))} - self._handed
+        if not wanted:
+            return
+        missing = self._by_layer(wanted - self._results.solved(self.id))
+        for matrices in self._pool.solve(self.id, missing):
+            self._writer.put_matrices(self.id, matrices)
+        for pairs in self._by_layer(wanted):
+            recorded = self._results.matrices(self.id, {component for component, _ in pairs})
+            self._pool.use_solved(self.id, [recorded[pair] for pair in pairs])
+        self._handed |= wanted
+
+    def _by_layer(self, pairs: set[Pair]) -> list[list[Pair]]:
+        layers: dict[int, list[Pair]] = {}
+        for component, scheme in sorted(pairs):
+            layers.setdefault(self._manifest.by_name[component].layer, []).append((component, scheme))
+        return [layers[layer] for layer in sorted(layers)]
+
+
+def _of_outputs(error: WeightError) -> float:
+    """The error of the component's outputs where Hessians told it, else that of its weights."""
+    return error.plain if error.weighted_by_hessian is None else error.weighted_by_hessian

@@ -1,0 +1,120 @@
+"""What a search will cost, before it runs: evaluations, tokens, operations, memory, hours at a measured rate.
+
+Loads one replica and times its parts on random tokens; records nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.generator import Procedure
+from dtmsearch.workflows.build import extra_metrics_of, space_of, strategy_of
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`evaluations` that the search asks for; `tokens` that they run through layers, counted whole; `operations` of
+    their matrix products, shared prefixes left out; `memory_bytes` of one replica, on all its `nodes_per_replica`,
+    with the activations of a batch, beside which it keeps hidden states of parent plans where `states_kept` says;
+    `search_seconds` with all `replicas` at work; `other_seconds` for the reference and the validation."""
+
+    evaluations: int
+    tokens: int
+    operations: float
+    replicas: int
+    memory_bytes: int
+    states_kept: StatesKept
+    evaluation_seconds: float
+    search_seconds: float
+    other_seconds: float
+    nodes_per_replica: int = 1
+
+
+def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate:
+    """Estimate the search of a file on the machines of `where`. Raises what `dtmsearch.workflows.run.run` raises."""
+    if where.address is None:
+        texts.check_model(file)
+    texts.check_readable(file)
+    prompts, held_out = file.prompts, file.validation_prompts
+    with ReplicaPool(file.model_spec, where) as pool:
+        manifest = pool.manifest()
+        space = space_of(file, manifest)
+        speed = pool.measure_speed(prompts.count, prompts.prompt_tokens, prompts.continuation_tokens)
+        replicas = pool.num_replicas
+    extra = extra_metrics_of(file)
+    expected = _expected(file, space, manifest)
+    evaluations, prompts_each, share = expected.evaluations, expected.prompts_each, expected.share_of_layers
+    each = prompts_each * candidate_seconds(speed, share, manifest.num_layers, extra)
+    each += speed.compress_seconds * expected.share_of_plans
+    validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2)
+    whole = _with_head(speed, speed.layers_seconds, EXTRA_METRICS)
+    references = prompts.count + (0 if held_out is None else held_out.count)
+    streams = 2 if "ppl" in extra else 1
+    row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
+    tokens = round(evaluations * prompts_each * streams * row_tokens)
+    weights = sum(c.num_weights for c in manifest.components)
+    return Estimate(
+        evaluations=evaluations,
+        tokens=tokens,
+        operations=2.0 * weights * share * tokens,
+        replicas=replicas,
+        memory_bytes=speed.memory_bytes,
+        states_kept=speed.states_kept,
+        evaluation_seconds=each,
+        search_seconds=evaluations * each / replicas,
+        nodes_per_replica=where.nodes_per_replica,
+        other_seconds=references * speed.generation_seconds + validated * whole / replicas,
+    )
+
+
+def candidate_seconds(
+    speed: Speed, share_of_layers: float, num_layers: int, extra_metrics: tuple[str, ...] = ()
+) -> float:
+    """Seconds a prompt of candidates that run through so much of the layers on average: between those that change the
+    first layer and those that change the last."""
+    first, last = speed.first_layer_seconds, speed.last_layer_seconds
+    height = (share_of_layers * num_layers - 1) / max(num_layers - 1, 1)
+    return _with_head(speed, last + (first - last) * height, extra_metrics)
+
+
+def _with_head(speed: Speed, layers: float, extra_metrics: tuple[str, ...]) -> float:
+    """The layers, the head once more for KL, all of it again over human text for PPL."""
+    head = speed.head_seconds
+    text = layers + head * speed.text_head_factor if "ppl" in extra_metrics else 0.0
+    return layers + head * (2 if "kl" in extra_metrics else 1) + text
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """`evaluations` that a search asks for; the prompts that one of them runs over and the share of the layers, on
+    average; the share of them that are plans of many components, which no parent of theirs holds."""
+
+    evaluations: int
+    prompts_each: float
+    share_of_layers: float
+    share_of_plans: float = 0.0
+
+
+def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> _Expected:
+    # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
+    nominal = {(c.name, s): 4.0 ** -(parse_scheme(s).bits or 2) for c in space.components for s in space.schemes}
+    strategy = strategy_of(file, space, reference_id="", errors=nominal)
+    asks = strategy.ask()
+    layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]
+    share = sum(layers) / (len(layers) * manifest.num_layers) if layers else 1.0
+    evaluations = strategy.expected_evaluations() or 0
+    if not isinstance(strategy, Procedure) or not evaluations:
+        return _Expected(evaluations, file.prompts.count, share)
+    prompts, plans = strategy.expected_prompts(), 1.0
+    if all(ask.perturbation is not None for ask in asks):
+        # What follows on components alone are moves around a plan, alike, and whole plans, about as many of each.
+        alone = sum(ask.request.prompts[1] - ask.request.prompts[0] for ask in asks)
+        share = (alone * share + (prompts - alone) * (1.0 + share) / 2.0) / prompts
+        plans = (1.0 - len(asks) / evaluations) / 2.0
+    return _Expected(evaluations, prompts / evaluations, share, plans)

@@ -1,0 +1,126 @@
+"""One plan measured apart from any search: `evaluate` as it is, `recover` before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dtmsearch import config
+from dtmsearch.cluster.pool import PoolSettings as Where
+from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.evaluation import EvalFailure
+from dtmsearch.core.metrics import Summary, summarize
+from dtmsearch.core.plan import Plan, PlanSize
+from dtmsearch.search.loop import Observer, Silent, measure
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.build import space_of
+from dtmsearch.workflows.calibrate import Calibrating
+from dtmsearch.workflows.lookup import check_plan_argument, find_plan, find_weights_id, stored_file
+from dtmsearch.workflows.recover import Recovering
+from dtmsearch.workflows.session import interruptible, pool_for, reference_for, whole_request
+
+
+@dataclass(frozen=True)
+class PlanMeasurement:
+    """One plan on the prompts of a search file: its size, and its values or the reason why there are none."""
+
+    label: str
+    plan: Plan
+    size: PlanSize
+    num_prompts: int
+    summary: Summary | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class RecoveredModel:
+    """A plan's model before and after training, on held-out prompts; None where it could not be measured."""
+
+    run: str
+    weights_id: str
+    weights_file: str
+    before: Summary | None
+    after: Summary | None
+
+
+def evaluate(
+    file: SearchFile, plan: str, store: str, where: Where = Where(), observer: Observer | None = None
+) -> PlanMeasurement:
+    """Measure one plan on the prompts of a search file, in all metrics.
+
+    `plan` is a plan file, a run of the store that has a plan (while it is under way: the one that leads), or
+    `uniform:SCHEME` over the file's components.
+    """
+    observer = observer or Silent()
+    results = ResultStore(store, on_note=observer.on_note)
+    check_plan_argument(plan, results)
+    texts.text_files(file, file.prompts)  # missing ones are said before anything is started
+    weights_id = find_weights_id(plan, results)
+    where = replace(where, weights_folder=results.weights_folder)
+    with results.evaluate_writer(file.run) as writer, pool_for(file, where, observer) as pool, interruptible():
+        manifest = pool.manifest()
+        space = space_of(file, manifest)
+        chosen = find_plan(plan, space, manifest, results)
+        writer.put_components(manifest, space.components)
+        reference = reference_for(pool, results, writer, file, file.prompts, None)
+        pool.use(reference)
+        calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
+        request = whole_request(chosen, reference, calibration_id, weights_id)
+        outcome = measure({plan: request}, pool, writer, "evaluate")[plan]
+    return PlanMeasurement(
+        label=plan,
+        plan=chosen,
+        size=space.size(chosen),
+        num_prompts=reference.num_prompts,
+        summary=None if isinstance(outcome, EvalFailure) else summarize(outcome),
+        failure=f"{outcome.kind}: {outcome.message}" if isinstance(outcome, EvalFailure) else None,
+    )
+
+
+def recover(
+    run_name: str,
+    store: str,
+    settings: Sequence[str] = (),
+    where: Where = Where(),
+    observer: Observer | None = None,
+) -> RecoveredModel:
+    """Train the model of a run's final plan under its masks, and measure it before and after.
+
+    `settings` (`masked_steps=200`, `files=[train.txt]`) go over the run's own `search.recovery`. Raises `ValueError`
+    for a plan that does more than prune, `RecoveryDiverged`, and `SearchStopped`, after which the same goes on.
+    """
+    observer = observer or Silent()
+    results = ResultStore(store, on_note=observer.on_note)
+    check_plan_argument(run_name, results)
+    file = stored_file(results, run_name)
+    recovery = config.recovery_of(file, settings)
+    prompts = file.validation_prompts or file.prompts
+    texts.paths(file, recovery.files)  # missing ones are said before anything is started
+    where = replace(where, weights_folder=results.weights_folder)
+    with results.evaluate_writer(run_name) as writer, pool_for(file, where, observer) as pool, interruptible():
+        manifest = pool.manifest()
+        space = space_of(file, manifest)
+        plan, weights_id = find_plan(run_name, space, manifest, results), results.weights_id(run_name)
+        writer.put_components(manifest, space.components)
+        calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([plan])
+        recovering = Recovering(
+            file,
+            recovery,
+            results,
+            writer,
+            pool,
+            manifest,
+            observer,
+            lambda: False,
+            calibration_id,
+            on_cluster=where.address is not None,
+        )
+        trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
+        reference = reference_for(pool, results, writer, file, prompts, None)
+        pool.use(reference)
+        before = whole_request(plan, reference, calibration_id, weights_id)
+        requests = {"before": before, "after": replace(before, weights_id=trained)}
+        found = measure(requests, pool, writer, "evaluate")
+    summaries = {label: None if isinstance(o, EvalFailure) else summarize(o) for label, o in found.items()}
+    weights_file = f"{results.weights_folder}/{trained}.safetensors"
+    return RecoveredModel(run_name, trained, weights_file, summaries["before"], summaries["after"])

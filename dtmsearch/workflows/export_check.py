@@ -1,0 +1,85 @@
+"""Whether what was written is what was measured: its bytes, and its FDT and SDT as a fresh process finds them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
+from dtmsearch.export.job import Job, Written
+from dtmsearch.export.writer import header_bytes
+from dtmsearch.model.replica.exported import write_job
+from dtmsearch.workflows.export_source import Recorded, Source
+
+
+class ExportFailed(RuntimeError):
+    """What was written is not what was measured."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The exported folder, measured by a fresh process, beside what the store holds of the plan. Means over prompts, in
+    tokens; `differing` prompts have another FDT or SDT."""
+
+    run: str
+    reference_id: str
+    num_prompts: int
+    fdt_recorded: float
+    fdt_measured: float
+    sdt_recorded: float
+    sdt_measured: float
+    differing: int
+
+    @property
+    def equal(self) -> bool:
+        return self.differing == 0
+
+
+def check_bytes(job: Job, written: Written) -> None:
+    """The files hold what the plan's arithmetic and the format's own account for, to the byte."""
+    if not written.tensor_bytes:
+        return
+    on_disk = sum(path.stat().st_size - header_bytes(path) for path in written.files)
+    accounted = job.plan_bits + sum(written.extra_bits.values())
+    assert 8 * on_disk == 8 * written.tensor_bytes == accounted, (on_disk, written, accounted)
+
+
+def measured(folder: Path, found: Source, recorded: Recorded, batch_tokens: int) -> Check:
+    """The folder as a fresh process finds it, in the numeric mode of what is recorded."""
+    mode = recorded.reference.mode
+    spec = replace(found.spec, path=str(folder.absolute()), revision=None)
+    spec = replace(spec, compile="always" if "compiled" in mode.split("/") else "never")
+    answer = measure_apart(spec, ReplicaSettings(batch_tokens=batch_tokens), recorded.reference)
+    fdt, sdt = np.array(answer["fdt"]), np.array(answer["sdt"])
+    return Check(
+        run=recorded.run,
+        reference_id=recorded.reference.id,
+        num_prompts=len(fdt),
+        fdt_recorded=float(recorded.fdt.mean()),
+        fdt_measured=float(fdt.mean()),
+        sdt_recorded=float(recorded.sdt.mean()),
+        sdt_measured=float(sdt.mean()),
+        differing=int(((fdt != recorded.fdt) | (sdt != recorded.sdt)).sum()),
+    )
+
+
+def measure_apart(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> dict[str, list[float]]:
+    """The folder at `spec.path` against a reference, by a fresh process: metric -> value of each prompt.
+
+    Raises `ExportFailed` when it cannot be loaded or measured.
+    """
+    with tempfile.TemporaryDirectory(prefix="dtmsearch-check-") as scratch:
+        job = write_job(Path(scratch), spec, settings, reference)
+        command = [sys.executable, "-m", "dtmsearch.model.replica.exported", str(job)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ExportFailed(f"the folder {spec.path} cannot be loaded and measured: {last}")
+    answer: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return answer

@@ -1,0 +1,154 @@
+"""What is to be exported: a plan by its run's name or file, its model, and what the store measured of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dtmsearch import config
+from dtmsearch.config import SearchFile
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, IntArray, ModelSpec, Reference
+from dtmsearch.core.plan import Plan, plan_from_json, plan_to_json, weights_id_from_json
+from dtmsearch.export.formats.evopress import is_configuration, read_configuration
+from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.model.weights.trained import trained_file
+from dtmsearch.store.store import ResultStore
+
+_COLUMNS = ["run", "evaluation_id", "reference_id", "num_prompts", "fdt", "sdt"]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A measurement of a plan in the store: of which run, against which reference, per prompt; calibrated by what."""
+
+    run: str
+    reference: Reference
+    fdt: IntArray
+    sdt: IntArray
+    calibration_id: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A plan, the model that it is for, and what the store holds of it. `weights_id` names the trained weights that the
+    plan is over, which lie in the file `trained`; it is empty for the model's own."""
+
+    plan: Plan
+    spec: ModelSpec
+    manifest: ModelManifest
+    recorded: Recorded | None
+    file: SearchFile | None
+    weights_id: str = ""
+    trained: Path | None = None
+
+
+def find(source: str, results: ResultStore, model: str | None, weights_id: str | None = None) -> Source:
+    """What a run's name or a plan's file stands for, over the weights that these name or, if given, over others of the
+    store. Raises `ValueError` for a plan that cannot be exported."""
+    path = Path(source)
+    found = (_find_file if path.is_file() else _find_run)(source, results, model, weights_id)
+    return replace(found, trained=trained_file(results.weights_folder, found.weights_id) if found.weights_id else None)
+
+
+def _find_run(source: str, results: ResultStore, model: str | None, weights_id: str | None) -> Source:
+    record = results.run(source)
+    if record is None:
+        names = ", ".join(r.run for r in results.runs()) or "none"
+        raise ValueError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
+    if record.final_plan_id is None:
+        raise ValueError(f"run {source!r} has no final plan (it is {record.status})")
+    plan = results.plan(record.final_plan_id, source)
+    if plan is None:
+        raise ValueError(f"the final plan of run {source!r} is not in the store")
+    file = config.parse(record.config, f"the search file of run {source}", Path(record.config_folder))
+    spec = _spec(file, model)
+    manifest = read_manifest(spec)
+    if manifest.id != record.manifest_id:
+        raise ValueError(
+            f"run {source!r} searched the model with manifest {record.manifest_id}; the one at {spec.path} has "
+            f"{manifest.id}. If the model lies elsewhere now, say where with --model"
+        )
+    preferred = [i for i in (record.validation_reference_id, record.reference_id) if i is not None]
+    over = results.weights_id(source) if weights_id is None else weights_id
+    return Source(plan, spec, manifest, _recorded(results, plan, over, source, preferred), file, over)
+
+
+def _find_file(source: str, results: ResultStore, model: str | None, weights_id: str | None) -> Source:
+    path = Path(source)
+    text = path.read_text(encoding="utf-8")
+    if is_configuration(text):
+        if model is None:
+            raise ValueError(f"{path} is a configuration of modules and levels: say with --model what it is for")
+        manifest = read_manifest(ModelSpec(model))
+        text = plan_to_json(read_configuration(path), manifest)
+    try:
+        content = json.loads(text)
+        where = str(content["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
+    manifest = read_manifest(ModelSpec(model or where))
+    plan = plan_from_json(text, manifest, str(path))
+    over = weights_id_from_json(text, str(path)) if weights_id is None else weights_id
+    recorded = _recorded(results, plan, over, None, [])
+    if recorded is None:
+        return Source(plan, ModelSpec(model or where, dtype=manifest.dtype), manifest, None, None, over)
+    record = results.run(recorded.run)
+    if record is None:  # measured by `evaluate`, which keeps no record of its file
+        return Source(plan, _spec_of_mode(model or where, recorded.reference.mode), manifest, recorded, None, over)
+    file = config.parse(record.config, f"the search file of run {recorded.run}", Path(record.config_folder))
+    return Source(plan, _spec(file, model or where), manifest, recorded, file, over)
+
+
+def _spec(file: SearchFile, model: str | None) -> ModelSpec:
+    return file.model_spec if model is None else replace(file.model_spec, path=model)
+
+
+def _spec_of_mode(path: str, mode: str) -> ModelSpec:
+    dtype, _, attention, _, *scales = mode.split("/")
+    return ModelSpec(
+        path, None, dtype, attention, scale_dtype=scales[0].removesuffix("-scales") if scales else "float32"
+    )
+
+
+def _recorded(
+    results: ResultStore, plan: Plan, weights_id: str, run: str | None, preferred: Sequence[str]
+) -> Recorded | None:
+    """The measurement of a plan over some weights on most prompts; one against a preferred reference first."""
+    fits = (pc.field("plan_id") == plan.id) & (pc.field("status") == "ok")
+    rows = results.table("evaluations", _COLUMNS, run, fits).to_pylist()
+
+    def rank(row: Mapping[str, object]) -> tuple[int, int]:
+        place = preferred.index(str(row["reference_id"])) if row["reference_id"] in preferred else len(preferred)
+        return place, -int(str(row["num_prompts"]))
+
+    calibrations = [""]
+    if plan.needs_calibration:
+        calibrations = sorted(set(results.table("statistics", ["calibration_id"])["calibration_id"].to_pylist()))
+    for row in sorted(rows, key=rank):
+        reference = results.reference(row["reference_id"])
+        calibration_id = _calibration_of(plan, weights_id, row, calibrations)
+        if reference is not None and reference.num_prompts == row["num_prompts"] and calibration_id is not None:
+            fdt, sdt = np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32)
+            return Recorded(row["run"], reference, fdt, sdt, calibration_id)
+    return None
+
+
+def _calibration_of(plan: Plan, weights_id: str, row: Mapping[str, Any], calibrations: Sequence[str]) -> str | None:
+    """By which calibration a plan was measured: the one that gives the row its identity. None if none does: it was over
+    other weights, or the row is another version's."""
+    prompts = (0, int(row["num_prompts"]))
+    for calibration_id in calibrations:
+        for count in range(len(EXTRA_METRICS) + 1):
+            for extra in combinations(EXTRA_METRICS, count):
+                request = EvalRequest(plan, row["reference_id"], prompts, extra, Plan(), calibration_id, weights_id)
+                if request.id == row["evaluation_id"]:
+                    return calibration_id
+    return None

@@ -1,0 +1,107 @@
+"""What an export made: for the caller, and as its folder's model card."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dtmsearch
+from dtmsearch.core.plan import Plan, PlanSize, plan_size
+from dtmsearch.export.card import Card, card_text
+from dtmsearch.export.formats.registry import Format
+from dtmsearch.export.job import Job, Written
+from dtmsearch.workflows.export_check import Check
+from dtmsearch.workflows.export_source import Source
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made. `files`: name -> bytes. `tensor_bytes` are those of the files without headers, `plan_bits`
+    what the plan's arithmetic gives, `extra_bits` what the format stores beyond it, by what it is; None where no
+    weights are written. `check` is None where nothing was measured. `weights_id` names the trained weights that the
+    plan is over, if it is."""
+
+    format: str
+    folder: str
+    plan: Plan
+    size: PlanSize
+    files: Mapping[str, int]
+    tensor_bytes: int | None
+    plan_bits: int | None
+    extra_bits: Mapping[str, int]
+    notes: Sequence[str]
+    check: Check | None
+    weights_id: str = ""
+
+
+def described(form: Format, target: Path, partial: Path, found: Source, job: Job, written: Written) -> Exported:
+    # A recipe writes no weights: what it leaves dense stays as the checkpoint has it.
+    dense_bits = job.dtype.itemsize * 8 if written.tensor_bytes else found.manifest.dense_bits
+    return Exported(
+        format=form.name,
+        folder=str(target.absolute()),
+        plan=found.plan,
+        size=plan_size(found.plan, found.manifest.components, dense_bits),
+        files={
+            str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+        },
+        tensor_bytes=written.tensor_bytes or None,
+        plan_bits=job.plan_bits if written.tensor_bytes else None,
+        extra_bits=written.extra_bits,
+        notes=tuple(written.notes),
+        check=None,
+        weights_id=found.weights_id,
+    )
+
+
+def card_of(result: Exported, form: Format, found: Source, source: str, store: str) -> str:
+    check = result.check
+    if check is None:
+        measured = [
+            "not measured: " + ("checked by nobody (`--no-check`)" if form.is_model else "it is no model to load")
+        ]
+    else:
+        measured = [
+            f"FDT {check.fdt_measured:.4f} and SDT {check.sdt_measured:.4f} on {check.num_prompts} prompts of run "
+            f"`{check.run}` (reference `{check.reference_id}`), loaded by a fresh process with "
+            "`AutoModelForCausalLM.from_pretrained`",
+            f"recorded by the search: FDT {check.fdt_recorded:.4f} and SDT {check.sdt_recorded:.4f}; "
+            f"{check.differing} prompts differ",
+        ]
+    parts = ["dtmsearch", "export", source, "--to", form.name, "--out", Path(result.folder).name, "--store", store]
+    parts += ["--weights", found.weights_id] if found.weights_id else []
+    return card_text(
+        Card(
+            base_model=found.manifest.model,
+            format_name=form.name,
+            loads=form.loads,
+            plan=found.plan,
+            size=result.size,
+            files=result.files,
+            measured=measured,
+            notes=[*_weights_notes(found), *_size_notes(result), *result.notes],
+            command=shlex.join(parts),
+            version=dtmsearch.__version__,
+        )
+    )
+
+
+def _weights_notes(found: Source) -> list[str]:
+    if not found.weights_id:
+        return []
+    return [f"The weights were trained: `{found.weights_id}` of the store. Embeddings and head are the base model's."]
+
+
+def _size_notes(result: Exported) -> list[str]:
+    account = size_account(result)
+    return [] if account is None else [f"Tensors take {account} (file headers apart)."]
+
+
+def size_account(result: Exported) -> str | None:
+    """How the bytes of the tensors come about; None where no weights were written."""
+    if result.tensor_bytes is None or result.plan_bits is None:
+        return None
+    extra = "".join(f", {bits / 8:+,.0f} for {what}" for what, bits in result.extra_bits.items())
+    return f"{result.tensor_bytes:,} bytes: {result.plan_bits / 8:,.0f} by the plan's arithmetic{extra}"

@@ -1,0 +1,170 @@
+"""The trainings of a run: found in the store, or made by a process beside the driver.
+
+The driver's side, without torch: what a training starts from comes from a replica, what it comes to goes back to all
+of them by way of the store's folder. A training is named by all that determines it, so a run that is killed finds its
+checkpoints, and another run that wants the same finds the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.config import RecoverySection, SearchFile, texts
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.identity import identity
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import TrainingRecord
+from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE, STOPPED
+from dtmsearch.search.loop import Observer, SearchStopped
+from dtmsearch.store.files import LocalFolder
+from dtmsearch.store.store import ResultStore, RunWriter
+
+# Raise it when the same job would come to other weights.
+_VERSION = 2
+_POLL_SECONDS = 0.2
+# A training that is interrupted has this long to write its checkpoint.
+_PATIENCE_SECONDS = 120.0
+
+
+class RecoveryDiverged(RuntimeError):
+    """A training's loss is no number any more; its last good checkpoint is kept."""
+
+
+class Recovering:
+    """Trains models of a run's plans. Calling it is a strategy's `Recover`."""
+
+    def __init__(
+        self,
+        file: SearchFile,
+        recovery: RecoverySection,
+        results: ResultStore,
+        writer: RunWriter,
+        pool: ReplicaPool,
+        manifest: ModelManifest,
+        observer: Observer,
+        stop_requested: Callable[[], bool],
+        calibration_id: str = "",
+        on_cluster: bool = False,
+    ) -> None:
+        if not isinstance(results.folder, LocalFolder):
+            raise ValueError(
+                f"recovery writes checkpoints and weights to files, but the store {results.url} is a bucket: give "
+                "--store a folder that every node sees"
+            )
+        self._file, self._recovery, self._writer, self._pool = file, recovery, writer, pool
+        self._manifest, self._observer, self._stop_requested = manifest, observer, stop_requested
+        self._calibration_id, self._on_cluster = calibration_id, on_cluster
+        self._root = Path(results.folder.full("trainings"))
+        self._weights = Path(results.weights_folder)
+        self._text_digest = _digest(texts.paths(file, recovery.files))
+
+    def __call__(self, number: int, plan: Plan, weights_id: str) -> str:
+        """The weights that `plan` over some weights comes to by training; `number` is the round, from 0."""
+        training_id = self._training_id(plan, weights_id)
+        folder = self._root / training_id
+        if not (folder / "result.json").exists():
+            self._prepare(folder, plan, weights_id)
+            self._observer.on_note(
+                f"round {number + 1}: training {self._recovery.masked_steps} steps under the mask and "
+                f"{self._recovery.unmasked_steps} without; its log is {folder / LOG_FILE}"
+            )
+            self._train(folder)
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        self._writer.put_training(
+            TrainingRecord(
+                round=number,
+                training_id=training_id,
+                plan_id=plan.id,
+                from_weights_id=weights_id,
+                weights_id=result["weights_id"],
+                steps=result["steps"],
+                tokens=result["tokens"],
+                wall_seconds=result["seconds"],
+                losses=tuple(result["losses"]),
+            )
+        )
+        return str(result["weights_id"])
+
+    def _training_id(self, plan: Plan, weights_id: str) -> str:
+        settings = self._recovery.model_dump(mode="json", exclude={"files", "checkpoint_steps"})
+        calibrated = self._calibration_id if plan.needs_calibration else ""
+        model = [self._manifest.id, self._file.model.dtype, plan.id, weights_id, calibrated]
+        return identity([*model, settings, self._text_digest, self._file.seed, _VERSION])
+
+    def _prepare(self, folder: Path, plan: Plan, weights_id: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "masks.safetensors").exists():  # it is written last
+            self._pool.save_pruned(plan, weights_id, self._calibration_id, str(folder))
+        recipe = self._recovery.model_dump(mode="json", exclude={"files"}) | {"seed": self._file.seed}
+        job = {
+            "config": self._file.to_yaml(),
+            "config_folder": str(self._file.folder.absolute()),
+            "base": str(self._weights / f"{weights_id}.safetensors") if weights_id else None,
+            "weights_folder": str(self._weights),
+            "files": list(self._recovery.files),
+            "recipe": recipe,
+        }
+        (folder / JOB_FILE).write_text(json.dumps(job, indent=1), encoding="utf-8")
+
+    def _train(self, folder: Path) -> None:
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
+        if self._on_cluster:
+            from dtmsearch.cluster.train import train_on_cluster
+
+            self._pool.rest()  # its places are the workers'
+            stopped = train_on_cluster(str(folder / JOB_FILE), str(folder / STOP_FILE), self._stop_requested)
+            code = STOPPED if stopped else 0
+        else:
+            code = self._train_here(folder)
+        if code == STOPPED:
+            raise SearchStopped
+        if not (folder / "result.json").exists():
+            raise _failure(folder, code)
+
+    def _train_here(self, folder: Path) -> int:
+        command = [sys.executable, "-m", "dtmsearch.model.training.main", str(folder / JOB_FILE)]
+        stop = folder / STOP_FILE
+        stop.unlink(missing_ok=True)
+        with (folder / LOG_FILE).open("ab") as log:
+            process = subprocess.Popen(  # noqa: S603 (our own module)
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                if self._stop_requested():
+                    stop.touch()  # it ends after a step, of several processes after some
+            # Where accelerate has started several processes, theirs is not the code that is seen here.
+            return STOPPED if self._stop_requested() else process.returncode
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(_PATIENCE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _failure(folder: Path, code: int) -> Exception:
+    path = folder / FAILURE_FILE
+    if path.exists():
+        failure = json.loads(path.read_text(encoding="utf-8"))
+        kind = RecoveryDiverged if failure["kind"] == "diverged" else ValueError
+        return kind(failure["message"])
+    lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    return RuntimeError(f"the training ended with code {code}; the last line of {folder / LOG_FILE}: {lines[-1]}")
+
+
+def _digest(paths: list[Path]) -> str:
+    whole = sha256()
+    for path in paths:
+        whole.update(sha256(path.read_bytes()).digest())
+    return whole.hexdigest()[:32]

@@ -1,0 +1,287 @@
+"""Composition: the one place where the rooms meet. A search from its file to its validated plan.
+
+`run` and `resume` are one function: what the store holds is replayed, the rest is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import dtmsearch
+from dtmsearch import config
+from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
+from dtmsearch.cluster.connect import ClusterLost
+from dtmsearch.cluster.pool import PoolSettings as Where
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.prometheus import Metrics
+from dtmsearch.config import PromptsSection, SearchFile, texts
+from dtmsearch.core.evaluation import Reference, evaluation_cost
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
+from dtmsearch.logs import naming
+from dtmsearch.search.loop import Decision, Observer, SearchStopped, Silent, Strategy, remarks_of, search
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.registry import NEED_ERRORS
+from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
+from dtmsearch.store.store import ResultStore, RunWriter, StoreError, StoreFull
+from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
+from dtmsearch.workflows.calibrate import Calibrating
+from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
+from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
+from dtmsearch.workflows.recover import Recovering, RecoveryDiverged
+from dtmsearch.workflows.session import interruptible, pool_for, reference_for
+from dtmsearch.workflows.validate import Validation
+
+__all__ = [
+    "PlanMeasurement",
+    "Where",
+    "demo",
+    "evaluate",
+    "open_store",
+    "recover",
+    "resume",
+    "run",
+    "stop",
+]
+
+# How the reason begins for which a sweep stops a run.
+DOMINATED = "dominated by "
+# An expert is rarely routed to when it gets less than this part of an expert's mean share of tokens; so many are named.
+_RARELY, _RARE_NAMED = 0.1, 5
+
+
+class _Counting:
+    """An observer behind which Ray's metrics hear of decisions too."""
+
+    def __init__(self, observer: Observer, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.on_progress, self.on_note = observer.on_progress, observer.on_note
+        self._on_decision = observer.on_decision
+
+    def on_decision(self, decision: Decision, replayed: bool) -> None:
+        self._metrics.decided(decision.summary.fdt_mean, decision.size.bits_per_weight)
+        self._on_decision(decision, replayed)
+
+
+def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+    """Start a search, or continue it where it was; a finished one returns at once.
+
+    Raises `ValueError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
+    `StoreError` when the store cannot be used, `ClusterUnreachable`, `SearchFailed`.
+    """
+    observer = observer or Silent()
+    results = ResultStore(store, on_note=observer.on_note)
+    previous = begun(results, file)
+    if previous is not None and previous.status == "finished":
+        return replace(summarize_run(results, file.run), already_complete=True)
+    with naming(file.run), results.writer(file.run) as writer:
+        _Session(file, results, writer, where, observer, begun(results, file)).run()
+    return summarize_run(results, file.run)
+
+
+def resume(run_name: str, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+    """Continue a search by its name, from the search file that the store remembers.
+
+    Raises also `ValueError` where the search cannot be continued from here, because its texts are elsewhere.
+    """
+    results = open_store(store)
+    file = stored_file(results, run_name)
+    check_continuable(results, file)
+    return run(file, store, where, observer)
+
+
+def demo(store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+    """A whole search of the model inside the package, over the package's own source text."""
+    package = Path(dtmsearch.__file__).parent
+    text = (package / "demo" / "demo.yaml").read_text(encoding="utf-8")
+    return run(config.parse(text, "demo.yaml", package), store, where, observer)
+
+
+def stop(run_name: str, store: str, reason: str = "") -> str | None:
+    """Ask a running search to stop; it ends within a second or so of its replicas' present calls.
+
+    A reason is kept as the run's message. For a search that was submitted, the command that continues it.
+    """
+    results = open_store(store)
+    record = record_of(results, run_name)
+    if not results.is_running(run_name):
+        raise ValueError(f"run {run_name!r} is not running")
+    results.request_stop(run_name, reason)
+    return record.continue_command
+
+
+def is_left_out(results: ResultStore, run_name: str) -> bool:
+    """Whether a sweep has nothing more to do for a run: it is finished, or was stopped because another dominates it."""
+    record = results.run(run_name)
+    if record is None:
+        return False
+    return record.status == "finished" or (record.status == "stopped" and (record.message or "").startswith(DOMINATED))
+
+
+class _Session:
+    """One driver's time with a search: prepare, search, validate, and say in the store how it ended."""
+
+    def __init__(
+        self,
+        file: SearchFile,
+        results: ResultStore,
+        writer: RunWriter,
+        where: Where,
+        observer: Observer,
+        previous: RunRecord | None,
+    ) -> None:
+        self._file, self._results, self._writer = file, results, writer
+        self._where, self._observer, self._previous = where, observer, previous
+        self._milestones: Sequence[Milestone] = ()
+        folder, command = str(file.folder.absolute()), os.environ.get(CONTINUE_VARIABLE)
+        if previous is not None:
+            previous = replace(previous, config_folder=folder, continue_command=command)
+        self._record = previous or RunRecord(
+            run=file.run,
+            status="running",
+            config=file.to_yaml(),
+            config_folder=folder,
+            continue_command=command,
+            manifest_id=None,
+            reference_id=None,
+            validation_reference_id=None,
+            final_plan_id=None,
+            created_at=time.time(),
+            finished_at=None,
+            version=dtmsearch.__version__,
+        )
+
+    def run(self) -> None:
+        try:
+            self._save(status="running", finished_at=None, message=None)
+            texts.check_readable(self._file)
+            where = replace(self._where, weights_folder=self._results.weights_folder)
+            with interruptible(), pool_for(self._file, where, self._observer) as pool:
+                self._run(pool)
+        except (KeyboardInterrupt, SearchStopped):
+            reason = self._results.stop_reason(self._file.run)
+            self._save(status="stopped", finished_at=time.time(), message=reason or None)
+            raise SearchStopped from None
+        except BaseException as error:
+            status = "stopped" if isinstance(error, StoreFull | ClusterLost | RecoveryDiverged) else "failed"
+            with suppress(StoreError):  # the first error is the one to report, also when the store cannot take it
+                self._save(status=status, finished_at=time.time(), message=str(error))
+            raise
+
+    def _save(self, **changes: object) -> None:
+        self._record = replace(self._record, **changes)  # type: ignore[arg-type]
+        self._writer.put_run(self._record)
+
+    def _run(self, pool: ReplicaPool) -> None:
+        manifest = pool.manifest()
+        space = space_of(self._file, manifest)
+        if self._record.manifest_id not in (None, manifest.id):
+            raise ValueError(
+                f"run {self._file.run!r} began with another model: manifest {self._record.manifest_id}, now "
+                f"{manifest.id} at {manifest.model}. Give the search another run name"
+            )
+        self._writer.put_components(manifest, space.components)
+        self._save(manifest_id=manifest.id)
+        reference = reference_for(
+            pool, self._results, self._writer, self._file, self._file.prompts, self._record.reference_id
+        )
+        self._save(reference_id=reference.id)
+        pool.use(reference)
+        if any(".experts." in component.name for component in space.components):
+            self._observer.on_note(rare_experts(pool.routed_tokens(reference.id)))
+        calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
+        plan, remarks = self._search(pool, space, reference, calibrating)
+        if plan is not None:
+            self._writer.put_plan(plan)
+        self._save(final_plan_id=None if plan is None else plan.id, message="; ".join(remarks) or None)
+        held_out = self._file.validation_prompts
+        if plan is not None and held_out is not None:
+            self._validate(pool, space, plan, held_out, calibrating)
+        self._save(status="finished", finished_at=time.time())
+
+    def _search(
+        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
+    ) -> tuple[Plan | None, Sequence[str]]:
+        """The plan that the search comes to, and what its strategy has to say of it."""
+        strategy = self._strategy(pool, space, reference, calibrating)
+        limit_seconds = self._file.search.stop.seconds
+        cost_of = partial(evaluation_cost, manifest=pool.manifest())
+        observer = _Counting(self._observer, pool.metrics)
+        plan = search(strategy, pool, self._writer, observer, self._stop_requested, limit_seconds, cost_of=cost_of)
+        if isinstance(strategy, Sparsity):
+            self._milestones = strategy.milestones
+        return plan, remarks_of(strategy)
+
+    def _strategy(
+        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
+    ) -> Strategy:
+        calibration_id = calibrating.for_schemes(space.components, space.schemes)
+        if self._file.search.strategy == "sparsity":
+            recover = self._recovering(pool, calibration_id)
+            errors, outliers = calibrating.pruning_errors(space.components), calibrating.outliers()
+            return sparsity_search_of(self._file, space, reference.id, recover, errors, outliers, calibration_id)
+        known = self._file.search.strategy in NEED_ERRORS
+        known_errors = calibrating.errors(space.components, space.schemes) if known else None
+        return strategy_of(self._file, space, reference.id, known_errors, calibration_id)
+
+    def _recovering(self, pool: ReplicaPool, calibration_id: str) -> Recovering | None:
+        """What trains after every round, if the file wants that."""
+        section = self._file.search.recovery
+        if section is None:
+            return None
+        results, writer, where = self._results, self._writer, self._where
+        return Recovering(
+            self._file,
+            section,
+            results,
+            writer,
+            pool,
+            pool.manifest(),
+            self._observer,
+            self._stop_requested,
+            calibration_id,
+            on_cluster=where.address is not None,
+        )
+
+    def _validate(
+        self,
+        pool: ReplicaPool,
+        space: SearchSpace,
+        plan: Plan,
+        held_out: PromptsSection,
+        calibrating: Calibrating,
+    ) -> None:
+        self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
+        known = self._record.validation_reference_id
+        reference = reference_for(pool, self._results, self._writer, self._file, held_out, known)
+        self._save(validation_reference_id=reference.id)
+        pool.use(reference)
+        validation = Validation(self._file, space, reference, pool, self._writer, self._observer, self._milestones)
+        judged = validation.judge(plan, calibrating, self._stop_requested)
+        if judged.said is not None:
+            message = "; ".join(part for part in (self._record.message, judged.said) if part)
+            self._save(final_plan_id=judged.plan.id, message=message)
+        validation.record_continuations(judged)
+
+    def _stop_requested(self) -> bool:
+        return self._results.stop_requested(self._file.run)
+
+
+def rare_experts(routed: Mapping[str, int]) -> str:
+    """Which experts' matrices few of the reference's tokens reach (component -> tokens), for a person."""
+    usual = sum(routed.values()) / max(1, len(routed))
+    rare = sorted((count, name) for name, count in routed.items() if count < _RARELY * usual)
+    if not rare:
+        return f"every expert is reached by at least a tenth of the usual {usual:.0f} reference tokens"
+    named = ", ".join(f"{name} ({count})" for count, name in rare[:_RARE_NAMED])
+    more = f" and {len(rare) - _RARE_NAMED} more" if len(rare) > _RARE_NAMED else ""
+    return (
+        f"{len(rare)} of {len(routed)} experts' matrices are reached by less than a tenth of the usual {usual:.0f} "
+        f"reference tokens, so that little is known of what compressing them does: {named}{more}"
+    )
