@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.export.formats.registry import FORMATS
+from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.export.job import Job
 from dtmsearch.model.modules.discovery import components_of, find_layers
 

@@ -21,7 +21,7 @@ from dtmsearch.core.metrics import paired_difference, summarize
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.loop import remarks_of, search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.registry import make_strategy
+from dtmsearch.search.strategies.strategy_registry import make_strategy
 
 # label -> strategy and its settings
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {

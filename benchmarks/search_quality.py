@@ -30,7 +30,7 @@ from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
-from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 CONTINUATION = 100  # tokens, and as many of a prompt, unless said
 HELD_OUT_SEED = 1_000

@@ -20,7 +20,7 @@ from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, Replica
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.loop import search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 PROMPT, CONTINUATION = 100, 100
 SCHEMES = tuple(f"int{bits}-g128" for bits in (3, 4, 5, 6, 8))

@@ -94,8 +94,8 @@ def prepare(setting: Setting) -> None:
 def ours(setting: Setting) -> Step:
     """The loop of `dtmsearch recover`, a step of it."""
     from dtmsearch.core.evaluation import ModelSpec
-    from dtmsearch.model.training.loop import Loop, Training
     from dtmsearch.model.training.recipe import Recipe
+    from dtmsearch.model.training.train_loop import Loop, Training
 
     recipe = Recipe(
         masked_steps=10**6,
@@ -225,7 +225,7 @@ def memory_apart(name: str, setting: Setting) -> float:
 def tell_memory(name: str, fields: list[str]) -> None:
     import psutil
 
-    import dtmsearch.model.training.loop  # noqa: F401 - code is loaded before the count begins
+    import dtmsearch.model.training.train_loop  # noqa: F401 - code is loaded before the count begins
 
     model, text, precision, batch_tokens, scratch = fields
     setting = Setting(Path(model), Path(text), precision, int(batch_tokens), Path(scratch))

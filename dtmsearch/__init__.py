@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtmsearch.analysis.named_queries import ask
-    from dtmsearch.analysis.pareto import candidates as pareto
+    from dtmsearch.analysis.pareto_runs import candidates as pareto
     from dtmsearch.analysis.sql import query
     from dtmsearch.analysis.summary import runs_overview as ls
     from dtmsearch.analysis.summary import summarize_run as status
     from dtmsearch.config import load
-    from dtmsearch.config.sweep import load_sweep
+    from dtmsearch.config.sweep_file import load_sweep
     from dtmsearch.report.writing import write_report as report
     from dtmsearch.workflows.doctor import examine as doctor
     from dtmsearch.workflows.export import export
@@ -62,10 +62,10 @@ _LAZY = {
     "evaluate": ("dtmsearch.workflows.run", "evaluate"),
     "export": ("dtmsearch.workflows.export", "export"),
     "load": ("dtmsearch.config", "load"),
-    "load_sweep": ("dtmsearch.config.sweep", "load_sweep"),
+    "load_sweep": ("dtmsearch.config.sweep_file", "load_sweep"),
     "ls": ("dtmsearch.analysis.summary", "runs_overview"),
     "open_store": ("dtmsearch.workflows.run", "open_store"),
-    "pareto": ("dtmsearch.analysis.pareto", "candidates"),
+    "pareto": ("dtmsearch.analysis.pareto_runs", "candidates"),
     "query": ("dtmsearch.analysis.sql", "query"),
     "recover": ("dtmsearch.workflows.run", "recover"),
     "report": ("dtmsearch.report.writing", "write_report"),

@@ -18,7 +18,7 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
-from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 LEVELS = tuple(f"int{bits}-channel" for bits in range(2, 7))
 STRATEGIES = ("knapsack", "sensitivity", "auto", "spdy", "evolution", "local")

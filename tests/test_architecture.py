@@ -1,10 +1,11 @@
-"""Who may import whom. A room is a folder or a module directly under the package."""
+"""Who may import whom: docs/architecture.md has the picture."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,49 +16,48 @@ import dtmsearch
 PACKAGE = Path(dtmsearch.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
-COMPOSITION = {
-    *("calibrating", "recovering", "driver", "named", "compose"),
-    *("plans", "config", "search", "results", "texts", "cluster"),
-}
-
-# room -> the rooms that it may import, ground floor first. A module of a room can have its own line. What has no line
-# is an edge of the house (the command line, terminals, reports): free to import rooms, and imported by none.
+# Folders (and loose modules) of the package from the ground up, each with the ones that it may import: only ones above
+# its own line, so that no import runs upward and no circle can be. Every one has a line.
 MAY_IMPORT: dict[str, set[str]] = {
-    "plans": set(),
-    "config": {"plans"},
-    "search": {"plans", "config"},
-    "results": {"plans", "config"},
-    "model": {"plans", "config"},
-    "export": {"plans", "model.compress", "model.compressor"},
-    "texts": {"plans", "config"},
-    "cluster": {"plans"},
-    "cluster.sweep": {"plans", "config", "search", "results", "run"},
-    "sweepfile": {"config"},
+    "errors": set(),
     "logs": set(),
-    "submission": {"plans", "config", "texts", "cluster"},
-    "compose": {"plans", "config", "search"},
-    "estimate": {"plans", "config", "search", "texts", "cluster", "compose"},
-    "calibrating": {"plans", "config", "search", "results", "texts", "cluster"},
-    "training": {"config", "texts", "model"},
-    "recovering": {"plans", "config", "search", "results", "texts", "cluster", "training"},
-    "driver": {"plans", "config", "search", "results", "texts", "cluster"},
-    "named": {"plans", "config", "search", "results", "texts"},
-    "exporting": {"plans", "config", "results", "model", "export"},
-    "validation": {"calibrating", "driver", "plans", "config", "search", "results", "cluster"},
-    "measuring": COMPOSITION,
-    "run": COMPOSITION | {"logs", "measuring", "validation"},
-    "report": {"plans", "config", "results", "output"},
+    "core": {"errors"},
+    "config": {"errors", "core"},
+    "search": {"errors", "core"},
+    "store": {"errors", "core"},
+    "analysis": {"errors", "core", "store"},
+    "model": {"errors", "core", "config"},
+    "export": {"errors", "core", "model"},
+    "cluster": {"errors", "core", "model"},  # of the model only names: torch and Ray never meet in one file
+    "workflows": {"errors", "logs", "core", "config", "search", "store", "analysis", "model", "export", "cluster"},
+    "report": {"errors", "core", "config", "store", "analysis"},
+    "console": {"errors", "core", "config", "search", "store", "analysis", "workflows"},
+    "cli": {
+        "errors",
+        "logs",
+        "core",
+        "config",
+        "search",
+        "store",
+        "analysis",
+        "cluster",
+        "workflows",
+        "report",
+        "console",
+    },
+    "__init__": {"core", "config", "analysis", "store", "workflows", "report", "errors"},
+    "__main__": {"cli"},
 }
 
-EDGE_FOLDERS = {"cli", "demo"}
-
-# room -> what it may load that is neither ours nor Python's.
+# folder -> what it may load that is neither ours nor Python's.
 MAY_LOAD: dict[str, set[str]] = {
-    "plans": {"numpy"},
-    "config": {"pydantic", "yaml"},
-    "sweepfile": {"pydantic", "yaml"},
+    "errors": set(),
+    "logs": set(),
+    "core": {"numpy"},
+    "config": {"pydantic", "yaml", "pyarrow", "datasets"},
     "search": {"numpy"},
-    "results": {"pyarrow", "duckdb", "numpy"},
+    "store": {"pyarrow", "numpy"},
+    "analysis": {"pyarrow", "duckdb", "numpy"},
     "model": {
         "torch",
         "triton",
@@ -66,52 +66,102 @@ MAY_LOAD: dict[str, set[str]] = {
         "bitsandbytes",
         "compressed_tensors",
         "safetensors",
-        "datasets",
         "huggingface_hub",
         "numpy",
         "psutil",
     },
     "export": {"torch", "safetensors", "compressed_tensors", "gguf", "numpy"},
     "cluster": {"ray", "numpy"},
-    "validation": {"numpy"},
-    "run": set(),
+    "workflows": {
+        "numpy",
+        "pyarrow",
+        "yaml",
+        "packaging",
+        "ray",
+        "torch",
+        "huggingface_hub",
+        "bitsandbytes",
+        "lm_eval",
+    },
     "report": {"altair", "jinja2", "markupsafe", "vl_convert", "pyarrow", "numpy"},
+    "console": {"rich", "pyarrow"},
+    "cli": {"click", "pyarrow"},
+    "__init__": set(),
+    "__main__": set(),
 }
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, at its top or inside its functions."""
+    """Every module that a file imports, at its top or inside its functions, or names in a string to import it later."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are written out from the package's name"
             assert node.module is not None
-            # `from dtmsearch.store import tables` imports a module, `from dtmsearch.core.plan import Plan` a name.
+            # `from dtmsearch.store import store` imports a module, `from dtmsearch.core.plan import Plan` a name.
             names = (f"{node.module}.{alias.name}" for alias in node.names)
             yield from (name if name.removeprefix("dtmsearch.") in MODULES else node.module for name in names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            module, _, rest = node.value.removeprefix("dtmsearch.").partition(":")
+            if node.value.startswith("dtmsearch.") and module in MODULES and rest.isidentifier() | (not rest):
+                yield f"dtmsearch.{module}"
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     return module.partition(".")[0]
 
 
-def within(module: str, room: str) -> bool:
-    return module == room or module.startswith(f"{room}.")
+def ours(module: str) -> set[str]:
+    """The modules of the package that one of them imports, without the package's name."""
+    names = {name.removeprefix("dtmsearch.") for name in imported(MODULES[module]) if name.startswith("dtmsearch.")}
+    return {name for name in names if name != module}
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) in MAY_IMPORT))
-def test_a_room_imports_only_rooms_below_it(module: str) -> None:
-    allowed = {room_of(module)} | MAY_IMPORT.get(module, MAY_IMPORT[room_of(module)])
-    ours = [name.removeprefix("dtmsearch.") for name in imported(MODULES[module]) if within(name, "dtmsearch")]
-    others = [name for name in ours if name != "dtmsearch" and not any(within(name, room) for room in allowed)]
-    assert others == []
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_folder_imports_only_folders_above_it_in_the_list(module: str) -> None:
+    allowed = {folder_of(module)} | MAY_IMPORT[folder_of(module)]
+    assert {name for name in ours(module) if folder_of(name) not in allowed} == set()
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) in MAY_LOAD))
-def test_a_room_loads_only_its_own_libraries(module: str) -> None:
+def test_the_list_runs_one_way() -> None:
+    lines = list(MAY_IMPORT)
+    upward = {(line, other) for line in lines for other in MAY_IMPORT[line] if lines.index(other) >= lines.index(line)}
+    assert upward == set()
+
+
+def test_every_folder_has_its_line() -> None:
+    assert {folder_of(module) for module in MODULES} - MAY_IMPORT.keys() == set()
+    assert MAY_IMPORT.keys() == MAY_LOAD.keys()
+
+
+def test_no_circle_of_modules() -> None:
+    """Within folders too: modules can be put in an order in which each imports only earlier ones."""
+    graph = {module: {resolved(name) for name in ours(module)} - {module, None} for module in MODULES if "." in module}
+    while graph:
+        ready = {module for module, needs in graph.items() if not needs & graph.keys()}
+        assert ready, f"a circle among {sorted(graph)}"
+        graph = {module: needs for module, needs in graph.items() if module not in ready}
+
+
+def resolved(name: str) -> str | None:
+    """The module that an imported name stands for: itself, or a folder's `__init__`."""
+    return next((module for module in (name, f"{name}.__init__") if module in MODULES), None)
+
+
+def test_no_two_modules_have_one_name() -> None:
+    names = Counter(module.rpartition(".")[2] for module in MODULES if not module.endswith("__init__"))
+    assert {name for name, count in names.items() if count > 1} == set()
+
+
+def test_few_things_at_the_top() -> None:
+    assert len({folder_of(module) for module in MODULES if not module.startswith("__")} - {"errors", "logs"}) <= 14
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_folder_loads_only_its_own_libraries(module: str) -> None:
     roots = {name.partition(".")[0] for name in imported(MODULES[module])}
-    foreign = roots - sys.stdlib_module_names - {"dtmsearch"} - MAY_LOAD[room_of(module)]
+    foreign = roots - sys.stdlib_module_names - {"dtmsearch"} - MAY_LOAD[folder_of(module)]
     assert foreign == set()
 
 
@@ -119,16 +169,6 @@ def test_a_room_loads_only_its_own_libraries(module: str) -> None:
 def test_torch_and_ray_never_meet_in_one_file(module: str) -> None:
     roots = {name.partition(".")[0] for name in imported(MODULES[module])}
     assert not {"torch", "ray"} <= roots
-
-
-def test_every_folder_of_code_is_a_room() -> None:
-    folders = {room_of(module) for module in MODULES if "." in module}
-    assert folders - MAY_IMPORT.keys() - EDGE_FOLDERS == set()
-
-
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if room_of(m) != "cli" and m != "__main__"))
-def test_nothing_imports_the_command_line(module: str) -> None:
-    assert [name for name in imported(MODULES[module]) if within(name, "dtmsearch.cli")] == []
 
 
 def loaded_by(code: str) -> set[str]:
@@ -156,4 +196,7 @@ def test_the_driver_runs_without_torch() -> None:
 
 
 def test_the_search_needs_nothing_but_numpy() -> None:
-    assert loaded_by("import dtmsearch.search.strategies.registry") & {"torch", "ray", "pyarrow", "pydantic"} == set()
+    assert (
+        loaded_by("import dtmsearch.search.strategies.strategy_registry") & {"torch", "ray", "pyarrow", "pydantic"}
+        == set()
+    )

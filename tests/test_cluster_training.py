@@ -23,8 +23,8 @@ from tiny import TEXT, write_model
 
 from dtmsearch.cluster.train import train_on_cluster
 from dtmsearch.model.training.checkpoints import checkpoints
-from dtmsearch.model.training.loop import Training, train
 from dtmsearch.model.training.main import JOB_FILE, STOP_FILE
+from dtmsearch.model.training.train_loop import Training, train
 from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
 
 pytestmark = [

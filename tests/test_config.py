@@ -11,7 +11,7 @@ from solving import errors_of
 from dtmsearch.config import SearchFile, SearchSection, difference, load, parse
 from dtmsearch.core.plan import Budget
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 TEXT = """
 run: toy

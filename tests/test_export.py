@@ -16,7 +16,7 @@ from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
 from dtmsearch.core.plan import plan_from_json
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.export.formats.registry import FORMATS
+from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.workflows.export import ExportFailed, export
 

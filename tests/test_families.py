@@ -31,7 +31,7 @@ from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.loop import SearchStopped, Silent, search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.registry import make_strategy
+from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.run import rare_experts
 

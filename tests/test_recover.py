@@ -16,8 +16,8 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.model.training.batches import batch_rows
 from dtmsearch.model.training.checkpoints import checkpoints
 from dtmsearch.model.training.learner import Learner
-from dtmsearch.model.training.loop import Training, TrainingDiverged, TrainingStopped, train
 from dtmsearch.model.training.recipe import Recipe
+from dtmsearch.model.training.train_loop import Training, TrainingDiverged, TrainingStopped, train
 from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, pack_masks, unpack_masks
 
 PRUNED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")

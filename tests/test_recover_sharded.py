@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from test_recover import PRUNED, RECIPE, prepared, stop_at, weights
 from tiny import TEXT, write_model
 
-from dtmsearch.model.training.loop import TrainingStopped, train
+from dtmsearch.model.training.train_loop import TrainingStopped, train
 from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
 
 _RECIPE = replace(RECIPE, masked_steps=12, lr=3e-3, accumulate=2, clip=0.05)

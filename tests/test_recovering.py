@@ -19,8 +19,8 @@ from dtmsearch.core.evaluation import ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.training.checkpoints import checkpoints
-from dtmsearch.model.training.loop import Training, train
 from dtmsearch.model.training.recipe import Recipe
+from dtmsearch.model.training.train_loop import Training, train
 from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
 from dtmsearch.search.loop import SearchStopped, Silent
 from dtmsearch.store.store import ResultStore

@@ -43,7 +43,7 @@ from dtmsearch.search.solver.posterior import Belief, Spread
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Switching
-from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 BUDGET = Budget(bits_per_weight=4.5)
 

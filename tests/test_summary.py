@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes import toy_components, toy_manifest
 
-from dtmsearch.analysis.pareto import candidates
+from dtmsearch.analysis.pareto_runs import candidates
 from dtmsearch.analysis.summary import RunSummary, runs_overview, summarize_run
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.metrics import summarize

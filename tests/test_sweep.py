@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE_SECONDS, Ended, dtmsearch, num_recorded, tiny_search, without_ray
 
-from dtmsearch.config.sweep import load_sweep
+from dtmsearch.config.sweep_file import load_sweep
 from dtmsearch.core.pareto import Point, Race, front
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import sweep as sweep_module

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dtmsearch.console.format import duration, number
+from dtmsearch.analysis.format import duration, number
 from dtmsearch.console.progress import LiveProgress, PlainProgress, done_share, progress_line, table, watching
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize

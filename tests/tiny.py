@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 import dtmsearch
 from dtmsearch.core.evaluation import EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
-from dtmsearch.model.pipeline_parallel.replica import PipelineReplica, make_stage
+from dtmsearch.model.pipeline_parallel.pipelined_replica import PipelineReplica, make_stage
 from dtmsearch.model.replica.replica import Replica
 
 DEMO_MODEL = Path(dtmsearch.__file__).parent / "demo" / "model"

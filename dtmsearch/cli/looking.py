@@ -123,7 +123,7 @@ def _answer(store: str, sql: str | None, run: str | None, listed: bool) -> Any:
 
 
 def _query_text(answer: Any, form: str) -> str:
-    from dtmsearch.console.format import csv_text, json_text
+    from dtmsearch.analysis.format import csv_text, json_text
     from dtmsearch.console.progress import table
 
     if form == "json":
@@ -147,7 +147,7 @@ def pareto_verb(pattern: str, everything: bool, store: str, form: str) -> None:
 
     PATTERN chooses runs by name. Plans are compared on the same held-out prompts, by FDT, SDT and KL.
     """
-    from dtmsearch.analysis.pareto import candidates
+    from dtmsearch.analysis.pareto_runs import candidates
     from dtmsearch.console.text import front_text
 
     found = candidates(open_store(store), pattern)

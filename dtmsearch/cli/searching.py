@@ -186,7 +186,7 @@ def sweep_verb(
 
     Run it again and it goes on where it was; --replicas is for each search.
     """
-    from dtmsearch.config.sweep import load_sweep
+    from dtmsearch.config.sweep_file import load_sweep
 
     plan, files = load_sweep(file, overrides)
     if dry_run:

@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 
 def show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callable[[Any], Any] | None = None) -> None:
-    from dtmsearch.console.format import json_text
+    from dtmsearch.analysis.format import json_text
 
     if form == "json":
         print_text(json_text(value if as_values is None else as_values(value)))

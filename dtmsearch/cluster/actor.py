@@ -70,7 +70,7 @@ class _Host:
 
 
 class _Peer:
-    """See `dtmsearch.model.pipeline_parallel.replica.Peer`. What is promised lies in the store of the node where it was
+    """See `Peer` in `dtmsearch.model.pipeline_parallel`. What is promised lies in the store of the node where it was
     made, and goes from there to the node that needs it."""
 
     def __init__(self, actor: Any, loaded: Any) -> None:

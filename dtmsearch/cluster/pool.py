@@ -39,7 +39,7 @@ from dtmsearch.core.evaluation import (
 log = logging.getLogger(__name__)
 
 REPLICA_CLASS = "dtmsearch.model.replica.replica:Replica"
-_STAGES = "dtmsearch.model.pipeline_parallel.replica:make_stage"
+_STAGES = "dtmsearch.model.pipeline_parallel.pipelined_replica:make_stage"
 
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2

@@ -23,7 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtmsearch.console.format import components, duration, number, plain
+from dtmsearch.analysis.format import components, duration, number, plain
 from dtmsearch.search.loop import Decision, Observer, Progress
 
 log = logging.getLogger(__name__)

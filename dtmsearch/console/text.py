@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtmsearch.console.format import components, duration, plain
+from dtmsearch.analysis.format import components, duration, plain
 from dtmsearch.console.progress import table
 from dtmsearch.core.metrics import PairedDifference, Summary
 from dtmsearch.core.plan import Plan
 
 if TYPE_CHECKING:
-    from dtmsearch.analysis.pareto import Candidate
+    from dtmsearch.analysis.pareto_runs import Candidate
     from dtmsearch.analysis.summary import RunOverview, RunSummary, ValidationRow
     from dtmsearch.workflows.doctor import Finding
     from dtmsearch.workflows.estimate import Estimate

@@ -19,9 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dtmsearch.analysis.format import duration, number
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import section_of
-from dtmsearch.console.format import duration, number
 from dtmsearch.core.records import RunRecord, StepRecord
 from dtmsearch.store.codecs.tables import step_records
 from dtmsearch.store.store import ResultStore

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dtmsearch import __version__
+from dtmsearch.analysis.format import components, duration, number, plain
 from dtmsearch.analysis.summary import ValidationRow
-from dtmsearch.console.format import components, duration, number, plain
 from dtmsearch.core.metrics import PairedDifference
 from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save, schemes_of
 from dtmsearch.report.extra import jinja2, vl_convert

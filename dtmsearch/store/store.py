@@ -24,7 +24,7 @@ from dtmsearch.core.evaluation import Continuation, Outcome, Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, RunRecord, StepRecord, TrainingRecord
 from dtmsearch.store import schemas
-from dtmsearch.store.codecs import calibration as calibration_tables
+from dtmsearch.store.codecs import calibrations as calibration_tables
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes
 from dtmsearch.store.codecs.plans import PlanRows, plan_of

@@ -15,9 +15,9 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
-from dtmsearch.search.strategies.registry import SolverSettings, make_strategy
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.sparsity import Errors, Recover, Sparsity, SparsitySettings, scheme_name
+from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 
 def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:

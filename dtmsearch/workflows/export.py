@@ -15,7 +15,7 @@ import torch
 
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
-from dtmsearch.export.formats.registry import FORMATS
+from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder

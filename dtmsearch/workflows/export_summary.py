@@ -10,7 +10,7 @@ from pathlib import Path
 import dtmsearch
 from dtmsearch.core.plan import Plan, PlanSize, plan_size
 from dtmsearch.export.card import Card, card_text
-from dtmsearch.export.formats.registry import Format
+from dtmsearch.export.formats.format_registry import Format
 from dtmsearch.export.job import Job, Written
 from dtmsearch.workflows.export_check import Check
 from dtmsearch.workflows.export_source import Source

@@ -27,8 +27,8 @@ from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
 from dtmsearch.logs import naming
 from dtmsearch.search.loop import Decision, Observer, SearchStopped, Silent, Strategy, remarks_of, search
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.registry import NEED_ERRORS
 from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
+from dtmsearch.search.strategies.strategy_registry import NEED_ERRORS
 from dtmsearch.store.store import ResultStore, RunWriter, StoreError, StoreFull
 from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
 from dtmsearch.workflows.calibrate import Calibrating

@@ -17,7 +17,7 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.schemes import SCALE_BITS, parse_scheme
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
-from dtmsearch.model.compress.bitsandbytes import OUTLIER_THRESHOLD, compressed_module
+from dtmsearch.model.compress.bitsandbytes_layers import OUTLIER_THRESHOLD, compressed_module
 
 NAME = "bitsandbytes"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.schemes import SCALE_BITS, Scheme, parse_scheme
-from dtmsearch.export.components import component_codes
+from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.gptq import scale_dtype as solved_scale_dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dtmsearch.export.components import component_dense
+from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import ShardWriter, copy_other_files
 

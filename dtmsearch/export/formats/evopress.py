@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, parse_scheme
-from dtmsearch.export.components import component_dense
+from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
 
 CONFIGURATION, DATABASE, LEVELS = "configuration.txt", "database", "levels.json"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.model.compress.bitsandbytes import runs_by_token
+from dtmsearch.model.compress.bitsandbytes_layers import runs_by_token
 from dtmsearch.model.forward.call_trace import blocks_of, watch
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.discovery import find_layers

@@ -59,8 +59,8 @@ def worker(job_path: str) -> int:
 
 
 def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
-    from dtmsearch.model.training.loop import Training, TrainingDiverged, TrainingStopped, train
     from dtmsearch.model.training.recipe import Recipe
+    from dtmsearch.model.training.train_loop import Training, TrainingDiverged, TrainingStopped, train
     from dtmsearch.model.weights.trained import write_whole
 
     file = config.parse(content["config"], str(job), Path(content["config_folder"]))

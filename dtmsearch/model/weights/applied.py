@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from dtmsearch.core.components import read_header
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, parse_scheme
-from dtmsearch.model.compress.bitsandbytes import compressed_module
+from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places

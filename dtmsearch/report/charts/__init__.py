@@ -5,7 +5,7 @@ from __future__ import annotations
 from dtmsearch.report.charts.drawing import TITLES, Figure, plan_name, save
 from dtmsearch.report.charts.heatmaps import plan_figures, schemes_of, sensitivity_figures
 from dtmsearch.report.charts.quality import course_figures, interaction_figures, survival_figures, sweep_figures
-from dtmsearch.report.charts.sparsity import sparsity_figures
+from dtmsearch.report.charts.sparsity_charts import sparsity_figures
 from dtmsearch.report.charts.tree import tree_figures
 from dtmsearch.report.facts import RunFacts
 

@@ -21,7 +21,7 @@ from dtmsearch.report.facts.held_out import (
     texts_of,
     validated,
 )
-from dtmsearch.report.facts.plans import components_of, plan_rows_of, sensitivity_of, sums_of
+from dtmsearch.report.facts.plan_facts import components_of, plan_rows_of, sensitivity_of, sums_of
 from dtmsearch.report.facts.rows import COLUMN, MOST_POINTS, Row, damage, interval, kinds_of, plain, spread
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.store import ResultStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow.compute as pc
 
-from dtmsearch.analysis.pareto import candidates
+from dtmsearch.analysis.pareto_runs import candidates
 from dtmsearch.analysis.summary import RunSummary
 from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.rows import COLUMN, Row

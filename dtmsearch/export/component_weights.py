@@ -29,7 +29,7 @@ def component_dense(job: Job, component: Component, weight: Tensor, scheme_name:
     matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
     if scheme.family != "bitsandbytes":
         return job.compressor.compress(component.name, matrix, scheme).reshape(weight.shape)
-    from dtmsearch.model.compress.bitsandbytes import compressed_module, restored_weight
+    from dtmsearch.model.compress.bitsandbytes_layers import compressed_module, restored_weight
 
     linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     return restored_weight(compressed_module(linear, matrix, scheme)).to(weight.dtype).reshape(weight.shape)
