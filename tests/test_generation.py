@@ -21,7 +21,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.model.replica.replica import Replica
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories-260k"
-SOURCE = (Path(__file__).parents[1] / "dtmsearch" / "run.py").read_text(encoding="utf-8")
+SOURCE = (Path(__file__).parents[1] / "dtmsearch" / "workflows" / "run.py").read_text(encoding="utf-8")
 STORY = "Once upon a time there was a little girl named Lily. She loved to play outside in the park with her dog. " * 60
 
 MODELS = [
