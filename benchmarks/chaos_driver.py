@@ -18,12 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from dtmsearch import config
-from dtmsearch.cluster.connect import ClusterLost, ClusterUnreachable
 from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import ReplicaPool
-from dtmsearch.search.loop import Decision, Progress, SearchStopped
+from dtmsearch.errors import ClusterLost, ClusterUnreachable, RunLocked, SearchStopped, StoreError, StoreFull
+from dtmsearch.search.loop import Decision, Progress
 from dtmsearch.store.files import LocalFolder
-from dtmsearch.store.store import RunLocked, StoreError, StoreFull
 from dtmsearch.workflows import session as driver
 
 # By name: in the package itself `run` is the verb.

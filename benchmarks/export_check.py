@@ -16,9 +16,10 @@ from dtmsearch.config import parse
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.errors import ExportFailed
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.export import ExportFailed, export
+from dtmsearch.workflows.export import export
 
 # what is exported: format, the scheme of attention, the scheme of the rest, what loads it
 EXPORTS = (

@@ -19,7 +19,8 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
-from dtmsearch.search.loop import SearchStopped, Silent, search
+from dtmsearch.errors import SearchStopped
+from dtmsearch.search.loop import Silent, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 

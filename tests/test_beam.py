@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome
 from dtmsearch.core.metrics import METRICS, rank_key, summarize
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.search.loop import SearchFailed
+from dtmsearch.errors import SearchFailed
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 

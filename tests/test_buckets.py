@@ -17,11 +17,12 @@ from test_store import opened, replayed
 from werkzeug.serving import make_server
 
 from dtmsearch.core.plan import Budget
+from dtmsearch.errors import RunLocked, StoreError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.store import locks
 from dtmsearch.store.files import open_folder
-from dtmsearch.store.store import ResultStore, RunLocked, StoreError
+from dtmsearch.store.store import ResultStore
 
 # boto3 inside the server asks Python for what the next release of Python will not have.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

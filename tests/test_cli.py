@@ -29,7 +29,18 @@ from dtmsearch.console.text import DEMO_QUERIES, PLAN_QUERY, run_text
 from dtmsearch.core.metrics import PairedDifference, Summary
 from dtmsearch.core.plan import Plan, plan_size
 from dtmsearch.core.records import RunRecord, StepRecord
-from dtmsearch.search.loop import SearchStopped
+from dtmsearch.errors import (
+    ClusterUnreachable,
+    DtmError,
+    ReplicasFailed,
+    RunLocked,
+    SearchFailed,
+    SearchStopped,
+    StoreError,
+    StoreFull,
+    StoreReadOnly,
+    UserError,
+)
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.doctor import Finding, Status
 from dtmsearch.workflows.run import PlanMeasurement, Where
@@ -181,22 +192,35 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        ("builtins.ValueError", 2),
-        ("dtmsearch.store.store.StoreError", 4),
-        ("dtmsearch.store.store.StoreReadOnly", 4),
-        ("dtmsearch.store.store.StoreFull", 3),
-        ("dtmsearch.store.store.RunLocked", 1),
-        ("dtmsearch.cluster.connect.ClusterUnreachable", 5),
-        ("dtmsearch.cluster.replicas.ReplicasFailed", 1),
-        ("dtmsearch.search.loop.SearchFailed", 1),
+        (UserError, 2),
+        (StoreError, 4),
+        (StoreReadOnly, 4),
+        (StoreFull, 3),
+        (RunLocked, 1),
+        (ClusterUnreachable, 5),
+        (ReplicasFailed, 1),
+        (SearchFailed, 1),
     ],
 )
 def test_what_went_wrong_is_said_in_a_line_and_told_by_the_exit_code(
-    error: str, code: int, replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+    error: type[DtmError], code: int, replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, _, name = error.rpartition(".")
-    replace_run(run=getattr(importlib.import_module(module), name)("what happened"))
+    replace_run(run=error("what happened"))
     assert (main(["run", search_file]), *capsys.readouterr()) == (code, "", "error: what happened\n")
+
+
+def test_what_failed_below_us_is_said_and_its_traceback_is_a_file(
+    replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = ReplicasFailed("no replica started")
+    failure.__cause__ = KeyError("what a replica raised")
+    replace_run(run=failure)
+    main(["run", search_file])
+    first, second = capsys.readouterr().err.splitlines()
+    log = Path(second.rpartition(" ")[2])
+    traceback = log.read_text()
+    log.unlink()
+    assert first == "error: no replica started" and "KeyError: 'what a replica raised'" in traceback
 
 
 def test_a_fault_of_ours_is_one_line_and_its_traceback_a_file(
@@ -214,6 +238,14 @@ def test_a_fault_of_ours_is_one_line_and_its_traceback_a_file(
 def test_a_fault_of_ours_exits_1(replace_run: Any, search_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(Path(search_file).parent))
     replace_run(run=KeyError("boom"))
+    assert main(["run", search_file]) == 1
+
+
+def test_a_bare_value_error_is_a_fault_of_ours(
+    replace_run: Any, search_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(Path(search_file).parent))
+    replace_run(run=ValueError("boom"))
     assert main(["run", search_file]) == 1
 
 

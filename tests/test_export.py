@@ -16,9 +16,10 @@ from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
 from dtmsearch.core.plan import plan_from_json
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import ExportFailed
 from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.workflows.export import ExportFailed, export
+from dtmsearch.workflows.export import export
 
 MIXED = {
     "model.layers.0.self_attn.q_proj": "int4-g16",

@@ -14,9 +14,10 @@ from tiny import llama_config, write_model
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import ExportFailed
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.exported import decompressed_model
-from dtmsearch.workflows.export import ExportFailed, export
+from dtmsearch.workflows.export import export
 
 LAYERS = "model.layers"
 MIXED = {

@@ -27,9 +27,10 @@ from transformers import (
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import SearchStopped
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.replica import Replica
-from dtmsearch.search.loop import SearchStopped, Silent, search
+from dtmsearch.search.loop import Silent, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.store import ResultStore

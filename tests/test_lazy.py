@@ -19,7 +19,7 @@ from fakes import (
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.search.loop import SearchFailed
+from dtmsearch.errors import SearchFailed
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.lazy import Lazy

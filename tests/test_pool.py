@@ -11,12 +11,12 @@ import ray
 from contracts import EvaluatorContract
 from fakes import evaluate, toy_components
 
-from dtmsearch.cluster.connect import ClusterUnreachable, connect
+from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
-from dtmsearch.cluster.replicas import ReplicasFailed
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
 from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.errors import ClusterUnreachable, ReplicasFailed
 
 # Ray leaves the sockets and files of its own processes to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

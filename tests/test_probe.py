@@ -5,7 +5,7 @@ from fakes import FakeEvaluator, evaluate, failing, request_for, run_search, toy
 
 from dtmsearch.core.metrics import METRICS, summarize
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import SearchFailed
+from dtmsearch.errors import SearchFailed
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.probe import Probe
 

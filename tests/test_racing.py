@@ -9,7 +9,7 @@ from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, chance, damage,
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Perturbation, Plan
-from dtmsearch.search.loop import SearchFailed
+from dtmsearch.errors import SearchFailed
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.racing import Racing, block_ends

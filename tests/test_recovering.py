@@ -17,14 +17,15 @@ from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile, parse, recovery_of, texts
 from dtmsearch.core.evaluation import ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import RecoveryDiverged, SearchStopped
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.training.checkpoints import checkpoints
 from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.training.train_loop import Training, train
 from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
-from dtmsearch.search.loop import SearchStopped, Silent
+from dtmsearch.search.loop import Silent
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.recover import Recovering, RecoveryDiverged, _failure
+from dtmsearch.workflows.recover import Recovering, _failure
 
 DOWN = "model.layers.1.mlp.down_proj"
 PLAN = Plan.of({DOWN: "magnitude-0.5", "model.layers.0.self_attn.k_proj": "drop"})

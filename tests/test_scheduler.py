@@ -25,17 +25,8 @@ from hypothesis import strategies as st
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
-from dtmsearch.search.loop import (
-    Ask,
-    Decision,
-    InProcess,
-    Progress,
-    SearchStalled,
-    SearchStopped,
-    Silent,
-    measure,
-    search,
-)
+from dtmsearch.errors import SearchStopped
+from dtmsearch.search.loop import Ask, Decision, InProcess, Progress, SearchStalled, Silent, measure, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.probe import Probe

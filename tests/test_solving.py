@@ -36,7 +36,8 @@ from solving import (
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.search.loop import SearchFailed, Strategy
+from dtmsearch.errors import SearchFailed
+from dtmsearch.search.loop import Strategy
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.solver.neighbours import promising
 from dtmsearch.search.solver.posterior import Belief, Spread

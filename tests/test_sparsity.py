@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import SearchFailed
+from dtmsearch.errors import SearchFailed
 from dtmsearch.search.solver.allocation import gaussian_pruning_error
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings, fitted_schemes, scheme_name, share_of

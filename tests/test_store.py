@@ -15,10 +15,11 @@ from stores import bucket, opened, refuse, replayed, run_record
 
 from dtmsearch.core.evaluation import EvalFailure, Reference
 from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.errors import StoreError, StoreFull, StoreReadOnly
 from dtmsearch.search.loop import ResultLog
 from dtmsearch.store import locks
-from dtmsearch.store.files import Folder, StoreReadOnly
-from dtmsearch.store.store import ResultStore, StoreError, StoreFull
+from dtmsearch.store.files import Folder
+from dtmsearch.store.store import ResultStore
 
 
 class TestMemoryLog(ResultLogContract):

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from stores import bucket_filesystem, opened
 
+from dtmsearch.errors import RunLocked, StoreError
 from dtmsearch.store.files import open_folder
 from dtmsearch.store.locks import Lease
-from dtmsearch.store.store import ResultStore, RunLocked, StoreError
+from dtmsearch.store.store import ResultStore
 
 
 def test_second_driver_is_refused_and_told_of_the_first(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import opened, replayed, segment_files
 
+from dtmsearch.errors import StoreError
 from dtmsearch.store import store
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.store.segments import Segment, uncovered
-from dtmsearch.store.store import ResultStore, StoreError
+from dtmsearch.store.store import ResultStore
 
 _CHILD = """
 import sys

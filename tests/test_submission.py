@@ -8,11 +8,11 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus
 
 from dtmsearch.cluster import versions as pins
-from dtmsearch.cluster.connect import ClusterUnreachable
-from dtmsearch.cluster.jobs import JobNotBegun, Jobs, Order, _exit_code
+from dtmsearch.cluster.jobs import Jobs, Order, _exit_code
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.config import SearchFile, load
 from dtmsearch.config.texts import text_files
+from dtmsearch.errors import ClusterUnreachable, JobNotBegun
 from dtmsearch.workflows.submit import _again, pack, submit
 
 SEARCH = """

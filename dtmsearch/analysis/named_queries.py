@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dtmsearch.analysis.sql import query
+from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 
 
@@ -162,13 +163,13 @@ def list_of_questions() -> pa.Table:
 
 
 def ask(store: ResultStore, name: str, run: str) -> pa.Table:
-    """The answer to a ready-made question about a run. Raises `ValueError` when there is no such question or run."""
+    """The answer to a ready-made question about a run. Raises `UserError` when there is no such question or run."""
     question = QUESTIONS.get(name)
     if question is None:
-        raise ValueError(unknown_question(name))
+        raise UserError(unknown_question(name))
     if store.run(run) is None:
         names = ", ".join(record.run for record in store.runs()) or "none"
-        raise ValueError(f"no run {run!r} in the store {store.url}; it holds: {names}")
+        raise UserError(f"no run {run!r} in the store {store.url}; it holds: {names}")
     # A run's name holds letters, digits, dots, dashes and underscores alone, so nothing in it ends the quotation.
     return query(store, question.sql.replace(":run", f"'{run}'"))
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dtmsearch.errors import UserError
 from dtmsearch.store import schemas
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.segments import Segment
@@ -38,7 +39,7 @@ def query(store: ResultStore, sql: str, time_limit_seconds: float = 60.0) -> pa.
     """Answer one SELECT (WITH before it is fine) over the store's tables (`dtmsearch.store.schemas.SCHEMAS`).
 
     `runs` has one row a run, its last record; `plans` and `components` hold no row twice. Times are in UTC. Raises
-    `ValueError` for anything but one SELECT, for what DuckDB makes nothing of, and when the answer takes longer than
+    `UserError` for anything but one SELECT, for what DuckDB makes nothing of, and when the answer takes longer than
     `time_limit_seconds` or more than 4 GiB.
     """
     _check_select(sql)
@@ -49,7 +50,7 @@ def query(store: ResultStore, sql: str, time_limit_seconds: float = 60.0) -> pa.
         try:
             return _answer(store, sql, whole, scanned, time_limit_seconds)
         except _USER_ERRORS as error:
-            raise ValueError(_explain(str(error))) from None
+            raise UserError(_explain(str(error))) from None
         except (duckdb.Error, pa.ArrowException, OSError) as error:
             failure = error
             if isinstance(error, FileNotFoundError):
@@ -57,19 +58,19 @@ def query(store: ResultStore, sql: str, time_limit_seconds: float = 60.0) -> pa.
             # What the scan of a damaged or vanished segment raises reaches us as any failing query does.
             if not store.segments.check(s for segments in scanned.values() for s in segments):
                 break
-    raise ValueError(_explain(str(failure))) from failure
+    raise UserError(_explain(str(failure))) from failure
 
 
 def _check_select(sql: str) -> None:
     try:
         statements = duckdb.extract_statements(sql)
     except duckdb.Error as error:
-        raise ValueError(_explain(str(error))) from None
+        raise UserError(_explain(str(error))) from None
     if len(statements) != 1:
-        raise ValueError(f"query takes exactly one SELECT, got {len(statements)} statements")
+        raise UserError(f"query takes exactly one SELECT, got {len(statements)} statements")
     if statements[0].type != duckdb.StatementType.SELECT:
         kind = str(statements[0].type).rpartition(".")[2]
-        raise ValueError(f"query takes a SELECT and changes nothing, got {kind}")
+        raise UserError(f"query takes a SELECT and changes nothing, got {kind}")
 
 
 def _mentioned(sql: str) -> list[str]:
@@ -175,7 +176,7 @@ def _time_limit(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterat
         yield
     except (duckdb.Error, pa.ArrowException, OSError):
         if late.is_set():
-            raise ValueError(f"the query took longer than {seconds:g} seconds; narrow it with WHERE or LIMIT") from None
+            raise UserError(f"the query took longer than {seconds:g} seconds; narrow it with WHERE or LIMIT") from None
         raise
     finally:
         ended.set()
@@ -189,7 +190,7 @@ def _fetch(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         batches.append(batch)
         size += batch.nbytes
         if size > _ANSWER_BYTES:
-            raise ValueError(
+            raise UserError(
                 f"the answer is larger than {_ANSWER_BYTES >> 30} GiB; choose columns, or narrow it with WHERE or LIMIT"
             )
     return pa.Table.from_batches(batches, reader.schema)

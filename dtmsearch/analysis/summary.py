@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dtmsearch.core.metrics import PairedDifference, Summary, paired_difference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
+from dtmsearch.errors import UserError
 from dtmsearch.store.codecs.evaluations import summary_of
 from dtmsearch.store.codecs.tables import step_records
 from dtmsearch.store.schemas import SUMMARY_COLUMNS
@@ -108,16 +109,16 @@ class RunOverview:
 
 
 def record_of(store: ResultStore, run: str) -> RunRecord:
-    """What the store records of a run. Raises `ValueError` when it has none of that name."""
+    """What the store records of a run. Raises `UserError` when it has none of that name."""
     record = store.run(run)
     if record is None:
         names = ", ".join(r.run for r in store.runs()) or "none"
-        raise ValueError(f"no run {run!r} in the store {store.url}; it holds: {names}")
+        raise UserError(f"no run {run!r} in the store {store.url}; it holds: {names}")
     return record
 
 
 def summarize_run(store: ResultStore, run: str) -> RunSummary:
-    """What the store knows of a run. Raises `ValueError` when it has none of that name."""
+    """What the store knows of a run. Raises `UserError` when it has none of that name."""
     record = record_of(store, run)
     statuses = _search_statuses(store, run)
     steps = step_records(store.table("steps", run=run))

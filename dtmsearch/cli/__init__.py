@@ -14,27 +14,10 @@ import click
 
 from dtmsearch.cli import looking, preparing, searching, using  # noqa: F401 - each adds its verbs
 from dtmsearch.cli.root import cli
-from dtmsearch.cli.speech import CLUSTER_UNREACHABLE, FAILED, LOG_FORMAT, STOPPED, STORE_UNREADABLE, USAGE, say
+from dtmsearch.cli.speech import LOG_FORMAT, say
+from dtmsearch.errors import FAILED, DtmError
 
 __all__ = ["cli", "main"]
-
-# Exceptions of ours (and Python's own) that say all a user needs, by name, because naming them must not import their
-# modules; the nearest class counts. Any other exception is a fault of ours, whose traceback is kept.
-_EXIT_CODES = {
-    "ValueError": USAGE,
-    "ClusterLost": STOPPED,
-    "ClusterUnreachable": CLUSTER_UNREACHABLE,
-    "ExportFailed": FAILED,
-    "JobEnded": STOPPED,
-    "JobNotBegun": FAILED,
-    "RecoveryDiverged": STOPPED,
-    "ReplicasFailed": FAILED,
-    "RunLocked": FAILED,
-    "SearchFailed": FAILED,
-    "SearchStopped": STOPPED,
-    "StoreError": STORE_UNREADABLE,
-    "StoreFull": STOPPED,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,16 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> int:
-    code = next((_EXIT_CODES[cls.__name__] for cls in type(error).__mro__ if _is_ours(cls)), None)
-    if code is not None:
-        say(f"error: {error}")
-        return code
-    with tempfile.NamedTemporaryFile("w", prefix="dtmsearch-", suffix=".log", delete=False) as log:
+    if not isinstance(error, DtmError):
+        first_line = next(iter(str(error).splitlines()), "")
+        say(f"error: {type(error).__name__}: {first_line}\nthe traceback is in {_traceback_file(error)}")
+        return FAILED
+    say(f"error: {error}")
+    if error.exit_code == FAILED and error.__cause__ is not None:  # what failed below us may be a fault of ours
+        say(f"the traceback is in {_traceback_file(error)}")
+    return error.exit_code
+
+
+def _traceback_file(error: Exception) -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="dtmsearch-", suffix=".log", delete=False, errors="replace") as log:
         traceback.print_exception(error, file=log)
-    first_line = next(iter(str(error).splitlines()), "")
-    say(f"error: {type(error).__name__}: {first_line}\nthe traceback is in {log.name}")
-    return FAILED
-
-
-def _is_ours(cls: type) -> bool:
-    return cls.__name__ in _EXIT_CODES and cls.__module__.partition(".")[0] in ("builtins", "dtmsearch")
+    return log.name

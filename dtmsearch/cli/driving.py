@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dtmsearch.cli.speech import LOG_FORMAT, STOPPED, say
+from dtmsearch.cli.speech import LOG_FORMAT, say
+from dtmsearch.errors import STOPPED, SearchStopped
 
 if TYPE_CHECKING:
     from dtmsearch.workflows.run import Where
@@ -53,8 +54,6 @@ def observing(quiet: bool) -> Iterator[Any]:
 @contextmanager
 def resumable(command: str) -> Iterator[None]:
     """Turn a stop into exit code 3 and a word on how to go on."""
-    from dtmsearch.search.loop import SearchStopped
-
     # `kill` is as good a wish to stop as Ctrl-C, also before the search has begun to listen.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

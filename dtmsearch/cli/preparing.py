@@ -8,7 +8,8 @@ import click
 
 from dtmsearch.cli.options import examples, format_option, set_option, store_option
 from dtmsearch.cli.root import cli
-from dtmsearch.cli.speech import FAILED, print_text, say, show
+from dtmsearch.cli.speech import print_text, say, show
+from dtmsearch.errors import FAILED
 
 
 @cli.command(

@@ -18,7 +18,8 @@ from dtmsearch.cli.options import (
     where_options,
 )
 from dtmsearch.cli.root import cli
-from dtmsearch.cli.speech import FAILED, STOPPED, print_text, query_command, resume_command, say, show, store_argument
+from dtmsearch.cli.speech import print_text, query_command, resume_command, say, show, store_argument
+from dtmsearch.errors import FAILED, STOPPED
 
 if TYPE_CHECKING:
     from dtmsearch.analysis.summary import RunSummary

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
+from dtmsearch.errors import FAILED
+
 DEFAULT_STORE = "dtm-store"
-FAILED, USAGE, STOPPED, STORE_UNREADABLE, CLUSTER_UNREACHABLE = 1, 2, 3, 4, 5
 LOG_FORMAT: ContextVar[str] = ContextVar("log_format", default="text")
 
 

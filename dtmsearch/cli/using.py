@@ -10,7 +10,8 @@ import click
 from dtmsearch.cli.driving import observing, resumable, where_of
 from dtmsearch.cli.options import examples, format_option, set_option, store_option, where_options
 from dtmsearch.cli.root import cli
-from dtmsearch.cli.speech import FAILED, say, show
+from dtmsearch.cli.speech import say, show
+from dtmsearch.errors import FAILED
 
 # What `dtmsearch.export.formats` can write, by name, because naming them must not load torch; a test holds them equal.
 EXPORT_FORMATS = ("json", "dense", "bitsandbytes", "compressed-tensors", "gguf-recipe", "evopress")

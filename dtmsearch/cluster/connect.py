@@ -14,18 +14,11 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError
 
 from dtmsearch.cluster.tokens import refused
+from dtmsearch.errors import ClusterLost, ClusterUnreachable
 
 # Processes of a local Ray without which nothing goes on.
 _VITAL = ("raylet", "gcs_server")
 _CONNECT_SECONDS = 10.0
-
-
-class ClusterUnreachable(RuntimeError):
-    """There is no Ray cluster at the address, or it does not let us in."""
-
-
-class ClusterLost(RuntimeError):
-    """The Ray that was started for this search has died; the search can be resumed."""
 
 
 def connect(address: str | None) -> bool:

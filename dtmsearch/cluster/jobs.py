@@ -19,8 +19,9 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from dtmsearch.cluster.connect import ClusterUnreachable, check_listening
+from dtmsearch.cluster.connect import check_listening
 from dtmsearch.cluster.tokens import refused
+from dtmsearch.errors import ClusterUnreachable, JobEnded, JobNotBegun, UserError
 
 # Between a run's name, which cannot hold it, and the number of a later session of the run.
 _SESSION = "~"
@@ -35,14 +36,6 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-
-
-class JobEnded(RuntimeError):
-    """A followed job ended without an exit code: killed, or lost with its node."""
-
-
-class JobNotBegun(RuntimeError):
-    """A job's environment could not be made on the cluster; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Jobs:
             self._client = JobSubmissionClient(address if "://" in address else f"http://{address}")
 
     def submit(self, run: str, order: Order) -> Job:
-        """Start a session of a run, or attach to the one at work. Raises `ValueError` if that one is another search."""
+        """Start a session of a run, or attach to the one at work. Raises `UserError` if that one is another search."""
         while True:
             sessions = self._sessions(run)
             last = sessions[max(sessions)] if sessions else None
@@ -176,7 +169,7 @@ def _check_same(run: str, job: JobDetails, order: Order) -> None:
     other = [f"{key}: {theirs.get(key)} -> {value}" for key, value in order.facts.items() if theirs.get(key) != value]
     if other:
         lines = "\n  ".join(other)
-        raise ValueError(
+        raise UserError(
             f"job {_id(job)} at work on this cluster is another search under the name {run!r}:\n  {lines}\n"
             "Give this search another run name, or stop that one first"
         )

@@ -35,6 +35,7 @@ from dtmsearch.core.evaluation import (
     Provenance,
     ReplicaSettings,
 )
+from dtmsearch.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -361,13 +362,13 @@ def _fetch_one(reference: Any) -> Any:
 
 
 def _share(settings: PoolSettings) -> Share:
-    """The share of each replica. Raises `ValueError` for what this machine does not have; a cluster may grow."""
+    """The share of each replica. Raises `UserError` for what this machine does not have; a cluster may grow."""
     nodes = alive_nodes()
     share = share_of(
         nodes, settings.replicas, settings.gpus_per_replica, settings.cpus_per_replica, settings.nodes_per_replica
     )
     if settings.address is None and len(nodes) < share.num_nodes:
-        raise ValueError(
+        raise UserError(
             f"--nodes-per-replica asks for {share.num_nodes} nodes, but {len(nodes)} can be had "
             "here: a replica is spread over nodes of a cluster (--address), over the GPUs of one by --gpus-per-replica"
         )
@@ -375,5 +376,5 @@ def _share(settings: PoolSettings) -> Share:
         for option, kind, each in (("gpus", "GPU", share.num_gpus), ("cpus", "CPU", share.num_cpus)):
             has = sum(node.get(kind, 0.0) for node in nodes)
             if each > has:
-                raise ValueError(f"--{option}-per-replica asks for {each:g} {kind}s, but this machine has {has:g}")
+                raise UserError(f"--{option}-per-replica asks for {each:g} {kind}s, but this machine has {has:g}")
     return share

@@ -14,11 +14,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from dtmsearch.cluster.outstanding import MAX_ATTEMPTS
 from dtmsearch.cluster.replica_handle import Member
-from dtmsearch.cluster.replicas import Crew, ReplicasFailed, cause_of, is_loss
+from dtmsearch.cluster.replicas import Crew, cause_of, is_loss
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Continuation, Reference, Speed, mean_speed
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import ReplicasFailed
 
 
 class Services:

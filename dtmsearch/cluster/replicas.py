@@ -17,14 +17,11 @@ from dtmsearch.cluster.canaries import WrongNumbers
 from dtmsearch.cluster.placement import Patience, Room, Share
 from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
+from dtmsearch.errors import ReplicasFailed, UserError
 
 _MAX_FAILED_STARTS = 3
 # A replica's first canary may diverge by near ties on other hardware; more than this share is a broken replica.
 _CANARY_LIMIT = 0.02
-
-
-class ReplicasFailed(RuntimeError):
-    """No replica can be brought up; the message says why."""
 
 
 class Crew:
@@ -145,7 +142,7 @@ class Crew:
                 self._advance_start(member, ray.get(reference))
             except RayTaskError as error:
                 cause = cause_of(error)
-                if isinstance(cause, ValueError):
+                if isinstance(cause, UserError):
                     raise cause from None
                 self.lose(member, error)
             except RayError as error:

@@ -10,6 +10,8 @@ import json
 import os
 from collections.abc import Mapping
 
+from dtmsearch.errors import UserError
+
 # Packages whose version can change what an evaluation measures.
 PINNED = ("bitsandbytes", "numpy", "tokenizers", "torch", "transformers")
 VARIABLE = "DTMSEARCH_PINS"
@@ -33,13 +35,13 @@ def environment(pins: Mapping[str, str]) -> dict[str, str]:
 
 
 def check(environ: Mapping[str, str] = os.environ) -> None:
-    """Raises `ValueError` when this process has other versions than its job was pinned to."""
+    """Raises `UserError` when this process has other versions than its job was pinned to."""
     pins: dict[str, str] = json.loads(environ.get(VARIABLE, "{}"))
     here = versions(tuple(pins))
     other = {name: wanted for name, wanted in pins.items() if here.get(name) != wanted}
     if other:
         found = ", ".join(f"{name} {here.get(name, 'missing')} (pinned to {wanted})" for name, wanted in other.items())
-        raise ValueError(
+        raise UserError(
             f"a node of the cluster has other versions than the machine that submitted the search: {found}. Submit "
             "with `--pins install` to have the pinned ones installed for it, or with `--pins none` to take the "
             "cluster's"

@@ -26,6 +26,7 @@ from dtmsearch.config.sections import (
     ValidationSection,
 )
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.errors import UserError
 
 __all__ = [
     "DatasetSection",
@@ -107,14 +108,14 @@ class SearchFile(Section):
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> SearchFile:
-    """Read a search file and apply overrides such as `search.width=4`. Raises `ValueError` for a user's mistake."""
+    """Read a search file and apply overrides such as `search.width=4`. Raises `UserError` for a user's mistake."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"no search file at {path}") from None
+        raise UserError(f"no search file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the search file {path}: {error}") from None
+        raise UserError(f"cannot read the search file {path}: {error}") from None
     return parse(text, str(path), path.absolute().parent, overrides)
 
 
@@ -126,7 +127,7 @@ def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ())
     try:
         file = SearchFile.model_validate(content)
     except ValidationError as error:
-        raise ValueError("\n".join(f"{source}: {line}" for line in explain(error, SearchFile))) from None
+        raise UserError("\n".join(f"{source}: {line}" for line in explain(error, SearchFile))) from None
     file._folder = folder
     return file
 
@@ -137,11 +138,11 @@ def recovery_of(file: SearchFile, overrides: Sequence[str]) -> RecoverySection:
     for override in overrides:
         override_key(content, override)
     if not content.get("files"):
-        raise ValueError("recover needs a training text: --set 'files=[train.txt]'")
+        raise UserError("recover needs a training text: --set 'files=[train.txt]'")
     try:
         return RecoverySection.model_validate(content)
     except ValidationError as error:
-        raise ValueError("\n".join(f"recovery: {line}" for line in explain(error, RecoverySection))) from None
+        raise UserError("\n".join(f"recovery: {line}" for line in explain(error, RecoverySection))) from None
 
 
 def difference(old: str, new: str) -> list[str]:

@@ -9,23 +9,25 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dtmsearch.errors import UserError
+
 
 def read_yaml(text: str, source: str) -> dict[str, Any]:
-    """The keys of a search file's text. Raises `ValueError`, naming `source`, for what is none."""
+    """The keys of a search file's text. Raises `UserError`, naming `source`, for what is none."""
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not YAML: {error}") from None
+        raise UserError(f"{source} is not YAML: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{source} is no search file: it should hold keys such as run, model, prompts and search")
+        raise UserError(f"{source} is no search file: it should hold keys such as run, model, prompts and search")
     return content
 
 
 def override_key(content: dict[str, Any], override: str) -> None:
-    """Put `a.b=VALUE` into the keys of a file, sections made where they are missing. Raises `ValueError`."""
+    """Put `a.b=VALUE` into the keys of a file, sections made where they are missing. Raises `UserError`."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"--set takes KEY=VALUE such as search.width=4, got {override!r}")
+        raise UserError(f"--set takes KEY=VALUE such as search.width=4, got {override!r}")
     *parents, last = key.split(".")
     section = content
     for parent in parents:
@@ -33,13 +35,13 @@ def override_key(content: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = section[parent] = {}
         if not isinstance(inner, dict):
-            raise ValueError(f"--set {override}: {parent} is a value, not a section")
+            raise UserError(f"--set {override}: {parent} is a value, not a section")
         section = inner
     try:
         section[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ValueError(
+        raise UserError(
             f"--set {override}: the value is not YAML ({problem}). Quote what YAML gives a meaning to, such as "
             """--set 'search.components.include=["*attn*"]'"""
         ) from None

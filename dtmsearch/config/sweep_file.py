@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dtmsearch.config import RunName, SearchFile, load
+from dtmsearch.errors import UserError
 
 _LONGEST_NAME = 100
 
@@ -44,22 +45,22 @@ class SweepFile(BaseModel):
 def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> tuple[SweepFile, list[SearchFile]]:
     """A sweep file and its searches, in the grid's order; `overrides` are those of every search.
 
-    Raises `ValueError` for a user's mistake in it, in the base file or in a combination.
+    Raises `UserError` for a user's mistake in it, in the base file or in a combination.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the sweep file {path}: {error}") from None
+        raise UserError(f"cannot read the sweep file {path}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no sweep file: it should hold the keys sweep, base and grid")
+        raise UserError(f"{path} is no sweep file: it should hold the keys sweep, base and grid")
     try:
         sweep = SweepFile.model_validate(content)
     except ValidationError as error:
         problems = (f"{path}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise ValueError("\n".join(problems)) from None
+        raise UserError("\n".join(problems)) from None
     empty = [key for key, values in sweep.grid.items() if not values]
     if empty or "run" in sweep.grid:
-        raise ValueError(f"{path}: grid.{empty[0] if empty else 'run'}: give other keys, with at least one value each")
+        raise UserError(f"{path}: grid.{empty[0] if empty else 'run'}: give other keys, with at least one value each")
     base = path.parent / sweep.base
     return sweep, [_search(sweep, base, overrides, values) for values in itertools.product(*sweep.grid.values())]
 

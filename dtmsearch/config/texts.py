@@ -7,13 +7,14 @@ from pathlib import Path
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
 from dtmsearch.core.components import weight_files
+from dtmsearch.errors import UserError
 
 # A dataset is read until its text surely holds the windows: this many characters for each token wanted.
 _CHARACTERS_PER_TOKEN = 12
 
 
 def check_model(file: SearchFile) -> None:
-    """Raises `ValueError` at once when the model's folder is there but holds no usable checkpoint, or is plainly a
+    """Raises `UserError` at once when the model's folder is there but holds no usable checkpoint, or is plainly a
     path to nothing. A hub id passes."""
     path = file.model.path
     folder = file.resolve(path)
@@ -23,7 +24,7 @@ def check_model(file: SearchFile) -> None:
 
 
 def check_readable(file: SearchFile) -> None:
-    """Raises `ValueError` for a text file of the search file that is not there."""
+    """Raises `UserError` for a text file of the search file that is not there."""
     for section in (file.prompts, file.validation_prompts, file.calibration_text):
         if section is not None:
             text_files(file, section)
@@ -34,7 +35,7 @@ def check_readable(file: SearchFile) -> None:
 def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
     """The documents that prompts are cut from: each file, or each row of the dataset, is one.
 
-    Bytes that are not UTF-8 are read as U+FFFD. Raises `ValueError` when one is missing.
+    Bytes that are not UTF-8 are read as U+FFFD. Raises `UserError` when one is missing.
     """
     if prompts.dataset is not None:
         tokens = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens)
@@ -62,7 +63,7 @@ def text_files(file: SearchFile, prompts: PromptsSection) -> list[Path]:
 
 
 def paths(file: SearchFile, names: Sequence[str]) -> list[Path]:
-    """The files of names or patterns in a search file. Raises `ValueError` for one that is not there."""
+    """The files of names or patterns in a search file. Raises `UserError` for one that is not there."""
     found: list[Path] = []
     for name in names:
         path = file.resolve(name)
@@ -70,7 +71,7 @@ def paths(file: SearchFile, names: Sequence[str]) -> list[Path]:
         if not matches:
             beside = file.folder.absolute() != Path.cwd()
             places = f"neither in {file.folder} nor in the current folder" if beside else "in the current folder"
-            raise ValueError(f"no prompt file {name!r}{',' if beside else ''} {places}")
+            raise UserError(f"no prompt file {name!r}{',' if beside else ''} {places}")
         found += matches
     return found
 
@@ -85,12 +86,12 @@ def _dataset_rows(section: DatasetSection, enough_characters: int) -> list[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ValueError("prompts.dataset needs an extra: pip install 'dtmsearch[datasets]'") from None
+        raise UserError("prompts.dataset needs an extra: pip install 'dtmsearch[datasets]'") from None
     rows: list[str] = []
     characters = 0
     for row in load_dataset(section.path, section.name, split=section.split, streaming=True):
         if section.column not in row:
-            raise ValueError(f"dataset {section.path} has no column {section.column!r}; it has {sorted(row)}")
+            raise UserError(f"dataset {section.path} has no column {section.column!r}; it has {sorted(row)}")
         rows.append(row[section.column])
         characters += len(rows[-1])
         if characters >= enough_characters:

@@ -52,7 +52,7 @@ class Glance:
 
 
 def glance(store: ResultStore, run: str) -> Glance:
-    """How far a run is. Raises `ValueError` when the store has none of that name."""
+    """How far a run is. Raises `UserError` when the store has none of that name."""
     record = record_of(store, run)
     of_search = pc.field("purpose").isin(["search", "race"])
     rows = store.table("evaluations", ["status", "finished_at", "replica"], run, of_search)
@@ -108,7 +108,7 @@ def watch(
     stream: TextIO | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Glance:
-    """Show a run until nobody works on it any more; the last glance. Raises `ValueError` for an unknown run."""
+    """Show a run until nobody works on it any more; the last glance. Raises `UserError` for an unknown run."""
     stream = stream or sys.stdout
     console = Console(file=stream)
     glances = _glances(store, run, interval_seconds, sleep)

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dtmsearch.core.identity import file_digest, identity
+from dtmsearch.errors import UserError
 
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
 _SAFETENSORS_DTYPES = {
@@ -82,20 +83,20 @@ class ModelManifest:
         """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).
 
         Embeddings, norms and the head are chosen only by a pattern that names them: one whose text holds their own
-        last name, so never by `*`. Raises `ValueError` for an include pattern that matches nothing.
+        last name, so never by `*`. Raises `UserError` for an include pattern that matches nothing.
         """
         chosen = [c for c in self.components if _matches(c, include)]
         chosen += [c for c in self.others if any(c.name.rpartition(".")[2] in p and _matches(c, (p,)) for p in include)]
         for pattern in include:
             if not any(_matches(c, (pattern,)) for c in chosen):
                 kinds = ", ".join(sorted({c.kind for c in self.components}))
-                raise ValueError(
+                raise UserError(
                     f"components.include: {pattern!r} matches none of the {len(self.components)} components of "
                     f"{self.model}; patterns match names such as {self.components[0].name!r} or kinds ({kinds})"
                 )
         kept = tuple(c for c in chosen if not _matches(c, exclude))
         if not kept:
-            raise ValueError(f"components.exclude {list(exclude)} leaves no component of {self.model}")
+            raise UserError(f"components.exclude {list(exclude)} leaves no component of {self.model}")
         return kept
 
 
@@ -106,16 +107,16 @@ def _matches(component: Component, patterns: tuple[str, ...]) -> bool:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, by name.
 
-    Raises `ValueError` when the folder is missing, is no checkpoint, or holds pickled weights only.
+    Raises `UserError` when the folder is missing, is no checkpoint, or holds pickled weights only.
     """
     if not folder.is_dir():
-        raise ValueError(f"no model at {folder}: the folder does not exist")
+        raise UserError(f"no model at {folder}: the folder does not exist")
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"no model at {folder}: it holds no config.json") from None
+        raise UserError(f"no model at {folder}: it holds no config.json") from None
     except ValueError as error:
-        raise ValueError(f"the model at {folder} has a config.json that is no JSON: {error}") from None
+        raise UserError(f"the model at {folder} has a config.json that is no JSON: {error}") from None
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -124,16 +125,16 @@ def weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise ValueError(f"the model at {folder} is incomplete: its index names {missing[0]}, which is not there")
+        raise UserError(f"the model at {folder} is incomplete: its index names {missing[0]}, which is not there")
     if files:
         return files
     pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
     if pickled:
-        raise ValueError(
+        raise UserError(
             f"the model at {folder} has pickled weights only ({pickled[0]}): loading them could run foreign code. "
             "Convert it once with save_pretrained, which writes safetensors"
         )
-    raise ValueError(f"no weights at {folder}: it holds no .safetensors file")
+    raise UserError(f"no weights at {folder}: it holds no .safetensors file")
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -147,9 +148,9 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         header.pop("__metadata__", None)
         needed = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no safetensors file, or a cut one: it begins with no readable header") from None
+        raise UserError(f"{path} is no safetensors file, or a cut one: it begins with no readable header") from None
     if needed > length:
-        raise ValueError(f"{path} is no safetensors file, or a cut one: it has {length} bytes of {needed}")
+        raise UserError(f"{path} is no safetensors file, or a cut one: it has {length} bytes of {needed}")
     return {
         name: (_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
         for name, entry in header.items()
@@ -164,7 +165,7 @@ def checkpoint_dtype(files: list[Path]) -> str:
             if len(shape) == 2 and dtype in DTYPE_BITS:
                 counts[dtype] = counts.get(dtype, 0) + 1
     if not counts:
-        raise ValueError(f"{files[0].parent} holds no floating-point matrices: is the checkpoint quantized already?")
+        raise UserError(f"{files[0].parent} holds no floating-point matrices: is the checkpoint quantized already?")
     return max(counts, key=lambda dtype: counts[dtype])
 
 

@@ -54,7 +54,7 @@ class Summary:
     kl: float | None
 
     def value(self, metric: str) -> float:
-        """The value that `metric` (one of METRICS) ranks by. Raises `ValueError` when it was not measured."""
+        """The value that `metric` (one of METRICS) ranks by. Raises `UserError` when it was not measured."""
         value = {
             "fdt": self.fdt_mean,
             "sdt": self.sdt_mean,

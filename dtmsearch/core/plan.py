@@ -13,6 +13,7 @@ from typing import Any
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -172,23 +173,23 @@ def plan_to_json(plan: Plan, manifest: ModelManifest, weights_id: str = "") -> s
 
 
 def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
-    """The plan in a plan file. Raises `ValueError` when it is malformed or was made for another model."""
+    """The plan in a plan file. Raises `UserError` when it is malformed or was made for another model."""
     content = _plan_content(text, source)
     manifest_id, schemes = content["manifest_id"], content["schemes"]
     if manifest_id != manifest.id:
-        raise ValueError(
+        raise UserError(
             f"{source} was made for another model: its manifest is {manifest_id} ({content.get('model')}), that of "
             f"{manifest.model} is {manifest.id}"
         )
     for component, scheme in schemes.items():
         if component not in manifest.by_name:
-            raise ValueError(f"{source} names {component!r}, which {manifest.model} does not have")
+            raise UserError(f"{source} names {component!r}, which {manifest.model} does not have")
         parse_scheme(scheme)
     return Plan.of(schemes)
 
 
 def weights_id_from_json(text: str, source: str) -> str:
-    """The trained weights that a plan file's plan is over; empty for the base model's own. Raises `ValueError`."""
+    """The trained weights that a plan file's plan is over; empty for the base model's own. Raises `UserError`."""
     return str(_plan_content(text, source).get("weights_id", ""))
 
 
@@ -197,4 +198,4 @@ def _plan_content(text: str, source: str) -> dict[str, Any]:
         content = dict(json.loads(text))
         return content | {"manifest_id": content["manifest_id"], "schemes": dict(content["schemes"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
+        raise UserError(f"{source} is no plan file (JSON with model, manifest_id and schemes): {error}") from None

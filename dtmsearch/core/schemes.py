@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
+from dtmsearch.errors import UserError
+
 DENSE = "dense"
 DROP = "drop"
 SCALE_BITS = 16
@@ -136,7 +138,7 @@ class Scheme:
 
 @lru_cache(maxsize=4096)
 def parse_scheme(name: str) -> Scheme:
-    """The scheme of a name. Raises `ValueError` that names the nearest scheme when there is none of that name."""
+    """The scheme of a name. Raises `UserError` that names the nearest scheme when there is none of that name."""
     if name in (DENSE, DROP):
         return Scheme(name, name, 0, "none")
     if name in _BITSANDBYTES:
@@ -148,7 +150,7 @@ def parse_scheme(name: str) -> Scheme:
         return Scheme(name, "pruning", 0, "none", pruning=pruning)
     match = _ROUNDING.fullmatch(quantized)
     if match is None or (plus and pruning is None):
-        raise ValueError(_unknown(name))
+        raise UserError(_unknown(name))
     gptq, width, whole, group, asymmetric = match.groups()
     family = "pair" if plus else "gptq" if gptq else "rounding"
     grain = (int(width), whole or "group", int(group or 0), asymmetric is not None)

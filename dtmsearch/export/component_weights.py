@@ -6,20 +6,21 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job
 from dtmsearch.model.compress.packing import packed_codes
 from dtmsearch.model.compress.rounding import Codes, round_codes
 
 
 def component_codes(job: Job, component: Component, weight: Tensor) -> Codes:
-    """The codes, scales and zero points of a component under a rounding or GPTQ scheme. Raises `ValueError` for a
+    """The codes, scales and zero points of a component under a rounding or GPTQ scheme. Raises `UserError` for a
     matrix that has not been solved for."""
     scheme = parse_scheme(job.plan.scheme_of(component.name))
     if solved_scheme(scheme) is None:
         return round_codes(weight, scheme, job.scale_dtype)
     packed = job.compressor.solved(component.name, scheme.name)
     if packed is None:
-        raise ValueError(f"{component.name} has not been solved for {scheme.name}: the store does not hold it")
+        raise UserError(f"{component.name} has not been solved for {scheme.name}: the store does not hold it")
     return packed_codes(packed, weight.device)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.model.compress.compressor import Compressor
 
 
@@ -42,7 +43,7 @@ class Job:
     def __post_init__(self) -> None:
         missing = [name for name in self.plan.schemes if name not in self._places]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the files of {self.manifest.model} hold no tensor for {missing[0]} and {len(missing) - 1} others: "
                 "transformers puts them together in a way that is not known here"
             )
@@ -52,7 +53,7 @@ class Job:
         shapes = self._trained_shapes
         wrong = [own for tensor, own in self._trained.items() if self.shapes.get(tensor) != shapes[own]]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"the trained weights {self.weights_id} cannot be put into the files of {self.manifest.model}: "
                 f"{wrong[0]} and {len(wrong) - 1} others stand there in no tensor of that shape. They are of another "
                 "model, or transformers puts these tensors together when it loads them"
@@ -208,10 +209,10 @@ class Written:
     notes: Sequence[str] = ()
 
 
-def refuse(format_name: str, reason: str, offending: Sequence[str]) -> ValueError:
+def refuse(format_name: str, reason: str, offending: Sequence[str]) -> UserError:
     """The error of a plan that a format cannot hold, with every component in its way."""
     lines = "".join(f"\n  {line}" for line in offending)
-    return ValueError(f"{format_name} cannot hold this plan: {reason}{lines}")
+    return UserError(f"{format_name} cannot hold this plan: {reason}{lines}")
 
 
 def compressed_schemes(plan: Plan) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from dtmsearch.config import difference
 from dtmsearch.core.metrics import PairedDifference, paired_difference
 from dtmsearch.core.schemes import DENSE
+from dtmsearch.errors import UserError
 from dtmsearch.report.charts import Figure, save
 from dtmsearch.report.charts.compared import compared_course, compared_plans, compared_survival
 from dtmsearch.report.facts import Row, RunFacts, gather, per_prompt
@@ -27,10 +28,10 @@ def write_comparison(
 ) -> list[Path]:
     """Write a page about two runs to `out`, and its figures into a folder; the files written.
 
-    Raises `ValueError` when the store lacks one of them, or they are one.
+    Raises `UserError` when the store lacks one of them, or they are one.
     """
     if first == second:
-        raise ValueError(f"{first} is compared with itself: give two runs")
+        raise UserError(f"{first} is compared with itself: give two runs")
     one, other = gather(store, first), gather(store, second)
     drawn = compared(one, other)
     differences = held_out_differences(store, one, other)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dtmsearch.errors import UserError
+
 try:
     import altair
     import jinja2
     import vl_convert
 except ImportError as error:
-    raise ValueError(
+    raise UserError(
         f"a report needs {error.name}, which is not installed here: pip install 'dtmsearch[report]'"
     ) from error
 

@@ -29,7 +29,7 @@ from dtmsearch.store.store import ResultStore
 def write_report(store: ResultStore, run: str, out: Path, figures_folder: Path | None = None) -> list[Path]:
     """Write a run's page to `out`, and its figures into a folder; the files written.
 
-    Raises `ValueError` when the store has no such run, or a library of the extra `report` is missing.
+    Raises `UserError` when the store has no such run, or a library of the extra `report` is missing.
     """
     facts = gather(store, run)
     drawn = figures(facts)

@@ -15,6 +15,7 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
 from dtmsearch.core.records import EvaluationRecord, Purpose, StepRecord
+from dtmsearch.errors import SearchStopped
 from dtmsearch.search.eta import Workload
 
 # How long a wait for outcomes may last before the stop request is looked at again.
@@ -23,14 +24,6 @@ _POLL_SECONDS = 0.5
 
 class SearchStalled(RuntimeError):
     """Nothing in flight, nothing to ask, not done: a fault of ours, never a quiet end."""
-
-
-class SearchStopped(Exception):
-    """The user asked the search to stop; it can be resumed."""
-
-
-class SearchFailed(RuntimeError):
-    """The strategy cannot go on: every candidate of a round failed."""
 
 
 @dataclass(frozen=True)

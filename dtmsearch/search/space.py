@@ -14,6 +14,7 @@ from math import ceil
 from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
 from dtmsearch.core.schemes import DENSE
+from dtmsearch.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SearchSpace:
     (components of that group's kinds in the same parent module change together) or a component's full name (the named
     components of the group change together). `dense_bits` is the size of an uncompressed weight.
 
-    Raises `ValueError` for tied names that match nothing, a component in two groups, and a budget out of reach.
+    Raises `UserError` for tied names that match nothing, a component in two groups, and a budget out of reach.
     """
 
     components: tuple[Component, ...]
@@ -187,13 +188,13 @@ def _tied_sets(
     for number, group in enumerate(tied):
         for entry in group:
             if entry not in names and entry not in kinds:
-                raise ValueError(_unknown_tied(entry, names, kinds))
+                raise UserError(_unknown_tied(entry, names, kinds))
         for component in components:
             if component.name not in group and component.kind not in group:
                 continue
             if group_of.setdefault(component.name, number) != number:
                 both = " and ".join(f"[{', '.join(tied[n])}]" for n in (group_of[component.name], number))
-                raise ValueError(f"tied: {component.name} is in two groups, {both}; a component can be in one only")
+                raise UserError(f"tied: {component.name} is in two groups, {both}; a component can be in one only")
             # Components that are named are tied with each other wherever they lie.
             parent = None if component.name in group else component.name.rpartition(".")[0]
             sets.setdefault((number, parent), []).append(component)
@@ -211,7 +212,7 @@ def _unknown_tied(entry: str, names: Iterable[str], kinds: Iterable[str]) -> str
 
 
 def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
-    """Raise `ValueError` for a stop rule that no plan of these units meets."""
+    """Raise `UserError` for a stop rule that no plan of these units meets."""
     choices = [[unit.sizes[DENSE], *(unit.sizes[edge.scheme] for edge in unit.edges)] for unit in units]
     extreme = PlanSize(
         num_compressed=sum(max(size.num_compressed for size in sizes) for sizes in choices),
@@ -229,7 +230,7 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
     ):
         wanted: float | None = getattr(budget, rule)
         if wanted is not None and (bound < wanted if most else bound > wanted):
-            raise ValueError(
+            raise UserError(
                 f"stop.{rule}: {wanted} is out of reach of these components and schemes; the "
                 f"{'most' if most else 'least'} that they can come to is {bound}"
             )

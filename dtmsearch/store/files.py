@@ -16,21 +16,11 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
+from dtmsearch.errors import StoreError, StoreFull, StoreReadOnly
+
 TEMPORARY = ".tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-class StoreError(Exception):
-    """The store cannot be used as asked. Nothing that was recorded is lost."""
-
-
-class StoreFull(StoreError):
-    """No room to write; the run can be resumed when there is."""
-
-
-class StoreReadOnly(StoreError):
-    """The store can be read but not written."""
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from dtmsearch.store.files import Folder, LocalFolder, StoreError
+from dtmsearch.errors import RunLocked, StoreError
+from dtmsearch.store.files import Folder, LocalFolder
 
 FOLDER = "locks"
 # A reader that asks whether a run is locked holds its lock for an instant: no reason to refuse a driver.
 _RETRY_SECONDS = 0.5
 _BEAT_SECONDS = 15.0
 _STALE_SECONDS = 60.0
-
-
-class RunLocked(StoreError):
-    """Another driver works on this run."""
 
 
 @dataclass(frozen=True)

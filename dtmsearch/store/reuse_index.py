@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import Outcome
+from dtmsearch.errors import StoreError
 from dtmsearch.store.codecs.evaluations import OUTCOME_COLUMNS, outcomes
-from dtmsearch.store.files import StoreError
 from dtmsearch.store.segments import Segment, Segments
 
 # How often the store is looked through for what other running searches have added.

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from dtmsearch.store.files import Folder, StoreError, StoreReadOnly
+from dtmsearch.errors import StoreError, StoreReadOnly
+from dtmsearch.store.files import Folder
 from dtmsearch.store.schemas import SCHEMAS, fits
 
 DAMAGED = ".damaged"

@@ -23,13 +23,14 @@ from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import Continuation, Outcome, Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, RunRecord, StepRecord, TrainingRecord
+from dtmsearch.errors import RunLocked, StoreError, StoreFull, StoreReadOnly
 from dtmsearch.store import schemas
 from dtmsearch.store.codecs import calibrations as calibration_tables
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes
 from dtmsearch.store.codecs.plans import PlanRows, plan_of
-from dtmsearch.store.files import TEMPORARY, LocalFolder, StoreError, StoreFull, StoreReadOnly, open_folder
-from dtmsearch.store.locks import RunLocked, lock_of
+from dtmsearch.store.files import TEMPORARY, LocalFolder, open_folder
+from dtmsearch.store.locks import lock_of
 from dtmsearch.store.reuse_index import Elsewhere
 from dtmsearch.store.segments import Segment, Segments
 

@@ -21,7 +21,7 @@ from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_s
 
 
 def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
-    """The space of a search file over a model. Raises `ValueError` for components, ties or budgets that cannot be."""
+    """The space of a search file over a model. Raises `UserError` for components, ties or budgets that cannot be."""
     section = file.search
     sparsity = section.strategy == "sparsity"  # its rounds say when it ends, and its end is what is uniform
     components = manifest.select(section.components.include, section.components.exclude)

@@ -86,7 +86,7 @@ def recover(
 ) -> RecoveredModel:
     """Train the model of a run's final plan under its masks, and measure it before and after.
 
-    `settings` (`masked_steps=200`, `files=[train.txt]`) go over the run's own `search.recovery`. Raises `ValueError`
+    `settings` (`masked_steps=200`, `files=[train.txt]`) go over the run's own `search.recovery`. Raises `UserError`
     for a plan that does more than prune, `RecoveryDiverged`, and `SearchStopped`, after which the same goes on.
     """
     observer = observer or Silent()

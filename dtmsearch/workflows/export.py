@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.export_check import ExportFailed, check_bytes, measured
+from dtmsearch.workflows.export_check import check_bytes, measured
 from dtmsearch.workflows.export_repair import require_tied
 from dtmsearch.workflows.export_source import Source, find
 from dtmsearch.workflows.export_summary import Exported, card_of, described, size_account
@@ -44,19 +45,19 @@ def export(
     """Write the plan of a run, or of a plan file, to the new folder `out`.
 
     `model` is where the base model lies now, if not where the search found it. `weights` names trained weights of the
-    store to take the plan over, if not those that the search ended with. Raises `ValueError` for a plan that
+    store to take the plan over, if not those that the search ended with. Raises `UserError` for a plan that
     cannot be found or that the format cannot hold, `ExportFailed` when the written folder does not measure as the
     store says; it is left beside `out` then.
     """
     form = FORMATS[to]
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--out {target} is there already: give a folder that is new or empty")
+        raise UserError(f"--out {target} is there already: give a folder that is new or empty")
     results = ResultStore(store)
     found = find(source, results, model, weights)
     wants_check = check and form.is_model
     if wants_check and found.recorded is None:
-        raise ValueError(
+        raise UserError(
             f"the store {store} holds no measurement of this plan{_over(found)} to hold the export against. "
             f"Measure it first (dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
         )
@@ -126,7 +127,7 @@ def _compressor(found: Source, results: ResultStore, scale_dtype: torch.dtype, d
 
 
 def _check_solved(found: Source, to: str) -> None:
-    """Raises `ValueError` where trained weights would have to be solved for once more."""
+    """Raises `UserError` where trained weights would have to be solved for once more."""
     offending = [f"{name}: {scheme}" for name, scheme in found.plan.entries if solved_scheme(parse_scheme(scheme))]
     if found.trained is not None and offending:
         raise refuse(to, f"the store keeps no matrices solved for the trained weights {found.weights_id}", offending)

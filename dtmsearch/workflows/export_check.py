@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
+from dtmsearch.errors import ExportFailed
 from dtmsearch.export.job import Job, Written
 from dtmsearch.export.writer import header_bytes
 from dtmsearch.model.replica.exported import write_job
 from dtmsearch.workflows.export_source import Recorded, Source
-
-
-class ExportFailed(RuntimeError):
-    """What was written is not what was measured."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dtmsearch.workflows.export_source import Source
 
 
 def require_tied(found: Source, target: Path, job: Job) -> None:
-    """Raises `ValueError` for a plan that splits what vLLM fuses, with the repairs there are and what each costs."""
+    """Raises `UserError` for a plan that splits what vLLM fuses, with the repairs there are and what each costs."""
     components, bits = found.manifest.components, job.dtype.itemsize * 8
     groups = untied_groups(found.plan, components)
     if not groups:

@@ -17,6 +17,7 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, IntArray, ModelSpec, Reference
 from dtmsearch.core.plan import Plan, plan_from_json, plan_to_json, weights_id_from_json
+from dtmsearch.errors import UserError
 from dtmsearch.export.formats.evopress import is_configuration, read_configuration
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.weights.trained import trained_file
@@ -52,7 +53,7 @@ class Source:
 
 def find(source: str, results: ResultStore, model: str | None, weights_id: str | None = None) -> Source:
     """What a run's name or a plan's file stands for, over the weights that these name or, if given, over others of the
-    store. Raises `ValueError` for a plan that cannot be exported."""
+    store. Raises `UserError` for a plan that cannot be exported."""
     path = Path(source)
     found = (_find_file if path.is_file() else _find_run)(source, results, model, weights_id)
     return replace(found, trained=trained_file(results.weights_folder, found.weights_id) if found.weights_id else None)
@@ -62,17 +63,17 @@ def _find_run(source: str, results: ResultStore, model: str | None, weights_id: 
     record = results.run(source)
     if record is None:
         names = ", ".join(r.run for r in results.runs()) or "none"
-        raise ValueError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
+        raise UserError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
     if record.final_plan_id is None:
-        raise ValueError(f"run {source!r} has no final plan (it is {record.status})")
+        raise UserError(f"run {source!r} has no final plan (it is {record.status})")
     plan = results.plan(record.final_plan_id, source)
     if plan is None:
-        raise ValueError(f"the final plan of run {source!r} is not in the store")
+        raise UserError(f"the final plan of run {source!r} is not in the store")
     file = config.parse(record.config, f"the search file of run {source}", Path(record.config_folder))
     spec = _spec(file, model)
     manifest = read_manifest(spec)
     if manifest.id != record.manifest_id:
-        raise ValueError(
+        raise UserError(
             f"run {source!r} searched the model with manifest {record.manifest_id}; the one at {spec.path} has "
             f"{manifest.id}. If the model lies elsewhere now, say where with --model"
         )
@@ -86,14 +87,14 @@ def _find_file(source: str, results: ResultStore, model: str | None, weights_id:
     text = path.read_text(encoding="utf-8")
     if is_configuration(text):
         if model is None:
-            raise ValueError(f"{path} is a configuration of modules and levels: say with --model what it is for")
+            raise UserError(f"{path} is a configuration of modules and levels: say with --model what it is for")
         manifest = read_manifest(ModelSpec(model))
         text = plan_to_json(read_configuration(path), manifest)
     try:
         content = json.loads(text)
         where = str(content["model"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
+        raise UserError(f"{path} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
     manifest = read_manifest(ModelSpec(model or where))
     plan = plan_from_json(text, manifest, str(path))
     over = weights_id_from_json(text, str(path)) if weights_id is None else weights_id

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtmsearch.core.components import checkpoint_dtype, read_header, weight_files
+from dtmsearch.errors import UserError
 
 _GIB = 1 << 30
 # Beside its weights a replica takes activations, and on a GPU the libraries' own memory.
@@ -54,12 +55,12 @@ class ModelFacts:
 
 
 def read_model(path: str) -> ModelFacts:
-    """The facts of the checkpoint in a local folder. Raises `ValueError` when there is none that can be read."""
+    """The facts of the checkpoint in a local folder. Raises `UserError` when there is none that can be read."""
     folder = _folder(path)
     files = weight_files(folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
-        raise ValueError(f"{path} is quantized already: a search starts from 16- or 32-bit weights")
+        raise UserError(f"{path} is quantized already: a search starts from 16- or 32-bit weights")
     text = config.get("text_config", config)
     shapes = [shape for file in files for _, shape in read_header(file).values()]
     return ModelFacts(
@@ -83,7 +84,7 @@ def _folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"], local_files_only=True))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, ValueError):
-        raise ValueError(
+        raise UserError(
             f"no model {path!r}: no folder of that name is here, and the hub's cache does not hold it. Fetch it first: "
             f"hf download {path}"
         ) from None
@@ -112,7 +113,7 @@ def this_machine() -> Machine:
 def propose(model: ModelFacts, machine: Machine, prompts: str, held_out: str, cost: str | None = None) -> str:
     """The text of a search file over two texts; `cost` are the lines of its estimate.
 
-    Raises `ValueError` when the model fits into no memory here.
+    Raises `UserError` when the model fits into no memory here.
     """
     dtype = model.dtype if machine.gpu_bytes else "float32"
     need = model.num_weights * (4 if dtype == "float32" else 2) * _REPLICA_FACTOR
@@ -171,7 +172,7 @@ def _where(machine: Machine, need: float) -> _Where:
         if each <= len(machine.gpu_bytes):
             options = f" --gpus-per-replica {each}"
             return _Where(f"A replica takes about {need / _GIB:.1f} GiB and is spread over {each} GPUs.", options)
-        raise ValueError(
+        raise UserError(
             f"a replica takes about {need / _GIB:.0f} GiB, and the GPUs here have "
             f"{sum(machine.gpu_bytes) / _GIB:.0f} GiB together: run on a larger machine, "
             "or on a cluster (--address) with several nodes to a replica (--nodes-per-replica)"
@@ -180,7 +181,7 @@ def _where(machine: Machine, need: float) -> _Where:
         return _Where(f"A replica takes about {need / _GIB:.1f} GiB.", "")
     fitting = int(machine.memory_bytes // max(need, 1.0))
     if fitting == 0:
-        raise ValueError(
+        raise UserError(
             f"a replica takes about {need / _GIB:.1f} GiB of memory, and {machine.memory_bytes / _GIB:.1f} GiB are "
             "free here: run on a larger machine, or on a cluster (--address) with several nodes to a replica "
             "(--nodes-per-replica)"

@@ -12,6 +12,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan, plan_from_json, weights_id_from_json
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore
 
@@ -31,20 +32,20 @@ def stored_file(results: ResultStore, run_name: str) -> SearchFile:
 
 
 def check_continuable(results: ResultStore, file: SearchFile) -> None:
-    """Raises `ValueError` where a run cannot be continued by its name alone: its driver was sent elsewhere, or its
+    """Raises `UserError` where a run cannot be continued by its name alone: its driver was sent elsewhere, or its
     texts lie there."""
     record = record_of(results, file.run)
     if record.status == "finished" or Path(record.config_folder).is_dir():
         return
     if record.continue_command is not None:
-        raise ValueError(
+        raise UserError(
             f"run {file.run!r} was submitted to a cluster, which has its texts. To continue it, where it was "
             f"submitted:\n  {record.continue_command}"
         )
     try:
         texts.check_readable(file)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"run {file.run!r} was started from a search file in {record.config_folder}, which is not here ({error}). "
             f"Continue it there, or here with a copy of the file and its texts:\n"
             f"  dtmsearch run FILE --store {shlex.quote(results.url)}"
@@ -54,7 +55,7 @@ def check_continuable(results: ResultStore, file: SearchFile) -> None:
 def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
     """What is recorded of the run; None if it came to nothing yet, so that a mistake in its file can be mended.
 
-    Raises `ValueError` when it was begun from another search file.
+    Raises `UserError` when it was begun from another search file.
     """
     previous = results.run(file.run)
     if previous is None or previous.reference_id is None:
@@ -64,7 +65,7 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
     changes = config.difference(before.to_yaml(), file.to_yaml())
     if changes:
         lines = "\n  ".join(changes)
-        raise ValueError(
+        raise UserError(
             f"run {file.run!r} in {results.url} was started from another search file:\n  {lines}\n"
             f"Give this search a name of its own (run: {file.run}-2, or --set run={file.run}-2), or undo the change"
         )
@@ -72,19 +73,19 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
 
 
 def check_plan_argument(plan: str, results: ResultStore) -> None:
-    """Raises `ValueError` for what can be told to be no plan before the model is known."""
+    """Raises `UserError` for what can be told to be no plan before the model is known."""
     if plan.startswith(UNIFORM):
         parse_scheme(plan.removeprefix(UNIFORM))
     elif not Path(plan).is_file():
         record = results.run(plan)
         if record is None:
-            raise ValueError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
+            raise UserError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
         if results.plan_id_so_far(record) is None:
-            raise ValueError(f"run {plan!r} has no plan (it is {record.status})")
+            raise UserError(f"run {plan!r} has no plan (it is {record.status})")
 
 
 def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: ResultStore) -> Plan:
-    """The plan that a plan file, a run's name or `uniform:SCHEME` stands for over this model. Raises `ValueError`."""
+    """The plan that a plan file, a run's name or `uniform:SCHEME` stands for over this model. Raises `UserError`."""
     if plan.startswith(UNIFORM):
         return space.uniform(plan.removeprefix(UNIFORM))
     path = Path(plan)
@@ -92,11 +93,11 @@ def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: R
         return plan_from_json(path.read_text(encoding="utf-8"), manifest, plan)
     record = record_of(results, plan)
     if record.manifest_id != manifest.id:
-        raise ValueError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
+        raise UserError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
     plan_id = results.plan_id_so_far(record)
     found = None if plan_id is None else results.plan(plan_id, plan)
     if found is None:
-        raise ValueError(f"the plan of run {plan!r} is not in the store")
+        raise UserError(f"the plan of run {plan!r} is not in the store")
     return found
 
 

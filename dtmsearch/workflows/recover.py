@@ -22,8 +22,9 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.identity import identity
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
+from dtmsearch.errors import RecoveryDiverged, SearchStopped, UserError
 from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE, STOPPED
-from dtmsearch.search.loop import Observer, SearchStopped
+from dtmsearch.search.loop import Observer
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.store.store import ResultStore, RunWriter
 
@@ -32,10 +33,6 @@ _VERSION = 2
 _POLL_SECONDS = 0.2
 # A training that is interrupted has this long to write its checkpoint.
 _PATIENCE_SECONDS = 120.0
-
-
-class RecoveryDiverged(RuntimeError):
-    """A training's loss is no number any more; its last good checkpoint is kept."""
 
 
 class Recovering:
@@ -55,7 +52,7 @@ class Recovering:
         on_cluster: bool = False,
     ) -> None:
         if not isinstance(results.folder, LocalFolder):
-            raise ValueError(
+            raise UserError(
                 f"recovery writes checkpoints and weights to files, but the store {results.url} is a bucket: give "
                 "--store a folder that every node sees"
             )
@@ -157,7 +154,7 @@ def _failure(folder: Path, code: int) -> Exception:
     path = folder / FAILURE_FILE
     if path.exists():
         failure = json.loads(path.read_text(encoding="utf-8"))
-        kind = RecoveryDiverged if failure["kind"] == "diverged" else ValueError
+        kind = RecoveryDiverged if failure["kind"] == "diverged" else UserError
         return kind(failure["message"])
     lines = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     return RuntimeError(f"the training ended with code {code}; the last line of {folder / LOG_FILE}: {lines[-1]}")

@@ -16,7 +16,6 @@ from pathlib import Path
 import dtmsearch
 from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
-from dtmsearch.cluster.connect import ClusterLost
 from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.prometheus import Metrics
@@ -24,17 +23,18 @@ from dtmsearch.config import PromptsSection, SearchFile, texts
 from dtmsearch.core.evaluation import Reference, evaluation_cost
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
+from dtmsearch.errors import ClusterLost, RecoveryDiverged, SearchStopped, StoreError, StoreFull, UserError
 from dtmsearch.logs import naming
-from dtmsearch.search.loop import Decision, Observer, SearchStopped, Silent, Strategy, remarks_of, search
+from dtmsearch.search.loop import Decision, Observer, Silent, Strategy, remarks_of, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
 from dtmsearch.search.strategies.strategy_registry import NEED_ERRORS
-from dtmsearch.store.store import ResultStore, RunWriter, StoreError, StoreFull
+from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
 from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
-from dtmsearch.workflows.recover import Recovering, RecoveryDiverged
+from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import interruptible, pool_for, reference_for
 from dtmsearch.workflows.validate import Validation
 
@@ -72,7 +72,7 @@ class _Counting:
 def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
     """Start a search, or continue it where it was; a finished one returns at once.
 
-    Raises `ValueError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
+    Raises `UserError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
     `StoreError` when the store cannot be used, `ClusterUnreachable`, `SearchFailed`.
     """
     observer = observer or Silent()
@@ -88,7 +88,7 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
 def resume(run_name: str, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
     """Continue a search by its name, from the search file that the store remembers.
 
-    Raises also `ValueError` where the search cannot be continued from here, because its texts are elsewhere.
+    Raises also `UserError` where the search cannot be continued from here, because its texts are elsewhere.
     """
     results = open_store(store)
     file = stored_file(results, run_name)
@@ -111,7 +111,7 @@ def stop(run_name: str, store: str, reason: str = "") -> str | None:
     results = open_store(store)
     record = record_of(results, run_name)
     if not results.is_running(run_name):
-        raise ValueError(f"run {run_name!r} is not running")
+        raise UserError(f"run {run_name!r} is not running")
     results.request_stop(run_name, reason)
     return record.continue_command
 
@@ -182,7 +182,7 @@ class _Session:
         manifest = pool.manifest()
         space = space_of(self._file, manifest)
         if self._record.manifest_id not in (None, manifest.id):
-            raise ValueError(
+            raise UserError(
                 f"run {self._file.run!r} began with another model: manifest {self._record.manifest_id}, now "
                 f"{manifest.id} at {manifest.model}. Give the search another run name"
             )

@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from dtmsearch.core.metrics import PairedDifference, paired_difference
+from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.export import export
 
@@ -77,11 +78,11 @@ def score(
 ) -> list[TaskScore]:
     """Score a run's plan, or a folder that was exported, beside its base model.
 
-    `base` is where the base model lies, if not where the run or the folder's README says. Raises `ValueError` for a
+    `base` is where the base model lies, if not where the run or the folder's README says. Raises `UserError` for a
     task that the harness does not have, and where the harness is missing.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("score needs an extra: pip install 'dtmsearch[eval]'")
+        raise UserError("score needs an extra: pip install 'dtmsearch[eval]'")
     manager = _tasks(asked)
     with ExitStack() as stack:
         if Path(source).is_dir():
@@ -108,23 +109,23 @@ def _exported(run: str, store: str, base: str | None, out: str, say: Callable[[s
 
 
 def base_model_of(folder: Path) -> str:
-    """The base model that a folder's README names. Raises `ValueError` when it names none."""
+    """The base model that a folder's README names. Raises `UserError` when it names none."""
     card = folder / "README.md"
     match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
     front = yaml.safe_load(match.group(1)) if match else None
     if not isinstance(front, dict) or "base_model" not in front:
-        raise ValueError(f"{folder} has no README.md that names its base model: say with --base what it is")
+        raise UserError(f"{folder} has no README.md that names its base model: say with --base what it is")
     return str(front["base_model"])
 
 
 def _tasks(asked: Asked) -> Any:
-    """The harness's tasks and those of the folder. Raises `ValueError` for one that neither has."""
+    """The harness's tasks and those of the folder. Raises `UserError` for one that neither has."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=asked.include)
     unknown = [task for task in asked.tasks if task not in manager.all_tasks]
     if unknown:
-        raise ValueError(f"lm-evaluation-harness has no task {', '.join(unknown)}; a folder of your own: --include")
+        raise UserError(f"lm-evaluation-harness has no task {', '.join(unknown)}; a folder of your own: --include")
     return manager
 
 

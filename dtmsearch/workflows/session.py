@@ -21,7 +21,7 @@ from dtmsearch.store.store import ResultStore, RunWriter
 
 
 def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
-    """Replicas of a search file's model, to be closed by `with`. Raises `ValueError` for a folder that holds none."""
+    """Replicas of a search file's model, to be closed by `with`. Raises `UserError` for a folder that holds none."""
     if file.model.trust_remote_code:
         observer.on_note(
             f"WARNING: TRUST_REMOTE_CODE IS ON. PYTHON CODE THAT COMES WITH {file.model.path} RUNS WITH ALL YOUR RIGHTS"

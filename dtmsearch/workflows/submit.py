@@ -24,6 +24,7 @@ from dtmsearch.cluster import versions as pins
 from dtmsearch.cluster.jobs import Job, Jobs, Order
 from dtmsearch.config import PromptsSection, SearchFile, load, texts
 from dtmsearch.core.records import CONTINUE_VARIABLE
+from dtmsearch.errors import UserError
 
 Pins = Literal["check", "install", "none"]
 
@@ -72,7 +73,7 @@ def submit(
 ) -> Submission:
     """Run the search of a file as a job of the cluster at `address`, or attach to the job that runs it already.
 
-    `where` are options of `dtmsearch run` for the cluster, such as `--replicas 8`. Raises `ValueError` for a user's
+    `where` are options of `dtmsearch run` for the cluster, such as `--replicas 8`. Raises `UserError` for a user's
     mistake, `ClusterUnreachable`.
     """
     file = load(path, overrides)
@@ -151,10 +152,10 @@ def _place(file: SearchFile, name: str, home: Path, files: dict[str, Path]) -> s
 
 
 def _store_there(store: str) -> tuple[str, tuple[str, ...]]:
-    """The store as the cluster has to name it. Raises `ValueError` for a URL with credentials in it."""
+    """The store as the cluster has to name it. Raises `UserError` for a URL with credentials in it."""
     if "://" in store:
         if "@" in urlsplit(store).netloc:
-            raise ValueError(
+            raise UserError(
                 "the store's URL holds credentials, which everybody who sees the cluster's jobs could read. Give the "
                 "nodes a role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in their environment"
             )

@@ -21,8 +21,8 @@ from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.placement import Share, alive_nodes, share_of
 from dtmsearch.config import SearchFile, parse
 from dtmsearch.core.pareto import Point, Race
+from dtmsearch.errors import StoreError, UserError
 from dtmsearch.search.loop import Decision, Progress
-from dtmsearch.store.store import StoreError
 from dtmsearch.workflows.run import DOMINATED, Where, is_left_out, open_store, run, stop
 
 # A trial whose process is lost with its node is started again so often; what it had recorded is not measured again.
@@ -102,7 +102,7 @@ def sweep(
     """Run searches side by side until none is left; those that the store calls finished or dominated are left out.
 
     `where.replicas` is the number of replicas of each search (one without it). With `race`, dominated searches are
-    stopped. Raises `ValueError` when a search's replicas have no room on this machine, `ClusterUnreachable`.
+    stopped. Raises `UserError` when a search's replicas have no room on this machine, `ClusterUnreachable`.
     """
     store = store if "://" in store else str(Path(store).expanduser().absolute())
     results = open_store(store)
@@ -164,7 +164,7 @@ def _run_trials(
 def _check_room(share: Share, replicas: int, where: Where) -> None:
     room = share.room(alive_nodes())
     if where.address is None and room < replicas:
-        raise ValueError(
+        raise UserError(
             f"each search of the sweep asks for {replicas} replicas with {share}, but this machine has room for {room}"
         )
 

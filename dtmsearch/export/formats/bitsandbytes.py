@@ -23,7 +23,7 @@ NAME = "bitsandbytes"
 
 
 def write_modules(job: Job, folder: Path) -> Written:
-    """Raises `ValueError` for plans that transformers' loader cannot rebuild."""
+    """Raises `UserError` for plans that transformers' loader cannot rebuild."""
     check_modules(job)
 
     def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -34,7 +34,7 @@ def write_modules(job: Job, folder: Path) -> Written:
 
 
 def check_modules(job: Job) -> None:
-    """Raises `ValueError` with every component that stands in the way."""
+    """Raises `UserError` with every component that stands in the way."""
     foreign = [f"{name}: {scheme}" for name, scheme in job.plan.entries if parse_scheme(scheme).family != NAME]
     if foreign:
         raise refuse(NAME, "it stores w8a8, llm-int8, nf4 and fp4 only", foreign)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.schemes import SCALE_BITS, Scheme, parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
@@ -30,9 +31,9 @@ _SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole
 
 
 def write_packed(job: Job, folder: Path) -> Written:
-    """Raises `ValueError` for schemes that the format does not know, or that the job's runtime has no kernel for."""
+    """Raises `UserError` for schemes that the format does not know, or that the job's runtime has no kernel for."""
     if importlib.util.find_spec("compressed_tensors") is None:
-        raise ValueError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
+        raise UserError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
     check_packed(job)
 
     def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -43,7 +44,7 @@ def write_packed(job: Job, folder: Path) -> Written:
 
 
 def check_packed(job: Job) -> None:
-    """Raises `ValueError` with every component whose scheme the format or the job's runtime does not know."""
+    """Raises `UserError` with every component whose scheme the format or the job's runtime does not know."""
     reasons = {name: _obstacle(job, job.manifest.by_name[name], parse_scheme(s)) for name, s in job.plan.entries}
     offending = [f"{name}: {job.plan.scheme_of(name)}: {why}" for name, why in reasons.items() if why]
     if offending:

@@ -13,7 +13,7 @@ _ROUNDS_ACTIVATIONS = ("w8a8", "llm-int8")
 
 
 def write_dense(job: Job, folder: Path) -> Written:
-    """Raises `ValueError` for schemes that are more than weights."""
+    """Raises `UserError` for schemes that are more than weights."""
     more = [f"{name}: {scheme}" for name, scheme in job.plan.entries if scheme in _ROUNDS_ACTIVATIONS]
     if more:
         raise refuse("dense", "these schemes round activations as well; `bitsandbytes` holds them", more)

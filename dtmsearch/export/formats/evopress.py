@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
 
@@ -26,7 +27,7 @@ _DENSE_LEVEL = 16
 def write_evopress(job: Job, folder: Path) -> Written:
     """The plan as a configuration, and a database of every scheme of the job for every component.
 
-    Raises `ValueError` for trained weights.
+    Raises `UserError` for trained weights.
     """
     if job.trained is not None:
         why = "its database holds components only, but norms and biases were trained with them; `dense` holds all"
@@ -66,12 +67,12 @@ def is_configuration(text: str) -> bool:
 
 
 def read_configuration(path: Path, levels: Mapping[str, int] | None = None) -> Plan:
-    """The plan of a configuration, by `levels` or the `levels.json` beside it. Raises `ValueError` where a level has no
+    """The plan of a configuration, by `levels` or the `levels.json` beside it. Raises `UserError` where a level has no
     scheme."""
     if levels is None:
         beside = path.with_name(LEVELS)
         if not beside.is_file():
-            raise ValueError(f"{path} names levels, and no {LEVELS} beside it says which schemes they are")
+            raise UserError(f"{path} names levels, and no {LEVELS} beside it says which schemes they are")
         levels = {str(scheme): int(level) for scheme, level in json.loads(beside.read_text(encoding="utf-8")).items()}
     schemes = {level: scheme for scheme, level in levels.items()}
     plan: dict[str, str] = {}
@@ -80,7 +81,7 @@ def read_configuration(path: Path, levels: Mapping[str, int] | None = None) -> P
         if not line.strip():
             continue
         if int(level) not in schemes:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name.strip()} has level {level.strip()}, which is no scheme; known are {dict(levels)}"
             )
         plan[name.strip()] = schemes[int(level)]
@@ -88,11 +89,11 @@ def read_configuration(path: Path, levels: Mapping[str, int] | None = None) -> P
 
 
 def read_weight(database: Path, component: str, level: int) -> Tensor:
-    """One tensor of a database. Raises `ValueError` when it is not there or is more than a tensor."""
+    """One tensor of a database. Raises `UserError` when it is not there or is more than a tensor."""
     path = database / component / f"{level}.pth"
     if not path.is_file():
-        raise ValueError(f"the database {database} has no level {level} of {component}")
+        raise UserError(f"the database {database} has no level {level} of {component}")
     tensor = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{path} holds a {type(tensor).__name__}, wanted a tensor")
+        raise UserError(f"{path} holds a {type(tensor).__name__}, wanted a tensor")
     return tensor

@@ -15,6 +15,7 @@ from typing import Any
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job, Written, refuse
 
 NAME = "gguf-recipe"
@@ -29,9 +30,9 @@ _IMATRIX_BITS = 4
 
 
 def write_recipe(job: Job, folder: Path) -> Written:
-    """Raises `ValueError` for an architecture that llama.cpp does not have, and for components it has no tensor for."""
+    """Raises `UserError` for an architecture that llama.cpp does not have, and for components it has no tensor for."""
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
+        raise UserError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
     names = _tensor_names(job)
     missing = [name for name, tensors in names.items() if not tensors and name in job.plan.schemes]
     if missing:
@@ -56,7 +57,7 @@ def _tensor_names(job: Job) -> dict[str, tuple[str, ...]]:
     wanted = _ARCHITECTURES.get(config["model_type"], config["model_type"])
     by_name = {_bare(name): architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     if _bare(wanted) not in by_name:
-        raise ValueError(f"{NAME}: llama.cpp has no architecture for models of type {config['model_type']!r}")
+        raise UserError(f"{NAME}: llama.cpp has no architecture for models of type {config['model_type']!r}")
     table = get_tensor_name_map(by_name[_bare(wanted)], job.manifest.num_layers)
     return {c.name: _names_in(table, c.name) for c in job.manifest.components}
 

@@ -17,6 +17,7 @@ from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatri
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme, solved_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.statistics import Gatherer, SharedHessian
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module, restored_weight
 from dtmsearch.model.compress.compressor import Fetch
@@ -159,14 +160,14 @@ class Calibrator:
     def _layer_of(self, component: str) -> int:
         layer = self._manifest.by_name[component].layer
         if not 0 <= layer < self._body.num_layers:
-            raise ValueError(f"{component} lies outside the layers, where no Hessians are gathered")
+            raise UserError(f"{component} lies outside the layers, where no Hessians are gathered")
         return layer
 
     def _solve_layer(self, layer: int, wanted: Mapping[str, Sequence[str]]) -> Iterable[PackedMatrix]:
         hessians = self.hessians(layer)
         reached = {component for shared in hessians for component in shared.components}
         for component in sorted(wanted.keys() - reached):
-            raise ValueError(
+            raise UserError(
                 f"{component} cannot be calibrated: no token of the calibration text reached it as a module of its own"
             )
         for shared in hessians:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dtmsearch.core.calibration import FloatArray, PackedMatrix
 from dtmsearch.core.schemes import Scheme, parse_scheme, solved_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.model.compress.gptq import Job
 from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.pruning import Pruner
@@ -78,7 +79,7 @@ class Compressor:
         if self._calibrated is None:
             raise ValueError(f"{component} cannot be calibrated: this replica was given no calibration text")
         if component not in self._mean_squares:
-            raise ValueError(
+            raise UserError(
                 f"{component} cannot be calibrated: no token of the calibration text reached it as a module of its own"
             )
         return self._mean_squares[component]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.schemes import Pruning, Scheme
+from dtmsearch.errors import UserError
 from dtmsearch.model.compress.rounding import Codes
 
 # Columns that are solved before what they lost is carried to all others at once; SparseGPT chooses what it prunes
@@ -54,10 +55,10 @@ class Solved:
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor U of the damped Hessian's inverse, U^T U = (H + damping)^-1.
 
-    Raises `ValueError` for a Hessian that is not finite.
+    Raises `UserError` for a Hessian that is not finite.
     """
     if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("the inputs of the component over the calibration text are not finite")
+        raise UserError("the inputs of the component over the calibration text are not finite")
     mean = hessian.diagonal().mean().clamp_(min=torch.finfo(hessian.dtype).tiny)
     for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING, 1000 * _DAMPING):
         damped = hessian.clone()
@@ -68,7 +69,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             if not bool(failed):
                 result: Tensor = upper
                 return result
-    raise ValueError("the Hessian of the component's inputs is singular even with damping: is the text too short?")
+    raise UserError("the Hessian of the component's inputs is singular even with damping: is the text too short?")
 
 
 def solve(jobs: Sequence[Job], factor: Tensor) -> list[Solved]:

@@ -17,6 +17,7 @@ from dtmsearch.core.components import (
     weight_files,
 )
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.errors import UserError
 from dtmsearch.model.modules.loading import checkpoint_folder, empty_model
 from dtmsearch.model.modules.matrices import is_matrix, matrices_of
 
@@ -26,15 +27,15 @@ _WHOLE_KINDS = {"c_proj"}
 
 
 def read_manifest(spec: ModelSpec) -> ModelManifest:
-    """The manifest of a model. Raises `ValueError` when it is missing, pickled, quantized already, or has no layers."""
+    """The manifest of a model. Raises `UserError` when it is missing, pickled, quantized already, or has no layers."""
     folder = checkpoint_folder(spec)
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
-        raise ValueError(f"{spec.path} is quantized already: a search starts from 16- or 32-bit weights")
+        raise UserError(f"{spec.path} is quantized already: a search starts from 16- or 32-bit weights")
     model = empty_model(folder, spec)
     layers_name, layers = find_layers(model)
     components = components_of(layers_name, layers)
     if not components:
-        raise ValueError(
+        raise UserError(
             f"{spec.path} has no components: no weight matrix lies inside {layers_name} ({type(layers[0]).__name__})"
         )
     files = weight_files(folder)
@@ -56,7 +57,7 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     expected = config.get_text_config().num_hidden_layers
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of {expected} layers, so it has no components to search")
+        raise UserError(f"{type(model).__name__} has no list of {expected} layers, so it has no components to search")
     return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
@@ -104,7 +105,7 @@ def _check_headers(components: tuple[Component, ...], files: list[Path]) -> None
         expected = component.shape[::-1] if component.transposed else component.shape
         shape = stored.get(f"{component.name}.weight", expected)
         if shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"{component.name} is {expected} by config.json but {shape} in the checkpoint: "
                 "the configuration and the weights are not of one model"
             )

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.components import weight_files
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 def checkpoint_folder(spec: ModelSpec) -> Path:
     """The folder that holds the model's files, fetched from the hub where `spec.path` is no folder.
 
-    Raises `ValueError` when there is no such model, or its weights are not safetensors.
+    Raises `UserError` when there is no such model, or its weights are not safetensors.
     """
     folder = Path(spec.path)
     if not folder.is_dir():
@@ -41,7 +42,7 @@ def _fetch(spec: ModelSpec) -> Path:
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
     except Exception as error:  # every way in which a hub can fail, told as one
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(
+        raise UserError(
             f"no model at {spec.path!r}: it is no folder here, and the hub gave none ({type(error).__name__}: {reason})"
         ) from error
 
@@ -59,7 +60,7 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
             reason = "it needs Python code of its own. If you trust its author: model.trust_remote_code: true"
         if "attn_implementation" in reason:
             reason = f"{reason.partition('. ')[0]}. Another attention may do: model.attention: eager"
-        raise ValueError(f"cannot load the {what} in {folder}: {reason}") from error
+        raise UserError(f"cannot load the {what} in {folder}: {reason}") from error
 
 
 def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:

@@ -25,6 +25,7 @@ from dtmsearch.core.calibration import Calibration, FloatArray, InputStatistics,
 from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.compress.compressor import Fetch
@@ -40,10 +41,10 @@ from dtmsearch.model.weights.trained import trained_file
 def cut(num_layers: int, num_stages: int) -> list[range]:
     """The layers of each stage, as even as can be; the first, which has more to do, never has more than another.
 
-    Raises `ValueError` where there are more stages than layers.
+    Raises `UserError` where there are more stages than layers.
     """
     if num_stages > num_layers:
-        raise ValueError(
+        raise UserError(
             f"a model of {num_layers} layers cannot be cut into {num_stages} stages: a replica takes a stage for each "
             "GPU of its nodes, so give it fewer of them (--nodes-per-replica, --gpus-per-replica)"
         )

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from dtmsearch.core.components import ModelManifest, read_header, weight_files
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
@@ -89,14 +90,14 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
 
 
 def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> EvalResult:
-    """The folder at `spec.path` against a reference of the base model. Raises `ValueError` when it cannot be measured
+    """The folder at `spec.path` against a reference of the base model. Raises `UserError` when it cannot be measured
     in the reference's numeric mode."""
     replica = ServedReplica(spec, settings)
     replica.use(reference)
     request = EvalRequest(Plan(), reference.id, (0, reference.num_prompts))
     outcome = replica.evaluate([request])[0]
     if not isinstance(outcome, EvalResult):
-        raise ValueError(f"{spec.path} could not be measured: {outcome.kind}: {outcome.message}")
+        raise UserError(f"{spec.path} could not be measured: {outcome.kind}: {outcome.message}")
     return outcome
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dtmsearch.core.evaluation import IntArray, PromptTokens
+from dtmsearch.errors import UserError
 
 
 def cut_prompts(
@@ -16,7 +17,7 @@ def cut_prompts(
     """`count` windows of prompt_tokens + continuation_tokens tokens; see `cut_windows`."""
     windows = cut_windows(texts, tokenizer, count, prompt_tokens + continuation_tokens, seed)
     if len(windows) < count:
-        raise ValueError(
+        raise UserError(
             f"prompts.count asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
             f"holds {len(windows)} of that length: give more text, or a smaller count, prompt_tokens or "
             "continuation_tokens"
@@ -28,7 +29,7 @@ def cut_calibration(texts: Sequence[str], tokenizer: Any, count: int, length: in
     """`count` windows of `length` tokens; see `cut_windows`."""
     windows = cut_windows(texts, tokenizer, count, length, seed)
     if len(windows) < count:
-        raise ValueError(
+        raise UserError(
             f"calibration.count asks for {count} rows of {length} tokens, but the text holds {len(windows)} of that "
             "length: give more text, or a smaller calibration.count or calibration.tokens"
         )

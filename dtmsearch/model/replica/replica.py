@@ -40,6 +40,7 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.metrics import perplexity, share_of_divergent_tokens
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.compress.compressor import Fetch
@@ -100,7 +101,7 @@ class Replica:
         self._spec = spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
-            raise ValueError(f"{settings.num_devices} GPUs a replica, but it sees {torch.cuda.device_count()}")
+            raise UserError(f"{settings.num_devices} GPUs a replica, but it sees {torch.cuda.device_count()}")
         self._references: dict[str, Loaded] = {}
         self._batches = Batches(settings.batch_tokens, self._device, self._release_memory, self._longest_row)
         loaded = self._load(spec, settings)
@@ -172,7 +173,7 @@ class Replica:
         """Prompts of `texts` (see `prompts.py`), and the id that their reference has or will have."""
         length = prompt_tokens + continuation_tokens
         if self._context is not None and length > self._context:
-            raise ValueError(
+            raise UserError(
                 f"prompt_tokens + continuation_tokens is {length}, but {self._spec.path} reads {self._context} at most"
             )
         prompts = cut_prompts(texts, self._tokenizer, count, prompt_tokens, continuation_tokens, seed)
@@ -254,7 +255,7 @@ class Replica:
     def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
         if self._context is not None and tokens > self._context:
-            raise ValueError(f"calibration.tokens is {tokens}, but {self._spec.path} reads {self._context} at most")
+            raise UserError(f"calibration.tokens is {tokens}, but {self._spec.path} reads {self._context} at most")
         rows = cut_calibration(texts, self._tokenizer, count, tokens, seed)
         return Calibration(calibration_id(self._manifest.id, self.mode, rows), self._manifest.id, rows)
 
@@ -309,7 +310,7 @@ class Replica:
     def use(self, reference: Reference) -> None:
         """Take a reference, against which requests may be made from now on."""
         if reference.mode != self.mode:
-            raise ValueError(
+            raise UserError(
                 f"reference {reference.id} was made in mode {reference.mode}, this replica runs in {self.mode}"
             )
         self._references.setdefault(reference.id, Loaded(reference))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.identity import identity
+from dtmsearch.errors import UserError
 from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.weights.trained import write_whole
 
@@ -30,9 +31,9 @@ def read_rows(texts: Sequence[str], tokenizer: Any, sequence_tokens: int, folder
 
 
 def check_batch(recipe: Recipe, num_rows: int) -> None:
-    """Raise `ValueError` for rows that do not fill one batch."""
+    """Raise `UserError` for rows that do not fill one batch."""
     if num_rows < recipe.rows:
-        raise ValueError(
+        raise UserError(
             f"the training text holds {num_rows} rows of {recipe.sequence_tokens} tokens, but one batch takes "
             f"{recipe.rows}: give more text, or a smaller recovery.batch_tokens"
         )

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import functional
 
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import load_model
 from dtmsearch.model.training.masks import Masks
@@ -37,7 +38,7 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """This process among those of a training, at the recipe's precision. Raises `ValueError` where accelerate is
+    """This process among those of a training, at the recipe's precision. Raises `UserError` where accelerate is
     configured to flatten parameters, over which masks cannot be laid."""
     wanted = recipe.precision
     if wanted == "auto":
@@ -47,7 +48,7 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if wanted == "bfloat16" else "no", cpu=not torch.cuda.is_available()
     )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
+        raise UserError(
             "masks need parameters that keep their shapes, but accelerate is configured for FSDP of version 1: set "
             "fsdp_version: 2 in its configuration, or FSDP_VERSION=2"
         )
@@ -126,7 +127,7 @@ class Learner:
         return (1.0 - self._recipe.distill) * on_text + self._recipe.distill * to_base
 
     def check_masks(self, what: str) -> None:
-        """Raise `ValueError` where a weight is not zero that ought to be."""
+        """Raise `UserError` where a weight is not zero that ought to be."""
         self._masks.check(what)
 
     def weights(self) -> dict[str, Tensor]:

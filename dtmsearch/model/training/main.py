@@ -19,6 +19,7 @@ from typing import Any
 
 from dtmsearch import config
 from dtmsearch.config import texts
+from dtmsearch.errors import UserError
 
 JOB_FILE, FAILURE_FILE, LOG_FILE = "job.json", "failure.json", "log.txt"
 # Where no signal reaches, this file in the training's folder asks it to stop.
@@ -70,7 +71,7 @@ def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
         train(training, texts.read_files(file, content["files"]), Recipe(**content["recipe"]), stopping.requested)
     except TrainingStopped:
         return STOPPED
-    except (TrainingDiverged, ValueError) as error:  # in every process alike
+    except (TrainingDiverged, UserError) as error:  # in every process alike
         kind = "diverged" if isinstance(error, TrainingDiverged) else "invalid"
         said = json.dumps({"kind": kind, "message": str(error)})
         write_whole(job.parent / FAILURE_FILE, lambda path: path.write_text(said, encoding="utf-8"))

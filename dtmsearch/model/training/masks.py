@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dtmsearch.errors import UserError
+
 
 class Masks:
     """Which weights stay zero, of parameters by name. Gradients there are taken away before the optimiser sees them:
@@ -21,12 +23,12 @@ class Masks:
         torch._foreach_mul_(gradients, [mask for _, p, mask in self._pairs if p.grad is not None])
 
     def check(self, what: str) -> None:
-        """Raise `ValueError` where a weight is not zero that ought to be, in all processes alike."""
+        """Raise `UserError` where a weight is not zero that ought to be, in all processes alike."""
         for name, parameter, mask in self._pairs:
             found = ((parameter.detach() != 0) & ~mask).sum()
             wrong = int(found.full_tensor() if isinstance(found, DTensor) else found)
             if wrong:
-                raise ValueError(
+                raise UserError(
                     f"{what} violates its mask: {wrong} weights of {name} are not zero though they were pruned. It was "
                     "written by something else, or damaged: remove it, and the training starts from the one before"
                 )

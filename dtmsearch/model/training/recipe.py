@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dtmsearch.errors import UserError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -50,10 +52,10 @@ class Recipe:
         return self.lr * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * part)))
 
     def check_shares(self, num_processes: int) -> None:
-        """Raise `ValueError` for batches that processes cannot share: each part of one holds as many rows for each."""
+        """Raise `UserError` for batches that processes cannot share: each part of one holds as many rows for each."""
         least = self.accumulate * num_processes
         if self.rows % least:
-            raise ValueError(
+            raise UserError(
                 f"a batch has {self.rows} rows of {self.sequence_tokens} tokens, which {num_processes} processes "
                 f"cannot share in {self.accumulate} parts: make recovery.batch_tokens a multiple of "
                 f"{least * self.sequence_tokens}"

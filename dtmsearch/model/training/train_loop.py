@@ -62,7 +62,7 @@ def train(
 ) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; the result, as it stands in `result.json`.
 
-    Raises `ValueError` for a text that is too short or a checkpoint that violates its mask, `TrainingDiverged`, and
+    Raises `UserError` for a text that is too short or a checkpoint that violates its mask, `TrainingDiverged`, and
     `TrainingStopped` after writing a checkpoint when `stop_requested` turns true.
     """
     result = training.folder / RESULT_FILE

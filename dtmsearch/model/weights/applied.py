@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from dtmsearch.core.components import read_header
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.matrices import read, write
@@ -161,7 +162,7 @@ class Weights:
             return _Installed(dense, weight)
         if parsed.family == "bitsandbytes":
             if not isinstance(dense, nn.Linear):
-                raise ValueError(f"{scheme} needs a linear layer; {component} is {type(dense).__name__}")
+                raise UserError(f"{scheme} needs a linear layer; {component} is {type(dense).__name__}")
             return _Installed(compressed_module(dense, weight, parsed), None)
         matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
         return _Installed(dense, self.compressor.compress(component, matrix, parsed).reshape(weight.shape))

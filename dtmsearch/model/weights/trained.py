@@ -15,16 +15,17 @@ from torch import Tensor
 
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.model.weights.applied import Weights
 
 START_FILE, MASKS_FILE = "start.safetensors", "masks.safetensors"
 
 
 def trained_file(folder: str, weights_id: str) -> Path:
-    """The file of trained weights. Raises `ValueError` when this machine does not see it."""
+    """The file of trained weights. Raises `UserError` when this machine does not see it."""
     path = Path(folder) / f"{weights_id}.safetensors"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"there are no trained weights at {path}: the store must lie in a folder that every node sees, and its "
             "weights must not be removed while evaluations need them"
         )
@@ -32,10 +33,10 @@ def trained_file(folder: str, weights_id: str) -> Path:
 
 
 def check_only_pruned(plan: Plan) -> None:
-    """Raise `ValueError` for a plan that does more to its components than prune them."""
+    """Raise `UserError` for a plan that does more to its components than prune them."""
     for component, scheme in plan.entries:
         if parse_scheme(scheme).family not in ("pruning", "drop"):
-            raise ValueError(
+            raise UserError(
                 f"{component} is under {scheme}, but only pruned components can be trained under a mask: train the "
                 "pruned plan first, and quantize what comes out"
             )

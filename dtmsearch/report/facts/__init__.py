@@ -76,7 +76,7 @@ class RunFacts:
 
 
 def gather(store: ResultStore, run: str) -> RunFacts:
-    """Everything that a report shows of a run. Raises `ValueError` when the store has none of that name."""
+    """Everything that a report shows of a run. Raises `UserError` when the store has none of that name."""
     summary = summarize_run(store, run)
     record = record_of(store, run)
     search = section_of(record.config, "search")

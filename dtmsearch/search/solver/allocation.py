@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
 
+from dtmsearch.errors import UserError
+
 # How far the ratio of damage to Hessian-weighted error moves with the pruned share, as a natural logarithm against
 # its value at one half: measured over the components of a small Llama.
 _DRIFT = ((0.1, -0.25), (0.5, 0.0), (0.7, 0.2), (0.9, 0.57))
@@ -90,14 +92,14 @@ def threshold_allocation(
     `rankings[0]` holds the components' curves. Where some of them are flat at the level at which the target is met,
     the published algorithm prunes all the way along every flat part, beyond the target. Here the flat parts are
     divided by the curves of the next ranking in the same way, and what none tells apart in equal proportion, so that
-    the target is met exactly. `caps` bound the added shares. Raises `ValueError` when they leave too little.
+    the target is met exactly. `caps` bound the added shares. Raises `UserError` when they leave too little.
     """
     most = [1.0] * len(weights) if caps is None else list(caps)
     if rankings:
         most = [min(cap, line.shares[-1]) for cap, line in zip(most, rankings[0], strict=True)]
     room = _total(most, weights)
     if target > room * (1 + 1e-9):
-        raise ValueError(
+        raise UserError(
             f"{target:.0f} weights are to be pruned, but the components leave {room:.0f}: raise the cap, or add less"
         )
     least = [0.0] * len(weights)
@@ -191,7 +193,7 @@ def knapsack_allocation(
 
     Takes the steps of each curve's lower convex hull in order of damage per weight. Between points a curve counts as
     the straight line, so the sum is the least possible, but for the one component that ends inside a step of its
-    hull. Raises `ValueError` when caps leave too little.
+    hull. Raises `UserError` when caps leave too little.
     """
     steps: list[tuple[float, int, float]] = []
     for index, line in enumerate(curves):
@@ -200,7 +202,7 @@ def knapsack_allocation(
             steps.append(((high - low) / ((right - left) * weights[index]), index, right - left))
     room = math.fsum(width * weights[index] for _, index, width in steps)
     if target > room * (1 + 1e-9):
-        raise ValueError(
+        raise UserError(
             f"{target:.0f} weights are to be pruned, but the components leave {room:.0f}: raise the cap, or add less"
         )
     shares = [0.0] * len(curves)

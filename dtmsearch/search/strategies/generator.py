@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.search.loop import Ask, Decision, SearchFailed
+from dtmsearch.errors import SearchFailed
+from dtmsearch.search.loop import Ask, Decision
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.rounds import RequestFactory

@@ -18,7 +18,8 @@ from typing import Literal
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.metrics import HIGHER_IS_BETTER, Summary, rank_key
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import Ask, Decision, SearchFailed
+from dtmsearch.errors import SearchFailed
+from dtmsearch.search.loop import Ask, Decision
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, Round, all_failed, distinct_candidates

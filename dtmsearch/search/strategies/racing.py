@@ -18,7 +18,8 @@ import numpy as np
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, combine
 from dtmsearch.core.metrics import Summary, rank_key, summarize
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.search.loop import Ask, SearchFailed
+from dtmsearch.errors import SearchFailed, UserError
+from dtmsearch.search.loop import Ask
 from dtmsearch.search.solver.sequential_test import Values, log_evidence_above
 from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, all_failed, distinct_candidates
 
@@ -106,7 +107,7 @@ class Racing:
         indifference: float = 0.0,
     ) -> None:
         if metric not in RACED_METRICS:
-            raise ValueError(f"racing ranks by one of {', '.join(RACED_METRICS)}, got {metric}")
+            raise UserError(f"racing ranks by one of {', '.join(RACED_METRICS)}, got {metric}")
         self.metric = metric
         self.width = width
         self.confidence = confidence

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome
 from dtmsearch.core.metrics import Summary, rank_key, summarize
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.search.loop import Ask, SearchFailed
+from dtmsearch.errors import SearchFailed
+from dtmsearch.search.loop import Ask
 
 # The request that measures a plan (first) which came from a parent (second).
 RequestFactory = Callable[[Plan, Plan], EvalRequest]

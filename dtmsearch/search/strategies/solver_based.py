@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import SearchFailed
+from dtmsearch.errors import SearchFailed
 from dtmsearch.search.solver.choices import Choices, Options
 from dtmsearch.search.solver.damage_model import Probing
 from dtmsearch.search.solver.knapsack import Infeasible

@@ -18,7 +18,8 @@ from dtmsearch.core.evaluation import EvalFailure, Outcome
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
-from dtmsearch.search.loop import Ask, Decision, SearchFailed
+from dtmsearch.errors import SearchFailed
+from dtmsearch.search.loop import Ask, Decision
 from dtmsearch.search.solver import allocation as allocate
 from dtmsearch.search.solver.allocation import Allocation, Curve, DamageCurve
 from dtmsearch.search.space import SearchSpace
