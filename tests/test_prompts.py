@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dtmsearch.core.evaluation import PromptTokens
 from dtmsearch.model.replica.prompts import cut_prompts
 
 
@@ -51,3 +52,68 @@ def test_a_tokenizers_opening_token_opens_every_window() -> None:
 def test_too_little_text_says_how_many_prompts_there_are() -> None:
     with pytest.raises(ValueError, match="asks for 11 prompts of 6 \\+ 4 tokens, but the text holds 10"):
         cut_prompts([numbers(0, 109)], Words(), 11, 6, 4, 0)
+
+
+class Tagged(Words):
+    """As `Words`, with begin token 7777 and end token 8888; the tokenizer may put them around texts itself."""
+
+    bos_token_id, eos_token_id, eos_token = 7777, 8888, "</s>"
+
+    def __init__(self, opens: bool, closes: bool, chat_template: str | None = None) -> None:
+        super().__init__((7777,) if opens else ())
+        self.closing = [8888] if closes else []
+        self.chat_template = chat_template
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, Any]:
+        ids = super().__call__(text, add_special_tokens)["input_ids"]
+        return {"input_ids": ids + (self.closing if add_special_tokens else [])}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [{7777: "<s>", 8888: "</s>"}.get(i, f"word{i}") for i in ids]
+
+
+def specials(prompts: PromptTokens) -> set[tuple[tuple[int, int], ...]]:
+    """Where prompts have the begin or the end token: (position, token) pairs of each."""
+    return {tuple((at, int(t)) for at, t in enumerate(row) if t in (7777, 8888)) for row in prompts.tokens}
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize("text", ["{}", "7777 {}", "7777 {} 8888", "{} 8888 {}", "7777 7777 {} 8888 7777 {}"])
+def test_a_prompt_has_the_begin_token_once_and_the_end_token_never(opens: bool, closes: bool, text: str) -> None:
+    text = text.format(numbers(0, 50), numbers(50, 100))
+    prompts = cut_prompts([text], Tagged(opens, closes), 5, 6, 4, 0)
+    begins = opens or text.startswith("7777")
+    assert specials(prompts) == {((0, 7777),) if begins else ()}
+
+
+def test_a_text_with_end_tokens_holds_several_documents() -> None:
+    text = f"{numbers(0, 15)} 8888 {numbers(100, 115)}"
+    prompts = cut_prompts([text], Tagged(opens=False, closes=False), 2, 6, 4, 0)
+    assert sorted(prompts.tokens[:, 0].tolist()) == [0, 100]
+
+
+def test_an_end_token_that_the_chat_template_writes_ends_a_turn_and_stays() -> None:
+    text = f"{numbers(0, 5)} 8888 {numbers(100, 104)}"
+    prompts = cut_prompts([text], Tagged(False, False, "{{ message }}</s>"), 1, 6, 4, 0)
+    assert prompts.tokens.tolist() == [[0, 1, 2, 3, 4, 8888, 100, 101, 102, 103]]
+
+
+@pytest.mark.parametrize(("closes", "text", "said"), [(True, "{}", "ends texts with </s>"), (False, "7777 {}", "<s>")])
+def test_what_is_cut_otherwise_than_the_text_has_it_is_noted(closes: bool, text: str, said: str) -> None:
+    prompts = cut_prompts([text.format(numbers(0, 50))], Tagged(True, closes), 2, 6, 4, 0)
+    assert said in " ".join(prompts.notes)
+
+
+def test_a_plain_text_is_cut_without_notes() -> None:
+    assert cut_prompts([numbers(0, 50)], Tagged(True, False), 2, 6, 4, 0).notes == ()
+
+
+def test_prompts_as_short_as_the_opening_are_refused() -> None:
+    with pytest.raises(ValueError, match="hold nothing of the text"):
+        cut_prompts([numbers(0, 50)], Words((7777, 7778)), 2, 1, 1, 0)
+
+
+def test_tokens_without_an_embedding_are_named() -> None:
+    with pytest.raises(ValueError, match=r"98 \('word98'\), 99 \('word99'\), where the model has 98 rows"):
+        cut_prompts([numbers(0, 100)], Tagged(False, False), 5, 6, 4, 0, 98)

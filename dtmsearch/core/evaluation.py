@@ -63,10 +63,12 @@ class ReplicaSettings:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Prompts without a reference: `tokens` [num_prompts, prompt_tokens + continuation_tokens] of human text."""
+    """Prompts without a reference: `tokens` [num_prompts, prompt_tokens + continuation_tokens] of human text. `notes`
+    say, for a person, how they differ from the text that they were cut from."""
 
     tokens: IntArray
     prompt_tokens: int
+    notes: tuple[str, ...] = ()
 
     @property
     def continuation_tokens(self) -> int:

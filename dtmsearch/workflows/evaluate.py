@@ -62,7 +62,7 @@ def evaluate(
         space = space_of(file, manifest)
         chosen = find_plan(plan, space, manifest, results)
         writer.put_components(manifest, space.components)
-        reference = reference_for(pool, results, writer, file, file.prompts, None)
+        reference = reference_for(pool, results, writer, file, file.prompts, None, observer.on_note)
         pool.use(reference)
         calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
         request = whole_request(chosen, reference, calibration_id, weights_id)
@@ -116,7 +116,7 @@ def recover(
             on_cluster=where.address is not None,
         )
         trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
-        reference = reference_for(pool, results, writer, file, prompts, None)
+        reference = reference_for(pool, results, writer, file, prompts, None, observer.on_note)
         pool.use(reference)
         before = whole_request(plan, reference, calibration_id, weights_id)
         requests = {"before": before, "after": replace(before, weights_id=trained)}

@@ -188,9 +188,7 @@ class _Session:
             )
         self._writer.put_components(manifest, space.components)
         self._save(manifest_id=manifest.id)
-        reference = reference_for(
-            pool, self._results, self._writer, self._file, self._file.prompts, self._record.reference_id
-        )
+        reference = self._reference(pool, self._file.prompts, self._record.reference_id)
         self._save(reference_id=reference.id)
         pool.use(reference)
         if any(".experts." in component.name for component in space.components):
@@ -204,6 +202,10 @@ class _Session:
         if plan is not None and held_out is not None:
             self._validate(pool, space, plan, held_out, calibrating)
         self._save(status="finished", finished_at=time.time())
+
+    def _reference(self, pool: ReplicaPool, prompts: PromptsSection, known_id: str | None) -> Reference:
+        on_note = self._observer.on_note
+        return reference_for(pool, self._results, self._writer, self._file, prompts, known_id, on_note)
 
     def _search(
         self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
@@ -258,8 +260,7 @@ class _Session:
         calibrating: Calibrating,
     ) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
-        known = self._record.validation_reference_id
-        reference = reference_for(pool, self._results, self._writer, self._file, held_out, known)
+        reference = self._reference(pool, held_out, self._record.validation_reference_id)
         self._save(validation_reference_id=reference.id)
         pool.use(reference)
         validation = Validation(self._file, space, reference, pool, self._writer, self._observer, self._milestones)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -38,14 +38,20 @@ def reference_for(
     file: SearchFile,
     prompts: PromptsSection,
     known_id: str | None,
+    on_note: Callable[[str], None],
 ) -> Reference:
-    """The reference that a run began with; else that of its prompts, from the store if any run has made it before."""
+    """The reference that a run began with; else that of its prompts, from the store if any run has made it before.
+
+    `on_note` hears how the prompts differ from the text that they are cut from.
+    """
     stored = None if known_id is None else results.reference(known_id)
     if stored is not None:
         return stored
     tokens, wanted_id = pool.cut_prompts(
         texts.read(file, prompts), prompts.count, prompts.prompt_tokens, prompts.continuation_tokens, prompts.seed
     )
+    for note in tokens.notes:
+        on_note(note)
     reference = results.reference(wanted_id)
     if reference is None:
         reference = writer.put_reference(pool.make_reference(tokens))

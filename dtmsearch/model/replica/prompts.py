@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dtmsearch.core.evaluation import IntArray, PromptTokens
+from dtmsearch.core.vocabulary import check_known
 from dtmsearch.errors import UserError
+
+# Short texts that every vocabulary can say one of: they show what a tokenizer puts around a text.
+_SAMPLES = ("0", "a", " the")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """`tokens` [windows, length] of human text. `notes` say, for a person, what of the text is not in them."""
+
+    tokens: IntArray
+    notes: tuple[str, ...] = ()
 
 
 def cut_prompts(
-    texts: Sequence[str], tokenizer: Any, count: int, prompt_tokens: int, continuation_tokens: int, seed: int
+    texts: Sequence[str],
+    tokenizer: Any,
+    count: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+    seed: int,
+    vocabulary_size: int | None = None,
 ) -> PromptTokens:
     """`count` windows of prompt_tokens + continuation_tokens tokens; see `cut_windows`."""
-    windows = cut_windows(texts, tokenizer, count, prompt_tokens + continuation_tokens, seed)
-    if len(windows) < count:
+    windows = cut_windows(texts, tokenizer, count, prompt_tokens + continuation_tokens, seed, vocabulary_size)
+    if len(windows.tokens) < count:
         raise UserError(
             f"prompts.count asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
-            f"holds {len(windows)} of that length: give more text, or a smaller count, prompt_tokens or "
+            f"holds {len(windows.tokens)} of that length: give more text, or a smaller count, prompt_tokens or "
             "continuation_tokens"
         )
-    return PromptTokens(windows, prompt_tokens)
+    return PromptTokens(windows.tokens, prompt_tokens, windows.notes)
 
 
-def cut_calibration(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> IntArray:
+def cut_calibration(
+    texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int, vocabulary_size: int | None = None
+) -> IntArray:
     """`count` windows of `length` tokens; see `cut_windows`."""
-    windows = cut_windows(texts, tokenizer, count, length, seed)
+    windows = cut_windows(texts, tokenizer, count, length, seed, vocabulary_size).tokens
     if len(windows) < count:
         raise UserError(
             f"calibration.count asks for {count} rows of {length} tokens, but the text holds {len(windows)} of that "
@@ -36,17 +57,82 @@ def cut_calibration(texts: Sequence[str], tokenizer: Any, count: int, length: in
     return windows
 
 
-def cut_windows(texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> IntArray:
+def cut_windows(
+    texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int, vocabulary_size: int | None = None
+) -> Windows:
     """`count` windows of `length` tokens, none overlapping, drawn from `texts` by `seed`; all where there are fewer.
 
     Every document is cut into whole windows; the rest at its end is left out. A tokenizer that opens texts with a
-    token of its own opens every window with it. A larger `count` extends a smaller one.
+    token of its own opens every window with it, once; one that closes texts closes none. Where a text has such tokens
+    itself, a document ends and another begins, whose windows all open with the begin token that it has. A larger
+    `count` extends a smaller one. Raises `UserError` for tokens that a model of `vocabulary_size` embeddings lacks.
     """
-    opening = list(tokenizer("")["input_ids"])
-    body = length - len(opening)
+    opening, closing = around(tokenizer)
+    begin, borders = getattr(tokenizer, "bos_token_id", None), _borders(tokenizer, opening, closing)
+    num_borders = 0
     windows: list[list[int]] = []
     for text in texts:
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        windows += [opening + tokens[at : at + body] for at in range(0, len(tokens) - body + 1, body)]
+        tokens = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        if vocabulary_size is not None:
+            check_known(tokens, vocabulary_size, tokenizer.convert_ids_to_tokens)
+        at_border = np.isin(tokens, list(borders))
+        num_borders += int(at_border.sum())
+        for document in np.split(tokens, np.flatnonzero(at_border)):
+            bare = document[~np.isin(document, list(borders))].tolist()
+            own = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
+            windows += _cut(bare, opening or (own if own == [begin] else []), length)
     chosen = np.random.default_rng(seed).permutation(len(windows))[:count]
-    return np.array([windows[i] for i in chosen], dtype=np.int32).reshape(-1, length)
+    cut = np.array([windows[i] for i in chosen], dtype=np.int32).reshape(-1, length)
+    return Windows(cut, _notes(tokenizer, closing, borders, num_borders))
+
+
+def _cut(tokens: Sequence[int], opening: Sequence[int], length: int) -> list[list[int]]:
+    body = length - len(opening)
+    if body < 1:
+        raise UserError(
+            f"windows of {length} tokens hold nothing of the text: each is opened by {len(opening)} of the tokenizer's "
+            "own. Ask for more prompt_tokens"
+        )
+    return [[*opening, *tokens[at : at + body]] for at in range(0, len(tokens) - body + 1, body)]
+
+
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before a text and after it."""
+    for sample in _SAMPLES:
+        bare = list(tokenizer(sample, add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer(sample)["input_ids"])
+        for at in range(len(whole) - len(bare) + 1):
+            if bare and whole[at : at + len(bare)] == bare:
+                return whole[:at], whole[at + len(bare) :]
+    return [], []
+
+
+def _borders(tokenizer: Any, opening: Sequence[int], closing: Sequence[int]) -> set[int]:
+    """The tokens at which one document of a text ends, or another begins.
+
+    An end that the chat template writes is none: it ends a turn, and the conversation goes on.
+    """
+    begin, end = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    borders = {begin, *opening, *closing, None if end is None or _ends_turns(tokenizer) else end}
+    return {token for token in borders if token is not None}
+
+
+def _ends_turns(tokenizer: Any) -> bool:
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    return "eos_token" in template or str(tokenizer.eos_token) in template
+
+
+def _notes(tokenizer: Any, closing: Sequence[int], borders: Collection[int], num_borders: int) -> tuple[str, ...]:
+    notes = []
+    if closing:
+        notes.append(f"the tokenizer ends texts with {_named(tokenizer, closing)}: prompts are cut without it")
+    if num_borders:
+        notes.append(
+            f"the text has {_named(tokenizer, borders)} in it, {num_borders} in all: a document ends there, and what "
+            "begins a text stands once, at the begin of a prompt"
+        )
+    return tuple(notes)
+
+
+def _named(tokenizer: Any, ids: Collection[int]) -> str:
+    return ", ".join(str(token) for token in tokenizer.convert_ids_to_tokens(sorted(ids)))

@@ -107,6 +107,7 @@ class Replica:
         loaded = self._load(spec, settings)
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
         self._context = getattr(model.config, "max_position_embeddings", None)
+        self._num_embeddings = int(model.get_input_embeddings().weight.shape[0])
         self._suppressed = suppressed_tokens(model, self._tokenizer)
         self._never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         self._never[list(self._suppressed)] = True
@@ -176,7 +177,9 @@ class Replica:
             raise UserError(
                 f"prompt_tokens + continuation_tokens is {length}, but {self._spec.path} reads {self._context} at most"
             )
-        prompts = cut_prompts(texts, self._tokenizer, count, prompt_tokens, continuation_tokens, seed)
+        prompts = cut_prompts(
+            texts, self._tokenizer, count, prompt_tokens, continuation_tokens, seed, self._num_embeddings
+        )
         return prompts, reference_id(self._manifest.id, self.mode, prompts)
 
     @torch.inference_mode()
@@ -256,7 +259,7 @@ class Replica:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
         if self._context is not None and tokens > self._context:
             raise UserError(f"calibration.tokens is {tokens}, but {self._spec.path} reads {self._context} at most")
-        rows = cut_calibration(texts, self._tokenizer, count, tokens, seed)
+        rows = cut_calibration(texts, self._tokenizer, count, tokens, seed, self._num_embeddings)
         return Calibration(calibration_id(self._manifest.id, self.mode, rows), self._manifest.id, rows)
 
     def use_calibration(self, calibration: Calibration, statistics: InputStatistics | None = None) -> None:
