@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dtmsearch.core.metrics import METRICS
 from dtmsearch.core.plan import Budget
+from dtmsearch.core.records import RUN_NAME
 from dtmsearch.core.schemes import parse_scheme
 
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+RunName = Annotated[str, Field(pattern=RUN_NAME)]
 Metric = Literal["fdt", "sdt", "dppl", "ppl", "kl"]
 assert set(typing.get_args(Metric)) == set(METRICS)
 

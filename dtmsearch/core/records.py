@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from dtmsearch.core.evaluation import EvalRequest, Outcome
+from dtmsearch.errors import UserError
 
 Purpose = Literal["search", "validation", "evaluate", "race"]
 RunStatus = Literal["running", "finished", "stopped", "failed"]
+
+# What a run may be called: never a path, an option or the key of something else in the store.
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def is_run_name(name: str) -> bool:
+    return re.fullmatch(RUN_NAME, name) is not None
+
+
+def check_run_name(name: str) -> str:
+    """The name itself. Raises `UserError` for what no run can be called."""
+    if not is_run_name(name):
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        raise UserError(
+            f"{shown!r} cannot be the name of a run: it takes up to 100 letters, digits, dots, dashes and underscores, "
+            "a letter or digit first"
+        )
+    return name
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ class File:
     size: int
 
 
+def _is_name(part: str) -> bool:
+    """Whether a part of a path stands for a file or folder of its own."""
+    return part not in ("", ".", "..") and not re.search(r"[\x00-\x1f]", part)
+
+
 class Folder:
     """A folder in a pyarrow filesystem: a bucket, whose objects appear whole when they have been put."""
 
@@ -40,7 +45,9 @@ class Folder:
         self.root = root.rstrip("/")
 
     def full(self, path: str) -> str:
-        """The path as the filesystem knows it."""
+        """The path as the filesystem knows it. Raises `StoreError` for one that could lead out of the folder."""
+        if path and not all(_is_name(part) for part in path.split("/")):
+            raise StoreError(f"{path[:200]!r} is no path inside the store {self.url}")
         return f"{self.root}/{path}" if path else self.root
 
     def walk(self, path: str = "") -> list[File]:

@@ -22,7 +22,14 @@ from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatri
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import Continuation, Outcome, Reference
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.records import EvaluationRecord, RunRecord, StepRecord, TrainingRecord
+from dtmsearch.core.records import (
+    EvaluationRecord,
+    RunRecord,
+    StepRecord,
+    TrainingRecord,
+    check_run_name,
+    is_run_name,
+)
 from dtmsearch.errors import RunLocked, StoreError, StoreFull, StoreReadOnly
 from dtmsearch.store import schemas
 from dtmsearch.store.codecs import calibrations as calibration_tables
@@ -49,6 +56,8 @@ _PUT_ATTEMPTS = 8
 
 class ResultStore:
     """The store at a local path or a URI that pyarrow knows (`s3://`, `gs://`); an empty one is created on writing.
+
+    Whatever takes a run's name raises `UserError` for what cannot be one.
 
     `notes` are lines about damaged segments that were set aside; `on_note` hears each of them as it comes. Raises
     `StoreError` when there is something else at the place, a newer version's store, or nothing can be read.
@@ -125,6 +134,7 @@ class ResultStore:
 
     def _keys(self, table: str, run: str) -> list[str]:
         """The keys under which a run's rows stand: its driver's, and those written beside it."""
+        check_run_name(run)
         keys = {segment.key for segment in self.segments.live(table)}
         return sorted(key for key in keys if key.partition(_PART)[0] == run)
 
@@ -133,6 +143,9 @@ class ResultStore:
         return tables.run_records(self.table("runs"))
 
     def run(self, name: str) -> RunRecord | None:
+        """The last record of a run; None where the store has none of that name, whatever it is."""
+        if not is_run_name(name):
+            return None
         records = tables.run_records(self.segments.read("runs", [name]))
         return records[0] if records else None
 
@@ -150,7 +163,7 @@ class ResultStore:
     def weights_id(self, run: str) -> str:
         """The weights that a search's last round came to; empty for the base model's. What was trained later, beside
         its driver, is not counted."""
-        rows = self.segments.read("trainings", [run], ["round", "weights_id"]).to_pylist()
+        rows = self.segments.read("trainings", [check_run_name(run)], ["round", "weights_id"]).to_pylist()
         return str(max(rows, key=lambda row: row["round"])["weights_id"]) if rows else ""
 
     def plan_id_so_far(self, run: RunRecord) -> str | None:
@@ -182,7 +195,7 @@ class ResultStore:
 
     def is_running(self, run: str) -> bool:
         """Whether a driver works on the run."""
-        return lock_of(self.folder, run).is_held()
+        return lock_of(self.folder, check_run_name(run)).is_held()
 
     def request_stop(self, run: str, reason: str = "") -> None:
         """Ask the run's driver to stop; the request is gone when a driver next starts."""
@@ -208,7 +221,7 @@ class ResultStore:
 
 
 def _stop_marker(run: str) -> str:
-    return f"stops/{run}"
+    return f"stops/{check_run_name(run)}"
 
 
 class RunWriter:
@@ -218,7 +231,7 @@ class RunWriter:
     """
 
     def __init__(self, store: ResultStore, run: str, key: str) -> None:
-        self._store, self._run, self._key = store, run, key
+        self._store, self._run, self._key = store, check_run_name(run), key
         self._segments = store.segments
         self._lock = lock_of(store.folder, key)
         self._epoch = 0

@@ -22,6 +22,7 @@ from dtmsearch.export.formats.evopress import is_configuration, read_configurati
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.weights.trained import trained_file
 from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.lookup import is_file
 
 _COLUMNS = ["run", "evaluation_id", "reference_id", "num_prompts", "fdt", "sdt"]
 
@@ -54,8 +55,7 @@ class Source:
 def find(source: str, results: ResultStore, model: str | None, weights_id: str | None = None) -> Source:
     """What a run's name or a plan's file stands for, over the weights that these name or, if given, over others of the
     store. Raises `UserError` for a plan that cannot be exported."""
-    path = Path(source)
-    found = (_find_file if path.is_file() else _find_run)(source, results, model, weights_id)
+    found = (_find_file if is_file(source) else _find_run)(source, results, model, weights_id)
     return replace(found, trained=trained_file(results.weights_folder, found.weights_id) if found.weights_id else None)
 
 

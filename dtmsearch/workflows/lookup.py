@@ -72,11 +72,19 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
     return previous
 
 
+def is_file(name: str) -> bool:
+    """Whether a file lies under a name; not where no file can have it, as one of a thousand letters."""
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
+
+
 def check_plan_argument(plan: str, results: ResultStore) -> None:
     """Raises `UserError` for what can be told to be no plan before the model is known."""
     if plan.startswith(UNIFORM):
         parse_scheme(plan.removeprefix(UNIFORM))
-    elif not Path(plan).is_file():
+    elif not is_file(plan):
         record = results.run(plan)
         if record is None:
             raise UserError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
@@ -88,9 +96,8 @@ def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: R
     """The plan that a plan file, a run's name or `uniform:SCHEME` stands for over this model. Raises `UserError`."""
     if plan.startswith(UNIFORM):
         return space.uniform(plan.removeprefix(UNIFORM))
-    path = Path(plan)
-    if path.is_file():
-        return plan_from_json(path.read_text(encoding="utf-8"), manifest, plan)
+    if is_file(plan):
+        return plan_from_json(Path(plan).read_text(encoding="utf-8"), manifest, plan)
     record = record_of(results, plan)
     if record.manifest_id != manifest.id:
         raise UserError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
@@ -105,5 +112,6 @@ def find_weights_id(plan: str, results: ResultStore) -> str:
     """The trained weights that such a plan is over, a plan file's or a run's; empty for the base model's own."""
     if plan.startswith(UNIFORM):
         return ""
-    path = Path(plan)
-    return weights_id_from_json(path.read_text(encoding="utf-8"), plan) if path.is_file() else results.weights_id(plan)
+    if is_file(plan):
+        return weights_id_from_json(Path(plan).read_text(encoding="utf-8"), plan)
+    return results.weights_id(plan)
