@@ -30,11 +30,12 @@ from dtmsearch.core.evaluation import (
     ReplicaSettings,
     reference_id,
 )
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 
 FOLDER_VARIABLE = "CHAOS_FOLDER"
-_MODE = "faulty"
+_MODE = NumericMode("faulty", "cpu", "none")
 
 
 @cache

@@ -41,6 +41,7 @@ from dtmsearch.core.evaluation import (
     ReplicaSettings,
     evaluation_cost,
 )
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.loop import Silent, search
 from dtmsearch.search.space import SearchSpace
@@ -104,7 +105,15 @@ def request_of(plan: Plan, parent: Plan, reference_id: str = "messages") -> Eval
 def reference() -> Reference:
     """Prompts that the replicas are given, so that they can be sent canaries."""
     tokens = np.zeros((_PROMPTS, 200), np.int32)
-    return Reference("messages", "0" * 32, "none", tokens, tokens[:, :100], np.ones((_PROMPTS, 100), np.bool_), ())
+    return Reference(
+        "messages",
+        "0" * 32,
+        NumericMode("none", "cpu", "none"),
+        tokens,
+        tokens[:, :100],
+        np.ones((_PROMPTS, 100), np.bool_),
+        (),
+    )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from virtual import Clock, VirtualActor, virtual_pool
 from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, first_changed_layer
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.search.loop import Silent, search
@@ -141,7 +142,9 @@ def measure_use(
 
     tokens = np.zeros((_PROMPTS, 20_000), np.int32)
     agrees = np.ones((_PROMPTS, 10_000), np.bool_)
-    reference = Reference("reference", manifest.id, "virtual", tokens, tokens[:, :10_000], agrees, ())
+    reference = Reference(
+        "reference", manifest.id, NumericMode("virtual", "cpu", "none"), tokens, tokens[:, :10_000], agrees, ()
+    )
     space = SearchSpace(manifest.components, ("int8-channel",), budget=Budget(components=rounds))
     actors: list[VirtualActor] = []
     log, cpu_started_at = Log(), time.process_time()

@@ -15,6 +15,7 @@ import numpy as np
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.core.schemes import parse_scheme
@@ -23,6 +24,7 @@ from dtmsearch.search.loop import Silent, Strategy, search
 NUM_PROMPTS = 8
 CONTINUATION_TOKENS = 100
 REFERENCE_ID = "toy-reference"
+MODE = NumericMode("float32", "cpu", "sdpa")
 
 
 def toy_components(num_layers: int = 2) -> tuple[Component, ...]:

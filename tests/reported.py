@@ -7,7 +7,7 @@ from pathlib import Path
 import fakes
 import numpy as np
 import yaml
-from fakes import CONTINUATION_TOKENS, FakeEvaluator, toy_components, toy_manifest
+from fakes import CONTINUATION_TOKENS, MODE, FakeEvaluator, toy_components, toy_manifest
 
 from dtmsearch.core.evaluation import Continuation, EvalRequest, Reference, Writing
 from dtmsearch.core.plan import Budget, Plan
@@ -87,7 +87,7 @@ def reference(name: str, num_layers: int) -> Reference:
     agrees = np.ones((NUM_PROMPTS, CONTINUATION_TOKENS), np.bool_)
     agrees[0, 5] = False
     manifest_id = toy_manifest(num_layers).id
-    return Reference(name, manifest_id, "float32/cpu", tokens, tokens[:, 10:].copy(), agrees, (0,))
+    return Reference(name, manifest_id, MODE, tokens, tokens[:, 10:].copy(), agrees, (0,))
 
 
 def written(prompt: int) -> Continuation:

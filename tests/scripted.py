@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from fakes import evaluate, toy_manifest
+from fakes import MODE, evaluate, toy_manifest
 from numpy.typing import NDArray
 
 from dtmsearch.core.components import ModelManifest
@@ -71,13 +71,13 @@ class Scripted:
         self, texts: Sequence[str], count: int, prompt: int, continuation: int, seed: int
     ) -> tuple[PromptTokens, str]:
         prompts = PromptTokens(np.zeros((count, prompt + continuation), np.int32) + seed, prompt)
-        return prompts, reference_id(self.manifest().id, "toy", prompts)
+        return prompts, reference_id(self.manifest().id, MODE, prompts)
 
     def make_reference(self, prompts: PromptTokens) -> Reference:
         continuation = prompts.tokens[:, prompts.prompt_tokens :]
         agrees = np.ones(continuation.shape, np.bool_)
-        made = reference_id("toy", "toy", prompts)
-        return Reference(made, "toy", "toy", prompts.tokens, continuation, agrees, ())
+        made = reference_id("toy", MODE, prompts)
+        return Reference(made, "toy", MODE, prompts.tokens, continuation, agrees, ())
 
     def use(self, reference: Reference) -> None:
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from contracts import ids
 from fakes import toy_components, toy_manifest
@@ -41,6 +43,23 @@ def replayed(place: Path | ResultStore, run: str = "run") -> list[str]:
 
 def segment_files(place: Path, table: str, run: str = "run") -> list[Path]:
     return sorted((place / table / run).glob("*.parquet"))
+
+
+# The columns of `evaluations` in stores of format 1.
+_FORMAT_1 = (
+    *("run", "step", "evaluation_id", "plan_id", "parent_plan_id", "weights_id", "perturbation", "component", "scheme"),
+    *("purpose", "label", "reused_from", "reference_id", "status", "message", "num_compressed", "share"),
+    *("bits_per_weight", "num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl"),
+    *("fdt", "sdt", "dppl_list", "ppl_list", "kl_list", "tokens", "wall_seconds", "replica", "node", "attempts"),
+    *("finished_at", "version"),
+)
+
+
+def as_format_1(place: Path) -> None:
+    """Make a store what it would be had it been written in format 1."""
+    for path in place.glob("evaluations/*/*.parquet"):
+        pq.write_table(pq.read_table(path, columns=list(_FORMAT_1)), path, write_page_checksum=True)
+    (place / "store.json").write_text(json.dumps({"format": 1}))
 
 
 def run_record(run: str = "run", **changes: Any) -> RunRecord:

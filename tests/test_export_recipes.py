@@ -9,10 +9,12 @@ import pytest
 import torch
 from exports import Measured, in_process, measured_plan
 from safetensors.torch import load_file
+from stores import as_format_1
 from test_families import FAMILIES
 from tiny import llama_config, write_model
 
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.export.formats.evopress import levels_of, read_configuration, read_weight
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.workflows.export import export
@@ -136,3 +138,21 @@ def test_gptqs_own_codes_are_packed(tmp_path: Path, dtype: str) -> None:
     plan = {Q: "gptq-int4-g16", "model.layers.1.mlp.up_proj": "gptq-int3-channel"}
     exported = measured_plan(path, tmp_path / "store", plan, dtype).export("compressed-tensors", tmp_path / "out")
     assert exported.check is not None and exported.check.equal and dict(exported.extra_bits) == {"shapes": 256}
+
+
+def test_a_calibrated_plan_of_a_store_of_format_1_is_refused_in_words(tmp_path: Path) -> None:
+    """Its rows do not say by which text it was calibrated."""
+    made = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", {Q: "gptq-int4-g16"})
+    as_format_1(made.store)
+    with pytest.raises(UserError, match=r"recorded by an older dtmsearch.*dtmsearch evaluate"):
+        made.export("dense", tmp_path / "out")
+
+
+def test_a_plan_of_a_store_of_format_1_without_calibrated_schemes_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    made = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", {Q: "int4-g16"})
+    as_format_1(made.store)
+    check = made.export("dense", tmp_path / "out").check
+    assert check is not None and check.equal

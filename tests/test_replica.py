@@ -12,6 +12,7 @@ import torch
 from tiny import DEMO_MODEL, llama_config, replica, result, values, with_reference, write_model
 
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Reference
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.model.replica import replica as replica_module
 from dtmsearch.model.replica.replica import Replica
@@ -336,7 +337,7 @@ def test_a_plan_far_from_its_parent_is_measured_without_holding_both(
 def test_a_reference_of_another_numeric_mode_is_refused(folder: Path) -> None:
     model = replica(folder)
     reference = with_reference(model)
-    other = type(reference)(**{**reference.__dict__, "mode": "bfloat16/cuda/sdpa/eager"})
+    other = type(reference)(**{**reference.__dict__, "mode": NumericMode("bfloat16", "cuda", "sdpa")})
     with pytest.raises(ValueError, match="made in mode bfloat16/cuda"):
         replica(folder).use(other)
 

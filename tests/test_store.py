@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -10,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contracts import ResultLogContract, ids, make_record, make_records, make_request
-from fakes import MemoryLog, toy_components, toy_manifest
-from stores import bucket, opened, refuse, replayed, run_record
+from fakes import MODE, REFERENCE_ID, MemoryLog, toy_components, toy_manifest
+from stores import as_format_1, bucket, opened, refuse, replayed, run_record
 
 from dtmsearch.core.evaluation import EvalFailure, Reference
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.errors import StoreError, StoreFull, StoreReadOnly
 from dtmsearch.search.loop import ResultLog
 from dtmsearch.store import locks
 from dtmsearch.store.files import Folder
+from dtmsearch.store.schemas import FORMAT_VERSION, MODE_COLUMNS
 from dtmsearch.store.store import ResultStore
 
 
@@ -83,7 +86,7 @@ def test_unknown_plan_run_and_reference_are_none(tmp_path: Path) -> None:
 
 def test_reference_is_shared_by_runs(tmp_path: Path) -> None:
     grid = np.arange(12, dtype=np.int32).reshape(2, 6)
-    reference = Reference("ref", "manifest", "cpu", grid, grid[:, :3], np.ones((2, 3), np.bool_), (0,))
+    reference = Reference("ref", "manifest", MODE, grid, grid[:, :3], np.ones((2, 3), np.bool_), (0,))
     for run in ("a", "b"):
         with opened(ResultStore(tmp_path), run) as writer:
             writer.put_reference(reference)
@@ -121,8 +124,40 @@ def test_stop_request_reaches_the_driver_and_is_gone_for_the_next(tmp_path: Path
 
 def test_newer_store_is_refused_with_both_versions(tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text('{"format": 7}')
-    with pytest.raises(StoreError, match=r"version 7.*version 1\b"):
+    with pytest.raises(StoreError, match=r"version 7.*version 2\b"):
         ResultStore(tmp_path)
+
+
+def test_rows_say_the_numeric_mode_of_their_reference(tmp_path: Path) -> None:
+    grid = np.arange(12, dtype=np.int32).reshape(2, 6)
+    mode = NumericMode("bfloat16", "cuda", "eager", compiled=True, scale_dtype="float16")
+    with opened(ResultStore(tmp_path)) as writer:
+        writer.put_reference(Reference(REFERENCE_ID, "m", mode, grid, grid[:, :3], np.ones((2, 3), np.bool_), ()))
+        writer.append(make_records(1))
+    (row,) = ResultStore(tmp_path).table("evaluations").to_pylist()
+    assert NumericMode(**{name: row[name] for name in MODE_COLUMNS}) == mode
+
+
+def test_a_store_of_format_1_is_read_and_goes_on(tmp_path: Path) -> None:
+    with opened(ResultStore(tmp_path)) as writer:
+        writer.append(make_records(0, 1))
+    as_format_1(tmp_path)
+    with opened(ResultStore(tmp_path)) as writer:
+        again = ids(list(writer.replay()))
+        writer.append(make_records(2))
+    results = ResultStore(tmp_path)
+    columns = results.table("evaluations", ["evaluation_id", "extra_metrics"]).to_pydict()
+    assert again == columns["evaluation_id"][:2]
+    assert columns["extra_metrics"] == [None, None, ["kl", "ppl"]]
+    assert results.notes == []
+
+
+def test_an_older_dtmsearch_is_kept_from_a_store_that_this_one_has_written_to(tmp_path: Path) -> None:
+    """It would take the columns that it does not know for damage, and set the segments aside."""
+    (tmp_path / "store.json").write_text('{"format": 1}')
+    with opened(ResultStore(tmp_path)):
+        pass
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": FORMAT_VERSION}
 
 
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,11 @@ from dtmsearch.store.store import ResultStore
 
 
 def flip_bytes(content: bytes) -> bytes:
-    at = len(content) // 8  # the data stand first, the footer last
+    """Within the pages of an id that every reader reads."""
+    columns = pq.read_metadata(pa.BufferReader(content)).row_group(0).to_dict()["columns"]
+    pages = next(c for c in columns if c["path_in_schema"] in ("evaluation_id", "plan_id"))
+    start = pages["dictionary_page_offset"] or pages["data_page_offset"]
+    at = start + pages["total_compressed_size"] - 8
     return content[:at] + bytes(255 - b for b in content[at : at + 8]) + content[at + 8 :]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from contracts import make_record, make_request
-from fakes import evaluate, toy_components, toy_manifest
+from fakes import MODE, evaluate, toy_components, toy_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from reported import make_run
@@ -79,7 +79,8 @@ def test_step_records_come_back_from_their_rows(steps: list[StepRecord]) -> None
 @st.composite
 def outcomes(draw: st.DrawFn) -> Outcome:
     provenance = Provenance(
-        draw(TEXT), draw(TEXT), draw(st.integers(1, 9)), draw(FINITE), draw(st.integers(0, 2**62)), draw(MICROSECONDS)
+        *(draw(TEXT), draw(TEXT), draw(st.integers(1, 9)), draw(FINITE), draw(st.integers(0, 2**62))),
+        *(draw(MICROSECONDS), draw(TEXT)),
     )
     request_id = draw(TEXT)
     if draw(st.booleans()):
@@ -111,6 +112,7 @@ class _RequestOf:
     """A request with the id of an outcome."""
 
     plan, parent, reference_id, prompts, weights_id = Plan(), Plan(), "reference", (0, 3), ""
+    extra_metrics, calibrated_by = ("kl", "ppl"), ""
 
     def __init__(self, outcome: Outcome) -> None:
         self.id = outcome.request_id
@@ -128,7 +130,7 @@ def test_reference_comes_back_from_its_rows(data: st.DataObject) -> None:
     reference = Reference(
         "id",
         "manifest",
-        "mode",
+        MODE,
         matrix(tokens + length, token, np.int32),
         matrix(length, token, np.int32),
         matrix(length, st.booleans(), np.bool_),
@@ -176,6 +178,23 @@ def test_aggregates_are_those_of_the_metrics() -> None:
     outcome = evaluate(make_request(3))
     rows = evaluations_table("run", [make_record(3)], [PlanFigures(1, 0.5, 8.0)], "0.1.0")
     assert summary_of(rows.to_pylist()[0]) == summarize(outcome)
+
+
+def test_a_row_holds_every_input_of_its_identity() -> None:
+    plan, prompts = Plan.of({"a": "wanda-0.5"}), (0, 8)
+    request = EvalRequest(plan, "reference", prompts, ("ppl", "kl"), calibration_id="text", weights_id="trained")
+    record = EvaluationRecord(request, EvalFailure(request.id, "invalid", ""), "search")
+    (row,) = evaluations_table("run", [record], [PlanFigures(1, 0.5, 8.0)], "0.1.0").to_pylist()
+    extra, by = tuple(row["extra_metrics"]), row["calibration_id"]
+    asked = (row["reference_id"], (0, row["num_prompts"]), extra, Plan(), by, row["weights_id"])
+    assert EvalRequest(plan, *asked).id == row["evaluation_id"]
+
+
+def test_a_plan_without_calibrated_schemes_has_no_calibration_in_its_row() -> None:
+    request = EvalRequest(Plan.of({"a": "nf4"}), "reference", (0, 8), calibration_id="text")
+    record = EvaluationRecord(request, EvalFailure(request.id, "invalid", ""), "search")
+    (row,) = evaluations_table("run", [record], [PlanFigures(1, 0.5, 8.0)], "0.1.0").to_pylist()
+    assert row["calibration_id"] is None
 
 
 def test_component_and_scheme_name_a_plan_of_one_component_only() -> None:

@@ -5,28 +5,16 @@ Knows which packages make numbers, and nothing of how a job is submitted.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
 
+from dtmsearch.core.library_versions import versions
 from dtmsearch.errors import UserError
 
-# Packages whose version can change what an evaluation measures.
-PINNED = ("bitsandbytes", "numpy", "tokenizers", "torch", "transformers")
+__all__ = ["VARIABLE", "check", "environment", "versions"]
+
 VARIABLE = "DTMSEARCH_PINS"
-
-
-def versions(packages: tuple[str, ...] = PINNED) -> dict[str, str]:
-    """Package -> installed version, without the build's own suffix: `2.13.0+cu130` and `2.13.0+cpu` are one version.
-    What is not installed has no entry."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def environment(pins: Mapping[str, str]) -> dict[str, str]:

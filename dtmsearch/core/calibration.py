@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.identity import identity
+from dtmsearch.core.numeric_mode import NumericMode
 
 # Raise it when the same text would yield other statistics, or other matrices from them.
 CALIBRATION_VERSION = 1
@@ -30,10 +31,10 @@ class Calibration:
     tokens: NDArray[np.int32]
 
 
-def calibration_id(manifest_id: str, mode: str, tokens: NDArray[np.int32]) -> str:
+def calibration_id(manifest_id: str, mode: NumericMode, tokens: NDArray[np.int32]) -> str:
     """Identity of a calibration: what determines every statistic gathered over it."""
     return identity(
-        {"manifest": manifest_id, "mode": mode, "tokens": tokens.tolist(), "calibration": CALIBRATION_VERSION}
+        {"manifest": manifest_id, "mode": str(mode), "tokens": tokens.tolist(), "calibration": CALIBRATION_VERSION}
     )
 
 

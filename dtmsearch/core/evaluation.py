@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.identity import canonical, identity, identity_of_text
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 
 # Raise it when the same plan and reference would yield other numbers.
@@ -88,7 +89,7 @@ class Reference:
 
     id: str
     manifest_id: str
-    mode: str
+    mode: NumericMode
     text: IntArray
     continuation: IntArray
     agrees: NDArray[np.bool_]
@@ -113,12 +114,12 @@ class Reference:
         return first.astype(np.int32)
 
 
-def reference_id(manifest_id: str, mode: str, prompts: PromptTokens) -> str:
+def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens) -> str:
     """Identity of the reference that a model in a numeric mode gives to prompts."""
     return identity(
         {
             "manifest": manifest_id,
-            "mode": mode,
+            "mode": str(mode),
             "prompt_tokens": prompts.prompt_tokens,
             "tokens": prompts.tokens.tolist(),
             "version": METRICS_VERSION,
@@ -147,9 +148,15 @@ class EvalRequest:
     @cached_property
     def id(self) -> str:
         """Identity over the canonical JSON of [plan, reference, ...]; put together, for all but the plan repeats."""
-        calibration_id = self.calibration_id if self.calibration_id and self.plan.needs_calibration else ""
-        rest = _rest_of_identity(self.reference_id, self.prompts, self.extra_metrics, calibration_id, self.weights_id)
+        rest = _rest_of_identity(
+            self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id
+        )
         return identity_of_text(f'["{self.plan.id}",{rest}]')
+
+    @property
+    def calibrated_by(self) -> str:
+        """The calibration that decides the value; empty where the plan has no calibrated scheme."""
+        return self.calibration_id if self.calibration_id and self.plan.needs_calibration else ""
 
     @cached_property
     def changed(self) -> tuple[str, ...]:
@@ -215,7 +222,8 @@ def mean_speed(speeds: Sequence[Speed]) -> Speed:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where and when an outcome came about; never part of an identity. `finished_at` in seconds since the epoch."""
+    """Where and when an outcome came about; never part of an identity. `finished_at` in seconds since the epoch;
+    `versions` are those of the libraries that computed it, as canonical JSON, empty where nobody said."""
 
     replica: str = ""
     node: str = ""
@@ -223,6 +231,7 @@ class Provenance:
     wall_seconds: float = 0.0
     tokens: int = 0
     finished_at: float = 0.0
+    versions: str = ""
 
 
 @dataclass(frozen=True, eq=False)

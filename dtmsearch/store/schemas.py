@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-# Raise it when a column changes; a store of a newer version than this is refused.
-FORMAT_VERSION = 1
+# Raise it when a column changes; a store of a newer version than this is refused, an older one read.
+FORMAT_VERSION = 2
 CODED = pa.dictionary(pa.int32(), pa.string())  # for names that repeat: stored once, compared as numbers
 _TIME = pa.timestamp("us")  # UTC
 _INTS = pa.list_(pa.int32())
@@ -65,7 +65,10 @@ PROMPTS = _schema(
         ("suppressed", _INTS),
     ],
 )
-# `tokens` counts the tokens that the evaluation computed; the lists run over its prompts.
+# `tokens` counts the tokens that the evaluation computed; the lists run over its prompts. From `calibration_id` to
+# `scale_dtype` stands what the identity holds beside plan, weights, reference and prompts: `calibration_id` is null
+# where the plan has no calibrated scheme, the parts of the numeric mode are the reference's. `versions` are those of
+# the libraries that computed it, as JSON; `version` is this package's.
 EVALUATIONS = _schema(
     "evaluations",
     [
@@ -75,6 +78,13 @@ EVALUATIONS = _schema(
         ("plan_id", pa.string()),
         ("parent_plan_id", CODED),
         ("weights_id", CODED),
+        ("calibration_id", CODED),
+        ("extra_metrics", pa.list_(pa.string())),
+        ("dtype", CODED),
+        ("device", CODED),
+        ("attention", CODED),
+        ("compiled", pa.bool_()),
+        ("scale_dtype", CODED),
         ("perturbation", CODED),
         ("component", CODED),
         ("scheme", CODED),
@@ -108,6 +118,7 @@ EVALUATIONS = _schema(
         ("attempts", pa.int32()),
         ("finished_at", _TIME),
         ("version", CODED),
+        ("versions", CODED),
     ],
 )
 PLANS = _schema(
@@ -222,9 +233,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "continuations": CONTINUATIONS,
     "trainings": TRAININGS,
 }
+MODE_COLUMNS = ("dtype", "device", "attention", "compiled", "scale_dtype")
 # Columns that came to a table after its first segments were written, which lack them: there they are null.
 ADDED: dict[str, frozenset[str]] = {
-    "evaluations": frozenset({"weights_id"}),
+    "evaluations": frozenset({"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions"}),
     "runs": frozenset({"continue_command"}),
 }
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")

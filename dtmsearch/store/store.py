@@ -21,6 +21,7 @@ import dtmsearch
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import Continuation, Outcome, Reference
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import (
     EvaluationRecord,
@@ -83,8 +84,9 @@ class ResultStore:
         """Where trained weights are kept, a file for each; nothing where the store lies in a bucket."""
         return self.folder.full("weights") if isinstance(self.folder, LocalFolder) else ""
 
-    def _check_marker(self) -> bool:
-        """Whether the place is a store already. Raises `StoreError` when it is something else."""
+    def _check_marker(self) -> int | None:
+        """The format version of the store at the place; None where there is none yet. Raises `StoreError` when it is
+        something else."""
         content = self._marker()
         if content is None:
             names = self.folder.names()
@@ -97,7 +99,7 @@ class ResultStore:
                     f"{self.url} is no store: it holds {strangers[0]} but no {_MARKER}. Give --store a new or empty "
                     "folder"
                 )
-            return False
+            return None
         try:
             version = int(json.loads(content)["format"])
         except (ValueError, KeyError, TypeError):
@@ -107,7 +109,7 @@ class ResultStore:
                 f"the store {self.url} has format version {version}, this dtmsearch reads up to version "
                 f"{schemas.FORMAT_VERSION}. Use the version of dtmsearch that wrote it, or a newer one"
             )
-        return True
+        return version
 
     def _marker(self) -> bytes | None:
         try:
@@ -117,8 +119,9 @@ class ResultStore:
         return content
 
     def create(self) -> None:
-        """Make the place a store if it is none yet."""
-        if not self._check_marker():
+        """Make the place a store if it is none yet, and one of this version if it is older: an older dtmsearch would
+        take the columns of what is written now for damage."""
+        if (self._check_marker() or 0) < schemas.FORMAT_VERSION:
             self.folder.write(_MARKER, json.dumps({"format": schemas.FORMAT_VERSION}).encode())
 
     def table(
@@ -176,6 +179,11 @@ class ResultStore:
     def reference(self, reference_id: str) -> Reference | None:
         rows = self.segments.read("prompts", [reference_id])
         return tables.reference_of(rows) if rows.num_rows else None
+
+    def mode_of(self, reference_id: str) -> NumericMode | None:
+        """The numeric mode in which a reference was made; None for one that is not recorded."""
+        modes = self.segments.read("prompts", [reference_id], ["mode"])["mode"]
+        return NumericMode.parse(modes[0].as_py()) if len(modes) else None
 
     def statistics(self, calibration_id: str) -> InputStatistics | None:
         """What was gathered over a calibration, by any run."""
@@ -241,6 +249,7 @@ class RunWriter:
         self._recorded: _Recorded | None = None
         self._recorded_steps: set[int] | None = None
         self._elsewhere = Elsewhere(store.segments, key)
+        self._mode_of: dict[str, NumericMode] = {}
 
     def __enter__(self) -> Self:
         self._store.create()
@@ -376,8 +385,17 @@ class RunWriter:
         if new:
             rows = list(reversed(new.values()))
             figures = self._plan_rows.figures([r.request.plan for r in rows])
-            self._commit("evaluations", evaluations_table(self._run, rows, figures, dtmsearch.__version__))
+            modes = self._modes({r.request.reference_id for r in rows})
+            self._commit("evaluations", evaluations_table(self._run, rows, figures, dtmsearch.__version__, modes))
             recorded.evaluations |= new.keys()
+
+    def _modes(self, reference_ids: set[str]) -> dict[str, NumericMode]:
+        """The numeric modes of those of these references that are recorded."""
+        for reference_id in reference_ids - self._mode_of.keys():
+            mode = self._store.mode_of(reference_id)
+            if mode is not None:
+                self._mode_of[reference_id] = mode
+        return self._mode_of
 
     def _known(self) -> _Recorded:
         """The ids recorded so far, read anew when a segment was set aside meanwhile."""

@@ -88,7 +88,7 @@ def export(
 def _job(found: Source, runtime: str, results: ResultStore) -> Job:
     mode = None if found.recorded is None else found.recorded.reference.mode
     dtype = getattr(torch, found.spec.dtype)
-    on_gpu = torch.cuda.is_available() and (mode is None or "/cuda/" in mode)
+    on_gpu = torch.cuda.is_available() and (mode is None or mode.device == "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")
     # vLLM keeps scales in a model's 16 bits, whatever the file says.
     half = runtime == "vllm" and dtype.itemsize == 2

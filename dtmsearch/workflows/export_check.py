@@ -49,9 +49,8 @@ def check_bytes(job: Job, written: Written) -> None:
 
 def measured(folder: Path, found: Source, recorded: Recorded, batch_tokens: int) -> Check:
     """The folder as a fresh process finds it, in the numeric mode of what is recorded."""
-    mode = recorded.reference.mode
     spec = replace(found.spec, path=str(folder.absolute()), revision=None)
-    spec = replace(spec, compile="always" if "compiled" in mode.split("/") else "never")
+    spec = replace(spec, compile="always" if recorded.reference.mode.compiled else "never")
     answer = measure_apart(spec, ReplicaSettings(batch_tokens=batch_tokens), recorded.reference)
     fdt, sdt = np.array(answer["fdt"]), np.array(answer["sdt"])
     return Check(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -15,7 +13,8 @@ import pyarrow.compute as pc
 from dtmsearch import config
 from dtmsearch.config import SearchFile
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, IntArray, ModelSpec, Reference
+from dtmsearch.core.evaluation import IntArray, ModelSpec, Reference
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan, plan_from_json, plan_to_json, weights_id_from_json
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats.evopress import is_configuration, read_configuration
@@ -24,7 +23,7 @@ from dtmsearch.model.weights.trained import trained_file
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.lookup import is_file
 
-_COLUMNS = ["run", "evaluation_id", "reference_id", "num_prompts", "fdt", "sdt"]
+_COLUMNS = ["run", "reference_id", "weights_id", "calibration_id", "extra_metrics", "num_prompts", "fdt", "sdt"]
 
 
 @dataclass(frozen=True)
@@ -112,17 +111,15 @@ def _spec(file: SearchFile, model: str | None) -> ModelSpec:
     return file.model_spec if model is None else replace(file.model_spec, path=model)
 
 
-def _spec_of_mode(path: str, mode: str) -> ModelSpec:
-    dtype, _, attention, _, *scales = mode.split("/")
-    return ModelSpec(
-        path, None, dtype, attention, scale_dtype=scales[0].removesuffix("-scales") if scales else "float32"
-    )
+def _spec_of_mode(path: str, mode: NumericMode) -> ModelSpec:
+    return ModelSpec(path, None, mode.dtype, mode.attention, scale_dtype=mode.scale_dtype)
 
 
 def _recorded(
     results: ResultStore, plan: Plan, weights_id: str, run: str | None, preferred: Sequence[str]
 ) -> Recorded | None:
-    """The measurement of a plan over some weights on most prompts; one against a preferred reference first."""
+    """The measurement of a plan over some weights on most prompts; one against a preferred reference first. Raises
+    `UserError` when nothing but rows of an older store are left, which do not say by what they were calibrated."""
     fits = (pc.field("plan_id") == plan.id) & (pc.field("status") == "ok")
     rows = results.table("evaluations", _COLUMNS, run, fits).to_pylist()
 
@@ -130,26 +127,20 @@ def _recorded(
         place = preferred.index(str(row["reference_id"])) if row["reference_id"] in preferred else len(preferred)
         return place, -int(str(row["num_prompts"]))
 
-    calibrations = [""]
-    if plan.needs_calibration:
-        calibrations = sorted(set(results.table("statistics", ["calibration_id"])["calibration_id"].to_pylist()))
-    for row in sorted(rows, key=rank):
+    silent: list[str] = []
+    for row in sorted((row for row in rows if (row["weights_id"] or "") == weights_id), key=rank):
         reference = results.reference(row["reference_id"])
-        calibration_id = _calibration_of(plan, weights_id, row, calibrations)
-        if reference is not None and reference.num_prompts == row["num_prompts"] and calibration_id is not None:
-            fdt, sdt = np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32)
-            return Recorded(row["run"], reference, fdt, sdt, calibration_id)
-    return None
-
-
-def _calibration_of(plan: Plan, weights_id: str, row: Mapping[str, Any], calibrations: Sequence[str]) -> str | None:
-    """By which calibration a plan was measured: the one that gives the row its identity. None if none does: it was over
-    other weights, or the row is another version's."""
-    prompts = (0, int(row["num_prompts"]))
-    for calibration_id in calibrations:
-        for count in range(len(EXTRA_METRICS) + 1):
-            for extra in combinations(EXTRA_METRICS, count):
-                request = EvalRequest(plan, row["reference_id"], prompts, extra, Plan(), calibration_id, weights_id)
-                if request.id == row["evaluation_id"]:
-                    return calibration_id
+        if reference is None or reference.num_prompts != row["num_prompts"]:
+            continue
+        if plan.needs_calibration and row["extra_metrics"] is None:
+            silent.append(row["run"])
+            continue
+        fdt, sdt = np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32)
+        return Recorded(row["run"], reference, fdt, sdt, row["calibration_id"] or "")
+    if silent:
+        raise UserError(
+            f"the plan has calibrated schemes, and its measurement in run {silent[0]!r} of {results.url} was recorded "
+            "by an older dtmsearch, which did not note by which text it was calibrated. Measure the plan once more "
+            "(dtmsearch evaluate FILE --plan PLAN), then export it"
+        )
     return None

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.components import ModelManifest, read_header, weight_files
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.loading import load_tokenizer
@@ -110,7 +111,8 @@ def write_job(folder: Path, spec: ModelSpec, settings: ReplicaSettings, referenc
         "spec": asdict(spec),
         "settings": asdict(settings),
         "arrays": str(arrays),
-        "reference": {"id": reference.id, "manifest_id": reference.manifest_id, "mode": reference.mode},
+        "reference": {"id": reference.id, "manifest_id": reference.manifest_id},
+        "mode": asdict(reference.mode),
         "suppressed": list(reference.suppressed),
     }
     job.write_text(json.dumps(values), encoding="utf-8")
@@ -119,7 +121,8 @@ def write_job(folder: Path, spec: ModelSpec, settings: ReplicaSettings, referenc
 
 def _read_job(job: Mapping[str, Any]) -> tuple[ModelSpec, ReplicaSettings, Reference]:
     with np.load(job["arrays"]) as arrays:
-        reference = Reference(**job["reference"], **dict(arrays), suppressed=tuple(job["suppressed"]))
+        mode, suppressed = NumericMode(**job["mode"]), tuple(job["suppressed"])
+        reference = Reference(**job["reference"], mode=mode, **dict(arrays), suppressed=suppressed)
     return ModelSpec(**job["spec"]), ReplicaSettings(**job["settings"]), reference
 
 

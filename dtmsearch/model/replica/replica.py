@@ -38,7 +38,10 @@ from dtmsearch.core.evaluation import (
     first_changed_layer,
     reference_id,
 )
+from dtmsearch.core.identity import canonical
+from dtmsearch.core.library_versions import versions
 from dtmsearch.core.metrics import perplexity, share_of_divergent_tokens
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
@@ -98,6 +101,7 @@ class Replica:
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
         self._name, self._node = name, node
+        self._versions = canonical(versions())
         self._spec = spec
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
@@ -154,11 +158,9 @@ class Replica:
         return Calibrator(self._body, *parts)
 
     @property
-    def mode(self) -> str:
-        """The numeric mode: near ties fall differently in different ones."""
-        way = "compiled" if self._compiled else "eager"
-        scales = "" if self._spec.scale_dtype == "float32" else f"/{self._spec.scale_dtype}-scales"
-        return f"{self._spec.dtype}/{self._device.type}/{self._spec.attention}/{way}{scales}"
+    def mode(self) -> NumericMode:
+        spec = self._spec
+        return NumericMode(spec.dtype, self._device.type, spec.attention, self._compiled, spec.scale_dtype)
 
     def manifest(self) -> ModelManifest:
         return self._manifest
@@ -437,6 +439,7 @@ class Replica:
             wall_seconds=self._finished_at - started_at,
             tokens=sum(s.nll.shape[0] * reference.text.shape[1] for s in streams.values()),
             finished_at=time.time(),
+            versions=self._versions,
         )
         return outcome_of(launched, streams, reference, provenance)
 

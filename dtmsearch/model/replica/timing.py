@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, PromptTokens, Reference
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.model.forward.head_metrics import compare, fetch
 from dtmsearch.model.forward.partial import Body
@@ -61,7 +62,7 @@ def time_batch(
     )
 
 
-def timed_reference(text: PromptTokens, manifest_id: str, mode: str) -> Reference:
+def timed_reference(text: PromptTokens, manifest_id: str, mode: NumericMode) -> Reference:
     """A reference whose continuations are the text's own."""
     targets = text.tokens[:, text.prompt_tokens :]
     return Reference("timed", manifest_id, mode, text.tokens, targets, np.ones(targets.shape, np.bool_), ())

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome, Provenance
 from dtmsearch.core.metrics import Summary, summarize
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import EvaluationRecord
 from dtmsearch.store.codecs.columns import arrays, coded_constant, from_columns, from_time, lists, to_time, values_of
 from dtmsearch.store.codecs.plans import PlanFigures
-from dtmsearch.store.schemas import EVALUATIONS, SUMMARY_COLUMNS
+from dtmsearch.store.schemas import EVALUATIONS, MODE_COLUMNS, SUMMARY_COLUMNS
 
 
 def evaluations_table(
-    run: str, records: Sequence[EvaluationRecord], figures: Sequence[PlanFigures], version: str
+    run: str,
+    records: Sequence[EvaluationRecord],
+    figures: Sequence[PlanFigures],
+    version: str,
+    modes: Mapping[str, NumericMode] | None = None,
 ) -> pa.Table:
-    """Rows of evaluations. `figures` are those of each record's plan; `version` is the package's."""
+    """Rows of evaluations. `figures` are those of each record's plan, `modes` the numeric modes of references by their
+    ids, as far as they are known; `version` is the package's."""
     number = len(records)
     requests = [r.request for r in records]
     outcomes = [r.outcome for r in records]
@@ -32,6 +38,9 @@ def evaluations_table(
         "plan_id": [r.plan.id for r in requests],
         "parent_plan_id": [r.parent.id for r in requests],
         "weights_id": [r.weights_id or None for r in requests],
+        "calibration_id": [r.calibrated_by or None for r in requests],
+        "extra_metrics": [sorted(r.extra_metrics) for r in requests],
+        **_mode_columns([(modes or {}).get(r.reference_id) for r in requests]),
         "perturbation": [r.perturbation for r in records],
         "component": [component for component, _ in single],
         "scheme": [scheme for _, scheme in single],
@@ -57,6 +66,10 @@ def evaluations_table(
     return from_columns(EVALUATIONS, columns | _provenance_columns([o.provenance for o in outcomes]))
 
 
+def _mode_columns(modes: Sequence[NumericMode | None]) -> dict[str, Any]:
+    return {name: [None if mode is None else getattr(mode, name) for mode in modes] for name in MODE_COLUMNS}
+
+
 def _provenance_columns(provenances: Sequence[Provenance]) -> dict[str, Any]:
     return {
         "tokens": [p.tokens for p in provenances],
@@ -65,13 +78,14 @@ def _provenance_columns(provenances: Sequence[Provenance]) -> dict[str, Any]:
         "node": [p.node for p in provenances],
         "attempts": [p.attempts for p in provenances],
         "finished_at": [to_time(p.finished_at) for p in provenances],
+        "versions": [p.versions or None for p in provenances],
     }
 
 
 _PROVENANCE_COLUMNS = ("replica", "node", "attempts", "wall_seconds", "tokens")
 OUTCOME_COLUMNS = [
     *("evaluation_id", "status", "message", "fdt", "sdt", "dppl_list", "kl_list", "ppl_list"),
-    *(*_PROVENANCE_COLUMNS, "finished_at"),
+    *(*_PROVENANCE_COLUMNS, "finished_at", "versions"),
 ]
 
 
@@ -80,7 +94,8 @@ def outcomes(batch: pa.RecordBatch) -> Iterator[Outcome]:
     ids, status, message = (values_of(batch[name]) for name in ("evaluation_id", "status", "message"))
     lists = [arrays(batch[name]) for name in ("fdt", "sdt", "dppl_list", "kl_list", "ppl_list")]
     seconds = from_time(batch["finished_at"])
-    where = map(Provenance, *(values_of(batch[name]) for name in _PROVENANCE_COLUMNS), seconds)
+    said = (versions or "" for versions in values_of(batch["versions"]))
+    where = map(Provenance, *(values_of(batch[name]) for name in _PROVENANCE_COLUMNS), seconds, said)
     if set(status) == {"ok"}:
         yield from map(EvalResult, ids, *lists, where)
         return

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import Continuation, Reference, Writing
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import RunRecord, StepRecord, TrainingRecord
 from dtmsearch.store.codecs.columns import coded_constant, from_columns, from_time, lists, matrix, to_time
 from dtmsearch.store.schemas import COMPONENTS, CONTINUATIONS, PROMPTS, RUNS, STEPS, TRAININGS
@@ -94,7 +95,7 @@ def prompts_table(reference: Reference) -> pa.Table:
     columns = {
         "reference_id": coded_constant(reference.id, num_prompts),
         "manifest_id": coded_constant(reference.manifest_id, num_prompts),
-        "mode": coded_constant(reference.mode, num_prompts),
+        "mode": coded_constant(str(reference.mode), num_prompts),
         "prompt": np.arange(num_prompts, dtype=np.int32),
         "tokens": lists(list(reference.text[:, :prompt_tokens]), pa.int32()),
         "continuation": lists(list(reference.continuation), pa.int32()),
@@ -117,7 +118,7 @@ def reference_of(table: pa.Table) -> Reference:
     return Reference(
         id=first["reference_id"],
         manifest_id=first["manifest_id"],
-        mode=first["mode"],
+        mode=NumericMode.parse(first["mode"]),
         text=np.concatenate([lists["tokens"], lists["human_continuation"]], axis=1),
         continuation=lists["continuation"],
         agrees=agrees,
