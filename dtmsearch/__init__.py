@@ -1,7 +1,8 @@
 """Search for what a language model can spare, judged by where its text first diverges.
 
-The verbs of the command line are functions here: `import dtmsearch as dtm`, then
-`dtm.run(dtm.load(Path("search.yaml")), "dtm-store")`. What a verb needs is imported when it is first asked for.
+The verbs of the command line are functions here: `import dtmsearch as dtm`, then `dtm.run("search.yaml", "dtm-store")`.
+Every verb takes a search file as a path, a mapping or an object, and a store as a folder, a URL or an object; `measure`
+and `apply` work on a model in memory. What a verb needs is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -12,70 +13,146 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dtmsearch.analysis.named_queries import ask
-    from dtmsearch.analysis.pareto_runs import candidates as pareto
-    from dtmsearch.analysis.sql import query
-    from dtmsearch.analysis.summary import runs_overview as ls
-    from dtmsearch.analysis.summary import summarize_run as status
-    from dtmsearch.config import load
+    from dtmsearch.analysis.summary import RunOverview, RunSummary
+    from dtmsearch.cluster.pool import PoolSettings as Where
+    from dtmsearch.config import SearchFile, load
     from dtmsearch.config.sweep_file import load_sweep
+    from dtmsearch.core.components import Component, ModelManifest
+    from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Reference
+    from dtmsearch.core.metrics import Summary
+    from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize
+    from dtmsearch.core.schemes import Scheme, parse_scheme
     from dtmsearch.report.writing import write_report as report
+    from dtmsearch.workflows.api import (
+        Rows,
+        Run,
+        Store,
+        ask,
+        demo,
+        estimate,
+        evaluate,
+        ls,
+        open_store,
+        pareto,
+        query,
+        resume,
+        run,
+        search_file,
+        status,
+        stop,
+        validate,
+    )
     from dtmsearch.workflows.doctor import examine as doctor
+    from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel, recover
     from dtmsearch.workflows.export import export
-    from dtmsearch.workflows.run import Where, demo, evaluate, open_store, recover, resume, run, stop
+    from dtmsearch.workflows.in_process import Measurement, apply, measure
     from dtmsearch.workflows.score import score
     from dtmsearch.workflows.submit import submit
     from dtmsearch.workflows.sweep import sweep
 
 __all__ = [
+    "Budget",
+    "Component",
+    "EvalFailure",
+    "EvalRequest",
+    "EvalResult",
+    "Measurement",
+    "ModelManifest",
+    "Perturbation",
+    "Plan",
+    "PlanMeasurement",
+    "PlanSize",
+    "RecoveredModel",
+    "Reference",
+    "Rows",
+    "Run",
+    "RunOverview",
+    "RunSummary",
+    "Scheme",
+    "SearchFile",
+    "Store",
+    "Summary",
     "Where",
     "__version__",
+    "apply",
     "ask",
     "demo",
     "doctor",
+    "estimate",
     "evaluate",
     "export",
     "load",
     "load_sweep",
     "ls",
+    "measure",
     "open_store",
     "pareto",
+    "parse_scheme",
     "query",
     "recover",
     "report",
     "resume",
     "run",
     "score",
+    "search_file",
     "status",
     "stop",
     "submit",
     "sweep",
+    "validate",
 ]
 __version__ = "0.1.0"
 
 # name here -> module, name there
 _LAZY = {
-    "Where": ("dtmsearch.workflows.run", "Where"),
-    "ask": ("dtmsearch.analysis.named_queries", "ask"),
-    "demo": ("dtmsearch.workflows.run", "demo"),
+    "Budget": ("dtmsearch.core.plan", "Budget"),
+    "Component": ("dtmsearch.core.components", "Component"),
+    "EvalFailure": ("dtmsearch.core.evaluation", "EvalFailure"),
+    "EvalRequest": ("dtmsearch.core.evaluation", "EvalRequest"),
+    "EvalResult": ("dtmsearch.core.evaluation", "EvalResult"),
+    "Measurement": ("dtmsearch.workflows.in_process", "Measurement"),
+    "ModelManifest": ("dtmsearch.core.components", "ModelManifest"),
+    "Perturbation": ("dtmsearch.core.plan", "Perturbation"),
+    "Plan": ("dtmsearch.core.plan", "Plan"),
+    "PlanMeasurement": ("dtmsearch.workflows.evaluate", "PlanMeasurement"),
+    "PlanSize": ("dtmsearch.core.plan", "PlanSize"),
+    "RecoveredModel": ("dtmsearch.workflows.evaluate", "RecoveredModel"),
+    "Reference": ("dtmsearch.core.evaluation", "Reference"),
+    "Rows": ("dtmsearch.workflows.api", "Rows"),
+    "Run": ("dtmsearch.workflows.api", "Run"),
+    "RunOverview": ("dtmsearch.analysis.summary", "RunOverview"),
+    "RunSummary": ("dtmsearch.analysis.summary", "RunSummary"),
+    "Scheme": ("dtmsearch.core.schemes", "Scheme"),
+    "SearchFile": ("dtmsearch.config", "SearchFile"),
+    "Store": ("dtmsearch.workflows.api", "Store"),
+    "Summary": ("dtmsearch.core.metrics", "Summary"),
+    "Where": ("dtmsearch.cluster.pool", "PoolSettings"),
+    "apply": ("dtmsearch.workflows.in_process", "apply"),
+    "ask": ("dtmsearch.workflows.api", "ask"),
+    "demo": ("dtmsearch.workflows.api", "demo"),
     "doctor": ("dtmsearch.workflows.doctor", "examine"),
-    "evaluate": ("dtmsearch.workflows.run", "evaluate"),
+    "estimate": ("dtmsearch.workflows.api", "estimate"),
+    "evaluate": ("dtmsearch.workflows.api", "evaluate"),
     "export": ("dtmsearch.workflows.export", "export"),
     "load": ("dtmsearch.config", "load"),
     "load_sweep": ("dtmsearch.config.sweep_file", "load_sweep"),
-    "ls": ("dtmsearch.analysis.summary", "runs_overview"),
-    "open_store": ("dtmsearch.workflows.run", "open_store"),
-    "pareto": ("dtmsearch.analysis.pareto_runs", "candidates"),
-    "query": ("dtmsearch.analysis.sql", "query"),
-    "recover": ("dtmsearch.workflows.run", "recover"),
+    "ls": ("dtmsearch.workflows.api", "ls"),
+    "measure": ("dtmsearch.workflows.in_process", "measure"),
+    "open_store": ("dtmsearch.workflows.api", "open_store"),
+    "pareto": ("dtmsearch.workflows.api", "pareto"),
+    "parse_scheme": ("dtmsearch.core.schemes", "parse_scheme"),
+    "query": ("dtmsearch.workflows.api", "query"),
+    "recover": ("dtmsearch.workflows.evaluate", "recover"),
     "report": ("dtmsearch.report.writing", "write_report"),
-    "resume": ("dtmsearch.workflows.run", "resume"),
-    "run": ("dtmsearch.workflows.run", "run"),
+    "resume": ("dtmsearch.workflows.api", "resume"),
+    "run": ("dtmsearch.workflows.api", "run"),
     "score": ("dtmsearch.workflows.score", "score"),
-    "status": ("dtmsearch.analysis.summary", "summarize_run"),
-    "stop": ("dtmsearch.workflows.run", "stop"),
+    "search_file": ("dtmsearch.workflows.api", "search_file"),
+    "status": ("dtmsearch.workflows.api", "status"),
+    "stop": ("dtmsearch.workflows.api", "stop"),
     "submit": ("dtmsearch.workflows.submit", "submit"),
     "sweep": ("dtmsearch.workflows.sweep", "sweep"),
+    "validate": ("dtmsearch.workflows.api", "validate"),
 }
 
 

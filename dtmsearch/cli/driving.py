@@ -24,9 +24,12 @@ def where_of(
     cpus_per_replica: float | None,
     batch_tokens: int | None,
     nodes_per_replica: int | None,
+    in_process: bool = False,
 ) -> Where:
     from dtmsearch.workflows.run import Where
 
+    if in_process and (address or replicas or gpus_per_replica or cpus_per_replica or nodes_per_replica):
+        raise click.UsageError("--in-process is one replica in this process: it takes no --address and no shares")
     return Where(
         address,
         replicas or 0,
@@ -34,6 +37,7 @@ def where_of(
         batch_tokens or 0,
         cpus_per_replica,
         nodes_per_replica=nodes_per_replica or 1,
+        in_process=in_process,
     )
 
 

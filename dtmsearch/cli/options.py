@@ -67,6 +67,9 @@ def replica_options(verb: Verb) -> Verb:
 def where_options(verb: Verb) -> Verb:
     """Where a search runs; none of it changes what the search finds."""
     address = click.option("--address", help="Address of a Ray cluster; without it, Ray starts on this machine.")
+    in_process = click.option(
+        "--in-process", is_flag=True, help="Measure in this process, without Ray: for small models; starts at once."
+    )
     quiet = click.option("--quiet", is_flag=True, help="No progress.")
     log_format = click.option(
         "--log-format",
@@ -77,7 +80,7 @@ def where_options(verb: Verb) -> Verb:
         callback=lambda _context, _option, value: LOG_FORMAT.set(value),
         help="Form of stderr: for a person, or a JSON object a line that names run and request.",
     )
-    return _with(verb, address, replica_options, quiet, log_format)
+    return _with(verb, address, in_process, replica_options, quiet, log_format)
 
 
 def _with(verb: Verb, *options: Callable[[Verb], Verb]) -> Verb:

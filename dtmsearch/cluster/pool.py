@@ -57,7 +57,7 @@ class PoolSettings:
     """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
     None are chosen from what the cluster has, and are of each of `nodes_per_replica` nodes. From `guess_from` replicas
     on, those that idle are offered to guesses: with fewer, the end of a round costs too little. `weights_folder` is
-    where trained weights lie, for all nodes."""
+    where trained weights lie, for all nodes. `in_process`: one replica in the driver's own process, without Ray."""
 
     address: str | None = None
     replicas: int = 0
@@ -67,6 +67,7 @@ class PoolSettings:
     guess_from: int = 8
     weights_folder: str = ""
     nodes_per_replica: int = 1
+    in_process: bool = False
 
 
 class ReplicaPool(Services):

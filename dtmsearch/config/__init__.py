@@ -5,8 +5,9 @@ Where a search runs (address, replicas, GPUs) is not in here and enters no ident
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "SearchFile",
     "SearchSection",
     "difference",
+    "from_mapping",
     "json_schema",
     "load",
     "parse",
@@ -121,7 +123,12 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> SearchFile:
 
 def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
     """A search file from its text; `source` names it in errors, `folder` is where its relative paths start."""
-    content = read_yaml(text, source)
+    return from_mapping(read_yaml(text, source), source, folder, overrides)
+
+
+def from_mapping(content: Mapping[str, Any], source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+    """A search file from its keys and values; otherwise as `parse`."""
+    content = copy.deepcopy(dict(content))
     for override in overrides:
         override_key(content, override)
     try:

@@ -188,6 +188,11 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
     return Plan.of(schemes)
 
 
+def schemes_from_json(text: str, source: str) -> dict[str, str]:
+    """Component -> scheme of a plan file, whichever model it was made for. Raises `ValueError`."""
+    return {str(component): str(scheme) for component, scheme in _plan_content(text, source)["schemes"].items()}
+
+
 def weights_id_from_json(text: str, source: str) -> str:
     """The trained weights that a plan file's plan is over; empty for the base model's own. Raises `UserError`."""
     return str(_plan_content(text, source).get("weights_id", ""))

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import PromptsSection, SearchFile, texts
-from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, Reference
+from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.store import ResultStore, RunWriter
@@ -28,6 +28,11 @@ def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
         )
     if where.address is None:
         texts.check_model(file)
+    if where.in_process:
+        from dtmsearch.model.replica.local_replicas import LocalReplicas
+
+        settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
+        return cast(ReplicaPool, LocalReplicas(file.model_spec, settings))  # it answers as a pool does
     return ReplicaPool(file.model_spec, where, observer.on_note, run=file.run)
 
 

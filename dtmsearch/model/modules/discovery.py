@@ -47,7 +47,7 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
         num_layers=len(layers),
         content_hash=content_hash(folder, files),
         components=components,
-        others=_others(model, layers_name, len(layers)),
+        others=other_components(model, layers_name, len(layers)),
     )
 
 
@@ -78,7 +78,7 @@ def kind_of(name: str) -> str:
     return last
 
 
-def _others(model: nn.Module, layers_name: str, num_layers: int) -> tuple[Component, ...]:
+def other_components(model: nn.Module, layers_name: str, num_layers: int) -> tuple[Component, ...]:
     """Embeddings, norms and the head; of tied weights the first owner only."""
     others: list[Component] = []
     seen: set[int] = set()

@@ -375,7 +375,7 @@ class PipelineReplica(Replica):
         for remote in self._remotes:
             remote.tell("stand_on", weights_id)
 
-    def _release_memory(self) -> None:
-        super()._release_memory()
+    def release_memory(self) -> None:
+        super().release_memory()
         for remote in self._remotes:
             remote.tell("rest")

@@ -103,11 +103,11 @@ class Replica:
         self._name, self._node = name, node
         self._versions = canonical(versions())
         self._spec = spec
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = self._choose_device()
         if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
             raise UserError(f"{settings.num_devices} GPUs a replica, but it sees {torch.cuda.device_count()}")
         self._references: dict[str, Loaded] = {}
-        self._batches = Batches(settings.batch_tokens, self._device, self._release_memory, self._longest_row)
+        self._batches = Batches(settings.batch_tokens, self._device, self.release_memory, self._longest_row)
         loaded = self._load(spec, settings)
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
         self._context = getattr(model.config, "max_position_embeddings", None)
@@ -139,6 +139,9 @@ class Replica:
         self._states = settings.states
         self._place_before: _Place | None = None
         self._finished_at = 0.0
+
+    def _choose_device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         folder = checkpoint_folder(spec)
@@ -540,7 +543,8 @@ class Replica:
     def _longest_row(self) -> int:
         return max((r.reference.text.shape[1] for r in self._references.values()), default=1)
 
-    def _release_memory(self) -> None:
+    def release_memory(self) -> None:
+        """Let go of states and statistics that can be made again."""
         for loaded in self._references.values():
             loaded.forget()
         self._calibrator.forget()

@@ -1,0 +1,64 @@
+"""A replica around a model object that is in memory already: what notebooks measure, without a folder or Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.model.modules.discovery import components_of, find_layers, other_components
+from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.replica.replica import LoadedModel, Replica
+from dtmsearch.model.weights.applied import Checkpoint, Weights
+
+# Nothing that is measured in memory is stored, so that no identity by content is needed.
+_IN_MEMORY = "in-memory"
+
+
+def manifest_of(model: Any) -> ModelManifest:
+    """The components of a model object, found as in a checkpoint. Raises `ValueError` for a model without layers."""
+    layers_name, layers = find_layers(model)
+    return ModelManifest(
+        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        revision=None,
+        dtype=_dtype_name(model),
+        num_layers=len(layers),
+        content_hash=_IN_MEMORY,
+        components=components_of(layers_name, layers),
+        others=other_components(model, layers_name, len(layers)),
+    )
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The weights of a model object, to be put under a plan. Originals are kept in memory while they are replaced."""
+    return Weights(model, Checkpoint(()), Places(model, {}))
+
+
+class InMemoryReplica(Replica):
+    """Evaluates plans on `model`, where it lies; between evaluations and at the end (`restore`) its weights are its
+    own. The model must be in evaluation mode and on one device."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 0) -> None:
+        self._given = model, tokenizer
+        attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
+        spec = ModelSpec(manifest_of(model).model, dtype=_dtype_name(model), attention=attention, compile="never")
+        super().__init__(spec, ReplicaSettings(batch_tokens=batch_tokens))
+
+    def _choose_device(self) -> torch.device:
+        return next(self._given[0].parameters()).device
+
+    def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
+        model, tokenizer = self._given
+        return LoadedModel(model, tokenizer, manifest_of(model), Checkpoint(()))
+
+    @torch.inference_mode()
+    def restore(self) -> None:
+        """Give the model its own weights back."""
+        self._to_base()
+
+
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")

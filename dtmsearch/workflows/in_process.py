@@ -1,0 +1,139 @@
+"""Plans on a model object in this process, without Ray or a store: `measure` and `apply`."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, EvalResult
+from dtmsearch.core.metrics import Summary, summarize
+from dtmsearch.core.plan import Plan, PlanSize, plan_size, schemes_from_json
+from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.model.replica.in_memory import InMemoryReplica, manifest_of, weights_of
+from dtmsearch.workflows.lookup import UNIFORM
+
+# What a plan may be given as: a plan, component -> scheme, a plan file, or `uniform:SCHEME`.
+PlanLike = Plan | Mapping[str, str] | str | Path
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A plan measured on a model object. `per_prompt` has a row a prompt with fdt (tokens), sdt (a count of tokens),
+    dppl and ppl (perplexities) and kl (nats per token); `summary` their aggregates over the prompts."""
+
+    plan: Plan
+    size: PlanSize
+    summary: Summary
+    per_prompt: pa.Table
+
+    def to_pandas(self) -> Any:
+        return self.per_prompt.to_pandas()
+
+    def _repr_html_(self) -> str:
+        values = {each.name: getattr(self.summary, each.name) for each in fields(Summary)}
+        rows = {"bits per weight": f"{self.size.bits_per_weight:.2f}", "compressed": self.size.num_compressed} | {
+            name: f"{value:.4g}" for name, value in values.items() if value is not None
+        }
+        cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{value}</td></tr>" for name, value in rows.items())
+        return f"<table>{cells}</table>"
+
+
+def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
+    """A plan for a model's components. Raises `ValueError` for components or schemes that there are not."""
+    if isinstance(plan, Plan):
+        found = plan
+    elif isinstance(plan, Mapping):
+        found = Plan.of(plan)
+    elif str(plan).startswith(UNIFORM):
+        found = Plan.uniform(manifest.components, str(plan).removeprefix(UNIFORM))
+    elif Path(plan).is_file():
+        found = Plan.of(schemes_from_json(Path(plan).read_text(encoding="utf-8"), str(plan)))
+    else:
+        raise ValueError(f"plan {str(plan)!r} is no plan file, and not {UNIFORM}SCHEME")
+    for component, scheme in found.entries:
+        parse_scheme(scheme)
+        if component not in manifest.by_name:
+            raise ValueError(
+                f"the plan names {component!r}, which {manifest.model} does not have; its components are named like "
+                f"{manifest.components[0].name!r}"
+            )
+    return found
+
+
+def apply(plan: PlanLike, model: Any) -> Any:
+    """Put a plan's compressed weights into `model`, in place, and return it.
+
+    Rounded and pruned weights stand in the model's own dtype, as every evaluation has them; bitsandbytes' schemes put
+    its modules there. Raises `ValueError` for a plan with calibrated schemes (GPTQ, Wanda, SparseGPT), which are solved
+    over text: export these from a run.
+    """
+    found = plan_of(plan, manifest_of(model))
+    if found.needs_calibration:
+        raise ValueError(
+            "the plan has schemes that are calibrated over text (GPTQ, Wanda, SparseGPT): use `dtmsearch export`, "
+            "which finds their matrices in the store"
+        )
+    weights_of(model).become(found)
+    return model
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    plan: PlanLike = Plan(),
+    *,
+    count: int = 64,
+    prompt_tokens: int = 100,
+    continuation_tokens: int = 100,
+    seed: int = 0,
+    calibration: str | Sequence[str] | None = None,
+    batch_tokens: int = 0,
+) -> Measurement:
+    """FDT, SDT, DPPL, PPL and KL of `model` under `plan` against the model as it is.
+
+    `texts` are documents, of which `count` windows of `prompt_tokens` + `continuation_tokens` tokens are drawn by
+    `seed`: the first part of each is a prompt, from which the model's own greedy continuation is made. `calibration` is
+    text for calibrated schemes (`texts` where it is not given). The model has its own weights again at the end.
+    Raises `ValueError` for too little text, and for a plan that does not fit the model.
+    """
+    replica = InMemoryReplica(model, tokenizer, batch_tokens)
+    manifest = replica.manifest()
+    found = plan_of(plan, manifest)
+    documents = [texts] if isinstance(texts, str) else list(texts)
+    prompts, _ = replica.cut_prompts(documents, count, prompt_tokens, continuation_tokens, seed)
+    try:
+        reference = replica.make_reference(prompts)
+        replica.use(reference)
+        request = EvalRequest(found, reference.id, (0, count), EXTRA_METRICS)
+        if found.needs_calibration:
+            text = documents if calibration is None else [calibration] if isinstance(calibration, str) else calibration
+            request = replace(request, calibration_id=_calibrate(replica, found, text, prompts.tokens.shape[1], seed))
+        (outcome,) = replica.evaluate([request])
+    finally:
+        replica.restore()
+    if isinstance(outcome, EvalFailure):
+        raise ValueError(f"the plan could not be measured ({outcome.kind}): {outcome.message}")
+    size = plan_size(found, manifest.components, manifest.dense_bits)
+    return Measurement(found, size, summarize(outcome), _per_prompt(outcome))
+
+
+def _calibrate(replica: InMemoryReplica, plan: Plan, texts: Sequence[str], tokens: int, seed: int) -> str:
+    """Gather and solve what the plan's calibrated schemes need; the calibration's id."""
+    calibration = replica.cut_calibration(texts, 64, tokens, seed)
+    replica.gather_statistics(calibration)
+    pairs = [(component, name) for component, s in plan.entries if (name := solved_scheme(parse_scheme(s)))]
+    solved = {(matrix.component, matrix.scheme): matrix for matrix in replica.solve(calibration.id, pairs)}
+    replica.use_solved(calibration.id, lambda component, scheme: solved.get((component, scheme)))
+    return calibration.id
+
+
+def _per_prompt(result: EvalResult) -> pa.Table:
+    columns = {name: getattr(result, name) for name in ("fdt", "sdt", "dppl", "ppl", "kl")}
+    return pa.table({"prompt": pa.array(range(len(result.fdt)))} | {n: v for n, v in columns.items() if v is not None})

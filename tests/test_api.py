@@ -1,0 +1,117 @@
+"""The package as a notebook uses it: results that show themselves, models that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TEXT, write_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dtmsearch as dtm
+
+IN_PROCESS = dtm.Where(in_process=True)
+
+
+def search_of(folder: Path, **search: Any) -> dict[str, Any]:
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return {
+        "run": "tiny",
+        "model": {"path": str(write_model(folder / "model")), "dtype": "float32"},
+        "prompts": {
+            "files": [str(folder / "text.txt")],
+            "count": 4,
+            "prompt_tokens": 8,
+            "continuation_tokens": 8,
+        },
+        "search": {"strategy": "probe", "schemes": ["int4-channel"], **search},
+    }
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> dtm.Run:
+    folder = tmp_path_factory.mktemp("api")
+    return dtm.run(search_of(folder), folder / "store", IN_PROCESS)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    yield AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_search_from_a_mapping_gives_its_evaluations_as_rows(searched: dtm.Run) -> None:
+    assert len(searched.evaluations) == searched.summary.num_evaluations > 1
+
+
+def test_a_finished_search_is_already_complete(searched: dtm.Run) -> None:
+    assert dtm.resume("tiny", searched.store, IN_PROCESS).already_complete
+
+
+@pytest.mark.parametrize("as_given", [str, Path, dtm.open_store], ids=["text", "path", "object"])
+def test_every_verb_takes_a_store_as_name_path_or_object(searched: dtm.Run, as_given: Any) -> None:
+    assert [line.run for line in dtm.ls(as_given(searched.store.url))] == ["tiny"]
+
+
+def test_a_run_shows_itself_as_a_table(searched: dtm.Run) -> None:
+    assert "<th>status</th><td>finished</td>" in searched._repr_html_()
+
+
+def test_rows_show_no_markup_of_a_value() -> None:
+    import pyarrow as pa
+
+    assert "&lt;b&gt;" in dtm.Rows(pa.table({"text": ["<b>"]}))._repr_html_()
+
+
+def test_an_unquantized_model_diverges_nowhere(loaded: tuple[Any, Any]) -> None:
+    found = dtm.measure(*loaded, TEXT, count=4, prompt_tokens=8, continuation_tokens=8)
+    assert found.summary.sdt_mean == 0.0
+
+
+@pytest.mark.parametrize("scheme", ["int3-channel", "wanda-0.5", "gptq-int3-channel", "nf4"])
+def test_measuring_a_plan_changes_no_weight_of_the_model(loaded: tuple[Any, Any], scheme: str) -> None:
+    model, tokenizer = loaded
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dtm.measure(model, tokenizer, TEXT, f"uniform:{scheme}", count=4, prompt_tokens=8, continuation_tokens=8)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_measured_is_the_model_that_applying_gives(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    """The KL that `measure` reports, from plain forward passes of two model objects."""
+    model, tokenizer = loaded
+    found = dtm.measure(model, tokenizer, TEXT, "uniform:int3-channel", count=1, prompt_tokens=8, continuation_tokens=8)
+    other = dtm.apply("uniform:int3-channel", AutoModelForCausalLM.from_pretrained(model.name_or_path).eval())
+    replica_text = _greedy(model, tokenizer, 8, 8)
+    with torch.inference_mode():
+        base, own = (m(replica_text).logits[0, 7:-1].log_softmax(-1) for m in (model, other))
+    expected = float((base.exp() * (base - own)).sum(-1).mean())
+    assert found.summary.kl == pytest.approx(expected, rel=1e-3)
+
+
+def _greedy(model: Any, tokenizer: Any, prompt_tokens: int, new_tokens: int) -> torch.Tensor:
+    from dtmsearch.model.replica.in_memory import InMemoryReplica
+
+    replica = InMemoryReplica(model, tokenizer)
+    prompts, _ = replica.cut_prompts([TEXT], 1, prompt_tokens, new_tokens, 0)
+    reference = replica.make_reference(prompts)
+    return torch.cat(
+        [torch.from_numpy(prompts.tokens[:, :prompt_tokens]), torch.from_numpy(reference.continuation)], dim=1
+    ).long()
+
+
+def test_a_plan_for_another_model_is_refused(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="does not have; its components are named like"):
+        dtm.measure(*loaded, TEXT, {"model.layers.99.mlp": "int4-channel"})
+
+
+def test_applying_a_calibrated_plan_says_what_to_use(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="dtmsearch export"):
+        dtm.apply("uniform:gptq-int4-channel", loaded[0])
+
+
+def test_everything_exported_is_there() -> None:
+    assert {name for name in dtm.__all__ if not hasattr(dtm, name)} == set()
