@@ -29,7 +29,8 @@ from shapes import SHAPES, ShapedReplica
 
 import dtmsearch
 from dtmsearch.cluster.health import Health
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, PromptTokens, Reference, ReplicaSettings
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.model.replica.replica import Replica

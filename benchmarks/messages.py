@@ -30,7 +30,8 @@ import ray
 from sleeping import Sleeping, make_manifest
 
 from dtmsearch.cluster.connect import connect
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import (
     FIXED_COST,
     EvalRequest,

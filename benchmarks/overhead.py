@@ -22,7 +22,8 @@ import pyarrow as pa
 import ray
 
 from dtmsearch.cluster.connect import connect
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec
 from dtmsearch.core.plan import Plan
 from dtmsearch.search.loop import Silent, search

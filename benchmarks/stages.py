@@ -16,7 +16,8 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan

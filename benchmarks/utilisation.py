@@ -23,7 +23,8 @@ import click
 import numpy as np
 from virtual import Clock, VirtualActor, virtual_pool
 
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, first_changed_layer
 from dtmsearch.core.numeric_mode import NumericMode

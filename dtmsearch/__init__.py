@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtmsearch.analysis.summary import RunOverview, RunSummary
-    from dtmsearch.cluster.pool import PoolSettings as Where
+    from dtmsearch.cluster.pool_settings import PoolSettings as Where
     from dtmsearch.config import SearchFile, load
     from dtmsearch.config.sweep_file import load_sweep
     from dtmsearch.core.components import Component, ModelManifest
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
     from dtmsearch.core.metrics import Summary
     from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize
     from dtmsearch.core.schemes import Scheme, parse_scheme
+    from dtmsearch.errors import (
+        ClusterLost,
+        ClusterUnreachable,
+        DtmError,
+        ExportFailed,
+        RecoveryDiverged,
+        ReplicasFailed,
+        RunLocked,
+        SearchFailed,
+        SearchStopped,
+        StoreError,
+        StoreFull,
+        StoreReadOnly,
+        UserError,
+    )
     from dtmsearch.report.writing import write_report as report
     from dtmsearch.workflows.api import (
         Rows,
@@ -52,10 +67,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget",
+    "ClusterLost",
+    "ClusterUnreachable",
     "Component",
+    "DtmError",
     "EvalFailure",
     "EvalRequest",
     "EvalResult",
+    "ExportFailed",
     "Measurement",
     "ModelManifest",
     "Perturbation",
@@ -63,15 +82,24 @@ __all__ = [
     "PlanMeasurement",
     "PlanSize",
     "RecoveredModel",
+    "RecoveryDiverged",
     "Reference",
+    "ReplicasFailed",
     "Rows",
     "Run",
+    "RunLocked",
     "RunOverview",
     "RunSummary",
     "Scheme",
+    "SearchFailed",
     "SearchFile",
+    "SearchStopped",
     "Store",
+    "StoreError",
+    "StoreFull",
+    "StoreReadOnly",
     "Summary",
+    "UserError",
     "Where",
     "__version__",
     "apply",
@@ -106,10 +134,14 @@ __version__ = "0.1.0"
 # name here -> module, name there
 _LAZY = {
     "Budget": ("dtmsearch.core.plan", "Budget"),
+    "ClusterLost": ("dtmsearch.errors", "ClusterLost"),
+    "ClusterUnreachable": ("dtmsearch.errors", "ClusterUnreachable"),
     "Component": ("dtmsearch.core.components", "Component"),
+    "DtmError": ("dtmsearch.errors", "DtmError"),
     "EvalFailure": ("dtmsearch.core.evaluation", "EvalFailure"),
     "EvalRequest": ("dtmsearch.core.evaluation", "EvalRequest"),
     "EvalResult": ("dtmsearch.core.evaluation", "EvalResult"),
+    "ExportFailed": ("dtmsearch.errors", "ExportFailed"),
     "Measurement": ("dtmsearch.workflows.in_process", "Measurement"),
     "ModelManifest": ("dtmsearch.core.components", "ModelManifest"),
     "Perturbation": ("dtmsearch.core.plan", "Perturbation"),
@@ -117,16 +149,25 @@ _LAZY = {
     "PlanMeasurement": ("dtmsearch.workflows.evaluate", "PlanMeasurement"),
     "PlanSize": ("dtmsearch.core.plan", "PlanSize"),
     "RecoveredModel": ("dtmsearch.workflows.evaluate", "RecoveredModel"),
+    "RecoveryDiverged": ("dtmsearch.errors", "RecoveryDiverged"),
     "Reference": ("dtmsearch.core.evaluation", "Reference"),
+    "ReplicasFailed": ("dtmsearch.errors", "ReplicasFailed"),
     "Rows": ("dtmsearch.workflows.api", "Rows"),
     "Run": ("dtmsearch.workflows.api", "Run"),
+    "RunLocked": ("dtmsearch.errors", "RunLocked"),
     "RunOverview": ("dtmsearch.analysis.summary", "RunOverview"),
     "RunSummary": ("dtmsearch.analysis.summary", "RunSummary"),
     "Scheme": ("dtmsearch.core.schemes", "Scheme"),
+    "SearchFailed": ("dtmsearch.errors", "SearchFailed"),
     "SearchFile": ("dtmsearch.config", "SearchFile"),
+    "SearchStopped": ("dtmsearch.errors", "SearchStopped"),
     "Store": ("dtmsearch.workflows.api", "Store"),
+    "StoreError": ("dtmsearch.errors", "StoreError"),
+    "StoreFull": ("dtmsearch.errors", "StoreFull"),
+    "StoreReadOnly": ("dtmsearch.errors", "StoreReadOnly"),
     "Summary": ("dtmsearch.core.metrics", "Summary"),
-    "Where": ("dtmsearch.cluster.pool", "PoolSettings"),
+    "UserError": ("dtmsearch.errors", "UserError"),
+    "Where": ("dtmsearch.cluster.pool_settings", "PoolSettings"),
     "apply": ("dtmsearch.workflows.in_process", "apply"),
     "ask": ("dtmsearch.workflows.api", "ask"),
     "demo": ("dtmsearch.workflows.api", "demo"),

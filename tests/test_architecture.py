@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "console",
     },
-    "__init__": {"core", "config", "analysis", "store", "workflows", "report", "errors"},
+    "__init__": {"errors", "core", "config", "analysis", "cluster", "workflows", "report"},
     "__main__": {"cli"},
 }
 

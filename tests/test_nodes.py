@@ -23,7 +23,8 @@ from ray.util import placement_group_table
 from tiny import TEXT, replica, result, values, with_reference, write_model
 
 from dtmsearch.cluster import placement
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference
 from dtmsearch.core.plan import Perturbation, Plan

@@ -6,7 +6,7 @@ import pytest
 
 from dtmsearch.cluster import placement, pool
 from dtmsearch.cluster.placement import Node, Patience, Room, Share, share_of, waiting_line
-from dtmsearch.cluster.pool import PoolSettings
+from dtmsearch.cluster.pool_settings import PoolSettings
 
 
 def cpus(*nodes: float) -> list[Node]:

@@ -13,7 +13,8 @@ from fakes import evaluate, toy_components
 
 from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.health import Health
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import ClusterUnreachable, ReplicasFailed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ from dtmsearch.cluster.connect import check_alive, connect
 from dtmsearch.cluster.health import Check, Health, Pace, Sample
 from dtmsearch.cluster.outstanding import Work
 from dtmsearch.cluster.placement import Share, alive_nodes, share_of
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.cluster.prometheus import Metrics
 from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.replica_calls import Services
@@ -50,24 +51,6 @@ _CHECK_TIME_SECONDS = 0.2
 _GATHER_SECONDS = 0.1
 # Guesses that a replica without work takes at once: its next real work waits until it has done them.
 _MOST_GUESSES = 8
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
-    None are chosen from what the cluster has, and are of each of `nodes_per_replica` nodes. From `guess_from` replicas
-    on, those that idle are offered to guesses: with fewer, the end of a round costs too little. `weights_folder` is
-    where trained weights lie, for all nodes. `in_process`: one replica in the driver's own process, without Ray."""
-
-    address: str | None = None
-    replicas: int = 0
-    gpus_per_replica: float | None = None
-    batch_tokens: int = 0
-    cpus_per_replica: float | None = None
-    guess_from: int = 8
-    weights_folder: str = ""
-    nodes_per_replica: int = 1
-    in_process: bool = False
 
 
 class ReplicaPool(Services):

@@ -128,11 +128,11 @@ def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ())
 
 def from_mapping(content: Mapping[str, Any], source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
     """A search file from its keys and values; otherwise as `parse`."""
-    content = copy.deepcopy(dict(content))
+    values = copy.deepcopy(dict(content))
     for override in overrides:
-        override_key(content, override)
+        override_key(values, override)
     try:
-        file = SearchFile.model_validate(content)
+        file = SearchFile.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{source}: {line}" for line in explain(error, SearchFile))) from None
     file._folder = folder

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from dtmsearch import config
 from dtmsearch.analysis import named_queries, pareto_runs, sql, summary
-from dtmsearch.cluster.pool import PoolSettings as Where
+from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.plan import Plan
 from dtmsearch.search.loop import Observer
@@ -74,7 +74,7 @@ class Store(ResultStore):
     """A store with what one asks of it; created when something is first written."""
 
     def query(self, select: str, time_limit_seconds: float = 60.0) -> pa.Table:
-        """Answer one SELECT over the store's tables. Raises `ValueError` for anything else."""
+        """Answer one SELECT over the store's tables. Raises `UserError` for anything else."""
         return sql.query(self, select, time_limit_seconds)
 
     def ask(self, name: str, run: str) -> pa.Table:
@@ -82,7 +82,7 @@ class Store(ResultStore):
         return named_queries.ask(self, name, run)
 
     def open_run(self, name: str) -> Run:
-        """A run of this store. Raises `ValueError` when there is none of that name."""
+        """A run of this store. Raises `UserError` when there is none of that name."""
         summary.record_of(self, name)
         return Run(self, name)
 
@@ -170,7 +170,7 @@ def open_store(store: StoreLike = DEFAULT_STORE) -> Store:
 def search_file(file: FileLike, overrides: Sequence[str] = ()) -> SearchFile:
     """A search file from its path, a mapping, or itself, with overrides such as `search.width=4`.
 
-    Raises `ValueError` for a file that is not there or does not hold a search.
+    Raises `UserError` for a file that is not there or does not hold a search.
     """
     if isinstance(file, SearchFile) and not overrides:
         return file
@@ -191,7 +191,7 @@ def run(
 ) -> Run:
     """Start a search, or continue it where it was; a finished one returns at once.
 
-    Raises `ValueError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
+    Raises `UserError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
     `StoreError`, `ClusterUnreachable`, `SearchFailed`.
     """
     opened, loaded = open_store(store), search_file(file, overrides)
@@ -235,7 +235,7 @@ def estimate(file: FileLike, where: Where = Where()) -> estimating.Estimate:
 
 
 def validate(file: FileLike) -> SearchFile:
-    """Check a search file, its texts and its model's folder; the file as it was understood. Raises `ValueError`."""
+    """Check a search file, its texts and its model's folder; the file as it was understood. Raises `UserError`."""
     loaded = search_file(file)
     texts.check_readable(loaded)
     texts.check_model(loaded)
@@ -243,7 +243,7 @@ def validate(file: FileLike) -> SearchFile:
 
 
 def query(store: StoreLike, select: str, time_limit_seconds: float = 60.0) -> pa.Table:
-    """Answer one SELECT over a store's tables. Raises `ValueError` for anything else."""
+    """Answer one SELECT over a store's tables. Raises `UserError` for anything else."""
     return open_store(store).query(select, time_limit_seconds)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtmsearch.cluster.pool import PoolSettings, ReplicaPool
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer

@@ -15,6 +15,7 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, E
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize, plan_size, schemes_from_json
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.errors import UserError
 from dtmsearch.model.replica.in_memory import InMemoryReplica, manifest_of, weights_of
 from dtmsearch.workflows.lookup import UNIFORM
 
@@ -45,7 +46,7 @@ class Measurement:
 
 
 def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
-    """A plan for a model's components. Raises `ValueError` for components or schemes that there are not."""
+    """A plan for a model's components. Raises `UserError` for components or schemes that there are not."""
     if isinstance(plan, Plan):
         found = plan
     elif isinstance(plan, Mapping):
@@ -55,11 +56,11 @@ def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
     elif Path(plan).is_file():
         found = Plan.of(schemes_from_json(Path(plan).read_text(encoding="utf-8"), str(plan)))
     else:
-        raise ValueError(f"plan {str(plan)!r} is no plan file, and not {UNIFORM}SCHEME")
+        raise UserError(f"plan {str(plan)!r} is no plan file, and not {UNIFORM}SCHEME")
     for component, scheme in found.entries:
         parse_scheme(scheme)
         if component not in manifest.by_name:
-            raise ValueError(
+            raise UserError(
                 f"the plan names {component!r}, which {manifest.model} does not have; its components are named like "
                 f"{manifest.components[0].name!r}"
             )
@@ -70,12 +71,12 @@ def apply(plan: PlanLike, model: Any) -> Any:
     """Put a plan's compressed weights into `model`, in place, and return it.
 
     Rounded and pruned weights stand in the model's own dtype, as every evaluation has them; bitsandbytes' schemes put
-    its modules there. Raises `ValueError` for a plan with calibrated schemes (GPTQ, Wanda, SparseGPT), which are solved
+    its modules there. Raises `UserError` for a plan with calibrated schemes (GPTQ, Wanda, SparseGPT), which are solved
     over text: export these from a run.
     """
     found = plan_of(plan, manifest_of(model))
     if found.needs_calibration:
-        raise ValueError(
+        raise UserError(
             "the plan has schemes that are calibrated over text (GPTQ, Wanda, SparseGPT): use `dtmsearch export`, "
             "which finds their matrices in the store"
         )
@@ -101,7 +102,7 @@ def measure(
     `texts` are documents, of which `count` windows of `prompt_tokens` + `continuation_tokens` tokens are drawn by
     `seed`: the first part of each is a prompt, from which the model's own greedy continuation is made. `calibration` is
     text for calibrated schemes (`texts` where it is not given). The model has its own weights again at the end.
-    Raises `ValueError` for too little text, and for a plan that does not fit the model.
+    Raises `UserError` for too little text, and for a plan that does not fit the model.
     """
     replica = InMemoryReplica(model, tokenizer, batch_tokens)
     manifest = replica.manifest()
@@ -119,7 +120,7 @@ def measure(
     finally:
         replica.restore()
     if isinstance(outcome, EvalFailure):
-        raise ValueError(f"the plan could not be measured ({outcome.kind}): {outcome.message}")
+        raise UserError(f"the plan could not be measured ({outcome.kind}): {outcome.message}")
     size = plan_size(found, manifest.components, manifest.dense_bits)
     return Measurement(found, size, summarize(outcome), _per_prompt(outcome))
 

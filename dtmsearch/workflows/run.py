@@ -16,8 +16,8 @@ from pathlib import Path
 import dtmsearch
 from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
-from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.cluster.prometheus import Metrics
 from dtmsearch.config import PromptsSection, SearchFile, texts
 from dtmsearch.core.evaluation import Reference, evaluation_cost

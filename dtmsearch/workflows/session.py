@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, cast
 
-from dtmsearch.cluster.pool import PoolSettings as Where
 from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import PromptsSection, SearchFile, texts
 from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan

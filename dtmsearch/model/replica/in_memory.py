@@ -48,7 +48,8 @@ class InMemoryReplica(Replica):
         super().__init__(spec, ReplicaSettings(batch_tokens=batch_tokens))
 
     def _choose_device(self) -> torch.device:
-        return next(self._given[0].parameters()).device
+        device: torch.device = next(self._given[0].parameters()).device
+        return device
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         model, tokenizer = self._given

@@ -1,0 +1,23 @@
+"""Where replicas run. None of it changes what a search finds; nothing here loads Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
+    None are chosen from what the cluster has, and are of each of `nodes_per_replica` nodes. From `guess_from` replicas
+    on, those that idle are offered to guesses: with fewer, the end of a round costs too little. `weights_folder` is
+    where trained weights lie, for all nodes. `in_process`: one replica in the driver's own process, without Ray."""
+
+    address: str | None = None
+    replicas: int = 0
+    gpus_per_replica: float | None = None
+    batch_tokens: int = 0
+    cpus_per_replica: float | None = None
+    guess_from: int = 8
+    weights_folder: str = ""
+    nodes_per_replica: int = 1
+    in_process: bool = False
