@@ -10,6 +10,7 @@ from fakes import toy_manifest
 from safetensors.numpy import save_file
 
 from dtmsearch.core.components import checkpoint_dtype, content_hash, read_header, weight_files
+from dtmsearch.errors import UserError
 
 WEIGHTS = {
     "model.layers.0.mlp.up_proj.weight": np.arange(12, dtype=np.float16).reshape(3, 4),
@@ -77,19 +78,76 @@ def test_pickled_weights_are_refused_by_name(tmp_path: Path, name: str) -> None:
         weight_files(tmp_path)
 
 
+def index(folder: Path, *names: object) -> None:
+    weight_map = {f"tensor{i}": name for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def test_a_shard_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model")
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    index(folder, "model.safetensors", "model-00002.safetensors")
     with pytest.raises(ValueError, match=r"its index names model-00002\.safetensors, which is not there"):
         weight_files(folder)
 
 
+@pytest.mark.parametrize("name", ["adapter", "model_old", "pytorch_model", "a_model", "model.fp16"])
+def test_only_the_file_that_transformers_loads_is_weights(tmp_path: Path, name: str) -> None:
+    folder = checkpoint(tmp_path / "model")
+    save_file(WEIGHTS, folder / f"{name}.safetensors")
+    assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
+
+
 def test_files_that_the_index_leaves_out_are_no_weights(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model")
-    save_file(WEIGHTS, folder / "adapter.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
-    assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    save_file(WEIGHTS, folder / "consolidated.safetensors")
+    index(folder, "model-1.safetensors")
+    assert [path.name for path in weight_files(folder)] == ["model-1.safetensors"]
+
+
+def test_a_file_beside_an_index_of_others_is_an_error_that_names_both(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    save_file(WEIGHTS, folder / "model-1.safetensors")
+    index(folder, "model-1.safetensors")
+    both = r"two sets of weights: model\.safetensors, .* model\.safetensors\.index\.json names \(model-1\.safetensors"
+    with pytest.raises(ValueError, match=both):
+        weight_files(folder)
+
+
+def test_weights_under_another_name_are_named(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"it holds weights\.safetensors, but transformers loads model\.safetensors"):
+        weight_files(folder)
+
+
+def test_a_configuration_may_name_its_weights(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", config=CONFIG | {"transformers_weights": "best.safetensors"})
+    save_file(WEIGHTS, folder / "best.safetensors")
+    assert [path.name for path in weight_files(folder)] == ["best.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["../model/model.safetensors", "/etc/passwd", "", 7, ["model.safetensors"]])
+def test_an_index_that_names_no_file_of_the_folder_is_an_error(tmp_path: Path, name: object) -> None:
+    folder = checkpoint(tmp_path / "model")
+    index(folder, name)
+    with pytest.raises(UserError, match="weight_map must name files in the folder"):
+        weight_files(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', "{", '"model"'])
+def test_an_index_that_is_none_is_an_error(tmp_path: Path, text: str) -> None:
+    folder = checkpoint(tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        weight_files(folder)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="merge it into its model"):
+        weight_files(folder)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 8, 40])

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
 
 from dtmsearch.core.identity import file_digest, identity
 from dtmsearch.errors import UserError
@@ -104,31 +105,88 @@ def _matches(component: Component, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(component.name, p) or fnmatchcase(component.kind, p) for p in patterns)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, by name.
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
-    Raises `UserError` when the folder is missing, is no checkpoint, or holds pickled weights only.
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder that transformers loads, by name.
+
+    These are `model.safetensors`, or else the shards of `model.safetensors.index.json`; other files beside them are
+    no weights of the model. Raises `UserError` when the folder is missing, is no checkpoint, holds pickled weights
+    only, or two sets of weights of which loaders do not take the same.
     """
     if not folder.is_dir():
         raise UserError(f"no model at {folder}: the folder does not exist")
+    config = _read_object(folder, "config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"the model at {folder} is an adapter, or has one beside it (adapter_config.json), for which transformers "
+            "would load another base model: merge it into its model, or remove it"
+        )
+    if "transformers_weights" in config:
+        return _named_by_config(folder, str(config["transformers_weights"]))
+    single, shards = folder / _SINGLE, _shards(folder, _INDEX)
+    if not single.is_file():
+        return shards or _no_weights(folder)
+    if shards not in ([], [single]):
+        raise UserError(
+            f"the model at {folder} has two sets of weights: {_SINGLE}, which transformers loads, and the "
+            f"{len(shards)} files that {_INDEX} names ({shards[0].name}, ...), which other loaders take. "
+            "Remove the one that is not the model"
+        )
+    return [single]
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no model at {folder}: it holds no config.json") from None
+        raise UserError(f"no model at {folder}: it holds no {name}") from None
     except ValueError as error:
-        raise UserError(f"the model at {folder} has a config.json that is no JSON: {error}") from None
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    missing = [f.name for f in files if not f.is_file()]
+        raise UserError(f"the model at {folder} has a {name} that is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"the model at {folder} has a {name} that is no JSON object but {type(found).__name__}")
+    return found
+
+
+def _named_by_config(folder: Path, name: str) -> list[Path]:
+    """The weights of a configuration that names their file, or their index, itself."""
+    if name.endswith(".index.json"):
+        return _shards(folder, name)
+    if not _is_inside(name) or not (folder / name).is_file():
+        raise UserError(f"the config.json at {folder} names {name!r} as its weights, which is no file in the folder")
+    return [folder / name]
+
+
+def _shards(folder: Path, index: str) -> list[Path]:
+    """The files that an index names; none where there is no index."""
+    if not (folder / index).is_file():
+        return []
+    weight_map = _read_object(folder, index).get("weight_map")
+    named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not named or not all(isinstance(name, str) and _is_inside(name) for name in named):
+        raise UserError(f"the {index} at {folder} is no index: its weight_map must name files in the folder")
+    names = sorted(set(named))
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"the model at {folder} is incomplete: its index names {missing[0]}, which is not there")
-    if files:
-        return files
-    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
+        whole = f". If {_SINGLE} is the whole model, remove the index" if (folder / _SINGLE).is_file() else ""
+        raise UserError(f"the model at {folder} is incomplete: its index names {missing[0]}, which is not there{whole}")
+    return [folder / name for name in names]
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _no_weights(folder: Path) -> NoReturn:
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        raise UserError(
+            f"no weights at {folder}: it holds {', '.join(others[:3])}, but transformers loads {_SINGLE} or the files "
+            f"of {_INDEX}. Rename what is the model"
+        )
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise UserError(
             f"the model at {folder} has pickled weights only ({pickled[0]}): loading them could run foreign code. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,12 +12,11 @@ from dtmsearch.core.components import (
     ModelManifest,
     checkpoint_dtype,
     content_hash,
-    read_header,
     weight_files,
 )
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
-from dtmsearch.model.modules.loading import checkpoint_folder, empty_model
+from dtmsearch.model.modules.loading import check_tensors, checkpoint_folder, empty_model
 from dtmsearch.model.modules.matrices import is_matrix, matrices_of
 
 _KIND_ENDINGS = ("_proj", "_weight", "_layer")
@@ -38,8 +36,8 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
         raise UserError(
             f"{spec.path} has no components: no weight matrix lies inside {layers_name} ({type(layers[0]).__name__})"
         )
+    check_tensors(folder, model)
     files = weight_files(folder)
-    _check_headers(components, files)
     return ModelManifest(
         model=spec.path,
         revision=spec.revision,
@@ -96,16 +94,3 @@ def other_components(model: nn.Module, layers_name: str, num_layers: int) -> tup
         rows, cols = own.shape if own.ndim == 2 else (1, own.shape[0])
         others.append(Component(name, layer, kind_of(name), (rows, cols)))
     return tuple(others)
-
-
-def _check_headers(components: tuple[Component, ...], files: list[Path]) -> None:
-    """Shapes in the files agree with the module tree, for tensors that carry their module's name."""
-    stored = {name: shape for path in files for name, (_, shape) in read_header(path).items()}
-    for component in components:
-        expected = component.shape[::-1] if component.transposed else component.shape
-        shape = stored.get(f"{component.name}.weight", expected)
-        if shape != expected:
-            raise UserError(
-                f"{component.name} is {expected} by config.json but {shape} in the checkpoint: "
-                "the configuration and the weights are not of one model"
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dtmsearch.core.components import weight_files
+from dtmsearch.core.components import read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_INTEGERS = {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
+# So many tensors are named; the others are counted.
+_MOST_LISTED = 5
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -76,7 +79,7 @@ def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices:
     if spec.trust_remote_code:
         log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
     with _explained("model", folder):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = _without_report(AutoModelForCausalLM.from_pretrained)(
             folder,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
@@ -84,6 +87,7 @@ def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices:
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
         )
+    _refuse_other_tensors(folder, model, loading)
     result: nn.Module = model.eval().requires_grad_(False)
     return result
 
@@ -94,6 +98,74 @@ def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     return model
+
+
+def check_tensors(folder: Path, model: Any) -> None:
+    """Raise `UserError` where the files' tensors are not those of `model`, a tree without weights.
+
+    transformers loads tensors of the files' names and shapes, without values, as it would load theirs.
+    """
+    state = {
+        name: torch.empty(shape, dtype=_torch_dtype(dtype), device="meta")
+        for path in weight_files(folder)
+        for name, (dtype, shape) in read_header(path).items()
+    }
+    load = _without_report(type(model).from_pretrained)
+    try:
+        loaded, loading = load(None, config=model.config, state_dict=state, device_map={"": "meta"}, dtype=model.dtype)
+    except Exception as error:  # whatever a family's code needs values for; it is loaded with them next
+        log.debug("the tensors of %s are not checked before they are loaded: %s", folder, error)
+        return
+    _refuse_other_tensors(folder, loaded, loading)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    """By the name that `read_header` gives: torch's, or safetensors' own for what is no floating-point number."""
+    found = getattr(torch, name, None)
+    return found if isinstance(found, torch.dtype) else _INTEGERS.get(name, torch.uint8)
+
+
+def _without_report(load: Callable[..., Any]) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
+    """A loader of transformers that gives also what it found amiss, which we say, and does not print it."""
+
+    def quiet(*arguments: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+        before = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            found: tuple[Any, Mapping[str, Any]] = load(
+                *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        finally:
+            transformers_logging.set_verbosity(before)
+        return found
+
+    return quiet
+
+
+def _refuse_other_tensors(folder: Path, model: Any, loading: Mapping[str, Any]) -> None:
+    """transformers fills what is missing at random, and leaves out what it does not know; what its families declare
+    ignorable is not in `loading`."""
+    missing, unexpected = (sorted(loading[key]) for key in ("missing_keys", "unexpected_keys"))
+    other = [
+        f"{name} is {_shape(ours)} by config.json but {_shape(theirs)}"
+        for name, theirs, ours in sorted(loading["mismatched_keys"])
+    ]
+    parts = (("misses", missing), ("has no place for", unexpected), ("has in another shape:", other))
+    said = [f"{verb} {_listed(names)}" for verb, names in parts if names]
+    if said:
+        raise UserError(
+            f"the configuration and the weights at {folder} are not of one model: for a {type(model).__name__} as "
+            f"config.json describes it, the checkpoint {'; it '.join(said)}. Take both from one source"
+        )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more
 
 
 def suppressed_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

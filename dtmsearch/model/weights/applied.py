@@ -72,8 +72,12 @@ class Checkpoint:
         for name, parameter in model.named_parameters():
             if parameter.device.type == "cpu":
                 own = self._tensor(name) if name in self._file_of else parameter.data.clone()
-                if own.dtype == parameter.dtype:  # else the loader has made a copy
+                if own.dtype != parameter.dtype:
+                    continue  # the loader has made a copy
+                if torch.equal(own, parameter.data):
                     parameter.data = own
+                else:  # it makes something else of what has this name in the files
+                    del self._file_of[name]
 
     def _tensor(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
