@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, get_args
@@ -8,7 +9,7 @@ import pytest
 from fakes import request_for, run_search, toy_components
 from solving import errors_of
 
-from dtmsearch.config import SearchFile, SearchSection, difference, load, parse
+from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse
 from dtmsearch.core.plan import Budget
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
@@ -264,3 +265,10 @@ def test_a_sparsity_search_that_cannot_be_is_explained(rounds: str, message: str
 def test_a_single_sparsity_is_a_single_round() -> None:
     text = f"{HEAD}search:\n  strategy: sparsity\n  stop: {{sparsity: 0.5}}\n"
     assert parse(text, "search.yaml", Path()).search.pruning_rounds == (50.0,)
+
+
+def test_every_key_of_a_search_file_has_a_description() -> None:
+    schema = json.loads(json_schema())
+    sections = {"": schema, **schema["$defs"]}
+    keys = {f"{name}.{key}": value for name, part in sections.items() for key, value in part["properties"].items()}
+    assert [key for key, value in keys.items() if not value.get("description")] == []

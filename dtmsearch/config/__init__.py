@@ -48,12 +48,19 @@ __all__ = [
 
 class SearchFile(Section):
     run: RunName
+    """The run's name inside the store."""
     model: ModelSection
+    """The model that is searched, and its numeric mode."""
     prompts: PromptsSection
+    """Where candidates are measured."""
     validation: ValidationSection | None = None
+    """Held-out prompts, on which the plan is measured at the end. A field that is not set is as in prompts."""
     calibration: CalibrationSection | None = None
+    """Text by which GPTQ, Wanda and SparseGPT are calibrated; without it the prompts' own human text."""
     search: SearchSection
+    """How plans are chosen, from what, and when the search ends."""
     seed: int = 0
+    """Draws all that the search draws."""
 
     # The folder that relative paths start from: part of where the file lies, not of what the search is.
     _folder: Path = PrivateAttr(default_factory=Path)

@@ -18,33 +18,51 @@ assert set(typing.get_args(Metric)) == set(METRICS)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelSection(Section):
     path: str
+    """A folder with a Hugging Face checkpoint in safetensors, or a hub id. A relative path starts at the search file's
+    folder."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    """The dtype that the model computes in."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """transformers' attention implementation."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model. It runs with all your rights."""
     compile: Literal["auto", "always", "never"] = "auto"
+    """Compile layers with torch.compile; auto: on GPUs, for models at least 1,024 wide."""
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """The dtype that scales of rounded weights are stored in. vLLM keeps them in the model's."""
 
 
 class DatasetSection(Section):
     path: str
+    """A Hugging Face dataset: a hub id or a folder."""
     name: str | None = None
+    """Its configuration, where it has several."""
     split: str = "train"
+    """Its split."""
     column: str = "text"
+    """The column that holds text; each row is a document."""
 
 
 class PromptsSection(Section):
     files: tuple[str, ...] = ()
+    """Text files, or patterns such as docs/*.txt; each file is a document. .gz and .zst are decompressed."""
     dataset: DatasetSection | None = None
+    """A dataset instead of files."""
     count: int = Field(default=100, ge=1)
+    """How many windows of text are drawn, without overlap."""
     prompt_tokens: int = Field(default=100, ge=1)
+    """Tokens of each window that the model reads."""
     continuation_tokens: int = Field(default=100, ge=1)
+    """Tokens that the base model then generates greedily: FDT lies between 0 and this."""
     seed: int = 0
+    """Draws the windows. A larger count extends a smaller one."""
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptsSection:
@@ -57,11 +75,17 @@ class ValidationSection(Section):
     """As `prompts`; a field that is not set is taken from there."""
 
     files: tuple[str, ...] = ()
+    """As prompts.files."""
     dataset: DatasetSection | None = None
+    """As prompts.dataset."""
     count: int | None = Field(default=None, ge=1)
+    """As prompts.count."""
     prompt_tokens: int | None = Field(default=None, ge=1)
+    """As prompts.prompt_tokens."""
     continuation_tokens: int | None = Field(default=None, ge=1)
+    """As prompts.continuation_tokens."""
     seed: int | None = None
+    """As prompts.seed."""
 
 
 class CalibrationSection(Section):
@@ -69,27 +93,41 @@ class CalibrationSection(Section):
     is taken from `prompts`, whose human text it is then."""
 
     files: tuple[str, ...] = ()
+    """As prompts.files."""
     dataset: DatasetSection | None = None
+    """As prompts.dataset."""
     count: int | None = Field(default=None, ge=1)
+    """Rows of text."""
     tokens: int | None = Field(default=None, ge=2)
+    """Tokens of a row."""
     seed: int | None = None
+    """Draws the rows."""
 
 
 class ComponentsSection(Section):
     include: tuple[str, ...] = ("*",)
+    """Patterns of component names or kinds that are searched. Embeddings and head only by a pattern that names them."""
     exclude: tuple[str, ...] = ()
+    """Patterns of those left out."""
 
 
 class StopSection(Section):
     """A search ends at the first rule that is met."""
 
     share: float | None = Field(default=None, gt=0, le=1)
+    """This share of the searched components' weights is compressed."""
     components: int | None = Field(default=None, ge=1)
+    """So many components are compressed."""
     bits_per_weight: float | None = Field(default=None, gt=0)
+    """The plan's average stored bits per weight are at most this."""
     sparsity: float | None = Field(default=None, gt=0, le=1)
+    """This share of the weights is pruned."""
     size_mb: float | None = Field(default=None, gt=0)
+    """The plan's stored size is at most this many megabytes (10^6 bytes)."""
     min_fdt: float | None = Field(default=None, ge=0)
+    """The smallest plan whose mean FDT is at least this many tokens."""
     seconds: float | None = Field(default=None, gt=0)
+    """The search has taken this long."""
 
     @property
     def budget(self) -> Budget:
@@ -103,31 +141,46 @@ class AutoSection(Section):
     takes the probe from here."""
 
     probe_prompts: int = Field(default=4, ge=1)
+    """Prompts on which each component is measured alone."""
     rounds: int = Field(default=5, ge=0)
+    """Rounds of correction at most."""
     prompts: int = Field(default=16, ge=1)
+    """Prompts of the first round; each further one takes twice as many."""
     plans: int = Field(default=8, ge=1)
+    """Plans drawn in a round, and swaps tried at once."""
     correction_prompts: int = Field(default=4_000, ge=0)
+    """Prompts that all rounds may forward together, counted once for every plan."""
     polish_prompts: int = Field(default=3_000, ge=0)
+    """Prompts that all swaps may forward together."""
 
 
 class KnapsackSection(Section):
     prompts: int = Field(default=256, ge=1)
+    """Prompts on which each component is measured alone under each scheme."""
 
 
 class SpdySection(Section):
     starts: int = Field(default=100, ge=1)
+    """Random starts."""
     generations: int = Field(default=20, ge=0)
+    """Generations of mutation."""
     children: int = Field(default=16, ge=1)
+    """Children of a generation."""
     prompts: int = Field(default=32, ge=1)
+    """Prompts that each is measured on."""
 
 
 class EvolutionSection(Section):
     """`prompts` of each stage of selection; `survivors` of all but the last, which leaves one."""
 
     generations: int = Field(default=400, ge=1)
+    """Generations."""
     children: int = Field(default=16, ge=1)
+    """Children of a generation."""
     prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8, 32, 64), min_length=1)
+    """Prompts of each stage of selection."""
     survivors: tuple[Annotated[int, Field(ge=1)], ...] = (4, 2)
+    """How many each stage but the last keeps; the last keeps one."""
 
     @model_validator(mode="after")
     def _a_stage_each(self) -> EvolutionSection:
@@ -140,28 +193,46 @@ class LocalSection(Section):
     """`children` are the switches of a round, `prompts` what they are first measured on."""
 
     rounds: int = Field(default=100, ge=1)
+    """Rounds at most."""
     children: int = Field(default=16, ge=1)
+    """Swaps tried in a round."""
     prompts: int = Field(default=32, ge=1)
+    """Prompts that they are first measured on."""
 
 
 class RecoverySection(Section):
     """Training after a round of pruning: `masked_steps` with what is pruned held at zero, then `unmasked_steps`."""
 
     files: tuple[str, ...] = Field(min_length=1)
+    """Training text."""
     masked_steps: int = Field(default=450, ge=0)
+    """Steps with what is pruned held at zero."""
     unmasked_steps: int = Field(default=50, ge=0)
+    """Steps after that without the masks."""
     batch_tokens: int = Field(default=65_536, ge=1)
+    """Tokens of an optimiser step."""
     sequence_tokens: int = Field(default=512, ge=2)
+    """Tokens of a sequence."""
     lr: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
     warmup_steps: int = Field(default=10, ge=0)
+    """Steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay."""
     clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of forward and backward passes; auto: bfloat16 on GPUs."""
     accumulate: int = Field(default=1, ge=1)
+    """Parts that a batch is computed in."""
     checkpointing: bool = False
+    """Compute activations again in the backward pass, to save memory."""
     checkpoint_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""
     distill: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss that is distilled from the base model's logits."""
 
     @model_validator(mode="after")
     def _some_steps(self) -> RecoverySection:
@@ -180,29 +251,55 @@ class SearchSection(Section):
         "probe", "greedy", "beam", "lazy_greedy", "lazy_beam",
         "knapsack", "sensitivity", "auto", "spdy", "evolution", "local", "sparsity",
     ] = "beam"  # fmt: skip
+    """How plans are chosen."""
     rank_by: Metric = "fdt"
+    """The metric that decides."""
     width: int = Field(default=10, ge=1)
+    """beam, lazy_beam: plans kept at each depth."""
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    """Children measured for each kept plan; all, or so many of the most promising."""
     confidence: float = Field(default=1.0, gt=0, le=1)
+    """greedy, beam: candidates leave a round early with this probability of not being among its best; 1: every
+    candidate is measured on every prompt."""
     indifference: float = Field(default=0.0, ge=0)
+    """With a confidence below 1: candidates leave that cannot be better by more than this, in the metric's unit."""
     audit: float = Field(default=0.002, ge=0, le=1)
+    """lazy_greedy, lazy_beam: share of the skipped children that is measured all the same, to tell how often the order
+    was wrong."""
     schemes: tuple[str, ...] = ()
+    """The schemes to choose from, such as [int8-channel, int4-g128]."""
     components: ComponentsSection = ComponentsSection()
+    """Which components are searched."""
     tied: tuple[tuple[str, ...], ...] = ()
+    """Kinds in a layer that must share a scheme, such as [[q, k, v], [gate, up]]."""
     fused: bool = False
+    """Tie what engines such as vLLM fuse: q, k, v and gate, up."""
     stop: StopSection = StopSection()
+    """When the search ends."""
     auto: AutoSection = AutoSection()
+    """Effort of auto and sensitivity."""
     knapsack: KnapsackSection = KnapsackSection()
+    """Effort of knapsack."""
     spdy: SpdySection = SpdySection()
+    """Effort of spdy."""
     evolution: EvolutionSection = EvolutionSection()
+    """Effort of evolution."""
     local: LocalSection = LocalSection()
+    """Effort of local."""
     rounds: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """sparsity: percentage points that each round adds."""
     allocate: Literal["sensitivity", "knapsack", "fdt75", "fdt_mean", "sdt", "kl", "owl", "uniform"] = "sensitivity"
+    """sparsity: how a round's points are divided among components."""
     prune: Literal["magnitude", "wanda", "sparsegpt", "random"] = "magnitude"
+    """sparsity: which weights of a component go first."""
     probe_points: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """sparsity: added shares at which each component is probed."""
     probe_every: float = Field(default=25.0, gt=0, le=100)
+    """sparsity: percentage points after which components are probed again within a round."""
     cap: float = Field(default=1.0, gt=0, le=1)
+    """sparsity: most that may be pruned of a component."""
     recovery: RecoverySection | None = None
+    """sparsity: training after every round."""
 
     @field_validator("schemes")
     @classmethod
