@@ -17,8 +17,9 @@ import click
 from inprocess import Forgetful, Measuring, load, reference, result
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
-from dtmsearch.core.metrics import paired_difference, summarize
+from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.statistics import paired_difference
 from dtmsearch.search.loop import remarks_of, search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
-from dtmsearch.core.metrics import paired_difference, summarize
+from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.statistics import paired_difference
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
 from dtmsearch.search.loop import Decision, Progress, search

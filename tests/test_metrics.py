@@ -13,7 +13,6 @@ from dtmsearch.core.metrics import (
     METRICS,
     Summary,
     first_divergent_token,
-    paired_difference,
     perplexity,
     rank_key,
     share_of_divergent_tokens,
@@ -155,32 +154,3 @@ def test_ties_are_broken_by_mean_fdt(metric: str, one: Summary, other: Summary) 
 def test_a_tie_in_fdt_is_broken_by_sdt() -> None:
     few, many = summarize(result([5, 5], [1, 1])), summarize(result([5, 5], [2, 2]))
     assert rank_key(few, "fdt") < rank_key(many, "fdt")
-
-
-def test_the_paired_interval_holds_the_mean() -> None:
-    generator = np.random.default_rng(0)
-    a, b = generator.normal(1.0, 1.0, 50), generator.normal(0.0, 1.0, 50)
-    found = paired_difference(a, b, seed=1)
-    assert found.low < (a - b).mean() < found.high
-
-
-def test_equal_values_differ_by_nothing() -> None:
-    same = np.arange(20)
-    found = paired_difference(same, same, seed=0)
-    assert (found.mean, found.low, found.high, found.excludes_zero) == (0.0, 0.0, 0.0, False)
-
-
-def test_a_constant_difference_excludes_zero() -> None:
-    assert paired_difference(np.arange(20) + 3, np.arange(20), seed=0).excludes_zero
-
-
-def test_the_interval_follows_from_the_seed() -> None:
-    a, b = np.arange(30) % 7, np.arange(30) % 5
-    assert paired_difference(a, b, seed=3) == paired_difference(a, b, seed=3)
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(0)
-    intervals = [paired_difference(generator.normal(0.3, 1.0, 60), np.zeros(60), i, resamples=500) for i in range(200)]
-    covered = sum(interval.low <= 0.3 <= interval.high for interval in intervals)
-    assert 180 <= covered <= 199

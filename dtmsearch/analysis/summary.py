@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dtmsearch.core.metrics import PairedDifference, Summary, paired_difference
+from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
+from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.errors import UserError
 from dtmsearch.store.codecs.evaluations import summary_of
 from dtmsearch.store.codecs.tables import step_records
@@ -28,7 +29,7 @@ _PLAN = "plan"
 _FOUND = "found"
 _NEAREST = "uniform-nearest:"
 # Intervals are drawn from the same resamples every time that they are asked for.
-_BOOTSTRAP_SEED = 0
+_INTERVAL_SEED = 0
 _VALIDATION_COLUMNS = [
     *("label", "plan_id", "weights_id", "purpose", "reference_id", "status", "message"),
     *("num_compressed", "bits_per_weight", "share", "fdt", "sdt", "kl_list"),
@@ -279,7 +280,7 @@ def _difference(plan: _Measured | None, other: _Measured, metric: str) -> Paired
     if plan is None or plan is other:
         return None
     a, b = plan.per_prompt.get(metric), other.per_prompt.get(metric)
-    return None if a is None or b is None else paired_difference(a, b, _BOOTSTRAP_SEED)
+    return None if a is None or b is None else paired_difference(a, b, _INTERVAL_SEED)
 
 
 # The verdict

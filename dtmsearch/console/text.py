@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.format import components, duration, plain
 from dtmsearch.console.progress import table
-from dtmsearch.core.metrics import PairedDifference, Summary
+from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.statistics import PairedDifference
 
 if TYPE_CHECKING:
     from dtmsearch.analysis.pareto_runs import Candidate
@@ -147,6 +148,8 @@ def _metric_cells(summary: Summary) -> list[float | None]:
 def _ahead(difference: PairedDifference | None) -> str:
     if difference is None:
         return ""
+    if not difference.is_known:
+        return f"{difference.mean:+.2f} (too few prompts to say)"
     return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
@@ -285,6 +288,8 @@ def scores_text(scores: Sequence[TaskScore]) -> str:
 
 def _change(score: TaskScore) -> str:
     difference = score.difference
+    if not difference.is_known:
+        return f"{difference.mean:+.4f} (too few questions to say)"
     return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 

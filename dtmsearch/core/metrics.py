@@ -1,4 +1,4 @@
-"""Divergent-token metrics on arrays, their aggregates over prompts, and paired comparison.
+"""Divergent-token metrics on arrays, and their aggregates over prompts.
 
 Definitions: "Divergent Token Metrics" (arXiv 2311.01544), section 3. Arrays run over prompts first, then positions of
 the continuation.
@@ -14,9 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import EvalResult, FloatArray, IntArray
+from dtmsearch.core.statistics import PairedDifference as PairedDifference  # where they were, for those who look here
+from dtmsearch.core.statistics import paired_difference as paired_difference
 
 METRICS = ("fdt", "sdt", "dppl", "ppl", "kl")
 HIGHER_IS_BETTER = {"fdt"}
+
+
+def value_limits(metric: str, continuation_tokens: int | None) -> tuple[float, float]:
+    """What no prompt's value of a metric can leave: FDT and SDT count tokens of the continuation (None: of unknown
+    length), KL and the logarithms of perplexities are no less than 0."""
+    if metric not in ("fdt", "sdt") or continuation_tokens is None:
+        return 0.0, math.inf
+    return 0.0, float(continuation_tokens)
+
+
+def difference_limits(metric: str, continuation_tokens: int | None) -> tuple[float, float]:
+    """What no difference of two values of a metric on one prompt can leave."""
+    low, high = value_limits(metric, continuation_tokens)
+    return low - high, high - low
 
 
 def first_divergent_token(diverged: NDArray[np.bool_]) -> IntArray:
@@ -110,30 +126,3 @@ def rank_key(summary: Summary, metric: str) -> tuple[float, ...]:
     """Sort key, best first: the metric, ties broken by mean FDT, then SDT, then divergent perplexity."""
     order = [metric, *(m for m in ("fdt", "sdt", "dppl") if m != metric)]
     return tuple(-summary.value(m) if m in HIGHER_IS_BETTER else summary.value(m) for m in order)
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean of a - b over prompts with a bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-    confidence: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0.0 or self.high < 0.0
-
-
-def paired_difference(
-    a: NDArray[np.generic], b: NDArray[np.generic], seed: int, confidence: float = 0.95, resamples: int = 10_000
-) -> PairedDifference:
-    """Percentile bootstrap over prompts of the mean difference a - b, both [num_prompts] on the same prompts."""
-    difference = a.astype(np.float64) - b.astype(np.float64)
-    counts = np.random.default_rng(seed).multinomial(
-        len(difference), np.full(len(difference), 1 / len(difference)), size=resamples
-    )
-    means = counts @ difference / len(difference)
-    low, high = np.quantile(means, ((1 - confidence) / 2, (1 + confidence) / 2))
-    return PairedDifference(float(difference.mean()), float(low), float(high), confidence)

@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from dtmsearch.config import difference
-from dtmsearch.core.metrics import PairedDifference, paired_difference
+from dtmsearch.core.metrics import difference_limits
 from dtmsearch.core.schemes import DENSE
+from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.errors import UserError
 from dtmsearch.report.charts import Figure, save
 from dtmsearch.report.charts.compared import compared_course, compared_plans, compared_survival
-from dtmsearch.report.facts import Row, RunFacts, gather, per_prompt
+from dtmsearch.report.facts import Row, RunFacts, ceiling_of, gather, per_prompt
 from dtmsearch.report.writing import page_data, places, render
 from dtmsearch.store.store import ResultStore
 
-_BOOTSTRAP_SEED = 0
+_INTERVAL_SEED = 0
 _DIGITS = {"fdt": 1, "sdt": 2, "kl": 4}
 
 
@@ -105,8 +106,11 @@ def held_out_differences(store: ResultStore, one: RunFacts, other: RunFacts) -> 
     if a is None or b is None:
         return {}
     columns = {"fdt": "fdt", "sdt": "sdt", "kl": "kl_list"}
+    length = ceiling_of(store, one.record, held_out=True)
     return {
-        metric: paired_difference(np.asarray(a[column]), np.asarray(b[column]), _BOOTSTRAP_SEED, resamples=2_000)
+        metric: paired_difference(
+            np.asarray(a[column]), np.asarray(b[column]), _INTERVAL_SEED, limits=difference_limits(metric, length)
+        )
         for metric, column in columns.items()
         if a[column] is not None and b[column] is not None and len(a[column]) == len(b[column])
     }
@@ -122,6 +126,8 @@ def sentence(one: RunFacts, other: RunFacts, differences: dict[str, PairedDiffer
             "better."
         )
     sizes = " and ".join(f"{s.bits_per_weight:.2f}" for s in (a, b) if s.bits_per_weight is not None)
+    if not found.is_known:
+        return f"There are too few held-out prompts to say which of the two plans is better ({found.mean:+.1f} tokens)."
     span = f"{found.mean:+.1f} tokens, {found.confidence:.0%} interval {found.low:+.1f} to {found.high:+.1f}"
     if not found.excludes_zero:
         return f"At {sizes} bits a weight, the two plans cannot be told apart by where texts first diverge ({span})."

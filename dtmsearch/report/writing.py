@@ -19,10 +19,10 @@ from typing import Any
 from dtmsearch import __version__
 from dtmsearch.analysis.format import components, duration, number, plain
 from dtmsearch.analysis.summary import ValidationRow
-from dtmsearch.core.metrics import PairedDifference
+from dtmsearch.core.statistics import PairedDifference
 from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save, schemes_of
 from dtmsearch.report.extra import jinja2, vl_convert
-from dtmsearch.report.facts import COLUMN, Row, RunFacts, gather, interval, per_prompt
+from dtmsearch.report.facts import COLUMN, Row, RunFacts, ceiling_of, gather, interval, per_prompt
 from dtmsearch.store.store import ResultStore
 
 
@@ -138,11 +138,12 @@ def _library() -> str:
 def _held_out_rows(store: ResultStore, facts: RunFacts) -> list[Row]:
     """Each validated plan with its values and their intervals over prompts, and how far the plan is ahead."""
     lists = per_prompt(store, facts.record, facts.summary)
+    length = ceiling_of(store, facts.record, held_out=True)
     rows = []
     for row in facts.summary.validation:
         values = lists.get(row.label, {})
         spans = {
-            metric: interval(values[column]) if values.get(column) is not None else None
+            metric: interval(values[column], metric, length) if values.get(column) is not None else None
             for metric, column in (("fdt", "fdt"), ("sdt", "sdt"), ("kl", "kl_list"))
         }
         rows.append({"row": row, "spans": {m: _span(s, m) for m, s in spans.items()}, "ahead": _ahead(row.fdt_vs_plan)})
@@ -153,13 +154,16 @@ def _span(found: PairedDifference | None, metric: str) -> str:
     if found is None:
         return "-"
     digits = {"fdt": 1, "sdt": 2, "kl": 4}[metric]
-    half = (found.high - found.low) / 2
-    return f"{found.mean:.{digits}f} ± {half:.{digits}f}"
+    if not found.is_known:
+        return f"{found.mean:.{digits}f}"
+    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def _ahead(difference: PairedDifference | None) -> str:
     if difference is None:
         return ""
+    if not difference.is_known:
+        return f"{difference.mean:+.1f} (too few prompts to say)"
     return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,13 +22,13 @@ import numpy as np
 import torch
 import yaml
 
-from dtmsearch.core.metrics import PairedDifference, paired_difference
+from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.export import export
 
-# Intervals are drawn from the same resamples every time.
-_BOOTSTRAP_SEED = 0
+# Intervals are made with the same weights every time.
+_INTERVAL_SEED = 0
 # Schemes that a dense checkpoint cannot say.
 _ROUNDS_ACTIVATIONS = {"w8a8", "llm-int8"}
 
@@ -181,7 +182,9 @@ def _row(task: str, label: str, metric: str, pairs: Sequence[tuple[Mapping[str, 
         num_questions=len(pairs),
         base=float(base.mean()),
         compressed=float(compressed.mean()),
-        difference=paired_difference(compressed, base, _BOOTSTRAP_SEED),
+        difference=paired_difference(
+            compressed, base, _INTERVAL_SEED, limits=(-1.0, 1.0) if judged else (-math.inf, math.inf)
+        ),
         changed=sum(answer_of(b) != answer_of(a) for b, a in pairs),
         to_wrong=int((base > compressed).sum()) if judged else None,
         to_right=int((base < compressed).sum()) if judged else None,

@@ -26,7 +26,18 @@ from dtmsearch.report.facts.rows import COLUMN, MOST_POINTS, Row, damage, interv
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.store import ResultStore
 
-__all__ = ["COLUMN", "Row", "RunFacts", "damage", "gather", "interval", "kinds_of", "per_prompt", "spread"]
+__all__ = [
+    "COLUMN",
+    "Row",
+    "RunFacts",
+    "ceiling_of",
+    "damage",
+    "gather",
+    "interval",
+    "kinds_of",
+    "per_prompt",
+    "spread",
+]
 
 
 @dataclass(frozen=True)

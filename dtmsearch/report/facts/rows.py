@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.core.metrics import METRICS, PairedDifference, paired_difference
+from dtmsearch.core.metrics import METRICS, value_limits
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.statistics import PairedDifference, mean_interval
 
 Row = dict[str, Any]
 # The column of `evaluations` that holds a metric's value over all prompts.
@@ -17,8 +18,7 @@ COLUMN = {"fdt": "fdt_mean", "sdt": "sdt_mean", "dppl": "dppl", "ppl": "ppl", "k
 assert COLUMN.keys() == set(METRICS)
 # Candidates drawn at most: as many spots as a figure of a page's width has apart.
 MOST_POINTS = 2_500
-_BOOTSTRAP_SEED = 0
-_RESAMPLES = 2_000
+_INTERVAL_SEED = 0
 DENSE_PLAN = Plan().id
 # Attention first, then the feed-forward part, as they come in a layer; other kinds follow in order of name.
 _KIND_ORDER = ("qkv", "q", "k", "v", "o", "router", "gate_up", "gate", "up", "down")
@@ -66,7 +66,6 @@ def damage(metric: str, value: float, ceiling: int | None) -> float:
     return (ceiling or 0) - value if metric == "fdt" else value
 
 
-def interval(values: Sequence[float]) -> PairedDifference:
-    """A mean over prompts with its 95% bootstrap interval."""
-    array = np.asarray(values, np.float64)
-    return paired_difference(array, np.zeros_like(array), _BOOTSTRAP_SEED, resamples=_RESAMPLES)
+def interval(values: Sequence[float], metric: str, ceiling: int | None) -> PairedDifference:
+    """A mean of a metric over prompts with its 95% interval; `ceiling` is the continuations' length."""
+    return mean_interval(np.asarray(values, np.float64), _INTERVAL_SEED, value_limits(metric, ceiling))
