@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from contracts import ids, make_records, make_step
-from stores import opened, refuse, replayed, segment_files
+from stores import opened, refuse, replayed, run_record, segment_files
+from test_store_kills import Killed, killed_at
 
+from dtmsearch.analysis.sql import query
+from dtmsearch.analysis.summary import runs_overview, summarize_run
+from dtmsearch.console.text import run_text
+from dtmsearch.console.watch import glance
 from dtmsearch.core.records import RunRecord
+from dtmsearch.errors import UserError
 from dtmsearch.store import segments
 from dtmsearch.store.store import ResultStore
 
 
-def flip_bytes(content: bytes) -> bytes:
-    """Within the pages of an id that every reader reads."""
-    columns = pq.read_metadata(pa.BufferReader(content)).row_group(0).to_dict()["columns"]
-    pages = next(c for c in columns if c["path_in_schema"] in ("evaluation_id", "plan_id"))
+def flip_bytes(content: bytes, group: int = 0) -> bytes:
+    """Within the pages of an id that every reader reads: what stands before a page, its header too, has no checksum."""
+    columns = pq.read_metadata(pa.BufferReader(content)).row_group(group).to_dict()["columns"]
+    pages = next((c for c in columns if c["path_in_schema"] in ("evaluation_id", "plan_id")), columns[0])
     start = pages["dictionary_page_offset"] or pages["data_page_offset"]
     at = start + pages["total_compressed_size"] - 8
     return content[:at] + bytes(255 - b for b in content[at : at + 8]) + content[at + 8 :]
@@ -130,7 +138,7 @@ def test_damaged_segment_in_a_read_only_store_is_skipped(tmp_path: Path, monkeyp
     results = ResultStore(tmp_path)
     assert results.table("evaluations").num_rows == 2
     assert (tmp_path / path).exists()
-    assert "read-only" in results.notes[0]
+    assert path in results.notes[0]
 
 
 def test_damaged_result_of_another_run_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +159,195 @@ def test_damage_that_comes_while_a_run_goes_on_costs_only_what_it_hit(
         results.table("evaluations")
         writer.append(make_records(1, 3))
     assert sorted(replayed(tmp_path)) == sorted(ids(make_records(1, 2, 3)))
+
+
+# A finished run whose rows stand in one compacted segment a table, several row groups each.
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(segments, "_ROWS_PER_GROUP", {"evaluations": 2, "plans": 2, "steps": 2})
+    with opened(ResultStore(tmp_path)) as writer:
+        writer.append(make_records(*range(8)))
+        writer.decide([make_step(step) for step in range(4)])
+        writer.put_run(run_record(status="finished"))
+    return tmp_path
+
+
+def damage_group(place: Path, table: str, group: int) -> Path:
+    (path,) = segment_files(place, table)
+    path.write_bytes(flip_bytes(path.read_bytes(), group))
+    return path
+
+
+def snapshot(place: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_page_costs_its_row_group_alone(finished: Path) -> None:
+    damage_group(finished, "evaluations", 1)
+    rows = ResultStore(finished).table("evaluations")
+    assert rows["evaluation_id"].to_pylist() == ids(make_records(0, 1, 4, 5, 6, 7))
+
+
+def test_damage_in_a_column_that_is_not_read_hides_no_rows(finished: Path) -> None:
+    damage_group(finished, "evaluations", 1)
+    assert ResultStore(finished).table("evaluations", ["plan_id"]).num_rows == 8
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda store: summarize_run(store, "run"),
+        runs_overview,
+        lambda store: store.table("evaluations"),
+        lambda store: store.missing(run_record(status="finished"), thorough=True),
+        lambda store: glance(store, "run"),
+        lambda store: query(store, "SELECT * FROM evaluations JOIN plans USING (plan_id)"),
+        lambda store: store.plan("0" * 32),
+        lambda store: store.matrices("0" * 32, ["q"]),
+    ],
+)
+@pytest.mark.parametrize("table", ["evaluations", "plans", "steps", "runs", "components"])
+def test_reading_changes_no_file(finished: Path, table: str, read: Callable[[ResultStore], object]) -> None:
+    damage_group(finished, table, 0)
+    before = snapshot(finished)
+    with suppress(UserError):  # the run's own record may be what is damaged
+        read(ResultStore(finished))
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize("table", ["evaluations", "plans", "steps"])
+def test_a_finished_run_that_lacks_rows_is_incomplete(finished: Path, table: str) -> None:
+    damage_group(finished, table, 1)
+    summary = summarize_run(ResultStore(finished), "run")
+    assert (summary.status, summary.missing) == ("incomplete", (table,))
+    assert f"incomplete: rows of {table} are lost" in run_text(summary)
+
+
+def test_a_finished_run_that_lacks_a_segment_is_incomplete(finished: Path) -> None:
+    segment_files(finished, "evaluations")[0].unlink()
+    assert [run.status for run in runs_overview(ResultStore(finished))] == ["incomplete"]
+
+
+def test_a_finished_run_of_an_older_version_with_a_segment_set_aside_is_incomplete(finished: Path) -> None:
+    (path,) = segment_files(finished, "evaluations")
+    path.rename(path.with_name(path.name + ".damaged"))
+    record = replace(run_record(status="finished"), num_evaluations=None)
+    assert ResultStore(finished).missing(record) == ("evaluations",)
+
+
+def test_a_whole_finished_run_is_complete(finished: Path) -> None:
+    store = ResultStore(finished)
+    record = store.run("run")
+    assert record is not None
+    assert (store.missing(record, thorough=True), record.num_evaluations, record.num_steps) == ((), 8, 4)
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_the_driver_keeps_what_is_whole_and_measures_the_rest_again(finished: Path, group: int) -> None:
+    path = damage_group(finished, "evaluations", group)
+    damaged = path.read_bytes()
+    with opened(ResultStore(finished)) as writer:
+        found = ids(list(writer.replay()))
+        writer.append(make_records(*range(8)))
+        writer.put_run(run_record(status="finished"))
+    lost = ids(make_records(2 * group, 2 * group + 1))
+    assert found == [i for i in ids(make_records(*range(8))) if i not in lost]
+    assert path.with_name(path.name + ".damaged").read_bytes() == damaged
+    assert sorted(replayed(finished)) == sorted(ids(make_records(*range(8))))
+    assert summarize_run(ResultStore(finished), "run").status == "finished"
+
+
+def test_no_plan_is_cut_in_two_by_a_row_group(finished: Path) -> None:
+    (path,) = segment_files(finished, "plans")
+    file = pq.ParquetFile(path)
+    groups = [set(file.read_row_group(n)["plan_id"].to_pylist()) for n in range(file.num_row_groups)]
+    assert len(groups) > 1
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+def test_dying_while_damage_is_set_aside_loses_nothing_more(finished: Path) -> None:
+    damage_group(finished, "evaluations", 1)
+    whole = ids(make_records(0, 1, 4, 5, 6, 7))
+    for operation in range(12):
+        place = finished.parent / f"{finished.name}-{operation}"
+        shutil.copytree(finished, place)
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+            killed_at(patch, operation)
+            replayed(place)
+        assert replayed(place) == whole
+
+
+def test_what_was_found_elsewhere_is_found_beside_a_damaged_group(finished: Path) -> None:
+    damage_group(finished, "evaluations", 1)
+    results = ResultStore(finished)
+    with opened(results, "another") as writer:
+        wanted = ids(make_records(*range(8)))
+        first = set(writer.recorded_elsewhere(wanted))  # what is damaged is read only when it is fetched
+        results.table("evaluations")
+        assert first == set(writer.recorded_elsewhere(wanted)) == set(ids(make_records(0, 1, 4, 5, 6, 7)))
+
+
+def test_what_another_driver_mended_meanwhile_is_found(finished: Path) -> None:
+    damage_group(finished, "evaluations", 1)
+    with opened(ResultStore(finished), "another") as writer:
+        wanted = ids(make_records(*range(8)))
+        writer.recorded_elsewhere(wanted)
+        replayed(finished)
+        assert set(writer.recorded_elsewhere(wanted)) == set(ids(make_records(0, 1, 4, 5, 6, 7)))
+
+
+# Copies of segments.
+
+
+@pytest.mark.parametrize("table", ["evaluations", "plans", "steps", "runs", "components"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run/00000009-00000001.parquet",
+        "run/00000000-00000001.parquet",
+        "run/00000000-00000001_00000009-00000001.parquet",
+        "another/00000001-00000001.parquet",
+    ],
+)
+def test_a_copied_segment_doubles_no_rows(finished: Path, table: str, name: str) -> None:
+    before = _counts(finished)
+    copy = finished / table / name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(segment_files(finished, table)[0], copy)
+    assert _counts(finished) == before
+    store = ResultStore(finished)
+    assert [r.run for r in store.runs()] == ["run"]
+    assert summarize_run(store, "run").status == "finished"
+
+
+def _counts(place: Path) -> list[tuple[int, int]]:
+    """Rows of every table, by reading it and by SQL."""
+    store, counts = ResultStore(place), []
+    for table in ("runs", "components", "evaluations", "plans", "steps"):
+        (row,) = query(store, f"SELECT count(*) AS n FROM {table}").to_pylist()
+        counts.append((store.table(table).num_rows, row["n"]))
+    return counts
+
+
+def test_a_copy_is_set_aside_by_the_driver_and_nothing_is_lost(finished: Path) -> None:
+    (original,) = segment_files(finished, "evaluations")
+    copy = original.with_name("00000000-00000001_00000009-00000001.parquet")
+    shutil.copyfile(original, copy)
+    assert replayed(finished) == ids(make_records(*range(8)))
+    assert ResultStore(finished).table("evaluations").num_rows == 8
+
+
+def test_a_segment_that_was_renamed_is_read(finished: Path) -> None:
+    (path,) = segment_files(finished, "evaluations")
+    path.rename(path.with_name("00000007-00000001.parquet"))
+    assert ResultStore(finished).table("evaluations").num_rows == 8
+    assert replayed(finished) == ids(make_records(*range(8)))
+
+
+def test_of_two_renamed_copies_one_is_read(finished: Path) -> None:
+    (path,) = segment_files(finished, "evaluations")
+    shutil.copyfile(path, path.with_name("00000008-00000001.parquet"))
+    path.rename(path.with_name("00000007-00000001.parquet"))
+    assert ResultStore(finished).table("evaluations").num_rows == 8

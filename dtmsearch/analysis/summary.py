@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
@@ -58,6 +58,7 @@ class ValidationRow:
 class RunSummary:
     """A run as its records show it.
 
+    `status` is `incomplete` where rows of a finished run are lost, in the tables `missing`.
     `interrupted`: the run counts as running, but no driver works on it. `continue_command` continues a run that was
     submitted to a cluster, where it was submitted. `num_evaluations` are those of the search, its
     failures included; `failures` counts them by kind. `wall_seconds` is the search's own time over all its sessions
@@ -66,7 +67,7 @@ class RunSummary:
     """
 
     run: str
-    status: RunStatus
+    status: RunStatus | Literal["incomplete"]
     interrupted: bool
     message: str | None
     continue_command: str | None
@@ -89,6 +90,7 @@ class RunSummary:
     validation: tuple[ValidationRow, ...]
     verdict: str
     already_complete: bool = False
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class RunOverview:
     mean FDT on the search's prompts."""
 
     run: str
-    status: RunStatus
+    status: RunStatus | Literal["incomplete"]
     interrupted: bool
     model: str | None
     num_evaluations: int
@@ -121,6 +123,7 @@ def record_of(store: ResultStore, run: str) -> RunRecord:
 def summarize_run(store: ResultStore, run: str) -> RunSummary:
     """What the store knows of a run. Raises `UserError` when it has none of that name."""
     record = record_of(store, run)
+    missing = store.missing(record, thorough=True)
     statuses = _search_statuses(store, run)
     steps = step_records(store.table("steps", run=run))
     rows = _validation_rows(store, record)
@@ -129,7 +132,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
     size = plan_row or chosen_at
     return RunSummary(
         run=run,
-        status=record.status,
+        status="incomplete" if missing else record.status,
         interrupted=_is_interrupted(store, record),
         message=record.message,
         continue_command=record.continue_command,
@@ -151,6 +154,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         finished_at=record.finished_at,
         validation=rows,
         verdict=verdict(rows) if record.final_plan_id is not None else _without_plan(record),
+        missing=missing,
     )
 
 
@@ -171,7 +175,7 @@ def _overview(store: ResultStore, record: RunRecord, models: Mapping[str | None,
     last = steps[-1] if steps else None
     return RunOverview(
         run=record.run,
-        status=record.status,
+        status="incomplete" if store.missing(record) else record.status,
         interrupted=_is_interrupted(store, record),
         model=models.get(record.manifest_id),
         num_evaluations=sum(_search_statuses(store, record.run).values()),

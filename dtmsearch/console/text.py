@@ -82,6 +82,9 @@ def _line(label: str, text: str) -> str:
 
 
 def _status(summary: RunSummary) -> str:
+    if summary.missing:
+        what = " and ".join(summary.missing)
+        return f"incomplete: rows of {what} are lost; `run` or `resume` measures them again"
     if summary.already_complete:
         return "already complete"
     if summary.interrupted:

@@ -68,7 +68,7 @@ def glance(store: ResultStore, run: str) -> Glance:
     interrupted = record.status == "running" and not is_running
     return Glance(
         run=run,
-        status="interrupted" if interrupted else record.status,
+        status="interrupted" if interrupted else "incomplete" if store.missing(record) else record.status,
         rank_by=str(section_of(record.config, "search").get("rank_by", "score")).upper(),
         evaluations=rows.num_rows,
         failures=rows.num_rows - statuses["ok"],

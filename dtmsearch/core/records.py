@@ -91,7 +91,8 @@ CONTINUE_VARIABLE = "DTMSEARCH_RESUME_COMMAND"
 class RunRecord:
     """A search as a whole. `config` is the search file's YAML, and `config_folder` where its latest driver had it;
     `continue_command` is what continues a search that was submitted, where it was submitted. Times in seconds since the
-    epoch."""
+    epoch. `num_evaluations`, `num_plan_rows` and `num_steps` are the rows that it had recorded when it finished; None
+    before, and where an older version wrote it."""
 
     run: str
     status: RunStatus
@@ -106,3 +107,6 @@ class RunRecord:
     version: str
     message: str | None = None
     continue_command: str | None = None
+    num_evaluations: int | None = None
+    num_plan_rows: int | None = None
+    num_steps: int | None = None

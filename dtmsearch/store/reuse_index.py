@@ -19,6 +19,8 @@ from dtmsearch.store.segments import Segment, Segments
 _REFRESH_SECONDS = 20.0
 # An id is known by its first 64 bits: what is fetched has the whole of it.
 _KEY_DIGITS = 16
+# Segments come and go while they are read.
+_ATTEMPTS = 8
 # Segments of fewer rows are those that running searches add all the time.
 _MANY = 4096
 
@@ -72,22 +74,29 @@ class Elsewhere:
         self._own_key = own_key
         self._indexed: list[Segment] = []
         self._index = _Index()
+        self._num_damaged = segments.num_damaged
         self._fresh_until = 0.0
 
     def find(self, ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
         """Evaluation id -> (run, outcome) for those of `ids` that another run has measured."""
         if time.monotonic() > self._fresh_until:
             self._refresh()
-        while True:
+        for _ in range(_ATTEMPTS):
+            if self._num_damaged != self._segments.num_damaged:  # rows stand elsewhere in what is left of a segment
+                self._begin_anew()
             places = self._index.find(ids)
             try:
                 return self._fetch(places)
             except (pa.ArrowException, OSError) as error:
-                # A segment was compacted away, or is damaged.
-                if not self._segments.check(self._indexed[number] for number, _ in set(places.values())):
-                    raise StoreError(f"cannot read what other runs have measured: {error}") from error
-                self._indexed, self._index = [], _Index()
-                self._refresh()
+                # A segment was compacted away or mended, or is damaged.
+                failure = error
+                self._segments.check({self._indexed[number] for number, _ in places.values()})
+                self._begin_anew()
+        raise StoreError(f"cannot read what other runs have measured: {failure}") from failure
+
+    def _begin_anew(self) -> None:
+        self._indexed, self._index, self._num_damaged = [], _Index(), self._segments.num_damaged
+        self._refresh()
 
     def _refresh(self) -> None:
         """Index segments that are new. One that a compaction has since replaced is found missing when it is read."""
@@ -121,11 +130,15 @@ class Elsewhere:
         """Rows of a segment, from those of its groups in which they lie."""
         (fragment,) = self._segments.dataset("evaluations", [segment]).get_fragments()
         ends = np.cumsum([group.num_rows for group in fragment.row_groups])
+        if rows[-1] >= ends[-1]:
+            raise pa.ArrowInvalid(f"{segment.path} has fewer rows than before")
         group_of = np.searchsorted(ends, rows, side="right")
         found: dict[str, tuple[str, Outcome]] = {}
         for group in np.unique(group_of).tolist():
             first = int(ends[group - 1]) if group else 0
-            part = fragment.subset(row_group_ids=[group]).to_table(columns=["run", *OUTCOME_COLUMNS])
+            part = fragment.subset(row_group_ids=[fragment.row_groups[group].id]).to_table(
+                columns=["run", *OUTCOME_COLUMNS]
+            )
             for batch in part.take(rows[group_of == group] - first).combine_chunks().to_batches():
                 runs = batch["run"].to_pylist()
                 found |= {o.request_id: (run, o) for run, o in zip(runs, outcomes(batch), strict=True)}

@@ -16,7 +16,8 @@ def _schema(name: str, columns: list[tuple[str, pa.DataType]]) -> pa.Schema:
     return pa.schema(columns, metadata={"dtmsearch.table": name, "dtmsearch.format": str(FORMAT_VERSION)})
 
 
-# A run has a row for each time that its status was written; the last one holds.
+# A run has a row for each time that its status was written; the last one holds. A finished one says how many rows it
+# had recorded by then, those that repeat what other runs measured included.
 RUNS = _schema(
     "runs",
     [
@@ -33,6 +34,9 @@ RUNS = _schema(
         ("version", pa.string()),
         ("message", pa.string()),
         ("continue_command", pa.string()),
+        ("num_evaluations", pa.int64()),
+        ("num_plan_rows", pa.int64()),
+        ("num_steps", pa.int64()),
     ],
 )
 COMPONENTS = _schema(
@@ -237,7 +241,7 @@ MODE_COLUMNS = ("dtype", "device", "attention", "compiled", "scale_dtype")
 # Columns that came to a table after its first segments were written, which lack them: there they are null.
 ADDED: dict[str, frozenset[str]] = {
     "evaluations": frozenset({"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions"}),
-    "runs": frozenset({"continue_command"}),
+    "runs": frozenset({"continue_command", "num_evaluations", "num_plan_rows", "num_steps"}),
 }
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
 

@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,6 +52,8 @@ _EVALUATE = "evaluate"
 # Above this many, reading small segments one by one takes longer than it should.
 _MANY_SEGMENTS = 64
 _COMMITS_BETWEEN_COMPACTIONS = 256
+# Tables whose rows a finished run counts: where it says how many.
+_COUNTED = {"evaluations": "num_evaluations", "plans": "num_plan_rows", "steps": "num_steps"}
 # Of what several runs may write at once under one key.
 _PUT_ATTEMPTS = 8
 
@@ -60,7 +63,7 @@ class ResultStore:
 
     Whatever takes a run's name raises `UserError` for what cannot be one.
 
-    `notes` are lines about damaged segments that were set aside; `on_note` hears each of them as it comes. Raises
+    `notes` are lines about damaged segments; `on_note` hears each of them as it comes. Raises
     `StoreError` when there is something else at the place, a newer version's store, or nothing can be read.
     """
 
@@ -151,6 +154,24 @@ class ResultStore:
             return None
         records = tables.run_records(self.segments.read("runs", [name]))
         return records[0] if records else None
+
+    def missing(self, record: RunRecord, thorough: bool = False) -> tuple[str, ...]:
+        """The tables in which rows of a finished run cannot be read any more; none where it is complete. `thorough`
+        reads every page of them, else what was read so far and the number of rows tell."""
+        if record.status != "finished":
+            return ()
+        own = [table for table in _COUNTED if self._lacks(record, table, thorough)]
+        references = {record.reference_id, record.validation_reference_id} - {None}
+        lost = [i for i in references if i and self.reference(i) is None and self.segments.is_damaged("prompts", i)]
+        return (*own, *(["prompts"] if lost else []))
+
+    def _lacks(self, record: RunRecord, table: str, thorough: bool) -> bool:
+        if thorough:
+            self.segments.check(self.segments.live(table, record.run))
+        recorded = getattr(record, _COUNTED[table])
+        if recorded is None:  # an older version wrote it
+            return self.segments.is_damaged(table, record.run)
+        return bool(self.segments.num_rows(table, record.run) < recorded)
 
     def plan(self, plan_id: str, run: str | None = None) -> Plan | None:
         """The plan of an id, if it was evaluated: in `run`, or in any."""
@@ -269,6 +290,7 @@ class RunWriter:
         if self._key == self._run:
             folder.remove(_stop_marker(self._run))
         for table in schemas.SCHEMAS:
+            self._segments.set_aside(table, self._key)
             for file in folder.walk(f"{table}/{self._key}"):
                 if file.path.rpartition("/")[2].startswith(TEMPORARY):
                     folder.remove(file.path)
@@ -288,8 +310,13 @@ class RunWriter:
             self._lock.release()
 
     def put_run(self, record: RunRecord) -> None:
+        """Record how a run stands; with a finished one, how many rows it has come to."""
         assert record.run == self._run and self._key == self._run, "only a run's driver writes its record"
-        self._commit("runs", tables.runs_table([record]))
+        is_over = record.status == "finished"
+        rows: dict[str, Any] = {
+            column: self._segments.num_rows(table, self._key) if is_over else None for table, column in _COUNTED.items()
+        }
+        self._commit("runs", tables.runs_table([replace(record, **rows)]))
 
     def put_components(self, manifest: ModelManifest, components: Sequence[Component]) -> None:
         """Record the model's components and those searched, over which a plan's size is counted from now on."""
@@ -303,7 +330,8 @@ class RunWriter:
     def put_reference(self, reference: Reference) -> Reference:
         """Record a reference, for all runs; the one that counts is returned. Of two runs that make it at once the first
         wins, for near ties may fall differently in the two."""
-        if not self._segments.live("prompts", reference.id):
+        if self._store.reference(reference.id) is None:
+            self._segments.set_aside("prompts", reference.id)
             number = 1 + self._segments.last_epoch(reference.id)
             segment = Segment("prompts", reference.id, (number, 1), (number, 1))
             self._write(segment, tables.prompts_table(reference), keep_existing=True)
@@ -313,7 +341,8 @@ class RunWriter:
 
     def put_statistics(self, calibration: Calibration, statistics: InputStatistics) -> InputStatistics:
         """Record statistics, for all runs; those that count are returned: of two gathered at once, the first."""
-        if not self._segments.live("statistics", calibration.id):
+        if self._store.statistics(calibration.id) is None:
+            self._segments.set_aside("statistics", calibration.id)
             number = 1 + self._segments.last_epoch(calibration.id)
             segment = Segment("statistics", calibration.id, (number, 1), (number, 1))
             self._write(segment, calibration_tables.statistics_table(calibration, statistics), keep_existing=True)
@@ -328,6 +357,7 @@ class RunWriter:
             new = [m for m in matrices if (m.component, m.scheme) not in solved]
             if not new:
                 return
+            self._segments.set_aside("matrices", calibration_id)
             # Another run that writes at this moment may take the number; then ours come under the next.
             number = 1 + self._segments.last_epoch(calibration_id)
             segment = Segment("matrices", calibration_id, (number, 1), (number, 1))
@@ -338,8 +368,8 @@ class RunWriter:
         """Every outcome that this run has recorded, in recorded order, as views into the memory of a segment's rows;
         one segment is held at a time.
 
-        All columns are read, so that a segment that is damaged anywhere is set aside now and what it held is measured
-        again; so is an evaluation whose plan was lost in that way.
+        All columns are read, so that what is damaged anywhere is measured again; so is an evaluation whose plan was
+        lost in that way.
         """
         self._recorded = None
         plans = {*self._known().plans, Plan().id}
@@ -398,7 +428,7 @@ class RunWriter:
         return self._mode_of
 
     def _known(self) -> _Recorded:
-        """The ids recorded so far, read anew when a segment was set aside meanwhile."""
+        """The ids recorded so far, read anew when damage was found meanwhile."""
         if self._recorded is None or self._recorded.num_damaged != self._segments.num_damaged:
             evaluations = self._segments.read("evaluations", [self._key], ["evaluation_id"])["evaluation_id"]
             self._recorded = _Recorded(
@@ -464,7 +494,7 @@ class RunWriter:
 
 
 class _Recorded:
-    """Ids of what a writer's key holds, as of `num_damaged` segments set aside."""
+    """Ids of what a writer's key holds, as of `num_damaged` findings of damage."""
 
     def __init__(self, evaluations: Collection[str], plans: Collection[str], num_damaged: int) -> None:
         self.evaluations = set(evaluations)

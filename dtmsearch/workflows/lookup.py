@@ -35,7 +35,8 @@ def check_continuable(results: ResultStore, file: SearchFile) -> None:
     """Raises `UserError` where a run cannot be continued by its name alone: its driver was sent elsewhere, or its
     texts lie there."""
     record = record_of(results, file.run)
-    if record.status == "finished" or Path(record.config_folder).is_dir():
+    is_complete = record.status == "finished" and not results.missing(record, thorough=True)
+    if is_complete or Path(record.config_folder).is_dir():
         return
     if record.continue_command is not None:
         raise UserError(

@@ -79,7 +79,10 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
     results = ResultStore(store, on_note=observer.on_note)
     previous = begun(results, file)
     if previous is not None and previous.status == "finished":
-        return replace(summarize_run(results, file.run), already_complete=True)
+        missing = results.missing(previous, thorough=True)
+        if not missing:
+            return replace(summarize_run(results, file.run), already_complete=True)
+        observer.on_note(f"rows of {' and '.join(missing)} of run {file.run} are lost, and are measured again")
     with naming(file.run), results.writer(file.run) as writer:
         _Session(file, results, writer, where, observer, begun(results, file)).run()
     return summarize_run(results, file.run)
@@ -121,7 +124,9 @@ def is_left_out(results: ResultStore, run_name: str) -> bool:
     record = results.run(run_name)
     if record is None:
         return False
-    return record.status == "finished" or (record.status == "stopped" and (record.message or "").startswith(DOMINATED))
+    if record.status == "finished":
+        return not results.missing(record, thorough=True)
+    return record.status == "stopped" and (record.message or "").startswith(DOMINATED)
 
 
 class _Session:
