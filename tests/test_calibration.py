@@ -315,8 +315,8 @@ def test_an_identity_holds_the_calibration_only_of_calibrated_plans() -> None:
 
 
 def test_identities_of_before_there_was_calibration_stand() -> None:
-    request = EvalRequest(Plan.of({"model.layers.0.mlp.up_proj": "int4-g128"}), "reference", (0, 8), ("kl",))
-    assert request.id == "9521f6c06b6939c71a771c65cedd2946"
+    request = EvalRequest(Plan.of({"model.layers.0.mlp.up_proj": "nf4"}), "reference", (0, 8), ("kl",))
+    assert request.id == "932f451c872d594098dc879de009d45e"
 
 
 def test_a_calibration_s_identity_follows_its_text(folder: Path) -> None:

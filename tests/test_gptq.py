@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dtmsearch.core.calibration import PackedMatrix
 from dtmsearch.core.schemes import Pruning, Scheme, parse_scheme
 from dtmsearch.model.compress import gptq
 from dtmsearch.model.compress.gptq import Job, Solved, inverse_factor, solve
@@ -36,7 +37,7 @@ def literal(
     """arXiv 2210.17323, algorithm 1, without lazy batches: H^-1 is taken afresh over the columns that are left, as
     equation 3 has it. Pruned as by arXiv 2301.00774, algorithm 1."""
     rows, cols = weight.shape
-    left = weight.clone() if kept is None else weight * kept
+    left = weight.clone()
     keep = torch.ones(rows, cols, dtype=torch.bool) if kept is None else kept.clone()
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(cols, dtype=torch.float64)
     out = torch.zeros_like(left)
@@ -44,7 +45,7 @@ def literal(
     grid = None
     whole = scheme is not None and scheme.group_size == 0
     if whole:
-        grid = fit(left, scheme)
+        grid = fit(left * keep, scheme)
     for j in range(cols):
         if pruning is not None and pruning.pattern is None and j % block == 0:
             stop = min(j + block, cols)
@@ -82,9 +83,9 @@ def fit(block: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, int, int]:
         last = 2**scheme.bits - 1
         scale = ((high - low) / last).to(torch.float16).double()
         return scale, (-low / scale).round().clamp(0, last), 0, last
-    last = 2 ** (scheme.bits - 1) - 1
-    scale = (torch.maximum(high, -low) / last).to(torch.float16).double()
-    return scale, torch.zeros_like(scale), -last, last
+    first, last = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    scale = (torch.maximum(high, -low) / ((last - first) / 2)).to(torch.float16).double()
+    return scale, torch.zeros_like(scale), first, last
 
 
 def nearest(value: Tensor, grid: tuple[Tensor, Tensor, int, int], row: int) -> Tensor:
@@ -131,6 +132,61 @@ def test_pruned_weights_stay_zero_through_gptq() -> None:
     expected = literal(weight, hessian, parse_scheme("gptq-int4-g8-asym"), kept)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     assert (found[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["gptq-int4-g8", "gptq-int4-channel", "gptq-int3-g8-asym"])
+def test_what_pruning_loses_is_made_up_for_by_what_is_kept(name: str) -> None:
+    weight, hessian = world(16, 64)
+    kept = weight.abs() > weight.abs().median()
+    carried = dense(solve([job(weight, name, kept)], inverse_factor(hessian))[0])
+    lost = dense(solve([job(weight * kept, name, kept)], inverse_factor(hessian))[0])
+    assert output_error(weight, carried, hessian) < output_error(weight, lost, hessian)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-4, 1e-5, 1e-6, 1e-9])
+def test_small_weights_lose_no_more_than_large_ones(size: float, dtype: torch.dtype) -> None:
+    weight, hessian = world(24, 64)
+    factor, scheme = inverse_factor(hessian.float()), "gptq-int8-channel"
+    errors = []
+    for factor_of_size in (1.0, size):
+        own = (weight * factor_of_size).to(dtype)
+        found = dense(solve([job(own, scheme)], factor)[0])
+        errors.append(output_error(own.double(), found, hessian) / output_error(own.double(), 0 * found, hessian))
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_small_weights_of_a_float16_model_are_not_lost() -> None:
+    weight, hessian = world(24, 64)
+    own = (weight * 1e-6).half()
+    found = dense(solve([job(own, "gptq-int8-channel")], inverse_factor(hessian.float()))[0])
+    # Codes are as many as float16 has numbers there: rounding to them is not beaten, nor is more lost.
+    assert output_error(own.double(), found, hessian) < 0.01 * output_error(own.double(), 0 * found, hessian)
+
+
+def test_scales_of_small_weights_come_back_as_they_were_packed() -> None:
+    weight, hessian = world(5, 32)
+    solved = solve([job((weight * 1e-7).float(), "gptq-int4-g8")], inverse_factor(hessian.float()))[0]
+    packed = pack("c", "gptq-int4-g8", solved, torch.float32)
+    assert solved.codes is not None
+    assert packed_codes(packed, torch.device("cpu")).dense(torch.float32).tolist() == dense(solved).float().tolist()
+
+
+def test_a_matrix_packed_when_the_lowest_code_was_not_used_reads_the_same() -> None:
+    before = np.array([0, 7, 14], np.uint8)  # 0 was -7 then
+    packed = PackedMatrix(
+        "c",
+        "gptq-int4-channel",
+        (1, 3),
+        4,
+        3,
+        "float16",
+        codes=np.array([before[0] | before[1] << 4, before[2]], np.uint8),
+        scales=np.array([1.0], np.float16).view(np.uint8),
+        zeros=np.empty(0, np.uint8),
+        mask=np.empty(0, np.uint8),
+    )
+    assert unpack(packed, torch.float32, torch.device("cpu")).tolist() == [[-7.0, 0.0, 7.0]]
 
 
 def test_jobs_beside_each_other_are_solved_as_alone() -> None:

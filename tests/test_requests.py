@@ -18,10 +18,16 @@ START = ['reference "ü"', [0, 8], ["kl", "ppl"], METRICS_VERSION]
 @pytest.mark.parametrize(
     ("plan", "calibration_id", "weights_id", "members"),
     [
-        (PLAN, "", "", []),
-        (PLAN, "calibration", "", []),
-        (CALIBRATED, "calibration", "", ["calibration"]),
-        (CALIBRATED, "calibration", "trained", ["calibration", {"weights": "trained"}]),
+        (PLAN, "", "", [{"schemes": {"rounding": 2}}]),
+        (PLAN, "calibration", "", [{"schemes": {"rounding": 2}}]),
+        (Plan(), "calibration", "", []),
+        (CALIBRATED, "calibration", "", ["calibration", {"schemes": {"gptq": 2}}]),
+        (
+            Plan.of({"a": "wanda-0.5", "b": "nf4"}),
+            "calibration",
+            "trained",
+            ["calibration", {"weights": "trained"}],
+        ),
     ],
 )
 def test_an_identity_is_that_of_what_determines_the_value(

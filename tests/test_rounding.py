@@ -12,6 +12,10 @@ from dtmsearch.model.compress.rounding import round_codes, round_weight
 SCHEMES = [f"int{b}-{g}{a}" for b in (2, 3, 4, 8) for g in ("tensor", "channel", "g8", "g5") for a in ("", "-asym")]
 
 
+# Bits -> the first and the last code, and how many scales the largest weight is.
+SYMMETRIC = {2: (-2, 1, 1.5), 3: (-4, 3, 3.5), 4: (-8, 7, 7.5)}
+
+
 def literal(weight: np.ndarray, name: str) -> np.ndarray:
     scheme, out = parse_scheme(name), np.empty_like(weight)
     rows, cols = weight.shape
@@ -26,9 +30,9 @@ def literal(weight: np.ndarray, name: str) -> np.ndarray:
             zero = np.round(-low / scale)
             out[block] = (np.clip(np.round(w / scale) + zero, 0, steps) - zero) * scale
         else:
-            top = 2 ** (scheme.bits - 1) - 1
-            scale = np.float32(np.abs(w).max() / np.float32(top))
-            out[block] = np.clip(np.round(w / scale), -top, top) * scale
+            low, high, steps = (-127, 127, 127.0) if scheme.bits == 8 else SYMMETRIC[scheme.bits]
+            scale = np.float32(np.abs(w).max() / np.float32(steps))
+            out[block] = np.clip(np.round(w / scale), low, high) * scale
     return out
 
 
@@ -47,8 +51,30 @@ def test_a_row_of_zeros_stays_zero(name: str) -> None:
 
 
 def test_halves_go_to_the_even_code() -> None:
-    weight = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5]])
+    weight = torch.tensor([[7.5, 0.5, 1.5, 2.5, -0.5]])
     assert round_weight(weight, parse_scheme("int4-channel")).tolist() == [[7.0, 0.0, 2.0, 2.0, 0.0]]
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_below_8_bits_every_code_is_used(bits: int) -> None:
+    weight = torch.arange(1 - 2**bits, 2**bits).reshape(1, -1) / 2  # the scale is one
+    codes = round_codes(weight, parse_scheme(f"int{bits}-channel")).codes
+    assert sorted(codes.unique().tolist()) == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
+
+
+def test_in_8_bits_codes_are_symmetric() -> None:
+    weight = torch.linspace(-1.0, 1.0, 4_096).reshape(1, -1)
+    codes = round_codes(weight, parse_scheme("int8-channel")).codes
+    assert sorted(codes.unique().tolist()) == list(range(-127, 128))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-6, 1e-7])
+def test_scales_too_small_for_float16_leave_an_error_of_half_a_stored_scale_at_most(size: float) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * size
+    scheme = parse_scheme("int8-channel")
+    error = (round_weight(weight, scheme, torch.float16) - weight).abs().amax(dim=1)
+    scale = weight.abs().amax(dim=1) / 127
+    assert (error <= (scale * 1.001 + 2.0**-24) / 2).all()
 
 
 def test_rounding_keeps_the_dtype() -> None:
@@ -60,7 +86,7 @@ def test_rounding_keeps_the_dtype() -> None:
 def test_rounding_leaves_no_more_values_than_codes(name: str) -> None:
     weight = torch.randn(1, 64)
     per_scale = round_weight(weight, parse_scheme(name)).reshape(-1, 8 if "g8" in name else 64)
-    assert max(len(group.unique()) for group in per_scale) <= 2 ** parse_scheme(name).bits - 1
+    assert max(len(group.unique()) for group in per_scale) <= 2 ** parse_scheme(name).bits
 
 
 def test_a_coarser_code_errs_more() -> None:
@@ -82,7 +108,7 @@ def test_codes_fit_their_bits(name: str) -> None:
     scheme = parse_scheme(name)
     codes = round_codes(torch.randn(6, 24), scheme)
     low, high = (
-        (0, 2**scheme.bits - 1) if scheme.asymmetric else (1 - 2 ** (scheme.bits - 1), 2 ** (scheme.bits - 1) - 1)
+        (0, 2**scheme.bits - 1) if scheme.asymmetric else (-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1)
     )
     values = torch.cat([t.flatten().int() for t in (codes.codes, codes.zeros) if t is not None])
     assert low <= int(values.min()) and int(values.max()) <= high

@@ -92,13 +92,13 @@ def test_asymmetric_schemes_store_a_zero_point_with_each_scale(shape: tuple[int,
 @given(shape=shapes)
 def test_four_bit_blocks_run_over_the_flattened_matrix(name: str, shape: tuple[int, int]) -> None:
     num_weights = shape[0] * shape[1]
-    assert parse_scheme(name).stored_bits(shape, 16) == 4 * num_weights + 16 * -(-num_weights // 64)
+    assert parse_scheme(name).stored_bits(shape, 16) == 4 * num_weights + 32 * -(-num_weights // 64)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "llm-int8"])
 @given(shape=shapes)
 def test_eight_bit_modules_store_a_scale_for_each_row(name: str, shape: tuple[int, int]) -> None:
-    assert parse_scheme(name).stored_bits(shape, 16) == shape[0] * (8 * shape[1] + 16)
+    assert parse_scheme(name).stored_bits(shape, 16) == shape[0] * (8 * shape[1] + 32)
 
 
 def test_siblings_share_everything_but_the_bits() -> None:

@@ -15,7 +15,7 @@ from dtmsearch.core.identity import identity
 from dtmsearch.core.numeric_mode import NumericMode
 
 # Raise it when the same text would yield other statistics, or other matrices from them.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 
 ByteArray = NDArray[np.uint8]
 FloatArray = NDArray[np.float32]

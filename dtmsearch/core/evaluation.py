@@ -134,7 +134,8 @@ class EvalRequest:
     `extra_metrics` names what is measured beside fdt, sdt and dppl. `parent` is a plan whose intermediate states are
     likely to serve this one too: a hint, and no part of the identity. `calibration_id` says by which text calibrated
     schemes are calibrated; it is part of the identity of plans that hold one, and of no others. `weights_id` names
-    trained weights that the plan is applied to; empty for the base model's own.
+    trained weights that the plan is applied to; empty for the base model's own. Versions of the schemes' arithmetic
+    are part of the identity, too (`Plan.scheme_versions`).
     """
 
     plan: Plan
@@ -148,8 +149,9 @@ class EvalRequest:
     @cached_property
     def id(self) -> str:
         """Identity over the canonical JSON of [plan, reference, ...]; put together, for all but the plan repeats."""
+        versions = tuple(sorted(self.plan.scheme_versions.items()))
         rest = _rest_of_identity(
-            self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id
+            self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id, versions
         )
         return identity_of_text(f'["{self.plan.id}",{rest}]')
 
@@ -166,13 +168,19 @@ class EvalRequest:
 
 @lru_cache
 def _rest_of_identity(
-    reference_id: str, prompts: tuple[int, int], extra_metrics: tuple[str, ...], calibration_id: str, weights_id: str
+    reference_id: str,
+    prompts: tuple[int, int],
+    extra_metrics: tuple[str, ...],
+    calibration_id: str,
+    weights_id: str,
+    scheme_versions: tuple[tuple[str, int], ...],
 ) -> str:
     """The members after the first of the list that is a request's identity, as canonical JSON."""
     parts = [reference_id, list(prompts), sorted(extra_metrics), METRICS_VERSION]
     calibrated = [calibration_id] if calibration_id else []
     trained = [{"weights": weights_id}] if weights_id else []
-    return canonical([*parts, *calibrated, *trained])[1:-1]
+    versions = [{"schemes": dict(scheme_versions)}] if scheme_versions else []
+    return canonical([*parts, *calibrated, *trained, *versions])[1:-1]
 
 
 def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:

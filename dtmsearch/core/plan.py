@@ -72,6 +72,12 @@ class Plan:
         """Whether what the plan makes of the model depends on calibration text."""
         return any(parse_scheme(scheme).needs_calibration for scheme in {scheme for _, scheme in self.entries})
 
+    @cached_property
+    def scheme_versions(self) -> dict[str, int]:
+        """Scheme family -> version of its arithmetic, of those in the plan that have had another."""
+        found = {parse_scheme(scheme) for scheme in {scheme for _, scheme in self.entries}}
+        return {scheme.family: scheme.version for scheme in found if scheme.version > 1}
+
     def scheme_of(self, component: str) -> str:
         return self.schemes.get(component, DENSE)
 

@@ -16,8 +16,13 @@ from dtmsearch.errors import UserError
 
 DENSE = "dense"
 DROP = "drop"
+# Of a scale as it is stored: in a model's 16 bits, but bitsandbytes' modules keep theirs in float32.
 SCALE_BITS = 16
+BITSANDBYTES_SCALE_BITS = 32
 BITSANDBYTES_BLOCK = 64
+# Family -> version of its arithmetic, of those whose weights once were others under the same name. A plan's evaluation
+# has these in its identity, so that no value of another arithmetic is taken for its own.
+_VERSIONS = {"rounding": 2, "gptq": 2, "pair": 2}
 
 # name -> bits of a code and weights that share a scale (None: a row)
 _BITSANDBYTES: dict[str, tuple[int, int | None]] = {
@@ -100,6 +105,16 @@ class Scheme:
     quantizer: str | None = None
 
     @property
+    def version(self) -> int:
+        """Of the arithmetic of its family."""
+        return _VERSIONS.get(self.family, 1)
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits that a scale takes where it is stored."""
+        return BITSANDBYTES_SCALE_BITS if self.family == "bitsandbytes" else SCALE_BITS
+
+    @property
     def needs_hessians(self) -> bool:
         """Whether it follows from X^T X over the component's inputs."""
         own = self.pruning is not None and self.pruning.saliency == "sparsegpt"
@@ -128,11 +143,11 @@ class Scheme:
         return 0 if self.pruning is None else self.pruning.pruned_weights(shape)
 
     def stored_bits(self, shape: tuple[int, int], dense_bits: int) -> int:
-        """Bits that a matrix of `shape` takes: codes or dense values of the weights that are kept, 16 for each scale,
-        `bits` for each zero point, and the mask. A dropped matrix takes none."""
+        """Bits that a matrix of `shape` takes: codes or dense values of the weights that are kept, `scale_bits` for
+        each scale, `bits` for each zero point, and the mask. A dropped matrix takes none."""
         kept = shape[0] * shape[1] - self.pruned_weights(shape)
         mask_bits = 0 if self.pruning is None else self.pruning.mask_bits(shape)
-        per_scale = SCALE_BITS + (self.bits if self.asymmetric else 0)
+        per_scale = self.scale_bits + (self.bits if self.asymmetric else 0)
         return kept * (self.bits or dense_bits) + self.num_scales(shape) * per_scale + mask_bits
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.schemes import SCALE_BITS, parse_scheme
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.bitsandbytes_layers import OUTLIER_THRESHOLD, compressed_module
@@ -66,12 +66,11 @@ def _saved(job: Job, component: Component, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _extra_bits(job: Job, component: Component, parts: dict[str, Tensor]) -> dict[str, int]:
-    """What the files hold of a component beyond the plan's arithmetic: scales of 32 bits, and tables."""
+    """What the files hold of a component beyond the plan's arithmetic: tables."""
     scheme = parse_scheme(job.plan.scheme_of(component.name))
-    scales = scheme.num_scales(component.shape) * (32 - SCALE_BITS)
     written = sum(8 * part.numel() * part.element_size() for part in parts.values())
-    other = written - scheme.stored_bits(component.shape, 8 * job.dtype.itemsize) - scales
-    return {"scales of 32 bits": scales, "tables of codes and their descriptions": other}
+    other = written - scheme.stored_bits(component.shape, 8 * job.dtype.itemsize)
+    return {"tables of codes and their descriptions": other}
 
 
 def _quantization_config(job: Job) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
-from dtmsearch.model.compress.gptq import scale_dtype as solved_scale_dtype
 from dtmsearch.model.compress.rounding import Codes
 
 NAME = "compressed-tensors"
@@ -82,7 +81,7 @@ def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
     scheme = parse_scheme(job.plan.scheme_of(component.name))
     scales = codes.scales.reshape(-1) if codes.scales.numel() == 1 else codes.scales
     signed, zeros = _signed(codes.codes, codes), None if codes.zeros is None else _signed(codes.zeros, codes)
-    parts = {"weight_scale": scales.to(_scale_dtype(job, scheme))}
+    parts = {"weight_scale": scales.to(codes.scale_dtype)}
     if not _is_packed(job, scheme):
         assert zeros is not None
         return parts | {"weight": signed, "weight_zero_point": zeros.reshape(scales.shape)}
@@ -90,11 +89,6 @@ def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
     if zeros is not None:
         parts["weight_zero_point"] = pack_to_int32(zeros, codes.bits, packed_dim=0).contiguous()
     return parts
-
-
-def _scale_dtype(job: Job, scheme: Scheme) -> torch.dtype:
-    """GPTQ solves for scales of 16 bits."""
-    return solved_scale_dtype(job.dtype) if scheme.family == "gptq" else job.scale_dtype
 
 
 def _signed(values: Tensor, codes: Codes) -> Tensor:
@@ -109,7 +103,7 @@ def _extra_bits(job: Job, component: Component, codes: Codes) -> dict[str, int]:
     """What the files hold of a component beyond the plan's arithmetic."""
     rows, cols = component.shape
     scheme = parse_scheme(job.plan.scheme_of(component.name))
-    scale_bits = codes.scales.numel() * (8 * _scale_dtype(job, scheme).itemsize - SCALE_BITS)
+    scale_bits = codes.scales.numel() * (8 * codes.scale_dtype.itemsize - SCALE_BITS)
     num_zeros = 0 if codes.zeros is None else codes.zeros.numel()
     if not _is_packed(job, scheme):
         return {_SCALES: scale_bits, _BYTES: (rows * cols + num_zeros) * (8 - codes.bits)}

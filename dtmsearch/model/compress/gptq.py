@@ -15,11 +15,13 @@ from torch import Tensor
 
 from dtmsearch.core.schemes import Pruning, Scheme
 from dtmsearch.errors import UserError
-from dtmsearch.model.compress.rounding import Codes
+from dtmsearch.model.compress.rounding import Codes, code_range, row_scales, scale_steps, stored_scales
 
 # Columns that are solved before what they lost is carried to all others at once; SparseGPT chooses what it prunes
 # for as many at a time (arXiv 2301.00774, section 3.3).
 BLOCK = 128
+# Below it float16 holds a scale in seven bits or fewer, where bfloat16 still has eight.
+_LEAST_FLOAT16_SCALE = 2.0**-17
 # Added to the diagonal, as a part of its mean (arXiv 2210.17323, section 3.3); ten times as much where that is too
 # little.
 _DAMPING = 0.01
@@ -28,7 +30,8 @@ _DAMPING = 0.01
 @dataclass(frozen=True)
 class Job:
     """A matrix `weight` [rows, cols] to be quantized by `quantizer` (None: not quantized) and pruned: where `kept`
-    [rows, cols] is False or, where `pruning` is given, by SparseGPT's saliency."""
+    [rows, cols] is False or, where `pruning` is given, by SparseGPT's saliency. What pruning loses is made up for by
+    the columns that follow either way, as what rounding loses is (arXiv 2301.00774, section 3.5)."""
 
     weight: Tensor
     quantizer: Scheme | None
@@ -94,14 +97,9 @@ class _Sweep:
         self._cols = factor.shape[0]
         ends = torch.tensor([job.weight.shape[0] for job in jobs]).cumsum(0).tolist()
         self._rows = [slice(end - job.weight.shape[0], end) for end, job in zip(ends, jobs, strict=True)]
-        self._work = torch.cat([self._starting(job) for job in jobs])
-        self._work = self._work.T.contiguous()
+        self._work = torch.cat([job.weight.to(factor.dtype) for job in jobs]).T.contiguous()
         self._kept = torch.cat([_kept_at_first(job) for job in jobs]).T.contiguous() if prunes else None
-        self._grid = _Grid(jobs, self._rows, self._work) if quantizes else None
-
-    def _starting(self, job: Job) -> Tensor:
-        weight = job.weight.to(self._factor.dtype)
-        return weight if job.kept is None else weight * job.kept
+        self._grid = _Grid(jobs, self._rows, self._work, self._kept) if quantizes else None
 
     def run(self) -> list[Solved]:
         for start, stop in _blocks(self._cols, self._group):
@@ -109,7 +107,7 @@ class _Sweep:
             carried = self._factor[start:stop, stop:].T.contiguous()
             for rows in self._rows:  # one by one: what a product comes to must not depend on who is solved beside it
                 self._work[stop:, rows] -= carried @ losses[:, rows].contiguous()
-        return [self._result(job, rows) for job, rows in zip(self._jobs, self._rows, strict=True)]
+        return [self._result(number) for number in range(len(self._jobs))]
 
     def _solve_block(self, start: int, stop: int) -> Tensor:
         """Settle the columns of a block; their losses [columns, rows], each over its factor's diagonal."""
@@ -170,12 +168,13 @@ class _Sweep:
         assert self._kept is not None
         self._kept[start:stop, rows] = kept
 
-    def _result(self, job: Job, rows: slice) -> Solved:
+    def _result(self, number: int) -> Solved:
+        job, rows = self._jobs[number], self._rows[number]
         kept = None if self._kept is None else self._kept[:, rows].T
         if job.quantizer is None:
             return Solved(None, self._work[:, rows].T.to(job.weight.dtype), kept)
         assert self._grid is not None
-        return Solved(self._grid.codes(job.quantizer, rows), None, kept)
+        return Solved(self._grid.codes(number), None, kept)
 
 
 def _kept_at_first(job: Job) -> Tensor:
@@ -197,24 +196,25 @@ def _blocks(cols: int, group: int) -> Iterator[tuple[int, int]]:
 class _Grid:
     """The values that weights may take, of every row of every job; jobs may differ in bits and in having zero points.
 
-    Codes lie between `low` and `high`; a weight is (code - zero) * scale, with scales of 16 bits.
+    Codes lie between `bottom` and `top`; a weight is (code - zero) * scale, with scales of 16 bits.
     """
 
-    def __init__(self, jobs: Sequence[Job], rows: Sequence[slice], work: Tensor) -> None:
+    def __init__(self, jobs: Sequence[Job], rows: Sequence[slice], work: Tensor, kept: Tensor | None) -> None:
         self._cols = work.shape[0]
-        self._scale_dtype = scale_dtype(jobs[0].weight.dtype)
+        self._scale_dtypes = [scale_dtype(job) for job in jobs]
         schemes = [job.quantizer for job in jobs]
         assert all(scheme is not None for scheme in schemes), "jobs of a sweep quantize, or none does"
         self._schemes = [scheme for scheme in schemes if scheme is not None]
         self._rows = rows
-        self._bottom = self._of_rows(work, lambda s: 0 if s.asymmetric else -top_code(s))
-        self._top = self._of_rows(work, lambda s: 2**s.bits - 1 if s.asymmetric else top_code(s))
+        self._bottom = self._of_rows(work, lambda s: code_range(s)[0])
+        self._top = self._of_rows(work, lambda s: code_range(s)[1])
+        self._steps = self._of_rows(work, scale_steps)
         self._asymmetric = self._of_rows(work, lambda s: float(s.asymmetric)).bool()
         self._scales: list[Tensor] = []
         self._zeros: list[Tensor] = []
         self._codes = torch.empty(work.shape, dtype=torch.int16, device=work.device)
         if not any(scheme.group_size for scheme in self._schemes):
-            self.fit(work, None)
+            self.fit(work, kept)
 
     def _of_rows(self, like: Tensor, value: Callable[[Scheme], float]) -> Tensor:
         filled = torch.empty_like(like[0])
@@ -231,8 +231,9 @@ class _Grid:
             if scheme.granularity == "tensor":
                 low[rows], high[rows] = low[rows].min(), high[rows].max()
         span = torch.where(self._asymmetric, high - low, torch.maximum(high, -low))
-        scale = (span / self._top).to(self._scale_dtype).to(columns.dtype)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = span / self._steps
+        for dtype, rows in zip(self._scale_dtypes, self._rows, strict=True):
+            scale[rows] = stored_scales(scale[rows], dtype)
         zero = (-low / scale).round_().clamp_(min=torch.zeros_like(low), max=self._top)
         self._scales.append(scale)
         self._zeros.append(torch.where(self._asymmetric, zero, torch.zeros_like(zero)))
@@ -245,8 +246,9 @@ class _Grid:
         self._codes[at] = codes
         return codes.sub_(zero).mul_(scale)
 
-    def codes(self, scheme: Scheme, rows: slice) -> Codes:
+    def codes(self, number: int) -> Codes:
         """The codes of a job's rows."""
+        scheme, rows = self._schemes[number], self._rows[number]
         scales = torch.stack([scale[rows] for scale in self._scales], dim=1).float()
         zeros = torch.stack([zero[rows] for zero in self._zeros], dim=1).to(torch.uint8)
         if scheme.granularity == "tensor":
@@ -257,14 +259,16 @@ class _Grid:
             zeros=zeros if scheme.asymmetric else None,
             block=scheme.group_size or self._cols,
             bits=scheme.bits,
+            scale_dtype=self._scale_dtypes[number],
         )
 
 
-def top_code(scheme: Scheme) -> int:
-    """The largest code of a symmetric scheme."""
-    return int(2 ** (scheme.bits - 1) - 1)
-
-
-def scale_dtype(weights: torch.dtype) -> torch.dtype:
-    """What scales are stored in: 16 bits, as their size is counted."""
-    return weights if weights in (torch.float16, torch.bfloat16) else torch.float16
+def scale_dtype(job: Job) -> torch.dtype:
+    """What a job's scales are stored in: 16 bits, as their size is counted. The model's own dtype where it has 16 bits;
+    else float16, or bfloat16 where some scale of the weights is too small for float16."""
+    if job.weight.dtype in (torch.float16, torch.bfloat16):
+        return job.weight.dtype
+    assert job.quantizer is not None
+    scales = row_scales(job.weight if job.kept is None else job.weight * job.kept, job.quantizer)
+    small = bool(((scales > 0) & (scales < _LEAST_FLOAT16_SCALE)).any())
+    return torch.bfloat16 if small else torch.float16

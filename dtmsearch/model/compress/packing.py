@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtmsearch.core.calibration import PackedMatrix
-from dtmsearch.model.compress.gptq import Solved, scale_dtype
+from dtmsearch.model.compress.gptq import Solved
 from dtmsearch.model.compress.rounding import Codes
 
 _NOTHING: NDArray[np.uint8] = np.empty(0, np.uint8)
@@ -25,7 +25,7 @@ def pack(component: str, scheme: str, solved: Solved, dtype: torch.dtype) -> Pac
         bits = weight.element_size() * 8
         return PackedMatrix(component, scheme, shape, bits, 0, "", values, _NOTHING, _NOTHING, mask)
     shape = (codes.codes.shape[0], codes.codes.shape[1])
-    scales = codes.scales.to(scale_dtype(dtype))
+    scales = codes.scales.to(codes.scale_dtype)
     return PackedMatrix(
         component,
         scheme,
@@ -33,7 +33,7 @@ def pack(component: str, scheme: str, solved: Solved, dtype: torch.dtype) -> Pac
         bits=codes.bits,
         block=codes.block,
         scale_dtype=str(scales.dtype).removeprefix("torch."),
-        codes=_pack_bits((codes.codes.int() + _offset(codes)).to(torch.uint8), codes.bits),
+        codes=_pack_bits(_unsigned(codes), codes.bits),
         scales=_bytes(scales),
         zeros=_NOTHING if codes.zeros is None else _bytes(codes.zeros),
         mask=_NOTHING,
@@ -55,18 +55,31 @@ def packed_codes(packed: PackedMatrix, device: torch.device) -> Codes:
     """The codes of a quantized matrix."""
     rows, cols = packed.shape
     unsigned = _unpack_bits(packed.codes, packed.bits, rows * cols, device).reshape(rows, cols)
-    scales = _on(packed.scales, device).view(getattr(torch, packed.scale_dtype)).float()
+    dtype: torch.dtype = getattr(torch, packed.scale_dtype)
+    scales = _on(packed.scales, device).view(dtype).float()
     scales = scales.reshape(-1, -(-cols // packed.block))
     if packed.zeros.size:
         zeros = _on(packed.zeros, device).reshape(scales.shape)
-        return Codes(unsigned, scales, zeros, packed.block, packed.bits)
-    codes = Codes(unsigned, scales, None, packed.block, packed.bits)
-    return Codes((unsigned.int() - _offset(codes)).to(torch.int8), scales, None, packed.block, packed.bits)
+        return Codes(unsigned, scales, zeros, packed.block, packed.bits, dtype)
+    return Codes(_signed(unsigned, packed.bits), scales, None, packed.block, packed.bits, dtype)
 
 
-def _offset(codes: Codes) -> int:
-    """What makes a code no less than zero."""
-    return 0 if codes.zeros is not None else int(2 ** (codes.bits - 1) - 1)
+# Codes around zero are counted from -(2^(bits-1) - 1), the lowest one of all, -2^(bits-1), coming last: so a matrix of
+# a time when that one was never used reads the same.
+
+
+def _unsigned(codes: Codes) -> Tensor:
+    if codes.zeros is not None:
+        return codes.codes
+    last = 2**codes.bits - 1
+    counted: Tensor = (codes.codes.int() + last // 2) & last
+    return counted.to(torch.uint8)
+
+
+def _signed(unsigned: Tensor, bits: int) -> Tensor:
+    last = 2**bits - 1
+    counted: Tensor = (unsigned.int() + 1) & last
+    return (counted - (last // 2 + 1)).to(torch.int8)
 
 
 def _pack_bits(values: Tensor, bits: int) -> NDArray[np.uint8]:

@@ -17,7 +17,8 @@ class Codes:
     """A rounded matrix as what is stored of it: `(codes - zeros) * scales`, one scale for `block` inputs of a row.
 
     `codes` [rows, cols] are int8 around zero or, with zero points, uint8 from zero. `scales` are float32 and `zeros`
-    uint8 (None for symmetric schemes), both [rows, blocks]; [1, 1] where one scale serves the whole matrix.
+    uint8 (None for symmetric schemes), both [rows, blocks]; [1, 1] where one scale serves the whole matrix. Every scale
+    is a number of `scale_dtype`, in which it is stored.
     """
 
     codes: Tensor
@@ -25,6 +26,7 @@ class Codes:
     zeros: Tensor | None
     block: int
     bits: int
+    scale_dtype: torch.dtype = torch.float32
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix [rows, cols] that `round_weight` gives."""
@@ -41,9 +43,11 @@ class Codes:
 def round_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """`weight` [rows, cols] after rounding and back, in its own dtype; arithmetic in float32.
 
-    Symmetric: scale = max|w| / (2^(bits-1) - 1), codes round(w / scale) half to even. Asymmetric: 2^bits - 1 steps
-    between the smallest and the largest weight (zero counted among them, so that the zero point fits `bits` bits).
-    Scales are rounded to `scale_dtype` before any code is computed with them.
+    Symmetric in 8 bits: scale = max|w| / 127, codes round(w / scale), half to even, clamped to +-127 (LLM.int8(), arXiv
+    2208.07339). Symmetric in fewer bits, where every code counts: scale = max|w| / ((2^bits - 1) / 2), codes from
+    -2^(bits-1) to 2^(bits-1) - 1, as GPTQ and compressed-tensors have them. Asymmetric: 2^bits - 1 steps between the
+    smallest and the largest weight (zero counted among them, so that the zero point fits `bits` bits).
+    Scales are rounded to `scale_dtype` before any code is computed with them; see `stored_scales`.
     """
     parts = [_restored(*_quantized(block, scheme, scale_dtype)) for block in _blocks(weight.float(), scheme)]
     return _joined(parts, weight.shape[0], scheme).reshape(weight.shape).to(weight.dtype)
@@ -62,6 +66,7 @@ def round_codes(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch
         zeros=_joined(zeros, scale_rows, scheme) if zeros else None,
         block=scheme.group_size if scheme.granularity == "group" else cols,
         bits=scheme.bits,
+        scale_dtype=scale_dtype,
     )
 
 
@@ -89,13 +94,13 @@ def _joined(parts: Sequence[Tensor], rows: int, scheme: Scheme) -> Tensor:
 def _quantized(values: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes (as float32), scales and zero points [rows, 1] of `values`, each row with a scale of its own."""
     if not scheme.asymmetric:
-        top = 2 ** (scheme.bits - 1) - 1
-        scale = _positive((values.abs().amax(dim=1, keepdim=True) / top).to(scale_dtype).float())
-        return (values / scale).round_().clamp_(-top, top), scale, None
+        low_code, top_code = code_range(scheme)
+        scale = stored_scales(values.abs().amax(dim=1, keepdim=True) / scale_steps(scheme), scale_dtype)
+        return (values / scale).round_().clamp_(low_code, top_code), scale, None
     steps = 2**scheme.bits - 1
     low = values.amin(dim=1, keepdim=True).clamp_(max=0.0)
     high = values.amax(dim=1, keepdim=True).clamp_(min=0.0)
-    scale = _positive(((high - low) / steps).to(scale_dtype).float())
+    scale = stored_scales((high - low) / steps, scale_dtype)
     zero = (-low / scale).round_().clamp_(max=steps)
     return (values / scale).round_().add_(zero).clamp_(0, steps), scale, zero
 
@@ -105,6 +110,37 @@ def _restored(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return (codes if zero is None else codes.sub_(zero)).mul_(scale)
 
 
-def _positive(scale: Tensor) -> Tensor:
-    """A scale of one where all weights are zero, so that they stay zero."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+def code_range(scheme: Scheme) -> tuple[int, int]:
+    """The smallest and the largest code: all 2^bits of them, but +-127 in symmetric 8 bits."""
+    if scheme.asymmetric:
+        return 0, 2**scheme.bits - 1
+    return (-127 if scheme.bits == 8 else -(2 ** (scheme.bits - 1))), 2 ** (scheme.bits - 1) - 1
+
+
+def row_scales(weight: Tensor, scheme: Scheme) -> Tensor:
+    """The scales that `weight` [rows, cols] asks for, one after the other, as they are before they are stored."""
+    found = []
+    for block in _blocks(weight.float(), scheme):
+        low, high = block.amin(dim=1).clamp_(max=0.0), block.amax(dim=1).clamp_(min=0.0)
+        found.append((high - low if scheme.asymmetric else torch.maximum(high, -low)) / scale_steps(scheme))
+    return torch.cat(found)
+
+
+def scale_steps(scheme: Scheme) -> float:
+    """How many scales the largest absolute weight (asymmetric: the span of the weights) is."""
+    low, high = code_range(scheme)
+    return high if scheme.asymmetric else (high - low) / 2
+
+
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scales`, none of them negative, as `dtype` holds them, in the dtype that they come in.
+
+    Below the normal numbers of `dtype` they are rounded up: to the nearest, such a scale might be far too small for
+    its weights, or zero. Where all weights are zero the scale is one, so that they stay zero.
+    """
+    held = scales.to(dtype).to(scales.dtype)
+    tiny = torch.finfo(dtype).tiny
+    spacing = tiny * torch.finfo(dtype).eps
+    if spacing > 0 and dtype != scales.dtype:
+        held = torch.where(scales < tiny, torch.ceil(scales / spacing) * spacing, held)
+    return torch.where(held > 0, held, torch.ones_like(held))
