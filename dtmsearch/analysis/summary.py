@@ -18,6 +18,7 @@ from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
 from dtmsearch.core.statistics import PairedDifference, paired_difference
+from dtmsearch.core.windows import num_touching
 from dtmsearch.errors import UserError
 from dtmsearch.store.codecs.evaluations import summary_of
 from dtmsearch.store.codecs.tables import step_records
@@ -63,7 +64,8 @@ class RunSummary:
     submitted to a cluster, where it was submitted. `num_evaluations` are those of the search, its
     failures included; `failures` counts them by kind. `wall_seconds` is the search's own time over all its sessions
     up to its last decision, None before the first. `verdict` says in one sentence how the plan does on held-out
-    prompts.
+    prompts. `search_text` and `held_out_text` say where prompts come from and how many repeat a text, None where the
+    run's version did not record it.
     """
 
     run: str
@@ -89,6 +91,8 @@ class RunSummary:
     finished_at: float | None
     validation: tuple[ValidationRow, ...]
     verdict: str
+    search_text: str | None = None
+    held_out_text: str | None = None
     already_complete: bool = False
     missing: tuple[str, ...] = ()
 
@@ -155,7 +159,21 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         validation=rows,
         verdict=verdict(rows) if record.final_plan_id is not None else _without_plan(record),
         missing=missing,
+        search_text=record.search_text,
+        held_out_text=_held_out_text(store, record),
     )
+
+
+def _held_out_text(store: ResultStore, record: RunRecord) -> str | None:
+    """Where the held-out prompts come from, as they were cut. An earlier version may have validated a plan on what it
+    had searched by, which is said."""
+    if record.held_out_text is not None or record.validation_reference_id is None or record.reference_id is None:
+        return record.held_out_text
+    held_out, search = store.reference(record.validation_reference_id), store.reference(record.reference_id)
+    shared = 0 if held_out is None or search is None else num_touching(held_out.text, search.text)
+    if held_out is None or not shared:
+        return None
+    return f"{shared} of {held_out.num_prompts} prompts hold text that the search saw: these are not held out"
 
 
 def _without_plan(record: RunRecord) -> str:

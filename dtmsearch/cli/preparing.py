@@ -64,17 +64,21 @@ def _cost_of(text: str) -> str | None:
 def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
     """Check a search FILE, its texts and its model's folder, and run nothing.
 
-    Exits 2 and says what is wrong if anything is.
+    Says where its prompts come from, and how many of them repeat a text. Exits 2 and says what is wrong if anything is.
     """
     from dtmsearch.config import load
     from dtmsearch.config.texts import check_model, check_readable
+    from dtmsearch.workflows.text_windows import text_lines
 
     search_file = load(file, overrides)
     check_readable(search_file)
     check_model(search_file)
+    lines = text_lines(search_file)
     print_text(
         f"{file} is a search file: run {search_file.run}, {search_file.search.strategy} by {search_file.search.rank_by}"
     )
+    for line in lines:
+        print_text(line)
 
 
 @cli.command("schema", epilog=examples("dtmsearch schema > search-file.schema.json"))

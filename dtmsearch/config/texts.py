@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
 from dtmsearch.core.components import weight_files
 from dtmsearch.errors import UserError
 
-# A dataset is read until its text surely holds the windows: this many characters for each token wanted.
+# A dataset is read for so many characters for each token wanted, in which most texts hold the windows; then twice as
+# far each time, where its rows are too short to.
 _CHARACTERS_PER_TOKEN = 12
+_GROWTH = 2
 
 
 def check_model(file: SearchFile) -> None:
@@ -33,14 +35,29 @@ def check_readable(file: SearchFile) -> None:
 
 
 def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
-    """The documents that prompts are cut from: each file, or each row of the dataset, is one.
+    """The documents that prompts are cut from: each file, or each row of the dataset, is one; of a dataset as many as
+    hold the windows if its rows are not much shorter than they are.
 
     Bytes that are not UTF-8 are read as U+FFFD. Raises `UserError` when one is missing.
     """
-    if prompts.dataset is not None:
-        tokens = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens)
-        return _dataset_rows(prompts.dataset, tokens * _CHARACTERS_PER_TOKEN)
-    return read_files(file, prompts.files)
+    return next(growing(file, prompts))
+
+
+def growing(file: SearchFile, prompts: PromptsSection) -> Iterator[list[str]]:
+    """What `read` gives, then more and more of the same dataset until it ends; files are read whole at once."""
+    if prompts.dataset is None:
+        yield read_files(file, prompts.files)
+        return
+    enough = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens) * _CHARACTERS_PER_TOKEN
+    rows: list[str] = []
+    characters = 0
+    for row in _dataset_rows(prompts.dataset):
+        rows.append(row)
+        characters += len(row)
+        if characters >= enough:
+            yield list(rows)
+            enough *= _GROWTH
+    yield rows
 
 
 def read_files(file: SearchFile, names: Sequence[str]) -> list[str]:
@@ -82,18 +99,12 @@ def _expand(file: SearchFile, name: str) -> list[Path]:
     return list(file.folder.glob(name)) or list(Path().glob(name))
 
 
-def _dataset_rows(section: DatasetSection, enough_characters: int) -> list[str]:
+def _dataset_rows(section: DatasetSection) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError("prompts.dataset needs an extra: pip install 'dtmsearch[datasets]'") from None
-    rows: list[str] = []
-    characters = 0
     for row in load_dataset(section.path, section.name, split=section.split, streaming=True):
         if section.column not in row:
             raise UserError(f"dataset {section.path} has no column {section.column!r}; it has {sorted(row)}")
-        rows.append(row[section.column])
-        characters += len(rows[-1])
-        if characters >= enough_characters:
-            break
-    return rows
+        yield row[section.column]

@@ -59,6 +59,8 @@ def run_text(summary: RunSummary) -> str:
     lines += [_line("message", summary.message)] if summary.message else []
     lines.append(_line("model", summary.model or "not read yet"))
     lines.append(_line("search", _effort(summary)))
+    lines += [_line("prompts", summary.search_text)] if summary.search_text else []
+    lines += [_line("held out", summary.held_out_text)] if summary.held_out_text else []
     if summary.last_step is not None:
         step = summary.last_step
         lines.append(

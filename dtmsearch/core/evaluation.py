@@ -17,6 +17,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.identity import canonical, identity, identity_of_text
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.windows import Supply
 
 # Raise it when the same plan and reference would yield other numbers.
 METRICS_VERSION = 1
@@ -65,11 +66,12 @@ class ReplicaSettings:
 @dataclass(frozen=True)
 class PromptTokens:
     """Prompts without a reference: `tokens` [num_prompts, prompt_tokens + continuation_tokens] of human text. `notes`
-    say, for a person, how they differ from the text that they were cut from."""
+    say, for a person, how they differ from the text that they were cut from; `supply` what else that text held."""
 
     tokens: IntArray
     prompt_tokens: int
     notes: tuple[str, ...] = ()
+    supply: Supply | None = None
 
     @property
     def continuation_tokens(self) -> int:

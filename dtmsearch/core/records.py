@@ -90,9 +90,10 @@ CONTINUE_VARIABLE = "DTMSEARCH_RESUME_COMMAND"
 @dataclass(frozen=True)
 class RunRecord:
     """A search as a whole. `config` is the search file's YAML, and `config_folder` where its latest driver had it;
-    `continue_command` is what continues a search that was submitted, where it was submitted. Times in seconds since the
-    epoch. `num_evaluations`, `num_plan_rows` and `num_steps` are the rows that it had recorded when it finished; None
-    before, and where an older version wrote it."""
+    `continue_command` is what continues a search that was submitted, where it was submitted. `search_text` and
+    `held_out_text` say where its prompts come from, as they were cut. Times in seconds since the epoch.
+    `num_evaluations`, `num_plan_rows` and `num_steps` are the rows that it had recorded when it finished; None before,
+    and where an older version wrote it."""
 
     run: str
     status: RunStatus
@@ -110,3 +111,5 @@ class RunRecord:
     num_evaluations: int | None = None
     num_plan_rows: int | None = None
     num_steps: int | None = None
+    search_text: str | None = None
+    held_out_text: str | None = None

@@ -37,6 +37,8 @@ RUNS = _schema(
         ("num_evaluations", pa.int64()),
         ("num_plan_rows", pa.int64()),
         ("num_steps", pa.int64()),
+        ("search_text", pa.string()),
+        ("held_out_text", pa.string()),
     ],
 )
 COMPONENTS = _schema(
@@ -241,7 +243,9 @@ MODE_COLUMNS = ("dtype", "device", "attention", "compiled", "scale_dtype")
 # Columns that came to a table after its first segments were written, which lack them: there they are null.
 ADDED: dict[str, frozenset[str]] = {
     "evaluations": frozenset({"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions"}),
-    "runs": frozenset({"continue_command", "num_evaluations", "num_plan_rows", "num_steps"}),
+    "runs": frozenset(
+        {"continue_command", "num_evaluations", "num_plan_rows", "num_steps", "search_text", "held_out_text"}
+    ),
 }
 SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
 

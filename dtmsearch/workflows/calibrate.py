@@ -6,15 +6,18 @@ The driver's side: replicas gather and solve, only here is anything written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 from dtmsearch.cluster.pool import ReplicaPool
-from dtmsearch.config import SearchFile, texts
+from dtmsearch.config import SearchFile
 from dtmsearch.core.calibration import Calibration, WeightError
 from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.search.strategies.sparsity import scheme_name
 from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.text_windows import cut_calibration
 
 Pair = tuple[str, str]
 
@@ -30,24 +33,27 @@ class Calibrating:
     ) -> None:
         self._file, self._pool, self._results, self._writer = file, pool, results, writer
         self._manifest = manifest
-        self._calibration: Calibration | None = None
         self._handed: set[Pair] = set()
 
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return cut_calibration(self._file, self._pool.cut_calibration)
+
     @property
+    def rows_of_its_own(self) -> list[IntArray]:
+        """The tokens [rows, length] that calibration reads beside the search's prompts; without a section of its own it
+        reads those."""
+        return [] if self._file.calibration is None else [self._calibration.tokens]
+
+    @cached_property
     def id(self) -> str:
         """The calibration's id; it is cut, and its statistics are gathered, if that has not been done."""
-        if self._calibration is None:
-            section = self._file.calibration_text
-            tokens = section.prompt_tokens + section.continuation_tokens
-            calibration = self._pool.cut_calibration(
-                texts.read(self._file, section), section.count, tokens, section.seed
-            )
-            statistics = self._results.statistics(calibration.id)
-            if statistics is None:
-                statistics = self._writer.put_statistics(calibration, self._pool.gather_statistics(calibration))
-            self._pool.use_calibration(calibration, statistics)
-            self._calibration = calibration
-        return self._calibration.id
+        calibration = self._calibration
+        statistics = self._results.statistics(calibration.id)
+        if statistics is None:
+            statistics = self._writer.put_statistics(calibration, self._pool.gather_statistics(calibration))
+        self._pool.use_calibration(calibration, statistics)
+        return calibration.id
 
     def for_plans(self, plans: Iterable[Plan]) -> str:
         """Make sure that replicas can apply these plans; the calibration's id, or nothing where none needs it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dtmsearch import config
+from dtmsearch.analysis.summary import record_of
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import EvalFailure
@@ -17,7 +18,8 @@ from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.lookup import check_plan_argument, find_plan, find_weights_id, stored_file
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import interruptible, pool_for, reference_for, whole_request
+from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of, whole_request
+from dtmsearch.workflows.text_windows import cut_held_out, cut_search
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def evaluate(
         space = space_of(file, manifest)
         chosen = find_plan(plan, space, manifest, results)
         writer.put_components(manifest, space.components)
-        reference = reference_for(pool, results, writer, file, file.prompts, None, observer.on_note)
+        prompts = cut_search(file, pool.cut_prompts)
+        reference = reference_of(pool, results, writer, prompts, observer.on_note)
         pool.use(reference)
         calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
         request = whole_request(chosen, reference, calibration_id, weights_id)
@@ -94,7 +97,6 @@ def recover(
     check_plan_argument(run_name, results)
     file = stored_file(results, run_name)
     recovery = config.recovery_of(file, settings)
-    prompts = file.validation_prompts or file.prompts
     texts.paths(file, recovery.files)  # missing ones are said before anything is started
     where = replace(where, weights_folder=results.weights_folder)
     with results.evaluate_writer(run_name) as writer, pool_for(file, where, observer) as pool, interruptible():
@@ -102,7 +104,8 @@ def recover(
         space = space_of(file, manifest)
         plan, weights_id = find_plan(run_name, space, manifest, results), results.weights_id(run_name)
         writer.put_components(manifest, space.components)
-        calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([plan])
+        calibrating = Calibrating(file, pool, results, writer, manifest)
+        calibration_id = calibrating.for_plans([plan])
         recovering = Recovering(
             file,
             recovery,
@@ -116,7 +119,13 @@ def recover(
             on_cluster=where.address is not None,
         )
         trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
-        reference = reference_for(pool, results, writer, file, prompts, None, observer.on_note)
+        record = record_of(results, run_name)
+        prompts = recorded(results, record.reference_id) or cut_search(file, pool.cut_prompts)
+        if file.validation is not None:
+            others = [prompts[0].tokens, *calibrating.rows_of_its_own]
+            held_out = recorded(results, record.validation_reference_id)
+            prompts = held_out or cut_held_out(file, pool.cut_prompts, others)
+        reference = reference_of(pool, results, writer, prompts, observer.on_note)
         pool.use(reference)
         before = whole_request(plan, reference, calibration_id, weights_id)
         requests = {"before": before, "after": replace(before, weights_id=trained)}

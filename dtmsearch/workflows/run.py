@@ -19,7 +19,7 @@ from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.cluster.prometheus import Metrics
-from dtmsearch.config import PromptsSection, SearchFile, texts
+from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import Reference, evaluation_cost
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
@@ -35,7 +35,8 @@ from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
 from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import interruptible, pool_for, reference_for
+from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of
+from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_search, described
 from dtmsearch.workflows.validate import Validation
 
 __all__ = [
@@ -193,24 +194,38 @@ class _Session:
             )
         self._writer.put_components(manifest, space.components)
         self._save(manifest_id=manifest.id)
-        reference = self._reference(pool, self._file.prompts, self._record.reference_id)
+        calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
+        search, held_out = self._cut(pool, calibrating)
+        reference = reference_of(pool, self._results, self._writer, search, self._observer.on_note)
         self._save(reference_id=reference.id)
         pool.use(reference)
         if any(".experts." in component.name for component in space.components):
             self._observer.on_note(rare_experts(pool.routed_tokens(reference.id)))
-        calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
         plan, remarks = self._search(pool, space, reference, calibrating)
         if plan is not None:
             self._writer.put_plan(plan)
         self._save(final_plan_id=None if plan is None else plan.id, message="; ".join(remarks) or None)
-        held_out = self._file.validation_prompts
         if plan is not None and held_out is not None:
             self._validate(pool, space, plan, held_out, calibrating)
         self._save(status="finished", finished_at=time.time())
 
-    def _reference(self, pool: ReplicaPool, prompts: PromptsSection, known_id: str | None) -> Reference:
-        on_note = self._observer.on_note
-        return reference_for(pool, self._results, self._writer, self._file, prompts, known_id, on_note)
+    def _cut(self, pool: ReplicaPool, calibrating: Calibrating) -> tuple[Cut, Cut | None]:
+        """The search's prompts and the held-out ones, if the file has any; as the run began with, where it has. All are
+        cut before anything is measured: where a text does not hold enough, that is said now."""
+        file, record = self._file, self._record
+        began_with = recorded(self._results, record.reference_id)
+        search = began_with or cut_search(file, pool.cut_prompts)
+        said = {"search_text": record.search_text if began_with else described(file.prompts, search[0])}
+        held_out = recorded(self._results, record.validation_reference_id)
+        if file.validation_prompts is not None and held_out is None:
+            others = [search[0].tokens, *calibrating.rows_of_its_own]
+            held_out = cut_held_out(file, pool.cut_prompts, others)
+            said["held_out_text"] = described(file.validation_prompts, held_out[0])
+        self._save(**said)
+        for whose, text in (("the search's", self._record.search_text), ("held-out", self._record.held_out_text)):
+            if text is not None:
+                self._observer.on_note(f"{whose} prompts: {text}")
+        return search, held_out
 
     def _search(
         self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
@@ -261,11 +276,11 @@ class _Session:
         pool: ReplicaPool,
         space: SearchSpace,
         plan: Plan,
-        held_out: PromptsSection,
+        held_out: Cut,
         calibrating: Calibrating,
     ) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
-        reference = self._reference(pool, held_out, self._record.validation_reference_id)
+        reference = reference_of(pool, self._results, self._writer, held_out, self._observer.on_note)
         self._save(validation_reference_id=reference.id)
         pool.use(reference)
         validation = Validation(self._file, space, reference, pool, self._writer, self._observer, self._milestones)

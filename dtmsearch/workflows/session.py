@@ -13,11 +13,12 @@ from typing import NoReturn, cast
 
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
-from dtmsearch.config import PromptsSection, SearchFile, texts
-from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, Reference, ReplicaSettings
+from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, PromptTokens, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.text_windows import Cut
 
 
 def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
@@ -36,31 +37,21 @@ def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
     return ReplicaPool(file.model_spec, where, observer.on_note, run=file.run)
 
 
-def reference_for(
-    pool: ReplicaPool,
-    results: ResultStore,
-    writer: RunWriter,
-    file: SearchFile,
-    prompts: PromptsSection,
-    known_id: str | None,
-    on_note: Callable[[str], None],
+def reference_of(
+    pool: ReplicaPool, results: ResultStore, writer: RunWriter, cut: Cut, on_note: Callable[[str], None]
 ) -> Reference:
-    """The reference that a run began with; else that of its prompts, from the store if any run has made it before.
-
-    `on_note` hears how the prompts differ from the text that they are cut from.
-    """
-    stored = None if known_id is None else results.reference(known_id)
-    if stored is not None:
-        return stored
-    tokens, wanted_id = pool.cut_prompts(
-        texts.read(file, prompts), prompts.count, prompts.prompt_tokens, prompts.continuation_tokens, prompts.seed
-    )
-    for note in tokens.notes:
+    """The reference of prompts, from the store if any run has made it before. `on_note` hears how the prompts differ
+    from the text that they are cut from."""
+    prompts, reference_id = cut
+    for note in prompts.notes:
         on_note(note)
-    reference = results.reference(wanted_id)
-    if reference is None:
-        reference = writer.put_reference(pool.make_reference(tokens))
-    return reference
+    return results.reference(reference_id) or writer.put_reference(pool.make_reference(prompts))
+
+
+def recorded(results: ResultStore, reference_id: str | None) -> Cut | None:
+    """The prompts that a run began with, which it keeps to whatever its texts hold now."""
+    reference = None if reference_id is None else results.reference(reference_id)
+    return None if reference is None else (PromptTokens(reference.text, reference.prompt_tokens), reference.id)
 
 
 def whole_request(plan: Plan, reference: Reference, calibration_id: str, weights_id: str = "") -> EvalRequest:

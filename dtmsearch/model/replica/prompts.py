@@ -1,4 +1,4 @@
-"""Text -> prompt tokens: windows of documents, drawn by seed."""
+"""Text -> prompt tokens: windows of documents, drawn by seed, and apart from windows that others hold."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.vocabulary import check_known
+from dtmsearch.core.windows import Supply, TooLittleText, stretches, taken
 from dtmsearch.errors import UserError
 
 # Short texts that every vocabulary can say one of: they show what a tokenizer puts around a text.
@@ -18,9 +19,11 @@ _SAMPLES = ("0", "a", " the")
 
 @dataclass(frozen=True)
 class Windows:
-    """`tokens` [windows, length] of human text. `notes` say, for a person, what of the text is not in them."""
+    """`tokens` [windows, length] of human text, and what else the text held. `notes` say, for a person, what of the
+    text is not in them."""
 
     tokens: IntArray
+    supply: Supply
     notes: tuple[str, ...] = ()
 
 
@@ -32,45 +35,98 @@ def cut_prompts(
     continuation_tokens: int,
     seed: int,
     vocabulary_size: int | None = None,
+    apart_from: Sequence[IntArray] = (),
+    section: str = "prompts",
 ) -> PromptTokens:
-    """`count` windows of prompt_tokens + continuation_tokens tokens; see `cut_windows`."""
-    windows = cut_windows(texts, tokenizer, count, prompt_tokens + continuation_tokens, seed, vocabulary_size)
+    """`count` windows of prompt_tokens + continuation_tokens tokens; see `cut_windows`. Raises `TooLittleText`, which
+    names the search file's `section`."""
+    length = prompt_tokens + continuation_tokens
+    windows = cut_windows(texts, tokenizer, count, length, seed, vocabulary_size, apart_from)
     if len(windows.tokens) < count:
-        raise UserError(
-            f"prompts.count asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
-            f"holds {len(windows.tokens)} of that length: give more text, or a smaller count, prompt_tokens or "
-            "continuation_tokens"
+        raise TooLittleText(
+            f"{section}.count asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
+            f"holds {len(windows.tokens)} of that length{_beside_others(windows.supply)}: give more text, or a smaller "
+            "count, prompt_tokens or continuation_tokens"
         )
-    return PromptTokens(windows.tokens, prompt_tokens, windows.notes)
+    return PromptTokens(windows.tokens, prompt_tokens, windows.notes, windows.supply)
+
+
+def _beside_others(supply: Supply) -> str:
+    if not supply.num_taken:
+        return ""
+    return f" beside what search and calibration read ({supply.num_taken:,} of its {supply.num_tokens:,} tokens)"
 
 
 def cut_calibration(
     texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int, vocabulary_size: int | None = None
 ) -> IntArray:
-    """`count` windows of `length` tokens; see `cut_windows`."""
+    """`count` windows of `length` tokens; see `cut_windows`. Raises `TooLittleText`."""
     windows = cut_windows(texts, tokenizer, count, length, seed, vocabulary_size).tokens
     if len(windows) < count:
-        raise UserError(
+        raise TooLittleText(
             f"calibration.count asks for {count} rows of {length} tokens, but the text holds {len(windows)} of that "
             "length: give more text, or a smaller calibration.count or calibration.tokens"
         )
     return windows
 
 
+class Cutter:
+    """Cuts texts as a replica of the model does, with its tokenizer alone. `context` is what the model at `path` reads
+    at most, `num_embeddings` how many tokens it knows; None where that is not known."""
+
+    def __init__(self, tokenizer: Any, path: str, context: int | None, num_embeddings: int | None) -> None:
+        self._tokenizer, self._path, self._context, self._num_embeddings = tokenizer, path, context, num_embeddings
+
+    def prompts(
+        self,
+        texts: Sequence[str],
+        count: int,
+        prompt_tokens: int,
+        continuation_tokens: int,
+        seed: int,
+        apart_from: Sequence[IntArray] = (),
+        section: str = "prompts",
+    ) -> PromptTokens:
+        """See `cut_prompts`. Raises `UserError` for prompts that are longer than the model reads."""
+        length = prompt_tokens + continuation_tokens
+        if self._context is not None and length > self._context:
+            raise UserError(
+                f"prompt_tokens + continuation_tokens is {length}, but {self._path} reads {self._context} at most"
+            )
+        settings = count, prompt_tokens, continuation_tokens, seed, self._num_embeddings
+        return cut_prompts(texts, self._tokenizer, *settings, apart_from, section)
+
+    def calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> IntArray:
+        """See `cut_calibration`. Raises `UserError` for rows that are longer than the model reads."""
+        if self._context is not None and tokens > self._context:
+            raise UserError(f"calibration.tokens is {tokens}, but {self._path} reads {self._context} at most")
+        return cut_calibration(texts, self._tokenizer, count, tokens, seed, self._num_embeddings)
+
+
 def cut_windows(
-    texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int, vocabulary_size: int | None = None
+    texts: Sequence[str],
+    tokenizer: Any,
+    count: int,
+    length: int,
+    seed: int,
+    vocabulary_size: int | None = None,
+    apart_from: Sequence[IntArray] = (),
 ) -> Windows:
     """`count` windows of `length` tokens, none overlapping, drawn from `texts` by `seed`; all where there are fewer.
 
     Every document is cut into whole windows; the rest at its end is left out. A tokenizer that opens texts with a
     token of its own opens every window with it, once; one that closes texts closes none. Where a text has such tokens
     itself, a document ends and another begins, whose windows all open with the begin token that it has. A larger
-    `count` extends a smaller one. Raises `UserError` for tokens that a model of `vocabulary_size` embeddings lacks.
+    `count` extends a smaller one, and windows that repeat another's tokens come after all that do not.
+
+    No window holds text of `apart_from` ([num_windows, tokens] each, as `taken` tells it): documents are cut from where
+    that ends. Raises `UserError` for tokens that a model of `vocabulary_size` embeddings lacks.
     """
     opening, closing = around(tokenizer)
     begin, borders = getattr(tokenizer, "bos_token_id", None), _borders(tokenizer, opening, closing)
     num_borders = 0
-    windows: list[list[int]] = []
+    documents: list[IntArray] = []
+    openings: list[list[int]] = []
     for text in texts:
         tokens = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
         if vocabulary_size is not None:
@@ -78,12 +134,33 @@ def cut_windows(
         at_border = np.isin(tokens, list(borders))
         num_borders += int(at_border.sum())
         for document in np.split(tokens, np.flatnonzero(at_border)):
-            bare = document[~np.isin(document, list(borders))].tolist()
             own = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
-            windows += _cut(bare, opening or (own if own == [begin] else []), length)
-    chosen = np.random.default_rng(seed).permutation(len(windows))[:count]
-    cut = np.array([windows[i] for i in chosen], dtype=np.int32).reshape(-1, length)
-    return Windows(cut, _notes(tokenizer, closing, borders, num_borders))
+            documents.append(document[~np.isin(document, list(borders))].astype(np.int32))
+            openings.append(opening or (own if own == [begin] else []))
+    others = [row[~np.isin(row, list(borders))] for rows in apart_from for row in rows]
+    held = taken(documents, others, length)
+    windows = [
+        window
+        for document, mask, opens in zip(documents, held, openings, strict=True)
+        for start, end in stretches(mask)
+        for window in _cut(document[start:end].tolist(), opens, length)
+    ]
+    order, num_distinct = _repeats_last(windows, np.random.default_rng(seed).permutation(len(windows)).tolist())
+    cut = np.array([windows[i] for i in order[:count]], dtype=np.int32).reshape(-1, length)
+    supply = Supply(len(windows), num_distinct, sum(map(len, documents)), sum(int(mask.sum()) for mask in held))
+    return Windows(cut, supply, _notes(tokenizer, closing, borders, num_borders))
+
+
+def _repeats_last(windows: Sequence[Sequence[int]], order: Sequence[int]) -> tuple[list[int], int]:
+    """An order of windows with those behind that repeat one before them, and how many repeat none."""
+    first: list[int] = []
+    again: list[int] = []
+    seen: set[tuple[int, ...]] = set()
+    for i in order:
+        content = tuple(windows[i])
+        (again if content in seen else first).append(i)
+        seen.add(content)
+    return first + again, len(first)
 
 
 def _cut(tokens: Sequence[int], opening: Sequence[int], length: int) -> list[list[int]]:

@@ -64,7 +64,7 @@ from dtmsearch.model.modules.loading import (
 )
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.replica.loaded_reference import Loaded, greedy
-from dtmsearch.model.replica.prompts import cut_calibration, cut_prompts
+from dtmsearch.model.replica.prompts import Cutter
 from dtmsearch.model.replica.results import Launched, outcome_of
 from dtmsearch.model.replica.samples import margins, written_out
 from dtmsearch.model.replica.timing import candidates_of, time_batch, time_candidates, timed_reference, whole_plans
@@ -110,8 +110,9 @@ class Replica:
         self._batches = Batches(settings.batch_tokens, self._device, self.release_memory, self._longest_row)
         loaded = self._load(spec, settings)
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
-        self._context = getattr(model.config, "max_position_embeddings", None)
-        self._num_embeddings = int(model.get_input_embeddings().weight.shape[0])
+        context = getattr(model.config, "max_position_embeddings", None)
+        num_embeddings = int(model.get_input_embeddings().weight.shape[0])
+        self._cutter = Cutter(self._tokenizer, spec.path, context, num_embeddings)
         self._suppressed = suppressed_tokens(model, self._tokenizer)
         self._never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         self._never[list(self._suppressed)] = True
@@ -174,17 +175,18 @@ class Replica:
         return next((stream.kept for stream in self._streams()), self._states)
 
     def cut_prompts(
-        self, texts: Sequence[str], count: int, prompt_tokens: int, continuation_tokens: int, seed: int
+        self,
+        texts: Sequence[str],
+        count: int,
+        prompt_tokens: int,
+        continuation_tokens: int,
+        seed: int,
+        apart_from: Sequence[IntArray] = (),
+        section: str = "prompts",
     ) -> tuple[PromptTokens, str]:
         """Prompts of `texts` (see `prompts.py`), and the id that their reference has or will have."""
-        length = prompt_tokens + continuation_tokens
-        if self._context is not None and length > self._context:
-            raise UserError(
-                f"prompt_tokens + continuation_tokens is {length}, but {self._spec.path} reads {self._context} at most"
-            )
-        prompts = cut_prompts(
-            texts, self._tokenizer, count, prompt_tokens, continuation_tokens, seed, self._num_embeddings
-        )
+        lengths = count, prompt_tokens, continuation_tokens, seed
+        prompts = self._cutter.prompts(texts, *lengths, apart_from, section)
         return prompts, reference_id(self._manifest.id, self.mode, prompts)
 
     @torch.inference_mode()
@@ -262,9 +264,7 @@ class Replica:
 
     def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
-        if self._context is not None and tokens > self._context:
-            raise UserError(f"calibration.tokens is {tokens}, but {self._spec.path} reads {self._context} at most")
-        rows = cut_calibration(texts, self._tokenizer, count, tokens, seed, self._num_embeddings)
+        rows = self._cutter.calibration(texts, count, tokens, seed)
         return Calibration(calibration_id(self._manifest.id, self.mode, rows), self._manifest.id, rows)
 
     def use_calibration(self, calibration: Calibration, statistics: InputStatistics | None = None) -> None:

@@ -1,0 +1,119 @@
+"""The windows that a search file's texts are cut into: the search's own, calibration's, and held-out ones, which hold
+no token of either; and what is said of them. Knows nothing of what is measured on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dtmsearch.config import PromptsSection, SearchFile, texts
+from dtmsearch.core.calibration import Calibration
+from dtmsearch.core.evaluation import IntArray, PromptTokens
+from dtmsearch.core.windows import TooLittleText, num_repeats
+
+T = TypeVar("T")
+# `Replica.cut_prompts` of any replica: prompts, and the id that their reference has or will have.
+Cut = tuple[PromptTokens, str]
+CutPrompts = Callable[..., Cut]
+
+
+def _cut(file: SearchFile, section: PromptsSection, cutting: Callable[[list[str]], T]) -> T:
+    """What `cutting` makes of a section's text; of a dataset more is read as long as it raises `TooLittleText`."""
+    error: TooLittleText | None = None
+    for documents in texts.growing(file, section):
+        try:
+            return cutting(documents)
+        except TooLittleText as too_little:
+            error = too_little
+    assert error is not None
+    raise error
+
+
+def cut_search(file: SearchFile, cut_prompts: CutPrompts) -> Cut:
+    """The search's prompts. Raises `TooLittleText`."""
+    return _prompts(file, file.prompts, cut_prompts)
+
+
+def cut_held_out(file: SearchFile, cut_prompts: CutPrompts, others: Sequence[IntArray]) -> Cut:
+    """The held-out prompts: none of them holds text of `others`, the search's windows and
+    calibration's. Raises `TooLittleText`."""
+    section = file.validation_prompts
+    assert section is not None
+    return _prompts(file, section, cut_prompts, tuple(others), "validation")
+
+
+def cut_calibration(file: SearchFile, cutting: Callable[[list[str], int, int, int], Calibration]) -> Calibration:
+    """The rows of calibration text. Raises `TooLittleText`."""
+    section = file.calibration_text
+    tokens = section.prompt_tokens + section.continuation_tokens
+    return _cut(file, section, lambda documents: cutting(documents, section.count, tokens, section.seed))
+
+
+def _prompts(file: SearchFile, section: PromptsSection, cut_prompts: CutPrompts, *further: object) -> Cut:
+    settings = section.count, section.prompt_tokens, section.continuation_tokens, section.seed
+    return _cut(file, section, lambda documents: cut_prompts(documents, *settings, *further))
+
+
+def text_lines(file: SearchFile) -> list[str]:
+    """What a run will say of its texts, by the model's tokenizer alone: where its prompts come from, and how many
+    repeat a text. Raises `UserError` where a text does not hold enough."""
+    folder = Path(file.model_spec.path)
+    if not folder.is_dir():
+        return [f"prompts: not looked at, since the tokenizer of {file.model.path} is not in a folder here"]
+    from dtmsearch.model.modules.loading import load_tokenizer
+    from dtmsearch.model.replica.prompts import Cutter
+
+    cutter = Cutter(load_tokenizer(folder, file.model_spec), file.model_spec.path, *_limits(folder))
+
+    def cut_prompts(*arguments: Any) -> Cut:
+        return cutter.prompts(*arguments), ""
+
+    def calibration(*arguments: Any) -> Calibration:
+        return Calibration("", "", cutter.calibration(*arguments))
+
+    search, _ = cut_search(file, cut_prompts)
+    lines = [f"the search's prompts: {described(file.prompts, search)}"]
+    if file.validation_prompts is None:
+        return [*lines, "held-out prompts: none, since there is no section validation"]
+    others = [] if file.calibration is None else [cut_calibration(file, calibration).tokens]
+    held_out, _ = cut_held_out(file, cut_prompts, [search.tokens, *others])
+    return [*lines, f"held-out prompts: {described(file.validation_prompts, held_out)}"]
+
+
+def _limits(folder: Path) -> tuple[int | None, int | None]:
+    """How many tokens the model of a folder reads at most, and how many it knows, where its configuration says so."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, None
+    limits = [content.get(key) for key in ("max_position_embeddings", "vocab_size")]
+    context, num_embeddings = (limit if isinstance(limit, int) else None for limit in limits)
+    return context, num_embeddings
+
+
+def described(section: PromptsSection, prompts: PromptTokens) -> str:
+    """Where prompts come from, what of their text others read, and how many repeat a text; for a person."""
+    said = f"{len(prompts.tokens)} prompts of {_source(section)}"
+    supply = prompts.supply
+    if supply is not None and supply.num_taken:
+        share = supply.num_taken / supply.num_tokens
+        said += (
+            f", cut from what search and calibration leave of it (they hold {supply.num_taken:,} of its "
+            f"{supply.num_tokens:,} tokens, {share:.0%})"
+        )
+    repeats = num_repeats(prompts.tokens)
+    if repeats:
+        said += f"; {repeats} of them {'repeats' if repeats == 1 else 'repeat'} the text of another"
+    if supply is not None and supply.num_distinct < supply.num_windows:
+        again = supply.num_windows - supply.num_distinct
+        said += f" ({again:,} of the {supply.num_windows:,} windows that it holds {'does' if again == 1 else 'do'})"
+    return said
+
+
+def _source(section: PromptsSection) -> str:
+    if section.dataset is None:
+        return ", ".join(section.files)
+    dataset = section.dataset
+    return " ".join(["dataset", dataset.path, *([dataset.name] if dataset.name else []), f"({dataset.split})"])
