@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dtmsearch.core.evaluation import PromptTokens
+from dtmsearch.core.windows import Supply, TooLittleText, num_repeats
 from dtmsearch.model.replica.prompts import cut_prompts
 
 
@@ -52,6 +53,51 @@ def test_a_tokenizers_opening_token_opens_every_window() -> None:
 def test_too_little_text_says_how_many_prompts_there_are() -> None:
     with pytest.raises(ValueError, match="asks for 11 prompts of 6 \\+ 4 tokens, but the text holds 10"):
         cut_prompts([numbers(0, 109)], Words(), 11, 6, 4, 0)
+
+
+def test_windows_are_cut_from_what_others_leave() -> None:
+    text = [numbers(0, 5000)]
+    search = cut_prompts(text, Words(), 15, 120, 80, 0)
+    held_out = cut_prompts(text, Words(), 6, 100, 50, 0, None, [search.tokens])
+    assert set(search.tokens.reshape(-1).tolist()) & set(held_out.tokens.reshape(-1).tolist()) == set()
+
+
+def test_a_text_under_another_name_with_a_line_more_is_the_same_text() -> None:
+    search = cut_prompts([numbers(0, 5000)], Words(), 15, 120, 80, 0)
+    held_out = cut_prompts(
+        [numbers(90_000, 90_033) + " " + numbers(0, 5000)], Words(), 6, 120, 80, 0, None, [search.tokens]
+    )
+    assert set(search.tokens.reshape(-1).tolist()) & set(held_out.tokens.reshape(-1).tolist()) == set()
+
+
+def test_begin_tokens_do_not_hide_that_windows_are_the_same() -> None:
+    text = [numbers(0, 400)]
+    search = cut_prompts(text, Words((7777,)), 20, 6, 4, 0)
+    held_out = cut_prompts(text, Words((7777,)), 20, 6, 4, 0, None, [search.tokens])
+    assert {int(t) for t in search.tokens.reshape(-1)} & {int(t) for t in held_out.tokens.reshape(-1)} == {7777}
+
+
+def test_other_text_is_cut_as_if_there_were_no_others() -> None:
+    search = cut_prompts([numbers(0, 5000)], Words(), 15, 120, 80, 0)
+    alone, apart = (cut_prompts([numbers(6000, 9000)], Words(), 6, 120, 80, 0, None, o) for o in ((), [search.tokens]))
+    assert apart.tokens.tolist() == alone.tokens.tolist()
+
+
+def test_what_others_leave_may_be_too_little() -> None:
+    text = [numbers(0, 1000)]
+    search = cut_prompts(text, Words(), 4, 120, 80, 0)
+    with pytest.raises(TooLittleText, match=r"validation.count asks for 2 .* holds 1 of that length beside .*\(800 of"):
+        cut_prompts(text, Words(), 2, 120, 80, 0, None, [search.tokens], "validation")
+
+
+def test_one_document_many_times_is_counted() -> None:
+    prompts = cut_prompts([numbers(0, 105)] * 50, Words(), 20, 60, 40, 0)
+    assert (num_repeats(prompts.tokens), prompts.supply) == (19, Supply(50, 1, 5250, 0))
+
+
+def test_windows_that_repeat_others_come_last() -> None:
+    prompts = cut_prompts([numbers(0, 10)] * 90 + [numbers(10, 50)], Words(), 5, 6, 4, 0)
+    assert num_repeats(prompts.tokens) == 0
 
 
 class Tagged(Words):
