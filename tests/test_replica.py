@@ -202,6 +202,33 @@ def test_positions_where_the_base_model_leaves_itself_count_no_divergence(folder
     assert result(model.evaluate([EvalRequest(plan, "masked", (0, 6))])[0]).sdt.tolist() == [0] * 6
 
 
+def test_what_is_left_out_of_fdt_and_sdt_is_counted_beside_them(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.uniform(model.manifest().components, "int2-g8")
+    everywhere = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0])
+    agrees = reference.agrees.copy()
+    agrees[np.arange(6), everywhere.fdt.clip(max=agrees.shape[1] - 1)] = False
+    model.use(type(reference)(**{**reference.__dict__, "id": "masked", "agrees": agrees}))
+    masked = result(model.evaluate([EvalRequest(plan, "masked", (0, 6))])[0])
+    assert masked.fdt.sum() > everywhere.fdt.sum()
+    assert masked.fdt_unmasked is not None and masked.sdt_unmasked is not None
+    assert masked.fdt_unmasked.tolist() == everywhere.fdt.tolist()
+    assert masked.sdt_unmasked.tolist() == everywhere.sdt.tolist()
+
+
+def test_the_base_model_against_itself_diverges_where_it_leaves_its_continuation(folder: Path) -> None:
+    model = replica(folder)
+    other = with_reference(model)
+    continuation, agrees = other.continuation.copy(), other.agrees.copy()
+    continuation[2, 5] = (continuation[2, 5] + 1) % 50
+    agrees[2, 5:] = False
+    model.use(type(other)(**{**other.__dict__, "id": "other", "continuation": continuation, "agrees": agrees}))
+    found = result(model.evaluate([EvalRequest(Plan(), "other", (0, 6))])[0])
+    assert found.fdt_unmasked is not None
+    assert (found.fdt[2], found.fdt_unmasked[2]) == (agrees.shape[1], 5)
+
+
 def test_end_of_text_is_never_chosen(folder: Path) -> None:
     model = replica(folder)
     reference = with_reference(model, count=20)

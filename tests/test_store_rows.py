@@ -89,13 +89,14 @@ def outcomes(draw: st.DrawFn) -> Outcome:
     counts = st.lists(st.integers(0, 2**31 - 1), min_size=3, max_size=3).map(lambda v: np.array(v, np.int32))
     floats = st.lists(st.floats(1.0, width=32), min_size=3, max_size=3).map(lambda v: np.array(v, np.float32))
     metrics = [draw(counts), draw(counts), draw(floats), draw(st.none() | floats), draw(st.none() | floats)]
-    return EvalResult(request_id, *metrics, provenance=provenance)
+    return EvalResult(request_id, *metrics, provenance, draw(st.none() | counts), draw(st.none() | counts))
 
 
 def canonical(outcome: Outcome) -> tuple[object, ...]:
     if isinstance(outcome, EvalFailure):
         return (outcome,)
     arrays = (outcome.fdt, outcome.sdt, outcome.dppl, outcome.kl, outcome.ppl)
+    arrays += (outcome.fdt_unmasked, outcome.sdt_unmasked)
     return (outcome.request_id, *(None if a is None else (a.dtype, a.tolist()) for a in arrays), outcome.provenance)
 
 

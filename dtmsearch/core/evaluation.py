@@ -248,7 +248,10 @@ class Provenance:
 class EvalResult:
     """What was measured, per prompt, each array [num_prompts]; `kl` and `ppl` are None when not asked for.
 
-    `fdt` in tokens, `sdt` a count of tokens, `dppl` and `ppl` perplexities, `kl` in nats per token.
+    `fdt` in tokens, `sdt` a count of tokens, `dppl` and `ppl` perplexities, `kl` in nats per token. Positions at which
+    the base model's single pass leaves its own continuation are left out of `fdt` and `sdt`; `fdt_unmasked` and
+    `sdt_unmasked` count them too, and only these compare with the base model against itself (None in rows of versions
+    that did not keep them).
     """
 
     request_id: str
@@ -258,6 +261,8 @@ class EvalResult:
     kl: FloatArray | None = None
     ppl: FloatArray | None = None
     provenance: Provenance = Provenance()
+    fdt_unmasked: IntArray | None = None
+    sdt_unmasked: IntArray | None = None
 
 
 @dataclass(frozen=True)
@@ -297,6 +302,8 @@ def combine(request_id: str, parts: Sequence[EvalResult]) -> EvalResult:
     """The results of one plan on ranges of prompts that join up, in their order, as one. It costs no tokens."""
     kl = [part.kl for part in parts if part.kl is not None]
     ppl = [part.ppl for part in parts if part.ppl is not None]
+    fdt_unmasked = [part.fdt_unmasked for part in parts if part.fdt_unmasked is not None]
+    sdt_unmasked = [part.sdt_unmasked for part in parts if part.sdt_unmasked is not None]
     return EvalResult(
         request_id,
         fdt=np.concatenate([part.fdt for part in parts]),
@@ -305,4 +312,6 @@ def combine(request_id: str, parts: Sequence[EvalResult]) -> EvalResult:
         kl=np.concatenate(kl) if kl else None,
         ppl=np.concatenate(ppl) if ppl else None,
         provenance=Provenance(attempts=0, finished_at=max(part.provenance.finished_at for part in parts)),
+        fdt_unmasked=np.concatenate(fdt_unmasked) if len(fdt_unmasked) == len(parts) else None,
+        sdt_unmasked=np.concatenate(sdt_unmasked) if len(sdt_unmasked) == len(parts) else None,
     )

@@ -57,7 +57,8 @@ def perplexity(negative_log_likelihood: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True)
 class Summary:
-    """An evaluation's values over all its prompts. Perplexities are those of all tokens together (geometric means)."""
+    """An evaluation's values over all its prompts. Perplexities are those of all tokens together (geometric means);
+    unmasked means count the positions at which the base model leaves its own continuation, too (see `EvalResult`)."""
 
     num_prompts: int
     fdt_mean: float
@@ -68,6 +69,8 @@ class Summary:
     dppl: float
     ppl: float | None
     kl: float | None
+    fdt_unmasked_mean: float | None = None
+    sdt_unmasked_mean: float | None = None
 
     def value(self, metric: str) -> float:
         """The value that `metric` (one of METRICS) ranks by. Raises `UserError` when it was not measured."""
@@ -107,6 +110,8 @@ def _summarize(result: EvalResult) -> Summary:
         dppl=_geometric_mean(result.dppl),
         ppl=None if result.ppl is None else _geometric_mean(result.ppl),
         kl=None if result.kl is None else float(result.kl.mean(dtype=np.float64)),
+        fdt_unmasked_mean=None if result.fdt_unmasked is None else int(result.fdt_unmasked.sum()) / num_prompts,
+        sdt_unmasked_mean=None if result.sdt_unmasked is None else int(result.sdt_unmasked.sum()) / num_prompts,
     )
 
 

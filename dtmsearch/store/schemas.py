@@ -71,6 +71,8 @@ PROMPTS = _schema(
         ("suppressed", _INTS),
     ],
 )
+# FDT and SDT leave out the positions at which the base model leaves its own continuation (`prompts.disagreements`);
+# their unmasked columns do not, and only these compare with the base model against itself.
 # `tokens` counts the tokens that the evaluation computed; the lists run over its prompts. From `calibration_id` to
 # `scale_dtype` stands what the identity holds beside plan, weights, reference and prompts: `calibration_id` is null
 # where the plan has no calibrated scheme, the parts of the numeric mode are the reference's. `versions` are those of
@@ -117,6 +119,10 @@ EVALUATIONS = _schema(
         ("dppl_list", _FLOATS),
         ("ppl_list", _FLOATS),
         ("kl_list", _FLOATS),
+        ("fdt_unmasked_mean", pa.float64()),
+        ("sdt_unmasked_mean", pa.float64()),
+        ("fdt_unmasked", _INTS),
+        ("sdt_unmasked", _INTS),
         ("tokens", pa.int64()),
         ("wall_seconds", pa.float64()),
         ("replica", CODED),
@@ -240,14 +246,20 @@ SCHEMAS: dict[str, pa.Schema] = {
     "trainings": TRAININGS,
 }
 MODE_COLUMNS = ("dtype", "device", "attention", "compiled", "scale_dtype")
+UNMASKED_COLUMNS = ("fdt_unmasked_mean", "sdt_unmasked_mean", "fdt_unmasked", "sdt_unmasked")
 # Columns that came to a table after its first segments were written, which lack them: there they are null.
 ADDED: dict[str, frozenset[str]] = {
-    "evaluations": frozenset({"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions"}),
+    "evaluations": frozenset(
+        {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS}
+    ),
     "runs": frozenset(
         {"continue_command", "num_evaluations", "num_plan_rows", "num_steps", "search_text", "held_out_text"}
     ),
 }
-SUMMARY_COLUMNS = ("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl")
+SUMMARY_COLUMNS = (
+    *("num_prompts", "fdt_mean", "fdt_p25", "fdt_p50", "fdt_p75", "sdt_mean", "dppl", "ppl", "kl"),
+    *("fdt_unmasked_mean", "sdt_unmasked_mean"),
+)
 
 
 def fits(table: str, schema: pa.Schema) -> bool:

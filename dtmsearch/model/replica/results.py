@@ -63,4 +63,6 @@ def _result(
         kl=None if measured.kl is None else measured.kl.mean(axis=1, dtype=np.float64).astype(np.float32),
         ppl=perplexity(streams["text"].nll) if "text" in streams else None,
         provenance=provenance,
+        fdt_unmasked=first_divergent_token(measured.diverged),
+        sdt_unmasked=share_of_divergent_tokens(measured.diverged),
     )

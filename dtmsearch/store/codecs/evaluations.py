@@ -58,6 +58,8 @@ def evaluations_table(
         "dppl_list": lists([None if r is None else r.dppl for r in results], pa.float32()),
         "ppl_list": lists([None if r is None else r.ppl for r in results], pa.float32()),
         "kl_list": lists([None if r is None else r.kl for r in results], pa.float32()),
+        "fdt_unmasked": lists([None if r is None else r.fdt_unmasked for r in results], pa.int32()),
+        "sdt_unmasked": lists([None if r is None else r.sdt_unmasked for r in results], pa.int32()),
         "version": coded_constant(version, number),
     }
     summaries = [None if r is None else summarize(r) for r in results]
@@ -85,6 +87,7 @@ def _provenance_columns(provenances: Sequence[Provenance]) -> dict[str, Any]:
 _PROVENANCE_COLUMNS = ("replica", "node", "attempts", "wall_seconds", "tokens")
 OUTCOME_COLUMNS = [
     *("evaluation_id", "status", "message", "fdt", "sdt", "dppl_list", "kl_list", "ppl_list"),
+    *("fdt_unmasked", "sdt_unmasked"),
     *(*_PROVENANCE_COLUMNS, "finished_at", "versions"),
 ]
 
@@ -93,18 +96,19 @@ def outcomes(batch: pa.RecordBatch) -> Iterator[Outcome]:
     """The outcomes in rows of `evaluations`. Their arrays are read-only views into the rows' memory."""
     ids, status, message = (values_of(batch[name]) for name in ("evaluation_id", "status", "message"))
     lists = [arrays(batch[name]) for name in ("fdt", "sdt", "dppl_list", "kl_list", "ppl_list")]
+    unmasked = [arrays(batch[name]) for name in ("fdt_unmasked", "sdt_unmasked")]
     seconds = from_time(batch["finished_at"])
     said = (versions or "" for versions in values_of(batch["versions"]))
     where = map(Provenance, *(values_of(batch[name]) for name in _PROVENANCE_COLUMNS), seconds, said)
     if set(status) == {"ok"}:
-        yield from map(EvalResult, ids, *lists, where)
+        yield from map(EvalResult, ids, *lists, where, *unmasked)
         return
-    rows = zip(ids, status, message, *lists, where, strict=True)
-    for request_id, kind, text, fdt, sdt, dppl, kl, ppl, provenance in rows:
+    rows = zip(ids, status, message, *lists, where, *unmasked, strict=True)
+    for request_id, kind, text, *measured in rows:
         if kind == "ok":
-            yield EvalResult(request_id, fdt, sdt, dppl, kl, ppl, provenance)
+            yield EvalResult(request_id, *measured)
         else:
-            yield EvalFailure(request_id, kind, text, provenance)
+            yield EvalFailure(request_id, kind, text, measured[len(lists)])
 
 
 def summary_of(row: dict[str, Any]) -> Summary:
