@@ -166,7 +166,15 @@ def test_a_run_validates_on_windows_that_its_search_did_not_see(ran: tuple[Resul
     store, summary = ran
     held_out = prompts_of(store, summary.validation_reference_id)
     assert num_touching(held_out, prompts_of(store, summary.reference_id)) == 0
-    assert len(held_out) == 6
+
+
+def test_a_run_reports_on_other_prompts_than_it_chose_by(ran: tuple[ResultStore, RunSummary]) -> None:
+    store, summary = ran
+    record = store.run("same")
+    assert record is not None
+    chosen_by, reported = (prompts_of(store, i) for i in (record.choice_reference_id, record.validation_reference_id))
+    assert (len(chosen_by), len(reported), num_touching(reported, chosen_by)) == (3, 3, 0)
+    assert {row.summary and row.summary.num_prompts for row in summary.validation} == {3}
 
 
 def test_status_and_report_say_where_held_out_text_comes_from(ran: tuple[ResultStore, RunSummary]) -> None:

@@ -36,21 +36,21 @@ def outcomes(**kl: float) -> Mapping[str, Outcome]:
 
 
 def test_a_plan_that_beats_them_stays() -> None:
-    assert better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(plan=0.19), "kl") is None
+    assert better_uniform(SPACE, PLANS, outcomes(plan=0.19), "kl") is None
 
 
 @pytest.mark.parametrize("kl", [0.2, 0.21])
 def test_a_plan_that_does_not_beat_a_uniform_one_gives_way(kl: float) -> None:
-    assert better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(plan=kl), "kl") == "uniform:int4-channel"
+    assert better_uniform(SPACE, PLANS, outcomes(plan=kl), "kl") == "uniform:int4-channel"
 
 
 def test_the_best_of_the_uniform_plans_is_taken() -> None:
-    found = better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(int3=0.15, plan=0.3), "kl")
+    found = better_uniform(SPACE, PLANS, outcomes(int3=0.15, plan=0.3), "kl")
     assert found == "uniform:int3-channel"
 
 
 def test_larger_uniform_plans_are_no_rivals() -> None:
-    assert better_uniform(SPACE, PLANS["plan"], PLANS, outcomes(int8=0.0), "kl") is None
+    assert better_uniform(SPACE, PLANS, outcomes(int8=0.0), "kl") is None
 
 
 def test_a_smaller_uniform_plan_outside_the_budget_is_no_rival() -> None:
@@ -59,12 +59,12 @@ def test_a_smaller_uniform_plan_outside_the_budget_is_no_rival() -> None:
     # A mask of three tenths costs more than what is left out at seven tenths; what counts here is the budget.
     plans = {"uniform:magnitude-0.3": space.uniform("magnitude-0.3"), "plan": plan}
     measured = {"uniform:magnitude-0.3": result(0.01), "plan": result(0.5)}
-    assert better_uniform(space, plan, plans, measured, "kl") is None
+    assert better_uniform(space, plans, measured, "kl") is None
 
 
 def test_a_plan_that_could_not_be_measured_gives_way() -> None:
     measured = {**outcomes(), "plan": EvalFailure("id", "nonfinite", "not a number")}
-    assert better_uniform(SPACE, PLANS["plan"], PLANS, measured, "kl") == "uniform:int4-channel"
+    assert better_uniform(SPACE, PLANS, measured, "kl") == "uniform:int4-channel"
 
 
 def test_a_plan_on_the_square_root_law_needs_no_remark() -> None:

@@ -17,7 +17,7 @@ from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.cluster.replicas import Crew, cause_of, is_loss
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import Continuation, Reference, Speed, mean_speed
+from dtmsearch.core.evaluation import Continuation, PromptTokens, Reference, Speed, mean_speed
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import ReplicasFailed
 
@@ -36,6 +36,11 @@ class Services:
     def cut_prompts(self, *arguments: Any) -> Any:
         """See `dtmsearch.model.replica.replica.Replica.cut_prompts`."""
         return self._ask_one("cut_prompts", *arguments)
+
+    def reference_id(self, prompts: PromptTokens) -> str:
+        """See `dtmsearch.model.replica.replica.Replica.reference_id`."""
+        reference_id: str = self._ask_one("reference_id", prompts)
+        return reference_id
 
     def make_reference(self, prompts: Any) -> Reference:
         """See `dtmsearch.model.replica.replica.Replica.make_reference`."""

@@ -9,7 +9,7 @@ from typing import Literal
 from dtmsearch.core.evaluation import EvalRequest, Outcome
 from dtmsearch.errors import UserError
 
-Purpose = Literal["search", "validation", "evaluate", "race"]
+Purpose = Literal["search", "validation", "evaluate", "race", "choice"]
 RunStatus = Literal["running", "finished", "stopped", "failed"]
 
 # What a run may be called: never a path, an option or the key of something else in the store.
@@ -36,7 +36,8 @@ class EvaluationRecord:
     """An answered request. `step` is the round that asked for it (None outside a search); `perturbation` the edge from
     the request's parent, None where there is no single one; `reused_from` names the run that measured it, if another;
     `label` says what a validated plan is (`plan`, `uniform:int4-g128`). The purpose `race` is a search's evaluation on
-    some of its prompts only.
+    some of its prompts only, `choice` one by which the plan is chosen among those that are validated: on prompts of its
+    own, so that nothing is reported on what it was chosen by.
     """
 
     request: EvalRequest
@@ -91,9 +92,10 @@ CONTINUE_VARIABLE = "DTMSEARCH_RESUME_COMMAND"
 class RunRecord:
     """A search as a whole. `config` is the search file's YAML, and `config_folder` where its latest driver had it;
     `continue_command` is what continues a search that was submitted, where it was submitted. `search_text` and
-    `held_out_text` say where its prompts come from, as they were cut. Times in seconds since the epoch.
-    `num_evaluations`, `num_plan_rows` and `num_steps` are the rows that it had recorded when it finished; None before,
-    and where an older version wrote it."""
+    `held_out_text` say where its prompts come from, as they were cut. `choice_reference_id` names held-out prompts by
+    which the final plan was chosen, and `validation_reference_id` those that it is reported on. Times in seconds since
+    the epoch. `num_evaluations`, `num_plan_rows` and `num_steps` are the rows that it had recorded when it finished;
+    None before, and where an older version wrote it."""
 
     run: str
     status: RunStatus
@@ -113,3 +115,4 @@ class RunRecord:
     num_steps: int | None = None
     search_text: str | None = None
     held_out_text: str | None = None
+    choice_reference_id: str | None = None

@@ -20,22 +20,28 @@ _OFF_THE_LAW = 1.5
 _FEW_DIVERGENT = 100
 
 
-def better_uniform(
-    space: SearchSpace, plan: Plan, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome], metric: str
-) -> str | None:
-    """The label of the best uniform plan that `plan` does not beat in `metric`; None if it beats them all.
-
-    `plans` by label, `plan` itself among them as `plan`; only uniform ones within the budget count that store no more
-    than it. A plan that could not be measured beats nothing.
-    """
+def rivals_of(space: SearchSpace, plans: Mapping[str, Plan]) -> list[str]:
+    """The labels of what `plan`, one of the plans, must beat: uniform ones within the budget that store no more."""
+    plan = plans["plan"]
     size = space.size(plan)
-    rivals: dict[str, tuple[float, ...]] = {}
-    for label, other in plans.items():
-        outcome = outcomes[label]
-        if other.id == plan.id:
-            continue
-        if isinstance(outcome, EvalResult) and _is_uniform(space, other) and _fits(space, space.size(other), size):
-            rivals[label] = rank_key(summarize(outcome), metric)
+    return [
+        label
+        for label, other in plans.items()
+        if other.id != plan.id and _is_uniform(space, other) and _fits(space, space.size(other), size)
+    ]
+
+
+def better_uniform(
+    space: SearchSpace, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome], metric: str
+) -> str | None:
+    """The label of the best uniform plan that `plan`, one of `plans`, does not beat in `metric`; None if it beats them
+    all. A plan that could not be measured beats nothing."""
+    measured = {label: outcomes[label] for label in rivals_of(space, plans)}
+    rivals = {
+        label: rank_key(summarize(outcome), metric)
+        for label, outcome in measured.items()
+        if isinstance(outcome, EvalResult)
+    }
     if not rivals:
         return None
     best = min(rivals, key=lambda label: rivals[label])

@@ -39,6 +39,7 @@ RUNS = _schema(
         ("num_steps", pa.int64()),
         ("search_text", pa.string()),
         ("held_out_text", pa.string()),
+        ("choice_reference_id", pa.string()),
     ],
 )
 COMPONENTS = _schema(
@@ -253,7 +254,15 @@ ADDED: dict[str, frozenset[str]] = {
         {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS}
     ),
     "runs": frozenset(
-        {"continue_command", "num_evaluations", "num_plan_rows", "num_steps", "search_text", "held_out_text"}
+        {
+            "continue_command",
+            "num_evaluations",
+            "num_plan_rows",
+            "num_steps",
+            "search_text",
+            "held_out_text",
+            "choice_reference_id",
+        }
     ),
 }
 SUMMARY_COLUMNS = (

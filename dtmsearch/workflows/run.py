@@ -36,8 +36,8 @@ from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
 from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of
-from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_search, described
-from dtmsearch.workflows.validate import Validation
+from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_search, described, halves
+from dtmsearch.workflows.validate import Validation, can_give_way
 
 __all__ = [
     "PlanMeasurement",
@@ -280,15 +280,36 @@ class _Session:
         calibrating: Calibrating,
     ) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
-        reference = reference_of(pool, self._results, self._writer, held_out, self._observer.on_note)
-        self._save(validation_reference_id=reference.id)
-        pool.use(reference)
-        validation = Validation(self._file, space, reference, pool, self._writer, self._observer, self._milestones)
+        choice, reference = self._held_out_references(pool, held_out, can_give_way(space, plan, self._milestones))
+        validation = Validation(
+            self._file, space, choice, reference, pool, self._writer, self._observer, self._milestones
+        )
         judged = validation.judge(plan, calibrating, self._stop_requested)
         if judged.said is not None:
             message = "; ".join(part for part in (self._record.message, judged.said) if part)
             self._save(final_plan_id=judged.plan.id, message=message)
         validation.record_continuations(judged)
+
+    def _held_out_references(
+        self, pool: ReplicaPool, held_out: Cut, is_chosen: bool
+    ) -> tuple[Reference | None, Reference]:
+        """What the plan is chosen by, if anything `is_chosen`, and what it is reported on: parts of the held-out
+        prompts, in use by the pool; those that the run began with, where it has."""
+        record, choice, report = self._record, None, held_out
+        if record.validation_reference_id is not None:
+            choice = recorded(self._results, record.choice_reference_id)
+        elif is_chosen and (parts := halves(held_out[0])) is not None:
+            choice, report = ((part, pool.reference_id(part)) for part in parts)
+        by, on = (
+            None if cut is None else reference_of(pool, self._results, self._writer, cut, self._observer.on_note)
+            for cut in (choice, report)
+        )
+        assert on is not None
+        self._save(validation_reference_id=on.id, choice_reference_id=None if by is None else by.id)
+        for reference in (by, on):
+            if reference is not None:
+                pool.use(reference)
+        return by, on
 
     def _stop_requested(self) -> bool:
         return self._results.stop_requested(self._file.run)

@@ -4,9 +4,13 @@ no token of either; and what is said of them. Knows nothing of what is measured 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from dtmsearch.config import PromptsSection, SearchFile, texts
 from dtmsearch.core.calibration import Calibration
@@ -54,6 +58,25 @@ def cut_calibration(file: SearchFile, cutting: Callable[[list[str], int, int, in
 def _prompts(file: SearchFile, section: PromptsSection, cut_prompts: CutPrompts, *further: object) -> Cut:
     settings = section.count, section.prompt_tokens, section.continuation_tokens, section.seed
     return _cut(file, section, lambda documents: cut_prompts(documents, *settings, *further))
+
+
+def halves(prompts: PromptTokens) -> tuple[PromptTokens, PromptTokens] | None:
+    """Prompts to choose by, and as many others to report what was chosen on, so that the report is not optimistic.
+
+    Prompts that repeat each other are in one part together. None where that leaves one part without any.
+    """
+    rows = [row.tobytes() for row in prompts.tokens]
+    first: set[bytes] = set()
+    num_first = 0
+    for row, count in Counter(rows).items():
+        if num_first < len(rows) // 2:
+            first.add(row)
+            num_first += count
+    in_first = np.array([row in first for row in rows])
+    if in_first.all() or not in_first.any():
+        return None
+    one, other = (replace(prompts, tokens=prompts.tokens[part], supply=None) for part in (in_first, ~in_first))
+    return one, other
 
 
 def text_lines(file: SearchFile) -> list[str]:

@@ -15,7 +15,7 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import siblings
-from dtmsearch.search.baselines import better_uniform, law_remarks
+from dtmsearch.search.baselines import better_uniform, law_remarks, rivals_of
 from dtmsearch.search.loop import Observer, measure
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone
@@ -42,11 +42,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Validation:
-    """A search's plan against its held-out reference, which `pool` holds. `milestones` are those of a search that
-    prunes in rounds; the last of them is the plan itself, over the weights that it ended with."""
+    """A search's plan against its held-out references, both in use by `pool`: what takes the place of the plan is
+    chosen by `choice` (None where nothing can) and reported on `reference`, for the best of several by the same prompts
+    looks better than it is. `milestones` are those of a search that prunes in rounds; the last of them is the plan
+    itself, over the weights that it ended with."""
 
     file: SearchFile
     space: SearchSpace
+    choice: Reference | None
     reference: Reference
     pool: ReplicaPool
     writer: RunWriter
@@ -56,11 +59,29 @@ class Validation:
     def judge(self, plan: Plan, calibrating: Calibrating, stop_requested: Callable[[], bool]) -> Judged:
         """Measure the plan and what it is held against. Raises `SearchStopped` when that is wished."""
         plans = validation_plans(self.space, plan)
-        requests = self._requests(plans, calibrating.for_plans(plans.values()))
+        calibration_id = calibrating.for_plans(plans.values())
+        better = self._better(plans, calibration_id, stop_requested)
+        requests = self._requests(plans, calibration_id)
         outcomes = measure(requests, self.pool, self.writer, "validation", stop_requested)
         for remark in law_remarks(self.space, plans, outcomes, self.file.prompts.continuation_tokens):
             self.observer.on_note(remark)
-        return self._chosen(plans, outcomes)
+        if better is None:
+            return Judged(plan, outcomes[_PLAN], None)
+        said = (
+            f"the plan found does not beat {better} in {self.file.search.rank_by} on held-out prompts, so that is the "
+            "plan; its values are those on other prompts than the ones it was chosen by"
+        )
+        self.observer.on_note(said)
+        return Judged(plans[better], outcomes[better], said)
+
+    def _better(self, plans: Mapping[str, Plan], calibration_id: str, stop_requested: Callable[[], bool]) -> str | None:
+        """The uniform plan that takes the place of the plan."""
+        if self.choice is None:
+            return None
+        rivals = {label: plans[label] for label in (_PLAN, *rivals_of(self.space, plans))}
+        requests = {label: whole_request(other, self.choice, calibration_id) for label, other in rivals.items()}
+        outcomes = measure(requests, self.pool, self.writer, "choice", stop_requested)
+        return better_uniform(self.space, rivals, outcomes, self.file.search.rank_by)
 
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
         requests = {label: whole_request(plan, self.reference, calibration_id) for label, plan in plans.items()}
@@ -68,15 +89,6 @@ class Validation:
             label = _PLAN if model is self.milestones[-1] else model.label
             requests[label] = replace(requests[_PLAN], plan=model.plan, weights_id=model.weights_id)
         return requests
-
-    def _chosen(self, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome]) -> Judged:
-        metric = self.file.search.rank_by
-        better = None if self.milestones else better_uniform(self.space, plans[_PLAN], plans, outcomes, metric)
-        if better is None:
-            return Judged(plans[_PLAN], outcomes[_PLAN], None)
-        said = f"the plan found does not beat {better} in {metric} on held-out prompts, so that is the plan"
-        self.observer.on_note(said)
-        return Judged(plans[better], outcomes[better], said)
 
     def record_continuations(self, judged: Judged) -> None:
         """Have the plan's own texts for a few held-out prompts, the least and the most robust, for people to read."""
@@ -91,6 +103,11 @@ class Validation:
             self.observer.on_note(f"the plan's own texts could not be recorded: {first_line}")
         else:
             self.writer.put_continuations(self.reference.id, plan.id, written)
+
+
+def can_give_way(space: SearchSpace, plan: Plan, milestones: Sequence[Milestone]) -> bool:
+    """Whether a uniform plan can take the place of the plan, which must be chosen then."""
+    return not milestones and bool(rivals_of(space, validation_plans(space, plan)))
 
 
 def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:

@@ -187,7 +187,11 @@ class Replica:
         """Prompts of `texts` (see `prompts.py`), and the id that their reference has or will have."""
         lengths = count, prompt_tokens, continuation_tokens, seed
         prompts = self._cutter.prompts(texts, *lengths, apart_from, section)
-        return prompts, reference_id(self._manifest.id, self.mode, prompts)
+        return prompts, self.reference_id(prompts)
+
+    def reference_id(self, prompts: PromptTokens) -> str:
+        """The id that the reference of prompts has or will have."""
+        return reference_id(self._manifest.id, self.mode, prompts)
 
     @torch.inference_mode()
     def make_reference(self, prompts: PromptTokens) -> Reference:
@@ -195,7 +199,7 @@ class Replica:
         self._to_base()
         continuation = self._batches.halving(lambda: self._continue(prompts))
         reference = Reference(
-            id=reference_id(self._manifest.id, self.mode, prompts),
+            id=self.reference_id(prompts),
             manifest_id=self._manifest.id,
             mode=self.mode,
             text=prompts.tokens,

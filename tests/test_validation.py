@@ -1,0 +1,108 @@
+"""A search's last act: what is chosen on held-out prompts is reported on others."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+from fakes import FakeEvaluator, MemoryLog, toy_components, toy_manifest
+
+from dtmsearch.config import parse
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, PromptTokens, Reference
+from dtmsearch.core.numeric_mode import NumericMode
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.loop import Silent
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.workflows.text_windows import halves
+from dtmsearch.workflows.validate import Judged, Validation, can_give_way
+
+SPACE = SearchSpace(toy_components(), ("int4-channel", "int8-channel"), budget=Budget(bits_per_weight=6.0))
+PLAN = SPACE.uniform("int4-channel").with_(
+    next(e for e in SPACE.perturbations(Plan()) if e.scheme == "int8-channel" and "k_proj" in e.component)
+)
+FILE = parse(
+    """
+run: toy
+model: {path: model}
+prompts: {files: [text.txt]}
+search: {rank_by: kl, schemes: [int4-channel, int8-channel], stop: {bits_per_weight: 6.0}}
+""",
+    "toy.yaml",
+    SimpleNamespace(),  # type: ignore[arg-type]
+)
+NUM_PROMPTS = 8
+
+
+def reference(name: str) -> Reference:
+    tokens = np.zeros((NUM_PROMPTS, 4), np.int32)
+    mode = NumericMode("float32", "cpu", "sdpa", False, "float32")
+    return Reference(name, toy_manifest().id, mode, tokens, tokens[:, 2:], np.ones((NUM_PROMPTS, 2), np.bool_), ())
+
+
+CHOICE, REPORT = reference("choice"), reference("report")
+
+
+def answer(request: EvalRequest) -> EvalResult:
+    """The found plan is worse than the uniform one by the prompts to choose by, and better on the others."""
+    luck = 1 if request.reference_id == CHOICE.id else -1
+    kl = 0.3 + (0.1 * luck if request.plan.id == PLAN.id else 0.0)
+    zeros = np.zeros(NUM_PROMPTS, np.int32)
+    return EvalResult(request.id, zeros, zeros, np.ones(NUM_PROMPTS, np.float32), np.full(NUM_PROMPTS, kl, np.float32))
+
+
+def judged(choice: Reference | None, log: MemoryLog) -> Judged:
+    pool: Any = FakeEvaluator(answer, per_poll=8)
+    validation = Validation(FILE, SPACE, choice, REPORT, pool, cast(Any, log), Silent(), ())
+    calibrating: Any = SimpleNamespace(for_plans=lambda _: "")
+    return validation.judge(PLAN, calibrating, lambda: False)
+
+
+def test_a_plan_gives_way_by_other_prompts_than_it_is_reported_on() -> None:
+    found = judged(CHOICE, MemoryLog())
+    assert found.plan == SPACE.uniform("int4-channel")
+    assert found.outcome.request_id == EvalRequest(found.plan, REPORT.id, (0, 8), ("kl", "ppl")).id
+
+
+def test_what_is_reported_is_recorded_as_validation_and_the_rest_as_choice() -> None:
+    log = MemoryLog()
+    judged(CHOICE, log)
+    purposes = {(record.purpose, record.request.reference_id) for record in log.records}
+    assert purposes == {("choice", "choice"), ("validation", "report")}
+
+
+def test_only_the_plan_and_its_rivals_are_measured_to_choose() -> None:
+    log = MemoryLog()
+    judged(CHOICE, log)
+    plans = {record.request.plan.id for record in log.records if record.purpose == "choice"}
+    assert plans == {PLAN.id, SPACE.uniform("int4-channel").id}
+
+
+def test_nothing_gives_way_without_prompts_to_choose_by() -> None:
+    assert judged(None, MemoryLog()).plan == PLAN
+
+
+def test_a_plan_below_every_uniform_one_gives_way_to_none() -> None:
+    assert can_give_way(SPACE, PLAN, ())
+    assert not can_give_way(SPACE, Plan.of({c.name: "drop" for c in toy_components()}), ())
+
+
+def prompts(*rows: int) -> PromptTokens:
+    return PromptTokens(np.array([[row] * 4 for row in rows], np.int32), 2)
+
+
+def parts(*rows: int) -> list[list[int]] | None:
+    found = halves(prompts(*rows))
+    return None if found is None else [part.tokens[:, 0].tolist() for part in found]
+
+
+def test_halves_share_no_prompt() -> None:
+    assert parts(1, 2, 3, 4, 5) == [[1, 2], [3, 4, 5]]
+
+
+def test_prompts_that_repeat_each_other_are_in_one_half() -> None:
+    assert parts(1, 2, 3, 1, 1, 3) == [[1, 1, 1], [2, 3, 3]]
+
+
+def test_one_prompt_many_times_has_no_halves() -> None:
+    assert (parts(1, 1, 1, 1), parts(1)) == (None, None)
