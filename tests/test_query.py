@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from contracts import ids, make_records, make_request
 from fakes import evaluate, toy_components, toy_manifest
+from processes import below, process_ends
+from stores import bucket
 
+from dtmsearch.analysis import sql
 from dtmsearch.analysis.sql import query
 from dtmsearch.core.evaluation import EvalRequest
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 
 
@@ -189,3 +197,75 @@ def test_dense_plan_has_no_rows(tmp_path: Path) -> None:
 def _dense_record() -> EvaluationRecord:
     request = EvalRequest(Plan(), "toy-reference", (0, 8))
     return EvaluationRecord(request, evaluate(request), "search", 0)
+
+
+# Limits, in a process of its own.
+
+ENDLESS = "SELECT count(*) FROM range(1000000000) a, range(1000000) b WHERE (a.range + b.range) % 7 = 3"
+# One function, which looks at nothing while it runs, over strings of a million letters.
+ONE_LONG_FUNCTION = "SELECT levenshtein(repeat('a', 1000000), repeat('b', 1000000))"
+
+
+def test_a_function_that_never_looks_up_is_ended_in_time(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"took longer than 0\.2 seconds"):
+        query(ResultStore(tmp_path), ONE_LONG_FUNCTION, time_limit_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT length(repeat('x', 4000000000)) AS n", "SELECT repeat('x', 3000000000) AS x FROM range(4)"]
+)
+def test_a_function_that_takes_all_memory_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sql: str) -> None:
+    monkeypatch.setattr("dtmsearch.analysis.sql._idle", [])
+    monkeypatch.setattr("dtmsearch.analysis.sql._ADDRESS_SPACE_BYTES", 1 << 30)
+    with pytest.raises(UserError, match="took more than 1 GiB of memory"):
+        query(ResultStore(tmp_path), sql)
+
+
+def test_after_a_query_that_was_ended_the_next_is_answered(tmp_path: Path) -> None:
+    store = recorded(tmp_path)
+    with pytest.raises(UserError, match="took longer"):
+        query(store, ENDLESS, time_limit_seconds=0.1)
+    assert rows(store, "SELECT count(*) AS n FROM evaluations") == [{"n": 6}]
+
+
+def test_ctrl_c_ends_the_process_of_a_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "_idle", [])
+    ended: list[int] = []
+    end = sql._Child.end
+
+    def noted(child: sql._Child) -> None:
+        end(child)
+        ended.append(child._process.returncode)
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sql._Child, "end", noted)
+    monkeypatch.setattr(sql.Connection, "poll", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        query(ResultStore(tmp_path), ONE_LONG_FUNCTION)
+    assert ended == [-signal.SIGKILL]
+    assert sql._idle == []
+
+
+def test_a_process_that_went_while_it_was_asked_nothing_is_replaced(tmp_path: Path) -> None:
+    store = recorded(tmp_path)
+    query(store, "SELECT 1")
+    sql._idle[-1]._process.kill()
+    sql._idle[-1]._process.wait()
+    assert rows(store, "SELECT count(*) AS n FROM evaluations") == [{"n": 6}]
+
+
+def test_the_process_of_a_query_ends_with_the_one_that_asks(tmp_path: Path) -> None:
+    code = f"import dtmsearch as dtm\ndtm.query(dtm.open_store({str(tmp_path)!r}), {ONE_LONG_FUNCTION!r}, 600.0)"
+    with subprocess.Popen([sys.executable, "-c", code]) as asking:
+        while not (answering := below(asking.pid, "dtmsearch.analysis.sql")):
+            assert asking.poll() is None
+            time.sleep(0.05)
+        asking.kill()
+    assert all(process_ends(pid) for pid in answering)
+
+
+def test_a_store_in_a_bucket_is_asked_the_same(tmp_path: Path) -> None:
+    recorded(tmp_path / "a-bucket" / "store")
+    assert rows(bucket(tmp_path), "SELECT count(*) AS n FROM evaluations") == [{"n": 6}]

@@ -1,38 +1,41 @@
-"""One SQL SELECT over a store's tables, in an in-memory DuckDB that can reach nothing else.
+"""SQL over a store in a process of its own, which is killed when it takes too long, too much memory, or is no longer
+wanted.
 
-Knows the tables and how to lock a database down, nothing of what the questions are about.
+DuckDB looks at its limits between steps only: a single function can take all memory, or never look up. Knows how to
+ask and to end such a process; `dtmsearch.analysis.database` is what answers in it.
 """
 
 from __future__ import annotations
 
-import difflib
+import atexit
 import os
-import re
-import tempfile
+import resource
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import groupby
+import time
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
 
-import duckdb
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from dtmsearch.errors import UserError
-from dtmsearch.store import schemas
-from dtmsearch.store.codecs import tables
-from dtmsearch.store.segments import Segment
+from dtmsearch.errors import StoreError, UserError
+from dtmsearch.store.files import LocalFolder
 from dtmsearch.store.store import ResultStore
 
-_MEMORY_LIMIT = "4GB"
-_SPILL_LIMIT = "16GB"
 _ANSWER_BYTES = 4 << 30
-_MAX_THREADS = 8
-# Large enough to be scanned where they lie, column by column; the others are read whole.
-_SCANNED = ("evaluations", "plans", "matrices")
-_ATTEMPTS = 4
-_USER_ERRORS = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException, duckdb.PermissionException)
+# Beyond what the process takes when it begins: DuckDB's own limit of 4 GB and 2 GiB for what it does not count (one
+# function's values, a batch of the answer).
+_ADDRESS_SPACE_BYTES = 6 << 30
+# A process that was asked nothing for so long ends.
+_IDLE_SECONDS = 60.0
+_WATCH_SECONDS = 0.5
+_MAIN = "from dtmsearch.analysis.sql import serve; serve({descriptor}, {limit})"
+# What a message from the process is: the next one holds its content, but for the last four.
+_BATCH, _NOTE, _MISTAKE, _STORE_ERROR, _FAULT, _NO_MEMORY, _ANEW, _BEGUN, _DONE = (bytes([n]) for n in range(9))
 
 
 def query(store: ResultStore, sql: str, time_limit_seconds: float = 60.0) -> pa.Table:
@@ -40,172 +43,203 @@ def query(store: ResultStore, sql: str, time_limit_seconds: float = 60.0) -> pa.
 
     `runs` has one row a run, its last record; `plans` and `components` hold no row twice. Times are in UTC. Raises
     `UserError` for anything but one SELECT, for what DuckDB makes nothing of, and when the answer takes longer than
-    `time_limit_seconds` or more than 4 GiB.
+    `time_limit_seconds`, more than 4 GiB, or more memory than 6 GiB on its way.
     """
-    _check_select(sql)
-    mentioned = _mentioned(sql)
-    whole = {name: _read(store, name) for name in mentioned if name not in _SCANNED}
-    for _ in range(_ATTEMPTS):
-        scanned = {name: store.segments.live(name) for name in mentioned if name in _SCANNED}
+    while _idle:
+        with suppress(_HasEnded):
+            return _idle.pop().ask(store, sql, time_limit_seconds)
+    return _Child().ask(store, sql, time_limit_seconds)
+
+
+class _HasEnded(RuntimeError):
+    """The process ended before it began with what it was asked."""
+
+
+class _Child:
+    """A process that answers one query after the other, and is no more after one that it did not answer to the end."""
+
+    def __init__(self) -> None:
+        self._connection, there = Pipe()
+        code = _MAIN.format(descriptor=there.fileno(), limit=_ADDRESS_SPACE_BYTES)
+        paths = os.pathsep.join(path for path in sys.path if path)
+        # Reserves of memory that is never used would count as used: few arenas, no pool.
+        frugal = {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        self._process = subprocess.Popen(  # noqa: S603 (our own code, in our own interpreter)
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # what it has to say comes through the connection
+            pass_fds=[there.fileno()],
+            env=os.environ | frugal | {"PYTHONPATH": paths},
+            start_new_session=True,  # Ctrl-C is ours to hear
+        )
+        there.close()
+
+    def ask(self, store: ResultStore, sql: str, time_limit_seconds: float) -> pa.Table:
+        is_whole = False
         try:
-            return _answer(store, sql, whole, scanned, time_limit_seconds)
-        except _USER_ERRORS as error:
-            raise UserError(_explain(str(error))) from None
-        except (duckdb.Error, pa.ArrowException, OSError) as error:
-            failure = error
-            if isinstance(error, FileNotFoundError):
-                continue
-            # What the scan of a damaged or vanished segment raises reaches us as any failing query does.
-            if not store.segments.check(s for segments in scanned.values() for s in segments):
-                break
-    raise UserError(_explain(str(failure))) from failure
-
-
-def _check_select(sql: str) -> None:
-    try:
-        statements = duckdb.extract_statements(sql)
-    except duckdb.Error as error:
-        raise UserError(_explain(str(error))) from None
-    if len(statements) != 1:
-        raise UserError(f"query takes exactly one SELECT, got {len(statements)} statements")
-    if statements[0].type != duckdb.StatementType.SELECT:
-        kind = str(statements[0].type).rpartition(".")[2]
-        raise UserError(f"query takes a SELECT and changes nothing, got {kind}")
-
-
-def _mentioned(sql: str) -> list[str]:
-    """Tables whose name is a word of the query: at least those that it reads, if it does not spell them with care."""
-    if re.search(r"\bquery(_table)?\s*\(", sql, re.IGNORECASE):
-        return list(schemas.SCHEMAS)
-    return [name for name in schemas.SCHEMAS if re.search(rf"\b{name}\b", sql, re.IGNORECASE)]
-
-
-def _read(store: ResultStore, name: str) -> pa.Table:
-    if name == "runs":
-        return tables.runs_table(store.runs())
-    rows = store.table(name)
-    return _first_of_each(rows, ("manifest_id", "component")) if name == "components" else rows
-
-
-def _first_of_each(rows: pa.Table, key: Sequence[str]) -> pa.Table:
-    """The first row for each value of the key columns, in order."""
-    parts = [rows[name].cast(pa.string()) for name in key]
-    codes = pc.binary_join_element_wise(*parts, "\n").combine_chunks().dictionary_encode().indices
-    _, first = np.unique(codes.to_numpy(), return_index=True)
-    return rows.take(np.sort(first))
-
-
-def _answer(
-    store: ResultStore,
-    sql: str,
-    whole: dict[str, pa.Table],
-    scanned: dict[str, list[Segment]],
-    time_limit_seconds: float,
-) -> pa.Table:
-    with tempfile.TemporaryDirectory(prefix="dtmsearch-query-") as spill, duckdb.connect(":memory:") as connection:
-        for name in schemas.SCHEMAS:
-            segments = scanned.get(name, [])
-            if name == "plans" and segments:
-                _register_plans(connection, store, segments)
-            elif segments:
-                connection.register(name, store.segments.dataset(name, segments))
+            kind, found = self._asked(store, sql, time_limit_seconds)
+            is_whole = True
+        finally:  # also when Ctrl-C comes
+            if is_whole:
+                _idle.append(self)
             else:
-                connection.register(name, whole.get(name, schemas.empty(name)))
-        _lock_down(connection, spill)
-        with _time_limit(connection, time_limit_seconds):
-            return _fetch(connection, sql)
+                self.end()
+        if isinstance(found, pa.Table):
+            return found
+        if kind == _MISTAKE:
+            raise UserError(found)
+        if kind == _STORE_ERROR:
+            raise StoreError(found)
+        raise RuntimeError(f"the process that answers SQL failed: {found}")
 
-
-def _register_plans(connection: duckdb.DuckDBPyConnection, store: ResultStore, segments: Sequence[Segment]) -> None:
-    """Each plan once, though every run that evaluates it writes its rows: of a run's plans, those of earlier ones are
-    left out. (DISTINCT over all rows takes seconds where this takes tenths.)"""
-    by_run = {key: list(group) for key, group in groupby(segments, lambda segment: segment.key)}
-    unrepeated: list[Segment] = []
-    parts = ["SELECT * FROM unrepeated_plans"]
-    seen = pa.array([], pa.string())
-    for number, group in enumerate(by_run.values()):
-        rows = store.segments.dataset("plans", group)
-        ids = pc.unique(rows.to_table(["plan_id"])["plan_id"]).cast(pa.string()) if len(by_run) > 1 else seen
-        again = ids.filter(pc.is_in(ids, seen))
-        if len(again) == 0:
-            unrepeated += group
-        else:
-            connection.register(f"plans_{number}", rows)
-            connection.register(f"again_{number}", pa.table({"plan_id": again}))
-            parts.append(f"SELECT * FROM plans_{number} ANTI JOIN again_{number} USING (plan_id)")  # noqa: S608 (our own names)
-        seen = pa.concat_arrays([seen, ids])
-    if len(parts) == 1:
-        connection.register("plans", store.segments.dataset("plans", unrepeated))
-    else:
-        connection.register("unrepeated_plans", store.segments.dataset("plans", unrepeated))
-        connection.execute(f"CREATE VIEW plans AS {' UNION ALL '.join(parts)}")
-
-
-def _lock_down(connection: duckdb.DuckDBPyConnection, spill: str) -> None:
-    """Nothing but the registered tables can be reached. The order matters: the last setting forbids any other."""
-    for setting, value in {
-        "temp_directory": f"'{spill}'",
-        "max_temp_directory_size": f"'{_SPILL_LIMIT}'",
-        "memory_limit": f"'{_MEMORY_LIMIT}'",
-        "threads": str(min(_MAX_THREADS, os.cpu_count() or 1)),
-        "python_enable_replacements": "false",
-        "autoinstall_known_extensions": "false",
-        "autoload_known_extensions": "false",
-        "enable_external_access": "false",
-        "lock_configuration": "true",
-    }.items():
-        connection.execute(f"SET {setting}={value}")
-
-
-@contextmanager
-def _time_limit(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
-    """Interrupt what the connection does after `seconds`, until the block ends."""
-    ended = threading.Event()
-    late = threading.Event()
-
-    def interrupt() -> None:
-        wait = seconds
-        while not ended.wait(wait):
-            late.set()
-            connection.interrupt()
-            wait = 0.1
-
-    thread = threading.Thread(target=interrupt, name="query time limit", daemon=True)
-    thread.start()
-    try:
-        yield
-    except (duckdb.Error, pa.ArrowException, OSError):
-        if late.is_set():
-            raise UserError(f"the query took longer than {seconds:g} seconds; narrow it with WHERE or LIMIT") from None
-        raise
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _fetch(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
-    reader = pa.RecordBatchReader.from_stream(connection.sql(sql))
-    batches, size = [], 0
-    for batch in reader:
-        batches.append(batch)
-        size += batch.nbytes
-        if size > _ANSWER_BYTES:
+    def _asked(self, store: ResultStore, sql: str, time_limit_seconds: float) -> tuple[bytes, pa.Table | str]:
+        """What the process makes of a query: a table, or what is wrong. Raises `UserError` where it has to be ended."""
+        folder = store.folder
+        filesystem = None if isinstance(folder, LocalFolder) else folder.filesystem
+        batches: list[pa.Table] = []
+        size, deadline = 0, None
+        try:
+            self._connection.send((folder.url, filesystem, folder.root, sql))
+            while True:
+                if deadline is not None and not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                    raise UserError(
+                        f"the query took longer than {time_limit_seconds:g} seconds; narrow it with WHERE or LIMIT"
+                    )
+                kind = self._connection.recv_bytes()
+                if kind == _BEGUN:
+                    deadline = time.monotonic() + time_limit_seconds
+                elif kind == _ANEW:
+                    batches, size = [], 0
+                elif kind == _BATCH:
+                    content = self._connection.recv_bytes()
+                    size += len(content)
+                    if size > _ANSWER_BYTES:
+                        raise UserError(
+                            f"the answer is larger than {_ANSWER_BYTES >> 30} GiB; choose columns, or narrow it with "
+                            "WHERE or LIMIT"
+                        )
+                    batches.append(pa.ipc.open_stream(pa.py_buffer(content)).read_all())
+                elif kind == _NOTE:
+                    store.segments.tell(self._connection.recv_bytes().decode())
+                elif kind == _DONE:
+                    return kind, pa.concat_tables(batches)
+                elif kind == _NO_MEMORY:
+                    raise EOFError
+                else:
+                    return kind, self._connection.recv_bytes().decode()
+        except (EOFError, OSError):
+            if deadline is None:
+                raise _HasEnded("the process that answers SQL ended before it began") from None
             raise UserError(
-                f"the answer is larger than {_ANSWER_BYTES >> 30} GiB; choose columns, or narrow it with WHERE or LIMIT"
-            )
-    return pa.Table.from_batches(batches, reader.schema)
+                f"the query took more than {_ADDRESS_SPACE_BYTES >> 30} GiB of memory; narrow it with WHERE or LIMIT, "
+                "or choose fewer columns"
+            ) from None
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def forget(self) -> None:
+        """In a forked process: it is the parent's."""
+        self._connection.close()
+        self._process.returncode = 0
 
 
-def _explain(text: str) -> str:
-    """DuckDB's message in one line, without its copy of the query; a wrong table's name with the nearest of ours."""
-    message = " ".join(re.split(r"\n+\s*LINE \d+:", text)[0].split())
-    missing = re.search(r"Table with name (\S+) does not exist", message)
-    if missing is None:
-        return message
-    name, names = missing[1], ", ".join(schemas.SCHEMAS)
-    return f"there is no table {name!r}{_nearest(name, schemas.SCHEMAS)}. Tables are {names}"
+# Processes that have answered. One that ends for want of queries is replaced when the next is asked.
+_idle: list[_Child] = []
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"; the nearest is {nearest[0]!r}" if nearest else ""
+def _end_all() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+def _forget_all() -> None:
+    while _idle:
+        _idle.pop().forget()
+
+
+atexit.register(_end_all)
+os.register_at_fork(after_in_child=_forget_all)
+
+
+# In the process itself.
+
+
+def serve(descriptor: int, address_space_bytes: int) -> None:
+    """Answer queries that come through a socket until nobody asks any more."""
+    from dtmsearch.analysis import database  # noqa: F401 - loaded before memory is counted
+
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # rather this process than another
+    _limit_memory(address_space_bytes)
+    threading.Thread(target=_watch, args=(descriptor,), daemon=True).start()
+    connection = Connection(descriptor)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while connection.poll(_IDLE_SECONDS):
+            url, filesystem, root, sql = connection.recv()
+            if not _answer(connection, url, filesystem, root, sql):
+                return
+
+
+def _limit_memory(address_space_bytes: int) -> None:
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + address_space_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _watch(descriptor: int) -> None:
+    """End this process, whatever it is doing, when the one that asks is gone."""
+    with socket.socket(fileno=os.dup(descriptor)) as ours:
+        while True:
+            time.sleep(_WATCH_SECONDS)
+            try:
+                if not ours.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    os._exit(1)
+            except BlockingIOError:
+                continue
+            except OSError:
+                os._exit(1)
+
+
+def _answer(connection: Connection, url: str, filesystem: pa.fs.FileSystem | None, root: str, sql: str) -> bool:
+    """Send the answer to one query. False when this process can answer no other."""
+    from dtmsearch.analysis import database
+
+    def note(text: str) -> None:
+        connection.send_bytes(_NOTE)
+        connection.send_bytes(text.encode())
+
+    def fail(kind: bytes, error: Exception | str) -> None:
+        connection.send_bytes(kind)
+        connection.send_bytes(str(error).encode(errors="replace"))
+
+    try:
+        store = ResultStore(root, filesystem, on_note=note)
+        store.folder.url = store.url = url
+        connection.send_bytes(_BEGUN)
+        for batch in database.answer(store, sql):
+            connection.send_bytes(_ANEW if batch is None else _BATCH)
+            if batch is not None:
+                connection.send_bytes(_serialized(batch))
+        connection.send_bytes(_DONE)
+    except MemoryError:
+        connection.send_bytes(_NO_MEMORY)
+        return False
+    except UserError as error:
+        fail(_MISTAKE, error)
+    except StoreError as error:
+        fail(_STORE_ERROR, error)
+    except Exception as error:
+        fail(_FAULT, repr(error))
+        return False
+    return True
+
+
+def _serialized(batch: pa.RecordBatch) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()

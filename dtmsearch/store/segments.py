@@ -297,6 +297,10 @@ class Segments:
             )
         else:
             note = f"damaged segment {what}; its rows are left out, and measured again when its run goes on"
+        self.tell(note)
+
+    def tell(self, note: str) -> None:
+        """Say a line, once."""
         if note not in self._told:
             self._told.add(note)
             self.notes.append(note)
