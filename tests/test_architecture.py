@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "core"},
     "search": {"errors", "core"},
     "store": {"errors", "core"},
-    "analysis": {"errors", "core", "store"},
+    "analysis": {"errors", "core", "config", "store"},
     "model": {"errors", "core", "config"},
     "export": {"errors", "core", "model"},
     "cluster": {"errors", "core", "model"},  # of the model only names: torch and Ray never meet in one file

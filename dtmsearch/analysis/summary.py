@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dtmsearch.core.metrics import Summary
+from dtmsearch.analysis.verdict import (
+    FOUND,
+    PLAN,
+    NoiseFloor,
+    ValidationRow,
+    noise_sentence,
+    rival_of,
+    verdict,
+)
+from dtmsearch.config import section_of
+from dtmsearch.core.metrics import METRICS, difference_limits
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
 from dtmsearch.core.statistics import PairedDifference, paired_difference
@@ -25,34 +35,14 @@ from dtmsearch.store.codecs.tables import step_records
 from dtmsearch.store.schemas import SUMMARY_COLUMNS
 from dtmsearch.store.store import ResultStore
 
-_PLAN = "plan"
-# What the search came to, where the uniform plan of its size did as well and is the plan instead.
-_FOUND = "found"
-_NEAREST = "uniform-nearest:"
-# Intervals are drawn from the same resamples every time that they are asked for.
+# Intervals are made with the same weights every time that they are asked for.
 _INTERVAL_SEED = 0
 _VALIDATION_COLUMNS = [
     *("label", "plan_id", "weights_id", "purpose", "reference_id", "status", "message"),
-    *("num_compressed", "bits_per_weight", "share", "fdt", "sdt", "kl_list"),
+    *("num_compressed", "bits_per_weight", "share", "fdt", "sdt", "kl_list", "dppl_list", "ppl_list"),
+    *("fdt_unmasked", "sdt_unmasked"),
     *SUMMARY_COLUMNS,
 ]
-
-
-@dataclass(frozen=True)
-class ValidationRow:
-    """A plan on the held-out prompts. The differences are the final plan minus this one, paired over prompts: in
-    tokens for fdt and sdt, in nats for kl; None for the final plan itself and where either was not measured."""
-
-    label: str
-    plan_id: str
-    num_compressed: int
-    bits_per_weight: float
-    share: float
-    summary: Summary | None
-    failure: str | None
-    fdt_vs_plan: PairedDifference | None = None
-    sdt_vs_plan: PairedDifference | None = None
-    kl_vs_plan: PairedDifference | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +53,10 @@ class RunSummary:
     `interrupted`: the run counts as running, but no driver works on it. `continue_command` continues a run that was
     submitted to a cluster, where it was submitted. `num_evaluations` are those of the search, its
     failures included; `failures` counts them by kind. `wall_seconds` is the search's own time over all its sessions
-    up to its last decision, None before the first. `verdict` says in one sentence how the plan does on held-out
-    prompts. `search_text` and `held_out_text` say where prompts come from and how many repeat a text, None where the
+    up to its last decision, None before the first. `verdict` says how the plan does on held-out prompts, in the metric
+    that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size.
+    `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
+    from and how many repeat a text, None where the
     run's version did not record it.
     """
 
@@ -95,6 +87,9 @@ class RunSummary:
     held_out_text: str | None = None
     already_complete: bool = False
     missing: tuple[str, ...] = ()
+    rank_by: str = "fdt"
+    rival: str | None = None
+    noise: NoiseFloor | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +125,14 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
     missing = store.missing(record, thorough=True)
     statuses = _search_statuses(store, run)
     steps = step_records(store.table("steps", run=run))
-    rows = _validation_rows(store, record)
-    plan_row = next((row for row in rows if row.label == _PLAN), None)
+    reference = _HeldOut.of(store, record.validation_reference_id)
+    measured = _measured(store, record)
+    rows = _validation_rows(measured, reference)
+    rank_by = str(section_of(record.config, "search").get("rank_by", "fdt"))
+    rank_by = rank_by if rank_by in METRICS else "fdt"
+    rival = rival_of(rows, rank_by)
+    noise = _noise(measured, reference)
+    plan_row = next((row for row in rows if row.label == PLAN), None)
     chosen_at = next((step for step in reversed(steps) if step.plan_id == record.final_plan_id), None)
     size = plan_row or chosen_at
     return RunSummary(
@@ -157,11 +158,28 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         created_at=record.created_at,
         finished_at=record.finished_at,
         validation=rows,
-        verdict=verdict(rows) if record.final_plan_id is not None else _without_plan(record),
+        verdict=_verdict(record, rows, rank_by, rival, reference, noise),
         missing=missing,
         search_text=record.search_text,
         held_out_text=_held_out_text(store, record),
+        rank_by=rank_by,
+        rival=None if rival is None else rival.label,
+        noise=noise,
     )
+
+
+def _verdict(
+    record: RunRecord,
+    rows: Sequence[ValidationRow],
+    rank_by: str,
+    rival: ValidationRow | None,
+    reference: _HeldOut | None,
+    noise: NoiseFloor | None,
+) -> str:
+    if record.final_plan_id is None:
+        return _without_plan(record)
+    said = verdict(rows, rank_by, None if reference is None else reference.continuation_tokens, rival)
+    return said if noise is None else f"{said} {noise_sentence(noise)}"
 
 
 def _held_out_text(store: ResultStore, record: RunRecord) -> str | None:
@@ -244,12 +262,45 @@ class _Measured:
     per_prompt: Mapping[str, NDArray[np.generic]]
 
 
-def _validation_rows(store: ResultStore, record: RunRecord) -> tuple[ValidationRow, ...]:
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out prompts: how long their continuations are, and the base model's FDT and SDT against itself on each."""
+
+    continuation_tokens: int
+    fdt: NDArray[np.generic]
+    sdt: NDArray[np.generic]
+
+    @staticmethod
+    def of(store: ResultStore, reference_id: str | None) -> _HeldOut | None:
+        reference = None if reference_id is None else store.reference(reference_id)
+        if reference is None:
+            return None
+        return _HeldOut(reference.continuation_tokens, reference.base_agreement, (~reference.agrees).sum(axis=1))
+
+
+def _validation_rows(measured: Sequence[_Measured], reference: _HeldOut | None) -> tuple[ValidationRow, ...]:
     """The final plan first, then what it is held against, from large to small."""
-    measured = _measured(store, record)
-    plan = next((m for m in measured if m.label == _PLAN), None)
+    plan = next((m for m in measured if m.label == PLAN), None)
     others = sorted((m for m in measured if m is not plan), key=lambda m: (-m.row["bits_per_weight"], m.label))
-    return tuple(_validation_row(m, plan) for m in ([] if plan is None else [plan]) + others)
+    return tuple(_validation_row(m, plan, reference) for m in ([] if plan is None else [plan]) + others)
+
+
+def _noise(measured: Sequence[_Measured], reference: _HeldOut | None) -> NoiseFloor | None:
+    plan = next((m for m in measured if m.label == PLAN and m.row["status"] == "ok"), None)
+    if plan is None or reference is None:
+        return None
+    floor = NoiseFloor(float(reference.fdt.mean()), float(reference.sdt.mean()))
+    if plan.row["fdt_unmasked"] is None or plan.row["sdt_unmasked"] is None:
+        return floor
+    own = {metric: np.array(plan.row[f"{metric}_unmasked"]) for metric in ("fdt", "sdt")}
+    limits = difference_limits("fdt", reference.continuation_tokens)
+    return replace(
+        floor,
+        plan_fdt=float(own["fdt"].mean()),
+        plan_sdt=float(own["sdt"].mean()),
+        fdt_vs_base=paired_difference(own["fdt"], reference.fdt, _INTERVAL_SEED, limits=limits),
+        sdt_vs_base=paired_difference(own["sdt"], reference.sdt, _INTERVAL_SEED, limits=limits),
+    )
 
 
 def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
@@ -268,21 +319,23 @@ def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
     for row in rows.to_pylist():
         label = row["label"] if row["purpose"] == "validation" else None
         if (row["plan_id"], row["weights_id"]) == ended_with:
-            label = _PLAN
-        elif label == _PLAN:
-            label = _FOUND
+            label = PLAN
+        elif label == PLAN:
+            label = FOUND
         if label is not None:
             found.setdefault(label, _Measured(row, label, _per_prompt(row)))
     return list(found.values())
 
 
 def _per_prompt(row: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
-    columns = {"fdt": "fdt", "sdt": "sdt", "kl": "kl_list"}
-    return {metric: np.array(row[column]) for metric, column in columns.items() if row[column] is not None}
+    """metric -> values; of perplexities their logarithms, whose mean is that of all tokens."""
+    columns = {"fdt": "fdt", "sdt": "sdt", "kl": "kl_list", "dppl": "dppl_list", "ppl": "ppl_list"}
+    values = {metric: np.array(row[column]) for metric, column in columns.items() if row[column] is not None}
+    return {metric: np.log(found) if metric.endswith("ppl") else found for metric, found in values.items()}
 
 
-def _validation_row(measured: _Measured, plan: _Measured | None) -> ValidationRow:
-    row = measured.row
+def _validation_row(measured: _Measured, plan: _Measured | None, reference: _HeldOut | None) -> ValidationRow:
+    row, length = measured.row, None if reference is None else reference.continuation_tokens
     ok = row["status"] == "ok"
     return ValidationRow(
         label=measured.label,
@@ -292,73 +345,16 @@ def _validation_row(measured: _Measured, plan: _Measured | None) -> ValidationRo
         share=row["share"],
         summary=summary_of(dict(row)) if ok else None,
         failure=None if ok else f"{row['status']}: {row['message']}",
-        fdt_vs_plan=_difference(plan, measured, "fdt"),
-        sdt_vs_plan=_difference(plan, measured, "sdt"),
-        kl_vs_plan=_difference(plan, measured, "kl"),
+        **{f"{metric}_vs_plan": _difference(plan, measured, metric, length) for metric in METRICS},
     )
 
 
-def _difference(plan: _Measured | None, other: _Measured, metric: str) -> PairedDifference | None:
+def _difference(
+    plan: _Measured | None, other: _Measured, metric: str, continuation_tokens: int | None
+) -> PairedDifference | None:
     if plan is None or plan is other:
         return None
     a, b = plan.per_prompt.get(metric), other.per_prompt.get(metric)
-    return None if a is None or b is None else paired_difference(a, b, _INTERVAL_SEED)
-
-
-# The verdict
-
-
-def verdict(rows: Sequence[ValidationRow]) -> str:
-    """One sentence on how the final plan does against the uniform plan of its size, claiming no more than the interval
-    bears."""
-    plan = next((row for row in rows if row.label == _PLAN), None)
-    if plan is None:
-        return "The plan was not measured on held-out prompts, so nothing is said of how good it is."
-    if plan.summary is None:
-        return f"The plan could not be measured on held-out prompts ({plan.failure})."
-    found = (
-        f"On {plan.summary.num_prompts} held-out prompts the plan ({plan.bits_per_weight:.2f} bits per weight) first "
-        f"diverges after {plan.summary.fdt_mean:.1f} tokens on average"
-    )
-    instead = next((row for row in rows if row.label == _FOUND), None)
-    if instead is not None:
-        return f"{found}. It is a uniform plan: what the search found did no better ({_figures(instead)})."
-    nearest = next((row for row in rows if row.label.startswith(_NEAREST)), None)
-    if nearest is None:
-        return f"{found}; no uniform plan of its size was measured, so it is called neither better nor worse."
-    other = f"the uniform plan of its size, {nearest.label.removeprefix(_NEAREST)} ({nearest.bits_per_weight:.2f} bits)"
-    if nearest.summary is None or nearest.fdt_vs_plan is None:
-        return f"{found}; {other}, could not be measured ({nearest.failure}), so it is called neither better nor worse."
-    difference = nearest.fdt_vs_plan
-    return (
-        f"{found}: {_comparison(difference)} {other}, with {nearest.summary.fdt_mean:.1f} ({_interval(difference)})"
-        f"{_dissent(nearest)}."
-    )
-
-
-def _figures(row: ValidationRow) -> str:
-    if row.summary is None:
-        return f"it could not be measured: {row.failure}"
-    return f"{row.bits_per_weight:.2f} bits per weight, first divergence after {row.summary.fdt_mean:.1f} tokens"
-
-
-def _comparison(difference: PairedDifference) -> str:
-    if not difference.excludes_zero:
-        return "not distinguishable from"
-    return "better than" if difference.mean > 0 else "worse than"
-
-
-def _interval(d: PairedDifference) -> str:
-    return f"difference {d.mean:+.1f} tokens, {d.confidence:.0%} interval {d.low:+.1f} to {d.high:+.1f}"
-
-
-def _dissent(nearest: ValidationRow) -> str:
-    """What else has to be said: fewer divergent tokens and a smaller KL are better, and may say the opposite."""
-    fdt = nearest.fdt_vs_plan
-    assert fdt is not None
-    opposite = [
-        f"{name} {'worse' if d.mean > 0 else 'better'} ({d.mean:+.{digits}f})"
-        for name, d, digits in (("SDT", nearest.sdt_vs_plan, 1), ("KL", nearest.kl_vs_plan, 4))
-        if d is not None and d.excludes_zero and (d.mean > 0) == (fdt.mean > 0)
-    ]
-    return f", but its {' and '.join(opposite)}" if opposite else ""
+    if a is None or b is None:
+        return None
+    return paired_difference(a, b, _INTERVAL_SEED, limits=difference_limits(metric, continuation_tokens))

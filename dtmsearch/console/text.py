@@ -18,7 +18,8 @@ from dtmsearch.core.statistics import PairedDifference
 
 if TYPE_CHECKING:
     from dtmsearch.analysis.pareto_runs import Candidate
-    from dtmsearch.analysis.summary import RunOverview, RunSummary, ValidationRow
+    from dtmsearch.analysis.summary import RunOverview, RunSummary
+    from dtmsearch.analysis.verdict import ValidationRow
     from dtmsearch.workflows.doctor import Finding
     from dtmsearch.workflows.estimate import Estimate
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
@@ -68,7 +69,7 @@ def run_text(summary: RunSummary) -> str:
         )
     lines += _plan_lines(summary)
     if summary.validation:
-        lines += ["", "On held-out prompts:", validation_table(summary.validation)]
+        lines += ["", "On held-out prompts:", validation_table(summary.validation, summary.rank_by)]
     return "\n".join([*lines, "", summary.verdict])
 
 
@@ -133,29 +134,40 @@ def _schemes(plan: Plan) -> str:
     return ", ".join(f"{number} x {scheme}" for scheme, number in counts) or "all dense"
 
 
-def validation_table(rows: Sequence[ValidationRow]) -> str:
-    """The final plan beside uniform ones; `ahead` is its FDT minus theirs, paired over prompts, with the interval."""
-    columns = ["plan", "components", "share", "bits", *_METRIC_COLUMNS, "plan's FDT ahead by"]
-    return table(columns, [_validation_cells(row) for row in rows])
+def validation_table(rows: Sequence[ValidationRow], rank_by: str = "fdt") -> str:
+    """The final plan beside uniform ones; `ahead` is its value minus theirs, paired over prompts, with the interval: of
+    the metric that the search ranks by, and of FDT."""
+    metrics = tuple(dict.fromkeys((rank_by, "fdt")))
+    columns = ["plan", "components", "share", "bits", *_METRIC_COLUMNS, *(_AHEAD[metric] for metric in metrics)]
+    return table(columns, [_validation_cells(row, metrics) for row in rows])
 
 
-def _validation_cells(row: ValidationRow) -> list[object]:
+_AHEAD = {
+    "fdt": "plan's FDT ahead by",
+    "sdt": "plan's SDT more by",
+    "kl": "plan's KL more by",
+    "dppl": "plan's ln DPPL more by",
+    "ppl": "plan's ln PPL more by",
+}
+
+
+def _validation_cells(row: ValidationRow, metrics: Sequence[str]) -> list[object]:
     size = [row.label, row.num_compressed, f"{row.share:.1%}", f"{row.bits_per_weight:.2f}"]
     if row.summary is None:
-        return [*size, *[None] * len(_METRIC_COLUMNS), row.failure]
-    return [*size, *_metric_cells(row.summary), _ahead(row.fdt_vs_plan)]
+        return [*size, *[None] * (len(_METRIC_COLUMNS) + len(metrics) - 1), row.failure]
+    ahead = [_ahead(row.vs_plan(metric), 2 if metric in ("fdt", "sdt") else 4) for metric in metrics]
+    return [*size, *_metric_cells(row.summary), *ahead]
 
 
 def _metric_cells(summary: Summary) -> list[float | None]:
     return [summary.fdt_mean, summary.sdt_mean, summary.dppl, summary.ppl, summary.kl]
 
 
-def _ahead(difference: PairedDifference | None) -> str:
+def _ahead(difference: PairedDifference | None, digits: int) -> str:
     if difference is None:
         return ""
-    if not difference.is_known:
-        return f"{difference.mean:+.2f} (too few prompts to say)"
-    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+    mean, low, high = (f"{v:+.{digits}f}" for v in (difference.mean, difference.low, difference.high))
+    return f"{mean} [{low}, {high}]" if difference.is_known else f"{mean} (too few prompts to say)"
 
 
 def overview_text(runs: Sequence[RunOverview]) -> str:

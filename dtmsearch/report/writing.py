@@ -18,7 +18,7 @@ from typing import Any
 
 from dtmsearch import __version__
 from dtmsearch.analysis.format import components, duration, number, plain
-from dtmsearch.analysis.summary import ValidationRow
+from dtmsearch.analysis.verdict import ValidationRow
 from dtmsearch.core.statistics import PairedDifference
 from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save, schemes_of
 from dtmsearch.report.extra import jinja2, vl_convert
@@ -177,22 +177,13 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     if facts.size_mb is not None and facts.dense_size_mb is not None:
         beside = f"{facts.dense_size_mb:.3g} MB in the base model"
         tiles.append((f"{facts.size_mb:.3g} MB", "of searched components", beside))
-    plan, rival = _plan_and_rival(summary.validation)
-    for metric in ("fdt", "sdt", "kl"):
+    plan, rival = (next((r for r in summary.validation if r.label == label), None) for label in ("plan", summary.rival))
+    for metric in dict.fromkeys((summary.rank_by, "fdt", "sdt", "kl")):
         value, other = _value(plan, metric), _value(rival, metric)
         if value is not None:
             beside = "" if other is None or rival is None else f"{plan_name(rival.label)}: {other:.3g}"
             tiles.append((f"{value:.3g}", f"{metric.upper()}, held out", beside))
     return tiles
-
-
-def _plan_and_rival(rows: Sequence[ValidationRow]) -> tuple[ValidationRow | None, ValidationRow | None]:
-    """The final plan, and the uniform plan that it is first held against: that of its size, if there is one."""
-    plan = next((row for row in rows if row.label == "plan"), None)
-    uniform = sorted(
-        (row for row in rows if row.label.startswith("uniform")), key=lambda row: "nearest" not in row.label
-    )
-    return plan, next(iter(uniform), None)
 
 
 def _value(row: ValidationRow | None, metric: str) -> float | None:

@@ -1,0 +1,263 @@
+"""What is said of a plan on held-out prompts: whether it can be used, how it does against the best uniform plan of at
+most its size, and whether it can be told from the base model's own noise.
+
+Pure: rows in, sentences out. Claims no more than the intervals bear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+from dtmsearch.core.metrics import HIGHER_IS_BETTER, Summary, rank_key
+from dtmsearch.core.statistics import PairedDifference
+
+PLAN, BASE = "plan", "base"
+# What the search came to, where a uniform plan did as well and is the plan instead.
+FOUND = "found"
+# Of earlier versions the second, which was the one nearest in size.
+_UNIFORM = ("uniform:", "uniform-nearest:")
+# A rival may store so much more than the plan.
+LARGER = 1.01
+# Unusable: a bit a token worse at human text, or another choice at more than half of the positions.
+_RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """A plan on the held-out prompts. The differences are the final plan minus this one, paired over prompts: in
+    tokens for fdt and sdt, in nats a token for kl and for perplexities (of their logarithms); None for the final plan
+    itself and where either was not measured."""
+
+    label: str
+    plan_id: str
+    num_compressed: int
+    bits_per_weight: float
+    share: float
+    summary: Summary | None
+    failure: str | None
+    fdt_vs_plan: PairedDifference | None = None
+    sdt_vs_plan: PairedDifference | None = None
+    kl_vs_plan: PairedDifference | None = None
+    dppl_vs_plan: PairedDifference | None = None
+    ppl_vs_plan: PairedDifference | None = None
+
+    def vs_plan(self, metric: str) -> PairedDifference | None:
+        found: PairedDifference | None = getattr(self, f"{metric}_vs_plan")
+        return found
+
+    @property
+    def uniform_scheme(self) -> str | None:
+        """The scheme of a uniform plan; None of any other."""
+        return next((self.label.removeprefix(p) for p in _UNIFORM if self.label.startswith(p)), None)
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far the base model is from itself on the held-out prompts: its single pass against its own cached generation,
+    with no position left out. A plan's values compare with it only where they leave none out either; `fdt_vs_base` and
+    `sdt_vs_base` are the plan minus the base model, paired over prompts (None where only masked values were kept)."""
+
+    fdt: float
+    sdt: float
+    plan_fdt: float | None = None
+    plan_sdt: float | None = None
+    fdt_vs_base: PairedDifference | None = None
+    sdt_vs_base: PairedDifference | None = None
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """How a metric is written: its value in a sentence, its differences."""
+
+    name: str
+    value: str
+    difference: str
+
+
+_SHOWN = {
+    "fdt": _Shown("FDT", "first diverges after {:.1f} tokens on average", "{:+.1f} tokens"),
+    "sdt": _Shown("SDT", "has an SDT of {:.2f} tokens a prompt", "{:+.2f} tokens"),
+    "kl": _Shown("KL", "has a KL of {:.4f} nats a token", "{:+.4f} nats a token"),
+    "dppl": _Shown("DPPL", "has a DPPL of {:.4f}", "{:+.4f} nats a token"),
+    "ppl": _Shown("PPL", "has a PPL of {:.4g}", "{:+.4f} nats a token"),
+}
+_DIGITS = {"fdt": "{:.1f}", "sdt": "{:.2f}", "kl": "{:.4f}", "dppl": "{:.4f}", "ppl": "{:.4g}"}
+
+
+def rival_of(rows: Sequence[ValidationRow], rank_by: str) -> ValidationRow | None:
+    """The best uniform plan in `rank_by` that stores at most the plan's bits and 1%; one that could not be measured
+    only where none could; None where there is none of that size."""
+    plan = next((row for row in rows if row.label == PLAN), None)
+    if plan is None:
+        return None
+    small = [
+        row for row in rows if row.uniform_scheme is not None and row.bits_per_weight <= LARGER * plan.bits_per_weight
+    ]
+    measured = [row for row in small if _value(row, rank_by) is not None]
+    if measured:
+        return min(measured, key=lambda row: _rank(row, rank_by))
+    return max(small, key=lambda row: row.bits_per_weight, default=None)
+
+
+def _value(row: ValidationRow, metric: str) -> float | None:
+    if row.summary is None:
+        return None
+    try:
+        return row.summary.value(metric)
+    except ValueError:
+        return None
+
+
+def _rank(row: ValidationRow, rank_by: str) -> tuple[float, ...]:
+    assert row.summary is not None
+    return rank_key(row.summary, rank_by)
+
+
+def unusable(row: ValidationRow, base: ValidationRow | None, continuation_tokens: int | None) -> str | None:
+    """Why a plan cannot be used at all, None where it may: it predicts human text worse than the base model by a bit a
+    token or more (its perplexity is at least twice as large), or it would choose another token at more than half of
+    the positions of the base model's own text."""
+    if row.summary is None:
+        return None
+    own, other = row.summary.ppl, None if base is None or base.summary is None else base.summary.ppl
+    if own is not None and other is not None and log(own) - log(other) >= _RUINED_NATS:
+        return f"PPL {own:.4g} against {other:.4g} of the base model"
+    if continuation_tokens and row.summary.sdt_mean > _RUINED_SHARE * continuation_tokens:
+        return f"it would choose otherwise at {row.summary.sdt_mean:.1f} of {continuation_tokens} positions"
+    return None
+
+
+def verdict(
+    rows: Sequence[ValidationRow],
+    rank_by: str = "fdt",
+    continuation_tokens: int | None = None,
+    rival: ValidationRow | None = None,
+) -> str:
+    """How the final plan does on held-out prompts, in the metric that the search ranked by, against the best uniform
+    plan of at most its size (`rival`, by default the best on these prompts); FDT beside it."""
+    plan = next((row for row in rows if row.label == PLAN), None)
+    if plan is None:
+        return "The plan was not measured on held-out prompts, so nothing is said of how good it is."
+    if plan.summary is None:
+        return f"The plan could not be measured on held-out prompts ({plan.failure})."
+    base = next((row for row in rows if row.label == BASE), None)
+    ruined = unusable(plan, base, continuation_tokens)
+    metric = rank_by if _value(plan, rank_by) is not None else "fdt"
+    said = [
+        *([] if ruined is None else [f"The plan is unusable ({ruined}, FDT {plan.summary.fdt_mean:.1f})."]),
+        _against(plan, rival or rival_of(rows, metric), metric, base, continuation_tokens),
+    ]
+    instead = next((row for row in rows if row.label == FOUND), None)
+    if instead is not None:
+        said.append(f"It is a uniform plan: what the search found did no better ({_figures(instead, metric)}).")
+    return " ".join(said)
+
+
+def _against(
+    plan: ValidationRow,
+    rival: ValidationRow | None,
+    metric: str,
+    base: ValidationRow | None,
+    continuation_tokens: int | None,
+) -> str:
+    assert plan.summary is not None
+    found = (
+        f"On {plan.summary.num_prompts} held-out prompts the plan ({plan.bits_per_weight:.2f} bits per weight) "
+        f"{_SHOWN[metric].value.format(_value(plan, metric))}"
+    )
+    fdt = "" if metric == "fdt" else f" (FDT {plan.summary.fdt_mean:.1f})"
+    if rival is None:
+        return (
+            f"{found}{fdt}; no uniform plan of at most its size was measured, so it is called neither better nor worse."
+        )
+    other = (
+        f"the best uniform plan of at most its size, {rival.uniform_scheme} ({rival.bits_per_weight:.2f} bits"
+        f"{', unusable' if unusable(rival, base, continuation_tokens) else ''})"
+    )
+    difference = rival.vs_plan(metric)
+    if rival.summary is None or difference is None:
+        reason = f" ({rival.failure})" if rival.failure else ""
+        return f"{found}{fdt}; {other}, could not be measured{reason}, so it is called neither better nor worse."
+    value = _DIGITS[metric].format(_value(rival, metric))
+    return (
+        f"{found}: {_comparison(difference, metric)} {other}, with {value} ({_interval(difference, metric)})"
+        f"{_beside(plan, rival, metric)}{_dissent(rival, metric)}."
+    )
+
+
+def _comparison(difference: PairedDifference, metric: str) -> str:
+    if not difference.is_known:
+        return "too few prompts to say whether it is better or worse than"
+    if not difference.excludes_zero:
+        return "not distinguishable from"
+    return "better than" if _is_better(difference, metric) else "worse than"
+
+
+def _is_better(difference: PairedDifference, metric: str) -> bool:
+    return (difference.mean > 0) == (metric in HIGHER_IS_BETTER)
+
+
+def _interval(d: PairedDifference, metric: str) -> str:
+    text = f"difference {_SHOWN[metric].difference.format(d.mean)}"
+    if not d.is_known:
+        return text
+    low, high = (_SHOWN[metric].difference.format(end).partition(" ")[0] for end in (d.low, d.high))
+    return f"{text}, {d.confidence:.0%} interval {low} to {high}"
+
+
+def _beside(plan: ValidationRow, rival: ValidationRow, metric: str) -> str:
+    """FDT, where another metric speaks first."""
+    difference = rival.vs_plan("fdt")
+    if metric == "fdt" or difference is None or plan.summary is None or rival.summary is None:
+        return ""
+    words = _comparison(difference, "fdt").replace("whether it is better or worse than", "of")
+    return (
+        f"; its FDT of {plan.summary.fdt_mean:.1f} is {words} {rival.summary.fdt_mean:.1f} "
+        f"({_interval(difference, 'fdt')})"
+    )
+
+
+def _dissent(rival: ValidationRow, metric: str) -> str:
+    """What else has to be said: metrics that are beside neither, and say the opposite of the first."""
+    first = rival.vs_plan(metric)
+    assert first is not None
+    opposite = []
+    for name in ("sdt", "kl"):
+        d = rival.vs_plan(name)
+        if name != metric and d is not None and d.excludes_zero and _is_better(d, name) != _is_better(first, metric):
+            number = _SHOWN[name].difference.format(d.mean).partition(" ")[0]
+            opposite.append(f"{_SHOWN[name].name} {'better' if _is_better(d, name) else 'worse'} ({number})")
+    return f", but its {' and '.join(opposite)}" if opposite else ""
+
+
+def _figures(row: ValidationRow, metric: str) -> str:
+    if row.summary is None:
+        return f"it could not be measured: {row.failure}"
+    value = _value(row, metric)
+    shown = "" if value is None or metric == "fdt" else f"{_SHOWN[metric].name} {_DIGITS[metric].format(value)}, "
+    return f"{row.bits_per_weight:.2f} bits per weight, {shown}first divergence after {row.summary.fdt_mean:.1f} tokens"
+
+
+def noise_sentence(noise: NoiseFloor) -> str:
+    """Whether the plan can be told from the base model's own noise, like for like."""
+    floor = (
+        f"the base model's single pass against its own cached generation has an SDT of {noise.sdt:.2f} and an FDT of "
+        f"{noise.fdt:.1f}"
+    )
+    difference = noise.sdt_vs_base
+    if noise.plan_sdt is None or noise.plan_fdt is None or difference is None:
+        return f"Noise: {floor}. The plan's values leave those positions out, so they do not compare with it."
+    if not difference.is_known:
+        words = "too few prompts to say whether it diverges more than that"
+    elif difference.low > 0.0:
+        words = "it diverges more than that"
+    elif difference.high < 0.0:
+        words = "it diverges less than that"
+    else:
+        words = "not distinguishable from that"
+    return (
+        f"Noise, with no position left out: {floor}; the plan {noise.plan_sdt:.2f} and {noise.plan_fdt:.1f}: {words} "
+        f"(SDT {_interval(difference, 'sdt').removeprefix('difference ')})."
+    )
