@@ -18,7 +18,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme, solved_scheme
 from dtmsearch.errors import UserError
-from dtmsearch.model.calibration.statistics import Gatherer, SharedHessian
+from dtmsearch.model.calibration.input_statistics import Gatherer, SharedHessian
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module, restored_weight
 from dtmsearch.model.compress.compressor import Fetch
 from dtmsearch.model.compress.gptq import inverse_factor, solve
