@@ -28,7 +28,6 @@ from overhead import evaluating_share
 from shapes import SHAPES, ShapedReplica
 
 import dtmsearch
-from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, PromptTokens, Reference, ReplicaSettings
@@ -87,8 +86,7 @@ def pool_of(shape: str, gpus: int) -> ReplicaPool:
     spec = ModelSpec(shape, dtype="bfloat16", compile="always" if gpus else "never")
     settings = PoolSettings(replicas=gpus or 1, gpus_per_replica=1.0 if gpus else None)
     # Random weights leave many choices at near ties, where compiled layers and a canary's eager ones part.
-    health = Health(token_share=0.5)
-    return ReplicaPool(spec, settings, click.echo, replica_class="shapes:ShapedReplica", health=health)
+    return ReplicaPool(spec, settings, click.echo, replica_class="shapes:ShapedReplica")
 
 
 def reference_in(pool: ReplicaPool, shape: str, count: int) -> Reference:

@@ -37,7 +37,7 @@ SECONDS_VARIABLE = "SCRIPTED_SECONDS"
 
 class Scripted:
     """`spec.path` holds its orders, separated by spaces: `seconds=S` an evaluation, `die-once=FOLDER`, `die-on=SCHEME`,
-    `bad-start=FOLDER` (the first to start fails), `liar=FOLDER` (the first to start has another model),
+    `bad-start=FOLDER` (the first to start fails), `liar=FOLDER` (the first to start has another model), `liars` (each),
     `hang-once=FOLDER` and `wrong-once=FOLDER` (of the replicas that have evaluated `after=N` requests the first stops
     answering, or returns wrong numbers from then on), `fast=FOLDER` (the first is fast), `wrong-on=SCHEME` (and so does
     each that evaluates it), `mistake` (a user's mistake at the start), `broken` (every start fails)."""
@@ -49,7 +49,7 @@ class Scripted:
             raise ValueError("no model at all")
         if "broken" in self._orders or self._first("bad-start"):
             raise OSError("the disk is on fire")
-        self._lies = self._first("liar")
+        self._lies = "liars" in self._orders or self._first("liar")
         self._wrong = False
         self._evaluated = 0
 

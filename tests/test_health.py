@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fakes import evaluate, toy_components
+from fakes import MODE, evaluate, toy_components
 
-from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample
-from dtmsearch.core.evaluation import EvalRequest
+from dtmsearch.cluster.health import Check, Health, Known, Pace, Record, Sample, tolerated_share
+from dtmsearch.core.evaluation import EvalRequest, Reference
 from dtmsearch.core.plan import Plan
 
 HEALTH = Health(first_seconds=1000.0, floor_seconds=1.0, factor=20.0)
 PLAN = Plan.of({toy_components()[0].name: "int4-g32"})
 REQUEST = EvalRequest(PLAN, "reference", (0, 8))
-CHECK = Check(PLAN, "reference", 4, continuation_tokens=100)
-DENSE = Check(Plan(), "reference", 4, continuation_tokens=100)
+CHECK = Check(PLAN, "reference", 4, continuation_tokens=100, tolerated=0.05)
+DENSE = Check(Plan(), "reference", 4, continuation_tokens=100, tolerated=0.05)
 
 
 def right(num_prompts: int = 4) -> Sample:
@@ -88,6 +88,36 @@ def test_a_canary_that_finds_something_else_is_a_fault(tokens: int, factor: floa
     assert fault is not None and "its canary is off by" in fault
 
 
+def reference(num_differing: int, size: tuple[int, int] = (256, 100)) -> Reference:
+    """One whose base model disagrees with itself on so many of its tokens."""
+    agrees = (np.arange(size[0] * size[1]) >= num_differing).reshape(size)
+    tokens = np.zeros(size, np.int32)
+    return Reference("reference", "toy", MODE, tokens, tokens, agrees, ())
+
+
+@pytest.mark.parametrize(("share", "tokens"), [(0.0, 1), (0.005, 11), (0.03, 39), (0.1, 107)])
+def test_what_is_tolerated_follows_the_models_own_disagreement(share: float, tokens: int) -> None:
+    tolerated = tolerated_share(reference(round(share * 25600)), 400)
+    assert int(tolerated * 400) == tokens
+
+
+def test_a_sound_replica_is_tolerated_as_often_as_three_standard_deviations_say() -> None:
+    draws = np.random.default_rng(0).binomial(400, 2 * 0.03, 10_000)
+    assert (draws / 400 > tolerated_share(reference(768), 400)).mean() < 0.002
+
+
+def test_one_token_more_of_a_short_canary_dismisses_nobody() -> None:
+    assert tolerated_share(reference(0), 12) >= 1 / 12
+
+
+def test_two_replicas_that_find_no_number_find_the_same() -> None:
+    assert Known(HEALTH).alike(DENSE, sample(dppl=float("nan")), sample(sdt=9, dppl=float("inf")))
+
+
+def test_a_number_and_none_are_not_the_same() -> None:
+    assert not Known(HEALTH).alike(DENSE, sample(dppl=float("nan")), sample())
+
+
 def test_what_two_replicas_contradict_is_not_held_against_a_third() -> None:
     plans = known()
     plans.fault(CHECK, sample(50, 3.0), None)
@@ -110,7 +140,7 @@ def test_a_perplexity_that_is_no_number_is_a_fault(dppl: float) -> None:
 
 def test_the_dense_canary_is_remembered_beyond_those_of_parents() -> None:
     record = Record()
-    for check in (DENSE, CHECK, Check(Plan.of({"other": "nf4"}), "reference", 4, 100)):
+    for check in (DENSE, CHECK, Check(Plan.of({"other": "nf4"}), "reference", 4, 100, 0.05)):
         record.keep(check, sample(), now=1.0, seconds=0.1)
     assert set(record.samples) == {DENSE.key, (Plan.of({"other": "nf4"}).id, "reference")}
 

@@ -130,6 +130,11 @@ def test_a_replica_with_another_model_is_dismissed_by_its_canary(tmp_path: Path)
     assert any("diverges on 100.0% of the reference" in note for note in notes)
 
 
+def test_two_replicas_that_start_with_the_same_other_model_end_the_search() -> None:
+    with pytest.raises(ReplicasFailed, match=r"find the same of the base model, .* diverges on 100\.0%"):
+        watched("liars", [])
+
+
 def watched(orders: str, notes: list[str], health: Health = Health()) -> tuple[list[Outcome], list[EvalRequest]]:
     """Requests against a reference that replicas have taken, so that canaries can be sent; and their outcomes."""
     with pool_of(f"{orders} seconds=0.01", notes, health=health) as pool:
@@ -171,7 +176,7 @@ def test_wrong_numbers_cost_no_request_an_attempt(deceived: Deceived) -> None:
 
 
 def test_a_search_whose_replicas_all_turn_wrong_ends_with_the_reason() -> None:
-    with pytest.raises(ReplicasFailed, match="replicas in a row returned wrong numbers"):
+    with pytest.raises(ReplicasFailed, match=r"find the same of the base model, .* its canary is off by 9\.0%"):
         watched("wrong-on=int4-g32", [])
 
 

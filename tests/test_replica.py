@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import DEMO_MODEL, llama_config, replica, result, values, with_reference, write_model
+from safetensors.torch import load_file, save_file
+from tiny import DEMO_MODEL, TEXT, llama_config, replica, result, values, with_reference, write_model
 
-from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Reference
+from dtmsearch.core.evaluation import (
+    EvalFailure,
+    EvalRequest,
+    EvalResult,
+    ModelSpec,
+    Outcome,
+    Reference,
+    ReplicaSettings,
+)
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.errors import UserError
 from dtmsearch.model.replica import replica as replica_module
 from dtmsearch.model.replica.replica import Replica
 
@@ -417,3 +427,22 @@ def test_timing_leaves_nothing_behind(folder: Path) -> None:
     before = values(model.evaluate([request])[0])
     model.measure_speed(4, 5, 5)
     assert (list(model._references), values(model.evaluate([request])[0])) == ([reference.id], before)
+
+
+def test_a_base_model_that_overflows_is_a_mistake_that_names_dtype_and_remedy(tmp_path: Path) -> None:
+    path = write_model(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 40_000  # activations pass 65504
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = Replica(ModelSpec(str(tmp_path), dtype="float16"), ReplicaSettings(num_threads=1))
+    prompts, _ = model.cut_prompts([TEXT], 4, 10, 12, 0)
+    with pytest.raises(UserError, match=r"not finite in float16, on 4 of 4 prompts\. .* model\.dtype: bfloat16"):
+        model.make_reference(prompts)
+
+
+def test_a_base_model_that_leaves_its_own_words_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dtmsearch.core.evaluation.LEAST_AGREEMENT", 1.5)
+    model = replica(folder)
+    prompts, _ = model.cut_prompts([TEXT], 4, 10, 12, 0)
+    with pytest.raises(UserError, match=r"float32 the base model chooses only 100\.0% .* model\.attention: eager"):
+        model.make_reference(prompts)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
-from dtmsearch.core.evaluation import METRICS_VERSION, EvalRequest
+from dtmsearch.core.evaluation import METRICS_VERSION, EvalRequest, Reference, check_agreement
 from dtmsearch.core.identity import identity
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
 
 PLAN = Plan.of({"layers.0.q": "int8-channel"})
 CALIBRATED = Plan.of({"layers.0.q": "gptq-int4-g128"})
@@ -47,3 +51,13 @@ def test_a_request_comes_out_of_another_process_as_it_went_in() -> None:
         request.changed,
         {"layers.0.q": "int8-channel"},
     )
+
+
+@pytest.mark.parametrize(("differing", "refused"), [(0, False), (10, False), (11, True), (100, True)])
+def test_a_base_model_must_agree_with_itself_on_nine_tokens_of_ten(differing: int, refused: bool) -> None:
+    agrees = (np.arange(100) >= differing).reshape(10, 10)
+    tokens = np.zeros((10, 20), np.int32)
+    reference = Reference("r", "m", NumericMode("bfloat16", "cpu", "sdpa"), tokens, tokens[:, :10], agrees, ())
+    remedy = r"in bfloat16 .* model\.dtype: float32"
+    with pytest.raises(UserError, match=remedy) if refused else nullcontext():
+        check_agreement(reference)

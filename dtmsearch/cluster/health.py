@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dtmsearch.core.evaluation import EvalRequest, EvalResult, FloatArray, IntArray
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, FloatArray, IntArray, Reference
 from dtmsearch.core.plan import Plan
 
 # Verified plans that are remembered: more than the candidates of a round, whose best are the next round's parents.
@@ -27,9 +27,9 @@ class Health:
 
     Numbers: a canary of `canary_part` of the prompts, at most `canary_prompts`, comes every `canary_seconds`, or more
     rarely where canaries would take more than `canary_share` of the time; and whenever results that a round waits for
-    would have to wait for one. On other batches near ties fall differently: up to `token_share` of the tokens and
-    `nats` on average may differ from what other replicas found. What the same replica found on the same batch it must
-    find again, up to `own_nats`.
+    would have to wait for one. On other batches near ties fall differently: what other replicas found may differ by
+    what the base model's own disagreement leads to expect (`tolerated_share`). What the same replica found on the same
+    batch it must find again, up to `own_nats`.
     """
 
     first_seconds: float = 3600.0
@@ -39,8 +39,6 @@ class Health:
     canary_part: float = 1 / 64
     canary_seconds: float = 10.0
     canary_share: float = 0.02
-    token_share: float = 0.05
-    nats: float = 0.05
     own_nats: float = 5e-3
 
     def num_canary_prompts(self, num_prompts: int) -> int:
@@ -49,6 +47,18 @@ class Health:
     def canary_interval(self, canary_seconds: float) -> float:
         """Seconds between canaries that take `canary_seconds` each."""
         return max(self.canary_seconds, canary_seconds / self.canary_share)
+
+
+def tolerated_share(reference: Reference, num_tokens: int) -> float:
+    """The share of `num_tokens` tokens on which two sound replicas of one mode may differ.
+
+    The base model's cached generation and its single pass differ in a share of the reference's tokens, which is what
+    rounding does to it. Two replicas differ from each other by no more than twice that, as each may from a third;
+    beyond it three standard deviations of such a number of tokens are allowed, and one token.
+    """
+    differing = (~reference.agrees).sum() + 0.5  # none of few is no proof that there are none
+    expected = 2.0 * num_tokens * differing / (reference.agrees.size + 1)
+    return float(min(1.0, (expected + 3.0 * np.sqrt(expected) + 1.0) / num_tokens))
 
 
 @dataclass
@@ -109,12 +119,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Check:
-    """A canary: `plan` on the first prompts of a reference."""
+    """A canary: `plan` on the first prompts of a reference. `tolerated` is the share of its tokens that may differ from
+    what another replica found, and the nats of DPPL, which rounding moves by a third as much."""
 
     plan: Plan
     reference_id: str
     num_prompts: int
     continuation_tokens: int
+    tolerated: float
 
     @property
     def key(self) -> tuple[str, str]:
@@ -155,11 +167,22 @@ class Known:
             expected = Sample(np.zeros_like(found.sdt), found.dppl)
         if expected is None:
             return None
-        share, nats = found.tokens_from(expected) / check.continuation_tokens, found.nats_from(expected)
-        if share > self._health.token_share or nats > self._health.nats:
+        if not self.alike(check, found, expected):
             self._samples.pop(check.key, None)
-            return f"its canary is off by {share:.1%} of the tokens and {nats:.3g} nats"
+            share = found.tokens_from(expected) / check.continuation_tokens
+            return (
+                f"its canary is off by {share:.1%} of the tokens and {found.nats_from(expected):.3g} nats, where "
+                f"{check.tolerated:.1%} may be rounding"
+            )
         return None
+
+    def alike(self, check: Check, found: Sample, other: Sample) -> bool:
+        """Whether two replicas found the same, up to rounding; two that found no number did."""
+        infinite, others = ~np.isfinite(found.dppl), ~np.isfinite(other.dppl)
+        if infinite.any() or others.any():
+            return bool((infinite == others).all())
+        share = found.tokens_from(other) / check.continuation_tokens
+        return share <= check.tolerated and found.nats_from(other) <= max(check.tolerated, self._health.own_nats)
 
 
 @dataclass

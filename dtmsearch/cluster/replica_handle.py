@@ -32,7 +32,8 @@ class Held:
 
 @dataclass(eq=False)
 class Member:
-    """A replica. `calls` by object reference, oldest first; `starting` is what it was last given to begin with."""
+    """A replica. `calls` by object reference, oldest first; `starting` is what it was last given to begin with,
+    `taking` the reference against which its base model is then held."""
 
     name: str
     actor: Any
@@ -41,6 +42,7 @@ class Member:
     node: str = ""
     parent_id: str | None = None
     ready: bool = False
+    taking: str = ""
     taking_since: float | None = None
     idle_since: float = 0.0
     references: set[str] = field(default_factory=set)

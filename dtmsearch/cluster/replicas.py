@@ -13,15 +13,14 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from dtmsearch.cluster.actor import give_back, start_host
-from dtmsearch.cluster.canaries import WrongNumbers
+from dtmsearch.cluster.canaries import WrongNumbers, not_the_replicas
+from dtmsearch.cluster.health import tolerated_share
 from dtmsearch.cluster.placement import Patience, Room, Share
 from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
 from dtmsearch.errors import ReplicasFailed, UserError
 
 _MAX_FAILED_STARTS = 3
-# A replica's first canary may diverge by near ties on other hardware; more than this share is a broken replica.
-_CANARY_LIMIT = 0.02
 
 
 class Crew:
@@ -49,6 +48,8 @@ class Crew:
         self._started = 0
         self._failed_starts = 0
         self._dismissed = 0
+        # By reference: the last replica whose base model diverged from it at the start, and on what share of tokens.
+        self._diverging: dict[str, tuple[str, float]] = {}
 
     @property
     def wanted(self) -> int:
@@ -151,9 +152,21 @@ class Crew:
     def _advance_start(self, member: Member, answer: tuple[str, int] | float) -> None:
         if isinstance(answer, tuple):
             member.node = f"{answer[0]}:{answer[1]}"
-        elif answer > _CANARY_LIMIT:
-            raise RayError(f"its dense model diverges on {answer:.1%} of the reference's tokens")
+        elif member.taking:
+            self._check_first(member, self.references[member.taking], answer)
         self._begin_or_take(member)
+
+    def _check_first(self, member: Member, reference: Reference, diverging: float) -> None:
+        """Raise what becomes of a replica whose base model diverges on too large a share of a reference's tokens."""
+        tolerated = tolerated_share(reference, reference.agrees.size)
+        if diverging <= tolerated:
+            return
+        fault = f"its base model diverges on {diverging:.1%} of the reference's tokens"
+        name, share = self._diverging.get(reference.id, (member.name, 0.0))
+        self._diverging[reference.id] = member.name, diverging
+        if name != member.name and abs(share - diverging) <= tolerated:
+            raise ReplicasFailed(not_the_replicas(name, member.name, fault))
+        raise RayError(f"{fault}, where {tolerated:.1%} may be rounding")
 
     def _begin_or_take(self, member: Member) -> None:
         """Let a replica begin, once it has every reference."""
@@ -161,11 +174,11 @@ class Crew:
         member.ready = not missing
         if missing:
             member.references |= missing
-            member.taking_since = time.monotonic()
+            member.taking, member.taking_since = min(missing), time.monotonic()
             member.starting = member.actor.take.remote(*(self._held_references[i] for i in sorted(missing)))
         else:
             self._failed_starts = 0
-            member.taking_since = None
+            member.taking, member.taking_since = "", None
             member.record.verified_at = time.monotonic()
 
     # Losing.

@@ -18,6 +18,7 @@ from dtmsearch.core.identity import canonical, identity, identity_of_text
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.windows import Supply
+from dtmsearch.errors import UserError
 
 # Raise it when the same plan and reference would yield other numbers.
 METRICS_VERSION = 1
@@ -110,10 +111,34 @@ class Reference:
         return int(self.text.shape[1]) - self.continuation_tokens
 
     @property
+    def disagreement(self) -> float:
+        """The share of the continuations' tokens that the base model itself does not choose again in a single pass."""
+        return float(1.0 - self.agrees.mean())
+
+    @property
     def base_agreement(self) -> IntArray:
         """[num_prompts]: first position where the base model leaves its own continuation, its length if nowhere."""
         first = np.where(self.agrees.all(axis=1), self.continuation_tokens, (~self.agrees).argmax(axis=1))
         return first.astype(np.int32)
+
+
+# Of a base model that agrees less with itself nothing is measured.
+LEAST_AGREEMENT = 0.9
+
+
+def check_agreement(reference: Reference) -> None:
+    """Raise `UserError` where the base model does not say the same twice, so that nothing can be told from others."""
+    agreement = 1.0 - reference.disagreement
+    if agreement >= LEAST_AGREEMENT:
+        return
+    mode = reference.mode
+    finer = "" if mode.dtype in ("float32", "float64") else " Set model.dtype: float32, which rounds less."
+    other = "" if mode.attention == "eager" else " model.attention: eager computes it in another way."
+    raise UserError(
+        f"in {mode.dtype} the base model chooses only {agreement:.1%} of the {reference.agrees.size} tokens of its own "
+        f"continuations again in a single pass, where {LEAST_AGREEMENT:.0%} are the least to measure others "
+        f"by.{finer}{other}"
+    )
 
 
 def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens) -> str:

@@ -14,7 +14,14 @@ from typing import NoReturn, cast
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
-from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest, PromptTokens, Reference, ReplicaSettings
+from dtmsearch.core.evaluation import (
+    EXTRA_METRICS,
+    EvalRequest,
+    PromptTokens,
+    Reference,
+    ReplicaSettings,
+    check_agreement,
+)
 from dtmsearch.core.plan import Plan
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.store import ResultStore, RunWriter
@@ -45,7 +52,9 @@ def reference_of(
     prompts, reference_id = cut
     for note in prompts.notes:
         on_note(note)
-    return results.reference(reference_id) or writer.put_reference(pool.make_reference(prompts))
+    reference = results.reference(reference_id) or writer.put_reference(pool.make_reference(prompts))
+    check_agreement(reference)  # of one that an earlier version recorded
+    return reference
 
 
 def recorded(results: ResultStore, reference_id: str | None) -> Cut | None:

@@ -35,6 +35,7 @@ from dtmsearch.core.evaluation import (
     ReplicaSettings,
     Speed,
     StatesKept,
+    check_agreement,
     first_changed_layer,
     reference_id,
 )
@@ -195,7 +196,10 @@ class Replica:
 
     @torch.inference_mode()
     def make_reference(self, prompts: PromptTokens) -> Reference:
-        """The base model's greedy continuations of `prompts`, and where its own single pass disagrees with them."""
+        """The base model's greedy continuations of `prompts`, and where its own single pass disagrees with them.
+
+        Raises `UserError` where its logits are not finite, or it agrees with itself too little to measure others by.
+        """
         self._to_base()
         continuation = self._batches.halving(lambda: self._continue(prompts))
         reference = Reference(
@@ -209,7 +213,23 @@ class Replica:
         )
         loaded = Loaded(reference)
         check = self._dense_divergence(loaded)
-        return Reference(**{**reference.__dict__, "agrees": ~check.diverged})
+        self._refuse_infinite(int((~np.isfinite(check.nll)).any(axis=1).sum()), reference.num_prompts)
+        made = replace(reference, agrees=~check.diverged)
+        check_agreement(made)
+        return made
+
+    def _refuse_infinite(self, num_infinite: int, num_prompts: int) -> None:
+        if not num_infinite:
+            return
+        remedy = {
+            "float16": "Its activations pass 65504, the most that float16 holds: try model.dtype: bfloat16, which has "
+            "the range of float32",
+            "float32": "The checkpoint itself may hold values that are no numbers",
+        }.get(self._spec.dtype, "Try model.dtype: float32")
+        raise UserError(
+            f"the base model {self._spec.path} gives logits that are not finite in {self._spec.dtype}, on "
+            f"{num_infinite} of {num_prompts} prompts. {remedy}"
+        )
 
     def _generating(self) -> AbstractContextManager[None]:
         """Layers as they were loaded: shapes change with every token, so compiled ones would compile for ever."""
