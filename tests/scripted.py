@@ -31,6 +31,7 @@ from dtmsearch.core.evaluation import (
     reference_id,
 )
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
 
 SECONDS_VARIABLE = "SCRIPTED_SECONDS"
 
@@ -46,7 +47,7 @@ class Scripted:
         self._orders = dict(order.partition("=")[::2] for order in spec.path.split())
         self._name, self._node = name, node
         if "mistake" in self._orders:
-            raise ValueError("no model at all")
+            raise UserError("no model at all")
         if "broken" in self._orders or self._first("bad-start"):
             raise OSError("the disk is on fire")
         self._lies = "liars" in self._orders or self._first("liar")

@@ -54,7 +54,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "core": {"numpy"},
-    "config": {"pydantic", "yaml", "pyarrow", "datasets"},
+    "config": {"pydantic", "yaml", "pyarrow", "datasets", "tokenizers"},
     "search": {"numpy"},
     "store": {"pyarrow", "numpy"},
     "analysis": {"pyarrow", "duckdb", "numpy"},

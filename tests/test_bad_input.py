@@ -18,6 +18,7 @@ import pytest
 from processes import PATIENCE_SECONDS, Ended, Rows, dtmsearch, remount, rows, tiny_search, tmpfs
 from safetensors.torch import load_file, save_file
 from tiny import replica, write_model
+from transformers import AutoTokenizer
 
 import dtmsearch as dtm
 from dtmsearch.cli import main
@@ -86,6 +87,13 @@ def damaged_configuration(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "lla')
 
 
+def word_without_embedding(folder: Path) -> None:
+    shutil.copytree(folder.parent / "model", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["return"])
+    tokenizer.save_pretrained(folder)
+
+
 # What is known before Ray starts.
 AT_ONCE_KNOWN = {
     "a key with a typo": Case(run(search__widht=3), 2, ("unknown key 'search.widht'", "did you mean 'search.width'?")),
@@ -95,6 +103,9 @@ AT_ONCE_KNOWN = {
     "a model that is not there": Case(run(model__path="./nowhere"), 2, ("no model at", "does not exist")),
     "a pickled model": Case(with_model(pickled_only), 2, ("pickled weights only (pytorch_model.bin)", "safetensors")),
     "a damaged config.json": Case(with_model(damaged_configuration), 2, ("has a config.json that is no JSON",)),
+    "a tokenizer larger than the embedding": Case(
+        with_model(word_without_embedding), 2, ("258 ('return')", "the model has 258 rows", "resize_token_embeddings")
+    ),
     "prompts that are not there": Case(run(prompts__files=["none.txt"]), 2, ("no prompt file 'none.txt'",)),
     "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version 1")),
     "a plan that is nothing": Case(evaluate("nothing"), 2, ("'nothing' is no file, no run of this store",)),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
 from dtmsearch.core.components import weight_files
+from dtmsearch.core.vocabulary import check_known
 from dtmsearch.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # A dataset is read for so many characters for each token wanted, in which most texts hold the windows; then twice as
 # far each time, where its rows are too short to.
@@ -23,6 +28,42 @@ def check_model(file: SearchFile) -> None:
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if folder.is_dir() or looks_local:
         weight_files(folder)
+
+
+def check_vocabulary(file: SearchFile) -> None:
+    """Raises `UserError` where a text has tokens that the model has no embedding for, before anything is loaded.
+
+    Texts are read only where the tokenizer can give such tokens at all, and lies here as `tokenizer.json`; of others,
+    and of datasets, a replica says it.
+    """
+    folder = file.resolve(file.model.path)
+    size = _vocabulary_size(folder)
+    if size is None or not (folder / "tokenizer.json").is_file():
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises no other; transformers may make something of it
+        log.debug("the tokenizer at %s is not looked at: %s", folder, error)
+        return
+    if max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) < size:
+        return
+    for section in (file.prompts, file.validation_prompts, file.calibration_text):
+        if section is not None and section.dataset is None:
+            for text in read_files(file, section.files):
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
+                check_known(ids, size, lambda unknown: [str(tokenizer.id_to_token(i)) for i in unknown])
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    """How many tokens the configuration of a model says that it knows; None where it says nothing."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = content.get("text_config", content).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 def check_readable(file: SearchFile) -> None:

@@ -36,6 +36,7 @@ def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
         )
     if where.address is None:
         texts.check_model(file)
+        texts.check_vocabulary(file)
     if where.in_process:
         from dtmsearch.model.replica.local_replicas import LocalReplicas
 
