@@ -14,6 +14,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.errors import ExportFailed
 from dtmsearch.model.replica.exported import measure
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.store.store import ResultStore
@@ -88,9 +89,14 @@ search: {{schemes: [int8-channel, int4-g16]}}
     return Measured(store, manifest, plan)
 
 
-def measure_here(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> dict[str, list[float]]:
-    """As `exporting.check.measure_apart`, in this process: quick, and as good where nothing else is tested."""
-    outcome = measure(spec, settings, reference)
+def measure_here(
+    spec: ModelSpec, settings: ReplicaSettings, reference: Reference, repacked: bool = False
+) -> dict[str, list[float]]:
+    """As `export_check.measure_apart`, in this process: quick, and as good where nothing else is tested."""
+    try:
+        outcome = measure(spec, settings, reference, repacked)
+    except (AssertionError, RuntimeError) as error:
+        raise ExportFailed(f"the folder cannot be loaded and measured: {type(error).__name__}: {error}") from error
     return {"fdt": outcome.fdt.tolist(), "sdt": outcome.sdt.tolist(), "dppl": outcome.dppl.tolist()}
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from exports import RUN, Measured, in_process, measured_plan
+from exports import RUN, Measured, in_process, measure_here, measured_plan
 from safetensors.torch import load_file
 from tiny import llama_config, write_model
 
@@ -17,7 +18,8 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import ExportFailed
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.exported import decompressed_model
-from dtmsearch.workflows.export import export
+from dtmsearch.workflows import export_check
+from dtmsearch.workflows.export import Exported, export
 
 LAYERS = "model.layers"
 MIXED = {
@@ -165,6 +167,48 @@ def test_bitsandbytes_modules_measure_as_recorded(tmp_path: Path, schemes: list[
     measured = measured_plan(write_model(tmp_path / "model", config), tmp_path / "store", plan, dtype)
     check = measured.export("bitsandbytes", tmp_path / "out").check
     assert check is not None and check.equal
+
+
+def exported_in_4_bits(tmp_path: Path, component: str) -> Exported:
+    plan = {f"{LAYERS}.1.{component}": "nf4"}
+    return measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan).export(
+        "bitsandbytes", tmp_path / "out"
+    )
+
+
+def card(tmp_path: Path) -> str:
+    return (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_4_bit_card_says_on_which_cpus_the_weights_are_packed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_check, "repacks_4bit", lambda: False)
+    exported_in_4_bits(tmp_path, "self_attn.q_proj")
+    assert "support_avx512bf16_for_cpu = False" in card(tmp_path)
+    assert "on the CPU of that machine" not in card(tmp_path)
+
+
+def test_a_cpu_that_packs_4_bit_weights_anew_is_measured_beside_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: Any) -> dict[str, list[float]]:
+        found = measure_here(*arguments[:3])
+        return {name: [value + 3 for value in values] for name, values in found.items()} if arguments[3:] else found
+
+    monkeypatch.setattr(export_check, "repacks_4bit", lambda: True)
+    monkeypatch.setattr(export_check, "measure_apart", measured)
+    check = exported_in_4_bits(tmp_path, "self_attn.q_proj").check
+    assert check is not None and check.equal and check.repacked is not None
+    assert (check.repacked.fdt, check.repacked.differing) == (check.fdt_recorded + 3, 6)
+    assert f"FDT {check.repacked.fdt:.4f} and SDT {check.repacked.sdt:.4f}; 6 of 6 prompts differ" in card(tmp_path)
+
+
+@pytest.mark.skipif(not export_check.repacks_4bit(), reason="needs a CPU with AVX512-BF16")
+def test_rows_that_cannot_be_packed_anew_are_said(tmp_path: Path) -> None:
+    check = exported_in_4_bits(tmp_path, "self_attn.k_proj").check
+    assert check is not None and check.equal and check.repacked is not None
+    assert "it does not run: N must be divisible" in card(tmp_path)
 
 
 def test_components_that_stay_dense_are_skipped_one_by_one(tmp_path: Path) -> None:

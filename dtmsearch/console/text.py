@@ -264,7 +264,12 @@ def exported_text(result: Exported) -> str:
         return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", "not measured")])
     verdict = "as recorded" if check.equal else f"{check.differing} prompts differ"
     figures = f"FDT {check.fdt_measured:.4f}, SDT {check.sdt_measured:.4f} on {check.num_prompts} prompts: {verdict}"
-    return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", figures)])
+    said = [*lines, *(_line("note", note) for note in result.notes), _line("check", figures)]
+    if check.repacked is not None:
+        other = check.repacked
+        figures = f"FDT {other.fdt:.4f}, SDT {other.sdt:.4f}: {other.differing} prompts differ"
+        said.append(_line("this CPU", f"{other.error or figures} when bitsandbytes packs the weights anew"))
+    return "\n".join(said)
 
 
 def exported_values(result: Exported) -> dict[str, Any]:

@@ -11,18 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
-from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.evaluation import FloatArray, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.errors import ExportFailed
 from dtmsearch.export.job import Job, Written
 from dtmsearch.export.writer import header_bytes
+from dtmsearch.model.compress.bitsandbytes_layers import repacks_4bit
 from dtmsearch.model.replica.exported import write_job
 from dtmsearch.workflows.export_source import Recorded, Source
 
 
 @dataclass(frozen=True)
+class Repacked:
+    """What this CPU makes of a folder of bitsandbytes' 4-bit weights when nobody keeps it from packing them anew (see
+    `repacks_4bit`): means over prompts, in tokens, and how many prompts differ from what is recorded. Or the `error` in
+    which it ends."""
+
+    fdt: float = float("nan")
+    sdt: float = float("nan")
+    differing: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class Check:
     """The exported folder, measured by a fresh process, beside what the store holds of the plan. Means over prompts, in
-    tokens; `differing` prompts have another FDT or SDT."""
+    tokens; `differing` prompts have another FDT or SDT. `repacked`: where this CPU changes the weights on their way."""
 
     run: str
     reference_id: str
@@ -32,6 +45,7 @@ class Check:
     sdt_recorded: float
     sdt_measured: float
     differing: int
+    repacked: Repacked | None = None
 
     @property
     def equal(self) -> bool:
@@ -51,8 +65,10 @@ def measured(folder: Path, found: Source, recorded: Recorded, batch_tokens: int)
     """The folder as a fresh process finds it, in the numeric mode of what is recorded."""
     spec = replace(found.spec, path=str(folder.absolute()), revision=None)
     spec = replace(spec, compile="always" if recorded.reference.mode.compiled else "never")
-    answer = measure_apart(spec, ReplicaSettings(batch_tokens=batch_tokens), recorded.reference)
+    settings = ReplicaSettings(batch_tokens=batch_tokens)
+    answer = measure_apart(spec, settings, recorded.reference)
     fdt, sdt = np.array(answer["fdt"]), np.array(answer["sdt"])
+    on_cpu = recorded.reference.mode.device == "cpu"
     return Check(
         run=recorded.run,
         reference_id=recorded.reference.id,
@@ -61,17 +77,40 @@ def measured(folder: Path, found: Source, recorded: Recorded, batch_tokens: int)
         fdt_measured=float(fdt.mean()),
         sdt_recorded=float(recorded.sdt.mean()),
         sdt_measured=float(sdt.mean()),
-        differing=int(((fdt != recorded.fdt) | (sdt != recorded.sdt)).sum()),
+        differing=_differing(fdt, sdt, recorded),
+        repacked=_repacked(spec, settings, recorded) if on_cpu and _in_4_bits(folder) and repacks_4bit() else None,
     )
 
 
-def measure_apart(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> dict[str, list[float]]:
-    """The folder at `spec.path` against a reference, by a fresh process: metric -> value of each prompt.
+def _differing(fdt: FloatArray, sdt: FloatArray, recorded: Recorded) -> int:
+    return int(((fdt != recorded.fdt) | (sdt != recorded.sdt)).sum())
+
+
+def _in_4_bits(folder: Path) -> bool:
+    """Whether a folder's weights are bitsandbytes' own of 4 bits."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("quantization_config", {}).get("load_in_4bit"))
+
+
+def _repacked(spec: ModelSpec, settings: ReplicaSettings, recorded: Recorded) -> Repacked:
+    try:
+        answer = measure_apart(spec, settings, recorded.reference, True)
+    except ExportFailed as error:
+        return Repacked(error=str(error).rpartition(": ")[2])
+    fdt, sdt = np.array(answer["fdt"]), np.array(answer["sdt"])
+    return Repacked(float(fdt.mean()), float(sdt.mean()), _differing(fdt, sdt, recorded))
+
+
+def measure_apart(
+    spec: ModelSpec, settings: ReplicaSettings, reference: Reference, repacked: bool = False
+) -> dict[str, list[float]]:
+    """The folder at `spec.path` against a reference, by a fresh process: metric -> value of each prompt. For `repacked`
+    see `dtmsearch.model.replica.exported.measure`.
 
     Raises `ExportFailed` when it cannot be loaded or measured.
     """
     with tempfile.TemporaryDirectory(prefix="dtmsearch-check-") as scratch:
-        job = write_job(Path(scratch), spec, settings, reference)
+        job = write_job(Path(scratch), spec, settings, reference, repacked)
         command = [sys.executable, "-m", "dtmsearch.model.replica.exported", str(job)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode != 0:

@@ -69,6 +69,7 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             "`AutoModelForCausalLM.from_pretrained`",
             f"recorded by the search: FDT {check.fdt_recorded:.4f} and SDT {check.sdt_recorded:.4f}; "
             f"{check.differing} prompts differ",
+            *_repacked_lines(check),
         ]
     parts = ["dtmsearch", "export", source, "--to", form.name, "--out", Path(result.folder).name, "--store", store]
     parts += ["--weights", found.weights_id] if found.weights_id else []
@@ -86,6 +87,19 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             version=dtmsearch.__version__,
         )
     )
+
+
+def _repacked_lines(check: Check) -> list[str]:
+    repacked = check.repacked
+    if repacked is None:
+        return []
+    where = "on the CPU of that machine, which has AVX512-BF16, where bitsandbytes packs 4-bit weights anew (see Notes)"
+    if repacked.error:
+        return [f"{where}, it does not run: {repacked.error}"]
+    return [
+        f"{where}: FDT {repacked.fdt:.4f} and SDT {repacked.sdt:.4f}; {repacked.differing} of {check.num_prompts} "
+        "prompts differ from what was recorded"
+    ]
 
 
 def _weights_notes(found: Source) -> list[str]:

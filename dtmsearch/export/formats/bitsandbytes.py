@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.bitsandbytes_layers import OUTLIER_THRESHOLD, compressed_module
 
 NAME = "bitsandbytes"
+_REPACKED = (
+    "What was measured multiplies with the scales of this file, as GPUs and most CPUs do. On CPUs with AVX512-BF16 "
+    "bitsandbytes packs 4-bit weights anew when they are first used: scales and inputs are rounded to bfloat16, and "
+    "layers whose rows are no multiple of 32 end in an error. To keep it from that, set `support_avx512bf16_for_cpu = "
+    "False` on every `Linear4bit` after loading"
+)
 
 
 def write_modules(job: Job, folder: Path) -> Written:
@@ -30,7 +37,9 @@ def write_modules(job: Job, folder: Path) -> Written:
         parts = _saved(job, component, weight)
         return parts, _extra_bits(job, component, parts)
 
-    return write_quantized(job, folder, parts_of, _quantization_config(job))
+    written = write_quantized(job, folder, parts_of, _quantization_config(job))
+    in_4_bits = any(scheme not in OUTLIER_THRESHOLD for _, scheme in job.plan.entries)
+    return replace(written, notes=(*written.notes, _REPACKED)) if in_4_bits else written
 
 
 def check_modules(job: Job) -> None:

@@ -55,7 +55,7 @@ def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
         quant_type=scheme.name,
         device="meta",
     )
-    # A repacked form for some processors takes only rows in multiples of 32 and rounds the scales again.
+    # See `repacks_4bit`: what is measured is what the file holds, which is what GPUs and other CPUs multiply with.
     module.support_avx512bf16_for_cpu = False
     module.weight = modules.Params4bit(
         weight.clone(),
@@ -65,6 +65,14 @@ def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
         compress_statistics=False,
     )
     return module
+
+
+def repacks_4bit() -> bool:
+    """Whether this CPU has AVX512-BF16, for which bitsandbytes packs 4-bit weights anew at their first use: scales are
+    rounded to bfloat16, inputs too, and rows that are no multiple of 32 end in an error."""
+    from bitsandbytes import functional
+
+    return bool(functional.has_avx512bf16())
 
 
 def runs_by_token(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,17 @@ from dtmsearch.model.weights.applied import Checkpoint
 
 
 class ServedReplica(Replica):
-    """A replica of a folder that nothing but `AutoModelForCausalLM` has had a hand in; it takes no plan."""
+    """A replica of a folder that nothing but `AutoModelForCausalLM` has had a hand in; it takes no plan. `repacked`:
+    also where bitsandbytes packs 4-bit weights anew."""
+
+    def __init__(self, spec: ModelSpec, settings: ReplicaSettings, repacked: bool = False) -> None:
+        self._repacked = repacked
+        super().__init__(spec, settings)
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         transformers_logging.disable_progress_bar()
         folder = Path(spec.path)
-        load = decompressed_model if _has_packed_zeros(folder) else _plain_model
+        load = decompressed_model if _has_packed_zeros(folder) else partial(_plain_model, self._repacked)
         model = load(folder, spec, self._device).eval().requires_grad_(False)
         with torch.no_grad():  # some weights are unpacked when the model first runs as a whole
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
@@ -46,14 +52,14 @@ class ServedReplica(Replica):
         return LoadedModel(model, load_tokenizer(folder, spec), nothing, Checkpoint(weight_files(folder)))
 
 
-def _plain_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
-    """As a user loads it; but on processors with AVX-512 in bfloat16, bitsandbytes is kept from rounding the scales of
-    its 4-bit weights once more, as the search kept it."""
+def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.device) -> Any:
+    """As a user loads it; but unless it shall be `repacked`, bitsandbytes is kept from rounding the scales of its 4-bit
+    weights once more, which it does on CPUs with AVX512-BF16, as the search kept it."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(device)
     )
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if hasattr(module, "support_avx512bf16_for_cpu") and not repacked:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that types know of
     return model
 
@@ -90,10 +96,11 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
     return model
 
 
-def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> EvalResult:
-    """The folder at `spec.path` against a reference of the base model. Raises `UserError` when it cannot be measured
+def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference, repacked: bool = False) -> EvalResult:
+    """The folder at `spec.path` against a reference of the base model; `repacked` as bitsandbytes has 4-bit weights on
+    this CPU without our doing. Raises `UserError` when it cannot be measured
     in the reference's numeric mode."""
-    replica = ServedReplica(spec, settings)
+    replica = ServedReplica(spec, settings, repacked)
     replica.use(reference)
     request = EvalRequest(Plan(), reference.id, (0, reference.num_prompts))
     outcome = replica.evaluate([request])[0]
@@ -102,7 +109,9 @@ def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference) ->
     return outcome
 
 
-def write_job(folder: Path, spec: ModelSpec, settings: ReplicaSettings, reference: Reference) -> Path:
+def write_job(
+    folder: Path, spec: ModelSpec, settings: ReplicaSettings, reference: Reference, repacked: bool = False
+) -> Path:
     """A job for this module's process, its files in `folder`."""
     arrays = folder / "reference.npz"
     np.savez(arrays, text=reference.text, continuation=reference.continuation, agrees=reference.agrees)
@@ -110,6 +119,7 @@ def write_job(folder: Path, spec: ModelSpec, settings: ReplicaSettings, referenc
     values = {
         "spec": asdict(spec),
         "settings": asdict(settings),
+        "repacked": repacked,
         "arrays": str(arrays),
         "reference": {"id": reference.id, "manifest_id": reference.manifest_id},
         "mode": asdict(reference.mode),
@@ -119,11 +129,11 @@ def write_job(folder: Path, spec: ModelSpec, settings: ReplicaSettings, referenc
     return job
 
 
-def _read_job(job: Mapping[str, Any]) -> tuple[ModelSpec, ReplicaSettings, Reference]:
+def _read_job(job: Mapping[str, Any]) -> tuple[ModelSpec, ReplicaSettings, Reference, bool]:
     with np.load(job["arrays"]) as arrays:
         mode, suppressed = NumericMode(**job["mode"]), tuple(job["suppressed"])
         reference = Reference(**job["reference"], mode=mode, **dict(arrays), suppressed=suppressed)
-    return ModelSpec(**job["spec"]), ReplicaSettings(**job["settings"]), reference
+    return ModelSpec(**job["spec"]), ReplicaSettings(**job["settings"]), reference, job["repacked"]
 
 
 def main(path: str) -> None:
