@@ -200,7 +200,7 @@ def test_a_cpu_that_packs_4_bit_weights_anew_is_measured_beside_what_is_recorded
     monkeypatch.setattr(export_check, "measure_apart", measured)
     check = exported_in_4_bits(tmp_path, "self_attn.q_proj").check
     assert check is not None and check.equal and check.repacked is not None
-    assert (check.repacked.fdt, check.repacked.differing) == (check.fdt_recorded + 3, 6)
+    assert (check.repacked.fdt, check.repacked.differing) == (pytest.approx(check.fdt_recorded + 3), 6)
     assert f"FDT {check.repacked.fdt:.4f} and SDT {check.repacked.sdt:.4f}; 6 of 6 prompts differ" in card(tmp_path)
 
 
