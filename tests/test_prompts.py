@@ -87,7 +87,7 @@ def test_what_others_leave_may_be_too_little() -> None:
     text = [numbers(0, 1000)]
     search = cut_prompts(text, Words(), 4, 120, 80, 0)
     with pytest.raises(TooLittleText, match=r"validation.count asks for 2 .* holds 1 of that length beside .*\(800 of"):
-        cut_prompts(text, Words(), 2, 120, 80, 0, None, [search.tokens], "validation")
+        cut_prompts(text, Words(), 2, 120, 80, 0, None, [search.tokens], "validation.count")
 
 
 def test_one_document_many_times_is_counted() -> None:

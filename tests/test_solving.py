@@ -38,6 +38,7 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.loop import Strategy
+from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.solver.neighbours import promising
 from dtmsearch.search.solver.posterior import Belief, Spread
@@ -290,6 +291,16 @@ def test_the_smallest_plan_that_keeps_an_fdt_is_found(min_fdt: float) -> None:
     least = min(space.size(p).stored_bits for p in smaller)
     assert fdt_of(plan) >= min_fdt
     assert space.size(plan).stored_bits <= 1.06 * least
+
+
+def test_plans_above_the_smallest_are_larger_and_larger() -> None:
+    space = space_with(Budget())
+    auto = minimal(space, 60.0)
+    best = run_search(auto, FakeEvaluator(additive))
+    ladder = ladder_of(auto)
+    sizes = [space.size(plan).stored_bits for plan in ladder]
+    assert (ladder[-1], sizes) == (best, sorted(sizes, reverse=True))
+    assert sizes[0] > 1.5 * sizes[-1]
 
 
 def test_a_budget_ends_the_search_for_a_smaller_plan() -> None:

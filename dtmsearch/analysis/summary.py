@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dtmsearch.analysis.kept_fdt import KeptFdt, kept_fdt
 from dtmsearch.analysis.verdict import (
     FOUND,
     PLAN,
@@ -56,8 +57,8 @@ class RunSummary:
     up to its last decision, None before the first. `verdict` says how the plan does on held-out prompts, in the metric
     that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size.
     `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
-    from and how many repeat a text, None where the
-    run's version did not record it.
+    from and how many repeat a text, None where the run's version did not record it; `min_fdt` what was asked and found
+    of an FDT to be kept.
     """
 
     run: str
@@ -85,6 +86,7 @@ class RunSummary:
     verdict: str
     search_text: str | None = None
     held_out_text: str | None = None
+    min_fdt: KeptFdt | None = None
     already_complete: bool = False
     missing: tuple[str, ...] = ()
     rank_by: str = "fdt"
@@ -165,6 +167,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         rank_by=rank_by,
         rival=None if rival is None else rival.label,
         noise=noise,
+        min_fdt=kept_fdt(store, record, plan_row.summary.fdt_mean if plan_row and plan_row.summary else None),
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import PrivateAttr, ValidationError
+from pydantic import PrivateAttr, ValidationError, model_validator
 
 from dtmsearch.config.reading import explain, flatten, override_key, read_yaml
 from dtmsearch.config.sections import (
@@ -65,6 +65,16 @@ class SearchFile(Section):
     # The folder that relative paths start from: part of where the file lies, not of what the search is.
     _folder: Path = PrivateAttr(default_factory=Path)
 
+    @model_validator(mode="after")
+    def _fdt_within_the_continuation(self) -> SearchFile:
+        wanted, most = self.search.stop.min_fdt, self.prompts.continuation_tokens
+        if wanted is not None and wanted >= most:
+            raise ValueError(
+                f"search.stop.min_fdt is {wanted:g}, but an FDT is at most prompts.continuation_tokens, {most}, which "
+                "nothing but the unquantized model is shown to keep: ask for less, or for longer continuations"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         return self._folder
@@ -82,6 +92,14 @@ class SearchFile(Section):
         elif self.validation.files:
             values["dataset"] = None
         return PromptsSection.model_validate(values)
+
+    @property
+    def min_fdt_prompts(self) -> PromptsSection | None:
+        """The prompts on which `min_fdt` is shown to be kept; None where the file asks for none."""
+        stop = self.search.stop
+        if stop.min_fdt is None:
+            return None
+        return self.prompts.model_copy(update={"count": stop.min_fdt_prompts or max(self.prompts.count, 8)})
 
     @property
     def calibration_text(self) -> PromptsSection:

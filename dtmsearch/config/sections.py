@@ -111,6 +111,10 @@ class ComponentsSection(Section):
     """Patterns of those left out."""
 
 
+# Strategies that do not ask how much of the FDT a plan keeps.
+_KEEP_TO_SIZES = ("probe", "knapsack", "spdy", "evolution", "local", "sparsity")
+
+
 class StopSection(Section):
     """A search ends at the first rule that is met."""
 
@@ -125,7 +129,13 @@ class StopSection(Section):
     size_mb: float | None = Field(default=None, gt=0)
     """The plan's stored size is at most this many megabytes (10^6 bytes)."""
     min_fdt: float | None = Field(default=None, ge=0)
-    """The smallest plan whose mean FDT is at least this many tokens."""
+    """The smallest plan whose mean FDT is shown to be at least this many tokens, on prompts that the search did not
+    see."""
+    min_fdt_confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """With what confidence min_fdt is kept: so seldom does a plan that falls below it count as keeping it."""
+    min_fdt_prompts: int | None = Field(default=None, ge=8)
+    """On how many prompts of its own min_fdt is shown to be kept, cut from what is left of the prompts' text, else of
+    the validation's; as many as prompts.count where it is not set."""
     seconds: float | None = Field(default=None, gt=0)
     """The search has taken this long."""
 
@@ -340,7 +350,7 @@ class SearchSection(Section):
 
     @model_validator(mode="after")
     def _can_keep_fdt(self) -> SearchSection:
-        if self.stop.min_fdt is not None and self.strategy in ("knapsack", "spdy", "evolution", "local"):
+        if self.stop.min_fdt is not None and self.strategy in _KEEP_TO_SIZES:
             raise ValueError(f"stop.min_fdt: {self.strategy} keeps to sizes only; auto, greedy, beam can keep an FDT")
         return self
 

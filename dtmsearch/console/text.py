@@ -68,6 +68,7 @@ def run_text(summary: RunSummary) -> str:
             _line("last step", f"{step.step}: {step.perturbation or 'chosen as a whole'}, score {step.score:.4g}")
         )
     lines += _plan_lines(summary)
+    lines += [_line("min_fdt", str(summary.min_fdt))] if summary.min_fdt else []
     if summary.validation:
         lines += ["", "On held-out prompts:", validation_table(summary.validation, summary.rank_by)]
     return "\n".join([*lines, "", summary.verdict])

@@ -93,9 +93,10 @@ class RunRecord:
     """A search as a whole. `config` is the search file's YAML, and `config_folder` where its latest driver had it;
     `continue_command` is what continues a search that was submitted, where it was submitted. `search_text` and
     `held_out_text` say where its prompts come from, as they were cut. `choice_reference_id` names held-out prompts by
-    which the final plan was chosen, and `validation_reference_id` those that it is reported on. Times in seconds since
-    the epoch. `num_evaluations`, `num_plan_rows` and `num_steps` are the rows that it had recorded when it finished;
-    None before, and where an older version wrote it."""
+    which the final plan was chosen, `validation_reference_id` those that it is reported on, `min_fdt_reference_id`
+    those by which it was shown to keep `stop.min_fdt`. Times in seconds since the epoch. `num_evaluations`,
+    `num_plan_rows` and `num_steps` are the rows that it had recorded when it finished; None before, and where an older
+    version wrote it."""
 
     run: str
     status: RunStatus
@@ -116,3 +117,4 @@ class RunRecord:
     search_text: str | None = None
     held_out_text: str | None = None
     choice_reference_id: str | None = None
+    min_fdt_reference_id: str | None = None

@@ -138,6 +138,17 @@ def mean_intervals(
     return end(-1.0, limits[0]), end(1.0, limits[1])
 
 
+def lower_bound(values: NDArray[np.generic], limit: float, confidence: float, seed: int = 0) -> float:
+    """What the mean that `values` [num_values] were drawn around is at least, at this confidence, where none can be
+    below `limit`: the lower quantile of the mean of the values and one more at the limit, under spacings
+    (Learned-Miller and Thomas, arXiv 1905.06208). So it stays below the values' own mean however equal they are: by the
+    rule of three.
+    """
+    weights = _spacings(seed, len(values), min(_RESAMPLES, max(_MOST_WEIGHTS // (len(values) + 1), _FEWEST_RESAMPLES)))
+    means = weights @ np.append(np.asarray(values, np.float32), np.float32(limit))
+    return float(np.quantile(means, 1.0 - confidence))
+
+
 @lru_cache(maxsize=8)
 def _spacings(seed: int, num_values: int, resamples: int) -> NDArray[np.float32]:
     """Spacings of `num_values` uniform order statistics [resamples, num_values + 1]: each row positive, its sum 1.

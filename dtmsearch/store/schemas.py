@@ -40,6 +40,7 @@ RUNS = _schema(
         ("search_text", pa.string()),
         ("held_out_text", pa.string()),
         ("choice_reference_id", pa.string()),
+        ("min_fdt_reference_id", pa.string()),
     ],
 )
 COMPONENTS = _schema(

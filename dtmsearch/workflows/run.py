@@ -26,6 +26,7 @@ from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
 from dtmsearch.errors import ClusterLost, RecoveryDiverged, SearchStopped, StoreError, StoreFull, UserError
 from dtmsearch.logs import naming
 from dtmsearch.search.loop import Decision, Observer, Silent, Strategy, remarks_of, search
+from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
 from dtmsearch.search.strategies.strategy_registry import NEED_ERRORS
@@ -33,10 +34,11 @@ from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
+from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
 from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of
-from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_search, described, halves
+from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_min_fdt, cut_search, described, halves
 from dtmsearch.workflows.validate import Validation, can_give_way
 
 __all__ = [
@@ -195,13 +197,16 @@ class _Session:
         self._writer.put_components(manifest, space.components)
         self._save(manifest_id=manifest.id)
         calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
-        search, held_out = self._cut(pool, calibrating)
+        search, held_out, own = self._cut(pool, calibrating)
         reference = reference_of(pool, self._results, self._writer, search, self._observer.on_note)
         self._save(reference_id=reference.id)
         pool.use(reference)
         if any(".experts." in component.name for component in space.components):
             self._observer.on_note(rare_experts(pool.routed_tokens(reference.id)))
-        plan, remarks = self._search(pool, space, reference, calibrating)
+        plan, remarks, ladder = self._search(pool, space, reference, calibrating)
+        if own is not None and ladder:
+            kept = self._keep_fdt(pool, ladder, own, calibrating)
+            plan, remarks = kept.plan, [*remarks, kept.said]
         if plan is not None:
             self._writer.put_plan(plan)
         self._save(final_plan_id=None if plan is None else plan.id, message="; ".join(remarks) or None)
@@ -209,28 +214,44 @@ class _Session:
             self._validate(pool, space, plan, held_out, calibrating)
         self._save(status="finished", finished_at=time.time())
 
-    def _cut(self, pool: ReplicaPool, calibrating: Calibrating) -> tuple[Cut, Cut | None]:
-        """The search's prompts and the held-out ones, if the file has any; as the run began with, where it has. All are
-        cut before anything is measured: where a text does not hold enough, that is said now."""
+    def _cut(self, pool: ReplicaPool, calibrating: Calibrating) -> tuple[Cut, Cut | None, Cut | None]:
+        """The search's prompts, the held-out ones, if the file has any, and those by which `min_fdt` is kept, if it is;
+        as the run began with, where it has. All are cut before anything is measured: where a text does not hold
+        enough, that is said now."""
         file, record = self._file, self._record
         began_with = recorded(self._results, record.reference_id)
         search = began_with or cut_search(file, pool.cut_prompts)
         said = {"search_text": record.search_text if began_with else described(file.prompts, search[0])}
         held_out = recorded(self._results, record.validation_reference_id)
+        own = recorded(self._results, record.min_fdt_reference_id)
+        others = [search[0].tokens, *calibrating.rows_of_its_own]
         if file.validation_prompts is not None and held_out is None:
-            others = [search[0].tokens, *calibrating.rows_of_its_own]
-            held_out = cut_held_out(file, pool.cut_prompts, others)
+            read = others if own is None else [*others, own[0].tokens]
+            held_out = cut_held_out(file, pool.cut_prompts, read)
             said["held_out_text"] = described(file.validation_prompts, held_out[0])
+        if file.min_fdt_prompts is not None and own is None:
+            own = cut_min_fdt(file, pool.cut_prompts, others if held_out is None else [*others, held_out[0].tokens])
         self._save(**said)
         for whose, text in (("the search's", self._record.search_text), ("held-out", self._record.held_out_text)):
             if text is not None:
                 self._observer.on_note(f"{whose} prompts: {text}")
-        return search, held_out
+        return search, held_out, own
+
+    def _keep_fdt(self, pool: ReplicaPool, ladder: Sequence[Plan], own: Cut, calibrating: Calibrating) -> KeptPlan:
+        """The smallest plan of the search that is shown to keep `min_fdt`."""
+        reference = reference_of(pool, self._results, self._writer, own, self._observer.on_note)
+        self._save(min_fdt_reference_id=reference.id)
+        pool.use(reference)
+        stop_requested = self._stop_requested
+        kept = keep_fdt(self._file, ladder, reference, pool, self._writer, calibrating, stop_requested)
+        self._observer.on_note(kept.said)
+        return kept
 
     def _search(
         self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
-    ) -> tuple[Plan | None, Sequence[str]]:
-        """The plan that the search comes to, and what its strategy has to say of it."""
+    ) -> tuple[Plan | None, Sequence[str], Sequence[Plan]]:
+        """The plan that the search comes to, what its strategy has to say of it, and the less compressed plans on the
+        way there."""
         strategy = self._strategy(pool, space, reference, calibrating)
         limit_seconds = self._file.search.stop.seconds
         cost_of = partial(evaluation_cost, manifest=pool.manifest())
@@ -238,7 +259,7 @@ class _Session:
         plan = search(strategy, pool, self._writer, observer, self._stop_requested, limit_seconds, cost_of=cost_of)
         if isinstance(strategy, Sparsity):
             self._milestones = strategy.milestones
-        return plan, remarks_of(strategy)
+        return plan, remarks_of(strategy), ladder_of(strategy)
 
     def _strategy(
         self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
@@ -280,7 +301,9 @@ class _Session:
         calibrating: Calibrating,
     ) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
-        choice, reference = self._held_out_references(pool, held_out, can_give_way(space, plan, self._milestones))
+        # What is shown to keep an FDT gives way to nothing that is not.
+        is_chosen = self._file.search.stop.min_fdt is None and can_give_way(space, plan, self._milestones)
+        choice, reference = self._held_out_references(pool, held_out, is_chosen)
         validation = Validation(
             self._file, space, choice, reference, pool, self._writer, self._observer, self._milestones
         )

@@ -18,6 +18,7 @@ from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.windows import TooLittleText, num_repeats
 
 T = TypeVar("T")
+_MIN_FDT_KEY = "search.stop.min_fdt_prompts"
 # `Replica.cut_prompts` of any replica: prompts, and the id that their reference has or will have.
 Cut = tuple[PromptTokens, str]
 CutPrompts = Callable[..., Cut]
@@ -45,7 +46,21 @@ def cut_held_out(file: SearchFile, cut_prompts: CutPrompts, others: Sequence[Int
     calibration's. Raises `TooLittleText`."""
     section = file.validation_prompts
     assert section is not None
-    return _prompts(file, section, cut_prompts, tuple(others), "validation")
+    return _prompts(file, section, cut_prompts, tuple(others), "validation.count")
+
+
+def cut_min_fdt(file: SearchFile, cut_prompts: CutPrompts, others: Sequence[IntArray]) -> Cut:
+    """The prompts on which `stop.min_fdt` is shown to be kept: from the search's text or, where that does not hold
+    enough beside `others`, from the held-out text. Raises `TooLittleText`."""
+    section, held_out = file.min_fdt_prompts, file.validation_prompts
+    assert section is not None
+    try:
+        return _prompts(file, section, cut_prompts, tuple(others), _MIN_FDT_KEY)
+    except TooLittleText:
+        if held_out is None:
+            raise
+    lengths = {name: getattr(section, name) for name in ("count", "prompt_tokens", "continuation_tokens", "seed")}
+    return _prompts(file, held_out.model_copy(update=lengths), cut_prompts, tuple(others), _MIN_FDT_KEY)
 
 
 def cut_calibration(file: SearchFile, cutting: Callable[[list[str], int, int, int], Calibration]) -> Calibration:
@@ -98,11 +113,19 @@ def text_lines(file: SearchFile) -> list[str]:
 
     search, _ = cut_search(file, cut_prompts)
     lines = [f"the search's prompts: {described(file.prompts, search)}"]
+    others = [search.tokens]
+    if file.calibration is not None:
+        others.append(cut_calibration(file, calibration).tokens)
     if file.validation_prompts is None:
-        return [*lines, "held-out prompts: none, since there is no section validation"]
-    others = [] if file.calibration is None else [cut_calibration(file, calibration).tokens]
-    held_out, _ = cut_held_out(file, cut_prompts, [search.tokens, *others])
-    return [*lines, f"held-out prompts: {described(file.validation_prompts, held_out)}"]
+        lines.append("held-out prompts: none, since there is no section validation")
+    else:
+        held_out, _ = cut_held_out(file, cut_prompts, others)
+        others.append(held_out.tokens)
+        lines.append(f"held-out prompts: {described(file.validation_prompts, held_out)}")
+    if file.min_fdt_prompts is not None:
+        prompts, _ = cut_min_fdt(file, cut_prompts, others)
+        lines.append(f"min_fdt is shown to be kept on {len(prompts.tokens)} prompts of its own")
+    return lines
 
 
 def _limits(folder: Path) -> tuple[int | None, int | None]:

@@ -36,15 +36,15 @@ def cut_prompts(
     seed: int,
     vocabulary_size: int | None = None,
     apart_from: Sequence[IntArray] = (),
-    section: str = "prompts",
+    key: str = "prompts.count",
 ) -> PromptTokens:
     """`count` windows of prompt_tokens + continuation_tokens tokens; see `cut_windows`. Raises `TooLittleText`, which
-    names the search file's `section`."""
+    names the search file's `key`."""
     length = prompt_tokens + continuation_tokens
     windows = cut_windows(texts, tokenizer, count, length, seed, vocabulary_size, apart_from)
     if len(windows.tokens) < count:
         raise TooLittleText(
-            f"{section}.count asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
+            f"{key} asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
             f"holds {len(windows.tokens)} of that length{_beside_others(windows.supply)}: give more text, or a smaller "
             "count, prompt_tokens or continuation_tokens"
         )
@@ -54,7 +54,7 @@ def cut_prompts(
 def _beside_others(supply: Supply) -> str:
     if not supply.num_taken:
         return ""
-    return f" beside what search and calibration read ({supply.num_taken:,} of its {supply.num_tokens:,} tokens)"
+    return f" beside what other windows hold ({supply.num_taken:,} of its {supply.num_tokens:,} tokens)"
 
 
 def cut_calibration(
@@ -85,7 +85,7 @@ class Cutter:
         continuation_tokens: int,
         seed: int,
         apart_from: Sequence[IntArray] = (),
-        section: str = "prompts",
+        key: str = "prompts.count",
     ) -> PromptTokens:
         """See `cut_prompts`. Raises `UserError` for prompts that are longer than the model reads."""
         length = prompt_tokens + continuation_tokens
@@ -94,7 +94,7 @@ class Cutter:
                 f"prompt_tokens + continuation_tokens is {length}, but {self._path} reads {self._context} at most"
             )
         settings = count, prompt_tokens, continuation_tokens, seed, self._num_embeddings
-        return cut_prompts(texts, self._tokenizer, *settings, apart_from, section)
+        return cut_prompts(texts, self._tokenizer, *settings, apart_from, key)
 
     def calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> IntArray:
         """See `cut_calibration`. Raises `UserError` for rows that are longer than the model reads."""

@@ -183,11 +183,11 @@ class Replica:
         continuation_tokens: int,
         seed: int,
         apart_from: Sequence[IntArray] = (),
-        section: str = "prompts",
+        key: str = "prompts.count",
     ) -> tuple[PromptTokens, str]:
         """Prompts of `texts` (see `prompts.py`), and the id that their reference has or will have."""
         lengths = count, prompt_tokens, continuation_tokens, seed
-        prompts = self._cutter.prompts(texts, *lengths, apart_from, section)
+        prompts = self._cutter.prompts(texts, *lengths, apart_from, key)
         return prompts, self.reference_id(prompts)
 
     def reference_id(self, prompts: PromptTokens) -> str:

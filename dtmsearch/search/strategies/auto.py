@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.core.plan import Budget
+from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import WeightErrors, expected_fdt, family_of, predicted, probings, unit_errors
 from dtmsearch.search.solver.neighbours import moved, promising
@@ -36,6 +36,8 @@ Floats = NDArray[np.float64]
 _SPREAD = Spread(common=0.5, family=0.15, option=0.2, interaction=0.15)
 # Sizes are told apart down to this part of them.
 _SIZE_STEP = 0.005
+# Plans above the smallest that keeps `min_fdt` are larger by this part of it, by twice as much, and so on.
+_LADDER_STEP = 0.01
 # Divergent tokens over the square root of KL where nothing was measured yet; the search's own measurements decide.
 _DIVERGENT_SHARE = 0.28
 # Of how many units one is moved alone: in the first round, and later.
@@ -84,6 +86,7 @@ class Auto(Solver):
     ) -> None:
         super().__init__(space, request_for, rank_by, seed)
         self._min_fdt, self._length = min_fdt, continuation_tokens
+        self._smallest_found: tuple[Sequence[Floats], Options] | None = None
         if min_fdt is not None:
             self._best = None  # nothing is known to keep it
         self._effort = effort
@@ -140,6 +143,7 @@ class Auto(Solver):
             (answer,) = yield from self._measured([asked], self._first(self.num_prompts))
             if -mean_loss(answer, "fdt") >= min_fdt:
                 self._lead(asked, answer)
+                self._smallest_found = tables, asked
                 return
         least = sum(int(bits[np.isfinite(t)].min()) for bits, t in zip(self._choices.bits, tables, strict=True))
         most = sum(int(bits[0]) for bits in self._choices.bits)
@@ -153,11 +157,25 @@ class Auto(Solver):
             if -mean_loss(answer, "fdt") >= min_fdt:
                 most = self._choices.cost(self._choices.bits, found.options)
                 self._lead(found.options, answer)
+                self._smallest_found = tables, found.options
             else:
                 fails = size
             size = max((most + fails) // 2, least)
             if size <= fails:
                 return
+
+    def ladder(self) -> list[Plan]:
+        """The smallest plan that keeps `min_fdt` and, from the largest on, plans of more bits than that by what the
+        search believes: see `dtmsearch.search.min_fdt`."""
+        if self._smallest_found is None:
+            return [decision.plan for decision in self.decisions[-1:]]
+        tables, smallest = self._smallest_found
+        least, most = (self._choices.cost(self._choices.bits, o) for o in (smallest, (0,) * len(smallest)))
+        found, step = [smallest], _LADDER_STEP
+        while (size := round(least * (1.0 + step))) < most:
+            found.append(self._choices.within(tables, size).options)
+            step *= 2
+        return [self._choices.plan(options) for options in reversed(list(dict.fromkeys(found)))]
 
     def _foreseen(self, tables: Sequence[Floats], min_fdt: float, least: int, most: int) -> int:
         """The size at which the law has a plan keep `min_fdt`: where a search for it begins."""
