@@ -107,7 +107,7 @@ AT_ONCE_KNOWN = {
         with_model(word_without_embedding), 2, ("258 ('return')", "the model has 258 rows", "resize_token_embeddings")
     ),
     "prompts that are not there": Case(run(prompts__files=["none.txt"]), 2, ("no prompt file 'none.txt'",)),
-    "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version 1")),
+    "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version")),
     "a plan that is nothing": Case(evaluate("nothing"), 2, ("'nothing' is no file, no run of this store",)),
     "a scheme that is none": Case(evaluate("uniform:int8"), 2, ("unknown scheme 'int8'", "the nearest is")),
     "a run that is not there": Case(lambda folder: ["resume", "nobody"], 2, ("no run 'nobody' in the store",)),

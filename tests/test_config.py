@@ -67,7 +67,7 @@ def test_an_override_without_key_or_value_is_an_error(override: str) -> None:
 
 @pytest.mark.parametrize("override", ["search.components.include=[*attn*]", "model.path=[1"])
 def test_an_override_that_is_no_yaml_says_to_quote(override: str) -> None:
-    with pytest.raises(ValueError, match=r"the value is not YAML .* Quote"):
+    with pytest.raises(ValueError, match=r"the value is not YAML: .* Quote"):
         read(TEXT, override)
 
 

@@ -64,16 +64,14 @@ def _cost_of(text: str) -> str | None:
 def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
     """Check a search FILE, its texts and its model's folder, and run nothing.
 
-    Says where its prompts come from, and how many of them repeat a text. Exits 2 and says what is wrong if anything is.
+    Reads the texts and the headers of the weights, and says where its prompts come from, and how many of them repeat a
+    text. Exits 2 and says what is wrong if anything is.
     """
     from dtmsearch.config import load
-    from dtmsearch.config.texts import check_model, check_readable
-    from dtmsearch.workflows.text_windows import text_lines
+    from dtmsearch.workflows.check_search import check_search
 
     search_file = load(file, overrides)
-    check_readable(search_file)
-    check_model(search_file)
-    lines = text_lines(search_file)
+    lines = check_search(search_file)
     print_text(
         f"{file} is a search file: run {search_file.run}, {search_file.search.strategy} by {search_file.search.rank_by}"
     )

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import PrivateAttr, ValidationError, model_validator
 
-from dtmsearch.config.reading import explain, flatten, override_key, read_yaml
+from dtmsearch.config.reading import MOST_BYTES, explain, flatten, override_key, read_yaml
 from dtmsearch.config.sections import (
     CalibrationSection,
     DatasetSection,
@@ -24,9 +24,11 @@ from dtmsearch.config.sections import (
     RunName,
     SearchSection,
     Section,
+    Seed,
     ValidationSection,
 )
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
 
 __all__ = [
@@ -59,7 +61,7 @@ class SearchFile(Section):
     """Text by which GPTQ, Wanda and SparseGPT are calibrated; without it the prompts' own human text."""
     search: SearchSection
     """How plans are chosen, from what, and when the search ends."""
-    seed: int = 0
+    seed: Seed = 0
     """Draws all that the search draws."""
 
     # The folder that relative paths start from: part of where the file lies, not of what the search is.
@@ -137,13 +139,7 @@ class SearchFile(Section):
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> SearchFile:
     """Read a search file and apply overrides such as `search.width=4`. Raises `UserError` for a user's mistake."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no search file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the search file {path}: {error}") from None
-    return parse(text, str(path), path.absolute().parent, overrides)
+    return parse(read_text(path, "search file", MOST_BYTES), str(path), path.absolute().parent, overrides)
 
 
 def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:

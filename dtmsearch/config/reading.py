@@ -4,30 +4,110 @@ from __future__ import annotations
 
 import difflib
 import typing
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dtmsearch.core.user_files import read_text, shown
 from dtmsearch.errors import UserError
 
+# What a person writes has fewer values and levels than this; longer texts take PyYAML minutes.
+_MOST_VALUES, _MOST_LEVELS, MOST_BYTES = 100_000, 50, 4 << 20
 
-def read_yaml(text: str, source: str) -> dict[str, Any]:
-    """The keys of a search file's text. Raises `UserError`, naming `source`, for what is none."""
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not YAML: {error}") from None
+
+def read_yaml_file(path: Path, what: str) -> dict[str, Any]:
+    """The keys of a file of the user's; `what` says in errors what it should have been. Raises `UserError`."""
+    return read_yaml(read_text(path, what, MOST_BYTES), str(path), what)
+
+
+def read_yaml(text: str, source: str, what: str = "search file") -> dict[str, Any]:
+    """The keys of a search file's text, or of another file's. Raises `UserError`, naming `source`, for what is none."""
+    content = _parse(text, source)
     if not isinstance(content, dict):
-        raise UserError(f"{source} is no search file: it should hold keys such as run, model, prompts and search")
+        raise UserError(f"{source} is no {what}: it should hold {_KEYS[what]}")
     return content
+
+
+_KEYS = {
+    "search file": "keys such as run, model, prompts and search",
+    "sweep file": "the keys sweep, base and grid",
+}
+
+
+def _parse(text: str, source: str) -> Any:
+    """What a YAML text holds: plain values under names, as many as a person would write."""
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node, source)
+            content = loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except UserError:
+        raise
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {_place(error)}") from None
+    except RecursionError:
+        raise UserError(f"{source} is not YAML that can be read: it is nested too deeply") from None
+    except Exception as error:  # of a value that is not what its tag says: `!!bool maybe`, `2026-13-45`
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source} is not YAML: a value is not what it is marked as ({reason})") from None
+    _check_texts(content, source)
+    return content
+
+
+def _place(error: yaml.YAMLError) -> str:
+    """A YAML error in one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+
+
+def _check_size(root: yaml.Node, source: str) -> None:
+    """Raises `UserError` for more values or levels than a person writes. An alias counts wherever it is used: ten of
+    ten of ten ... may stand for a billion values, or for themselves."""
+    count = 0
+    waiting: list[tuple[yaml.Node, int]] = [(root, 1)]
+    while waiting:
+        node, level = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or level > _MOST_LEVELS:
+            raise UserError(
+                f"{source} holds more than {_MOST_VALUES} values or {_MOST_LEVELS} levels, aliases counted wherever "
+                "they are used: write a smaller file"
+            )
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(inner, level + 1) for inner in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [(inner, level + 1) for pair in node.value for inner in pair]
+
+
+def _check_texts(content: Any, source: str) -> None:
+    """Raises `UserError` for keys that are no text, and for characters that no path or table can hold."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if not isinstance(key, str):
+                raise UserError(f"{source} has a key that is no text: {shown(key)}")
+            _check_texts(key, source)
+            _check_texts(value, source)
+    elif isinstance(content, list | tuple | set):
+        for value in content:
+            _check_texts(value, source)
+    elif isinstance(content, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in content):
+        raise UserError(f"{source} has a text with a character that no path or table can hold: {shown(content)}")
 
 
 def override_key(content: dict[str, Any], override: str) -> None:
     """Put `a.b=VALUE` into the keys of a file, sections made where they are missing. Raises `UserError`."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set takes KEY=VALUE such as search.width=4, got {override!r}")
+        raise UserError(f"--set takes KEY=VALUE such as search.width=4, got {shown(override)}")
     *parents, last = key.split(".")
     section = content
     for parent in parents:
@@ -38,11 +118,10 @@ def override_key(content: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: {parent} is a value, not a section")
         section = inner
     try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        section[last] = _parse(value, "the value")
+    except UserError as error:
         raise UserError(
-            f"--set {override}: the value is not YAML ({problem}). Quote what YAML gives a meaning to, such as "
+            f"--set {shown(override)}: {error}. Quote what YAML gives a meaning to, such as "
             """--set 'search.components.include=["*attn*"]'"""
         ) from None
 
@@ -55,12 +134,12 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
             str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))
         )
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {where!r}{_nearest_key(problem['loc'], root)}")
+            lines.append(f"unknown key {shown(where)}{_nearest_key(problem['loc'], root)}")
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+            got = "" if isinstance(problem["input"], dict) else f", got {shown(problem['input'])}"
             names_its_key = not where or message.startswith(f"{where}.")
             lines.append(message if names_its_key else f"{where}: {message}{got}")
     return lines

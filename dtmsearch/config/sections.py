@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,8 +17,21 @@ Metric = Literal["fdt", "sdt", "dppl", "ppl", "kl"]
 assert set(typing.get_args(Metric)) == set(METRICS)
 
 
+Seed = Annotated[int, Field(ge=0)]
+# Whole numbers up to here are the same as floats, and fit into every table.
+_LARGEST = 2**53
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _exact_as_floats(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise ValueError(f"{name} is larger than {_LARGEST}")
+        return self
 
 
 class ModelSection(Section):
@@ -61,7 +74,7 @@ class PromptsSection(Section):
     """Tokens of each window that the model reads."""
     continuation_tokens: int = Field(default=100, ge=1)
     """Tokens that the base model then generates greedily: FDT lies between 0 and this."""
-    seed: int = 0
+    seed: Seed = 0
     """Draws the windows. A larger count extends a smaller one."""
 
     @model_validator(mode="after")
@@ -84,7 +97,7 @@ class ValidationSection(Section):
     """As prompts.prompt_tokens."""
     continuation_tokens: int | None = Field(default=None, ge=1)
     """As prompts.continuation_tokens."""
-    seed: int | None = None
+    seed: Seed | None = None
     """As prompts.seed."""
 
 
@@ -100,7 +113,7 @@ class CalibrationSection(Section):
     """Rows of text."""
     tokens: int | None = Field(default=None, ge=2)
     """Tokens of a row."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Draws the rows."""
 
 

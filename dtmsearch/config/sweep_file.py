@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dtmsearch.config import RunName, SearchFile, load
+from dtmsearch.config.reading import explain, read_yaml_file
 from dtmsearch.errors import UserError
 
 _LONGEST_NAME = 100
@@ -47,17 +47,11 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> tuple[SweepFile, 
 
     Raises `UserError` for a user's mistake in it, in the base file or in a combination.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the sweep file {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no sweep file: it should hold the keys sweep, base and grid")
+    content = read_yaml_file(path, "sweep file")
     try:
         sweep = SweepFile.model_validate(content)
     except ValidationError as error:
-        problems = (f"{path}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-        raise UserError("\n".join(problems)) from None
+        raise UserError("\n".join(f"{path}: {line}" for line in explain(error, SweepFile))) from None
     empty = [key for key, values in sweep.grid.items() if not values]
     if empty or "run" in sweep.grid:
         raise UserError(f"{path}: grid.{empty[0] if empty else 'run'}: give other keys, with at least one value each")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
 from dtmsearch.core.components import weight_files
+from dtmsearch.core.user_files import shown
 from dtmsearch.core.vocabulary import check_known
 from dtmsearch.errors import UserError
 
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 # far each time, where its rows are too short to.
 _CHARACTERS_PER_TOKEN = 12
 _GROWTH = 2
+# Of one text, decompressed: a file of a few kilobytes may stand for terabytes.
+_MOST_BYTES, _PIECE_BYTES = 1 << 30, 16 << 20
 
 
 def check_model(file: SearchFile) -> None:
@@ -107,12 +110,21 @@ def read_files(file: SearchFile, names: Sequence[str]) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    if path.suffix not in (".zst", ".gz"):
-        return path.read_text(encoding="utf-8", errors="replace")
+    """Raises `UserError` for a file that cannot be read, is damaged, or holds more text than prompts are cut from."""
     import pyarrow as pa
 
-    with pa.input_stream(str(path)) as stream:  # which tells the compression by the name
-        return str(stream.read().decode(encoding="utf-8", errors="replace"))
+    try:
+        with pa.input_stream(str(path)) as stream:  # which tells the compression by the name
+            pieces, size = [], 0
+            while size <= _MOST_BYTES and (piece := stream.read(_PIECE_BYTES)):
+                pieces.append(piece)
+                size += len(piece)
+    except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot read the text {path}: it is damaged, or not to be read by you ({reason})") from None
+    if size > _MOST_BYTES:
+        raise UserError(f"the text {path} is longer than {_MOST_BYTES >> 30} GiB: give a part of it")
+    return b"".join(pieces).decode(encoding="utf-8", errors="replace")
 
 
 def text_files(file: SearchFile, prompts: PromptsSection) -> list[Path]:
@@ -124,20 +136,30 @@ def paths(file: SearchFile, names: Sequence[str]) -> list[Path]:
     """The files of names or patterns in a search file. Raises `UserError` for one that is not there."""
     found: list[Path] = []
     for name in names:
-        path = file.resolve(name)
-        matches = [path] if path.is_file() else sorted(match for match in _expand(file, name) if match.is_file())
+        matches = _matches(file, name)
         if not matches:
             beside = file.folder.absolute() != Path.cwd()
             places = f"neither in {file.folder} nor in the current folder" if beside else "in the current folder"
-            raise UserError(f"no prompt file {name!r}{',' if beside else ''} {places}")
+            raise UserError(f"no prompt file {shown(name)}{',' if beside else ''} {places}")
         found += matches
     return found
 
 
+def _matches(file: SearchFile, name: str) -> list[Path]:
+    try:
+        path = file.resolve(name)
+        return [path] if path.is_file() else sorted(match for match in _expand(file, name) if match.is_file())
+    except (OSError, RuntimeError):  # a name that no file can have, or of a user who is not known
+        return []
+
+
 def _expand(file: SearchFile, name: str) -> list[Path]:
-    if Path(name).is_absolute():
-        return list(Path("/").glob(str(Path(name).relative_to("/"))))
-    return list(file.folder.glob(name)) or list(Path().glob(name))
+    try:
+        if Path(name).is_absolute():
+            return list(Path("/").glob(str(Path(name).relative_to("/"))))
+        return list(file.folder.glob(name)) or list(Path().glob(name))
+    except (ValueError, NotImplementedError, OSError, RecursionError, IndexError):  # what is no pattern
+        return []
 
 
 def _dataset_rows(section: DatasetSection) -> Iterator[str]:
@@ -145,7 +167,18 @@ def _dataset_rows(section: DatasetSection) -> Iterator[str]:
         from datasets import load_dataset
     except ImportError:
         raise UserError("prompts.dataset needs an extra: pip install 'dtmsearch[datasets]'") from None
-    for row in load_dataset(section.path, section.name, split=section.split, streaming=True):
-        if section.column not in row:
-            raise UserError(f"dataset {section.path} has no column {section.column!r}; it has {sorted(row)}")
-        yield row[section.column]
+    try:
+        rows = load_dataset(section.path, section.name, split=section.split, streaming=True)
+        for row in rows:
+            if section.column not in row:
+                raise UserError(f"dataset {section.path} has no column {section.column!r}; it has {sorted(row)}")
+            if not isinstance(row[section.column], str):
+                raise UserError(f"dataset {section.path} has no text in its column {section.column!r}")
+            yield row[section.column]
+    except UserError:
+        raise
+    except Exception as error:  # every way in which a hub or a file can fail, told as one
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")[:200]
+        raise UserError(
+            f"cannot read dataset {shown(section.path)} (split {section.split}): {type(error).__name__}: {reason}"
+        ) from error

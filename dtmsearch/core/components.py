@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from dtmsearch.core.identity import file_digest, identity
+from dtmsearch.core.user_files import MOST_BYTES, check_regular, is_file, parse_json, read_text, shown
 from dtmsearch.errors import UserError
 
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
@@ -117,7 +118,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"no model at {folder}: the folder does not exist")
-    config = _read_object(folder, "config.json")
+    _check_entries(folder)
+    config = read_model_config(folder)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"the model at {folder} is an adapter, or has one beside it (adapter_config.json), for which transformers "
@@ -138,12 +140,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no model at {folder}: it holds no {name}") from None
-    except ValueError as error:
-        raise UserError(f"the model at {folder} has a {name} that is no JSON: {error}") from None
+    if not (folder / name).exists():
+        raise UserError(f"no model at {folder}: it holds no {name}")
+    found = parse_json(read_text(folder / name, "file"), f"the model at {folder} has a {name} that")
     if not isinstance(found, dict):
         raise UserError(f"the model at {folder} has a {name} that is no JSON object but {type(found).__name__}")
     return found
@@ -153,8 +152,10 @@ def _named_by_config(folder: Path, name: str) -> list[Path]:
     """The weights of a configuration that names their file, or their index, itself."""
     if name.endswith(".index.json"):
         return _shards(folder, name)
-    if not _is_inside(name) or not (folder / name).is_file():
-        raise UserError(f"the config.json at {folder} names {name!r} as its weights, which is no file in the folder")
+    if not _is_inside(name) or not is_file(folder / name):
+        raise UserError(
+            f"the config.json at {folder} names {shown(name)} as its weights, which is no file in the folder"
+        )
     return [folder / name]
 
 
@@ -167,10 +168,12 @@ def _shards(folder: Path, index: str) -> list[Path]:
     if not named or not all(isinstance(name, str) and _is_inside(name) for name in named):
         raise UserError(f"the {index} at {folder} is no index: its weight_map must name files in the folder")
     names = sorted(set(named))
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not is_file(folder / name)]
     if missing:
         whole = f". If {_SINGLE} is the whole model, remove the index" if (folder / _SINGLE).is_file() else ""
-        raise UserError(f"the model at {folder} is incomplete: its index names {missing[0]}, which is not there{whole}")
+        raise UserError(
+            f"the model at {folder} is incomplete: its index names {missing[0][:100]}, which is not there{whole}"
+        )
     return [folder / name for name in names]
 
 
@@ -195,24 +198,37 @@ def _no_weights(folder: Path) -> NoReturn:
     raise UserError(f"no weights at {folder}: it holds no .safetensors file")
 
 
+def _check_entries(folder: Path) -> None:
+    """Raises `UserError` for a pipe, a socket or a device in the folder: whoever opens it may wait for ever."""
+    for entry in sorted(folder.iterdir()):
+        if entry.exists() and not entry.is_dir():
+            check_regular(entry, "model's file")
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """What the config.json of a model's folder holds. Raises `UserError` when it is missing or unreadable."""
+    return _read_object(folder, "config.json")
+
+
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, dtypes and shapes of the tensors in one safetensors file, read from its header alone."""
     length = path.stat().st_size
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        text = file.read(size) if size <= length else b""
+        text = file.read(size) if size <= min(length, MOST_BYTES) else b""
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        needed = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        needed = 8 + size + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        tensors = {
+            name: (_SAFETENSORS_DTYPES.get(entry["dtype"], str(entry["dtype"])), tuple(map(int, entry["shape"])))
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OverflowError):
         raise UserError(f"{path} is no safetensors file, or a cut one: it begins with no readable header") from None
     if needed > length:
         raise UserError(f"{path} is no safetensors file, or a cut one: it has {length} bytes of {needed}")
-    return {
-        name: (_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
-        for name, entry in header.items()
-    }
+    return tensors
 
 
 def checkpoint_dtype(files: list[Path]) -> str:
@@ -231,6 +247,5 @@ def content_hash(folder: Path, files: list[Path]) -> str:
     """Identity of a checkpoint by content: its weights' files and the configuration, wherever the folder lies."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(file_digest, files))
-    config = json.loads((folder / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in _CONFIG_NOISE}
+    config = {key: value for key, value in read_model_config(folder).items() if key not in _CONFIG_NOISE}
     return identity({"config": config, "files": digests})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from typing import Any
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import UserError
+
+_WEIGHTS_ID = re.compile("[0-9A-Za-z_-]{1,100}")
 
 
 @dataclass(frozen=True)
@@ -184,29 +188,52 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
     manifest_id, schemes = content["manifest_id"], content["schemes"]
     if manifest_id != manifest.id:
         raise UserError(
-            f"{source} was made for another model: its manifest is {manifest_id} ({content.get('model')}), that of "
-            f"{manifest.model} is {manifest.id}"
+            f"{source} was made for another model: its manifest is {manifest_id[:100]} "
+            f"({shown(content.get('model'))}), that of {manifest.model} is {manifest.id}"
         )
     for component, scheme in schemes.items():
         if component not in manifest.by_name:
-            raise UserError(f"{source} names {component!r}, which {manifest.model} does not have")
+            raise UserError(f"{source} names {shown(component)}, which {manifest.model} does not have")
         parse_scheme(scheme)
     return Plan.of(schemes)
 
 
 def schemes_from_json(text: str, source: str) -> dict[str, str]:
-    """Component -> scheme of a plan file, whichever model it was made for. Raises `ValueError`."""
+    """Component -> scheme of a plan file, whichever model it was made for. Raises `UserError`."""
     return {str(component): str(scheme) for component, scheme in _plan_content(text, source)["schemes"].items()}
+
+
+def model_from_json(text: str, source: str) -> str | None:
+    """Where a plan file's model lay when it was written; None where it does not say. Raises `UserError`."""
+    model: str | None = _plan_content(text, source).get("model")
+    return model
 
 
 def weights_id_from_json(text: str, source: str) -> str:
     """The trained weights that a plan file's plan is over; empty for the base model's own. Raises `UserError`."""
-    return str(_plan_content(text, source).get("weights_id", ""))
+    weights_id = str(_plan_content(text, source).get("weights_id", ""))
+    if weights_id:
+        check_weights_id(weights_id)
+    return weights_id
+
+
+def check_weights_id(weights_id: str) -> None:
+    """Raises `UserError` for what cannot name trained weights, such as a path."""
+    if not _WEIGHTS_ID.fullmatch(weights_id):
+        raise UserError(f"{shown(weights_id)} names no trained weights: their names are letters and digits")
 
 
 def _plan_content(text: str, source: str) -> dict[str, Any]:
-    try:
-        content = dict(json.loads(text))
-        return content | {"manifest_id": content["manifest_id"], "schemes": dict(content["schemes"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
+    content = parse_json(text, f"{source} is no plan file: it")
+    if not isinstance(content, dict):
+        raise UserError(f"{source} is no plan file: it should hold JSON with model, manifest_id and schemes")
+    for key in ("model", "manifest_id", "weights_id"):
+        if not isinstance(content.get(key, "" if key != "manifest_id" else None), str):
+            raise UserError(f"{source} is no plan file: {key} should be a text, got {shown(content.get(key))}")
+    schemes = content.get("schemes")
+    if not isinstance(schemes, dict):
+        raise UserError(f"{source} is no plan file: schemes should name a scheme for each component")
+    for component, scheme in schemes.items():
+        if not isinstance(scheme, str):
+            raise UserError(f"{source}: the scheme of {shown(component)} should be a text, got {shown(scheme)}")
+    return content

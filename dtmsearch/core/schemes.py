@@ -32,9 +32,11 @@ _BITSANDBYTES: dict[str, tuple[int, int | None]] = {
     "fp4": (4, BITSANDBYTES_BLOCK),
 }
 _SALIENCIES = ("magnitude", "wanda", "sparsegpt", "random")
+# Of inputs: no matrix has more.
+_COUNT = "[1-9][0-9]{0,8}"
 # A share is written in one way only, for two names would be two schemes.
-_PRUNING = re.compile(rf"({'|'.join(_SALIENCIES)})-(?:(0\.[0-9]*[1-9])|([1-9][0-9]*):([1-9][0-9]*))")
-_ROUNDING = re.compile(r"(gptq-)?int([2-8])-(?:(tensor|channel)|g([1-9][0-9]*))(-asym)?")
+_PRUNING = re.compile(rf"({'|'.join(_SALIENCIES)})-(?:(0\.[0-9]{{0,16}}[1-9])|({_COUNT}):({_COUNT}))")
+_ROUNDING = re.compile(rf"(gptq-)?int([2-8])-(?:(tensor|channel)|g({_COUNT}))(-asym)?")
 _SIBLING_SHARES = tuple(f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5))
 
 
@@ -183,6 +185,7 @@ def _pruning(name: str) -> Pruning | None:
 
 
 def _unknown(name: str) -> str:
+    name = name[:100]
     return (
         f"unknown scheme {name!r}; the nearest is {_nearest(name)!r}. Schemes are {DENSE}, {', '.join(_BITSANDBYTES)}, "
         "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import IntArray, ModelSpec, Reference
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.plan import Plan, plan_from_json, plan_to_json, weights_id_from_json
+from dtmsearch.core.plan import Plan, model_from_json, plan_from_json, plan_to_json, weights_id_from_json
+from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats.evopress import is_configuration, read_configuration
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.weights.trained import trained_file
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.lookup import is_file
 
 _COLUMNS = ["run", "reference_id", "weights_id", "calibration_id", "extra_metrics", "num_prompts", "fdt", "sdt"]
 
@@ -54,7 +53,7 @@ class Source:
 def find(source: str, results: ResultStore, model: str | None, weights_id: str | None = None) -> Source:
     """What a run's name or a plan's file stands for, over the weights that these name or, if given, over others of the
     store. Raises `UserError` for a plan that cannot be exported."""
-    found = (_find_file if is_file(source) else _find_run)(source, results, model, weights_id)
+    found = (_find_file if is_file(Path(source)) else _find_run)(source, results, model, weights_id)
     return replace(found, trained=trained_file(results.weights_folder, found.weights_id) if found.weights_id else None)
 
 
@@ -83,28 +82,27 @@ def _find_run(source: str, results: ResultStore, model: str | None, weights_id: 
 
 def _find_file(source: str, results: ResultStore, model: str | None, weights_id: str | None) -> Source:
     path = Path(source)
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "plan file")
     if is_configuration(text):
         if model is None:
             raise UserError(f"{path} is a configuration of modules and levels: say with --model what it is for")
         manifest = read_manifest(ModelSpec(model))
         text = plan_to_json(read_configuration(path), manifest)
-    try:
-        content = json.loads(text)
-        where = str(content["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no plan file (JSON with model, manifest_id and schemes): {error}") from None
-    manifest = read_manifest(ModelSpec(model or where))
+    where = model_from_json(text, str(path))
+    if model is None and where is None:
+        raise UserError(f"{path} does not name its model: say with --model where it lies")
+    spec = ModelSpec(str(model or where))
+    manifest = read_manifest(spec)
     plan = plan_from_json(text, manifest, str(path))
     over = weights_id_from_json(text, str(path)) if weights_id is None else weights_id
     recorded = _recorded(results, plan, over, None, [])
     if recorded is None:
-        return Source(plan, ModelSpec(model or where, dtype=manifest.dtype), manifest, None, None, over)
+        return Source(plan, replace(spec, dtype=manifest.dtype), manifest, None, None, over)
     record = results.run(recorded.run)
     if record is None:  # measured by `evaluate`, which keeps no record of its file
-        return Source(plan, _spec_of_mode(model or where, recorded.reference.mode), manifest, recorded, None, over)
+        return Source(plan, _spec_of_mode(spec.path, recorded.reference.mode), manifest, recorded, None, over)
     file = config.parse(record.config, f"the search file of run {recorded.run}", Path(record.config_folder))
-    return Source(plan, _spec(file, model or where), manifest, recorded, file, over)
+    return Source(plan, _spec(file, spec.path), manifest, recorded, file, over)
 
 
 def _spec(file: SearchFile, model: str | None) -> ModelSpec:

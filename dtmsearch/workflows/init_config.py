@@ -10,9 +10,8 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dtmsearch.core.components import checkpoint_dtype, read_header, weight_files
+from dtmsearch.core.components import checkpoint_dtype, read_header, read_model_config, weight_files
 from dtmsearch.errors import UserError
 
 _GIB = 1 << 30
@@ -58,10 +57,11 @@ def read_model(path: str) -> ModelFacts:
     """The facts of the checkpoint in a local folder. Raises `UserError` when there is none that can be read."""
     folder = _folder(path)
     files = weight_files(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_model_config(folder)
     if "quantization_config" in config:
         raise UserError(f"{path} is quantized already: a search starts from 16- or 32-bit weights")
     text = config.get("text_config", config)
+    text = text if isinstance(text, dict) else config
     shapes = [shape for file in files for _, shape in read_header(file).values()]
     return ModelFacts(
         path=str(folder.resolve()) if Path(path).expanduser().is_dir() else path,

@@ -12,6 +12,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan, plan_from_json, weights_id_from_json
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore
@@ -73,19 +74,11 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
     return previous
 
 
-def is_file(name: str) -> bool:
-    """Whether a file lies under a name; not where no file can have it, as one of a thousand letters."""
-    try:
-        return Path(name).is_file()
-    except OSError:
-        return False
-
-
 def check_plan_argument(plan: str, results: ResultStore) -> None:
     """Raises `UserError` for what can be told to be no plan before the model is known."""
     if plan.startswith(UNIFORM):
         parse_scheme(plan.removeprefix(UNIFORM))
-    elif not is_file(plan):
+    elif not is_file(Path(plan)):
         record = results.run(plan)
         if record is None:
             raise UserError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
@@ -97,8 +90,8 @@ def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: R
     """The plan that a plan file, a run's name or `uniform:SCHEME` stands for over this model. Raises `UserError`."""
     if plan.startswith(UNIFORM):
         return space.uniform(plan.removeprefix(UNIFORM))
-    if is_file(plan):
-        return plan_from_json(Path(plan).read_text(encoding="utf-8"), manifest, plan)
+    if is_file(Path(plan)):
+        return plan_from_json(read_text(Path(plan), "plan file"), manifest, plan)
     record = record_of(results, plan)
     if record.manifest_id != manifest.id:
         raise UserError(f"the plan of run {plan!r} was made for another model, with manifest {record.manifest_id}")
@@ -113,6 +106,10 @@ def find_weights_id(plan: str, results: ResultStore) -> str:
     """The trained weights that such a plan is over, a plan file's or a run's; empty for the base model's own."""
     if plan.startswith(UNIFORM):
         return ""
-    if is_file(plan):
-        return weights_id_from_json(Path(plan).read_text(encoding="utf-8"), plan)
+    if is_file(Path(plan)):
+        weights_id = weights_id_from_json(read_text(Path(plan), "plan file"), plan)
+        folder = results.weights_folder
+        if weights_id and folder and not (Path(folder) / f"{weights_id}.safetensors").is_file():
+            raise UserError(f"{plan} is over trained weights {weights_id}, which the store {results.url} does not hold")
+        return weights_id
     return results.weights_id(plan)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import math
 import re
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 
+from dtmsearch.core.components import read_model_config
 from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
@@ -92,7 +92,7 @@ def score(
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dtmsearch-score-"))
             folder = _exported(source, store, base, f"{scratch}/model", say)
         original = base or base_model_of(Path(folder))
-        dtype = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("dtype", "auto")
+        dtype = read_model_config(Path(folder)).get("dtype", "auto")
         say(f"asking the base model at {original}")
         before = _answers(original, asked, dtype, manager)
         say("asking the compressed model")

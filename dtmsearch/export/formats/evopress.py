@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.user_files import read_json, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
@@ -63,7 +64,7 @@ def configuration_text(plan: Plan, components: Sequence[str], levels: Mapping[st
 def is_configuration(text: str) -> bool:
     """Whether a text reads as `module: level` lines."""
     lines = [line for line in text.splitlines() if line.strip()]
-    return bool(lines) and all(line.count(":") == 1 and line.split(":")[1].strip().isdigit() for line in lines)
+    return bool(lines) and all(line.count(":") == 1 and line.split(":")[1].strip().isdecimal() for line in lines)
 
 
 def read_configuration(path: Path, levels: Mapping[str, int] | None = None) -> Plan:
@@ -73,18 +74,21 @@ def read_configuration(path: Path, levels: Mapping[str, int] | None = None) -> P
         beside = path.with_name(LEVELS)
         if not beside.is_file():
             raise UserError(f"{path} names levels, and no {LEVELS} beside it says which schemes they are")
-        levels = {str(scheme): int(level) for scheme, level in json.loads(beside.read_text(encoding="utf-8")).items()}
-    schemes = {level: scheme for scheme, level in levels.items()}
+        levels = read_json(beside, "file of levels")
+        if not isinstance(levels, dict) or not all(type(level) is int for level in levels.values()):
+            raise UserError(f"{beside} should hold a level, a whole number, for each scheme")
+    schemes = {str(level): scheme for scheme, level in levels.items()}
     plan: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, "configuration").splitlines():
         name, _, level = line.partition(":")
         if not line.strip():
             continue
-        if int(level) not in schemes:
+        scheme = schemes.get(level.strip().lstrip("0") or "0")
+        if scheme is None:
             raise UserError(
                 f"{path}: {name.strip()} has level {level.strip()}, which is no scheme; known are {dict(levels)}"
             )
-        plan[name.strip()] = schemes[int(level)]
+        plan[name.strip()] = scheme
     return Plan.of(plan)
 
 

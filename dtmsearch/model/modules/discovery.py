@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from dtmsearch.core.components import (
     ModelManifest,
     checkpoint_dtype,
     content_hash,
+    read_model_config,
     weight_files,
 )
 from dtmsearch.core.evaluation import ModelSpec
@@ -24,10 +25,27 @@ _KIND_ENDINGS = ("_proj", "_weight", "_layer")
 _WHOLE_KINDS = {"c_proj"}
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What can be told of a model without its weights: the manifest, whose `content_hash` is left empty; the tokens
+    that the model reads at most, if it says; and the rows of its input embedding."""
+
+    manifest: ModelManifest
+    context: int | None
+    num_embeddings: int
+
+
 def read_manifest(spec: ModelSpec) -> ModelManifest:
     """The manifest of a model. Raises `UserError` when it is missing, pickled, quantized already, or has no layers."""
+    found = survey(spec)
     folder = checkpoint_folder(spec)
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    return replace(found.manifest, content_hash=content_hash(folder, weight_files(folder)))
+
+
+def survey(spec: ModelSpec) -> Survey:
+    """What the headers of the weights and the configuration say of a model. Raises `UserError` as `read_manifest`."""
+    folder = checkpoint_folder(spec)
+    if "quantization_config" in read_model_config(folder):
         raise UserError(f"{spec.path} is quantized already: a search starts from 16- or 32-bit weights")
     model = empty_model(folder, spec)
     layers_name, layers = find_layers(model)
@@ -38,15 +56,19 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
         )
     check_tensors(folder, model)
     files = weight_files(folder)
-    return ModelManifest(
+    manifest = ModelManifest(
         model=spec.path,
         revision=spec.revision,
         dtype=checkpoint_dtype(files),
         num_layers=len(layers),
-        content_hash=content_hash(folder, files),
+        content_hash="",
         components=components,
         others=other_components(model, layers_name, len(layers)),
     )
+    config: Any = model.config
+    inside: Any = model
+    num_embeddings = int(inside.get_input_embeddings().weight.shape[0])
+    return Survey(manifest, getattr(config, "max_position_embeddings", None), num_embeddings)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -17,6 +17,9 @@ from dtmsearch.core.components import read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 
+# Of what transformers says, in an error.
+_LONGEST_REASON = 500
+
 log = logging.getLogger(__name__)
 
 _INTEGERS = {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
@@ -44,7 +47,7 @@ def _fetch(spec: ModelSpec) -> Path:
     try:
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
     except Exception as error:  # every way in which a hub can fail, told as one
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")[:200]
         raise UserError(
             f"no model at {spec.path!r}: it is no folder here, and the hub gave none ({type(error).__name__}: {reason})"
         ) from error
@@ -55,15 +58,23 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
     """What transformers cannot make of a folder is a user's mistake, and the message says which folder."""
     try:
         yield
-    except (ValueError, KeyError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except UserError:
+        raise
+    except Exception as error:
+        if (isinstance(error, OSError) and error.errno is not None) or _is_out_of_memory(error):
             raise  # of the machine, not of the folder
-        reason = str(error).strip()
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or "no reason given"
+        if not isinstance(error, ValueError | OSError):
+            reason = f"{type(error).__name__}: {reason}"
         if "trust_remote_code" in reason:
             reason = "it needs Python code of its own. If you trust its author: model.trust_remote_code: true"
         if "attn_implementation" in reason:
             reason = f"{reason.partition('. ')[0]}. Another attention may do: model.attention: eager"
         raise UserError(f"cannot load the {what} in {folder}: {reason}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
@@ -96,6 +107,7 @@ def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     """The module tree without weights."""
     with _explained("model", folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        _check_num_layers(config, folder)
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     return model
 
@@ -166,6 +178,17 @@ def _shape(shape: Sequence[int]) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
     return ", ".join(names[:_MOST_LISTED]) + more
+
+
+def _check_num_layers(config: Any, folder: Path) -> None:
+    """Raises `UserError` for more layers than the folder has tensors: building a million of them would take hours."""
+    num_layers = config.get_text_config().num_hidden_layers
+    num_tensors = sum(len(read_header(path)) for path in weight_files(folder))
+    if not 0 < num_layers <= num_tensors:
+        raise UserError(
+            f"the config.json in {folder} says {num_layers} layers, but its weights are {num_tensors} tensors: the "
+            "configuration and the weights are not of one model"
+        )
 
 
 def suppressed_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

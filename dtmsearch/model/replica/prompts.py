@@ -27,6 +27,12 @@ class Windows:
     notes: tuple[str, ...] = ()
 
 
+def check_context(num_tokens: int, keys: str, context: int | None, model: str) -> None:
+    """Raises `UserError` where what `keys` of a search file ask for is longer than the model reads."""
+    if context is not None and num_tokens > context:
+        raise UserError(f"{keys} is {num_tokens}, but {model} reads {context} at most")
+
+
 def cut_prompts(
     texts: Sequence[str],
     tokenizer: Any,
@@ -89,17 +95,13 @@ class Cutter:
     ) -> PromptTokens:
         """See `cut_prompts`. Raises `UserError` for prompts that are longer than the model reads."""
         length = prompt_tokens + continuation_tokens
-        if self._context is not None and length > self._context:
-            raise UserError(
-                f"prompt_tokens + continuation_tokens is {length}, but {self._path} reads {self._context} at most"
-            )
+        check_context(length, "prompt_tokens + continuation_tokens", self._context, self._path)
         settings = count, prompt_tokens, continuation_tokens, seed, self._num_embeddings
         return cut_prompts(texts, self._tokenizer, *settings, apart_from, key)
 
     def calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> IntArray:
         """See `cut_calibration`. Raises `UserError` for rows that are longer than the model reads."""
-        if self._context is not None and tokens > self._context:
-            raise UserError(f"calibration.tokens is {tokens}, but {self._path} reads {self._context} at most")
+        check_context(tokens, "calibration.tokens", self._context, self._path)
         return cut_calibration(texts, self._tokenizer, count, tokens, seed, self._num_embeddings)
 
 

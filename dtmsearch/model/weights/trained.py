@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Plan, check_weights_id
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.weights.applied import Weights
@@ -23,6 +23,7 @@ START_FILE, MASKS_FILE = "start.safetensors", "masks.safetensors"
 
 def trained_file(folder: str, weights_id: str) -> Path:
     """The file of trained weights. Raises `UserError` when this machine does not see it."""
+    check_weights_id(weights_id)
     path = Path(folder) / f"{weights_id}.safetensors"
     if not path.is_file():
         raise UserError(

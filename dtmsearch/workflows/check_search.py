@@ -1,0 +1,57 @@
+"""The verb `validate`: everything that `run` would refuse, found without a replica: the texts are read and cut, the
+headers of the weights opened, the space of the search laid out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtmsearch.config import RecoverySection, SearchFile, texts
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.workflows.build import space_of
+from dtmsearch.workflows.text_windows import text_lines
+
+
+def check_search(file: SearchFile) -> list[str]:
+    """What is to be said of a search file's texts. Raises `UserError` for what `run` would refuse of the file, its
+    texts and its model's folder; of a model that is not on this machine nothing can be told."""
+    texts.check_readable(file)
+    texts.check_model(file)
+    spec = file.model_spec
+    if Path(spec.path).is_dir():
+        _check_with_model(file, spec)
+    else:
+        _read_all(file)
+    return text_lines(file)
+
+
+def _read_all(file: SearchFile) -> None:
+    """Raises `UserError` for a damaged file."""
+    for section in (file.prompts, file.validation_prompts, file.calibration_text):
+        if section is not None:
+            texts.read(file, section)
+
+
+def _check_with_model(file: SearchFile, spec: ModelSpec) -> None:
+    from dtmsearch.model.modules.discovery import survey
+    from dtmsearch.model.modules.loading import load_tokenizer
+    from dtmsearch.model.replica.prompts import Cutter
+
+    found = survey(spec)
+    space = space_of(file, found.manifest)
+    tokenizer = load_tokenizer(Path(spec.path), spec)
+    if any(parse_scheme(scheme).needs_calibration for scheme in space.schemes):
+        section = file.calibration_text
+        tokens = section.prompt_tokens + section.continuation_tokens
+        cutter = Cutter(tokenizer, spec.path, found.context, found.num_embeddings)
+        cutter.calibration(texts.read(file, section), section.count, tokens, section.seed)
+    if file.search.recovery is not None:
+        _check_recovery(file, file.search.recovery, tokenizer)
+
+
+def _check_recovery(file: SearchFile, section: RecoverySection, tokenizer: object) -> None:
+    from dtmsearch.model.training.batches import check_batch, tokenized
+    from dtmsearch.model.training.recipe import Recipe
+
+    recipe = Recipe(**section.model_dump(exclude={"files"}))
+    check_batch(recipe, len(tokenized(texts.read_files(file, section.files), tokenizer, recipe.sequence_tokens)))
