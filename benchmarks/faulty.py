@@ -22,6 +22,7 @@ from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import (
     EvalRequest,
     EvalResult,
+    GenerationRules,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -69,16 +70,19 @@ class Faulty:
     def manifest(self) -> ModelManifest:
         return self._manifest
 
+    def conditions(self) -> tuple[NumericMode, GenerationRules]:
+        return _MODE, GenerationRules()
+
     def cut_prompts(
         self, texts: Sequence[str], count: int, prompt: int, continuation: int, seed: int
     ) -> tuple[PromptTokens, str]:
         prompts = PromptTokens(np.full((count, prompt + continuation), seed, np.int32), prompt)
-        return prompts, reference_id(self._manifest.id, _MODE, prompts)
+        return prompts, reference_id(self._manifest.id, _MODE, prompts, GenerationRules())
 
     def make_reference(self, prompts: PromptTokens) -> Reference:
         continuation = prompts.tokens[:, prompts.prompt_tokens :]
         agrees = np.ones(continuation.shape, np.bool_)
-        made = reference_id(self._manifest.id, _MODE, prompts)
+        made = reference_id(self._manifest.id, _MODE, prompts, GenerationRules())
         return Reference(made, self._manifest.id, _MODE, prompts.tokens, continuation, agrees, ())
 
     def continuations(self, *_: object) -> None:

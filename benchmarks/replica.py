@@ -263,7 +263,7 @@ def make_reference(replica: Replica, text: Path | None, count: int, prompt: int,
     targets = cut.tokens[:, prompt:]
     agrees = np.ones(targets.shape, np.bool_)
     manifest_id = replica.manifest().id
-    identity = reference_id(manifest_id, replica.mode, cut)
+    identity = reference_id(manifest_id, replica.mode, cut, replica.conditions()[1])
     made = Reference(identity, manifest_id, replica.mode, cut.tokens, targets, agrees, replica._suppressed)
     replica.use(made)
     return made

@@ -43,4 +43,4 @@ class ShapedReplica(replica.Replica):
         manifest = ModelManifest(
             spec.path, None, spec.dtype, len(layers), spec.path, components_of(layers_name, layers)
         )
-        return replica.LoadedModel(model, SimpleNamespace(eos_token_id=None), manifest, Checkpoint([]))
+        return replica.LoadedModel(model, SimpleNamespace(eos_token_id=None), manifest, Checkpoint([]), "")

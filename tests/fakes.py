@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dtmsearch.core.components import Component, ModelManifest
-from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, GenerationRules, Outcome
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
@@ -25,6 +25,7 @@ NUM_PROMPTS = 8
 CONTINUATION_TOKENS = 100
 REFERENCE_ID = "toy-reference"
 MODE = NumericMode("float32", "cpu", "sdpa")
+RULES = GenerationRules()
 
 
 def toy_components(num_layers: int = 2) -> tuple[Component, ...]:

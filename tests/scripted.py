@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from fakes import MODE, evaluate, toy_manifest
+from fakes import MODE, RULES, evaluate, toy_manifest
 from numpy.typing import NDArray
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     EvalRequest,
     EvalResult,
+    GenerationRules,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -30,6 +31,7 @@ from dtmsearch.core.evaluation import (
     Speed,
     reference_id,
 )
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 
@@ -68,16 +70,19 @@ class Scripted:
     def manifest(self) -> ModelManifest:
         return toy_manifest(num_layers=8)
 
+    def conditions(self) -> tuple[NumericMode, GenerationRules]:
+        return MODE, RULES
+
     def cut_prompts(
         self, texts: Sequence[str], count: int, prompt: int, continuation: int, seed: int
     ) -> tuple[PromptTokens, str]:
         prompts = PromptTokens(np.zeros((count, prompt + continuation), np.int32) + seed, prompt)
-        return prompts, reference_id(self.manifest().id, MODE, prompts)
+        return prompts, reference_id(self.manifest().id, MODE, prompts, RULES)
 
     def make_reference(self, prompts: PromptTokens) -> Reference:
         continuation = prompts.tokens[:, prompts.prompt_tokens :]
         agrees = np.ones(continuation.shape, np.bool_)
-        made = reference_id("toy", MODE, prompts)
+        made = reference_id("toy", MODE, prompts, RULES)
         return Reference(made, "toy", MODE, prompts.tokens, continuation, agrees, ())
 
     def use(self, reference: Reference) -> None:

@@ -17,7 +17,8 @@ from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.cluster.replicas import Crew, cause_of, is_loss
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import Continuation, PromptTokens, Reference, Speed, mean_speed
+from dtmsearch.core.evaluation import Continuation, GenerationRules, PromptTokens, Reference, Speed, mean_speed
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import ReplicasFailed
 
@@ -32,6 +33,11 @@ class Services:
     def manifest(self) -> ModelManifest:
         manifest: ModelManifest = self._ask_one("manifest")
         return manifest
+
+    def conditions(self) -> tuple[NumericMode, GenerationRules]:
+        """See `dtmsearch.model.replica.replica.Replica.conditions`."""
+        conditions: tuple[NumericMode, GenerationRules] = self._ask_one("conditions")
+        return conditions
 
     def cut_prompts(self, *arguments: Any) -> Any:
         """See `dtmsearch.model.replica.replica.Replica.cut_prompts`."""

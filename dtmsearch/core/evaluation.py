@@ -6,7 +6,7 @@ Values only. Arrays are numpy's, so that neither side needs the other's librarie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -21,7 +21,7 @@ from dtmsearch.core.windows import Supply
 from dtmsearch.errors import UserError
 
 # Raise it when the same plan and reference would yield other numbers.
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -79,15 +79,45 @@ class PromptTokens:
         return int(self.tokens.shape[1]) - self.prompt_tokens
 
 
+@dataclass(frozen=True)
+class GenerationRules:
+    """What decides a continuation beside model, numeric mode and the prompt's tokens.
+
+    `suppressed` are the end-of-text tokens, which are never chosen; `opening` the tokens that the tokenizer puts before
+    a text; `tokenizer` the identity of the tokenizer's files. Nothing of the checkpoint's own generation settings
+    applies: every next token is the likeliest (`decoding`).
+    """
+
+    suppressed: tuple[int, ...] = ()
+    opening: tuple[int, ...] = ()
+    tokenizer: str = ""
+    decoding: str = "greedy"
+
+    def differences(self, other: GenerationRules) -> list[str]:
+        """What other rules say otherwise, a line a rule."""
+        changed = []
+        if other.suppressed != self.suppressed:
+            changed.append(f"end-of-text tokens {_listed(other.suppressed)}, not {_listed(self.suppressed)}")
+        if other.opening != self.opening:
+            changed.append(f"begin tokens {_listed(other.opening)}, not {_listed(self.opening)}")
+        if other.tokenizer != self.tokenizer:
+            changed.append("other tokenizer files")
+        return changed
+
+
+def _listed(tokens: Sequence[int]) -> str:
+    return ", ".join(map(str, tokens)) or "none"
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """The base model's own greedy continuations of prompts, and how far it agrees with itself.
 
-    `id` follows model, prompts and numeric mode. `text` [num_prompts, prompt_tokens + continuation_tokens] is human
-    text, whose first `prompt_tokens` columns are the prompts. `continuation` [num_prompts, continuation_tokens] holds
-    the tokens that the base model chose, end-of-text (`suppressed`) never among them. `agrees` [num_prompts,
-    continuation_tokens] is False where the base model's own teacher-forced choice leaves its continuation (a near
-    tie): no divergence is counted there.
+    `id` follows model, prompts, numeric mode and generation rules. `text` [num_prompts, prompt_tokens +
+    continuation_tokens] is human text, whose first `prompt_tokens` columns are the prompts. `continuation`
+    [num_prompts, continuation_tokens] holds the tokens that the base model chose, end-of-text (`suppressed`) never
+    among them. `agrees` [num_prompts, continuation_tokens] is False where the base model's own teacher-forced choice
+    leaves its continuation (a near tie): no divergence is counted there.
     """
 
     id: str
@@ -97,6 +127,16 @@ class Reference:
     continuation: IntArray
     agrees: NDArray[np.bool_]
     suppressed: tuple[int, ...]
+    opening: tuple[int, ...] = ()
+    tokenizer: str = ""
+
+    @property
+    def rules(self) -> GenerationRules:
+        return GenerationRules(self.suppressed, self.opening, self.tokenizer)
+
+    @property
+    def prompts(self) -> PromptTokens:
+        return PromptTokens(self.text, self.prompt_tokens)
 
     @property
     def num_prompts(self) -> int:
@@ -141,13 +181,14 @@ def check_agreement(reference: Reference) -> None:
     )
 
 
-def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens) -> str:
-    """Identity of the reference that a model in a numeric mode gives to prompts."""
+def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens, rules: GenerationRules) -> str:
+    """Identity of the reference that a model in a numeric mode gives to prompts by generation rules."""
     return identity(
         {
             "manifest": manifest_id,
             "mode": str(mode),
             "prompt_tokens": prompts.prompt_tokens,
+            "rules": asdict(rules),
             "tokens": prompts.tokens.tolist(),
             "version": METRICS_VERSION,
         }

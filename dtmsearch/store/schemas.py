@@ -57,6 +57,7 @@ COMPONENTS = _schema(
         ("dense_bits", pa.int32()),
     ],
 )
+# `suppressed`, `opening` and `tokenizer` are the reference's generation rules (`core.evaluation.GenerationRules`).
 # `disagreements` are all the positions at which the base model leaves its continuation, `base_agreement` the first.
 PROMPTS = _schema(
     "prompts",
@@ -71,6 +72,8 @@ PROMPTS = _schema(
         ("base_agreement", pa.int32()),
         ("disagreements", _INTS),
         ("suppressed", _INTS),
+        ("opening", _INTS),
+        ("tokenizer", CODED),
     ],
 )
 # FDT and SDT leave out the positions at which the base model leaves its own continuation (`prompts.disagreements`);
@@ -254,6 +257,7 @@ ADDED: dict[str, frozenset[str]] = {
     "evaluations": frozenset(
         {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS}
     ),
+    "prompts": frozenset({"opening", "tokenizer"}),
     "runs": frozenset(
         {
             "continue_command",

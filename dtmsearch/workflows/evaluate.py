@@ -118,13 +118,13 @@ def recover(
             calibration_id,
             on_cluster=where.address is not None,
         )
-        trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
         record = record_of(results, run_name)
-        prompts = recorded(results, record.reference_id) or cut_search(file, pool.cut_prompts)
+        prompts = recorded(pool, results, run_name, record.reference_id) or cut_search(file, pool.cut_prompts)
         if file.validation is not None:
             others = [prompts[0].tokens, *calibrating.rows_of_its_own]
-            held_out = recorded(results, record.validation_reference_id)
+            held_out = recorded(pool, results, run_name, record.validation_reference_id)
             prompts = held_out or cut_held_out(file, pool.cut_prompts, others)
+        trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
         reference = reference_of(pool, results, writer, prompts, observer.on_note)
         pool.use(reference)
         before = whole_request(plan, reference, calibration_id, weights_id)

@@ -219,11 +219,11 @@ class _Session:
         as the run began with, where it has. All are cut before anything is measured: where a text does not hold
         enough, that is said now."""
         file, record = self._file, self._record
-        began_with = recorded(self._results, record.reference_id)
+        began_with = recorded(pool, self._results, file.run, record.reference_id)
         search = began_with or cut_search(file, pool.cut_prompts)
         said = {"search_text": record.search_text if began_with else described(file.prompts, search[0])}
-        held_out = recorded(self._results, record.validation_reference_id)
-        own = recorded(self._results, record.min_fdt_reference_id)
+        held_out = recorded(pool, self._results, file.run, record.validation_reference_id)
+        own = recorded(pool, self._results, file.run, record.min_fdt_reference_id)
         others = [search[0].tokens, *calibrating.rows_of_its_own]
         if file.validation_prompts is not None and held_out is None:
             read = others if own is None else [*others, own[0].tokens]
@@ -320,7 +320,7 @@ class _Session:
         prompts, in use by the pool; those that the run began with, where it has."""
         record, choice, report = self._record, None, held_out
         if record.validation_reference_id is not None:
-            choice = recorded(self._results, record.choice_reference_id)
+            choice = recorded(pool, self._results, self._file.run, record.choice_reference_id)
         elif is_chosen and (parts := halves(held_out[0])) is not None:
             choice, report = ((part, pool.reference_id(part)) for part in parts)
         by, on = (

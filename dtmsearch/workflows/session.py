@@ -17,12 +17,15 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import (
     EXTRA_METRICS,
     EvalRequest,
-    PromptTokens,
+    GenerationRules,
     Reference,
     ReplicaSettings,
     check_agreement,
+    reference_id,
 )
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.text_windows import Cut
@@ -50,18 +53,34 @@ def reference_of(
 ) -> Reference:
     """The reference of prompts, from the store if any run has made it before. `on_note` hears how the prompts differ
     from the text that they are cut from."""
-    prompts, reference_id = cut
+    prompts, wanted_id = cut
     for note in prompts.notes:
         on_note(note)
-    reference = results.reference(reference_id) or writer.put_reference(pool.make_reference(prompts))
+    reference = results.reference(wanted_id) or writer.put_reference(pool.make_reference(prompts))
     check_agreement(reference)  # of one that an earlier version recorded
     return reference
 
 
-def recorded(results: ResultStore, reference_id: str | None) -> Cut | None:
-    """The prompts that a run began with, which it keeps to whatever its texts hold now."""
-    reference = None if reference_id is None else results.reference(reference_id)
-    return None if reference is None else (PromptTokens(reference.text, reference.prompt_tokens), reference.id)
+def recorded(pool: ReplicaPool, results: ResultStore, run: str, known_id: str | None) -> Cut | None:
+    """The prompts that a run began with, which it keeps to whatever its texts hold now. Raises `UserError` where the
+    model would continue them otherwise than it did then."""
+    reference = None if known_id is None else results.reference(known_id)
+    if reference is None:
+        return None
+    _check_conditions(run, reference, *pool.conditions())
+    return reference.prompts, reference.id
+
+
+def _check_conditions(run: str, stored: Reference, mode: NumericMode, rules: GenerationRules) -> None:
+    if reference_id(stored.manifest_id, mode, stored.prompts, rules) == stored.id:
+        return
+    changed = stored.mode.differences(mode)
+    changed += stored.rules.differences(rules) if stored.tokenizer else []
+    what = "; ".join(changed) or "by an older dtmsearch, whose measurements are not comparable with this one's"
+    raise UserError(
+        f"run {run!r} was begun with other continuations of its prompts than the model gives now: {what}. Undo the "
+        f"change, or search anew under a name of its own (--set run={run}-2)"
+    )
 
 
 def whole_request(plan: Plan, reference: Reference, calibration_id: str, weights_id: str = "") -> EvalRequest:

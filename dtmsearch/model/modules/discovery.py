@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from dtmsearch.core.components import (
 )
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.fingerprints import custom_code
 from dtmsearch.model.modules.loading import check_tensors, checkpoint_folder, empty_model
 from dtmsearch.model.modules.matrices import is_matrix, matrices_of
 
@@ -28,18 +30,20 @@ _WHOLE_KINDS = {"c_proj"}
 @dataclass(frozen=True)
 class Survey:
     """What can be told of a model without its weights: the manifest, whose `content_hash` is left empty; the tokens
-    that the model reads at most, if it says; and the rows of its input embedding."""
+    that the model reads at most, if it says; the rows of its input embedding; and its own Python code, if it runs any
+    (see `fingerprints.custom_code`)."""
 
     manifest: ModelManifest
     context: int | None
     num_embeddings: int
+    code: Mapping[str, str]
 
 
 def read_manifest(spec: ModelSpec) -> ModelManifest:
     """The manifest of a model. Raises `UserError` when it is missing, pickled, quantized already, or has no layers."""
     found = survey(spec)
     folder = checkpoint_folder(spec)
-    return replace(found.manifest, content_hash=content_hash(folder, weight_files(folder)))
+    return replace(found.manifest, content_hash=content_hash(folder, weight_files(folder), found.code))
 
 
 def survey(spec: ModelSpec) -> Survey:
@@ -67,8 +71,9 @@ def survey(spec: ModelSpec) -> Survey:
     )
     config: Any = model.config
     inside: Any = model
+    code = custom_code(folder, type(model))
     num_embeddings = int(inside.get_input_embeddings().weight.shape[0])
-    return Survey(manifest, getattr(config, "max_position_embeddings", None), num_embeddings)
+    return Survey(manifest, getattr(config, "max_position_embeddings", None), num_embeddings, code)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

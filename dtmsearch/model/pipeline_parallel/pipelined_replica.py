@@ -22,6 +22,7 @@ from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.forward.partial import Body, Elsewhere, StandIn, State
+from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.pipeline_parallel.stage import Stage, StageBody, cut, load_part, received, to_send
@@ -332,7 +333,9 @@ class PipelineReplica(Replica):
         self._own = part.layers
         stages = cut(part.manifest.num_layers, settings.num_stages)[1:]
         self._remotes = [Remote(*pair) for pair in zip(stages, self._peers, strict=True)]
-        return LoadedModel(part.model, load_tokenizer(part.folder, spec), part.manifest, part.checkpoint)
+        tokenizer = load_tokenizer(part.folder, spec)
+        fingerprint = tokenizer_fingerprint(part.folder, tokenizer)
+        return LoadedModel(part.model, tokenizer, part.manifest, part.checkpoint, fingerprint)
 
     def _make_body(self, model: Any) -> Body:
         return PipelineBody(model, self._own, self._remotes)

@@ -27,6 +27,7 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Refere
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
@@ -49,7 +50,9 @@ class ServedReplica(Replica):
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
         num_layers = model.config.get_text_config().num_hidden_layers
         nothing = ModelManifest(str(folder), None, spec.dtype, num_layers, "", ())
-        return LoadedModel(model, load_tokenizer(folder, spec), nothing, Checkpoint(weight_files(folder)))
+        tokenizer = load_tokenizer(folder, spec)
+        fingerprint = tokenizer_fingerprint(folder, tokenizer)
+        return LoadedModel(model, tokenizer, nothing, Checkpoint(weight_files(folder)), fingerprint)
 
 
 def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.device) -> Any:

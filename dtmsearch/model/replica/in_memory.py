@@ -53,7 +53,7 @@ class InMemoryReplica(Replica):
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         model, tokenizer = self._given
-        return LoadedModel(model, tokenizer, manifest_of(model), Checkpoint(()))
+        return LoadedModel(model, tokenizer, manifest_of(model), Checkpoint(()), "")
 
     @torch.inference_mode()
     def restore(self) -> None:

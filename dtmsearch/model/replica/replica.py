@@ -26,6 +26,7 @@ from dtmsearch.core.evaluation import (
     Continuation,
     EvalRequest,
     FloatArray,
+    GenerationRules,
     IntArray,
     ModelSpec,
     Outcome,
@@ -56,6 +57,7 @@ from dtmsearch.model.forward.layer_reuse import Reuse
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.compiled import Slot, as_loaded, compile_layers
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
+from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import (
     checkpoint_folder,
     load_model,
@@ -65,7 +67,7 @@ from dtmsearch.model.modules.loading import (
 )
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.replica.loaded_reference import Loaded, greedy
-from dtmsearch.model.replica.prompts import Cutter
+from dtmsearch.model.replica.prompts import Cutter, around
 from dtmsearch.model.replica.results import Launched, outcome_of
 from dtmsearch.model.replica.samples import margins, written_out
 from dtmsearch.model.replica.timing import candidates_of, time_batch, time_candidates, timed_reference, whole_plans
@@ -90,6 +92,7 @@ class LoadedModel:
     tokenizer: Any
     manifest: ModelManifest
     checkpoint: Checkpoint
+    tokenizer_fingerprint: str
 
 
 class Replica:
@@ -111,6 +114,7 @@ class Replica:
         self._batches = Batches(settings.batch_tokens, self._device, self.release_memory, self._longest_row)
         loaded = self._load(spec, settings)
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
+        self._tokenizer_fingerprint = loaded.tokenizer_fingerprint
         context = getattr(model.config, "max_position_embeddings", None)
         num_embeddings = int(model.get_input_embeddings().weight.shape[0])
         self._cutter = Cutter(self._tokenizer, spec.path, context, num_embeddings)
@@ -151,7 +155,8 @@ class Replica:
         model = load_model(folder, spec, self._device, settings.num_devices)
         checkpoint = Checkpoint(weight_files(folder))
         checkpoint.map_apart(model)
-        return LoadedModel(model, load_tokenizer(folder, spec), manifest, checkpoint)
+        tokenizer = load_tokenizer(folder, spec)
+        return LoadedModel(model, tokenizer, manifest, checkpoint, tokenizer_fingerprint(folder, tokenizer))
 
     def _make_body(self, model: Any) -> Body:
         return Body(model)
@@ -169,6 +174,11 @@ class Replica:
 
     def manifest(self) -> ModelManifest:
         return self._manifest
+
+    def conditions(self) -> tuple[NumericMode, GenerationRules]:
+        """What decides the continuations of prompts that this replica makes, beside the model."""
+        opening, _ = around(self._tokenizer)
+        return self.mode, GenerationRules(self._suppressed, tuple(opening), self._tokenizer_fingerprint)
 
     @property
     def states_kept(self) -> StatesKept:
@@ -192,7 +202,8 @@ class Replica:
 
     def reference_id(self, prompts: PromptTokens) -> str:
         """The id that the reference of prompts has or will have."""
-        return reference_id(self._manifest.id, self.mode, prompts)
+        mode, rules = self.conditions()
+        return reference_id(self._manifest.id, mode, prompts, rules)
 
     @torch.inference_mode()
     def make_reference(self, prompts: PromptTokens) -> Reference:
@@ -201,15 +212,18 @@ class Replica:
         Raises `UserError` where its logits are not finite, or it agrees with itself too little to measure others by.
         """
         self._to_base()
+        mode, rules = self.conditions()
         continuation = self._batches.halving(lambda: self._continue(prompts))
         reference = Reference(
             id=self.reference_id(prompts),
             manifest_id=self._manifest.id,
-            mode=self.mode,
+            mode=mode,
             text=prompts.tokens,
             continuation=continuation,
             agrees=np.ones(continuation.shape, dtype=np.bool_),
-            suppressed=self._suppressed,
+            suppressed=rules.suppressed,
+            opening=rules.opening,
+            tokenizer=rules.tokenizer,
         )
         loaded = Loaded(reference)
         check = self._dense_divergence(loaded)
@@ -268,7 +282,7 @@ class Replica:
         tokens."""
         tokens = torch.randint(self._body.vocabulary_size, (rows, prompt_tokens + continuation_tokens))
         text = PromptTokens(tokens.numpy().astype(np.int32), prompt_tokens)
-        reference = timed_reference(text, self._manifest.id, self.mode)
+        reference = timed_reference(text, self._manifest.id, self.mode, self._suppressed)
         self.use(reference)
         timed = [candidates_of(layer, self._manifest, reference) for layer in (0, self._manifest.num_layers - 1)]
         try:
@@ -344,6 +358,11 @@ class Replica:
         if reference.mode != self.mode:
             raise UserError(
                 f"reference {reference.id} was made in mode {reference.mode}, this replica runs in {self.mode}"
+            )
+        if reference.suppressed != self._suppressed:
+            theirs, own = (", ".join(map(str, ids)) or "none" for ids in (reference.suppressed, self._suppressed))
+            raise UserError(
+                f"reference {reference.id} was made with the end-of-text tokens {theirs}; {self._spec.path} has {own}"
             )
         self._references.setdefault(reference.id, Loaded(reference))
 

@@ -62,10 +62,10 @@ def time_batch(
     )
 
 
-def timed_reference(text: PromptTokens, manifest_id: str, mode: NumericMode) -> Reference:
+def timed_reference(text: PromptTokens, manifest_id: str, mode: NumericMode, suppressed: tuple[int, ...]) -> Reference:
     """A reference whose continuations are the text's own."""
     targets = text.tokens[:, text.prompt_tokens :]
-    return Reference("timed", manifest_id, mode, text.tokens, targets, np.ones(targets.shape, np.bool_), ())
+    return Reference("timed", manifest_id, mode, text.tokens, targets, np.ones(targets.shape, np.bool_), suppressed)
 
 
 def candidates_of(layer: int, manifest: ModelManifest, reference: Reference) -> list[EvalRequest]:

@@ -103,6 +103,8 @@ def prompts_table(reference: Reference) -> pa.Table:
         "base_agreement": reference.base_agreement,
         "disagreements": lists([np.flatnonzero(~row) for row in reference.agrees], pa.int32()),
         "suppressed": lists([np.array(reference.suppressed, np.int32)] * num_prompts, pa.int32()),
+        "opening": lists([np.array(reference.opening, np.int32)] * num_prompts, pa.int32()),
+        "tokenizer": coded_constant(reference.tokenizer, num_prompts),
     }
     return from_columns(PROMPTS, columns)
 
@@ -123,4 +125,6 @@ def reference_of(table: pa.Table) -> Reference:
         continuation=lists["continuation"],
         agrees=agrees,
         suppressed=tuple(first["suppressed"]),
+        opening=tuple(first["opening"] or ()),
+        tokenizer=first["tokenizer"] or "",
     )
