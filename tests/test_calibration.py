@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.calibration import calibrator as calibrator_module
 from dtmsearch.model.compress import compressor as compressor_module
+from dtmsearch.model.compress.gptq import Job, inverse_factor, solve
+from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
@@ -117,6 +120,49 @@ def test_the_same_plan_gives_the_same_bits_after_others(folder: Path) -> None:
     first = values(model.evaluate([a])[0])
     model.evaluate(others)
     assert values(model.evaluate([a])[0]) == first
+
+
+def through_compressed(model: Replica) -> Calibration:
+    calibration = model.cut_calibration([TEXT], 12, 24, 3, "compressed")
+    model.use_calibration(calibration)
+    return calibration
+
+
+def test_through_compressed_layers_a_matrix_follows_what_its_scheme_makes_of_the_layers_below(folder: Path) -> None:
+    model, plain = replica(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    calibration, scheme = through_compressed(model), "gptq-int2-g16"
+    first = [(c.name, scheme) for c in model.manifest().components if c.layer == 0]
+    for packed in model.solve(calibration.id, first):
+        weight = unpack(packed, torch.float32, torch.device("cpu"))
+        plain.get_submodule(packed.component).weight.data = weight
+    name, seen = "model.layers.1.self_attn.q_proj", []
+    module = plain.get_submodule(name)
+    module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].reshape(-1, module.in_features)))
+    with torch.inference_mode():
+        plain(torch.from_numpy(calibration.tokens).long())
+    inputs = torch.cat(seen)
+    job = Job(module.weight.data, parse_scheme(scheme))
+    expected = solve([job], inverse_factor(inputs.T @ inputs / len(inputs)))[0].codes
+    found = unpack(model.solve(calibration.id, [(name, scheme)])[0], torch.float32, torch.device("cpu"))
+    assert expected is not None
+    close = torch.isclose(found, expected.dense(torch.float32), atol=1e-4)  # but for a near tie of rounding
+    assert close.float().mean() > 0.99
+
+
+def test_through_compressed_layers_a_matrix_is_the_same_whatever_else_is_asked(folder: Path) -> None:
+    alone, scheme = replica(folder), "gptq-int3-g16"
+    names = [c.name for c in alone.manifest().components]
+    one = alone.solve(through_compressed(alone).id, [(names[-1], scheme)])[0]
+    model = replica(folder)
+    calibration = through_compressed(model)
+    model.solve(calibration.id, [(name, "gptq-int2-g16") for name in names])
+    all_of_it = model.solve(calibration.id, [(name, scheme) for name in names])[-1]
+    assert (one.component, one.codes.tolist()) == (all_of_it.component, all_of_it.codes.tolist())
+
+
+def test_what_the_text_has_passed_is_part_of_a_calibration_s_identity(folder: Path) -> None:
+    model = replica(folder)
+    assert len({model.cut_calibration([TEXT], 4, 24, 0, through).id for through in ("base", "compressed")}) == 2
 
 
 def test_another_calibration_between_changes_no_bit(folder: Path) -> None:

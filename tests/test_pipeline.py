@@ -93,6 +93,19 @@ def test_calibrated_plans_measure_alike(
     assert one == other
 
 
+def test_matrices_solved_through_compressed_layers_are_alike(folder: Path, staged: tuple[Replica, Reference]) -> None:
+    found = []
+    for model in (replica(folder), staged[0]):
+        calibration = model.cut_calibration([TEXT], 6, 24, 0, "compressed")
+        model.use_calibration(calibration)
+        model.use(staged[1])
+        values_of_plans = measured((model, staged[1]), calibration.id)
+        pairs = [(component.name, "gptq-int4-g16") for component in model.manifest().components]
+        solved = [(p.component, p.codes.tobytes(), p.scales.tobytes()) for p in model.solve(calibration.id, pairs)]
+        found.append((values_of_plans, solved))
+    assert found[0] == found[1]
+
+
 def test_errors_of_weights_and_outliers_are_alike(calibrated: list[tuple[Replica, Calibration]]) -> None:
     found = []
     for model, calibration in calibrated:

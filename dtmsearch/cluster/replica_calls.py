@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from dtmsearch.cluster.outstanding import MAX_ATTEMPTS
 from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.cluster.replicas import Crew, cause_of, is_loss
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Continuation, GenerationRules, PromptTokens, Reference, Speed, mean_speed
 from dtmsearch.core.numeric_mode import NumericMode
@@ -94,9 +94,11 @@ class Services:
         """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""
         self._crew.use(reference)
 
-    def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
+    def cut_calibration(
+        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = "base"
+    ) -> Calibration:
         """See `dtmsearch.model.replica.replica.Replica.cut_calibration`."""
-        calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed)
+        calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed, through)
         return calibration
 
     def gather_statistics(self, calibration: Calibration) -> InputStatistics:

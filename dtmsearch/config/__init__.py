@@ -27,6 +27,7 @@ from dtmsearch.config.sections import (
     Seed,
     ValidationSection,
 )
+from dtmsearch.core.calibration import Through
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
@@ -113,6 +114,11 @@ class SearchFile(Section):
         if section.files or section.dataset is not None:
             own |= {"files": section.files, "dataset": section.dataset}
         return PromptsSection.model_validate(self.prompts.model_dump() | own)
+
+    @property
+    def calibration_through(self) -> Through:
+        """What calibration text has passed where a matrix is solved for."""
+        return (self.calibration or CalibrationSection()).through
 
     def resolve(self, path: str) -> Path:
         """A path as the file means it: from the file's own folder or, where nothing is there, the current one."""

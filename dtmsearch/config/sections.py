@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dtmsearch.core.calibration import Through
 from dtmsearch.core.metrics import METRICS
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.records import RUN_NAME
@@ -115,6 +116,9 @@ class CalibrationSection(Section):
     """Tokens of a row."""
     seed: Seed | None = None
     """Draws the rows."""
+    through: Through = "base"
+    """What the text has passed where GPTQ and SparseGPT solve for a layer: the layers below as the base model has them,
+    or compressed by the same scheme."""
 
 
 class ComponentsSection(Section):

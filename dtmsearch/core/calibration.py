@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,25 +18,28 @@ from dtmsearch.core.numeric_mode import NumericMode
 # Raise it when the same text would yield other statistics, or other matrices from them.
 CALIBRATION_VERSION = 2
 
+Through = Literal["base", "compressed"]
 ByteArray = NDArray[np.uint8]
 FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Human text that the dense model reads, `tokens` [rows, length]: its components' inputs are what pruning and
-    quantization are calibrated by. `id` follows the model, its numeric mode, and the tokens."""
+    """Human text that the model reads, `tokens` [rows, length]: its components' inputs are what pruning and
+    quantization are calibrated by. `through` says what the text has passed where a matrix is solved for: the layers
+    below as they are in the `base` model, or `compressed` by the same scheme. `id` follows all of these, the model, and
+    its numeric mode."""
 
     id: str
     manifest_id: str
     tokens: NDArray[np.int32]
+    through: Through = "base"
 
 
-def calibration_id(manifest_id: str, mode: NumericMode, tokens: NDArray[np.int32]) -> str:
-    """Identity of a calibration: what determines every statistic gathered over it."""
-    return identity(
-        {"manifest": manifest_id, "mode": str(mode), "tokens": tokens.tolist(), "calibration": CALIBRATION_VERSION}
-    )
+def calibration_id(manifest_id: str, mode: NumericMode, tokens: NDArray[np.int32], through: Through = "base") -> str:
+    """Identity of a calibration: what determines every statistic gathered over it, and every matrix solved by it."""
+    own = {"manifest": manifest_id, "mode": str(mode), "tokens": tokens.tolist(), "calibration": CALIBRATION_VERSION}
+    return identity(own if through == "base" else own | {"through": through})
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,7 +37,8 @@ class Calibrating:
 
     @cached_property
     def _calibration(self) -> Calibration:
-        return cut_calibration(self._file, self._pool.cut_calibration)
+        through = self._file.calibration_through
+        return cut_calibration(self._file, lambda *how: self._pool.cut_calibration(*how, through))
 
     @property
     def rows_of_its_own(self) -> list[IntArray]:
@@ -109,7 +110,9 @@ class Calibrating:
         wanted = {(c, name) for c, scheme in entries if (name := solved_scheme(parse_scheme(scheme)))} - self._handed
         if not wanted:
             return
-        missing = self._by_layer(wanted - self._results.solved(self.id))
+        # A part for a replica: a layer, or all that is to be solved one layer after the other.
+        parts = self._by_layer if self._file.calibration_through == "base" else _by_scheme
+        missing = parts(wanted - self._results.solved(self.id))
         for matrices in self._pool.solve(self.id, missing):
             self._writer.put_matrices(self.id, matrices)
         for pairs in self._by_layer(wanted):
@@ -122,6 +125,13 @@ class Calibrating:
         for component, scheme in sorted(pairs):
             layers.setdefault(self._manifest.by_name[component].layer, []).append((component, scheme))
         return [layers[layer] for layer in sorted(layers)]
+
+
+def _by_scheme(pairs: set[Pair]) -> list[list[Pair]]:
+    schemes: dict[str, list[Pair]] = {}
+    for component, scheme in sorted(pairs):
+        schemes.setdefault(scheme, []).append((component, scheme))
+    return list(schemes.values())
 
 
 def _of_outputs(error: WeightError) -> float:

@@ -38,8 +38,9 @@ class Calibrator:
 
     `stand_on` makes the model dense, on trained weights of an id or (the empty one) on the base model's own;
     `standing_on` says on which it stands. Statistics and Hessians are those of the base model; matrices are solved for
-    the weights that it stands on. `eager` is a context in which layers run as they were loaded, `rows_in_batch` gives
-    the rows of a batch for rows of so many tokens.
+    the weights that it stands on (by a calibration through compressed layers, over these weights' own Hessians).
+    `eager` is a context in which layers run as they were loaded, `rows_in_batch` gives the rows of a batch for rows of
+    so many tokens.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Calibrator:
         self._calibrations: dict[str, Calibration] = {}
         self._statistics: dict[str, InputStatistics] = {}
         self._fetch: dict[str, Fetch] = {}
-        self._entries: dict[str, Tensor] = {}
+        self._entries: dict[tuple[str, str], Tensor] = {}
         self._active: str | None = None
         self._walker: Gatherer | None = None
         self._hessians: OrderedDict[int, list[SharedHessian]] = OrderedDict()
@@ -75,9 +76,10 @@ class Calibrator:
         if statistics is not None:
             self._statistics[calibration.id] = statistics
 
-    def enter(self, calibration_id: str, entry: Tensor) -> None:
-        """Take the base model's states of a calibration's text at the first layer that is here."""
-        self._entries[calibration_id] = entry
+    def enter(self, calibration_id: str, entry: Tensor, scheme: str = "") -> None:
+        """Take the states of a calibration's text at the first layer that is here: the base model's, or behind layers
+        that are compressed by a scheme."""
+        self._entries[calibration_id, scheme] = entry
 
     def fetch_from(self, calibration_id: str, fetch: Fetch) -> None:
         """Where matrices solved by a calibration may be had."""
@@ -138,15 +140,48 @@ class Calibrator:
         compressor = self._weights.compressor
         self._choose_fetch()
         found = {pair: packed for pair in wanted if (packed := compressor.solved(*pair)) is not None}
-        missing: dict[int, dict[str, list[str]]] = {}
-        for component, name in wanted.keys() - found.keys():
-            missing.setdefault(self._layer_of(component), {}).setdefault(component, []).append(name)
-        for layer in sorted(missing):
-            for packed in self._solve_layer(layer, missing[layer]):
-                compressor.keep(packed)
-                found[packed.component, packed.scheme] = packed
+        for packed in self._solve_missing(sorted(wanted.keys() - found.keys())):
+            compressor.keep(packed)
+            found[packed.component, packed.scheme] = packed
         compressor.trim(wanted.keys())
         return [found[pair] for pair in wanted]
+
+    def _solve_missing(self, missing: Sequence[tuple[str, str]]) -> Iterator[PackedMatrix]:
+        """What is not at hand, and in a calibration through compressed layers what lies below it."""
+        if missing and self._through_compressed:
+            for scheme in dict.fromkeys(name for _, name in missing):
+                yield from self._solve_upwards(scheme, [component for component, name in missing if name == scheme])
+            return
+        by_layer: dict[int, dict[str, list[str]]] = {}
+        for component, name in missing:
+            by_layer.setdefault(self._layer_of(component), {}).setdefault(component, []).append(name)
+        for layer in sorted(by_layer):
+            yield from self._solve_layer(layer, by_layer[layer])
+
+    @property
+    def _through_compressed(self) -> bool:
+        return self._active is not None and self._calibrations[self._active].through == "compressed"
+
+    def _solve_upwards(self, scheme: str, wanted: Sequence[str]) -> Iterator[PackedMatrix]:
+        """Solve all components from the first layer up to those wanted, each layer over the text's states behind the
+        layers below as this scheme has made them (arXiv 2210.17323, section 4). All of them are compressed, whatever a
+        plan has there: so a component's matrix follows from its scheme alone."""
+        compressor, top = self._weights.compressor, max(self._layer_of(component) for component in wanted)
+        reached: set[str] = set()
+        self._stand_on(self._standing_on())
+        with self._eager():
+            walker = self._gatherer(self._calibrations[self._active or ""], scheme)
+            for layer in range(self._body.own.start, top + 1):
+                shared_here = walker.hessians(layer, stay=True)
+                for shared in shared_here:
+                    reached.update(shared.components)
+                    pairs = [(c, scheme) for c in shared.components if compressor.solved(c, scheme) is None]
+                    yield from self._solve_shared(pairs, shared.hessian) if pairs else ()
+                if layer < top:
+                    plan = {component: scheme for shared in shared_here for component in shared.components}
+                    with self._weights.perturbed(Plan.of(plan)):
+                        walker.advance(layer + 1)
+        self._require_reached(wanted, reached)
 
     def lacks(self, pairs: Iterable[tuple[str, str]]) -> bool:
         """Whether some of these (component, solved scheme) pairs are neither at hand nor to be fetched."""
@@ -165,15 +200,17 @@ class Calibrator:
 
     def _solve_layer(self, layer: int, wanted: Mapping[str, Sequence[str]]) -> Iterable[PackedMatrix]:
         hessians = self.hessians(layer)
-        reached = {component for shared in hessians for component in shared.components}
-        for component in sorted(wanted.keys() - reached):
-            raise UserError(
-                f"{component} cannot be calibrated: no token of the calibration text reached it as a module of its own"
-            )
+        self._require_reached(wanted, {component for shared in hessians for component in shared.components})
         for shared in hessians:
             pairs = [(c, name) for c in shared.components for name in sorted(wanted.get(c, ()))]
             if pairs:
                 yield from self._solve_shared(pairs, shared.hessian)
+
+    def _require_reached(self, wanted: Iterable[str], reached: set[str]) -> None:
+        for component in sorted(set(wanted) - reached):
+            raise UserError(
+                f"{component} cannot be calibrated: no token of the calibration text reached it as a module of its own"
+            )
 
     def _solve_shared(self, pairs: Sequence[tuple[str, str]], hessian: Tensor) -> Iterable[PackedMatrix]:
         factor = inverse_factor(hessian)
@@ -201,10 +238,11 @@ class Calibrator:
             self._walker = self._gatherer(self._calibrations[self._active])
         return self._walker
 
-    def _gatherer(self, calibration: Calibration) -> Gatherer:
+    def _gatherer(self, calibration: Calibration, scheme: str = "") -> Gatherer:
         tokens = torch.from_numpy(calibration.tokens).long().to(self._body.input_device)
         layers = {c.name: c.layer for c in self._manifest.components}
-        entry = self._entries.get(calibration.id)
+        entry = self._entries.get((calibration.id, scheme))
+        assert entry is not None or self._body.own.start == 0, "the text's states come from the stage below"
         return Gatherer(self._body, tokens, layers, self._rows_in_batch(tokens.shape[1]), entry)
 
     def rest(self) -> None:

@@ -103,19 +103,26 @@ class Gatherer:
             for component in gathered.components
         }
 
-    def hessians(self, layer: int) -> list[SharedHessian]:
-        """The Hessians of a layer's components; without those that the text does not reach."""
-        self._advance(layer)
+    def hessians(self, layer: int, stay: bool = False) -> list[SharedHessian]:
+        """The Hessians of a layer's components; without those that the text does not reach.
+
+        The text goes on to the next layer with it, or it is to `stay` below this one.
+        """
+        self.advance(layer)
         inputs = _Inputs(hessians=True)
+        below = self._states
         with self._hooked([name for name, at in self._layer_of.items() if at == layer], inputs):
             self._pass(layer, inputs)
+        if stay:
+            self._states, self._boundary = below, layer
         return [
             SharedHessian(tuple(gathered.components), gathered.sums.div_(gathered.num_tokens))
             for gathered in inputs.gathered.values()
             if gathered.sums is not None and gathered.num_tokens
         ]
 
-    def _advance(self, layer: int) -> None:
+    def advance(self, layer: int) -> None:
+        """Take the text to the input of a layer, through the layers below as they stand now."""
         if layer < self._boundary:
             self._boundary, self._states = self._body.own.start, self._entry
         if layer > self._boundary:

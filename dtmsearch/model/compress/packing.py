@@ -78,8 +78,8 @@ def _unsigned(codes: Codes) -> Tensor:
 
 def _signed(unsigned: Tensor, bits: int) -> Tensor:
     last = 2**bits - 1
-    counted: Tensor = (unsigned.int() + 1) & last
-    return (counted - (last // 2 + 1)).to(torch.int8)
+    counted: Tensor = ((unsigned.int() + 1) & last) - (last // 2 + 1)
+    return counted.to(torch.int8)
 
 
 def _pack_bits(values: Tensor, bits: int) -> NDArray[np.uint8]:

@@ -237,16 +237,41 @@ class PipelineCalibrator(Calibrator):
         """Let every stage have the text's states at its first layer. The base model must stand, dense."""
         if calibration_id in self._entered:
             return
-        tokens = torch.from_numpy(self._known(calibration_id).tokens).long().to(self._whole.input_device)
-        batches = tokens.split(self._rows_in_batch(tokens.shape[1]))
+        batches = self._text(calibration_id)
         states: list[State | None] = [None] * len(batches)
         start = 0
         for remote in self._remotes:
             stop = remote.layers.start
             states = [self._whole.advance(b, s, start, stop) for b, s in zip(batches, states, strict=True)]
-            remote.tell("enter", calibration_id, *map(outgoing, states))
+            remote.tell("enter", calibration_id, "", *map(outgoing, states))
             start = stop
         self._entered.add(calibration_id)
+
+    def _text(self, calibration_id: str) -> Sequence[Tensor]:
+        tokens = torch.from_numpy(self._known(calibration_id).tokens).long().to(self._whole.input_device)
+        return tokens.split(self._rows_in_batch(tokens.shape[1]))
+
+    def _solve_from_below(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """By a calibration through compressed layers: have what these pairs lack solved stage by stage, each over the
+        text's states behind those below as the same scheme has made them."""
+        for scheme in dict.fromkeys(name for _, wanted in self._elsewhere(pairs) for _, name in wanted):
+            needed = [(r, [pair for pair in wanted if pair[1] == scheme]) for r, wanted in self._elsewhere(pairs)]
+            lacking = [remote for remote, wanted in needed if wanted and remote.get("lacks", wanted)]
+            if not lacking:
+                continue
+            self._stand_on(self._standing_on())
+            assert self._active is not None
+            reached = self.statistics(self._active).mean_squares
+            layer_of = {c.name: c.layer for c in self._manifest.components if c.layer >= 0 and c.name in reached}
+            super().solve([(name, scheme) for name, layer in layer_of.items() if layer in self._whole.own])
+            for remote in self._remotes[: self._remotes.index(lacking[-1]) + 1]:
+                start = remote.layers.start
+                below = Plan.of({name: scheme for name, layer in layer_of.items() if layer < start})
+                with self._weights.perturbed(below):
+                    states = [self._whole.advance(batch, None, 0, start) for batch in self._text(self._active)]
+                    remote.tell("enter", self._active, scheme, *map(outgoing, states))
+                own = [(name, scheme) for name, layer in layer_of.items() if layer in remote.layers]
+                remote.tell("solve_for_itself", own)
 
     def activate(self, calibration_id: str) -> None:
         if self._active == calibration_id:
@@ -261,6 +286,8 @@ class PipelineCalibrator(Calibrator):
             super().prepare([Plan.of(self._here(plan.entries)) for plan in plans], calibration_id)
             own = self._active or next(iter(self._calibrations), "")
             self.activate(own if calibration_id is None else calibration_id)
+            if self._through_compressed:
+                self._solve_from_below([entry for plan in plans for entry in plan.entries])
             for remote, wanted in self._elsewhere(entry for plan in plans for entry in plan.entries):
                 if remote.get("lacks", wanted):
                     self._have_enter()
@@ -287,10 +314,12 @@ class PipelineCalibrator(Calibrator):
 
     def solve(self, pairs: Iterable[tuple[str, str]]) -> list[PackedMatrix]:
         pairs = list(pairs)
+        if self._through_compressed:
+            self._solve_from_below(pairs)
         here = self._whole.own
         found = super().solve([(c, s) for c, s in pairs if self._manifest.by_name[c].layer in here])
         elsewhere = self._elsewhere(pairs)
-        if elsewhere:
+        if elsewhere and not self._through_compressed:
             self._have_enter()
         solving = [(remote, remote.peer.ask("solve", wanted)) for remote, wanted in elsewhere]
         for remote, promise in solving:
@@ -308,6 +337,8 @@ class PipelineCalibrator(Calibrator):
             self.activate(calibration_id)
             if by_hessian or any(solved_scheme(parse_scheme(name)) for name in schemes):
                 self._have_enter()
+            if self._through_compressed:
+                self._solve_from_below([(component, name) for component in components for name in schemes])
         found: dict[tuple[str, str], WeightError] = {}
         asked = []
         for remote in self._remotes:

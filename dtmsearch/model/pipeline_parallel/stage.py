@@ -230,11 +230,12 @@ class Stage:
     def use_solved(self, calibration_id: str, fetch: Fetch) -> None:
         self._calibrator.fetch_from(calibration_id, fetch)
 
-    def enter(self, calibration_id: str, *states: Sent) -> None:
-        """Take the base model's states of a calibration's text at the first layer of this stage, a batch each."""
+    def enter(self, calibration_id: str, scheme: str, *states: Sent) -> None:
+        """Take the states of a calibration's text at the first layer of this stage, a batch each: see
+        `Calibrator.enter`."""
         batches = received(states, torch.device("cpu"))
         self._rows_in_batch = len(batches[0])
-        self._calibrator.enter(calibration_id, torch.cat(batches))
+        self._calibrator.enter(calibration_id, torch.cat(batches), scheme)
 
     @torch.inference_mode()
     def gather(self, calibration_id: str) -> Mapping[str, FloatArray]:

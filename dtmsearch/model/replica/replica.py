@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError, calibration_id
+from dtmsearch.core.calibration import (
+    Calibration,
+    InputStatistics,
+    PackedMatrix,
+    Through,
+    WeightError,
+    calibration_id,
+)
 from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.evaluation import (
     Continuation,
@@ -300,10 +307,13 @@ class Replica:
         widest = max(max(c.shape) for c in self._manifest.components)
         return int(self._weight_bytes + 4 * self._batches.tokens * widest * self._body.itemsize)
 
-    def cut_calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> Calibration:
+    def cut_calibration(
+        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = "base"
+    ) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
         rows = self._cutter.calibration(texts, count, tokens, seed)
-        return Calibration(calibration_id(self._manifest.id, self.mode, rows), self._manifest.id, rows)
+        own_id = calibration_id(self._manifest.id, self.mode, rows, through)
+        return Calibration(own_id, self._manifest.id, rows, through)
 
     def use_calibration(self, calibration: Calibration, statistics: InputStatistics | None = None) -> None:
         """Take a calibration, which requests may name from now on, with its statistics if they are known."""
