@@ -247,3 +247,18 @@ def test_overview_of_a_run_that_has_decided_nothing_leaves_it_open(tmp_path: Pat
     write(tmp_path)
     (line,) = runs_overview(ResultStore(tmp_path))
     assert (line.last_step, line.share, line.score, line.fdt) == (None, None, None, None)
+
+
+def test_the_rival_is_chosen_by_the_prompts_to_choose_by_and_reported_on_the_others(tmp_path: Path) -> None:
+    schemes = ("int3-channel", "int4-channel")
+    plans = {f"uniform:{scheme}": Plan.uniform(toy_components(), scheme) for scheme in schemes}
+    chosen = []
+    for (label, plan), fdt in zip(plans.items(), (55.0, 50.0), strict=True):
+        asked = request(plan, "choice-reference")
+        chosen.append(EvaluationRecord(asked, result(asked, fdt), "choice", label=label))
+    reported = [measured(plan, label, fdt) for (label, plan), fdt in zip(plans.items(), (40.0, 45.0), strict=True)]
+    run = replace(RECORD, choice_reference_id="choice-reference")
+    write(tmp_path, measured(PLAN, "plan", 60), *chosen, *reported, run=run)
+    found = summarize_run(ResultStore(tmp_path), "run")
+    assert found.rival == "uniform:int3-channel"
+    assert "with 40.0 (difference +20.0 tokens" in found.verdict

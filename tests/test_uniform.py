@@ -8,7 +8,13 @@ from fakes import toy_components
 
 from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.search.baselines import better_uniform, law_remarks
+from dtmsearch.search.baselines import (
+    best_rival,
+    better_uniform,
+    law_remarks,
+    may_take_its_place,
+    uniform_rivals,
+)
 from dtmsearch.search.space import SearchSpace
 
 SPACE = SearchSpace(
@@ -82,3 +88,55 @@ def test_a_plan_that_diverges_more_than_its_kl_says_is_flagged() -> None:
     measured = {label: result(0.4, sdt=18) for label in PLANS} | {"plan": result(0.4, sdt=40)}
     (remark,) = law_remarks(SPACE, PLANS, measured, 100)
     assert remark.startswith("the plan's share of divergent tokens is 0.63 x sqrt(KL), that of uniform plans 0.28")
+
+
+def six_bits() -> tuple[SearchSpace, Plan]:
+    """A search by tensors, and a plan of 6 bits."""
+    space = SearchSpace(toy_components(), ("int6-tensor", "int8-tensor"), budget=Budget(bits_per_weight=6.5))
+    return space, space.uniform("int6-tensor")
+
+
+def test_rivals_have_all_granularities_and_the_largest_width_that_fits() -> None:
+    space, plan = six_bits()
+    assert {"int5-channel", "int5-channel-asym", "int5-g32", "int5-g32-asym", "int6-tensor-asym"} <= set(
+        uniform_rivals(space, plan)
+    )
+
+
+def test_rivals_store_at_most_one_percent_more_than_the_plan() -> None:
+    space, plan = six_bits()
+    most = 1.01 * space.size(plan).stored_bits
+    assert max(space.size(space.uniform(scheme)).stored_bits for scheme in uniform_rivals(space, plan)) <= most
+    larger = space.size(space.uniform("int5-g16")).stored_bits / space.size(plan).stored_bits
+    assert larger == pytest.approx(1.0, abs=0.01)  # five bits and a scale of 16 for every 16 weights
+    own = SearchSpace(toy_components(), ("int6-tensor", "int8-g16"), budget=Budget(bits_per_weight=6.5))
+    assert "int5-g16" in uniform_rivals(own, plan)
+
+
+def test_rivals_are_of_the_families_that_the_search_uses() -> None:
+    space = SearchSpace(toy_components(), ("nf4", "gptq-int4-g32", "magnitude-0.5"))
+    found = uniform_rivals(space, space.uniform("nf4"))
+    assert "fp4" in found and any(scheme.startswith("gptq-int") for scheme in found)
+    assert "magnitude-0.5" not in found and not any(scheme.startswith("int") for scheme in found)
+    assert sum(scheme.startswith("magnitude-") for scheme in found) == 1
+
+
+def test_there_are_only_so_many_rivals_some_of_each_family() -> None:
+    space = SearchSpace(toy_components(), ("int4-g32", "gptq-int4-g32", "nf4", "wanda-0.5", "int4-g32+wanda-0.5"))
+    found = uniform_rivals(space, space.uniform("int8-channel"))
+    assert len(found) == 12
+    assert {"nf4", "fp4"} & set(found) and any("wanda" in scheme for scheme in found)
+
+
+def test_the_best_rival_is_the_one_with_the_best_value_whatever_its_size() -> None:
+    space, plan = six_bits()
+    plans = {f"uniform:{s}": space.uniform(s) for s in ("int5-channel", "int5-g32", "int8-tensor")} | {"plan": plan}
+    found = {label: result(kl) for label, kl in zip(plans, (0.136, 0.2, 0.001, 0.156), strict=True)}
+    assert best_rival(space, plans, found, "kl") == "uniform:int5-channel"
+
+
+def test_only_what_the_search_could_have_come_to_takes_the_plans_place() -> None:
+    space, plan = six_bits()
+    assert may_take_its_place(space, plan, space.uniform("int8-tensor"))
+    assert not may_take_its_place(space, plan, space.uniform("int5-channel"))
+    assert not may_take_its_place(space, plan, space.uniform("int4-tensor"))

@@ -12,6 +12,7 @@ from dtmsearch.config import parse
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, PromptTokens, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.baselines import uniform_rivals
 from dtmsearch.search.loop import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.text_windows import halves
@@ -75,7 +76,22 @@ def test_only_the_plan_and_its_rivals_are_measured_to_choose() -> None:
     log = MemoryLog()
     judged(CHOICE, log)
     plans = {record.request.plan.id for record in log.records if record.purpose == "choice"}
-    assert plans == {PLAN.id, SPACE.uniform("int4-channel").id}
+    assert plans == {PLAN.id, *(SPACE.uniform(s).id for s in (*uniform_rivals(SPACE, PLAN), "int4-channel"))}
+
+
+def test_of_the_rivals_the_chosen_one_alone_is_reported() -> None:
+    log = MemoryLog()
+    judged(CHOICE, log)
+    labels = {record.label for record in log.records if record.purpose == "validation"}
+    assert labels - {f"uniform:{uniform_rivals(SPACE, PLAN)[0]}"} == {
+        *("plan", "base", "uniform:int4-channel", "uniform:int8-channel")
+    }
+
+
+def test_without_prompts_to_choose_by_all_rivals_are_reported() -> None:
+    log = MemoryLog()
+    judged(None, log)
+    assert {f"uniform:{s}" for s in uniform_rivals(SPACE, PLAN)} <= {record.label for record in log.records}
 
 
 def test_nothing_gives_way_without_prompts_to_choose_by() -> None:

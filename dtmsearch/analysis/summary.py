@@ -132,7 +132,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
     rows = _validation_rows(measured, reference)
     rank_by = str(section_of(record.config, "search").get("rank_by", "fdt"))
     rank_by = rank_by if rank_by in METRICS else "fdt"
-    rival = rival_of(rows, rank_by)
+    rival = _rival(store, record, rows, rank_by)
     noise = _noise(measured, reference)
     plan_row = next((row for row in rows if row.label == PLAN), None)
     chosen_at = next((step for step in reversed(steps) if step.plan_id == record.final_plan_id), None)
@@ -263,6 +263,21 @@ class _Measured:
     row: Mapping[str, Any]
     label: str
     per_prompt: Mapping[str, NDArray[np.generic]]
+
+
+def _rival(store: ResultStore, record: RunRecord, rows: Sequence[ValidationRow], rank_by: str) -> ValidationRow | None:
+    """The best uniform plan of at most the plan's size, by the prompts to choose by where the run had any: the best by
+    the prompts that are reported would look better than it is."""
+    plan = next((row for row in rows if row.label == PLAN), None)
+    if plan is None or record.choice_reference_id is None:
+        return rival_of(rows, rank_by)
+    where = (pc.field("reference_id") == record.choice_reference_id) & (pc.field("purpose") == "choice")
+    found = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where).to_pylist()
+    chosen_by = [_validation_row(_Measured(row, row["label"], {}), None, None) for row in found]
+    others = [row for row in chosen_by if row.plan_id != plan.plan_id]
+    best = rival_of([plan, *(row for row in others if row.label != PLAN)], rank_by)
+    reported = None if best is None else next((row for row in rows if row.plan_id == best.plan_id), None)
+    return reported or rival_of(rows, rank_by)
 
 
 @dataclass(frozen=True)

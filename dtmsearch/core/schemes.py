@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -251,3 +252,41 @@ def _pruning_siblings(name: str, pruning: Pruning) -> tuple[str, ...]:
         of = pruning.pattern[1]
         return tuple(f"{pruning.saliency}-{kept}:{of}" for kept in range(1, of))
     return tuple(dict.fromkeys((*(f"{pruning.saliency}-{share}" for share in _SIBLING_SHARES), name)))
+
+
+# Granularities that uniform plans are made in, beside those of the schemes that a search names.
+_USUAL_GRAINS = ("tensor", "channel", "g32", "g64", "g128")
+
+
+def family_lines(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
+    """family -> what a uniform plan of the families of some schemes may be, in lines of schemes that differ only in how
+    much they compress.
+
+    Of rounding and GPTQ a line for each granularity, with zero points and without: the usual ones, and group sizes that
+    the names have; of pairs the same under each pruning that is named; of pruning a line for each saliency (shares by
+    hundredths) and pattern length; of bitsandbytes a line for each scheme of as many bits.
+    """
+    schemes = [parse_scheme(name) for name in names]
+    grains = dict.fromkeys((*_USUAL_GRAINS, *(f"g{s.group_size}" for s in schemes if s.granularity == "group")))
+    lines: dict[str, list[tuple[str, ...]]] = {}
+    for scheme in schemes:
+        if scheme.family in ("rounding", "gptq", "pair"):
+            prefix = "gptq-" if (scheme.quantizer or scheme.name).startswith("gptq-") else ""
+            pruned = f"+{scheme.pruning.name}" if scheme.pruning is not None else ""
+            found = [
+                tuple(f"{prefix}int{bits}-{grain}{asym}{pruned}" for bits in range(2, 9))
+                for grain in grains
+                for asym in ("", "-asym")
+            ]
+        elif scheme.family == "bitsandbytes":
+            found = [(name,) for name, (bits, _) in _BITSANDBYTES.items() if bits == scheme.bits]
+        elif scheme.pruning is not None and scheme.pruning.pattern is None:
+            hundredths = (f"0.{share:02}".rstrip("0") for share in range(1, 100))
+            found = [tuple(f"{scheme.pruning.saliency}-{share}" for share in hundredths)]
+        elif scheme.pruning is not None:
+            found = [siblings(scheme.name)]
+        else:
+            continue
+        own = lines.setdefault(scheme.family, [])
+        own += [line for line in found if line not in own]
+    return lines

@@ -1,5 +1,5 @@
-"""What uniform plans say of a plan on held-out prompts: whether one of at most its size does as well, and whether the
-plan's divergence is that of small noise.
+"""What uniform plans say of a plan on held-out prompts: which of at most its size are its rivals, whether one does as
+well, and whether the plan's divergence is that of small noise.
 
 Divergence follows the square root of KL, whatever caused the damage; the factor is the model's and the text's own, and
 uniform plans show it.
@@ -7,17 +7,79 @@ uniform plans show it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain, zip_longest
 
 from dtmsearch.core.evaluation import EvalResult, Outcome
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import Plan, PlanSize
+from dtmsearch.core.schemes import family_lines, parse_scheme, siblings
 from dtmsearch.search.space import SearchSpace
 
+# A rival may store so much more than the plan: a plan is not better for being larger by less.
+LARGER = 1.01
+# So many rivals are measured at most, the largest of each family first.
+_MOST_RIVALS = 12
+# A scheme that the search does not name may take the plan's place within this relative difference in stored bits.
+_SAME_SIZE = 0.05
 # A share of divergent tokens off that of uniform plans by more than this factor was caused by something else.
 _OFF_THE_LAW = 1.5
 # Fewer divergent tokens than this in all say too little.
 _FEW_DIVERGENT = 100
+
+
+def uniform_rivals(space: SearchSpace, plan: Plan) -> list[str]:
+    """Schemes whose uniform plans may be the best known of at most the plan's size: of every line of the families that
+    the search uses (`core.schemes.family_lines`) the least compressed one that stores at most 1% more than the plan."""
+    shapes = Counter(component.shape for component in space.components)
+    longest = max(cols for _, cols in shapes)
+    most = LARGER * space.size(plan).stored_bits
+
+    def bits(scheme: str) -> int:
+        parsed = parse_scheme(scheme)
+        return sum(number * parsed.stored_bits(shape, space.dense_bits) for shape, number in shapes.items())
+
+    families = []
+    for lines in family_lines(space.schemes).values():
+        found: dict[str, int] = {}
+        for line in lines:
+            # A group as long as a row is a row.
+            if (of_line := parse_scheme(line[0])).granularity == "group" and of_line.group_size >= longest:
+                continue
+            fitting = {scheme: size for scheme in line if (size := bits(scheme)) <= most}
+            if fitting:
+                best = max(fitting, key=lambda scheme: fitting[scheme])
+                found[best] = fitting[best]
+        families.append(sorted(found, key=lambda scheme: -found[scheme]))
+    in_turn = (scheme for scheme in chain.from_iterable(zip_longest(*families)) if scheme is not None)
+    return list(in_turn)[:_MOST_RIVALS]
+
+
+def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
+    """Whether a uniform plan is one that the search could have come to: of a scheme that it names, or of another width
+    in the same granularity and near the plan's size."""
+    scheme = other.entries[0][1]
+    if scheme in space.schemes:
+        return True
+    kin = {sibling for name in space.schemes for sibling in siblings(name)}
+    gap = abs(space.size(other).stored_bits / max(1, space.size(plan).stored_bits) - 1.0)
+    return scheme in kin and gap <= _SAME_SIZE
+
+
+def best_rival(
+    space: SearchSpace, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome], metric: str
+) -> str | None:
+    """The label of the best measured one in `metric` of the uniform plans among `plans` that store at most 1% more than
+    `plan`, one of them; None where there is none."""
+    most = LARGER * space.size(plans["plan"]).stored_bits
+    keys = {
+        label: rank_key(summarize(outcome), metric)
+        for label, other in plans.items()
+        if label != "plan" and _is_uniform(space, other) and space.size(other).stored_bits <= most
+        if isinstance(outcome := outcomes.get(label), EvalResult)
+    }
+    return min(keys, key=lambda label: keys[label], default=None)
 
 
 def rivals_of(space: SearchSpace, plans: Mapping[str, Plan]) -> list[str]:

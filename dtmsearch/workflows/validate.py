@@ -14,8 +14,14 @@ from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import siblings
-from dtmsearch.search.baselines import better_uniform, law_remarks, rivals_of
+from dtmsearch.search.baselines import (
+    best_rival,
+    better_uniform,
+    law_remarks,
+    may_take_its_place,
+    rivals_of,
+    uniform_rivals,
+)
 from dtmsearch.search.loop import Observer, measure
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone
@@ -23,8 +29,6 @@ from dtmsearch.store.store import RunWriter
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import whole_request
 
-# A uniform plan counts as one of the same size up to this relative difference in stored bits.
-_SAME_SIZE = 0.05
 # What the final plan is called among the plans that are validated.
 _PLAN = "plan"
 # Of the held-out prompts, so many at either end are recorded as text.
@@ -60,7 +64,11 @@ class Validation:
         """Measure the plan and what it is held against. Raises `SearchStopped` when that is wished."""
         plans = validation_plans(self.space, plan)
         calibration_id = calibrating.for_plans(plans.values())
-        better = self._better(plans, calibration_id, stop_requested)
+        better = None
+        if self.choice is not None:
+            better, rival = self._chosen(plans, self.choice, calibration_id, stop_requested)
+            named = {f"uniform:{scheme}" for scheme in self.space.schemes}
+            plans = {k: other for k, other in plans.items() if k in {*named, "base", _PLAN, better, rival}}
         requests = self._requests(plans, calibration_id)
         outcomes = measure(requests, self.pool, self.writer, "validation", stop_requested)
         for remark in law_remarks(self.space, plans, outcomes, self.file.prompts.continuation_tokens):
@@ -74,14 +82,24 @@ class Validation:
         self.observer.on_note(said)
         return Judged(plans[better], outcomes[better], said)
 
-    def _better(self, plans: Mapping[str, Plan], calibration_id: str, stop_requested: Callable[[], bool]) -> str | None:
-        """The uniform plan that takes the place of the plan."""
-        if self.choice is None:
-            return None
-        rivals = {label: plans[label] for label in (_PLAN, *rivals_of(self.space, plans))}
-        requests = {label: whole_request(other, self.choice, calibration_id) for label, other in rivals.items()}
+    def _chosen(
+        self,
+        plans: Mapping[str, Plan],
+        choice: Reference,
+        calibration_id: str,
+        stop_requested: Callable[[], bool],
+    ) -> tuple[str | None, str | None]:
+        """The uniform plan that takes the place of the plan, and its rival: the best known one of at most its size."""
+        asked = validation_plans(self.space, plans[_PLAN], only_rivals=True)
+        requests = {label: whole_request(other, choice, calibration_id) for label, other in asked.items()}
         outcomes = measure(requests, self.pool, self.writer, "choice", stop_requested)
-        return better_uniform(self.space, rivals, outcomes, self.file.search.rank_by)
+        metric = self.file.search.rank_by
+        replacing = {
+            label: other
+            for label, other in asked.items()
+            if label == _PLAN or may_take_its_place(self.space, plans[_PLAN], other)
+        }
+        return better_uniform(self.space, replacing, outcomes, metric), best_rival(self.space, asked, outcomes, metric)
 
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
         requests = {label: whole_request(plan, self.reference, calibration_id) for label, plan in plans.items()}
@@ -106,30 +124,24 @@ class Validation:
 
 
 def can_give_way(space: SearchSpace, plan: Plan, milestones: Sequence[Milestone]) -> bool:
-    """Whether a uniform plan can take the place of the plan, which must be chosen then."""
-    return not milestones and bool(rivals_of(space, validation_plans(space, plan)))
+    """Whether a uniform plan can take the place of the plan, or is held against it: these must be chosen then."""
+    return not milestones and len(validation_plans(space, plan, only_rivals=True)) > 1
 
 
-def validation_plans(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
+def validation_plans(space: SearchSpace, plan: Plan, only_rivals: bool = False) -> dict[str, Plan]:
     """What a final plan is held against: label -> plan, itself among them.
 
-    The base model (`base`, whose FDT and SDT say nothing, but whose perplexities do), the uniform plan of each scheme
-    of the search (`uniform:SCHEME`) and, where one comes within 5% of the plan's stored bits, the uniform plan nearest
-    in real size (`uniform-nearest:SCHEME`), from the same granularities.
+    The base model (`base`, whose FDT and SDT say nothing, but whose perplexities do), and uniform plans
+    (`uniform:SCHEME`): of each scheme of the search, and those of its families that may be the best known of at most
+    the plan's size (`uniform_rivals`). `only_rivals`: no others than what `rivals_of` names and these.
     """
-    wanted = max(1, space.size(plan).stored_bits)  # nothing is left where all is dropped
-
-    def gap(scheme: str) -> float:
-        return abs(space.size(space.uniform(scheme)).stored_bits / wanted - 1.0)
-
-    plans = {f"uniform:{scheme}": space.uniform(scheme) for scheme in space.schemes}
-    candidates = dict.fromkeys(sibling for scheme in space.schemes for sibling in siblings(scheme))
-    nearest = min(candidates, key=gap)
-    if gap(nearest) <= _SAME_SIZE:
-        plans.pop(f"uniform:{nearest}", None)
-        plans[f"uniform-nearest:{nearest}"] = space.uniform(nearest)
-    plans["base"] = Plan()
-    return {label: other for label, other in plans.items() if other.id != plan.id} | {_PLAN: plan}
+    rivals = uniform_rivals(space, plan)
+    plans = {f"uniform:{scheme}": space.uniform(scheme) for scheme in dict.fromkeys((*space.schemes, *rivals))}
+    plans = {label: other for label, other in plans.items() if other.id != plan.id}
+    if only_rivals:
+        named = {*rivals_of(space, plans | {_PLAN: plan}), *(f"uniform:{scheme}" for scheme in rivals)}
+        return {label: other for label, other in plans.items() if label in named} | {_PLAN: plan}
+    return plans | {"base": Plan(), _PLAN: plan}
 
 
 def telling_prompts(fdt: IntArray) -> list[int]:
