@@ -291,7 +291,7 @@ class Calibrator:
             squares = self._squares(component, calibration_id)
             norms = _norms(matrix.float(), squares, hessian_of.get(component))
             for scheme in schemes:
-                change = self._applied(component, matrix, scheme).float().sub_(matrix)
+                change = self.applied(component, matrix, scheme).float().sub_(matrix)
                 found.append(_norms(change, squares, hessian_of.get(component)) / norms)
         rows = torch.stack(found).tolist()
         names = [(component, scheme.name) for component in components for scheme in schemes]
@@ -309,7 +309,7 @@ class Calibrator:
         known = calibration_id and component in self._statistics[calibration_id].mean_squares
         return self._weights.compressor.mean_squares(component) if known else None
 
-    def _applied(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+    def applied(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         """The dense matrix [rows, cols] of a component under a scheme."""
         if scheme.name == DENSE:
             return weight.clone()

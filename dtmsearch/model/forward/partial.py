@@ -233,6 +233,23 @@ class Body:
         reached: Tensor = found[0][0] if isinstance(found[0], tuple) else found[0]
         return reached
 
+    def boundaries(self, tokens: Tensor) -> list[Tensor]:
+        """The states at all boundaries from the first layer's input to the last one's output, [layers + 1]."""
+        found: list[Tensor] = []
+
+        def note(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
+            if not found:
+                found.append(args[0] if args else named["hidden_states"])
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in self._real]
+        try:
+            self.run(tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
     def _enter(self, state: State | None, start: int) -> None:
         assert (state is None) == (start == 0) and not isinstance(state, Elsewhere)
         if state is not None:

@@ -36,6 +36,6 @@ class Loaded:
         self.prompts, self.base_hidden, self.streams = None, None, {}
 
 
-def greedy(reference: Reference, rows: slice) -> IntArray:
+def greedy(reference: Reference, rows: slice | IntArray) -> IntArray:
     """Prompts and the base model's own continuations of them, [rows, tokens]."""
     return np.concatenate([reference.text[rows, : reference.prompt_tokens], reference.continuation[rows]], axis=1)

@@ -52,6 +52,7 @@ from dtmsearch.core.library_versions import versions
 from dtmsearch.core.metrics import perplexity, share_of_divergent_tokens
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import PASSES, PriceBlock, PriceRequest
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
@@ -74,6 +75,7 @@ from dtmsearch.model.modules.loading import (
 )
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.replica.loaded_reference import Loaded, greedy
+from dtmsearch.model.replica.pricing import Pricer
 from dtmsearch.model.replica.prompts import Cutter, around
 from dtmsearch.model.replica.results import Launched, outcome_of
 from dtmsearch.model.replica.samples import margins, written_out
@@ -432,6 +434,27 @@ class Replica:
         if launched is not None:
             outcomes[launched[0]] = self._finish(launched[1])
         return [outcomes[i] for i in range(len(requests))]
+
+    def unpriceable(self, components: Sequence[str]) -> str:
+        """Why prices of these components cannot be had from backward passes; empty where they can."""
+        return self._pricer().unpriceable(components)
+
+    def price(self, request: PriceRequest) -> PriceBlock:
+        """Products of a request's options over its samples (see `dtmsearch.core.prices`). Layers run eagerly.
+
+        Raises `UserError` for components of which prices cannot be had.
+        """
+        started_at = time.perf_counter()
+        reference = self._references[request.reference_id].reference
+        pricer = self._pricer()
+        found = self._batches.halving(lambda: pricer.products(request, reference, self._to_parent))
+        tokens = PASSES[request.kind] * reference.text.shape[1] * len(found)
+        return PriceBlock(request, found, tokens, time.perf_counter() - started_at)
+
+    def _pricer(self) -> Pricer:
+        return Pricer(
+            self._body, self._weights, self._calibrator, self._manifest, self._generating, self._batches.rows
+        )
 
     @torch.inference_mode()
     def generate(self, plan: Plan, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:

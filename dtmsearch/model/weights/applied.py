@@ -149,6 +149,23 @@ class Weights:
         assert weight is not None, f"{component} is no plain matrix under this plan"
         return weight
 
+    def module(self, component: str) -> nn.Module:
+        """What stands in a component's place."""
+        return self._places.get(component)
+
+    def made(self, component: str, scheme: str) -> nn.Module:
+        """A module that computes what the component does under a scheme that is more than other weights."""
+        made = self._make(component, scheme, self._installed(component))
+        assert made.weight is None, f"{scheme} is no more than other weights"
+        return made.module
+
+    def let_gradients_through(self) -> None:
+        """Make weights that came to be in inference mode ones that a backward pass may be taken through."""
+        for parameter in self._model.parameters():
+            if parameter.is_inference() or parameter.data.is_inference():
+                parameter.data = parameter.data.clone()
+            parameter.requires_grad_(False)
+
     def original(self, component: str) -> Tensor:
         """A component's own weights, whatever the plan makes of it, on its device."""
         return self._original(component, self._installed(component))

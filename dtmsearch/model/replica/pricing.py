@@ -1,0 +1,305 @@
+"""Products of gradients with what options change, a prompt at a time, taken at the outputs of components.
+
+One pass up keeps the states between layers; on the way down each layer runs again with gradients, and of its components
+the inputs x and the gradients d at their outputs are at hand for one batch. A change D of a weight changes the output by
+D x, so a prompt's product with it is <sum over tokens of d x^T, D>: the prompt's gradient is made once for all schemes
+and let go. What changes more than weights is run, and its output compared. Memory: the weights, states of one request
+between layers, one layer's changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import Reference
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import FloatArray, PriceRequest
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import UserError
+from dtmsearch.model.calibration.calibrator import Calibrator
+from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.replica.loaded_reference import greedy
+from dtmsearch.model.weights.applied import Weights
+
+# Values of prompts' gradients that are held at once.
+_MOST_VALUES = {"cpu": 1 << 26, "cuda": 1 << 30}
+# Logits that are held at once.
+_MOST_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class Change:
+    """What options make of one component: `weights` [schemes, rows x cols] are the differences of its weights under
+    those that change nothing else, `modules` stand for the others. `at` and `modules_at` are their places among all
+    schemes."""
+
+    at: Sequence[int]
+    weights: Tensor | None
+    modules_at: Sequence[int]
+    modules: Sequence[nn.Module]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A call of a component: its input, its output, both [prompts, tokens, features]."""
+
+    inputs: Tensor
+    output: Tensor
+
+
+class Pricer:
+    """Takes products on a replica's model. `eager` is a context in which layers run as they were loaded, `rows_in_batch`
+    gives the rows of a batch for rows of so many tokens."""
+
+    def __init__(
+        self,
+        body: Body,
+        weights: Weights,
+        calibrator: Calibrator,
+        manifest: ModelManifest,
+        eager: Callable[[], AbstractContextManager[None]],
+        rows_in_batch: Callable[[int], int],
+    ) -> None:
+        self._body, self._weights, self._calibrator = body, weights, calibrator
+        self._layer_of = {component.name: component.layer for component in manifest.components}
+        self._eager, self._rows_in_batch = eager, rows_in_batch
+
+    def unpriceable(self, components: Sequence[str]) -> str:
+        """See `Replica.unpriceable`."""
+        if len(self._body.own) != self._body.num_layers:
+            return "the model's layers lie in several processes, through which no backward pass is taken"
+        for component in components:
+            if not isinstance(self._weights.module(component), nn.Linear | Conv1D):
+                return f"{component} lies in a stack of matrices, whose outputs for each prompt are not at hand"
+            if not 0 <= self._layer_of[component] < self._body.num_layers:
+                return f"{component} lies outside the layers"
+        return ""
+
+    def products(self, request: PriceRequest, reference: Reference, stand_on: Callable[[Plan], None]) -> FloatArray:
+        """Products [samples, components, schemes]. `stand_on` has the model under a plan, on the base model's weights.
+
+        Raises `UserError`.
+        """
+        if problem := self.unpriceable(request.components):
+            raise UserError(f"prices cannot be had: {problem}. Choose a strategy that measures, such as sensitivity")
+        prompts = (np.arange(*request.samples) % reference.num_prompts).astype(np.int32)
+        tokens = torch.from_numpy(greedy(reference, prompts)).long().to(self._body.input_device)
+        rows = self._rows_in_batch(tokens.shape[1])
+        base_hidden = None
+        with torch.no_grad():
+            if request.kind == "slope":
+                stand_on(Plan())
+                with self._eager():
+                    states = [self._body.finish(batch, None, 0) for batch in tokens.split(rows)]
+                base_hidden = [state[:, reference.prompt_tokens - 1 : -1].clone() for state in states]
+            plans = [request.around, *(Plan.of(dict.fromkeys(request.components, s)) for s in request.schemes)]
+            self._calibrator.prepare(plans, request.calibration_id or None)
+            stand_on(request.around)
+            self._calibrator.rest()
+            self._weights.let_gradients_through()
+        with self._eager():
+            return _products(
+                self._body,
+                request,
+                self._layer_of,
+                self._weights.module,
+                lambda component: self._changes(component, request.schemes),
+                tokens,
+                reference.prompt_tokens,
+                rows,
+                base_hidden,
+            )
+
+    def _changes(self, component: str, schemes: Sequence[str]) -> Change:
+        """What schemes make of a component, beside what stands there."""
+        parsed = [parse_scheme(scheme) for scheme in schemes]
+        runs = [at for at, scheme in enumerate(parsed) if scheme.family == "bitsandbytes" and scheme.bits == 8]
+        rounds = [at for at in range(len(parsed)) if at not in runs]
+        modules = [self._weights.made(component, schemes[at]) for at in runs]
+        if not rounds:
+            return Change(rounds, None, runs, modules)
+        own, now = self._weights.original(component), self._weights.standing(component)
+        # A processor multiplies 32 bits fastest; sums are of 32 bits at least either way.
+        dtype = own.dtype if own.is_cuda or own.dtype == torch.float64 else torch.float32
+        changes = torch.empty(len(rounds), own.numel(), dtype=dtype, device=own.device)
+        for row, at in zip(changes, rounds, strict=True):
+            changed = self._calibrator.applied(component, own, parsed[at])
+            row.copy_((changed.to(torch.promote_types(dtype, torch.float32)) - now).reshape(-1))
+        return Change(rounds, changes, runs, modules)
+
+
+def _products(
+    body: Body,
+    request: PriceRequest,
+    layer_of: Mapping[str, int],
+    module_of: Callable[[str], nn.Module],
+    changes_of: Callable[[str], Change],
+    tokens: Tensor,
+    targets_from: int,
+    rows: int,
+    base_hidden: Sequence[Tensor] | None = None,
+) -> FloatArray:
+    """Products [samples, components, schemes] of a request.
+
+    `tokens` [samples, tokens] are those of its samples, predicted from position `targets_from`; a batch has `rows` of
+    them. `base_hidden` are the base model's inputs of the head, a batch at a time, for the slope. Raises `UserError` where a component
+    sees the tokens of all prompts together.
+    """
+    first = request.samples[0]
+    batches = tokens.split(rows)
+    starts = [first + rows * index for index in range(len(batches))]
+    found = np.zeros((len(tokens), len(request.components), len(request.schemes)), np.float32)
+    place = {component: index for index, component in enumerate(request.components)}
+    by_layer: dict[int, list[str]] = {}
+    for component in request.components:
+        by_layer.setdefault(layer_of[component], []).append(component)
+    with torch.no_grad():
+        states = [body.boundaries(batch) for batch in batches]
+    gradients = [
+        _of_head(body, request, batch, state[-1], targets_from, start, None if base_hidden is None else base_hidden[at])
+        for at, (batch, state, start) in enumerate(zip(batches, states, starts, strict=True))
+    ]
+    lowest = min(by_layer)
+    for layer in reversed(range(lowest, body.num_layers)):
+        here = by_layer.get(layer, [])
+        with torch.no_grad():
+            changes = {component: changes_of(component) for component in here}
+        for at, batch in enumerate(batches):
+            states[at].pop()
+            below = states[at][-1] if layer > 0 else None
+            gradients[at], seen = _through(
+                body, batch, below, layer, gradients[at], {c: module_of(c) for c in here}, layer > lowest
+            )
+            with torch.no_grad():
+                for component, calls in seen.items():
+                    part = found[at * rows : at * rows + len(batch), place[component]]
+                    for call, gradient in calls:
+                        _add(part, component, call, gradient, changes[component])
+        del changes
+    return found
+
+
+def _of_head(
+    body: Body,
+    request: PriceRequest,
+    tokens: Tensor,
+    state: Tensor,
+    targets_from: int,
+    first_sample: int,
+    base_hidden: Tensor | None,
+) -> Tensor:
+    """The gradient at the last layer's output."""
+    leaf = state.detach().requires_grad_()
+    with torch.enable_grad():
+        hidden = body.finish(tokens, leaf, body.num_layers)[:, targets_from - 1 : -1]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        base_rows = None if base_hidden is None else base_hidden.reshape(rows.shape)
+        drawn = _drawn(request, first_sample, len(tokens), hidden.shape[1])
+        wanted = torch.from_numpy(drawn).to(rows.device).reshape(-1)
+        total = torch.zeros_like(rows)
+        chunk = max(1, _MOST_LOGITS[rows.device.type] // body.vocabulary_size)
+        with body.head_only():
+            for at in range(0, len(rows), chunk):
+                part = rows[at : at + chunk].detach().requires_grad_()
+                logits = body.logits(part)
+                with torch.no_grad():
+                    own = logits.float().softmax(dim=1)
+                    if base_rows is not None:
+                        own -= body.logits(base_rows[at : at + chunk]).float().softmax(dim=1)
+                    else:
+                        labels = _labels(own, wanted[at : at + chunk])
+                        own[torch.arange(len(own), device=own.device), labels] -= 1.0
+                (total[at : at + chunk],) = torch.autograd.grad(logits, part, own.to(logits.dtype))
+        (gradient,) = torch.autograd.grad(rows, leaf, total)
+    return gradient
+
+
+def _drawn(request: PriceRequest, first_sample: int, samples: int, positions: int) -> NDArray[np.float64]:
+    """Numbers between 0 and 1, [samples, positions], that follow from the seed and the sample alone."""
+    return np.stack(
+        [np.random.default_rng((request.seed, first_sample + i)).random(positions) for i in range(samples)]
+    )
+
+
+def _labels(probabilities: Tensor, drawn: Tensor) -> Tensor:
+    """Tokens [rows] drawn from `probabilities` [rows, vocabulary] by numbers between 0 and 1: where these lie in their
+    cumulative sums."""
+    sums = probabilities.double().cumsum(dim=1)
+    found = torch.searchsorted(sums, (drawn.to(sums) * sums[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    return found.clamp_(max=probabilities.shape[1] - 1)
+
+
+def _through(
+    body: Body,
+    tokens: Tensor,
+    below: Tensor | None,
+    layer: int,
+    above: Tensor,
+    modules: Mapping[str, nn.Module],
+    further: bool,
+) -> tuple[Tensor, dict[str, list[tuple[Seen, Tensor]]]]:
+    """The gradient at a layer's input (where it is wanted further down, else that at its output), and the calls of its
+    components with the gradients at their outputs."""
+    calls: list[tuple[str, Seen]] = []
+    leaf = below.detach().requires_grad_() if below is not None and further else below
+    with torch.enable_grad(), _watching(modules, calls):
+        output = body.through(leaf, layer, layer + 1, lambda: body.run(tokens))
+        wanted = [seen.output for _, seen in calls]
+        own = [leaf] if leaf is not None and leaf.requires_grad else []
+        found = torch.autograd.grad(output, own + wanted, above, allow_unused=True)
+    seen: dict[str, list[tuple[Seen, Tensor]]] = {}
+    for (component, call), gradient in zip(calls, found[len(own) :], strict=True):
+        if call.inputs.ndim != 3 or len(call.inputs) != len(tokens):
+            raise UserError(f"prices cannot be had: {component} reads tokens of all prompts together")
+        if gradient is not None:
+            seen.setdefault(component, []).append((Seen(call.inputs, call.output.detach()), gradient))
+    return (found[0] if own else above), seen
+
+
+@contextmanager
+def _watching(modules: Mapping[str, nn.Module], calls: list[tuple[str, Seen]]) -> Iterator[None]:
+    """Within, calls of modules are noted, and gradients reach their outputs."""
+
+    def noting(component: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            calls.append((component, Seen(args[0].detach(), output)))
+
+        return note
+
+    hooks = [module.register_forward_hook(noting(component)) for component, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _add(part: FloatArray, component: str, call: Seen, gradient: Tensor, change: Change) -> None:
+    """Add a call's products to `part` [prompts, schemes]."""
+    if change.weights is not None:
+        part[:, list(change.at)] += _with_weights(call.inputs, gradient, change.weights).float().cpu().numpy()
+    for at, module in zip(change.modules_at, change.modules, strict=True):
+        moved = module(call.inputs).float() - call.output.float()
+        part[:, at] += (gradient.float() * moved).sum(dim=(1, 2)).cpu().numpy()
+
+
+def _with_weights(inputs: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
+    """Inner products [prompts, schemes] of prompts' weight gradients with changes of the weights, in float32."""
+    size = inputs.shape[2] * gradient.shape[2]
+    chunk = max(1, _MOST_VALUES[inputs.device.type] // size)
+    found = []
+    for x, d in zip(inputs.split(chunk), gradient.split(chunk), strict=True):
+        own = torch.bmm(d.to(weights.dtype).transpose(1, 2), x.to(weights.dtype))
+        found.append(own.reshape(len(x), -1) @ weights.t())
+    return torch.cat(found)
