@@ -19,10 +19,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.prices import PriceKind, PriceRequest
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
@@ -31,13 +33,18 @@ from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 CONTINUATION = 100  # tokens, and as many of a prompt, unless said
 HELD_OUT_SEED = 1_000
+PRICE_BLOCK = 128  # samples taken at once
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 64, 256
 _LEVELS = tuple(f"int{bits}-g32-asym" for bits in range(2, 7))
 _SHARES = tuple(f"magnitude-{share / 100:.2f}".rstrip("0") for share in range(10, 100, 5))
+_TENTHS = tuple(f"magnitude-0.{share}" for share in range(1, 10))
+_LEVELS_64 = tuple(f"int{bits}-g64-asym" for bits in range(2, 7))
+_LEVELS_128 = tuple(f"int{bits}-g128" for bits in (2, 3, 4, 6, 8))
 _MIXED = tuple(
     f"{gptq}int{bits}-g{group}{asym}"
     for gptq in ("", "gptq-")
@@ -69,9 +76,19 @@ CASES = (
     Case("prune-50", _SHARES, "magnitude-0.5", 0.5),
     Case("prune-60", _SHARES, "magnitude-0.6", 0.6),
     Case("mixed-3", _MIXED, "gptq-int3-g32-asym"),
+    # On a model whose weights lie on a grid of 4 bits in groups of 32, these are not without loss.
+    Case("bits-3-g64", _LEVELS_64, "int3-g64-asym"),
+    Case("bits-4-g64", _LEVELS_64, "int4-g64-asym"),
+    Case("tenths-30", _TENTHS, "magnitude-0.3", 0.3),
+    Case("tenths-50", _TENTHS, "magnitude-0.5", 0.5),
+    Case("eight", ("int8-channel", "int6-channel", "w8a8"), "int8-channel"),
+    Case("bits-3-g128", _LEVELS_128, "int3-g128"),
+    Case("bits-4-g128", _LEVELS_128[1:], "int4-g128"),
 )
 # Names of the table -> strategy and settings.
 _SETTINGS: dict[str, tuple[str, SolverSettings]] = {
+    "fisher": ("fisher", SolverSettings()),
+    "fisher-64": ("fisher", SolverSettings(fisher_samples=64)),
     "sensitivity": ("sensitivity", SolverSettings()),
     "auto": ("auto", SolverSettings()),
     "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, prompts=64, correction_prompts=50_000))),
@@ -229,10 +246,13 @@ class Bench:
         def request_for(plan: Plan, parent: Plan) -> EvalRequest:
             return self.named(EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent))
 
-        strategy = make_strategy(
-            strategy_name, space, request_for, "kl", solver=replace(settings, errors=errors), seed=seed
-        )
         counter = Counter(self.replica, 2 * self.continuation)
+        if strategy_name in ("fisher", "auto"):
+            settings = replace(settings, take=self._taking(case, reference, counter, seed))
+        strategy = make_strategy(
+            strategy_name, space, request_for, "kl", solver=replace(settings, errors=errors), seed=seed,
+            continuation_tokens=self.continuation,
+        )  # fmt: skip
         watcher = Watcher(counter)
         started_at = time.perf_counter()
         plan = search(strategy, counter, Forgetful(), watcher)
@@ -246,6 +266,24 @@ class Bench:
             size.sparsity, found.kl, found.kl / uniform.kl, found.fdt_mean, found.sdt_mean, found.ppl,
             path=self._path(watcher.path), plan=plan.schemes,
         )  # fmt: skip
+
+    def _taking(self, case: Case, reference: Reference, counter: Counter, seed: int) -> TakePrices:
+        """What takes prices of a case's options, and counts."""
+        components = tuple(component.name for component in self.replica.manifest().components)
+        calibration_id = self.calibrate() if Plan.of({components[0]: case.schemes[-1]}).needs_calibration else ""
+
+        def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
+            parts = []
+            for first in range(*samples, PRICE_BLOCK):
+                part = first, min(first + PRICE_BLOCK, samples[1])
+                block = self.replica.price(
+                    PriceRequest(reference.id, part, components, case.schemes, seed, kind, around, calibration_id)
+                )
+                counter.tokens += block.tokens
+                parts.append(block.products)
+            return np.concatenate(parts)
+
+        return take
 
     def _path(self, decisions: list[tuple[int, Plan]], points: int = 8) -> list[tuple[float, float]]:
         """(megatokens, held-out KL) of some of a search's decisions, the last among them."""

@@ -14,6 +14,7 @@ import pytest
 from dtmsearch import config
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalRequest, Outcome, ReplicaSettings
+from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.training import main as training
 from dtmsearch.workflows import evaluate as measuring
@@ -32,6 +33,9 @@ class InProcess(Replica):
     def poll(self, _timeout_seconds: float) -> list[Outcome]:
         now, self.waiting = self.waiting, ()
         return self.evaluate(now)
+
+    def price_blocks(self, requests: Sequence[PriceRequest]) -> Iterator[PriceBlock]:
+        return map(self.price, requests)
 
     def __enter__(self) -> Self:
         return self

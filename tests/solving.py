@@ -8,23 +8,27 @@ from typing import Any
 
 import numpy as np
 from fakes import CONTINUATION_TOKENS, NUM_PROMPTS, REFERENCE_ID, chance
+from numpy.typing import NDArray
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.loop import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 LEVELS = tuple(f"int{bits}-channel" for bits in range(2, 7))
-STRATEGIES = ("knapsack", "sensitivity", "auto", "spdy", "evolution", "local")
+STRATEGIES = ("knapsack", "fisher", "sensitivity", "auto", "spdy", "evolution", "local")
 SMALL = SolverSettings(
     auto=Effort(probe_prompts=2, rounds=2, prompts=4, plans=4),
     knapsack_prompts=4,
+    fisher_samples=8,
     spdy=SpdySearch(starts=6, generations=3, children=3, prompts=4),
     evolution=Stages(generations=6, children=4, prompts=(2, 4), survivors=(2,)),
     local=Switching(rounds=5, children=6, prompts=4),
@@ -58,6 +62,23 @@ def additive(request: EvalRequest) -> EvalResult:
     return EvalResult(request.id, fdt, sdt, np.exp(kl), kl if "kl" in request.extra_metrics else None)
 
 
+def take_from(space: SearchSpace) -> TakePrices:
+    """Prices of that model: products whose mean squares are the damages, and slopes of a KL that is a sum."""
+
+    def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
+        found = np.zeros((samples[1] - samples[0], len(space.components), len(space.schemes)), np.float32)
+        for at, sample in enumerate(range(*samples)):
+            for row, component in enumerate(space.components):
+                sign = 1 if chance("sign", sample, component.name) < 0.5 else -1
+                for column, scheme in enumerate(space.schemes):
+                    damage = additive_damage(Plan.of({component.name: scheme}))
+                    if kind == "fisher":
+                        found[at, row, column] = sign * np.sqrt(2 * CONTINUATION_TOKENS * damage)
+        return found
+
+    return take
+
+
 def request_for(plan: Plan, parent: Plan) -> EvalRequest:
     return EvalRequest(plan, REFERENCE_ID, (0, NUM_PROMPTS), (), parent)
 
@@ -67,8 +88,11 @@ def space_with(budget: Budget, components: tuple[Component, ...] | None = None, 
 
 
 def strategy(name: str, space: SearchSpace, settings: SolverSettings = SMALL, **changes: Any) -> Strategy:
-    settings = replace(settings, errors=errors_of(space), **changes)
-    return make_strategy(name, space, request_for, rank_by="kl", solver=settings)
+    take = take_from(space) if name == "fisher" else None
+    settings = replace(settings, errors=errors_of(space), take=take, **changes)
+    return make_strategy(
+        name, space, request_for, rank_by="kl", continuation_tokens=CONTINUATION_TOKENS, solver=settings
+    )
 
 
 def schemes_by_bits(plan: Plan) -> Mapping[str, int]:

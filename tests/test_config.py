@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from fakes import request_for, run_search, toy_components
+from numpy.typing import NDArray
 from solving import errors_of
 
 from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse
-from dtmsearch.core.plan import Budget
+from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
@@ -232,8 +234,13 @@ def test_the_difference_shows_sections_that_only_one_file_has() -> None:
 @pytest.mark.parametrize("name", set(get_args(SearchSection.model_fields["strategy"].annotation)) - {"sparsity"})
 def test_every_strategy_that_a_file_may_name_can_be_made(name: str) -> None:
     space = SearchSpace(toy_components(), ("nf4",))
-    strategy = make_strategy(name, space, request_for, solver=SolverSettings(errors=errors_of(space)))
-    assert strategy.ask()
+    options = len(space.components), len(space.schemes)
+
+    def take(_kind: str, _around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
+        return np.ones((samples[1] - samples[0], *options), np.float32)
+
+    settings = SolverSettings(errors=errors_of(space), take=take)
+    assert make_strategy(name, space, request_for, continuation_tokens=8, solver=settings).ask()
 
 
 def test_greedy_is_a_beam_of_width_one() -> None:

@@ -20,6 +20,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Continuation, GenerationRules, PromptTokens, Reference, Speed, mean_speed
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.errors import ReplicasFailed
 
 
@@ -135,6 +136,20 @@ class Services:
 
         In order of layers each replica gathers on its way up. A part whose replica is lost goes to another.
         """
+        yield from self._spread("solve", [(calibration_id, part) for part in parts])
+
+    def unpriceable(self, components: Sequence[str]) -> str:
+        """See `dtmsearch.model.replica.replica.Replica.unpriceable`."""
+        reason: str = self._ask_one("unpriceable", tuple(components))
+        return reason
+
+    def price_blocks(self, requests: Sequence[PriceRequest]) -> Iterator[PriceBlock]:
+        """Have prices taken, a request on whichever replica is free; yields a block as it is done. One whose replica is
+        lost goes to another."""
+        yield from self._spread("price", [(request,) for request in requests])
+
+    def _spread(self, method: str, parts: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """The answers of a method for each of `parts`, its arguments, in the order in which they come."""
         waiting = deque((number, 1) for number in range(len(parts)))
         under_way: dict[Any, tuple[Member, int, int]] = {}
         while waiting or under_way:
@@ -143,8 +158,7 @@ class Services:
             for member in (m for m in self._crew.ready if m not in busy):
                 if waiting:
                     number, attempt = waiting.popleft()
-                    call = member.actor.call.remote("solve", calibration_id, parts[number])
-                    under_way[call] = member, number, attempt
+                    under_way[member.actor.call.remote(method, *parts[number])] = member, number, attempt
             done, _ = ray.wait(list(under_way), timeout=1.0)
             for call in done:
                 member, number, attempt = under_way.pop(call)
@@ -154,7 +168,7 @@ class Services:
                     if not is_loss(error):
                         raise cause_of(error) from None
                     if attempt >= MAX_ATTEMPTS:
-                        raise ReplicasFailed(f"{attempt} replicas were lost while they solved a layer") from error
+                        raise ReplicasFailed(f"{attempt} replicas were lost in `{method}` of the same part") from error
                     waiting.appendleft((number, attempt + 1))
                     self._crew.lose(member, error)
 

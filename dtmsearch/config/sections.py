@@ -129,7 +129,7 @@ class ComponentsSection(Section):
 
 
 # Strategies that do not ask how much of the FDT a plan keeps.
-_KEEP_TO_SIZES = ("probe", "knapsack", "spdy", "evolution", "local", "sparsity")
+_KEEP_TO_SIZES = ("probe", "knapsack", "fisher", "spdy", "evolution", "local", "sparsity")
 
 
 class StopSection(Section):
@@ -162,13 +162,18 @@ class StopSection(Section):
 
 
 class AutoSection(Section):
-    """How much `auto` measures: prompts of a unit's probe; rounds of correction at most, the prompts of the first (each
+    """How much `auto` measures: prompts of a unit's probe, where prices cannot be had; else samples of the prices, and
+    prompts of a slope; rounds of correction at most, the prompts of the first (each
     takes twice as many as the one before), the plans drawn in each and the switches tried at once; and the prompts that
     all rounds together, and all switches, may forward (a prompt once for every plan measured on it). `sensitivity`
     takes the probe from here."""
 
     probe_prompts: int = Field(default=4, ge=1)
     """Prompts on which each component is measured alone."""
+    samples: int = Field(default=256, ge=2)
+    """Samples of the prices that a search begins with, where these can be had."""
+    slopes: int = Field(default=64, ge=2)
+    """Prompts of a slope, where prices can be had."""
     rounds: int = Field(default=5, ge=0)
     """Rounds of correction at most."""
     prompts: int = Field(default=16, ge=1)
@@ -179,6 +184,11 @@ class AutoSection(Section):
     """Prompts that all rounds may forward together, counted once for every plan."""
     polish_prompts: int = Field(default=3_000, ge=0)
     """Prompts that all swaps may forward together."""
+
+
+class FisherSection(Section):
+    samples: int = Field(default=512, ge=2)
+    """Samples of the prices: a backward pass each."""
 
 
 class KnapsackSection(Section):
@@ -276,7 +286,7 @@ class RecoverySection(Section):
 class SearchSection(Section):
     strategy: Literal[
         "probe", "greedy", "beam", "lazy_greedy", "lazy_beam",
-        "knapsack", "sensitivity", "auto", "spdy", "evolution", "local", "sparsity",
+        "knapsack", "sensitivity", "auto", "fisher", "spdy", "evolution", "local", "sparsity",
     ] = "beam"  # fmt: skip
     """How plans are chosen."""
     rank_by: Metric = "fdt"
@@ -305,6 +315,8 @@ class SearchSection(Section):
     """When the search ends."""
     auto: AutoSection = AutoSection()
     """Effort of auto and sensitivity."""
+    fisher: FisherSection = FisherSection()
+    """Effort of fisher."""
     knapsack: KnapsackSection = KnapsackSection()
     """Effort of knapsack."""
     spdy: SpdySection = SpdySection()

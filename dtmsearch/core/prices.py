@@ -62,7 +62,8 @@ class PriceRequest:
 
 @dataclass(frozen=True, eq=False)
 class PriceBlock:
-    """The answer to a request: `products` [samples, components, schemes], the tokens forwarded (see `PASSES`) and the seconds it took."""
+    """The answer to a request: `products` [samples, components, schemes], the tokens forwarded (see `PASSES`), and the
+    seconds that it took."""
 
     request: PriceRequest
     products: FloatArray

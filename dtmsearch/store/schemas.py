@@ -237,6 +237,27 @@ WEIGHT_ERRORS = _schema(
         ("weighted_by_hessian", pa.float64()),
     ],
 )
+# Products of samples with an option, as `core.prices` says; `products` runs over the samples of a block, the first of
+# which is `first_sample`. `block_tokens` and `wall_seconds` are those of the whole block, the same in all of its rows.
+PRICES = _schema(
+    "prices",
+    [
+        ("run", CODED),
+        ("price_id", CODED),
+        ("reference_id", CODED),
+        ("kind", CODED),
+        ("around_plan_id", CODED),
+        ("calibration_id", CODED),
+        ("seed", pa.int64()),
+        ("component", CODED),
+        ("scheme", CODED),
+        ("first_sample", pa.int32()),
+        ("products", _FLOATS),
+        ("block_tokens", pa.int64()),
+        ("wall_seconds", pa.float64()),
+        ("version", CODED),
+    ],
+)
 SCHEMAS: dict[str, pa.Schema] = {
     "runs": RUNS,
     "components": COMPONENTS,
@@ -249,6 +270,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "weight_errors": WEIGHT_ERRORS,
     "continuations": CONTINUATIONS,
     "trainings": TRAININGS,
+    "prices": PRICES,
 }
 MODE_COLUMNS = ("dtype", "device", "attention", "compiled", "scale_dtype")
 UNMASKED_COLUMNS = ("fdt_unmasked_mean", "sdt_unmasked_mean", "fdt_unmasked", "sdt_unmasked")

@@ -24,6 +24,7 @@ from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import Continuation, Outcome, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import FloatArray, PriceBlock, PriceRequest
 from dtmsearch.core.records import (
     EvaluationRecord,
     RunRecord,
@@ -35,6 +36,7 @@ from dtmsearch.core.records import (
 from dtmsearch.errors import RunLocked, StoreError, StoreFull, StoreReadOnly
 from dtmsearch.store import schemas
 from dtmsearch.store.codecs import calibrations as calibration_tables
+from dtmsearch.store.codecs import price_blocks as price_tables
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes
 from dtmsearch.store.codecs.plans import PlanRows, plan_of
@@ -393,6 +395,17 @@ class RunWriter:
     def put_weight_errors(self, errors: Sequence[WeightError]) -> None:
         """Record errors: what a strategy decided by them, a replay on another machine has to decide by them, too."""
         self._commit("weight_errors", calibration_tables.weight_errors_table(self._run, errors))
+
+    def price_block(self, request: PriceRequest) -> FloatArray | None:
+        """The products of a request, if this run has recorded them for just its samples."""
+        where = (pc.field("price_id") == request.id) & (pc.field("first_sample") == request.samples[0])
+        rows = self._segments.read("prices", [self._key], where=where)
+        blocks = price_tables.blocks_of(rows)
+        return price_tables.recorded(blocks.get(request.samples[0], {}), request)
+
+    def put_price_block(self, block: PriceBlock) -> None:
+        """Record a block of prices."""
+        self._commit("prices", price_tables.prices_table(self._run, block, dtmsearch.__version__))
 
     def put_plan(self, plan: Plan) -> None:
         """Record a plan that may not have been evaluated."""

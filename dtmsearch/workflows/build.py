@@ -15,6 +15,7 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.sparsity import Errors, Recover, Sparsity, SparsitySettings, scheme_name
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
@@ -82,10 +83,11 @@ def strategy_of(
     reference_id: str,
     errors: WeightErrors | None = None,
     calibration_id: str = "",
+    take: TakePrices | None = None,
 ) -> Strategy:
     """The strategy of a search file, which asks for evaluations against a reference of the file's prompts. `errors`
     are what some strategies (`NEED_ERRORS`) know of schemes without measuring them; `calibration_id` names the text
-    by which calibrated schemes are calibrated."""
+    by which calibrated schemes are calibrated; `take` takes prices for strategies that want them (`TAKE_PRICES`)."""
     section = file.search
     if section.strategy == "sparsity":
         return sparsity_search_of(file, space, reference_id, calibration_id=calibration_id)
@@ -102,7 +104,7 @@ def strategy_of(
         continuation_tokens=file.prompts.continuation_tokens,
         audit=section.audit,
         seed=file.seed,
-        solver=_solver_settings(file, errors),
+        solver=_solver_settings(file, errors, take),
     )
 
 
@@ -115,13 +117,15 @@ def _request_factory(file: SearchFile, reference_id: str, calibration_id: str) -
     return request_for
 
 
-def _solver_settings(file: SearchFile, errors: WeightErrors | None) -> SolverSettings:
+def _solver_settings(file: SearchFile, errors: WeightErrors | None, take: TakePrices | None) -> SolverSettings:
     section = file.search
     return SolverSettings(
         auto=Effort(**section.auto.model_dump()),
+        fisher_samples=section.fisher.samples,
         knapsack_prompts=section.knapsack.prompts,
         spdy=SpdySearch(**section.spdy.model_dump()),
         evolution=Stages(**section.evolution.model_dump()),
         local=Switching(**section.local.model_dump()),
         errors=errors,
+        take=take,
     )

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Procedure
+from dtmsearch.search.strategies.strategy_registry import TAKE_PRICES
 from dtmsearch.workflows.build import extra_metrics_of, space_of, strategy_of
 
 
@@ -105,7 +111,13 @@ class _Expected:
 def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> _Expected:
     # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
     nominal = {(c.name, s): 4.0 ** -(parse_scheme(s).bits or 2) for c in space.components for s in space.schemes}
-    strategy = strategy_of(file, space, reference_id="", errors=nominal)
+
+    def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
+        one = [[nominal[c.name, s] ** 0.5 for s in space.schemes] for c in space.components]
+        return np.full((samples[1] - samples[0], len(one), len(space.schemes)), one, np.float32)
+
+    prices = take if file.search.strategy in TAKE_PRICES else None
+    strategy = strategy_of(file, space, reference_id="", errors=nominal, take=prices)
     asks = strategy.ask()
     layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]
     share = sum(layers) / (len(layers) * manifest.num_layers) if layers else 1.0

@@ -29,7 +29,7 @@ from dtmsearch.search.loop import Decision, Observer, Silent, Strategy, remarks_
 from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
-from dtmsearch.search.strategies.strategy_registry import NEED_ERRORS
+from dtmsearch.search.strategies.strategy_registry import NEED_ERRORS, TAKE_PRICES
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
 from dtmsearch.workflows.calibrate import Calibrating
@@ -38,6 +38,7 @@ from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
 from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of
+from dtmsearch.workflows.take_prices import TakingPrices
 from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_min_fdt, cut_search, described, halves
 from dtmsearch.workflows.validate import Validation, can_give_way
 
@@ -269,9 +270,24 @@ class _Session:
             recover = self._recovering(pool, calibration_id)
             errors, outliers = calibrating.pruning_errors(space.components), calibrating.outliers()
             return sparsity_search_of(self._file, space, reference.id, recover, errors, outliers, calibration_id)
-        known = self._file.search.strategy in NEED_ERRORS
+        name = self._file.search.strategy
+        take = self._taking_prices(pool, space, reference, calibration_id) if name in TAKE_PRICES else None
+        known = name in NEED_ERRORS and take is None
         known_errors = calibrating.errors(space.components, space.schemes) if known else None
-        return strategy_of(self._file, space, reference.id, known_errors, calibration_id)
+        return strategy_of(self._file, space, reference.id, known_errors, calibration_id, take)
+
+    def _taking_prices(
+        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibration_id: str
+    ) -> TakingPrices | None:
+        """What takes prices; None where they cannot be had and the strategy does without. Raises `UserError`."""
+        problem = pool.unpriceable([component.name for component in space.components])
+        name = self._file.search.strategy
+        if problem and name not in NEED_ERRORS:
+            raise UserError(f"strategy: {name} needs prices, which cannot be had: {problem}. Use auto or sensitivity")
+        if problem:
+            self._observer.on_note(f"{name} probes components one by one, for prices cannot be had: {problem}")
+            return None
+        return TakingPrices(pool, self._writer, space, reference, self._file.seed, calibration_id, self._stop_requested)
 
     def _recovering(self, pool: ReplicaPool, calibration_id: str) -> Recovering | None:
         """What trains after every round, if the file wants that."""

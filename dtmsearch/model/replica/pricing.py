@@ -1,10 +1,10 @@
 """Products of gradients with what options change, a prompt at a time, taken at the outputs of components.
 
-One pass up keeps the states between layers; on the way down each layer runs again with gradients, and of its components
-the inputs x and the gradients d at their outputs are at hand for one batch. A change D of a weight changes the output by
-D x, so a prompt's product with it is <sum over tokens of d x^T, D>: the prompt's gradient is made once for all schemes
-and let go. What changes more than weights is run, and its output compared. Memory: the weights, states of one request
-between layers, one layer's changes.
+One pass up keeps the states between layers; on the way down each layer runs again with gradients, and of its
+components the inputs x and the gradients d at their outputs are at hand for one batch. A change D of a weight changes
+the output by D x, so a prompt's product with it is <sum over tokens of d x^T, D>: the prompt's gradient is made once
+for all schemes and let go. What changes more than weights is run, and its output compared. Memory: the weights, states
+of one request between layers, one layer's changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import FloatArray, PriceRequest
-from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.schemes import Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.forward.partial import Body
@@ -57,8 +57,8 @@ class Seen:
 
 
 class Pricer:
-    """Takes products on a replica's model. `eager` is a context in which layers run as they were loaded, `rows_in_batch`
-    gives the rows of a batch for rows of so many tokens."""
+    """Takes products on a replica's model. `eager` is a context in which layers run as they were loaded,
+    `rows_in_batch` gives the rows of a batch for rows of so many tokens."""
 
     def __init__(
         self,
@@ -122,12 +122,17 @@ class Pricer:
     def _changes(self, component: str, schemes: Sequence[str]) -> Change:
         """What schemes make of a component, beside what stands there."""
         parsed = [parse_scheme(scheme) for scheme in schemes]
-        runs = [at for at, scheme in enumerate(parsed) if scheme.family == "bitsandbytes" and scheme.bits == 8]
+        own, now = self._weights.original(component), self._weights.dense_standing(component)
+        runs = [at for at, scheme in enumerate(parsed) if now is None or _runs(scheme)]
         rounds = [at for at in range(len(parsed)) if at not in runs]
-        modules = [self._weights.made(component, schemes[at]) for at in runs]
-        if not rounds:
+        modules = [
+            self._weights.made(component, schemes[at])
+            if _runs(parsed[at])
+            else _Linear(self._calibrator.applied(component, own, parsed[at]), self._weights.module(component))
+            for at in runs
+        ]
+        if now is None or not rounds:
             return Change(rounds, None, runs, modules)
-        own, now = self._weights.original(component), self._weights.standing(component)
         # A processor multiplies 32 bits fastest; sums are of 32 bits at least either way.
         dtype = own.dtype if own.is_cuda or own.dtype == torch.float64 else torch.float32
         changes = torch.empty(len(rounds), own.numel(), dtype=dtype, device=own.device)
@@ -135,6 +140,22 @@ class Pricer:
             changed = self._calibrator.applied(component, own, parsed[at])
             row.copy_((changed.to(torch.promote_types(dtype, torch.float32)) - now).reshape(-1))
         return Change(rounds, changes, runs, modules)
+
+
+def _runs(scheme: Scheme) -> bool:
+    """Whether a scheme changes more than weights, so that it has to be run."""
+    return scheme.family == "bitsandbytes" and scheme.bits == 8
+
+
+class _Linear(nn.Module):
+    """A component with other weights [rows, cols], where a module stands that has none of its own."""
+
+    def __init__(self, weight: Tensor, like: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, getattr(like, "bias", None)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(values, self.weight, self.bias)
 
 
 def _products(
@@ -151,8 +172,8 @@ def _products(
     """Products [samples, components, schemes] of a request.
 
     `tokens` [samples, tokens] are those of its samples, predicted from position `targets_from`; a batch has `rows` of
-    them. `base_hidden` are the base model's inputs of the head, a batch at a time, for the slope. Raises `UserError` where a component
-    sees the tokens of all prompts together.
+    them. `base_hidden` are the base model's inputs of the head, a batch at a time, for the slope. Raises `UserError`
+    where a component sees the tokens of all prompts together.
     """
     first = request.samples[0]
     batches = tokens.split(rows)
@@ -212,9 +233,9 @@ def _of_head(
                 part = rows[at : at + chunk].detach().requires_grad_()
                 logits = body.logits(part)
                 with torch.no_grad():
-                    own = logits.float().softmax(dim=1)
+                    own = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
                     if base_rows is not None:
-                        own -= body.logits(base_rows[at : at + chunk]).float().softmax(dim=1)
+                        own -= body.logits(base_rows[at : at + chunk]).to(own.dtype).softmax(dim=1)
                     else:
                         labels = _labels(own, wanted[at : at + chunk])
                         own[torch.arange(len(own), device=own.device), labels] -= 1.0
@@ -225,9 +246,7 @@ def _of_head(
 
 def _drawn(request: PriceRequest, first_sample: int, samples: int, positions: int) -> NDArray[np.float64]:
     """Numbers between 0 and 1, [samples, positions], that follow from the seed and the sample alone."""
-    return np.stack(
-        [np.random.default_rng((request.seed, first_sample + i)).random(positions) for i in range(samples)]
-    )
+    return np.stack([np.random.default_rng((request.seed, first_sample + i)).random(positions) for i in range(samples)])
 
 
 def _labels(probabilities: Tensor, drawn: Tensor) -> Tensor:

@@ -452,9 +452,7 @@ class Replica:
         return PriceBlock(request, found, tokens, time.perf_counter() - started_at)
 
     def _pricer(self) -> Pricer:
-        return Pricer(
-            self._body, self._weights, self._calibrator, self._manifest, self._generating, self._batches.rows
-        )
+        return Pricer(self._body, self._weights, self._calibrator, self._manifest, self._generating, self._batches.rows)
 
     @torch.inference_mode()
     def generate(self, plan: Plan, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -149,6 +149,10 @@ class Weights:
         assert weight is not None, f"{component} is no plain matrix under this plan"
         return weight
 
+    def dense_standing(self, component: str) -> Tensor | None:
+        """As `standing`; None where the component is no plain matrix under this plan."""
+        return self._installed(component).weight
+
     def module(self, component: str) -> nn.Module:
         """What stands in a component's place."""
         return self._places.get(component)

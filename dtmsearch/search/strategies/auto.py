@@ -56,18 +56,20 @@ _USUAL_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: prompts of a probe; rounds of correction at most, the first one's prompts, plans drawn in
-    each and switches tried at once; prompts that all rounds together, and all switches, may forward (a prompt once for
-    every plan measured on it); plans of the last comparison, and its prompts, of which None is all."""
+    """How much is measured: prompts of a probe; samples of the prices and prompts of a slope, where these can be had;
+    rounds of correction at most, the first one's prompts, plans drawn in each and switches tried at once; prompts that
+    all rounds together, and all switches, may forward (a prompt once for every plan measured on it); plans of the last
+    comparison, which takes as many prompts as tell them apart."""
 
     probe_prompts: int = 4
+    samples: int = 256
+    slopes: int = 64
     rounds: int = 5
     prompts: int = 16
     plans: int = 8
     correction_prompts: int = 4_000
     polish_prompts: int = 3_000
     finalists: int = 3
-    final_prompts: int | None = None
 
 
 class Auto(Solver):
@@ -77,7 +79,7 @@ class Auto(Solver):
         self,
         space: SearchSpace,
         request_for: RequestFactory,
-        errors: WeightErrors,
+        errors: WeightErrors | None,
         rank_by: str = "kl",
         effort: Effort = Effort(),
         seed: int = 0,
@@ -90,7 +92,7 @@ class Auto(Solver):
         if min_fdt is not None:
             self._best = None  # nothing is known to keep it
         self._effort = effort
-        self._errors = unit_errors(self._choices, errors)
+        self._errors = () if errors is None else unit_errors(self._choices, errors)
 
     def script(self) -> Script:
         belief = yield from self._probe()
@@ -107,7 +109,7 @@ class Auto(Solver):
                 break
         better = yield from self._polish(belief, leader)
         pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
-        yield from self._final([*pool[: self._effort.finalists], first], self._effort.final_prompts)
+        yield from self._told_apart([*pool[: self._effort.finalists], first])
 
     def _polish(self, belief: Belief, leader: Options) -> Part[list[Options]]:
         """What switches lead to, the last first: of those that by the belief may gain most a lot is measured each time,
@@ -239,7 +241,7 @@ class Auto(Solver):
             first, end = self._block(number, 0)
             yield self._num_measured(number), end - first
         yield self._effort.polish_prompts // _POLISHED_ON, _POLISHED_ON
-        yield 2 + len(self._rivals()), self._effort.final_prompts or self.num_prompts
+        yield 2 + len(self._rivals()), self.num_prompts
 
     def _affordable_rounds(self) -> int:
         """How many rounds of correction stay within what they may forward together."""

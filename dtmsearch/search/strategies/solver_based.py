@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome
+from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome, combine
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.solver.choices import Choices, Options
@@ -24,6 +24,9 @@ Floats = NDArray[np.float64]
 
 # Uniform plans of less than this part of the largest one's bits are no rivals of a plan that uses them all.
 _NEAR = 0.95
+# Prompts on which the last comparison begins; a difference of so many standard errors is certain; plans that are alike
+# to this part of their loss need not be told apart.
+_TOLD_FIRST, _CERTAIN, _ALIKE = 64, 2.5, 0.01
 
 
 class Solver(Procedure):
@@ -103,6 +106,46 @@ class Solver(Procedure):
         at = min(range(len(field)), key=lambda i: values[i])
         self._lead(field[at], answers[at])
         return field[at]
+
+    def _told_apart(self, candidates: Sequence[Options]) -> Part[Options]:
+        """As `_final`, on as many prompts as tell the plans apart: twice as many each time, until all but one are worse
+        with certainty or differ from the best by next to nothing. The same prompts are measured once."""
+        field = list(dict.fromkeys((*candidates, *self._rivals())))
+        parts: dict[Options, list[Outcome]] = {options: [] for options in field}
+        start, end = 0, min(_TOLD_FIRST, self.num_prompts)
+        while True:
+            answers = yield from self._measured(field, (start, end))
+            for options, answer in zip(field, answers, strict=True):
+                parts[options].append(answer)
+            values = {options: _losses(parts[options], self._rank_by) for options in field}
+            best = min(field, key=lambda options: float(values[options].mean()))
+            field = [o for o in field if o == best or not _settled(values[o], values[best])]
+            if len(field) == 1 or end == self.num_prompts:
+                break
+            start, end = end, min(2 * end, self.num_prompts)
+        self._lead(best, _whole(parts[best]))
+        return best
+
+
+def _losses(parts: Sequence[Outcome], metric: str) -> Floats:
+    return np.concatenate([losses(part, metric) for part in parts])
+
+
+def _settled(own: Floats, best: Floats) -> bool:
+    """Whether a candidate is worse than the best for certain, or as good to within next to nothing."""
+    if not np.isfinite(own).all():
+        return True
+    difference = own - best
+    mean, error = float(difference.mean()), float(difference.std(ddof=1)) / float(np.sqrt(len(difference)))
+    worse = mean > _CERTAIN * error
+    alike = abs(mean) + _CERTAIN * error < _ALIKE * abs(float(best.mean()))
+    return worse or alike
+
+
+def _whole(parts: Sequence[Outcome]) -> Outcome:
+    """The outcome on all the prompts of its parts."""
+    results = [part for part in parts if isinstance(part, EvalResult)]
+    return combine(results[0].request_id, results) if len(results) == len(parts) and len(parts) > 1 else parts[0]
 
 
 def paired(a: Outcome, b: Outcome, metric: str) -> tuple[float, float]:

@@ -1,0 +1,220 @@
+"""Products of gradients with what options change: right numbers, the same wherever and however often they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from inprocess import run_here
+from processes import tiny_search
+from tiny import in_stages, replica, with_reference, write_model
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PretrainedConfig
+
+from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.prices import PriceBlock, PriceRequest
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.take_prices import TakingPrices
+
+UP, Q, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"
+SCHEMES = ("int3-g16-asym", "int2-channel")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def in_64_bits(folder: Path) -> Replica:
+    return Replica(ModelSpec(str(folder), dtype="float64"), ReplicaSettings(num_threads=1, batch_tokens=44))
+
+
+def slope_by_differences(folder: Path, reference: Reference, prompt: int, component: str, scheme: str) -> float:
+    """d/dt of the summed KL(base || model + t D) at t = 1, by central differences."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    moved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    weight = moved.get_submodule(component).weight.detach().clone()
+    change = round_weight(weight, parse_scheme(scheme)) - weight
+    tokens = torch.tensor(
+        np.concatenate([reference.text[prompt, : reference.prompt_tokens], reference.continuation[prompt]])
+    ).long()[None]
+    at = slice(reference.prompt_tokens - 1, -1)
+
+    def kl(t: float) -> float:
+        with torch.no_grad():
+            moved.get_submodule(component).weight.copy_(weight + t * change)
+            p = base(tokens).logits[0, at].log_softmax(-1)
+            q = moved(tokens).logits[0, at].log_softmax(-1)
+        return float((p.exp() * (p - q)).sum())
+
+    step = 3e-3
+    return (kl(1.0 + step) - kl(1.0 - step)) / (2 * step)
+
+
+@pytest.mark.parametrize("component", [UP, Q, DOWN])
+def test_slopes_around_a_plan_are_finite_differences(folder: Path, component: str) -> None:
+    model = in_64_bits(folder)
+    reference = with_reference(model)
+    plan = Plan.of({component: SCHEMES[0]})
+    # What the component's own scheme changes there is nothing; what going back to half of the way would, is known.
+    found = model.price(PriceRequest(reference.id, (0, 3), (component,), SCHEMES, kind="slope", around=plan)).products
+    assert found[:, 0, 0] == pytest.approx(0.0, abs=1e-12)
+    dense = model.price(PriceRequest(reference.id, (0, 3), (component,), ("dense",), kind="slope", around=plan))
+    wanted = [-slope_by_differences(folder, reference, prompt, component, SCHEMES[0]) for prompt in range(3)]
+    assert dense.products[:, 0, 0] == pytest.approx(wanted, rel=1e-3)  # norms are in 32 bits
+
+
+def test_the_mean_square_of_a_product_is_twice_the_kl_of_a_small_change(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model, count=4)
+    samples = 1_200
+    request = PriceRequest(reference.id, (0, samples), (UP, DOWN), ("int6-channel", "w8a8"))
+    products = model.price(request).products.astype(np.float64)
+    squares = np.square(products) / (2 * reference.continuation_tokens)
+    error = squares.std(axis=0) / np.sqrt(samples)
+    for at, component in enumerate((UP, DOWN)):
+        for column, scheme in enumerate(request.schemes):
+            plan = Plan().with_(Perturbation(component, scheme))
+            (outcome,) = model.evaluate([EvalRequest(plan, reference.id, (0, 4), ("kl",))])
+            measured = float(np.mean(outcome.kl))  # type: ignore[union-attr, arg-type]
+            assert measured == pytest.approx(squares.mean(axis=0)[at, column], abs=4 * error[at, column])
+
+
+def test_a_price_is_the_same_whatever_was_measured_before(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    request = PriceRequest(reference.id, (0, 4), (UP, Q), SCHEMES)
+    first = model.price(request).products
+    plan = Plan.of({UP: "int3-channel", Q: "w8a8"})
+    model.evaluate([EvalRequest(plan, reference.id, (0, 6), ("kl",), plan)])
+    assert np.array_equal(model.price(request).products, first)
+
+
+def test_blocks_of_samples_make_the_whole(folder: Path) -> None:
+    model = replica(folder, batch_tokens=22)
+    reference = with_reference(model)
+    whole = model.price(PriceRequest(reference.id, (0, 9), (UP, Q), SCHEMES)).products
+    parts = [model.price(PriceRequest(reference.id, part, (UP, Q), SCHEMES)).products for part in ((0, 4), (4, 9))]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_later_samples_of_a_prompt_have_labels_of_their_own(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model, count=2)
+    found = model.price(PriceRequest(reference.id, (0, 4), (UP,), SCHEMES)).products
+    assert not np.allclose(found[:2], found[2:])
+
+
+def test_a_component_that_is_a_module_that_rounds_activations_is_priced_around(folder: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.of({UP: "w8a8"})
+    request = PriceRequest(reference.id, (0, 2), (UP,), ("w8a8", "int3-channel"), kind="slope", around=plan)
+    found = model.price(request).products
+    assert found[:, 0, 0] == pytest.approx(0.0, abs=1e-6)
+    assert np.abs(found[:, 0, 1]).min() > 1e-4
+
+
+def test_transposed_matrices_are_priced(tmp_path: Path) -> None:
+    config: PretrainedConfig = GPT2Config(
+        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=256, eos_token_id=257
+    )
+    model = replica(write_model(tmp_path, config))
+    reference = with_reference(model)
+    names = tuple(component.name for component in model.manifest().components)
+    assert np.isfinite(model.price(PriceRequest(reference.id, (0, 2), names, SCHEMES)).products).all()
+
+
+class Pool:
+    """Several replicas in this process, each block on the next of them; `taken` lists the samples of blocks, and after
+    `until` of them the driver is killed."""
+
+    def __init__(self, replicas: list[Replica], until: int = 1_000) -> None:
+        self.replicas, self.until = replicas, until
+        self.taken: list[tuple[int, int]] = []
+
+    def price_blocks(self, requests: Sequence[PriceRequest]) -> Iterator[PriceBlock]:
+        for at, request in reversed(list(enumerate(requests))):  # in any order
+            if len(self.taken) == self.until:
+                raise KeyboardInterrupt
+            self.taken.append(request.samples)
+            yield self.replicas[at % len(self.replicas)].price(request)
+
+
+def taking(pool: Pool, writer: RunWriter, reference: Reference) -> TakingPrices:
+    manifest = pool.replicas[0].manifest()
+    space = SearchSpace(manifest.components[:5], SCHEMES)
+    writer.put_components(manifest, space.components)
+    return TakingPrices(cast(ReplicaPool, pool), writer, space, reference, 0, "", lambda: False)
+
+
+def test_prices_are_the_same_for_any_number_of_replicas(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for number in (1, 2, 3):
+        replicas = [replica(folder) for _ in range(number)]
+        references = [with_reference(model) for model in replicas]
+        with ResultStore(tmp_path / str(number)).writer("run") as writer:
+            found.append(taking(Pool(replicas), writer, references[0])("fisher", Plan(), (0, 80)))
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
+
+
+def test_after_a_kill_only_blocks_that_are_not_recorded_are_taken(folder: Path, tmp_path: Path) -> None:
+    model = replica(folder)
+    reference, store = with_reference(model), ResultStore(tmp_path)
+    around = Plan.of({UP: SCHEMES[0]})
+    with pytest.raises(KeyboardInterrupt), store.writer("run") as writer:
+        taking(Pool([model], until=2), writer, reference)("slope", around, (0, 80))
+    with store.writer("run") as writer:
+        rest = Pool([model])
+        found = taking(rest, writer, reference)("slope", around, (0, 80))
+    with ResultStore(tmp_path / "other").writer("run") as writer:
+        whole = taking(Pool([model]), writer, reference)("slope", around, (0, 80))
+    assert rest.taken == [(0, 32)]
+    assert np.array_equal(found, whole)
+
+
+def test_prices_of_other_options_are_taken_anew(folder: Path, tmp_path: Path) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    with ResultStore(tmp_path).writer("run") as writer:
+        first = Pool([model])
+        taking(first, writer, reference)("fisher", Plan(), (0, 8))
+        other = Pool([model])
+        space = SearchSpace(model.manifest().components[:5], (*SCHEMES, "drop"))
+        take = TakingPrices(cast(ReplicaPool, other), writer, space, reference, 0, "", lambda: False)
+        assert take("fisher", Plan(), (0, 8)).shape == (8, 5, 3)
+    assert other.taken == [(0, 8)]
+
+
+def test_stacked_matrices_have_no_prices_and_it_says_so(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, bos_token_id=256, eos_token_id=257, max_position_embeddings=64,
+    )  # fmt: skip
+    model = replica(write_model(tmp_path, config))
+    experts = [component.name for component in model.manifest().components if ".experts." in component.name]
+    assert "stack of matrices" in model.unpriceable(experts)
+
+
+def test_a_replica_in_stages_has_no_prices_and_it_says_so(folder: Path) -> None:
+    assert "several processes" in in_stages(folder, 2).unpriceable([UP])
+
+
+def test_a_search_by_prices_alone_ends_with_a_plan_and_goes_on_from_what_is_priced(tmp_path: Path) -> None:
+    path = tiny_search(tmp_path, search__strategy="fisher", search__schemes=["int3-channel", "int4-channel"],
+                       search__stop={"bits_per_weight": 4.5}, search__fisher={"samples": 40})  # fmt: skip
+    run_here(path, tmp_path / "store")
+    results = ResultStore(tmp_path / "store")
+    (run,) = results.runs()
+    assert run.status == "finished"
+    assert results.table("prices").num_rows == len(results.table("components")) * 2 * 2
