@@ -38,7 +38,7 @@ class TakingPrices:
         self._pool, self._writer, self._space = pool, writer, space
         self._reference, self._seed, self._calibration_id = reference, seed, calibration_id
         self._stop_requested = stop_requested
-        self._block = _BLOCK_SAMPLES["cuda" if "/cuda/" in reference.mode else "cpu"]
+        self._block = _BLOCK_SAMPLES[reference.mode.device]
 
     def __call__(self, kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
         """Products [samples, components, schemes]. Raises `SearchStopped` where the user asked for that meanwhile."""
