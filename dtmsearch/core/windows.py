@@ -19,7 +19,7 @@ _Hashes = NDArray[np.uint64]
 
 # Between documents: no token of any vocabulary, so that no run spans two of them.
 _BORDER = -1
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR = 0x9E3779B97F4A7C15
 
 
 class TooLittleText(UserError):
@@ -91,17 +91,21 @@ def _joined(documents: Sequence[Tokens]) -> tuple[Tokens, list[int]]:
 
 
 def _hashes(tokens: Tokens, run: int) -> _Hashes:
-    """A 64-bit hash of every run of so many tokens, by where it starts (a polynomial in an odd factor, modulo 2^64, of
-    tokens that are scattered first)."""
-    count = len(tokens) - run + 1
-    if count <= 0:
+    """A 64-bit hash of every run of so many tokens, by where it starts: a polynomial in an odd factor, modulo 2^64, of
+    tokens that are scattered first. Runs are joined from runs of 1, 2, 4, ... tokens."""
+    if len(tokens) < run:
         return np.zeros(0, np.uint64)
-    scattered = (tokens.astype(np.int64).view(np.uint64) + np.uint64(2)) * _FACTOR
-    scattered = (scattered ^ (scattered >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    scattered ^= scattered >> np.uint64(32)
-    found = np.zeros(count, np.uint64)
-    for at in range(run):
-        found = found * _FACTOR + scattered[at : at + count]
+    part = (tokens.astype(np.int64).view(np.uint64) + np.uint64(2)) * np.uint64(_FACTOR)
+    part = (part ^ (part >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    part ^= part >> np.uint64(32)
+    length, factor = 1, _FACTOR  # of the parts, and its power
+    found, found_length = np.zeros(len(tokens) + 1, np.uint64), 0
+    while found_length < run:
+        if run & length:
+            found = found[: len(tokens) + 1 - found_length - length] * np.uint64(factor) + part[found_length:]
+            found_length += length
+        part = part[:-length] * np.uint64(factor) + part[length:]
+        length, factor = 2 * length, factor * factor % 2**64
     return found
 
 
