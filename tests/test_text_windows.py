@@ -89,7 +89,7 @@ def test_validate_counts_what_repeats(folder: Path) -> None:
     for name in many:
         (folder / name).write_text(TEXT[:25])
     said = lines_of(folder, f"validation: {{files: {[*many]}, count: 20}}")
-    assert "19 of them repeat the text of another (49 of the 50 windows that it holds do)" in said
+    assert "19 of them repeat the text of another, as 49 of the 50 windows that it holds do" in said
 
 
 def test_validate_says_when_there_is_no_held_out_text(folder: Path) -> None:

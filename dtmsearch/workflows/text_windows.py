@@ -150,11 +150,11 @@ def described(section: PromptsSection, prompts: PromptTokens) -> str:
             f"{supply.num_tokens:,} tokens, {share:.0%})"
         )
     repeats = num_repeats(prompts.tokens)
-    if repeats:
-        said += f"; {repeats} of them {'repeats' if repeats == 1 else 'repeat'} the text of another"
-    if supply is not None and supply.num_distinct < supply.num_windows:
-        again = supply.num_windows - supply.num_distinct
-        said += f" ({again:,} of the {supply.num_windows:,} windows that it holds {'does' if again == 1 else 'do'})"
+    again = 0 if supply is None else supply.num_windows - supply.num_distinct
+    if repeats or again:
+        said += f"; {repeats or 'none'} of them {'repeat' if repeats > 1 else 'repeats'} the text of another"
+    if supply is not None and again:
+        said += f", as {again:,} of the {supply.num_windows:,} windows that it holds {'does' if again == 1 else 'do'}"
     return said
 
 

@@ -134,6 +134,10 @@ def cut_windows(
         if vocabulary_size is not None:
             check_known(tokens, vocabulary_size, tokenizer.convert_ids_to_tokens)
         at_border = np.isin(tokens, list(borders))
+        if not at_border.any():  # of the many rows of a data set nearly all
+            documents.append(tokens.astype(np.int32))
+            openings.append(opening)
+            continue
         num_borders += int(at_border.sum())
         for document in np.split(tokens, np.flatnonzero(at_border)):
             own = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
@@ -144,6 +148,7 @@ def cut_windows(
     windows = [
         window
         for document, mask, opens in zip(documents, held, openings, strict=True)
+        if len(document) + len(opens) >= length
         for start, end in stretches(mask)
         for window in _cut(document[start:end].tolist(), opens, length)
     ]
