@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST_REASON = 300
 FAILED, USAGE, STOPPED, STORE_UNREADABLE, CLUSTER_UNREACHABLE = 1, 2, 3, 4, 5
 
 
@@ -16,6 +17,12 @@ class DtmError(Exception):
     """An error whose message says all that a user needs; `exit_code` is what a command ends with."""
 
     exit_code: ClassVar[int] = FAILED
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line of 300 letters at most; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:_LONGEST_REASON]
 
 
 class UserError(DtmError, ValueError):

@@ -10,14 +10,16 @@ import pytest
 import ray
 from contracts import EvaluatorContract
 from fakes import evaluate, toy_components
+from ray.exceptions import RayTaskError
 
 from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
+from dtmsearch.cluster.replicas import _reason, _whole
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.errors import ClusterUnreachable, ReplicasFailed
+from dtmsearch.errors import ClusterUnreachable, ReplicasFailed, UserError
 
 # Ray leaves the sockets and files of its own processes to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -113,6 +115,29 @@ def test_a_replica_that_does_not_start_is_replaced(tmp_path: Path) -> None:
 def test_replicas_that_never_start_end_the_search_with_their_reason() -> None:
     with pytest.raises(ReplicasFailed, match="the disk is on fire"), pool_of("broken") as pool:
         pool.manifest()
+
+
+def raised_by_a_replica(error: Exception) -> RayTaskError:
+    return RayTaskError("load", "Traceback (most recent call last):\n  in load\nKeyError: 'layer'", error)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "AssertionError"),
+        (RuntimeError("\n \n"), "RuntimeError"),
+        (KeyError("layer"), "KeyError: 'layer'"),
+        (UserError("no model"), "no model"),
+        (RayTaskError("load", "Traceback\nKeyError: 'layer'", None), "KeyError: 'layer'"),
+    ],
+)
+def test_why_a_replica_was_lost_is_one_line_whatever_it_raised(error: Exception, reason: str) -> None:
+    assert _reason(raised_by_a_replica(error)) == reason
+
+
+def test_what_a_replica_raised_is_said_whole() -> None:
+    said = "the weights are damaged\nfirst: " + "x" * 400
+    assert said in _whole(raised_by_a_replica(RuntimeError(said)))
 
 
 def test_a_users_mistake_comes_back_as_itself() -> None:

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError
 
 from dtmsearch.cluster.tokens import refused
-from dtmsearch.errors import ClusterLost, ClusterUnreachable
+from dtmsearch.errors import ClusterLost, ClusterUnreachable, reason_of
 
 # Processes of a local Ray without which nothing goes on.
 _VITAL = ("raylet", "gcs_server")
@@ -46,7 +46,7 @@ def connect(address: str | None) -> bool:
         raise ClusterUnreachable(refused(address) if address else f"Ray did not start here: {error}") from error
     except (RuntimeError, TimeoutError, GetTimeoutError) as error:
         where = f"no Ray cluster at {address}" if address else "Ray did not start here"
-        raise ClusterUnreachable(f"{where}: {str(error).strip().splitlines()[0][:300]}") from error
+        raise ClusterUnreachable(f"{where}: {reason_of(error)}") from error
     return True
 
 

@@ -71,7 +71,7 @@ class Services:
                 measured.append(ray.get(call))
             except (RayTaskError, RayActorError) as error:
                 if not is_loss(error):
-                    raise cause_of(error) from None
+                    raise cause_of(error) from error
                 self._crew.lose(member, error)
         return mean_speed(measured) if measured else self.measure_speed(count, prompt_tokens, continuation_tokens)
 
@@ -166,7 +166,7 @@ class Services:
                     yield ray.get(call)
                 except (RayTaskError, RayActorError) as error:
                     if not is_loss(error):
-                        raise cause_of(error) from None
+                        raise cause_of(error) from error
                     if attempt >= MAX_ATTEMPTS:
                         raise ReplicasFailed(f"{attempt} replicas were lost in `{method}` of the same part") from error
                     waiting.appendleft((number, attempt + 1))
@@ -180,7 +180,7 @@ class Services:
                 return ray.get(member.actor.call.remote(method, *arguments))
             except (RayTaskError, RayActorError) as error:
                 if not is_loss(error):
-                    raise cause_of(error) from None
+                    raise cause_of(error) from error
                 self._crew.lose(member, error)
 
     def _first_ready(self) -> Member:

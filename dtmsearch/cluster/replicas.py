@@ -18,7 +18,7 @@ from dtmsearch.cluster.health import tolerated_share
 from dtmsearch.cluster.placement import Patience, Room, Share
 from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
-from dtmsearch.errors import ReplicasFailed, UserError
+from dtmsearch.errors import DtmError, ReplicasFailed, UserError, reason_of
 
 _MAX_FAILED_STARTS = 3
 
@@ -191,18 +191,22 @@ class Crew:
         member.host.end()
         if member.host.group is not None:
             self._groups.append(member.host.group)
-        reason = str(cause_of(error)).strip().splitlines()[0][:300]
+        reason = _reason(error)
         self._on_lost(member, error, reason)
         if isinstance(error, WrongNumbers):
             self._dismissed += 1
             if self._dismissed > self.wanted + _MAX_FAILED_STARTS:
-                raise ReplicasFailed(f"{self._dismissed} replicas in a row returned wrong numbers; the last: {reason}")
+                raise ReplicasFailed(
+                    f"{self._dismissed} replicas in a row returned wrong numbers; the last: {_whole(error)}"
+                ) from error
         if isinstance(error, RayActorError):
             self._room.count_again()
         if not member.ready and not _with_its_node(error):
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
-                raise ReplicasFailed(f"{self._failed_starts} replicas in a row did not start; the last: {reason}")
+                raise ReplicasFailed(
+                    f"{self._failed_starts} replicas in a row did not start; the last: {_whole(error)}"
+                ) from error
         self.fill()
 
 
@@ -217,6 +221,24 @@ def cause_of(error: Exception) -> Exception:
     """What the replica itself raised, if it did."""
     cause = error.cause if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, Exception) else error
+
+
+def _reason(error: Exception) -> str:
+    """Why a replica is lost, in one line: what it raised itself, with its type, or what Ray and we say of it."""
+    cause = cause_of(error)
+    if isinstance(cause, RayTaskError):  # what was raised could not be sent: its traceback ends with it
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        return (lines or [type(cause).__name__])[-1][:300]
+    reason = reason_of(cause)
+    named = cause is error or isinstance(cause, DtmError | RayError) or reason == type(cause).__name__
+    return reason if named else f"{type(cause).__name__}: {reason}"
+
+
+def _whole(error: Exception) -> str:
+    """All that a replica has raised said, however many lines it has; what it said nothing by, its type."""
+    cause = cause_of(error)
+    said = str(cause).strip()
+    return f"{_reason(error)}\n{said}" if "\n" in said else _reason(error) if len(said) < 300 else said
 
 
 def is_loss(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import reason_of
 from dtmsearch.search.baselines import (
     best_rival,
     better_uniform,
@@ -117,7 +118,7 @@ class Validation:
         try:
             written = self.pool.continuations(plan, self.reference.id, telling_prompts(outcome.fdt), weights_id)
         except RuntimeError as error:  # they explain the plan; without them it is no worse
-            first_line = str(error).splitlines()[0]
+            first_line = reason_of(error)
             self.observer.on_note(f"the plan's own texts could not be recorded: {first_line}")
         else:
             self.writer.put_continuations(self.reference.id, plan.id, written)
