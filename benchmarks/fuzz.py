@@ -37,7 +37,7 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.model.modules.discovery import read_manifest
 
 COUNTS = {"search files": 1000, "plan files": 500, "model folders": 150, "texts": 50}
-LIMIT_SECONDS = 30.0
+LIMIT_SECONDS = 60.0
 MODEL = Path(dtmsearch.__file__).parent / "demo" / "model"
 WRITTEN = "def fold(items):\n    return [item + 1 for item in items if item]\n\n" * 60
 
@@ -92,6 +92,40 @@ ODD: tuple[Any, ...] = (
     ),
     *([], {}, [[]], [None], [1, 2], ["int8-channel"], ["q", "k"], {"a": 1}, {"files": 1}, {"path": []}, [{"a": [{}]}]),
 )
+# Changes of the search file that are right, or wrong only for this model, these texts or this strategy.
+PLAUSIBLE: tuple[tuple[str, Any], ...] = (
+    *((f"search.strategy={name}", ()) for name in ("probe", "greedy", "beam", "lazy_greedy", "lazy_beam", "knapsack")),
+    *((f"search.strategy={name}", ()) for name in ("sensitivity", "auto", "spdy", "evolution", "local", "sparsity")),
+    *((f"search.rank_by={name}", ()) for name in ("fdt", "sdt", "dppl", "ppl", "kl")),
+    ("search.components.include", (["q"], ["*attn*"], ["lm_head"], ["embed_tokens"], ["norm"], ["model.layers.9.*"])),
+    ("search.components.exclude", (["*"], ["q", "k"], ["nothing"], ["[a"])),
+    ("search.tied", ([["q", "k", "v"]], [["q"], ["q"]], [["q", "nothing"]], [["gate", "up"], ["up", "down"]], [[]])),
+    (
+        "search.schemes",
+        (["wanda-2:4"], ["gptq-int3-g64"], ["drop"], ["int4-g999999"], ["int8-channel", "int8-channel"]),
+    ),
+    ("search.stop", ({}, {"share": 1}, {"components": 10**6}, {"bits_per_weight": 0.001}, {"sparsity": 0.99})),
+    ("search.stop", ({"size_mb": 1e-9}, {"size_mb": 2}, {"min_fdt": 3}, {"min_fdt": 1e9}, {"seconds": 1e-9})),
+    ("search.width", (1, 1000)),
+    ("search.confidence", (0.9, 1.0)),
+    ("search.fused", (True, False)),
+    ("search.rounds", ([20], [50, 60], [1e-9])),
+    ("search.prune", ("wanda", "sparsegpt", "random")),
+    ("search.allocate", ("owl", "uniform", "fdt75")),
+    ("prompts.count", (1, 10, 10**5)),
+    ("prompts.prompt_tokens", (1, 100, 10**6)),
+    ("prompts.files", (["text.txt", "held-out.txt"], ["*.txt"], ["search.yaml"], ["text.txt", "text.txt"])),
+    ("prompts.dataset", ({"path": "nowhere/nothing"}, {"path": "text", "split": "x"})),
+    ("validation", (None, {"count": 1}, {"files": ["text.txt"]}, {"count": 10**5})),
+    ("calibration", ({"count": 4}, {"tokens": 10**6}, {"files": ["held-out.txt"], "count": 2})),
+    ("model.dtype", ("float16", "bfloat16")),
+    ("model.path", ("nowhere/nothing", "./nowhere", "gpt2", "text.txt")),
+    ("model.revision", ("main", "v0")),
+    ("model.compile", ("always", "never")),
+    ("model.scale_dtype", ("float16",)),
+    ("seed", (1, 2**40)),
+    ("run", ("other", "a" * 100, "a" * 101, "-x", "x/y")),
+)
 YAML_BITS = (
     *("!!bool maybe", "!!int x", "!!float y", "!!timestamp z", "!!binary '*'", "!!set {a, b}", "!!omap [a: 1]"),
     *("!!pairs [a: 1]", "!!python/object:os.system x", "2026-13-45", "2026-01-01", "190:20:30", "0o9", ".inf", ".nan"),
@@ -139,8 +173,11 @@ def search_file(folder: Path, chance: random.Random) -> list[str]:
     write_texts(folder)
     content = copy.deepcopy(SEARCH)
     if chance.random() < 0.4:
-        content["search"] = copy.deepcopy(chance.choice(STRATEGIES))
-    kind = chance.choice(("values", "values", "values", "text", "text", "bits", "bits", "whole"))
+        content["search"] = {"components": {}, **copy.deepcopy(chance.choice(STRATEGIES))}
+    kind = chance.choice(("values", "values", "plausible", "plausible", "text", "text", "bits", "whole"))
+    if kind == "plausible":
+        for _ in range(chance.randint(1, 2)):
+            change(content, chance)
     if kind == "values":
         for _ in range(chance.randint(1, 3)):
             mutate(content, chance)
@@ -427,6 +464,19 @@ def rewrite(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def change(content: dict[str, Any], chance: random.Random) -> None:
+    """Set a key as somebody might."""
+    key, values = chance.choice(PLAUSIBLE)
+    key, equals, value = key.partition("=")
+    *parents, last = key.split(".")
+    at = content
+    for parent in parents:
+        at = at[parent]
+    at[last] = value if equals else copy.deepcopy(chance.choice(values))
+    if last == "dataset":
+        at["files"] = []
+
+
 def mutate(content: Any, chance: random.Random) -> None:
     """Change one place of nested values: another value, a key gone, a key too much."""
     at = content
@@ -524,6 +574,10 @@ def fuzz(kind: str, count: int, seed: int = 0) -> Tally:
 
 
 def report(counts: Mapping[str, int], seed: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="dtmsearch-fuzz-") as folder:  # what is loaded once
+        write_texts(Path(folder))
+        (Path(folder) / "search.yaml").write_text(dumped(SEARCH))
+        assert ended(evaluated(Path(folder), "uniform:int8-channel"), Path(folder)).code == 0
     num_wrong = 0
     for kind, count in counts.items():
         started = time.monotonic()

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 
+from dtmsearch.cli.searching import _whole
 from dtmsearch.cluster import versions as pins
 from dtmsearch.cluster.jobs import Jobs, Order, _exit_code
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.config import SearchFile, load
-from dtmsearch.config.texts import text_files
-from dtmsearch.errors import ClusterUnreachable, JobNotBegun
-from dtmsearch.workflows.submit import _again, pack, submit
+from dtmsearch.config.texts import paths, text_files
+from dtmsearch.errors import ClusterUnreachable, JobNotBegun, UserError
+from dtmsearch.workflows.submit import _again, check_sendable, pack, submit
 
 SEARCH = """
 run: mine
@@ -83,6 +84,60 @@ def test_credentials_in_the_store_s_url_are_refused(texts: Path) -> None:
     search_file(texts, "beside.txt")
     with pytest.raises(ValueError, match="holds credentials"):
         submit(texts / "mine.yaml", (), "http://127.0.0.1:9", "s3://key:secret@bucket/store")
+
+
+@pytest.mark.parametrize(
+    ("address", "store"),
+    [
+        ("http://somebody:secret@127.0.0.1:9", "s3://bucket/store"),
+        ("somebody:secret@127.0.0.1:9", "s3://bucket/store"),
+        ("http://127.0.0.1:9?token=secret", "s3://bucket/store"),
+        ("http://127.0.0.1:9", "s3://bucket/store?secret_key=secret"),
+    ],
+)
+def test_credentials_in_an_address_are_refused_and_not_repeated(texts: Path, address: str, store: str) -> None:
+    search_file(texts, "beside.txt")
+    with pytest.raises(UserError, match="holds credentials") as caught:
+        submit(texts / "mine.yaml", (), address, store)
+    assert "=secret" not in str(caught.value) and ":secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [".env", "below/.hidden/notes.txt", "server.pem", "id_rsa"])
+def test_a_private_file_that_a_pattern_takes_along_is_not_sent(texts: Path, name: str) -> None:
+    (texts / name).parent.mkdir(parents=True, exist_ok=True)
+    (texts / name).write_text("TOKEN=1")
+    file = search_file(texts, "**/*")
+    with pytest.raises(UserError, match=rf"{Path(name).name} is .*--any-file"):
+        check_sendable(file, pack(file))
+
+
+def test_a_link_out_of_the_folder_is_not_sent(texts: Path) -> None:
+    (texts / "link.txt").symlink_to(texts.parent / "above.txt")
+    file = search_file(texts, "link.txt")
+    with pytest.raises(UserError, match=r"link\.txt is a link that leads out"):
+        check_sendable(file, pack(file))
+
+
+def test_texts_that_are_named_above_the_folder_are_sent(texts: Path) -> None:
+    file = search_file(texts, "../above.txt", str(texts.parent.parent / "far.txt"))
+    assert check_sendable(file, pack(file)) is None
+
+
+def test_training_text_travels_too(texts: Path, tmp_path: Path) -> None:
+    content = SEARCH.format(files=["beside.txt"]).partition("search:")[0]
+    recovery = f"{{files: [below/a.txt, {texts / 'below' / 'b.txt'}]}}"
+    content += f"search: {{strategy: sparsity, rounds: [20], recovery: {recovery}}}\n"
+    (texts / "mine.yaml").write_text(content)
+    there = unpacked(load(texts / "mine.yaml"), tmp_path / "there")
+    assert there.search.recovery is not None
+    sent = paths(there, there.search.recovery.files)
+    assert [path.read_text() for path in sent] == ["home/searches/below/a.txt", "b"]
+    assert all(path.is_relative_to(tmp_path / "there") for path in sent)
+
+
+@pytest.mark.parametrize(("number", "text"), [(1234567, "1234567"), (0.1, "0.1"), (2.0, "2"), (1 / 3, repr(1 / 3))])
+def test_a_number_is_passed_on_whole(number: float, text: str) -> None:
+    assert _whole(number) == text
 
 
 def test_a_dashboard_that_is_not_there_is_said_at_once() -> None:

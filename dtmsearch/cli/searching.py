@@ -124,10 +124,21 @@ def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> 
     show_default=True,
     help="This machine's package versions: demand them of the nodes, have them installed there, or neither.",
 )
+@click.option(
+    "--any-file", is_flag=True, help="Send hidden files, keys, and links that lead elsewhere too, if FILE names them."
+)
 @replica_options
 @format_option("table", "json")
 def submit_verb(
-    file: Path, overrides: tuple[str, ...], address: str, store: str, follow: bool, pins: Any, form: str, **where: Any
+    file: Path,
+    overrides: tuple[str, ...],
+    address: str,
+    store: str,
+    follow: bool,
+    pins: Any,
+    any_file: bool,
+    form: str,
+    **where: Any,
 ) -> int:
     """Run the search in FILE as a job of a Ray cluster.
 
@@ -135,8 +146,8 @@ def submit_verb(
     """
     from dtmsearch.workflows.submit import submit
 
-    options = [part for name, value in where.items() if value for part in (_option(name), f"{value:g}")]
-    submission = submit(file, overrides, address, store, options, pins)
+    options = [part for name, value in where.items() if value for part in (_option(name), _whole(value))]
+    submission = submit(file, overrides, address, store, options, pins, any_file)
     for note in submission.notes:
         say(f"note: {note}")
     job, run = submission.job, submission.run
@@ -160,6 +171,11 @@ def _follow(address: str, job_id: str) -> int:
     except KeyboardInterrupt:
         say(f"no longer following; job {job_id} goes on")
         return 0
+
+
+def _whole(value: float) -> str:
+    """A number with all its digits, as an option takes it."""
+    return str(int(value)) if value == int(value) else repr(value)
 
 
 def _option(name: str) -> str:

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import dtmsearch
 from dtmsearch.cluster import versions as pins
 from dtmsearch.cluster.jobs import Job, Jobs, Order
 from dtmsearch.config import PromptsSection, SearchFile, load, texts
 from dtmsearch.core.records import CONTINUE_VARIABLE
+from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
 
 Pins = Literal["check", "install", "none"]
@@ -32,6 +33,10 @@ _SEARCH_FILE = "search.yaml"
 # Folders below the parcel's own, one for each `..` that the search file's paths begin with.
 _LEVEL = "in"
 _ABSOLUTE = "absolute"
+_KEY_SUFFIXES = (".pem", ".key", ".p12", ".pfx", ".kdbx", ".env")
+_KEY_NAMES = ("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "credentials", "credentials.json", "secrets.json")
+# In the names of an address's parameters.
+_SECRET_WORDS = ("key", "secret", "token", "password", "signature", "credential")
 _NOT_SENT = ("__pycache__", "*.pyc", "*.safetensors", "*.bin")
 
 
@@ -70,17 +75,22 @@ def submit(
     store: str,
     where: Sequence[str] = (),
     pins_mode: Pins = "check",
+    any_file: bool = False,
 ) -> Submission:
     """Run the search of a file as a job of the cluster at `address`, or attach to the job that runs it already.
 
-    `where` are options of `dtmsearch run` for the cluster, such as `--replicas 8`. Raises `UserError` for a user's
-    mistake, `ClusterUnreachable`.
+    `where` are options of `dtmsearch run` for the cluster, such as `--replicas 8`. `any_file` sends also what nobody
+    means to send by a pattern: see `check_sendable`. Raises `UserError` for a user's mistake, `ClusterUnreachable`.
     """
+    _refuse_credentials("the cluster's address", address)
     file = load(path, overrides)
     store, notes = _store_there(store)
+    _refuse_credentials("model.path", file.model.path)
     parcel = pack(file)
+    if not any_file:
+        check_sendable(file, parcel)
     model, model_notes = _model_there(file)
-    search_text = path.read_text(encoding="utf-8")
+    search_text = read_text(path, "search file")
     arguments = [a for override in (*overrides, *model, *parcel.overrides) for a in ("--set", override)]
     command = ["python", "-m", "dtmsearch", "run", parcel.search_path, *arguments, "--store", store]
     command += ["--address", "auto", *where]
@@ -91,7 +101,7 @@ def submit(
             command=shlex.join(command),
             folder=Path(folder) / "work",
             packages=(_package(Path(folder) / "dtmsearch"),),
-            environment={CONTINUE_VARIABLE: _again(path, overrides, address, store, where, pins_mode)}
+            environment={CONTINUE_VARIABLE: _again(path, overrides, address, store, where, pins_mode, any_file)}
             | ({} if pins_mode == "none" else pins.environment(pins.versions())),
             pip=_requirements() if pins_mode == "install" else (),
             facts={"store": store, "search": _fingerprint(file, parcel)},
@@ -107,19 +117,42 @@ def pack(file: SearchFile) -> Parcel:
     sections = {"prompts": file.prompts, "validation": file.validation_prompts}
     if file.calibration is not None and file.calibration.files:
         sections["calibration"] = file.calibration_text
-    own = {name: section for name, section in sections.items() if section is not None and section.dataset is None}
-    relative = {
-        os.path.normpath(found) for section in own.values() for name in section.files for found in _relative(file, name)
-    }
+    own = {name: section.files for name, section in sections.items() if section is not None and section.dataset is None}
+    if file.search.recovery is not None:
+        own["search.recovery"] = file.search.recovery.files
+    relative = {os.path.normpath(found) for names in own.values() for name in names for found in _relative(file, name)}
     depth = max((Path(name).parts.count("..") for name in relative), default=0)
     home = Path(*[_LEVEL] * depth)
     files: dict[str, Path] = {}
     overrides = []
-    for section_name, section in own.items():
-        names = [_place(file, name, home, files) for name in section.files]
-        if names != list(section.files):
+    for section_name, given in own.items():
+        names = [_place(file, name, home, files) for name in given]
+        if names != list(given):
             overrides.append(f"{section_name}.files={json.dumps(names)}")
     return Parcel(files, str(home / _SEARCH_FILE), tuple(overrides))
+
+
+def check_sendable(file: SearchFile, parcel: Parcel) -> None:
+    """Raises `UserError` for files of a parcel that a pattern such as `*` takes along unseen: hidden ones, keys, and
+    links that lead out of the folder in which they lie."""
+    for path in parcel.files.values():
+        why = _private(file.folder.absolute(), Path(os.path.normpath(path.absolute())))
+        if why is not None:
+            raise UserError(f"{path} is {why}, so it is not sent to the cluster: name other texts, or give --any-file")
+
+
+def _private(folder: Path, path: Path) -> str | None:
+    """Why a text is none that somebody meant to send; None if nothing speaks against it."""
+    inside = path.is_relative_to(folder)
+    parts = path.relative_to(folder).parts if inside else path.parts
+    if any(part.startswith(".") for part in parts):
+        return "hidden, or in a hidden folder"
+    if path.suffix.lower() in _KEY_SUFFIXES or path.name.lower() in _KEY_NAMES:
+        return "a key, by its name"
+    around = folder if inside else path.parent
+    if not path.resolve().is_relative_to(around.resolve()):
+        return f"a link that leads out of its folder, to {path.resolve()}"
+    return None
 
 
 def _relative(file: SearchFile, name: str) -> list[str]:
@@ -154,14 +187,25 @@ def _place(file: SearchFile, name: str, home: Path, files: dict[str, Path]) -> s
 def _store_there(store: str) -> tuple[str, tuple[str, ...]]:
     """The store as the cluster has to name it. Raises `UserError` for a URL with credentials in it."""
     if "://" in store:
-        if "@" in urlsplit(store).netloc:
-            raise UserError(
-                "the store's URL holds credentials, which everybody who sees the cluster's jobs could read. Give the "
-                "nodes a role, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in their environment"
-            )
+        _refuse_credentials("the store's URL", store)
         return store, ()
     folder = str(Path(store).expanduser().absolute())
     return folder, (f"the store {folder} is a folder of the cluster's head node; a bucket can be read from anywhere",)
+
+
+def _refuse_credentials(what: str, address: str) -> None:
+    """Raises `UserError` for an address with a user, a password or a token in it, without repeating it."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        keys = [key.lower() for key, _ in parse_qsl(parts.query)]
+    except ValueError as error:
+        raise UserError(f"{what} is no address: {error}") from None
+    if "@" in parts.netloc or any(word in key for key in keys for word in _SECRET_WORDS):
+        raise UserError(
+            f"{what} holds credentials, which everybody who sees the cluster's jobs could read. Give the nodes a role, "
+            "or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in their environment; a cluster's token goes into "
+            "RAY_AUTH_TOKEN here"
+        )
 
 
 def _model_there(file: SearchFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -174,12 +218,19 @@ def _model_there(file: SearchFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _again(
-    path: Path, overrides: tuple[str, ...], address: str, store: str, where: Sequence[str], pins_mode: Pins
+    path: Path,
+    overrides: tuple[str, ...],
+    address: str,
+    store: str,
+    where: Sequence[str],
+    pins_mode: Pins,
+    any_file: bool = False,
 ) -> str:
     """The command that continues a submitted search, from whatever folder it is typed in."""
     options = [a for override in overrides for a in ("--set", override)]
     options += ["--address", address, "--store", store, *where]
     options += [] if pins_mode == "check" else ["--pins", pins_mode]
+    options += ["--any-file"] if any_file else []
     return shlex.join(["dtmsearch", "submit", str(path.absolute()), *options])
 
 
