@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import llama_config, write_model
-from transformers import GPTNeoXConfig, MistralConfig, OPTConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, OPTConfig, Qwen2Config
 
+from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.model.replica.in_memory import manifest_of as manifest_in_memory
 
 
 def manifest_of(folder: Path):  # type: ignore[no-untyped-def]
@@ -87,6 +90,69 @@ def test_other_weights_are_another_model(tmp_path: Path) -> None:
 def test_other_families_need_no_code_of_their_own(tmp_path: Path, config: object, kinds: set[str]) -> None:
     manifest = manifest_of(write_model(tmp_path, config))  # type: ignore[arg-type]
     assert {c.kind for c in manifest.components} == kinds
+
+
+_TINY = {
+    "vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "num_experts": 4, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+_DELTA = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_LFM = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
+_MAMBA = {
+    "layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1,
+    "mamba_d_state": 16, "shared_intermediate_size": 16,
+}  # fmt: skip
+
+
+def tree(family: str, **changes: object) -> ModelManifest:
+    """The components of a tiny model of a family, found without any weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(_TINY | changes)))
+    return manifest_in_memory(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "number"),
+    [("lfm2", _LFM, 12), ("qwen3_next", _DELTA, 29), ("granitemoehybrid", _MAMBA, 26)],
+)
+def test_channels_of_convolutions_are_no_components(family: str, changes: dict[str, object], number: int) -> None:
+    manifest = tree(family, **changes)
+    assert (len(manifest.components), [c for c in manifest.components if "conv1d" in c.name]) == (number, [])
+
+
+def test_matrices_of_one_head_each_are_no_experts() -> None:
+    manifest = tree("recurrent_gemma", lru_width=32, attention_window_size=16, block_types=["recurrent", "attention"])
+    assert not [c.name for c in manifest.components if "rg_lru" in c.name]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "llama4_text", "phimoe", "jetmoe", "mixtral"])
+def test_experts_are_outputs_by_inputs_however_a_family_keeps_them(family: str) -> None:
+    manifest = tree(family, kv_channels=8, interleave_moe_layer_step=1)
+    experts = [c for c in manifest.components if ".0.gate_up_proj" in c.name or ".input_linear.0." in c.name]
+    assert experts and {c.shape[1] for c in experts} == {32}
+
+
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [
+        ("qwen2_moe", "mlp.shared_expert_gate"),
+        ("phimoe", "mlp.router"),
+        ("jetmoe", "mlp.router.layer"),
+        ("hunyuan_v1_moe", "mlp.gate.wg"),
+        ("llama4_text", "feed_forward.router"),
+    ],
+)
+def test_what_routes_tokens_is_searched_only_when_it_is_named(family: str, router: str) -> None:
+    manifest = tree(family, kv_channels=8, interleave_moe_layer_step=1, moe_topk=2)
+    name = f"model.layers.0.{router}"
+    assert name in manifest.routers
+    assert name not in {c.name for c in manifest.select(("*",))}
+    assert [c.name for c in manifest.select((name,))] == [name]
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 from exports import RUN, Measured, in_process, measure_here, measured_plan
 from safetensors.torch import load_file
 from tiny import llama_config, write_model
+from transformers import Qwen2MoeConfig
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.errors import ExportFailed
+from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.exported import decompressed_model
 from dtmsearch.workflows import export_check
@@ -32,6 +33,7 @@ MIXED = {
     f"{LAYERS}.2.mlp.up_proj": "int6-tensor-asym",
     f"{LAYERS}.2.self_attn.k_proj": "int5-g32",
 }
+GATE = "model.layers.0.mlp.shared_expert_gate"
 TIED = {
     f"{LAYERS}.{layer}.{name}_proj": scheme
     for layer, scheme in ((0, "int4-g32-asym"), (1, "int8-channel"), (2, "int4-g32"))
@@ -133,6 +135,24 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder = tmp_path_factory.mktemp("untied")
     plan = {f"{LAYERS}.0.self_attn.q_proj": "int8-channel", f"{LAYERS}.0.self_attn.k_proj": "int4-g32"}
     return measured_plan(write_model(folder / "model"), folder / "store", plan)
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """A mixture whose gate of the shared expert is in the plan."""
+    folder = tmp_path_factory.mktemp("gated")
+    config = Qwen2MoeConfig(
+        **llama_config().to_diff_dict() | {"model_type": "qwen2_moe", "hidden_size": 64, "num_experts": 4},
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    )
+    return measured_plan(write_model(folder / "model", config), folder / "store", {GATE: "int8-channel"})
+
+
+def test_what_routes_tokens_is_refused_for_vllm(gated: Measured, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{GATE}: int8-channel: it builds what routes tokens"):
+        gated.export("compressed-tensors", tmp_path / "out", runtime="vllm")
 
 
 def test_an_untied_plan_is_refused_for_vllm_with_what_is_untied(untied: Measured, tmp_path: Path) -> None:

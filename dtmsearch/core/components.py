@@ -56,9 +56,10 @@ class Component:
 class ModelManifest:
     """What a model consists of, without its weights.
 
-    `components` are the matrices inside the layers, in model order; `others` the embeddings, norms and the head,
-    which a search includes only by name. `dtype` is that of the checkpoint's weights. `id` follows the content of the
-    weights' files and the configuration, not the folder.
+    `components` are the matrices inside the layers, in model order; `others` the embeddings, norms, routers and the
+    head, which a search includes only by name. `routers` names the linear layers that choose among experts, or weigh
+    one, which published checkpoints and engines keep unquantized. `dtype` is that of the checkpoint's weights. `id`
+    follows the content of the weights' files and the configuration, not the folder.
     """
 
     model: str
@@ -68,6 +69,7 @@ class ModelManifest:
     content_hash: str
     components: tuple[Component, ...]
     others: tuple[Component, ...] = field(default=())
+    routers: tuple[str, ...] = field(default=())
 
     @property
     def id(self) -> str:
@@ -85,8 +87,8 @@ class ModelManifest:
     def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:
         """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).
 
-        Embeddings, norms and the head are chosen only by a pattern that names them: one whose text holds their own
-        last name, so never by `*`. Raises `UserError` for an include pattern that matches nothing.
+        Embeddings, norms, routers and the head are chosen only by a pattern that names them: one whose text holds their
+        own last name, so never by `*`. Raises `UserError` for an include pattern that matches nothing.
         """
         chosen = [c for c in self.components if _matches(c, include)]
         chosen += [c for c in self.others if any(c.name.rpartition(".")[2] in p and _matches(c, (p,)) for p in include)]

@@ -70,9 +70,12 @@ class Job:
 
     @cached_property
     def linear(self) -> tuple[str, ...]:
-        """The linear layers of the model that are tensors of their own: its components, and an untied head."""
+        """The linear layers of the model that are tensors of their own: its components, routers, and an untied head."""
         after = [c for c in self.manifest.others if c.layer == self.manifest.num_layers and min(c.shape) > 1]
-        own = [c for c in self.manifest.components if f"{c.name}.weight" in self.shapes and not c.transposed]
+        routers = [self.manifest.by_name[name] for name in self.manifest.routers]
+        own = [
+            c for c in (*self.manifest.components, *routers) if f"{c.name}.weight" in self.shapes and not c.transposed
+        ]
         return tuple(c.name for c in (*own, *after))
 
     @cached_property

@@ -61,6 +61,8 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
         return f"its groups divide the inputs evenly, and {scheme.group_size} does not divide {cols}"
     if job.runtime != "vllm":
         return None
+    if component.name in job.manifest.routers:
+        return "it builds what routes tokens to experts, or weighs one, without quantization"
     if scheme.bits not in _VLLM_BITS:
         return f"its kernels read {' and '.join(map(str, _VLLM_BITS))} bits"
     if scheme.granularity == "tensor" or (scheme.granularity == "group" and scheme.group_size not in _VLLM_GROUPS):

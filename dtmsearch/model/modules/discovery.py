@@ -68,6 +68,7 @@ def survey(spec: ModelSpec) -> Survey:
         content_hash="",
         components=components,
         others=other_components(model, layers_name, len(layers)),
+        routers=routers_of(layers_name, layers),
     )
     config: Any = model.config
     inside: Any = model
@@ -87,11 +88,22 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def components_of(layers_name: str, layers: nn.ModuleList) -> tuple[Component, ...]:
-    """The weight matrices inside the layers of the list of that name, in model order."""
+    """The weight matrices inside the layers of the list of that name, in model order, but for those that route."""
     return tuple(
         Component(f"{layers_name}.{index}.{matrix.name}", index, kind_of(matrix.name), matrix.shape, matrix.transposed)
         for index, layer in enumerate(layers)
         for matrix in matrices_of(layer)
+        if not matrix.routes
+    )
+
+
+def routers_of(layers_name: str, layers: nn.ModuleList) -> tuple[str, ...]:
+    """Names of the linear layers that choose among experts, or weigh one."""
+    return tuple(
+        f"{layers_name}.{index}.{matrix.name}"
+        for index, layer in enumerate(layers)
+        for matrix in matrices_of(layer)
+        if matrix.routes
     )
 
 
@@ -104,8 +116,10 @@ def kind_of(name: str) -> str:
 
 
 def other_components(model: nn.Module, layers_name: str, num_layers: int) -> tuple[Component, ...]:
-    """Embeddings, norms and the head; of tied weights the first owner only."""
+    """Embeddings, norms, routers and the head; of tied weights the first owner only."""
     others: list[Component] = []
+    layers: Any = model.get_submodule(layers_name)
+    routers = set(routers_of(layers_name, layers))
     seen: set[int] = set()
     layers_reached = False
     for name, module in model.named_modules():
@@ -115,7 +129,7 @@ def other_components(model: nn.Module, layers_name: str, num_layers: int) -> tup
             continue
         seen.add(id(own))
         inside = name.startswith(f"{layers_name}.")
-        if inside and is_matrix(module):
+        if inside and is_matrix(module) and name not in routers:
             continue
         layer = int(name[len(layers_name) + 1 :].split(".")[0]) if inside else num_layers if layers_reached else -1
         rows, cols = own.shape if own.ndim == 2 else (1, own.shape[0])

@@ -1,27 +1,30 @@
 """Weight matrices as families keep them, seen as every other room sees them: [outputs, inputs], by a component's name.
 
 Linear layers are that already; GPT-2's Conv1D keeps the transpose; mixtures of experts keep all experts of a layer in
-one stacked parameter [experts, ., .]. Knows no family's name: only these three ways.
+one stacked parameter [experts, ., .]. Knows no family's name: only these three ways. Other parameters of three
+dimensions, such as the kernels of convolutions and matrices of one attention head each, are none of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A matrix found in a module: its name below the module searched, shape [outputs, inputs], whether the model keeps
-    its transpose, and in which stack it lies, if in one."""
+    its transpose, and in which stack it lies, if in one. `routes`: it chooses among experts, or weighs one."""
 
     name: str
     shape: tuple[int, int]
     transposed: bool = False
     stack: str | None = None
+    routes: bool = False
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -31,23 +34,69 @@ def is_matrix(module: nn.Module) -> bool:
 
 def matrices_of(module: nn.Module) -> Iterator[Matrix]:
     """All matrices in a module, in its own order; those of a stack expert by expert."""
-    for name, inner in module.named_modules():
+    modules = dict(module.named_modules())
+    routers = {router for name in modules for router in _routers(name, modules)}
+    for name, inner in modules.items():
         if isinstance(inner, nn.Linear):
-            yield Matrix(name, (inner.out_features, inner.in_features))
+            routes = inner.out_features == 1 or name in routers
+            yield Matrix(name, (inner.out_features, inner.in_features), routes=routes)
         elif isinstance(inner, Conv1D):
             yield Matrix(name, (inner.nf, inner.nx), transposed=True)
         else:
-            yield from _stacked(name, inner)
+            yield from _stacked(name, modules)
 
 
-def _stacked(name: str, module: nn.Module) -> Iterator[Matrix]:
-    stacks = {n: p for n, p in module._parameters.items() if p is not None and p.ndim == 3}
-    transposed = bool(getattr(module, "is_transposed", False))
-    for expert in range(min((len(stack) for stack in stacks.values()), default=0)):
+def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters of three dimensions that no convolution slides over its input."""
+    if isinstance(module, _ConvNd):
+        return {}
+    return {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+
+
+def _routers(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """What chooses among the experts that a module holds, in a stack or a list: matrices beside it, in the same block,
+    with a row for each of them. None for a module that holds no experts."""
+    inner = modules[name]
+    num_experts = len(inner) if isinstance(inner, nn.ModuleList) else min(map(len, _stacks(inner).values()), default=0)
+    if num_experts < 2:
+        return []
+    block = name.rpartition(".")[0]
+    beside = (other for other in modules if not block or other.startswith(f"{block}."))
+    return [
+        other
+        for other in beside
+        if other != name and not other.startswith(f"{name}.") and _rows(modules[other]) == num_experts
+    ]
+
+
+def _rows(module: nn.Module) -> int:
+    weight = module._parameters.get("weight")
+    return 0 if weight is None or weight.ndim != 2 else len(weight)
+
+
+def _stacked(name: str, modules: Mapping[str, nn.Module]) -> Iterator[Matrix]:
+    stacks, routers = _stacks(modules[name]), _routers(name, modules)
+    says = getattr(modules[name], "is_transposed", None)  # as transformers marks experts, though not all
+    if not stacks or (not routers and says is None):
+        return
+    inputs = None if not routers else int(modules[routers[0]]._parameters["weight"].shape[1])  # type: ignore[union-attr]
+    transposed = _is_transposed([(p.shape[1], p.shape[2]) for p in stacks.values()], inputs, bool(says))
+    for expert in range(min(len(stack) for stack in stacks.values())):
         for stack, parameter in stacks.items():
             first, second = parameter.shape[1:]
             shape = (second, first) if transposed else (first, second)
             yield Matrix(f"{name}.{expert}.{stack}", shape, transposed, f"{name}.{stack}")
+
+
+def _is_transposed(shapes: Sequence[tuple[int, int]], inputs: int | None, says: bool) -> bool:
+    """Whether stacks are [experts, inputs, outputs]. Of several the first takes what the router takes, `inputs`
+    features, and the last gives as many; where that does not tell, what the module `says` counts."""
+    if inputs is None or len(shapes) < 2:
+        return says
+    for first, second in (shapes[0], shapes[-1][::-1]):
+        if first != second and inputs in (first, second):
+            return first == inputs
+    return says
 
 
 class StackedMatrix(nn.Module):

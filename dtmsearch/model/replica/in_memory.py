@@ -9,7 +9,7 @@ from torch import nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
-from dtmsearch.model.modules.discovery import components_of, find_layers, other_components
+from dtmsearch.model.modules.discovery import components_of, find_layers, other_components, routers_of
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint, Weights
@@ -29,6 +29,7 @@ def manifest_of(model: Any) -> ModelManifest:
         content_hash=_IN_MEMORY,
         components=components_of(layers_name, layers),
         others=other_components(model, layers_name, len(layers)),
+        routers=routers_of(layers_name, layers),
     )
 
 
