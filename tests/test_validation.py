@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 from fakes import FakeEvaluator, MemoryLog, toy_components, toy_manifest
 
-from dtmsearch.config import parse
+from dtmsearch.config import SearchFile, parse
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, PromptTokens, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
@@ -16,7 +16,7 @@ from dtmsearch.search.baselines import uniform_rivals
 from dtmsearch.search.loop import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.text_windows import halves
-from dtmsearch.workflows.validate import Judged, Validation, can_give_way
+from dtmsearch.workflows.validate import Judged, Validation, is_anything_chosen
 
 SPACE = SearchSpace(toy_components(), ("int4-channel", "int8-channel"), budget=Budget(bits_per_weight=6.0))
 PLAN = SPACE.uniform("int4-channel").with_(
@@ -52,9 +52,14 @@ def answer(request: EvalRequest) -> EvalResult:
     return EvalResult(request.id, zeros, zeros, np.ones(NUM_PROMPTS, np.float32), np.full(NUM_PROMPTS, kl, np.float32))
 
 
-def judged(choice: Reference | None, log: MemoryLog) -> Judged:
+def keeping(min_fdt: float) -> SearchFile:
+    stop = FILE.search.stop.model_copy(update={"min_fdt": min_fdt})
+    return FILE.model_copy(update={"search": FILE.search.model_copy(update={"stop": stop})})
+
+
+def judged(choice: Reference | None, log: MemoryLog, file: SearchFile = FILE) -> Judged:
     pool: Any = FakeEvaluator(answer, per_poll=8)
-    validation = Validation(FILE, SPACE, choice, REPORT, pool, cast(Any, log), Silent(), ())
+    validation = Validation(file, SPACE, choice, REPORT, pool, cast(Any, log), Silent(), ())
     calibrating: Any = SimpleNamespace(for_plans=lambda _: "")
     return validation.judge(PLAN, calibrating, lambda: False)
 
@@ -99,8 +104,15 @@ def test_nothing_gives_way_without_prompts_to_choose_by() -> None:
 
 
 def test_a_plan_below_every_uniform_one_gives_way_to_none() -> None:
-    assert can_give_way(SPACE, PLAN, ())
-    assert not can_give_way(SPACE, Plan.of({c.name: "drop" for c in toy_components()}), ())
+    assert is_anything_chosen(FILE, SPACE, PLAN, ())
+    assert not is_anything_chosen(FILE, SPACE, Plan.of({c.name: "drop" for c in toy_components()}), ())
+
+
+def test_a_plan_that_keeps_an_fdt_gives_way_to_none_but_its_rival_is_chosen() -> None:
+    log = MemoryLog()
+    found = judged(CHOICE, log, keeping(min_fdt=50.0))
+    plans = {record.request.plan.id for record in log.records if record.purpose == "choice"}
+    assert (found.plan, PLAN.id in plans, len(plans) > 0) == (PLAN, False, True)
 
 
 def prompts(*rows: int) -> PromptTokens:

@@ -40,7 +40,7 @@ from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of
 from dtmsearch.workflows.take_prices import TakingPrices
 from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_min_fdt, cut_search, described, halves
-from dtmsearch.workflows.validate import Validation, can_give_way
+from dtmsearch.workflows.validate import Validation, is_anything_chosen
 
 __all__ = [
     "PlanMeasurement",
@@ -317,8 +317,7 @@ class _Session:
         calibrating: Calibrating,
     ) -> None:
         self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
-        # What is shown to keep an FDT gives way to nothing that is not.
-        is_chosen = self._file.search.stop.min_fdt is None and can_give_way(space, plan, self._milestones)
+        is_chosen = is_anything_chosen(self._file, space, plan, self._milestones)
         choice, reference = self._held_out_references(pool, held_out, is_chosen)
         validation = Validation(
             self._file, space, choice, reference, pool, self._writer, self._observer, self._milestones
@@ -332,8 +331,8 @@ class _Session:
     def _held_out_references(
         self, pool: ReplicaPool, held_out: Cut, is_chosen: bool
     ) -> tuple[Reference | None, Reference]:
-        """What the plan is chosen by, if anything `is_chosen`, and what it is reported on: parts of the held-out
-        prompts, in use by the pool; those that the run began with, where it has."""
+        """What the plan and its rival are chosen by, if anything `is_chosen`, and what they are reported on: parts of
+        the held-out prompts, in use by the pool; those that the run began with, where it has."""
         record, choice, report = self._record, None, held_out
         if record.validation_reference_id is not None:
             choice = recorded(pool, self._results, self._file.run, record.choice_reference_id)

@@ -48,9 +48,10 @@ class Judged:
 @dataclass(frozen=True)
 class Validation:
     """A search's plan against its held-out references, both in use by `pool`: what takes the place of the plan is
-    chosen by `choice` (None where nothing can) and reported on `reference`, for the best of several by the same prompts
-    looks better than it is. `milestones` are those of a search that prunes in rounds; the last of them is the plan
-    itself, over the weights that it ended with."""
+    chosen by `choice` (None where nothing is), as its rival is, and reported on `reference`, for the best of several by
+    the same prompts looks better than it is. `milestones` are those of a search that prunes in rounds; the last of them
+    is the plan itself, over the weights that it ended with. Such a plan gives way to none, nor does one that is shown
+    to keep an FDT, which others are not."""
 
     file: SearchFile
     space: SearchSpace
@@ -91,16 +92,26 @@ class Validation:
         stop_requested: Callable[[], bool],
     ) -> tuple[str | None, str | None]:
         """The uniform plan that takes the place of the plan, and its rival: the best known one of at most its size."""
-        asked = validation_plans(self.space, plans[_PLAN], only_rivals=True)
-        requests = {label: whole_request(other, choice, calibration_id) for label, other in asked.items()}
+        asked, stays = (
+            validation_plans(self.space, plans[_PLAN], only_rivals=True),
+            stays_the_plan(self.file, self.milestones),
+        )
+        requests = {
+            label: whole_request(other, choice, calibration_id)
+            for label, other in asked.items()
+            if label != _PLAN or not stays
+        }
         outcomes = measure(requests, self.pool, self.writer, "choice", stop_requested)
         metric = self.file.search.rank_by
+        rival = best_rival(self.space, asked, outcomes, metric)
+        if stays:
+            return None, rival
         replacing = {
             label: other
             for label, other in asked.items()
             if label == _PLAN or may_take_its_place(self.space, plans[_PLAN], other)
         }
-        return better_uniform(self.space, replacing, outcomes, metric), best_rival(self.space, asked, outcomes, metric)
+        return better_uniform(self.space, replacing, outcomes, metric), rival
 
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
         requests = {label: whole_request(plan, self.reference, calibration_id) for label, plan in plans.items()}
@@ -124,9 +135,16 @@ class Validation:
             self.writer.put_continuations(self.reference.id, plan.id, written)
 
 
-def can_give_way(space: SearchSpace, plan: Plan, milestones: Sequence[Milestone]) -> bool:
-    """Whether a uniform plan can take the place of the plan, or is held against it: these must be chosen then."""
-    return not milestones and len(validation_plans(space, plan, only_rivals=True)) > 1
+def stays_the_plan(file: SearchFile, milestones: Sequence[Milestone]) -> bool:
+    """Whether nothing can take the place of a search's plan."""
+    return bool(milestones) or file.search.stop.min_fdt is not None
+
+
+def is_anything_chosen(file: SearchFile, space: SearchSpace, plan: Plan, milestones: Sequence[Milestone]) -> bool:
+    """Whether a uniform plan can take the place of the plan, or one of several is held against it: these must be chosen
+    then."""
+    num_rivals = len(validation_plans(space, plan, only_rivals=True)) - 1
+    return num_rivals > (1 if stays_the_plan(file, milestones) else 0)
 
 
 def validation_plans(space: SearchSpace, plan: Plan, only_rivals: bool = False) -> dict[str, Plan]:
