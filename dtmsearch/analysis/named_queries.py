@@ -123,7 +123,7 @@ LIMIT 10""",
         ),
         Question(
             "noise",
-            "How often the base model's single pass leaves its own generation: the floor of every comparison.",
+            "How often the base model's single pass leaves its own generation; only unmasked columns compare with it.",
             """\
 SELECT reference_id, count(*) AS prompts, avg(len(disagreements)) AS tokens_a_prompt
 FROM prompts

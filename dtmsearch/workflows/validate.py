@@ -150,7 +150,7 @@ def is_anything_chosen(file: SearchFile, space: SearchSpace, plan: Plan, milesto
 def validation_plans(space: SearchSpace, plan: Plan, only_rivals: bool = False) -> dict[str, Plan]:
     """What a final plan is held against: label -> plan, itself among them.
 
-    The base model (`base`, whose FDT and SDT say nothing, but whose perplexities do), and uniform plans
+    The base model (`base`, whose unmasked FDT and SDT are its noise), and uniform plans
     (`uniform:SCHEME`): of each scheme of the search, and those of its families that may be the best known of at most
     the plan's size (`uniform_rivals`). `only_rivals`: no others than what `rivals_of` names and these.
     """
