@@ -171,6 +171,26 @@ def test_help_is_answered_without_heavy_libraries(verb: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_schemes_are_listed_with_bits_needs_and_who_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["schemes", "nf4", "gptq-int3-g64-asym", "--format", "json"])
+    nf4, gptq = json.loads(capsys.readouterr().out)
+    at_size = [held["holder"] for held in nf4["held"] if held["at_size"]]
+    assert (code, nf4["bits_per_weight"], at_size) == (0, 4.5, ["bitsandbytes (transformers)"])
+    assert gptq["needs"] == "calibration text (Hessians)" and not any(held["at_size"] for held in gptq["held"])
+
+
+def test_schemes_without_names_lists_every_family(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["schemes"])
+    out = capsys.readouterr().out
+    assert code == 0 and all(family in out for family in ("rounding", "gptq", "bitsandbytes", "pruning", "pair"))
+
+
+@pytest.mark.parametrize("arguments", [["schemes", "nf5"], ["schemes", "--shape", "64"], ["schemes", "--shape", "0x8"]])
+def test_what_schemes_does_not_know_is_a_usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(arguments)
+    assert (code, capsys.readouterr().out) == (2, "")
+
+
 def test_an_unknown_verb_is_a_usage_error_that_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["qery"])
     assert code == 2 and "query" in capsys.readouterr().err

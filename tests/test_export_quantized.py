@@ -14,6 +14,7 @@ from tiny import llama_config, write_model
 from transformers import Qwen2MoeConfig
 
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.holders import holders_of
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import ExportFailed, UserError
@@ -108,6 +109,16 @@ def test_scales_are_counted_where_they_take_32_bits(mixed: Measured, tmp_path: P
     extra = mixed.export("compressed-tensors", tmp_path / "out", check=False).extra_bits
     num_scales = sum(parse_scheme(s).num_scales(mixed.manifest.by_name[name].shape) for name, s in MIXED.items())
     assert extra["scales of 32 bits"] == 16 * num_scales
+
+
+def test_files_take_what_is_told_of_a_plan_before_it_is_written(mixed: Measured, tmp_path: Path) -> None:
+    extra = mixed.export("compressed-tensors", tmp_path / "out", check=False).extra_bits
+    components = [mixed.manifest.by_name[name] for name in MIXED]
+    num_weights = sum(component.num_weights for component in components)
+    counted = sum(parse_scheme(MIXED[c.name]).stored_bits(c.shape, 32) for c in components)
+    held = {each.holder: each for each in holders_of(Plan.of(MIXED), components, 32, 32)}
+    told = held["compressed-tensors (transformers)"].bits_per_weight
+    assert told == (counted + sum(bits for what, bits in extra.items() if what != "shapes")) / num_weights
 
 
 def test_schemes_that_are_no_integers_are_refused_by_name(tmp_path: Path) -> None:

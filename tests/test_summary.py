@@ -207,6 +207,13 @@ def test_final_plan_is_put_together_again(tmp_path: Path) -> None:
     assert summary_of(tmp_path, measured(PLAN, "plan", 60)).final_plan == PLAN
 
 
+def test_a_run_says_whether_its_plan_can_be_written_at_its_size(tmp_path: Path) -> None:
+    asymmetric = Plan.of({c.name: "int3-g64-asym" for c in toy_components()[:4]})
+    write(tmp_path, measured(asymmetric, "plan", 50), run=replace(RECORD, final_plan_id=asymmetric.id))
+    said = summarize_run(ResultStore(tmp_path), RECORD.run).written
+    assert said is not None and said.startswith("no export writes it at its size, 3.30 bits per weight")
+
+
 def test_evaluations_are_those_of_the_search_and_failures_count_by_kind(tmp_path: Path) -> None:
     plans = [Plan.of({c.name: "nf4"}) for c in toy_components()[:3]]
     asked = [request(plan, SEARCH) for plan in plans]

@@ -25,9 +25,12 @@ from dtmsearch.analysis.verdict import (
     verdict,
 )
 from dtmsearch.config import section_of
+from dtmsearch.core.components import Component
+from dtmsearch.core.holders import size_sentence
 from dtmsearch.core.metrics import METRICS, difference_limits
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
+from dtmsearch.core.schemes import SCALE_BITS
 from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.core.windows import num_touching
 from dtmsearch.errors import UserError
@@ -58,7 +61,7 @@ class RunSummary:
     that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size.
     `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
     from and how many repeat a text, None where the run's version did not record it; `min_fdt` what was asked and found
-    of an FDT to be kept.
+    of an FDT to be kept. `written` says by which export the final plan can be written at its counted size.
     """
 
     run: str
@@ -92,6 +95,7 @@ class RunSummary:
     rank_by: str = "fdt"
     rival: str | None = None
     noise: NoiseFloor | None = None
+    written: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,27 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         rank_by=rank_by,
         rival=None if rival is None else rival.label,
         noise=noise,
+        written=_written(store, record),
         min_fdt=kept_fdt(store, record, plan_row.summary.fdt_mean if plan_row and plan_row.summary else None),
     )
+
+
+def _written(store: ResultStore, record: RunRecord) -> str | None:
+    """By which export the final plan can be written at its counted size, in words."""
+    plan = None if record.final_plan_id is None else store.plan(record.final_plan_id, record.run)
+    if plan is None or not plan.entries:
+        return None
+    columns = ["component", "layer", "kind", "rows", "cols", "dense_bits"]
+    rows = store.table("components", columns, where=pc.field("manifest_id") == record.manifest_id).to_pylist()
+    components = [Component(row["component"], row["layer"], row["kind"], (row["rows"], row["cols"])) for row in rows]
+    if not rows:
+        return None
+    # A file of other times may lack the key, or have a value that is no scale's dtype now.
+    scale_dtype = str(section_of(record.config, "model").get("scale_dtype", "float32"))
+    try:
+        return size_sentence(plan, components, rows[0]["dense_bits"], 32 if scale_dtype == "float32" else SCALE_BITS)
+    except ValueError:  # a scheme that is not known here
+        return None
 
 
 def _verdict(

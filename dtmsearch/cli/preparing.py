@@ -79,6 +79,35 @@ def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
         print_text(line)
 
 
+@cli.command(
+    "schemes",
+    epilog=examples(
+        "dtmsearch schemes",
+        "dtmsearch schemes int3-g64-asym gptq-int4-g128 --format json",
+        "dtmsearch schemes nf4 --shape 576x1536",
+    ),
+)
+@click.argument("names", metavar="[SCHEME]...", nargs=-1)
+@click.option(
+    "--shape", metavar="ROWSxCOLS", default="4096x4096", show_default=True, help="The matrix that is counted."
+)
+@format_option("table", "json")
+def schemes_verb(names: tuple[str, ...], shape: str, form: str) -> None:
+    """List schemes: bits per weight, what they need, and which export and engine holds them.
+
+    One of each family, or those named. Bits count codes, scales, zero points and masks, in a model of 16 bits whose
+    scales have 16, too.
+    """
+    from dtmsearch.console.text import schemes_text
+    from dtmsearch.core.holders import EXAMPLES, scheme_facts
+
+    rows, times, cols = shape.partition("x")
+    if not (times and rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
+        raise click.UsageError(f"--shape {shape!r}: give rows and columns, such as 4096x4096")
+    facts = [scheme_facts(name, (int(rows), int(cols))) for name in names or EXAMPLES]
+    show(facts, form, schemes_text)
+
+
 @cli.command("schema", epilog=examples("dtmsearch schema > search-file.schema.json"))
 def schema_verb() -> None:
     """Print the JSON schema of the search file.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dtmsearch.analysis.pareto_runs import Candidate
     from dtmsearch.analysis.summary import RunOverview, RunSummary
     from dtmsearch.analysis.verdict import ValidationRow
+    from dtmsearch.core.holders import SchemeFacts
     from dtmsearch.workflows.doctor import Finding
     from dtmsearch.workflows.estimate import Estimate
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
@@ -116,7 +117,22 @@ def _plan_lines(summary: RunSummary) -> list[str]:
         lines.append(_line("size", _size(summary.num_compressed, summary.share, summary.bits_per_weight)))
     if summary.final_plan is not None:
         lines.append(_line("schemes", _schemes(summary.final_plan)))
+    lines += [_line("files", summary.written)] if summary.written else []
     return lines
+
+
+def schemes_text(facts: Sequence[SchemeFacts]) -> str:
+    """What is known of schemes: a row each."""
+    rows = [
+        [f.scheme, f.family, f"{f.bits_per_weight:.3f}", f.needs, ", ".join(f.at_size) or "none", _held_larger(f)]
+        for f in facts
+    ]
+    return table(["scheme", "family", "bits", "needs", "written at its size by", "larger"], rows)
+
+
+def _held_larger(facts: SchemeFacts) -> str:
+    larger = [held for held in facts.held if held.bits_per_weight is not None and not held.at_size]
+    return ", ".join(f"{held.holder}: {held.bits_per_weight:.2f}" for held in larger) or "-"
 
 
 def _size(num_compressed: int | None, share: float, bits_per_weight: float) -> str:

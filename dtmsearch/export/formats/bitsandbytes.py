@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component
+from dtmsearch.core.holders import bitsandbytes_kinds, bitsandbytes_obstacle
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
@@ -44,16 +45,15 @@ def write_modules(job: Job, folder: Path) -> Written:
 
 def check_modules(job: Job) -> None:
     """Raises `UserError` with every component that stands in the way."""
-    foreign = [f"{name}: {scheme}" for name, scheme in job.plan.entries if parse_scheme(scheme).family != NAME]
+    shapes = {name: job.manifest.by_name[name].shape for name in job.plan.schemes}
+    why = {name: bitsandbytes_obstacle(parse_scheme(scheme), shapes[name]) for name, scheme in job.plan.entries}
+    foreign = [f"{name}: {job.plan.scheme_of(name)}" for name, reason in why.items() if reason]
     if foreign:
-        raise refuse(NAME, "it stores w8a8, llm-int8, nf4 and fp4 only", foreign)
+        raise refuse(NAME, next(reason for reason in why.values() if reason), foreign)
     other = [name for name in job.plan.schemes if name not in job.linear]
     if other:
         raise refuse(NAME, "it stores linear layers only", other)
-    kinds = {"w8a8": "threshold 0", "llm-int8": "threshold 6", "nf4": "4 bits", "fp4": "4 bits"}
-    by_kind: dict[str, list[str]] = {}
-    for name, scheme in job.plan.entries:
-        by_kind.setdefault(kinds[scheme], []).append(f"{name}: {scheme}")
+    by_kind = bitsandbytes_kinds(job.plan)
     if len(by_kind) > 1:
         rarest = min(by_kind.values(), key=len)
         needs = ", ".join(f"{kind} ({len(names)} components)" for kind, names in by_kind.items())

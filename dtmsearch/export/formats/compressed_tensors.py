@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.components import Component
+from dtmsearch.core.holders import is_packed, packed_obstacle, packing_bits, vllm_obstacle
 from dtmsearch.core.schemes import SCALE_BITS, Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
@@ -22,10 +23,6 @@ from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.rounding import Codes
 
 NAME = "compressed-tensors"
-# What vLLM's kernels for weight-only integers take (its CompressedTensorsWNA16).
-_VLLM_BITS = (4, 8)
-_VLLM_GROUPS = (32, 64, 128)
-_WORD_BITS = 32
 _SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole bytes", "padding to words of 32 bits"
 
 
@@ -52,28 +49,12 @@ def check_packed(job: Job) -> None:
 
 def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
     """Why a component cannot be written, if so."""
-    cols = component.shape[1]
-    if scheme.family not in ("rounding", "gptq"):
-        return "it stores integers with a scale for a tensor, a row or a group; `dense` takes the others"
-    if component.transposed or component.name not in job.linear:
+    obstacle = (vllm_obstacle if job.runtime == "vllm" else packed_obstacle)(scheme, component.shape)
+    if obstacle is None and (component.transposed or component.name not in job.linear):
         return "it stores linear layers only"
-    if scheme.granularity == "group" and cols % scheme.group_size:
-        return f"its groups divide the inputs evenly, and {scheme.group_size} does not divide {cols}"
-    if job.runtime != "vllm":
-        return None
-    if component.name in job.manifest.routers:
+    if obstacle is None and job.runtime == "vllm" and component.name in job.manifest.routers:
         return "it builds what routes tokens to experts, or weighs one, without quantization"
-    if scheme.bits not in _VLLM_BITS:
-        return f"its kernels read {' and '.join(map(str, _VLLM_BITS))} bits"
-    if scheme.granularity == "tensor" or (scheme.granularity == "group" and scheme.group_size not in _VLLM_GROUPS):
-        return f"its kernels take scales of rows and of groups of {', '.join(map(str, _VLLM_GROUPS))}"
-    return None
-
-
-def _is_packed(job: Job, scheme: Scheme) -> bool:
-    """Whether codes are packed. transformers makes room for zero points that are not packed, but the library writes
-    packed ones: what has zero points loads there only as whole bytes. vLLM reads packed ones."""
-    return job.runtime == "vllm" or not scheme.asymmetric
+    return obstacle
 
 
 def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
@@ -84,7 +65,7 @@ def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
     scales = codes.scales.reshape(-1) if codes.scales.numel() == 1 else codes.scales
     signed, zeros = _signed(codes.codes, codes), None if codes.zeros is None else _signed(codes.zeros, codes)
     parts = {"weight_scale": scales.to(codes.scale_dtype)}
-    if not _is_packed(job, scheme):
+    if not is_packed(scheme, job.runtime):
         assert zeros is not None
         return parts | {"weight": signed, "weight_zero_point": zeros.reshape(scales.shape)}
     parts |= {"weight_packed": pack_to_int32(signed, codes.bits), "weight_shape": torch.tensor(component.shape)}
@@ -103,18 +84,12 @@ def _signed(values: Tensor, codes: Codes) -> Tensor:
 
 def _extra_bits(job: Job, component: Component, codes: Codes) -> dict[str, int]:
     """What the files hold of a component beyond the plan's arithmetic."""
-    rows, cols = component.shape
     scheme = parse_scheme(job.plan.scheme_of(component.name))
     scale_bits = codes.scales.numel() * (8 * codes.scale_dtype.itemsize - SCALE_BITS)
-    num_zeros = 0 if codes.zeros is None else codes.zeros.numel()
-    if not _is_packed(job, scheme):
-        return {_SCALES: scale_bits, _BYTES: (rows * cols + num_zeros) * (8 - codes.bits)}
-    padding = rows * _padding(cols * codes.bits) + (num_zeros // rows) * _padding(rows * codes.bits)
-    return {_SCALES: scale_bits, _PADDING: padding, "shapes": 128}
-
-
-def _padding(bits: int) -> int:
-    return -bits % _WORD_BITS
+    packing = packing_bits(scheme, component.shape, job.runtime)
+    if not is_packed(scheme, job.runtime):
+        return {_SCALES: scale_bits, _BYTES: packing}
+    return {_SCALES: scale_bits, _PADDING: packing, "shapes": 128}
 
 
 def _quantization_config(job: Job) -> dict[str, Any]:
@@ -145,7 +120,7 @@ def _quantization_config(job: Job) -> dict[str, Any]:
 
 
 def _format(job: Job, scheme: str) -> str:
-    return "pack-quantized" if _is_packed(job, parse_scheme(scheme)) else "naive-quantized"
+    return "pack-quantized" if is_packed(parse_scheme(scheme), job.runtime) else "naive-quantized"
 
 
 def _weights_arguments(scheme: Scheme) -> dict[str, Any]:

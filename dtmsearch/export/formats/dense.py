@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dtmsearch.core.holders import dense_obstacle
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import ShardWriter, copy_other_files
 
-# They round activations too, which no weights can tell.
-_ROUNDS_ACTIVATIONS = ("w8a8", "llm-int8")
-
 
 def write_dense(job: Job, folder: Path) -> Written:
     """Raises `UserError` for schemes that are more than weights."""
-    more = [f"{name}: {scheme}" for name, scheme in job.plan.entries if scheme in _ROUNDS_ACTIVATIONS]
+    shapes = {name: job.manifest.by_name[name].shape for name in job.plan.schemes}
+    more = [f"{name}: {s}" for name, s in job.plan.entries if dense_obstacle(parse_scheme(s), shapes[name])]
     if more:
         raise refuse("dense", "these schemes round activations as well; `bitsandbytes` holds them", more)
     writer = ShardWriter(folder, job)

@@ -1,0 +1,251 @@
+"""Which export, for which engine, holds a scheme, and in how many bits: what is known without writing anything.
+
+The exporters refuse by the same functions, so that what is told here is what they do. Descriptions of a constant size
+for each matrix (its shape, tables of codes) are left out of sizes; whatever grows with the matrix is in them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.fusion import untied_groups
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DENSE, SCALE_BITS, Scheme, parse_scheme
+
+Shape = tuple[int, int]
+
+# A file that is larger than the plan by no more than this part of it counts as being of its size.
+SIZE_TOLERANCE = 0.01
+# What vLLM's kernels for weight-only integers take (its CompressedTensorsWNA16).
+VLLM_BITS = (4, 8)
+VLLM_GROUPS = (32, 64, 128)
+# They round activations too, which no weights can tell.
+ROUNDS_ACTIVATIONS = ("w8a8", "llm-int8")
+_WORD_BITS = 32
+
+
+def _nothing_together(plan: Plan, components: Sequence[Component]) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Holder:
+    """An export format, for an engine that loads it.
+
+    `obstacle` says why a matrix [rows, cols] cannot be written under a scheme, None where it can. `file_bits` are the
+    bits of a matrix in the files, by scheme, shape, bits of an unquantized weight and of a stored scale. `together`
+    says why one model cannot hold what each of its matrices could.
+    """
+
+    export: str
+    engine: str
+    obstacle: Callable[[Scheme, Shape], str | None]
+    file_bits: Callable[[Scheme, Shape, int, int], int]
+    together: Callable[[Plan, Sequence[Component]], str | None] = _nothing_together
+
+    @property
+    def name(self) -> str:
+        return f"{self.export} ({self.engine})"
+
+
+def dense_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    if scheme.name in ROUNDS_ACTIVATIONS:
+        return "it rounds activations as well, which no weights can tell; `bitsandbytes` holds it"
+    return None
+
+
+def _dense_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) -> int:
+    return shape[0] * shape[1] * dense_bits
+
+
+def bitsandbytes_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    return None if scheme.family in ("bitsandbytes", DENSE) else "it stores w8a8, llm-int8, nf4 and fp4 only"
+
+
+def _bitsandbytes_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) -> int:
+    return scheme.stored_bits(shape, dense_bits)
+
+
+_BITSANDBYTES_KINDS = {"w8a8": "threshold 0", "llm-int8": "threshold 6", "nf4": "4 bits", "fp4": "4 bits"}
+
+
+def bitsandbytes_kinds(plan: Plan) -> dict[str, list[str]]:
+    """What transformers would have to be told to load a plan's components: its words -> `component: scheme`."""
+    by_kind: dict[str, list[str]] = {}
+    for name, scheme in plan.entries:
+        by_kind.setdefault(_BITSANDBYTES_KINDS[scheme], []).append(f"{name}: {scheme}")
+    return by_kind
+
+
+def _bitsandbytes_together(plan: Plan, components: Sequence[Component]) -> str | None:
+    if len(bitsandbytes_kinds(plan)) > 1:
+        return "transformers loads a model in 8 bits or in 4 bits, and with one outlier threshold"
+    return None
+
+
+def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    """Of compressed-tensors' packed integers, as transformers loads them."""
+    if scheme.family not in ("rounding", "gptq", DENSE):
+        return "it stores integers with a scale for a tensor, a row or a group; `dense` takes the others"
+    if scheme.granularity == "group" and shape[1] % scheme.group_size:
+        return f"its groups divide the inputs evenly, and {scheme.group_size} does not divide {shape[1]}"
+    return None
+
+
+def vllm_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    """The same, as vLLM's kernels read them."""
+    found = packed_obstacle(scheme, shape)
+    if found is not None or scheme.family == DENSE:
+        return found
+    if scheme.bits not in VLLM_BITS:
+        return f"its kernels read {' and '.join(map(str, VLLM_BITS))} bits"
+    if scheme.granularity == "tensor" or (scheme.granularity == "group" and scheme.group_size not in VLLM_GROUPS):
+        return f"its kernels take scales of rows and of groups of {', '.join(map(str, VLLM_GROUPS))}"
+    return None
+
+
+def is_packed(scheme: Scheme, engine: str) -> bool:
+    """Whether compressed-tensors' codes are packed. transformers makes room for zero points that are not packed, but
+    the library writes packed ones: what has zero points loads there only as whole bytes. vLLM reads packed ones."""
+    return engine == "vllm" or not scheme.asymmetric
+
+
+def packing_bits(scheme: Scheme, shape: Shape, engine: str) -> int:
+    """What packed codes and zero points take beyond their own bits: whole bytes, or padding to words of 32 bits."""
+    rows, cols = shape
+    num_zeros = scheme.num_scales(shape) if scheme.asymmetric else 0
+    if not is_packed(scheme, engine):
+        return (rows * cols + num_zeros) * (8 - scheme.bits)
+    return rows * (-cols * scheme.bits % _WORD_BITS) + (num_zeros // rows) * (-rows * scheme.bits % _WORD_BITS)
+
+
+def _packed_bits(engine: str) -> Callable[[Scheme, Shape, int, int], int]:
+    def bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) -> int:
+        counted = scheme.stored_bits(shape, dense_bits)
+        if scheme.family == DENSE:
+            return counted
+        # vLLM keeps scales in a model's 16 bits, whatever the file says; GPTQ solves for such.
+        short = scheme.family == "gptq" or (engine == "vllm" and dense_bits == SCALE_BITS)
+        wider = 0 if short else scheme.num_scales(shape) * (scale_bits - SCALE_BITS)
+        return counted + wider + packing_bits(scheme, shape, engine)
+
+    return bits
+
+
+def _vllm_together(plan: Plan, components: Sequence[Component]) -> str | None:
+    if untied_groups(plan, components):
+        return "vLLM runs q, k, v and gate, up as one matrix each, of one scheme (search with `fused: true`)"
+    return None
+
+
+HOLDERS: list[Holder] = [
+    Holder("compressed-tensors", "vllm", vllm_obstacle, _packed_bits("vllm"), _vllm_together),
+    Holder("compressed-tensors", "transformers", packed_obstacle, _packed_bits("transformers")),
+    Holder("bitsandbytes", "transformers", bitsandbytes_obstacle, _bitsandbytes_bits, _bitsandbytes_together),
+    Holder("dense", "any", dense_obstacle, _dense_bits),
+]
+
+
+# One scheme of each kind of name.
+EXAMPLES = (
+    *(DENSE, "int8-tensor", "int8-channel", "int4-g128", "int4-g32-asym", "int3-g128", "int2-g32"),
+    *("gptq-int4-g128", "gptq-int3-g128-asym", "w8a8", "llm-int8", "nf4", "fp4"),
+    *("magnitude-0.5", "wanda-0.5", "wanda-2:4", "sparsegpt-0.5", "random-0.5"),
+    *("int4-g128+wanda-0.5", "gptq-int4-g128+magnitude-0.5", "drop"),
+)
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a holder has a scheme or a plan: its bits per weight in the files, or the `obstacle`. `at_size`: whether the
+    files take what is counted, to `SIZE_TOLERANCE`."""
+
+    holder: str
+    bits_per_weight: float | None
+    at_size: bool
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class SchemeFacts:
+    """What is known of a scheme: its counted bits per weight over a matrix of `shape`, what it `needs` to be made, and
+    who holds it."""
+
+    scheme: str
+    family: str
+    shape: Shape
+    bits_per_weight: float
+    needs: str
+    held: tuple[Held, ...]
+
+    @property
+    def at_size(self) -> tuple[str, ...]:
+        return tuple(held.holder for held in self.held if held.at_size)
+
+
+def scheme_facts(name: str, shape: Shape = (4096, 4096), dense_bits: int = 16, scale_bits: int = 16) -> SchemeFacts:
+    """Raises `ValueError` for an unknown scheme."""
+    scheme = parse_scheme(name)
+    component = Component(name="matrix", layer=0, kind="o", shape=shape)
+    plan, counted = Plan.of({component.name: name}), scheme.stored_bits(shape, dense_bits)
+    held = tuple(_held(h, plan, [component], [(component, scheme)], counted, dense_bits, scale_bits) for h in HOLDERS)
+    return SchemeFacts(name, scheme.family, shape, counted / component.num_weights, needs_of(scheme), held)
+
+
+def needs_of(scheme: Scheme) -> str:
+    """What it takes to make a scheme, beside the weights."""
+    if scheme.needs_hessians:
+        return "calibration text (Hessians)"
+    return "calibration text (mean squares of inputs)" if scheme.needs_calibration else "nothing"
+
+
+def holders_of(plan: Plan, components: Iterable[Component], dense_bits: int, scale_bits: int) -> list[Held]:
+    """How each holder has the compressed components of a plan, the unquantized ones left aside."""
+    components = list(components)
+    by_name = {component.name: component for component in components}
+    parts = [(by_name[name], parse_scheme(scheme)) for name, scheme in plan.entries if name in by_name]
+    counted = sum(scheme.stored_bits(component.shape, dense_bits) for component, scheme in parts)
+    return [_held(holder, plan, components, parts, counted, dense_bits, scale_bits) for holder in HOLDERS]
+
+
+def _held(
+    holder: Holder,
+    plan: Plan,
+    components: Sequence[Component],
+    parts: Sequence[tuple[Component, Scheme]],
+    counted: int,
+    dense_bits: int,
+    scale_bits: int,
+) -> Held:
+    obstacles = Counter(why for c, scheme in parts if (why := holder.obstacle(scheme, c.shape)) is not None)
+    why = next(iter(obstacles), None) or holder.together(plan, components)
+    if why is not None:
+        return Held(holder.name, None, False, why)
+    bits = sum(holder.file_bits(scheme, component.shape, dense_bits, scale_bits) for component, scheme in parts)
+    num_weights = sum(component.num_weights for component, _ in parts)
+    return Held(holder.name, bits / max(num_weights, 1), bits <= counted * (1 + SIZE_TOLERANCE))
+
+
+def size_sentence(plan: Plan, components: Iterable[Component], dense_bits: int, scale_bits: int) -> str:
+    """Whether a plan can be written at its counted size, and by which export; in words for a person."""
+    components = list(components)
+    compressed = [component for component in components if component.name in plan.schemes]
+    if not compressed:
+        return "nothing is compressed"
+    held = holders_of(plan, components, dense_bits, scale_bits)
+    at_size = [each.holder for each in held if each.at_size]
+    if at_size:
+        return f"written at its size by {', '.join(at_size)}"
+    num_weights = sum(component.num_weights for component in compressed)
+    bits = sum(parse_scheme(plan.scheme_of(c.name)).stored_bits(c.shape, dense_bits) for c in compressed) / num_weights
+    larger = [f"{each.holder} takes {each.bits_per_weight:.2f}" for each in held if each.bits_per_weight is not None]
+    remedy = ""
+    if scale_bits > SCALE_BITS and any(h.at_size for h in holders_of(plan, components, dense_bits, SCALE_BITS)):
+        remedy = "; with `model.scale_dtype: bfloat16` it could be"
+    return (
+        f"no export writes it at its size, {bits:.2f} bits per weight where it is compressed: "
+        f"{'; '.join(larger) or 'none holds it at all'}{remedy}"
+    )
