@@ -38,7 +38,8 @@ class Calibrating:
     @cached_property
     def _calibration(self) -> Calibration:
         through = self._file.calibration_through
-        return cut_calibration(self._file, lambda *how: self._pool.cut_calibration(*how, through))
+        cut = self._pool.cut_calibration
+        return cut_calibration(self._file, lambda texts, count, tokens, seed: cut(texts, count, tokens, seed, through))
 
     @property
     def rows_of_its_own(self) -> list[IntArray]:

@@ -249,7 +249,8 @@ class PipelineCalibrator(Calibrator):
 
     def _text(self, calibration_id: str) -> Sequence[Tensor]:
         tokens = torch.from_numpy(self._known(calibration_id).tokens).long().to(self._whole.input_device)
-        return tokens.split(self._rows_in_batch(tokens.shape[1]))
+        batches: Sequence[Tensor] = tokens.split(self._rows_in_batch(tokens.shape[1]))
+        return batches
 
     def _solve_from_below(self, pairs: Iterable[tuple[str, str]]) -> None:
         """By a calibration through compressed layers: have what these pairs lack solved stage by stage, each over the
