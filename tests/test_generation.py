@@ -2,8 +2,8 @@
 
 Up to its first divergence the compressed model's own text is the reference, so both see the same context. Activations
 that are rounded per token (`w8a8`) turn the last bits in which cached generation differs into other codes, and
-`llm-int8` chooses its outlier columns over everything in a batch: there the two may part where the compressed model
-itself hesitates, and only there.
+`llm-int8` chooses its outlier columns over the tokens of a sequence that one pass sees: there the two may part where
+the compressed model itself hesitates, and only there.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.core.schemes import BITSANDBYTES_BLOCK, Scheme
+from dtmsearch.errors import UserError
 
 # At import it reports that an optional kernel of the hub is absent; at every first call that it casts to float16,
 # which is what LLM.int8() is.
@@ -43,7 +44,30 @@ def _int8_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
         device="meta",
     )
     module.weight = modules.Int8Params(weight.to(torch.float16), requires_grad=False, has_fp16_weights=False)
+    if not runs_by_token(module):
+        run_row_by_row(module)
     return module
+
+
+class _RowByRow(modules.Linear8bitLt):  # type: ignore[misc]
+    """A module of LLM.int8() that sees each sequence of a batch by itself, as when it is served alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, tokens, inputs] -> [rows, tokens, outputs]. Raises `UserError` where rows cannot be told apart."""
+        if x.ndim != 3:
+            raise UserError(
+                "llm-int8 picks its outlier columns over a sequence's tokens, but this component (of an expert, most "
+                "likely) is given tokens of several sequences as one list. Take w8a8 or int8-channel for it"
+            )
+        own = super().forward
+        rows: Tensor = torch.cat([own(row) for row in x.split(1)]) if len(x) > 1 else own(x)
+        return rows
+
+
+def run_row_by_row(module: nn.Module) -> None:
+    """Let a module of LLM.int8() see each sequence of a batch by itself. It picks its outlier columns over all tokens
+    that it sees: otherwise what a sequence comes to would follow from what else is in its batch."""
+    module.__class__ = _RowByRow
 
 
 def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
@@ -76,7 +100,7 @@ def repacks_4bit() -> bool:
 
 
 def runs_by_token(module: nn.Module) -> bool:
-    """False for LLM.int8(), which picks its outlier columns over all tokens that it sees."""
+    """False for LLM.int8(), which picks its outlier columns over the tokens of a sequence."""
     return not (isinstance(module, modules.Linear8bitLt) and module.state.threshold > 0)
 
 

@@ -27,6 +27,7 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Refere
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
+from dtmsearch.model.compress.bitsandbytes_layers import run_row_by_row, runs_by_token
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.replica.replica import LoadedModel, Replica
@@ -57,13 +58,16 @@ class ServedReplica(Replica):
 
 def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.device) -> Any:
     """As a user loads it; but unless it shall be `repacked`, bitsandbytes is kept from rounding the scales of its 4-bit
-    weights once more, which it does on CPUs with AVX512-BF16, as the search kept it."""
+    weights once more, which it does on CPUs with AVX512-BF16, as the search kept it. Each sequence runs by itself where
+    LLM.int8() would take outliers of the others in its batch for its own."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(device)
     )
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu") and not repacked:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that types know of
+        if not runs_by_token(module):
+            run_row_by_row(module)
     return model
 
 
