@@ -23,6 +23,9 @@ from dtmsearch.search.strategies.generator import Procedure
 from dtmsearch.search.strategies.strategy_registry import TAKE_PRICES
 from dtmsearch.workflows.build import extra_metrics_of, space_of, strategy_of
 
+# So many plans are tested where one is to be shown to keep an FDT.
+_USUAL_RUNGS = 12
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -62,6 +65,9 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
     validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2)
     whole = _with_head(speed, speed.layers_seconds, EXTRA_METRICS)
     references = prompts.count + (0 if held_out is None else held_out.count)
+    if file.min_fdt_prompts is not None:  # the plans that are tested, and the prompts that only they are tested on
+        validated += file.min_fdt_prompts.count * _USUAL_RUNGS
+        references += file.min_fdt_prompts.count
     streams = 2 if "ppl" in extra else 1
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
     tokens = round(evaluations * prompts_each * streams * row_tokens)
