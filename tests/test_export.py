@@ -10,7 +10,7 @@ import torch
 from exports import RUN, Measured, in_process, measured_plan
 from safetensors.torch import load_file, save_file
 from tiny import llama_config, write_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
@@ -91,6 +91,24 @@ def test_a_failed_export_leaves_no_folder_of_that_name(
     with pytest.raises(ExportFailed):
         mixed.export("dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_chat_template_is_exported(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "TOOLS {{ messages[0].content }}"}
+    tokenizer.save_pretrained(folder)
+    measured_plan(folder, tmp_path / "store", MIXED).export("dense", tmp_path / "out", check=False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def test_weights_that_the_configuration_names_are_exported_under_the_usual_name(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "best.safetensors"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    measured_plan(folder, tmp_path / "store", MIXED).export("dense", tmp_path / "out", check=False)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_sizes_reported_are_bytes_of_files(mixed: Measured, tmp_path: Path) -> None:

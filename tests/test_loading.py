@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import llama_config, replica, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
@@ -111,6 +112,14 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path: Path, stored: bool) -> None:
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()} if stored else {}
     save_file(tensors | head, path, metadata={"format": "pt"})
     check(tmp_path)
+
+
+def test_a_model_is_checked_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path)
+    transformers_logging.enable_progress_bar()
+    capfd.readouterr()
+    check(tmp_path)
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_a_refused_model_is_not_reported_by_the_loader_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

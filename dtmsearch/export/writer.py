@@ -17,7 +17,7 @@ from dtmsearch.core.components import Component
 from dtmsearch.export.job import Job, Written
 
 # Of the base model's folder: what a model is loaded with beside its weights.
-_KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+_KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
 _INDEX = "model.safetensors.index.json"
 # Smaller models lie in one file.
 _LEAST_SHARD_BYTES = 64 << 20
@@ -97,9 +97,12 @@ def copy_other_files(job: Job, folder: Path, quantization_config: dict[str, Any]
     weights are quantized."""
     for path in sorted({path for pattern in _KEPT for path in job.folder.glob(pattern)}):
         if path.name not in (_INDEX, "config.json", "training.json"):
-            shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(job.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     config = json.loads((job.folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
+    for stale in ("torch_dtype", "transformers_weights"):  # the second names the base model's own file of weights
+        config.pop(stale, None)
     config["dtype"] = str(job.dtype).removeprefix("torch.")
     if quantization_config is not None:
         config["quantization_config"] = quantization_config

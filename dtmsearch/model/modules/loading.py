@@ -143,6 +143,7 @@ def _without_report(load: Callable[..., Any]) -> Callable[..., tuple[Any, Mappin
     def quiet(*arguments: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
         before = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         try:
             found: tuple[Any, Mapping[str, Any]] = load(
                 *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
