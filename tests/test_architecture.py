@@ -73,6 +73,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "export": {"torch", "safetensors", "compressed_tensors", "gguf", "numpy"},
     "cluster": {"ray", "numpy"},
     "workflows": {
+        "psutil",
         "numpy",
         "pyarrow",
         "yaml",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,14 @@ from dtmsearch.store.store import ResultStore
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
 
+# Signals to all processes of a terminal, one soon after the other.
+IMPATIENT = {
+    "SIGHUP": [signal.SIGHUP],
+    "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
+    "Ctrl-C and no end": [signal.SIGINT, signal.SIGINT, signal.SIGINT],
+}
+
+
 @dataclass(frozen=True)
 class Session:
     """One driver's time: how it ended, and what was recorded then."""
@@ -39,13 +48,15 @@ class Session:
 
 @dataclass(frozen=True)
 class History:
-    """A search through all its sessions, and the same search undisturbed."""
+    """A search through all its sessions, and the same search undisturbed. `left` are the processes below impatiently
+    stopped ones that did not end."""
 
     store: Path
     undisturbed: Path
     sessions: dict[str, Session]
     replica_of_killed_driver: int
     resumed: Ended
+    left: dict[str, list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +66,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     # Long enough that no session ends before it is disturbed, however fast the machine.
     file = tiny_search(folder, prompts__count=160)
     sessions: dict[str, Session] = {}
+    left: dict[str, list[int]] = {}
 
     def session(name: str) -> Driver:
         return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1")
@@ -93,12 +105,21 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
             until_more(process)
             process.signal(signal.SIGTERM)
             over("SIGTERM", process)
+        for name, numbers in IMPATIENT.items():
+            with session(name) as process:
+                until_more(process)
+                below = process.below("")
+                for number in numbers:
+                    process.signal_group(number)
+                    time.sleep(0.2)
+                over(name, process)
+                left[name] = [pid for pid in below if not process_ends(pid)]
         with session("driver while validating") as process:
             process.until(lambda: process.says("held-out"))
             process.signal(signal.SIGKILL)
             over("driver while validating", process)
     resumed = dtmsearch("resume", "tiny", "--store", store, "--replicas", "2")
-    yield History(store, undisturbed, sessions, replica, resumed)
+    yield History(store, undisturbed, sessions, replica, resumed, left)
 
 
 def final_plan(store: Path) -> Rows:
@@ -150,6 +171,21 @@ def test_a_driver_that_can_still_act_leaves_its_run_stopped(history: History, fa
 @pytest.mark.parametrize("fault", ["replica, then Ctrl-C", "SIGTERM"])
 def test_a_stopped_driver_says_how_to_go_on(history: History, fault: str) -> None:
     assert f"To continue: dtmsearch resume tiny --store {history.store}" in history.sessions[fault].output
+
+
+@pytest.mark.parametrize("fault", ["SIGHUP", "Ctrl-C twice"])
+def test_a_closed_terminal_and_a_second_ctrl_c_stop_as_the_first_does(history: History, fault: str) -> None:
+    session = history.sessions[fault]
+    assert (session.code, session.status) == (3, "stopped"), session.output
+
+
+def test_a_third_ctrl_c_ends_at_once_or_finds_the_end(history: History) -> None:
+    assert history.sessions["Ctrl-C and no end"].code == 3, history.sessions["Ctrl-C and no end"].output
+
+
+@pytest.mark.parametrize("fault", list(IMPATIENT))
+def test_a_driver_that_is_stopped_leaves_no_process(history: History, fault: str) -> None:
+    assert history.left[fault] == []
 
 
 def test_a_driver_whose_ray_dies_says_how_to_go_on(history: History) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,12 +57,11 @@ def observing(quiet: bool) -> Iterator[Any]:
 @contextmanager
 def resumable(command: str) -> Iterator[None]:
     """Turn a stop into exit code 3 and a word on how to go on."""
-    # `kill` is as good a wish to stop as Ctrl-C, also before the search has begun to listen.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from dtmsearch.workflows.interrupts import interruptible
+
     try:
-        yield
+        with interruptible():  # also before the search has begun to listen
+            yield
     except (SearchStopped, KeyboardInterrupt):
         say(f"stopped; nothing recorded is lost. To continue: {command}")
         raise click.exceptions.Exit(STOPPED) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -31,7 +31,7 @@ def connect(address: str | None) -> bool:
     if address is not None:
         check_listening(address)
     try:
-        with _keeping_sigterm():
+        with _keeping_signals():
             ray.init(
                 address=address or "local",
                 include_dashboard=False if address is None else None,
@@ -39,6 +39,9 @@ def connect(address: str | None) -> bool:
                 logging_level=logging.ERROR,
                 namespace="dtmsearch",
             )
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
     except AuthenticationError as error:
         raise ClusterUnreachable(refused(address or "this machine", str(error))) from None
     except ConnectionError as error:
@@ -51,9 +54,12 @@ def connect(address: str | None) -> bool:
 
 
 @contextmanager
-def _keeping_sigterm() -> Iterator[None]:
-    """Ray puts handlers of its own in the place of ours, which end the process as if the search had failed."""
+def _keeping_signals() -> Iterator[None]:
+    """Ray puts handlers of its own in the place of ours, which end the process as if the search had failed. And a
+    terminal that is closed must not end a local Ray's processes before we have ended our work with them: they inherit
+    that SIGHUP is blocked."""
     before = signal.getsignal(signal.SIGTERM)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     except SystemExit:  # Ray's own handler, while it starts
@@ -61,6 +67,7 @@ def _keeping_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def check_listening(address: str) -> None:

@@ -16,9 +16,10 @@ from dtmsearch.search.loop import Observer, Silent, measure
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.calibrate import Calibrating
+from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.lookup import check_plan_argument, find_plan, find_weights_id, stored_file
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of, whole_request
+from dtmsearch.workflows.session import pool_for, recorded, reference_of, whole_request
 from dtmsearch.workflows.text_windows import cut_held_out, cut_search
 
 
@@ -59,7 +60,7 @@ def evaluate(
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     weights_id = find_weights_id(plan, results)
     where = replace(where, weights_folder=results.weights_folder)
-    with results.evaluate_writer(file.run) as writer, pool_for(file, where, observer) as pool, interruptible():
+    with interruptible(), results.evaluate_writer(file.run) as writer, pool_for(file, where, observer) as pool:
         manifest = pool.manifest()
         space = space_of(file, manifest)
         chosen = find_plan(plan, space, manifest, results)
@@ -99,7 +100,7 @@ def recover(
     recovery = config.recovery_of(file, settings)
     texts.paths(file, recovery.files)  # missing ones are said before anything is started
     where = replace(where, weights_folder=results.weights_folder)
-    with results.evaluate_writer(run_name) as writer, pool_for(file, where, observer) as pool, interruptible():
+    with interruptible(), results.evaluate_writer(run_name) as writer, pool_for(file, where, observer) as pool:
         manifest = pool.manifest()
         space = space_of(file, manifest)
         plan, weights_id = find_plan(run_name, space, manifest, results), results.weights_id(run_name)

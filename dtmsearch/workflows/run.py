@@ -34,10 +34,11 @@ from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
+from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
 from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import interruptible, pool_for, recorded, reference_of
+from dtmsearch.workflows.session import pool_for, recorded, reference_of
 from dtmsearch.workflows.take_prices import TakingPrices
 from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_min_fdt, cut_search, described, halves
 from dtmsearch.workflows.validate import Validation, is_anything_chosen
@@ -87,7 +88,7 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
         if not missing:
             return replace(summarize_run(results, file.run), already_complete=True)
         observer.on_note(f"rows of {' and '.join(missing)} of run {file.run} are lost, and are measured again")
-    with naming(file.run), results.writer(file.run) as writer:
+    with interruptible(), naming(file.run), results.writer(file.run) as writer:
         _Session(file, results, writer, where, observer, begun(results, file)).run()
     return summarize_run(results, file.run)
 
@@ -171,7 +172,7 @@ class _Session:
             self._save(status="running", finished_at=None, message=None)
             texts.check_readable(self._file)
             where = replace(self._where, weights_folder=self._results.weights_folder)
-            with interruptible(), pool_for(self._file, where, self._observer) as pool:
+            with pool_for(self._file, where, self._observer) as pool:
                 self._run(pool)
         except (KeyboardInterrupt, SearchStopped):
             reason = self._results.stop_reason(self._file.run)

@@ -1,15 +1,11 @@
-"""What every driver of replicas does, whatever it is after: open their pool, listen for a wish to stop, and make the
-reference or find it in the store. Knows no strategy and no verb.
+"""What every driver of replicas does, whatever it is after: open their pool, and make the reference or find it in
+the store. Knows no strategy and no verb.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn, cast
+from collections.abc import Callable
+from typing import cast
 
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
@@ -87,20 +83,3 @@ def whole_request(plan: Plan, reference: Reference, calibration_id: str, weights
     """A plan on every prompt of a reference, in all metrics."""
     prompts = 0, reference.num_prompts
     return EvalRequest(plan, reference.id, prompts, EXTRA_METRICS, calibration_id=calibration_id, weights_id=weights_id)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM ends what is under way as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

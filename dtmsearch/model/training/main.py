@@ -98,7 +98,7 @@ class _Stopping:
         if threading.current_thread() is not threading.main_thread():  # a cluster's worker: signals are not for it
             yield
             return
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
             yield
         finally:
