@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import json
+import logging
 import re
+from pathlib import Path
 
 import pytest
 
-from dtmsearch.analysis.format import duration, number
-from dtmsearch.console.progress import LiveProgress, PlainProgress, done_share, progress_line, table, watching
+import dtmsearch
+from dtmsearch.analysis.format import duration, json_text, number
+from dtmsearch.cli import main
+from dtmsearch.console.printing import shown
+from dtmsearch.console.progress import (
+    LiveProgress,
+    PlainProgress,
+    QuietProgress,
+    done_share,
+    progress_line,
+    table,
+    watching,
+)
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
+from dtmsearch.logs import json_lines
 from dtmsearch.search.loop import Decision, Progress
 
 
@@ -162,3 +178,101 @@ def test_a_table_in_a_terminal_keeps_to_the_window(monkeypatch: pytest.MonkeyPat
 
 def test_text_in_a_table_is_shown_as_it_is_and_never_read_as_markup() -> None:
     assert table(["name"], [["[bold]model[/bold]"]], io.StringIO()).splitlines()[1] == "[bold]model[/bold]"
+
+
+# What would act on a terminal.
+
+HOSTILE = "\x1b]0;renamed\x07\x1b[2J\x9b31m\x7f\u202eback\rover\x08\ud800"
+
+
+def test_what_acts_on_a_terminal_is_shown() -> None:
+    assert shown("a\x1b[2J\x07\r\x9b\x7f\u202e\ud800b") == r"a\x1b[2J\x07\x0d\u009b\u007f\u202e\ud800b"
+
+
+def test_letters_of_all_languages_lines_and_tabs_stay() -> None:
+    text = "läufe\tランモデル\n🙂 عربي"
+    assert shown(text) == text
+
+
+def test_shown_json_is_the_same_json() -> None:
+    value = {"text": HOSTILE.replace("\ud800", "") + '"\\'}
+    assert json.loads(shown(json_text(value))) == value
+
+
+def harmless(text: str) -> bool:
+    return shown(text) == text
+
+
+def test_a_note_is_shown() -> None:
+    out = io.StringIO()
+    QuietProgress(out).on_note(HOSTILE)
+    assert harmless(out.getvalue())
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Screen()])
+def test_cells_and_names_of_columns_are_shown_in_a_line_of_their_own(stream: io.StringIO) -> None:
+    text = table([HOSTILE], [["first\nsecond\x1b[2J"]], stream)
+    assert harmless(text)
+    assert r"first\nsecond\x1b[2J" in text
+
+
+def test_a_table_in_a_terminal_has_no_escapes_of_its_own() -> None:
+    assert "\x1b" not in table(["name"], [["x"]], Screen())
+
+
+def test_the_live_view_shows_a_note_and_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Screen()
+    with watching(stream=out) as observer:
+        observer.on_note("one " + HOSTILE + "\n[bold]two[/bold]")
+    said = out.getvalue()
+    assert "\x1b]0;" not in said and "\x1b[2J" not in said and "\x9b" not in said
+    assert r"one \x1b]0;renamed\x07\x1b[2J" in said and "[bold]two[/bold]" in said
+
+
+@pytest.mark.parametrize("arguments", [["run", HOSTILE[:-1]], ["status", HOSTILE[:-1]], ["query", "\x1b[2J", "x"]])
+def test_an_error_is_shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert harmless(said.out) and harmless(said.err) and r"\x1b[2J" in said.err
+
+
+def test_a_usage_error_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--" + HOSTILE]) == 2
+    assert harmless(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_answers_of_sql_are_shown(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sql = "SELECT chr(27) || '[2J' || chr(155) || chr(7) AS \"a\x1b[2Jb\""
+    assert main(["query", sql, "--store", str(tmp_path), "--format", form]) == 0
+    assert harmless(capsys.readouterr().out)
+
+
+def test_a_file_of_answers_holds_them_as_they_are(tmp_path: Path) -> None:
+    out = tmp_path / "answer.csv"
+    main(["query", "SELECT chr(27) AS x", "--store", str(tmp_path / "store"), "--format", "csv", "--out", str(out)])
+    assert out.read_text() == "x\n\x1b\n"
+
+
+def test_a_line_of_the_log_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    out = io.StringIO()
+    with json_lines(out):
+        logging.getLogger("dtmsearch").warning(HOSTILE)
+    assert harmless(out.getvalue()) and json.loads(out.getvalue())["event"] == HOSTILE
+
+
+PRINTING = Path(dtmsearch.__file__).parent / "console" / "printing.py"
+# Its output is read by a process of ours, as JSON in ASCII.
+NO_TERMINAL = Path(dtmsearch.__file__).parent / "model" / "replica" / "exported.py"
+
+
+@pytest.mark.parametrize("path", sorted(Path(dtmsearch.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_nothing_is_printed_but_through_one_place(path: Path) -> None:
+    """Neither printed, nor given to rich as anything but text that is shown."""
+    if path in (PRINTING, NO_TERMINAL):
+        return
+    called = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    printing = {"print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "Text"}
+    assert printing & set(called) == set()

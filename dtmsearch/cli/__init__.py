@@ -6,6 +6,7 @@ that `--help` answers at once. Here is what all verbs have in common: how their 
 
 from __future__ import annotations
 
+import io
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return cli.main(arguments, prog_name="dtmsearch", standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        say(shown.getvalue().rstrip("\n"))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         say("interrupted")

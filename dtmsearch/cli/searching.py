@@ -167,7 +167,7 @@ def _follow(address: str, job_id: str) -> int:
     from dtmsearch.cluster.jobs import Jobs
 
     try:
-        return Jobs(address).follow(job_id, lambda text: click.echo(text, nl=False))
+        return Jobs(address).follow(job_id, lambda text: print_text(text, end=""))
     except KeyboardInterrupt:
         say(f"no longer following; job {job_id} goes on")
         return 0

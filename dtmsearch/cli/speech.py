@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from dtmsearch.console.printing import print_shown
 from dtmsearch.errors import FAILED
 
 DEFAULT_STORE = "dtm-store"
@@ -27,7 +28,7 @@ def say(text: str) -> None:
         with json_lines(sys.stderr):
             logging.getLogger("dtmsearch").warning(text)
     else:
-        click.echo(text, err=True)
+        print_shown(text, sys.stderr)
 
 
 def show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callable[[Any], Any] | None = None) -> None:
@@ -39,9 +40,9 @@ def show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callab
         print_text(as_text(value))
 
 
-def print_text(text: str) -> None:
+def print_text(text: str, end: str = "\n") -> None:
     try:
-        click.echo(text)
+        print_shown(text, sys.stdout, end)
     except BrokenPipeError:
         # The reader (`head`, a pager) has seen enough. Python would complain once more while it closes stdout.
         sys.stdout = None

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dtmsearch.analysis.format import components, duration, number, plain
+from dtmsearch.console.printing import print_shown, shown_in_line, styled
 from dtmsearch.search.loop import Decision, Observer, Progress
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def watching(quiet: bool = False, stream: TextIO | None = None) -> Iterator[Obse
         with Live(
             console=console, get_renderable=live.render, refresh_per_second=_REFRESHES_PER_SECOND, transient=True
         ):
-            live.say = lambda text: console.print(Text(text))
+            live.say = lambda text: console.print(*map(styled, text.split("\n")), sep="\n")
             yield live
     else:
         yield PlainProgress(stream)
@@ -68,7 +69,7 @@ class QuietProgress:
         pass
 
     def on_note(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print_shown(text, self.stream)
 
 
 class LoggedProgress:
@@ -144,17 +145,17 @@ class LiveProgress:
 
     def render(self) -> Group | Text:
         if self.progress is None:
-            return Text("starting ...")
-        lines = [Text(decision_line(d), style="dim", no_wrap=True, overflow="ellipsis") for d in self.recent]
+            return styled("starting ...")
+        lines = [styled(decision_line(d), style="dim", no_wrap=True, overflow="ellipsis") for d in self.recent]
         done = done_share(self.progress)
         bar = ProgressBar(total=1.0, completed=done or 0.0, width=_BAR_WIDTH, pulse=done is None)
-        status = Text(progress_line(self.progress), no_wrap=True, overflow="ellipsis")
+        status = styled(progress_line(self.progress), no_wrap=True, overflow="ellipsis")
         return Group(*lines, _side_by_side(bar, share_of_weights(self.progress.decision)), status)
 
 
 def _side_by_side(bar: ProgressBar, text: str) -> Table:
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(bar, Text(text))
+    grid.add_row(bar, styled(text))
     return grid
 
 
@@ -201,17 +202,22 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], stream: Text
     stream = stream or sys.stdout
     cells = [[cell(value) for value in row] for row in rows]
     right = [bool(cells) and all(_is_number(row[at]) for row in cells) for at in range(len(columns))]
-    return _ruled(columns, cells, right, stream) if stream.isatty() else _aligned([list(columns), *cells], right)
+    return (
+        _ruled(columns, cells, right, stream)
+        if stream.isatty()
+        else _aligned([list(map(shown_in_line, columns)), *cells], right)
+    )
 
 
 def _ruled(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], stream: TextIO) -> str:
     drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
     for name, is_right in zip(columns, right, strict=True):
-        drawn.add_column(Text(name), justify="right" if is_right else "left", overflow="fold")
+        drawn.add_column(styled(name), justify="right" if is_right else "left", overflow="fold")
     for row in cells:
-        drawn.add_row(*(Text(text) for text in row))
+        drawn.add_row(*map(styled, row))
     out = io.StringIO()
-    Console(file=out, width=Console(file=stream).width, force_terminal=True).print(drawn)
+    # Without colours: the text is printed, and shown, as any other.
+    Console(file=out, width=Console(file=stream).width, force_terminal=False).print(drawn)
     return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
 
@@ -232,7 +238,7 @@ def cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return number(value)
-    return str(value)
+    return shown_in_line(str(value))
 
 
 def _is_number(text: str) -> bool:

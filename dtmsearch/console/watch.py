@@ -17,11 +17,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from dtmsearch.analysis.format import duration, number
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import section_of
+from dtmsearch.console.printing import print_shown, styled
 from dtmsearch.core.records import RunRecord, StepRecord
 from dtmsearch.store.codecs.tables import step_records
 from dtmsearch.store.store import ResultStore
@@ -136,7 +136,7 @@ def _as_lines(glances: Iterator[Glance], stream: TextIO) -> Glance:
     for found in glances:
         line = line_of(found)
         if line != said:
-            print(line, file=stream, flush=True)
+            print_shown(line, stream)
             said = line
     return found
 
@@ -155,20 +155,20 @@ def line_of(found: Glance) -> str:
 
 def render(found: Glance) -> Group:
     """A run as a terminal shows it."""
-    head = Text.assemble((found.run, "bold"), f"  {found.status}")
+    head = styled(found.run, "bold").append(f"  {found.status}", "not bold")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("step", "choice", "components", "share", "bits", found.rank_by):
         table.add_column(column, justify="left" if column == "choice" else "right", no_wrap=True, overflow="ellipsis")
     for step in found.steps[-_RECENT_DECISIONS:]:
-        table.add_row(*_cells(step))
-    parts: list[Any] = [head, table] if found.steps else [head, Text("no decision yet", style="dim")]
+        table.add_row(*map(styled, _cells(step)))
+    parts: list[Any] = [head, table] if found.steps else [head, styled("no decision yet", "dim")]
     if found.reached is not None:
         grid = Table.grid(padding=(0, 2))
         grid.add_row(
             ProgressBar(total=1.0, completed=found.reached, width=_BAR_WIDTH), f"{found.reached:.0%} of the way"
         )
         parts.append(grid)
-    return Group(*parts, Text(_effort(found), style="dim"))
+    return Group(*parts, styled(_effort(found), "dim"))
 
 
 def _cells(step: StepRecord) -> list[str]:
