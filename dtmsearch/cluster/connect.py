@@ -50,6 +50,11 @@ def connect(address: str | None) -> bool:
     except (RuntimeError, TimeoutError, GetTimeoutError) as error:
         where = f"no Ray cluster at {address}" if address else "Ray did not start here"
         raise ClusterUnreachable(f"{where}: {reason_of(error)}") from error
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # on a machine that is too busy, Ray raises the bare class
+            raise
+        ray.shutdown()
+        raise ClusterUnreachable(f"Ray did not start here within its 30 seconds: {error}") from error
     return True
 
 
