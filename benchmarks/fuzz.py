@@ -39,7 +39,8 @@ from dtmsearch.model.modules.discovery import read_manifest
 COUNTS = {"search files": 1000, "plan files": 500, "model folders": 150, "texts": 50}
 LIMIT_SECONDS = 60.0
 MODEL = Path(dtmsearch.__file__).parent / "demo" / "model"
-WRITTEN = "def fold(items):\n    return [item + 1 for item in items if item]\n\n" * 60
+CORE = Path(dtmsearch.__file__).parent / "core"
+WRITTEN, HELD_OUT = ((CORE / name).read_text(encoding="utf-8")[:9000] for name in ("schemes.py", "plan.py"))
 
 SEARCH: dict[str, Any] = {
     "run": "fuzz",
@@ -438,7 +439,7 @@ KINDS: Mapping[str, Callable[[Path, random.Random], list[str]]] = {
 
 def write_texts(folder: Path) -> None:
     (folder / "text.txt").write_text(WRITTEN)
-    (folder / "held-out.txt").write_text(WRITTEN.replace("fold", "other"))
+    (folder / "held-out.txt").write_text(HELD_OUT)
 
 
 def evaluated(folder: Path, plan: str) -> list[str]:

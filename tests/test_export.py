@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from dtmsearch.core.plan import plan_from_json
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import ExportFailed
 from dtmsearch.export.formats.format_registry import FORMATS
+from dtmsearch.export.job import Written
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.workflows.export import export
+from dtmsearch.workflows.export_check import check_bytes
 
 MIXED = {
     "model.layers.0.self_attn.q_proj": "int4-g16",
@@ -186,3 +189,10 @@ def test_half_precision_is_exported_as_it_was_measured(tmp_path: Path, monkeypat
     measured = measured_plan(write_model(tmp_path / "model", config), tmp_path / "store", "int4-g16")
     check = measured.export("dense", tmp_path / "out").check
     assert check is not None and check.equal
+
+
+def test_files_of_other_bytes_than_the_plan_accounts_for_are_an_error(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(4)}, tmp_path / "model.safetensors")
+    job = SimpleNamespace(plan_bits=8 * 17)
+    with pytest.raises(ExportFailed, match=r"holds 16 bytes of tensors, where 16 were written .* accounts for 17"):
+        check_bytes(job, Written((tmp_path / "model.safetensors",), tensor_bytes=16))  # type: ignore[arg-type]

@@ -166,3 +166,9 @@ def test_a_plan_file_with_an_unknown_scheme_names_the_nearest() -> None:
 def test_a_text_that_is_no_plan_file_is_an_error_that_says_so(text: str) -> None:
     with pytest.raises(ValueError, match=r"plan\.json is no plan file"):
         plan_from_json(text, toy_manifest(), "plan.json")
+
+
+def test_a_difference_is_in_order_of_name() -> None:
+    names = [f"layer.{number}" for number in range(20)]
+    one, other = Plan.of(dict.fromkeys(names[::2], "int8-channel")), Plan.of(dict.fromkeys(names[1::2], "nf4"))
+    assert list(one.diff(other)) == sorted(names)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contracts import ids, make_records, make_request
+from contracts import ids, make_record, make_records, make_request
 from fakes import evaluate, toy_components, toy_manifest
 from processes import below, process_ends
 from stores import bucket
 
 from dtmsearch.analysis import sql
+from dtmsearch.analysis.named_queries import ask
 from dtmsearch.analysis.sql import query
-from dtmsearch.core.evaluation import EvalRequest
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Provenance
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, RunRecord
@@ -269,3 +270,15 @@ def test_the_process_of_a_query_ends_with_the_one_that_asks(tmp_path: Path) -> N
 def test_a_store_in_a_bucket_is_asked_the_same(tmp_path: Path) -> None:
     recorded(tmp_path / "a-bucket" / "store")
     assert rows(bucket(tmp_path), "SELECT count(*) AS n FROM evaluations") == [{"n": 6}]
+
+
+def test_the_message_of_failures_is_that_of_the_last(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    with store.writer("run") as writer:
+        writer.put_components(toy_manifest(), toy_components())
+        writer.put_run(RunRecord("run", "finished", "", "/", "toy", None, None, None, 1e9, None, "0.1.0"))
+        for number, message in enumerate(("z: the first", "a: the last")):
+            provenance = Provenance(finished_at=1e9 + number)
+            failure = EvalFailure(make_request(number).id, "invalid", message, provenance)
+            writer.append([make_record(number, failure)])
+    assert ask(store, "failures", "run")["message"].to_pylist() == ["a: the last"]

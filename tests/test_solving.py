@@ -313,3 +313,16 @@ def test_a_budget_ends_the_search_for_a_smaller_plan() -> None:
 def minimal(space: SearchSpace, min_fdt: float) -> Strategy:
     settings = SolverSettings(errors=errors_of(space))
     return make_strategy("auto", space, request_for, "kl", min_fdt=min_fdt, continuation_tokens=100, solver=settings)
+
+
+def test_a_local_search_ends_only_when_no_switch_is_better_on_all_prompts() -> None:
+    """The first prompts speak against every switch that is better on all of them."""
+
+    def misleading(request: EvalRequest) -> EvalResult:
+        found = additive(request)
+        return replace(found, kl=np.where(np.arange(*request.prompts) < 2, -found.kl, 9 * found.kl).astype(np.float32))
+
+    searching = Switching(rounds=10_000, children=40, prompts=2)
+    plan = run_search(strategy("local", space_with(BUDGET), local=searching), FakeEvaluator(misleading))
+    assert plan is not None
+    assert additive_damage(plan) == pytest.approx(additive_damage(best_by_trying(BUDGET)))

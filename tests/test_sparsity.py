@@ -249,3 +249,17 @@ def test_a_scheme_of_a_unit_counts_all_its_components() -> None:
     pair = Component("a", 0, "a", (4, 4)), Component("b", 0, "b", (2, 4))
     space = SearchSpace(pair, ("magnitude-0.5",), tied=(("a", "b"),))
     assert Sparsity(space, request_for, settings())._units[0].pruned("magnitude-0.5") == 12
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "sensitivity", "fdt75"])
+def test_no_request_is_asked_twice(allocate: str) -> None:
+    """The second round adds less than a weight of any component: its plan is that of the first."""
+    asked = FakeEvaluator(answer)
+    run_search(Sparsity(SPACE, request_for, settings(allocate, 30.0, 1e-3)), asked)
+    assert len(asked.evaluated) == len(set(asked.evaluated))
+
+
+def test_a_round_whose_plan_is_known_is_decided_all_the_same() -> None:
+    strategy = Sparsity(SPACE, request_for, settings("uniform", 30.0, 1e-7))
+    searched(strategy)
+    assert [decision.plan.id for decision in strategy.decisions] == [strategy.decisions[0].plan.id] * 2

@@ -6,11 +6,13 @@ import io
 from typing import Any
 
 import pytest
-from reported import make_run
+from fakes import toy_components, toy_manifest
+from reported import NUM_LAYERS, make_run
 from rich.console import Console
 
 from dtmsearch.cli import main
-from dtmsearch.console.watch import glance, render, watch
+from dtmsearch.console.watch import _reached, _unquantized, glance, render, watch
+from dtmsearch.core.records import RunRecord, StepRecord
 from dtmsearch.store.store import ResultStore
 
 
@@ -77,3 +79,24 @@ def test_a_terminal_is_redrawn_until_the_run_is_over(finished: ResultStore) -> N
 def test_an_unknown_run_is_said(finished: ResultStore, capsys: Any) -> None:
     assert main(["watch", "nosuch", "--store", finished.url]) == 2
     assert "it holds: toy" in capsys.readouterr().err
+
+
+def step(bits_per_weight: float) -> StepRecord:
+    return StepRecord(0, "plan", None, 1.0, 1, 0.5, bits_per_weight, 0.0, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"), [("bits_per_weight", 8.0), ("size_mb", 1_000_000 * 8.0 / 8e6)], ids=["bits", "size"]
+)
+def test_the_way_to_a_size_starts_at_the_unquantized_model(rule: str, value: float) -> None:
+    record = RunRecord(
+        "toy", "running", f"search: {{stop: {{{rule}: {value}}}}}", "/", None, None, None, None, 1.0, None, "0"
+    )
+    assert _reached(record, (step(12.0),), (1_000_000, 16_000_000)) == pytest.approx(0.5)
+
+
+def test_the_unquantized_size_is_that_of_the_searched_components(finished: ResultStore) -> None:
+    weights = sum(component.num_weights for component in toy_components(NUM_LAYERS))
+    record = finished.run("toy")
+    assert record is not None
+    assert _unquantized(finished, record) == (weights, weights * toy_manifest(NUM_LAYERS).dense_bits)

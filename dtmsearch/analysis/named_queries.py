@@ -137,7 +137,7 @@ ORDER BY reference_id""",
             "failures",
             "Evaluations that came to nothing, by kind, with the last message of each.",
             """\
-SELECT status, count(*) AS evaluations, max(attempts) AS attempts, max(message) AS message
+SELECT status, count(*) AS evaluations, max(attempts) AS attempts, arg_max(message, finished_at) AS message
 FROM evaluations
 WHERE run = :run AND status <> 'ok'
 GROUP BY status

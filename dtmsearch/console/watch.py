@@ -76,17 +76,26 @@ def glance(store: ResultStore, run: str) -> Glance:
         rate=of_late / span if span > 0 else 0.0,
         last_at=last_at,
         steps=steps,
-        reached=_reached(record, steps),
+        reached=_reached(record, steps, _unquantized(store, record)),
         is_over=not is_running,
     )
 
 
-def _reached(record: RunRecord, steps: tuple[StepRecord, ...]) -> float | None:
-    """The part of the way from dense to the stop rule that the leader has come, by the rule that is nearest."""
+def _unquantized(store: ResultStore, record: RunRecord) -> tuple[int, int]:
+    """How many weights the searched components have, and their bits in all before anything is compressed."""
+    of_model = pc.field("manifest_id") == (record.manifest_id or "")
+    rows = store.table("components", ["num_weights", "dense_bits"], record.run, of_model).to_pylist()
+    return sum(r["num_weights"] for r in rows), sum(r["num_weights"] * r["dense_bits"] for r in rows)
+
+
+def _reached(record: RunRecord, steps: tuple[StepRecord, ...], unquantized: tuple[int, int]) -> float | None:
+    """The part of the way from the unquantized model to the stop rule that the leader has come, by the rule that is
+    nearest. `unquantized`: its weights, and their bits."""
     stop = section_of(record.config, "search").get("stop") or {}
+    num_weights, num_bits = unquantized
     if not steps:
         return None
-    first, last = steps[0], steps[-1]
+    last = steps[-1]
     parts = []
     for rule, value in (
         ("share", last.share),
@@ -95,9 +104,10 @@ def _reached(record: RunRecord, steps: tuple[StepRecord, ...]) -> float | None:
     ):
         if stop.get(rule):
             parts.append(value / stop[rule])
-    if stop.get("bits_per_weight") and first.bits_per_weight > stop["bits_per_weight"]:
-        way = first.bits_per_weight - stop["bits_per_weight"]
-        parts.append((first.bits_per_weight - last.bits_per_weight) / way)
+    for rule, bits in (("bits_per_weight", num_weights), ("size_mb", 8e6)):
+        if stop.get(rule) and num_bits > stop[rule] * bits:
+            gone = num_bits - last.bits_per_weight * num_weights
+            parts.append(gone / (num_bits - stop[rule] * bits))
     return min(1.0, max(parts)) if parts else None
 
 

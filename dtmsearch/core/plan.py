@@ -94,9 +94,10 @@ class Plan:
         return Plan(tuple(entries))
 
     def diff(self, other: Plan) -> dict[str, str]:
-        """What to change in `other` to get this plan: component -> its scheme here (`dense` where absent)."""
+        """What to change in `other` to get this plan: component -> its scheme here (`dense` where absent), in order of
+        name."""
         gone = dict.fromkeys(other.schemes.keys() - self.schemes.keys(), DENSE)
-        return gone | dict(set(self.entries) - set(other.entries))
+        return dict(sorted({**gone, **dict(set(self.entries) - set(other.entries))}.items()))
 
     def __len__(self) -> int:
         return len(self.entries)

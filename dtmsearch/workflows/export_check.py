@@ -53,12 +53,18 @@ class Check:
 
 
 def check_bytes(job: Job, written: Written) -> None:
-    """The files hold what the plan's arithmetic and the format's own account for, to the byte."""
+    """Raises `ExportFailed` unless the files hold what the plan's arithmetic and the format's own account for, to the
+    byte."""
     if not written.tensor_bytes:
         return
     on_disk = sum(path.stat().st_size - header_bytes(path) for path in written.files)
     accounted = job.plan_bits + sum(written.extra_bits.values())
-    assert 8 * on_disk == 8 * written.tensor_bytes == accounted, (on_disk, written, accounted)
+    if not 8 * on_disk == 8 * written.tensor_bytes == accounted:
+        raise ExportFailed(
+            f"{written.files[0].parent} holds {on_disk} bytes of tensors, where {written.tensor_bytes} were written "
+            f"and the plan's arithmetic accounts for {accounted / 8:g}: a fault of dtmsearch or of the disk. The "
+            "folder is left as it is"
+        )
 
 
 def measured(folder: Path, found: Source, recorded: Recorded, batch_tokens: int) -> Check:

@@ -15,9 +15,10 @@ from itertools import islice
 
 import numpy as np
 
+from dtmsearch.core.evaluation import Outcome
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.generator import Script, mean_loss
+from dtmsearch.search.strategies.generator import Part, Script, mean_loss
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver, paired
 
@@ -119,10 +120,11 @@ class Evolution(Solver):
 
 
 class Local(Solver):
-    """Every switch of the leader, in an order by chance, a round of `children` at a time: the best of a round by its
-    first prompts becomes the leader if it is better on all of them.
+    """Every switch of the leader, in an order by chance, a round of `children` at a time: those of a round that are
+    better by its first prompts are measured on all, the best first, until one is better there and leads.
 
-    It ends when the leader has no better switch, or after the rounds of its settings.
+    Where no switch is left, those that the first prompts spoke against are measured on all prompts too: it ends when
+    the leader has no better switch, or after the rounds of its settings.
     """
 
     def __init__(
@@ -145,23 +147,37 @@ class Local(Solver):
         self._foresee((1, self.num_prompts), (most * (size + 1), self._switching.prompts))
         (answer,) = yield from self._measured([leader], everything)
         self._lead(leader, answer)
-        untried = self._switches(leader, 0)
+        untried, doubtful = self._switches(leader, 0), list[tuple[float, Options]]()
         for number in range(1, most + 1):
             field = list(islice(untried, size))
-            if not field:
+            if field:
+                self._foresee(((most - number + 1) * (size + 1), self._switching.prompts))
+                base, *answers = yield from self._measured([leader, *field], few, self._choices.plan(leader))
+                values = [paired(each, base, self._rank_by)[0] for each in answers]
+                screened = sorted(zip(values, field, strict=True), key=lambda pair: pair[0])
+                doubtful += [pair for pair in screened if 0.0 <= pair[0] < np.inf]
+                promising = [options for value, options in screened if value < 0.0]
+            elif few != everything and doubtful:
+                doubtful.sort(key=lambda pair: pair[0])
+                promising, doubtful = [options for _, options in doubtful[:size]], doubtful[size:]
+            else:
                 break
-            self._foresee(((most - number + 1) * (size + 1), self._switching.prompts))
-            base, *answers = yield from self._measured([leader, *field], few, self._choices.plan(leader))
-            values = [paired(each, base, self._rank_by)[0] for each in answers]
-            at = int(np.argmin(values))
-            if values[at] >= 0.0:
-                continue
-            (better,) = yield from self._measured([field[at]], everything, self._choices.plan(leader))
-            if paired(better, answer, self._rank_by)[0] < 0.0:
-                leader, answer = field[at], better
+            found = yield from self._first_better(leader, answer, promising, everything)
+            if found is not None:
+                leader, answer = found
                 self._lead(leader, answer)
-                untried = self._switches(leader, number)
+                untried, doubtful = self._switches(leader, number), []
         yield from self._final([leader])
+
+    def _first_better(
+        self, leader: Options, answer: Outcome, candidates: Sequence[Options], prompts: tuple[int, int]
+    ) -> Part[tuple[Options, Outcome] | None]:
+        """The first of some candidates that is better than the leader, and what was measured of it; None without."""
+        for candidate in candidates:
+            (found,) = yield from self._measured([candidate], prompts, self._choices.plan(leader))
+            if paired(found, answer, self._rank_by)[0] < 0.0:
+                return candidate, found
+        return None
 
     def _switches(self, leader: Options, number: int) -> Iterator[Options]:
         """Every choice that one move, or one unit down and another up, leads to within the budget, in an order by

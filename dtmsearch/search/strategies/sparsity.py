@@ -143,6 +143,7 @@ class Sparsity:
         self._unasked: list[Ask] = []
         self._waiting: dict[str, tuple[int, float]] = {}
         self._answers: dict[tuple[int, float], Summary] = {}
+        self._known: dict[str, Summary | EvalFailure] = {}  # all that was told, by request
         self._candidate: Plan | None = None
         self._to_train = False
         self._decisions: list[Decision] = []
@@ -190,19 +191,25 @@ class Sparsity:
         return self._num_asked + stages * (probes + 1) - probes * (left > 0) + trained
 
     def ask(self) -> list[Ask]:
-        if self._to_train:
+        while self._to_train:
             self._train()
+            if not self._waiting:  # the trained model was measured before
+                self._go_on()
         asks, self._unasked = self._unasked, []
         return asks
 
     def tell(self, request_id: str, outcome: Outcome) -> None:
         key = self._waiting.pop(request_id)
-        if not isinstance(outcome, EvalFailure):
-            self._answers[key] = summarize(outcome)
-        elif key[0] < 0:
-            raise SearchFailed(f"the model of round {self._round + 1} cannot be measured: {outcome.message}")
+        self._known[request_id] = outcome if isinstance(outcome, EvalFailure) else summarize(outcome)
+        self._answer(key, self._known[request_id])
         if not self._waiting:
             self._go_on()
+
+    def _answer(self, key: tuple[int, float], found: Summary | EvalFailure) -> None:
+        if not isinstance(found, EvalFailure):
+            self._answers[key] = found
+        elif key[0] < 0:
+            raise SearchFailed(f"the model of round {self._round + 1} cannot be measured: {found.message}")
 
     def _go_on(self) -> None:
         """All that was asked is answered: allocate, or decide."""
@@ -257,6 +264,9 @@ class Sparsity:
         request = replace(self._request_for(plan, self._plan), weights_id=self._weights_id)
         if request.id in self._waiting:
             return  # two shares that are one scheme
+        if request.id in self._known:  # a plan of an earlier round or stage, over the same weights
+            self._answer(key, self._known[request.id])
+            return
         self._waiting[request.id] = key
         self._unasked.append(Ask(request, None if key[0] < 0 else self._edge(plan, key[0])))
         self._num_asked += 1
@@ -290,6 +300,8 @@ class Sparsity:
         else:
             self._candidate = plan
             self._ask((-1, 0.0), plan)
+            if not self._waiting:
+                self._go_on()
 
     def _allocated(self, wanted: int) -> Allocation:
         kind, settings = self._settings.allocate, self._settings
