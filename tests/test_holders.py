@@ -6,7 +6,7 @@ import pytest
 from fakes import toy_components
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.holders import EXAMPLES, holders_of, scheme_facts, size_sentence
+from dtmsearch.core.holders import examples, holders_of, scheme_facts, size_sentence
 from dtmsearch.core.plan import Plan
 
 COMPONENTS = [Component(f"layers.0.{kind}", 0, kind, (256, 512)) for kind in ("q", "k", "v", "o", "gate", "up")]
@@ -45,7 +45,7 @@ def test_zero_points_that_are_not_packed_take_whole_bytes() -> None:
 
 
 def test_every_kind_of_name_has_an_example() -> None:
-    assert {scheme_facts(name).family for name in EXAMPLES} == {
+    assert {scheme_facts(name).family for name in examples()} == {
         *("dense", "drop", "rounding", "gptq", "bitsandbytes", "pruning", "pair")
     }
 

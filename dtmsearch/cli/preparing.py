@@ -99,12 +99,13 @@ def schemes_verb(names: tuple[str, ...], shape: str, form: str) -> None:
     scales have 16, too.
     """
     from dtmsearch.console.text import schemes_text
-    from dtmsearch.core.holders import EXAMPLES, scheme_facts
+    from dtmsearch.core.holders import examples as known
+    from dtmsearch.core.holders import scheme_facts
 
     rows, times, cols = shape.partition("x")
     if not (times and rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
         raise click.UsageError(f"--shape {shape!r}: give rows and columns, such as 4096x4096")
-    facts = [scheme_facts(name, (int(rows), int(cols))) for name in names or EXAMPLES]
+    facts = [scheme_facts(name, (int(rows), int(cols))) for name in names or known()]
     show(facts, form, schemes_text)
 
 

@@ -17,6 +17,17 @@ from dtmsearch.errors import FAILED
 EXPORT_FORMATS = ("json", "dense", "bitsandbytes", "compressed-tensors", "gguf-recipe", "evopress")
 
 
+class _ExportFormat(click.Choice[str]):
+    """One of our formats, or of installed packages', which are looked for only when one is asked for."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from dtmsearch.core import plugins
+
+        if value in self.choices or value not in plugins.plugin_names(plugins.FORMATS):
+            return super().convert(value, param, ctx)
+        return str(value)
+
+
 @cli.command(
     "evaluate",
     epilog=examples(
@@ -86,7 +97,7 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
     ),
 )
 @click.argument("source", metavar="RUN|PLAN")
-@click.option("--to", required=True, type=click.Choice(EXPORT_FORMATS), help="Format to write.")
+@click.option("--to", required=True, type=_ExportFormat(EXPORT_FORMATS), help="Format to write.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option(
     "--runtime",

@@ -241,7 +241,7 @@ def _rest_of_identity(
     extra_metrics: tuple[str, ...],
     calibration_id: str,
     weights_id: str,
-    scheme_versions: tuple[tuple[str, int], ...],
+    scheme_versions: tuple[tuple[str, int | str], ...],
 ) -> str:
     """The members after the first of the list that is a request's identity, as canonical JSON."""
     parts = [reference_id, list(prompts), sorted(extra_metrics), METRICS_VERSION]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dtmsearch.core.components import Component
 from dtmsearch.core.fusion import untied_groups
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import DENSE, SCALE_BITS, Scheme, parse_scheme
+from dtmsearch.core.schemes import DENSE, SCALE_BITS, Scheme, families, parse_scheme
 
 Shape = tuple[int, int]
 
@@ -149,13 +149,9 @@ HOLDERS: list[Holder] = [
 ]
 
 
-# One scheme of each kind of name.
-EXAMPLES = (
-    *(DENSE, "int8-tensor", "int8-channel", "int4-g128", "int4-g32-asym", "int3-g128", "int2-g32"),
-    *("gptq-int4-g128", "gptq-int3-g128-asym", "w8a8", "llm-int8", "nf4", "fp4"),
-    *("magnitude-0.5", "wanda-0.5", "wanda-2:4", "sparsegpt-0.5", "random-0.5"),
-    *("int4-g128+wanda-0.5", "gptq-int4-g128+magnitude-0.5", "drop"),
-)
+def examples() -> tuple[str, ...]:
+    """One scheme of each kind of name, of every family that is known or installed."""
+    return tuple(example for family in families() for example in family.examples)
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,11 @@ class Plan:
         return any(parse_scheme(scheme).needs_calibration for scheme in {scheme for _, scheme in self.entries})
 
     @cached_property
-    def scheme_versions(self) -> dict[str, int]:
-        """Scheme family -> version of its arithmetic, of those in the plan that have had another."""
+    def scheme_versions(self) -> dict[str, int | str]:
+        """Scheme family -> version of its arithmetic, of those in the plan that have had another or come from another
+        package."""
         found = {parse_scheme(scheme) for scheme in {scheme for _, scheme in self.entries}}
-        return {scheme.family: scheme.version for scheme in found if scheme.version > 1}
+        return {scheme.family: scheme.version for scheme in found if scheme.version != 1 or scheme.own is not None}
 
     def scheme_of(self, component: str) -> str:
         return self.schemes.get(component, DENSE)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import ceil
+from typing import Any, Literal
 
+from dtmsearch.core import plugins
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
@@ -21,9 +23,6 @@ DROP = "drop"
 SCALE_BITS = 16
 BITSANDBYTES_SCALE_BITS = 32
 BITSANDBYTES_BLOCK = 64
-# Family -> version of its arithmetic, of those whose weights once were others under the same name. A plan's evaluation
-# has these in its identity, so that no value of another arithmetic is taken for its own.
-_VERSIONS = {"rounding": 2, "gptq": 2, "pair": 2}
 
 # name -> bits of a code and weights that share a scale (None: a row)
 _BITSANDBYTES: dict[str, tuple[int, int | None]] = {
@@ -92,10 +91,11 @@ class Scheme:
     """A parsed scheme.
 
     `family` is `dense`, `rounding` (weight-only AbsMax), `gptq`, `bitsandbytes`, `pruning`, `pair` (pruned, then
-    quantized) or `drop`. Where there are codes, `bits` is their width and `granularity` what shares one scale:
-    `tensor`, `channel` (an output row), `group` (`group_size` inputs of a row) or `block` (`group_size` consecutive
-    weights of the flattened matrix); `asymmetric` schemes store a zero point with each scale. `quantizer` names the
-    scheme that a pair's pruned weights are quantized by. `pruning` is None where nothing is pruned.
+    quantized), `drop`, or that of a plugin, which says itself what it stores and makes (`own`). Where there are codes,
+    `bits` is their width and `granularity` what shares one scale: `tensor`, `channel` (an output row), `group`
+    (`group_size` inputs of a row) or `block` (`group_size` consecutive weights of the flattened matrix); `asymmetric`
+    schemes store a zero point with each scale. `quantizer` names the scheme that a pair's pruned weights are quantized
+    by. `pruning` is None where nothing is pruned.
     """
 
     name: str
@@ -106,11 +106,12 @@ class Scheme:
     asymmetric: bool = False
     pruning: Pruning | None = None
     quantizer: str | None = None
+    own: SchemeFamily | None = field(default=None, compare=False, repr=False)
 
     @property
-    def version(self) -> int:
+    def version(self) -> int | str:
         """Of the arithmetic of its family."""
-        return _VERSIONS.get(self.family, 1)
+        return _FAMILIES[self.family].version
 
     @property
     def scale_bits(self) -> int:
@@ -126,6 +127,8 @@ class Scheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether it follows from the component's inputs over calibration text."""
+        if self.own is not None and self.own.needs == "mean_squares":
+            return True
         return self.needs_hessians or (self.pruning is not None and self.pruning.saliency == "wanda")
 
     def num_scales(self, shape: tuple[int, int]) -> int:
@@ -148,31 +151,133 @@ class Scheme:
     def stored_bits(self, shape: tuple[int, int], dense_bits: int) -> int:
         """Bits that a matrix of `shape` takes: codes or dense values of the weights that are kept, `scale_bits` for
         each scale, `bits` for each zero point, and the mask. A dropped matrix takes none."""
+        if self.own is not None and self.own.stored_bits is not None:
+            return self.own.stored_bits(self, shape, dense_bits)
         kept = shape[0] * shape[1] - self.pruned_weights(shape)
         mask_bits = 0 if self.pruning is None else self.pruning.mask_bits(shape)
         per_scale = self.scale_bits + (self.bits if self.asymmetric else 0)
         return kept * (self.bits or dense_bits) + self.num_scales(shape) * per_scale + mask_bits
 
 
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SchemeFamily:
+    """A kind of scheme: what its names mean, and for a plugin's what it stores and makes.
+
+    `parse` gives the scheme of a name, None for a name of another family. `version` enters the identity of every
+    evaluation under the family's schemes: raise it when the same name makes other weights. A plugin also has
+    `stored_bits` (scheme, shape [rows, cols], bits of an unquantized weight) and `make` (weight [rows, cols] as a
+    tensor, scheme, a function that gives the mean squares [cols] of the component's inputs): the weights under the
+    scheme, of the same shape and dtype, and a function of its arguments alone. `needs` says whether `make` asks for
+    these mean squares. `examples` are names to show and to suggest.
+    """
+
+    name: str
+    parse: Callable[[str], Scheme | None]
+    version: int | str = 1
+    stored_bits: Callable[[Scheme, Shape, int], int] | None = None
+    make: Callable[[Any, Scheme, Callable[[], Any]], Any] | None = None
+    needs: Literal["nothing", "mean_squares"] = "nothing"
+    examples: tuple[str, ...] = ()
+
+
+_FAMILIES: dict[str, SchemeFamily] = {}
+
+
+def register(family: SchemeFamily) -> SchemeFamily:
+    """Add a family; its schemes are known in this process from then on.
+
+    Installed packages do so by an entry point of the group `dtmsearch.schemes`, which replicas in other processes and
+    on other machines see, too. Raises `UserError` for a name that is taken.
+    """
+    if family.name in _FAMILIES:
+        raise UserError(f"there is a scheme family {family.name!r} already")
+    _FAMILIES[family.name] = family
+    parse_scheme.cache_clear()
+    return family
+
+
+def unregister(name: str) -> None:
+    """Forget a family that was added."""
+    del _FAMILIES[name]
+    parse_scheme.cache_clear()
+
+
+def families() -> tuple[SchemeFamily, ...]:
+    """All families, those of installed packages last. Raises `UserError` for a package that cannot be loaded."""
+    for plugin in plugins.plugins(plugins.SCHEMES):
+        family = plugin.added
+        if not isinstance(family, SchemeFamily):
+            raise UserError(f"{plugin.name} of {plugin.version} is {type(family).__name__}, wanted a SchemeFamily")
+        if family.name not in _FAMILIES:
+            # Its own version, and the package's: either may stand for other weights.
+            register(replace(family, version=f"{plugin.version}, {family.version}"))
+    return tuple(_FAMILIES.values())
+
+
 @lru_cache(maxsize=4096)
 def parse_scheme(name: str) -> Scheme:
     """The scheme of a name. Raises `UserError` that names the nearest scheme when there is none of that name."""
-    if name in (DENSE, DROP):
-        return Scheme(name, name, 0, "none")
-    if name in _BITSANDBYTES:
-        bits, block = _BITSANDBYTES[name]
-        return Scheme(name, "bitsandbytes", bits, "block" if block else "channel", block or 0)
-    quantized, plus, pruned = name.partition("+")
-    pruning = _pruning(pruned if plus else name)
-    if pruning is not None and not plus:
-        return Scheme(name, "pruning", 0, "none", pruning=pruning)
-    match = _ROUNDING.fullmatch(quantized)
-    if match is None or (plus and pruning is None):
+    found = _parsed(name)
+    if found is None:
+        families()
+        found = _parsed(name)
+    if found is None:
         raise UserError(_unknown(name))
-    gptq, width, whole, group, asymmetric = match.groups()
-    family = "pair" if plus else "gptq" if gptq else "rounding"
-    grain = (int(width), whole or "group", int(group or 0), asymmetric is not None)
-    return Scheme(name, family, *grain, pruning, quantized if plus else None)
+    return found
+
+
+def _parsed(name: str) -> Scheme | None:
+    for family in _FAMILIES.values():
+        scheme = family.parse(name)
+        if scheme is not None:
+            return scheme if family.make is None else replace(scheme, family=family.name, own=family)
+    return None
+
+
+def _unquantized(name: str) -> Scheme | None:
+    return Scheme(name, name, 0, "none") if name == DENSE else None
+
+
+def _dropped(name: str) -> Scheme | None:
+    return Scheme(name, name, 0, "none") if name == DROP else None
+
+
+def _bitsandbytes(name: str) -> Scheme | None:
+    if name not in _BITSANDBYTES:
+        return None
+    bits, block = _BITSANDBYTES[name]
+    return Scheme(name, "bitsandbytes", bits, "block" if block else "channel", block or 0)
+
+
+def _pruned(name: str) -> Scheme | None:
+    pruning = _pruning(name)
+    return None if pruning is None else Scheme(name, "pruning", 0, "none", pruning=pruning)
+
+
+def _rounded(name: str) -> Scheme | None:
+    return None if name.startswith("gptq-") else _quantized(name, "rounding")
+
+
+def _solved(name: str) -> Scheme | None:
+    return _quantized(name, "gptq") if name.startswith("gptq-") else None
+
+
+def _paired(name: str) -> Scheme | None:
+    quantized, plus, pruned = name.partition("+")
+    pruning = _pruning(pruned) if plus else None
+    found = None if pruning is None else _quantized(quantized, "pair")
+    return None if found is None else replace(found, name=name, pruning=pruning, quantizer=quantized)
+
+
+def _quantized(name: str, family: str) -> Scheme | None:
+    match = _ROUNDING.fullmatch(name)
+    if match is None:
+        return None
+    _, width, whole, group, asymmetric = match.groups()
+    return Scheme(name, family, int(width), whole or "group", int(group or 0), asymmetric is not None)
 
 
 def _pruning(name: str) -> Pruning | None:
@@ -192,14 +297,20 @@ def _unknown(name: str) -> str:
         "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "
         f"with gptq- before it; {', '.join(f'{s}-S' for s in _SALIENCIES)} (S the pruned share between 0 and 1, such "
         "as 0.5, or N:M for N kept of every M inputs, such as 2:4); an int one, a plus sign and a pruning one for "
-        f"both; and {DROP}"
+        f"both; and {DROP}{''.join(f'; {example}' for example in _examples_of_plugins())}"
     )
+
+
+def _examples_of_plugins() -> tuple[str, ...]:
+    return tuple(example for family in _FAMILIES.values() if family.make is not None for example in family.examples)
 
 
 def _nearest(name: str) -> str:
     first, plus, second = name.partition("+")
     if not plus:
-        return _alike(name, (DENSE, DROP, *_BITSANDBYTES, *_quantizing_examples(), *_pruning_examples()))
+        return _alike(
+            name, (DENSE, DROP, *_BITSANDBYTES, *_quantizing_examples(), *_pruning_examples(), *_examples_of_plugins())
+        )
     if _pruning(first) is not None:  # the wrong way round
         first, second = second, first
     return f"{_alike(first, _quantizing_examples())}+{_alike(second, _pruning_examples())}"
@@ -290,3 +401,23 @@ def family_lines(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
         own = lines.setdefault(scheme.family, [])
         own += [line for line in found if line not in own]
     return lines
+
+
+# Versions of families whose weights once were others under the same name are above 1.
+for _family in (
+    SchemeFamily(DENSE, _unquantized, examples=(DENSE,)),
+    SchemeFamily(
+        "rounding",
+        _rounded,
+        version=2,
+        examples=("int8-tensor", "int8-channel", "int4-g128", "int4-g32-asym", "int3-g128", "int2-g32"),
+    ),
+    SchemeFamily("gptq", _solved, version=2, examples=("gptq-int4-g128", "gptq-int3-g128-asym")),
+    SchemeFamily("bitsandbytes", _bitsandbytes, examples=tuple(_BITSANDBYTES)),
+    SchemeFamily(
+        "pruning", _pruned, examples=("magnitude-0.5", "wanda-0.5", "wanda-2:4", "sparsegpt-0.5", "random-0.5")
+    ),
+    SchemeFamily("pair", _paired, version=2, examples=("int4-g128+wanda-0.5", "gptq-int4-g128+magnitude-0.5")),
+    SchemeFamily(DROP, _dropped, examples=(DROP,)),
+):
+    register(_family)

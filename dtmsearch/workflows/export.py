@@ -16,7 +16,7 @@ import torch
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
-from dtmsearch.export.formats.format_registry import FORMATS
+from dtmsearch.export.formats.format_registry import find_format
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
@@ -49,7 +49,7 @@ def export(
     cannot be found or that the format cannot hold, `ExportFailed` when the written folder does not measure as the
     store says; it is left beside `out` then.
     """
-    form = FORMATS[to]
+    form = find_format(to)
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target} is there already: give a folder that is new or empty")

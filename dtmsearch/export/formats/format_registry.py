@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtmsearch.core import plugins
 from dtmsearch.core.plan import plan_to_json
+from dtmsearch.errors import UserError
 from dtmsearch.export.formats.bitsandbytes import write_modules
 from dtmsearch.export.formats.compressed_tensors import write_packed
 from dtmsearch.export.formats.dense import write_dense
@@ -32,14 +34,37 @@ def write_json(job: Job, folder: Path) -> Written:
     return Written((path,))
 
 
-FORMATS = {
-    form.name: form
-    for form in (
-        Format("json", write_json, "`dtmsearch evaluate --plan` and `dtmsearch export`", is_model=False),
-        Format("dense", write_dense, "anything that loads a Hugging Face checkpoint", is_model=True),
-        Format("bitsandbytes", write_modules, "transformers with bitsandbytes", is_model=True),
-        Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
-        Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False),
-        Format("evopress", write_evopress, "EvoPress's search", is_model=False),
-    )
-}
+FORMATS: dict[str, Format] = {}
+
+
+def register(form: Format) -> Format:
+    """Add a format in this process. Installed packages do so by an entry point of the group `dtmsearch.formats` under
+    the format's name. Raises `UserError` for a name that is taken."""
+    if form.name in FORMATS:
+        raise UserError(f"there is an export format {form.name!r} already")
+    FORMATS[form.name] = form
+    return form
+
+
+def find_format(name: str) -> Format:
+    """A format of ours, or of an installed package. Raises `UserError` for any other name."""
+    if name not in FORMATS:
+        for plugin in plugins.plugins(plugins.FORMATS):
+            if not isinstance(plugin.added, Format):
+                raise UserError(f"{plugin.name} of {plugin.version} is {type(plugin.added).__name__}, wanted a Format")
+            if plugin.added.name not in FORMATS:
+                register(plugin.added)
+    if name not in FORMATS:
+        raise UserError(f"there is no export format {name!r}; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+for _format in (
+    Format("json", write_json, "`dtmsearch evaluate --plan` and `dtmsearch export`", is_model=False),
+    Format("dense", write_dense, "anything that loads a Hugging Face checkpoint", is_model=True),
+    Format("bitsandbytes", write_modules, "transformers with bitsandbytes", is_model=True),
+    Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
+    Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False),
+    Format("evopress", write_evopress, "EvoPress's search", is_model=False),
+):
+    register(_format)

@@ -89,6 +89,8 @@ class Compressor:
 
         Raises `ValueError` for what is not calibrated, or not solved.
         """
+        if scheme.own is not None and scheme.own.make is not None:
+            return self._made(component, weight, scheme, scheme.own.make)
         if scheme.family == "drop":
             return torch.zeros_like(weight)
         solved = solved_scheme(scheme)
@@ -100,6 +102,14 @@ class Compressor:
             return found if solved == scheme.name else round_weight(found, scheme, self._scale_dtype)
         pruned = weight if scheme.pruning is None else self._pruned(component, weight, scheme)
         return round_weight(pruned, scheme, self._scale_dtype) if scheme.bits else pruned
+
+    def _made(self, component: str, weight: Tensor, scheme: Scheme, make: Callable[..., object]) -> Tensor:
+        """What a plugin's family makes of a matrix."""
+        made = make(weight, scheme, lambda: self.mean_squares(component).to(weight.device))
+        if not isinstance(made, Tensor) or made.shape != weight.shape:
+            got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise UserError(f"{scheme.name} made {got} of {component}, wanted a tensor of {list(weight.shape)}")
+        return made.to(weight.dtype)
 
     def _pruned(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         assert scheme.pruning is not None
