@@ -74,16 +74,19 @@ class Faulty:
         return _MODE, GenerationRules()
 
     def cut_prompts(
-        self, texts: Sequence[str], count: int, prompt: int, continuation: int, seed: int
+        self, texts: Sequence[str], count: int, prompt: int, continuation: int, seed: int, *_: object
     ) -> tuple[PromptTokens, str]:
-        prompts = PromptTokens(np.full((count, prompt + continuation), seed, np.int32), prompt)
-        return prompts, reference_id(self._manifest.id, _MODE, prompts, GenerationRules())
+        rows = np.arange(count, dtype=np.int32) + count * seed
+        prompts = PromptTokens(np.repeat(rows[:, None], prompt + continuation, axis=1), prompt)
+        return prompts, self.reference_id(prompts)
+
+    def reference_id(self, prompts: PromptTokens) -> str:
+        return reference_id(self._manifest.id, _MODE, prompts, GenerationRules())
 
     def make_reference(self, prompts: PromptTokens) -> Reference:
         continuation = prompts.tokens[:, prompts.prompt_tokens :]
         agrees = np.ones(continuation.shape, np.bool_)
-        made = reference_id(self._manifest.id, _MODE, prompts, GenerationRules())
-        return Reference(made, self._manifest.id, _MODE, prompts.tokens, continuation, agrees, ())
+        return Reference(self.reference_id(prompts), self._manifest.id, _MODE, prompts.tokens, continuation, agrees, ())
 
     def continuations(self, *_: object) -> None:
         raise RuntimeError("a replica without a model writes no texts")
