@@ -48,8 +48,8 @@ def search_file_page() -> str:
     schema = json.loads(json_schema())
     lines = [
         _MADE + "# The search file\n",
-        "What a search is stands in a YAML file; where it runs (cluster, replicas, GPUs) never does. Every key, with its "
-        "default; `--set a.b=c` overrides any of them. Unknown keys are errors that name the nearest known one. "
+        "What a search is stands in a YAML file; where it runs (cluster, replicas, GPUs) never does. Every key, with "
+        "its default; `--set a.b=c` overrides any of them. Unknown keys are errors that name the nearest known one. "
         "`dtmsearch init MODEL` writes a commented file, `dtmsearch validate FILE` checks one, and `dtmsearch schema` "
         "prints the JSON schema for editors.\n",
         *_section("", schema, schema["$defs"]),
@@ -176,7 +176,8 @@ def _member(name: str, member: Any) -> Iterator[str]:
                 and value.__doc__
             ):
                 shown = f"{method}{_signature(value)}" if inspect.isfunction(value) else method
-                yield f"- `{shown}`: {inspect.cleandoc(value.__doc__).split(chr(10) + chr(10))[0].replace(chr(10), ' ')}"
+                first = inspect.cleandoc(value.__doc__).partition("\n\n")[0].replace("\n", " ")
+                yield f"- `{shown}`: {first}"
         yield ""
 
 

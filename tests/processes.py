@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import pytest
 import yaml
+from gated import Gate
 from tiny import TEXT, write_model
 
 from dtmsearch.store.store import ResultStore
@@ -33,6 +34,8 @@ ray.init = refuse
 from dtmsearch.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+
+_GATED = "import sys, gated; sys.exit(gated.command())"
 
 Rows = list[dict[str, Any]]
 
@@ -72,15 +75,16 @@ def without_ray(*arguments: str | Path, cwd: Path | None = None) -> Ended:
 class Driver:
     """The command at work, in a process group of its own, as a shell would start it. Use in a `with` statement."""
 
-    def __init__(self, log: Path, *arguments: str | Path) -> None:
+    def __init__(self, log: Path, *arguments: str | Path, gate: Gate | None = None) -> None:
         self._log = log
+        command = [COMMAND] if gate is None else [sys.executable, "-c", _GATED]
         with log.open("w") as stream:
             self._process = subprocess.Popen(
-                [COMMAND, *map(str, arguments)],
+                [*command, *map(str, arguments)],
                 stdout=stream,
                 stderr=stream,
                 stdin=subprocess.DEVNULL,
-                env=environment(),
+                env=environment() | ({} if gate is None else gate.environment),
                 start_new_session=True,
             )
 

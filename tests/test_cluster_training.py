@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from gated import Gate
 from processes import PATIENCE_SECONDS, below
 from safetensors.torch import load_file
 from test_recover import PRUNED, RECIPE, prepared
@@ -71,33 +72,43 @@ def step_of(training: Training) -> int:
     return max((int(path.name.partition("-")[2]) for path in checkpoints(training.folder)), default=0)
 
 
-def kill_a_worker(training: Training, step: int, killed: list[int]) -> None:
-    """Once the training's checkpoint is beyond a step."""
+def kill_a_worker(training: Training, step: int, killed: list[int], gate: Gate) -> None:
+    """Once the training's checkpoint is beyond a step, where it waits; what replaces the worker may go on."""
     while step_of(training) <= step:
         time.sleep(0.01)
     killed.append(below(os.getpid(), "RayTrainWorker")[-1])
     os.kill(killed[0], signal.SIGKILL)
+    gate.open()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    folder = tmp_path_factory.mktemp("cluster")
+    with pytest.MonkeyPatch.context() as patched:
+        yield two_workers(tmp_path_factory.mktemp("cluster"), patched)
+
+
+def two_workers(folder: Path, patched: pytest.MonkeyPatch) -> Trained:
     model = write_model(folder / "model")
     training, alone = prepared(model, folder / "two" / "t"), prepared(model, folder / "one" / "t")
     job, stop_file = write_job(training, folder), training.folder / STOP_FILE
     killed: list[int] = []
+    gate = Gate(folder / "gate")
+    for name, value in gate.environment.items():
+        patched.setenv(name, value)
     ray.init(address="local", num_cpus=2, log_to_driver=False)
     try:
-        stopped = train_on_cluster(str(job), str(stop_file), lambda: step_of(training) >= 10, num_workers=2)
+        gate.bound("steps", 10)
+        stopped = train_on_cluster(str(job), str(stop_file), lambda: step_of(training) >= 10, 2, "gated:worker")
         stopped_at = step_of(training)
-        killer = threading.Thread(target=kill_a_worker, args=(training, stopped_at, killed), daemon=True)
+        gate.bound("steps", stopped_at + 10)
+        killer = threading.Thread(target=kill_a_worker, args=(training, stopped_at, killed, gate), daemon=True)
         killer.start()
-        train_on_cluster(str(job), str(stop_file), lambda: False, num_workers=2)
+        train_on_cluster(str(job), str(stop_file), lambda: False, 2, "gated:worker")
     finally:
         ray.shutdown()
     result = json.loads((training.folder / "result.json").read_text())
     by_one_process = train(alone, [TEXT], replace(_RECIPE, checkpoint_steps=_RECIPE.num_steps))
-    yield Trained(training, stopped, stopped_at, killed, result, by_one_process)
+    return Trained(training, stopped, stopped_at, killed, result, by_one_process)
 
 
 def test_a_wish_to_stop_reaches_the_workers_and_leaves_a_checkpoint(trained: Trained) -> None:

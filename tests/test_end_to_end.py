@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gated import Gate
 from processes import (
     PATIENCE_SECONDS,
     Driver,
@@ -239,18 +240,21 @@ class Beside:
 def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
     folder = tmp_path_factory.mktemp("beside")
     store = folder / "store"
-    # Long enough that the stop finds the search at work, however fast the machine.
-    first, second = (tiny_search(folder, run=run, prompts__count=64) for run in ("tiny", "other"))
+    first, second = (tiny_search(folder, run=run) for run in ("tiny", "other"))
+    gate = Gate(folder / "gate")
+    # After the first round both wait (each takes what the other has measured), so that the stop finds one at work.
+    gate.bound("components", 1)
     where = ("--store", store, "--replicas", "1")
     with (
-        Driver(folder / "first.log", "run", first, *where) as one,
-        Driver(folder / "b.log", "run", second, *where) as two,
+        Driver(folder / "first.log", "run", first, *where, gate=gate) as one,
+        Driver(folder / "b.log", "run", second, *where, gate=gate) as two,
     ):
         one.until(lambda: is_on_record(store))
         refused = dtmsearch("run", first, *where)
         one.until(lambda: num_recorded(store) > 0)
         dtm.stop("tiny", str(store))
         one.wait()
+        gate.open()
         status = last_status(store)
         changed = dtmsearch("run", first, "--set", "search.width=3", *where)
         two.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from gated import Gate
 from processes import (
     CIRCUMSTANCES,
     PATIENCE_SECONDS,
@@ -63,20 +65,23 @@ class History:
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     folder = tmp_path_factory.mktemp("killed")
     store, undisturbed = folder / "store", folder / "undisturbed"
-    # Long enough that no session ends before it is disturbed, however fast the machine.
-    file = tiny_search(folder, prompts__count=160)
+    file, gate = tiny_search(folder, search__stop={"share": 0.7}), Gate(folder / "gate")
     sessions: dict[str, Session] = {}
     left: dict[str, list[int]] = {}
+    depths = itertools.count(1)
+    gate.bound("components", 0)
 
     def session(name: str) -> Driver:
-        return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1")
+        return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1", gate=gate)
 
     def over(name: str, process: Driver) -> None:
         code = process.wait()
         sessions[name] = Session(code, process.output, last_status(store), rows(store, "evaluations"))
 
     def until_more(process: Driver) -> None:
-        before = num_recorded(store)
+        """One round more is allowed, and some of it is recorded; then the search waits, whatever becomes of it."""
+        before, depth = num_recorded(store), next(depths)
+        gate.bound("components", depth)
         process.until(lambda: num_recorded(store) > before)
 
     with Driver(folder / "undisturbed.log", "run", file, "--store", undisturbed, "--replicas", "1") as calm:
@@ -115,6 +120,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
                 over(name, process)
                 left[name] = [pid for pid in below if not process_ends(pid)]
         with session("driver while validating") as process:
+            gate.bound("components", 19)  # the found plan, but no uniform one: of these it has 20
             process.until(lambda: process.says("held-out"))
             process.signal(signal.SIGKILL)
             over("driver while validating", process)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gated import Gate
 from inprocess import run_here
 from processes import CIRCUMSTANCES, PATIENCE_SECONDS, Driver, Rows, num_recorded, process_ends, rows, tiny_search
 
@@ -51,10 +52,11 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     recovery = {"files": ["text.txt"], "masked_steps": _STEPS - 5, "unmasked_steps": 5, "checkpoint_steps": 5}
     recovery |= {"batch_tokens": 64, "sequence_tokens": 16}
     search = {"strategy": "sparsity", "rounds": [30, 20], "prune": "wanda", "probe_every": 20, "recovery": recovery}
-    file = tiny_search(folder, search=search, prompts__count=64)
+    file = tiny_search(folder, search=search)
+    gate = Gate(folder / "gate")
 
     def session(name: str) -> Driver:
-        return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1")
+        return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1", gate=gate)
 
     def kill(process: Driver) -> None:
         below = process.below("dtmsearch.model.training.main") + process.below("ray::_Host")
@@ -62,10 +64,12 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
         process.wait()
         assert all(process_ends(pid) for pid in below)
 
+    gate.bound("steps", 10)
     with session("training") as process:
         process.until(lambda: last_checkpoint(store) >= 10)
         kill(process)
     killed_at_step = last_checkpoint(store)
+    gate.open()
     with session("probe") as process:
         process.until(lambda: bool(rows(store, "trainings")))
         before = num_recorded(store)

@@ -31,6 +31,8 @@ from dtmsearch.store.store import ResultStore, RunWriter
 # Raise it when the same job would come to other weights.
 _VERSION = 2
 _POLL_SECONDS = 0.2
+# What runs as the process of a training.
+TRAINING_MODULE = "dtmsearch.model.training.main"
 # A training that is interrupted has this long to write its checkpoint.
 _PATIENCE_SECONDS = 120.0
 
@@ -127,7 +129,7 @@ class Recovering:
             raise _failure(folder, code)
 
     def _train_here(self, folder: Path) -> int:
-        command = [sys.executable, "-m", "dtmsearch.model.training.main", str(folder / JOB_FILE)]
+        command = [sys.executable, "-m", TRAINING_MODULE, str(folder / JOB_FILE)]
         stop = folder / STOP_FILE
         stop.unlink(missing_ok=True)
         with (folder / LOG_FILE).open("ab") as log:
