@@ -1,5 +1,52 @@
+"""Kinds of tests, by what their modules import, so that `pytest -m "unit or model"` needs no list to be kept."""
+
+import sys
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # A loaded machine is no failure, and a test that fails in one run fails in the next.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+# The first kind whose modules a test's module, or a helper module of the tests that it imports, has loaded.
+KINDS = {
+    "browser": {"selenium"},
+    "cluster": {"ray"},
+    "process": {"processes", "subprocess", "multiprocessing"},
+    "model": {"torch", "transformers", "tiny", "inprocess"},
+}
+_HERE = Path(__file__).parent
+
+
+def kind_of(module: object) -> str:
+    """The costliest kind of thing that a test's module uses."""
+    used = _used(module)
+    return next((kind for kind, names in KINDS.items() if used & names), "unit")
+
+
+def _used(module: object) -> set[str]:
+    names: set[str] = set()
+    for value in vars(module).values():
+        name = getattr(value, "__module__", None) or getattr(value, "__name__", "")
+        root = name.partition(".")[0] if isinstance(name, str) else ""
+        names.add(root)
+        helper = sys.modules.get(root)
+        if helper is not None and root != getattr(module, "__name__", "") and _is_ours(helper):
+            names |= {r for r in _used(helper) if r in set.union(*KINDS.values())}
+    return names
+
+
+def _is_ours(module: object) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).parent == _HERE and not Path(file).name.startswith(("test_", "conftest"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    found: dict[object, str] = {}
+    for item in items:
+        module = getattr(item, "module", None)
+        if module is not None:
+            kind = found.setdefault(module, kind_of(module))
+            item.add_marker(getattr(pytest.mark, kind))
