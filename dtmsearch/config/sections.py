@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
-from typing import Annotated, Literal, Self
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from dtmsearch.core.calibration import Through
 from dtmsearch.core.metrics import METRICS
@@ -283,11 +285,30 @@ class RecoverySection(Section):
         return self
 
 
+# The strategies of this package, which `dtmsearch.search.strategies` registers under these names, and `sparsity`.
+BUILT_IN_STRATEGIES = (
+    *("probe", "greedy", "beam", "lazy_greedy", "lazy_beam", "knapsack", "sensitivity", "auto", "fisher", "spdy"),
+    *("evolution", "local", "sparsity"),
+)
+
+
+def _known_strategy(name: str) -> str:
+    """A built-in strategy, or one that an installed package has registered; it is not imported for that."""
+    installed = [point.name for point in entry_points(group="dtmsearch.strategies")]
+    if name not in BUILT_IN_STRATEGIES and name not in installed:
+        near = difflib.get_close_matches(name, [*BUILT_IN_STRATEGIES, *installed], 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*BUILT_IN_STRATEGIES, *installed])}"
+        raise ValueError(f"there is no strategy {name!r}; {hint}")
+    return name
+
+
+StrategyName = Annotated[
+    str, AfterValidator(_known_strategy), WithJsonSchema({"type": "string", "examples": list(BUILT_IN_STRATEGIES)})
+]
+
+
 class SearchSection(Section):
-    strategy: Literal[
-        "probe", "greedy", "beam", "lazy_greedy", "lazy_beam",
-        "knapsack", "sensitivity", "auto", "fisher", "spdy", "evolution", "local", "sparsity",
-    ] = "beam"  # fmt: skip
+    strategy: StrategyName = "beam"
     """How plans are chosen."""
     rank_by: Metric = "fdt"
     """The metric that decides."""
@@ -300,6 +321,8 @@ class SearchSection(Section):
     candidate is measured on every prompt."""
     indifference: float = Field(default=0.0, ge=0)
     """With a confidence below 1: candidates leave that cannot be better by more than this, in the metric's unit."""
+    options: dict[str, Any] = {}
+    """Settings of a strategy that another package has registered."""
     audit: float = Field(default=0.002, ge=0, le=1)
     """lazy_greedy, lazy_beam: share of the skipped children that is measured all the same, to tell how often the order
     was wrong."""
@@ -376,6 +399,12 @@ class SearchSection(Section):
         if self.rounds or self.stop.sparsity is None:
             return self.rounds
         return (100.0 * self.stop.sparsity,)
+
+    @model_validator(mode="after")
+    def _whose_options(self) -> SearchSection:
+        if self.options and self.strategy in BUILT_IN_STRATEGIES:
+            raise ValueError(f"options are for strategies of other packages; {self.strategy} has keys of its own")
+        return self
 
     @model_validator(mode="after")
     def _can_keep_fdt(self) -> SearchSection:

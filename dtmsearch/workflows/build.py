@@ -86,8 +86,8 @@ def strategy_of(
     take: TakePrices | None = None,
 ) -> Strategy:
     """The strategy of a search file, which asks for evaluations against a reference of the file's prompts. `errors`
-    are what some strategies (`NEED_ERRORS`) know of schemes without measuring them; `calibration_id` names the text
-    by which calibrated schemes are calibrated; `take` takes prices for strategies that want them (`TAKE_PRICES`)."""
+    are what some strategies (`needs_errors`) know of schemes without measuring them; `calibration_id` names the text by
+    which calibrated schemes are calibrated; `take` takes prices for strategies that want them (`takes_prices`)."""
     section = file.search
     if section.strategy == "sparsity":
         return sparsity_search_of(file, space, reference_id, calibration_id=calibration_id)
@@ -103,6 +103,7 @@ def strategy_of(
         indifference=section.indifference,
         continuation_tokens=file.prompts.continuation_tokens,
         audit=section.audit,
+        options=section.options,
         seed=file.seed,
         solver=_solver_settings(file, errors, take),
     )

@@ -20,7 +20,7 @@ from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Procedure
-from dtmsearch.search.strategies.strategy_registry import TAKE_PRICES
+from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.workflows.build import extra_metrics_of, space_of, strategy_of
 
 # So many plans are tested where one is to be shown to keep an FDT.
@@ -122,7 +122,7 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> 
         one = [[nominal[c.name, s] ** 0.5 for s in space.schemes] for c in space.components]
         return np.full((samples[1] - samples[0], len(one), len(space.schemes)), one, np.float32)
 
-    prices = take if file.search.strategy in TAKE_PRICES else None
+    prices = take if STRATEGIES[file.search.strategy].takes_prices else None
     strategy = strategy_of(file, space, reference_id="", errors=nominal, take=prices)
     asks = strategy.ask()
     layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]

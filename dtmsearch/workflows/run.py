@@ -29,7 +29,7 @@ from dtmsearch.search.loop import Decision, Observer, Silent, Strategy, remarks_
 from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
-from dtmsearch.search.strategies.strategy_registry import NEED_ERRORS, TAKE_PRICES
+from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
 from dtmsearch.workflows.calibrate import Calibrating
@@ -271,9 +271,9 @@ class _Session:
             recover = self._recovering(pool, calibration_id)
             errors, outliers = calibrating.pruning_errors(space.components), calibrating.outliers()
             return sparsity_search_of(self._file, space, reference.id, recover, errors, outliers, calibration_id)
-        name = self._file.search.strategy
-        take = self._taking_prices(pool, space, reference, calibration_id) if name in TAKE_PRICES else None
-        known = name in NEED_ERRORS and take is None
+        kind = STRATEGIES[self._file.search.strategy]
+        take = self._taking_prices(pool, space, reference, calibration_id) if kind.takes_prices else None
+        known = kind.needs_errors and take is None
         known_errors = calibrating.errors(space.components, space.schemes) if known else None
         return strategy_of(self._file, space, reference.id, known_errors, calibration_id, take)
 
@@ -283,7 +283,7 @@ class _Session:
         """What takes prices; None where they cannot be had and the strategy does without. Raises `UserError`."""
         problem = pool.unpriceable([component.name for component in space.components])
         name = self._file.search.strategy
-        if problem and name not in NEED_ERRORS:
+        if problem and not STRATEGIES[name].needs_errors:
             raise UserError(f"strategy: {name} needs prices, which cannot be had: {problem}. Use auto or sensitivity")
         if problem:
             self._observer.on_note(f"{name} probes components one by one, for prices cannot be had: {problem}")

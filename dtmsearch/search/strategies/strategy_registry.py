@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+from dtmsearch.core.registry import Registry
 from dtmsearch.search.loop import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
@@ -18,11 +19,6 @@ from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
 from dtmsearch.search.strategies.racing import Racing
 from dtmsearch.search.strategies.rounds import RequestFactory
-
-# Strategies that need the weight errors of every component under every scheme.
-NEED_ERRORS = frozenset({"sensitivity", "auto", "spdy"})
-# Strategies that take prices.
-TAKE_PRICES = frozenset({"fisher"})
 
 
 @dataclass(frozen=True)
@@ -40,55 +36,107 @@ class SolverSettings:
     take: TakePrices | None = None
 
 
+@dataclass(frozen=True)
+class StrategyInputs:
+    """What a strategy is made of; each takes what it has a use for.
+
+    `request_for` (plan, parent) makes the request of an evaluation. `continuation_tokens` bounds FDT. `options` is the
+    search file's `search.options`, for strategies of other packages; `solver` what the built-in ones around the solver
+    are given.
+    """
+
+    space: SearchSpace
+    request_for: RequestFactory
+    rank_by: str = "fdt"
+    width: int = 10
+    expand: Literal["all"] | int = "all"
+    min_fdt: float | None = None
+    confidence: float = 1.0
+    indifference: float = 0.0
+    continuation_tokens: int = 0
+    audit: float = 0.0
+    seed: int = 0
+    solver: SolverSettings = SolverSettings()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StrategyType:
+    """A strategy by its name: how it is made (at its start: replay brings it to where a search was), whether it needs
+    the weight errors of every component under every scheme, and whether it takes prices."""
+
+    make: Callable[[StrategyInputs], Strategy]
+    needs_errors: bool = False
+    takes_prices: bool = False
+
+
+STRATEGIES: Registry[StrategyType] = Registry("dtmsearch.strategies", "strategy")
+
+
 def make_strategy(
-    name: str,
-    space: SearchSpace,
-    request_for: RequestFactory,
-    rank_by: str = "fdt",
-    width: int = 10,
-    expand: Literal["all"] | int = "all",
-    min_fdt: float | None = None,
-    confidence: float = 1.0,
-    indifference: float = 0.0,
-    continuation_tokens: int = 0,
-    audit: float = 0.0,
-    seed: int = 0,
-    solver: SolverSettings = SolverSettings(),
+    name: str, space: SearchSpace, request_for: RequestFactory, rank_by: str = "fdt", **settings: Any
 ) -> Strategy:
-    """A strategy at its start; each takes of the settings what it has a use for. A new strategy is a line here."""
-    errors = solver.errors or {}
+    """A strategy at its start. `settings` are fields of `StrategyInputs`. Raises `UserError` for an unknown name."""
+    return STRATEGIES[name].make(StrategyInputs(space, request_for, rank_by, **settings))
 
-    def racing(keep: int) -> Racing | None:
-        if confidence == 1.0:
-            return None
+
+def _beam(inputs: StrategyInputs, width: int) -> Beam:
+    racing = None
+    if inputs.confidence < 1.0:
         # Where a component may be compressed more than once, rounds can share plans.
-        remember = space.budget.limits_size
-        return Racing(rank_by, keep, confidence, continuation_tokens, remember, indifference)
+        remember = inputs.space.budget.limits_size
+        racing = Racing(
+            *(inputs.rank_by, width, inputs.confidence, inputs.continuation_tokens, remember, inputs.indifference)
+        )
+    return Beam(inputs.space, inputs.request_for, inputs.rank_by, width, inputs.expand, inputs.min_fdt, racing)
 
-    def lazy(keep: int) -> Lazy:
-        return Lazy(space, request_for, rank_by, keep, expand, min_fdt, audit, seed, continuation_tokens)
 
-    def auto(effort: Effort) -> Auto:
-        return Auto(space, request_for, errors, rank_by, effort, seed, min_fdt, continuation_tokens)
+def _lazy(inputs: StrategyInputs, width: int) -> Lazy:
+    how = inputs.rank_by, width, inputs.expand, inputs.min_fdt, inputs.audit, inputs.seed, inputs.continuation_tokens
+    return Lazy(inputs.space, inputs.request_for, *how)
 
-    def priced(take: TakePrices) -> PricedAuto:
-        return PricedAuto(space, request_for, take, rank_by, solver.auto, seed, min_fdt, continuation_tokens)
 
-    def fisher() -> Fisher:
-        return Fisher(space, request_for, solver.take, rank_by, solver.fisher_samples, continuation_tokens, seed)
+def _by_errors(inputs: StrategyInputs, effort: Effort) -> Auto:
+    errors, keep = inputs.solver.errors or {}, (inputs.min_fdt, inputs.continuation_tokens)
+    return Auto(inputs.space, inputs.request_for, errors, inputs.rank_by, effort, inputs.seed, *keep)
 
-    makers: dict[str, Callable[[], Strategy]] = {
-        "probe": lambda: Probe(space, request_for, rank_by),
-        "greedy": lambda: Beam(space, request_for, rank_by, 1, expand, min_fdt, racing(1)),
-        "beam": lambda: Beam(space, request_for, rank_by, width, expand, min_fdt, racing(width)),
-        "lazy_greedy": lambda: lazy(1),
-        "lazy_beam": lambda: lazy(width),
-        "knapsack": lambda: Knapsack(space, request_for, rank_by, solver.knapsack_prompts, seed),
-        "sensitivity": lambda: auto(replace(solver.auto, rounds=0, polish_prompts=0)),
-        "auto": lambda: auto(solver.auto) if solver.take is None else priced(solver.take),
-        "fisher": fisher,
-        "spdy": lambda: Spdy(space, request_for, errors, rank_by, solver.spdy, seed),
-        "evolution": lambda: Evolution(space, request_for, rank_by, solver.evolution, seed),
-        "local": lambda: Local(space, request_for, rank_by, solver.local, seed),
-    }
-    return makers[name]()
+
+def _auto(inputs: StrategyInputs) -> Strategy:
+    take, effort = inputs.solver.take, inputs.solver.auto
+    if take is None:
+        return _by_errors(inputs, effort)
+    keep = inputs.min_fdt, inputs.continuation_tokens
+    return PricedAuto(inputs.space, inputs.request_for, take, inputs.rank_by, effort, inputs.seed, *keep)
+
+
+def _fisher(inputs: StrategyInputs) -> Fisher:
+    samples, tokens = inputs.solver.fisher_samples, inputs.continuation_tokens
+    return Fisher(inputs.space, inputs.request_for, inputs.solver.take, inputs.rank_by, samples, tokens, inputs.seed)
+
+
+def _ranked(strategy: Callable[..., Strategy], settings: Callable[[SolverSettings], Any]) -> StrategyType:
+    """A strategy of space, requests, metric, settings and seed."""
+    return StrategyType(lambda i: strategy(i.space, i.request_for, i.rank_by, settings(i.solver), i.seed))
+
+
+STRATEGIES.add("probe", StrategyType(lambda i: Probe(i.space, i.request_for, i.rank_by)))
+STRATEGIES.add("greedy", StrategyType(lambda i: _beam(i, 1)))
+STRATEGIES.add("beam", StrategyType(lambda i: _beam(i, i.width)))
+STRATEGIES.add("lazy_greedy", StrategyType(lambda i: _lazy(i, 1)))
+STRATEGIES.add("lazy_beam", StrategyType(lambda i: _lazy(i, i.width)))
+STRATEGIES.add("auto", StrategyType(_auto, needs_errors=True))
+STRATEGIES.add("fisher", StrategyType(_fisher, takes_prices=True))
+STRATEGIES.add(
+    "sensitivity",
+    StrategyType(lambda i: _by_errors(i, replace(i.solver.auto, rounds=0, polish_prompts=0)), needs_errors=True),
+)
+STRATEGIES.add("knapsack", _ranked(Knapsack, lambda solver: solver.knapsack_prompts))
+STRATEGIES.add("evolution", _ranked(Evolution, lambda solver: solver.evolution))
+STRATEGIES.add("local", _ranked(Local, lambda solver: solver.local))
+STRATEGIES.add(
+    "spdy",
+    StrategyType(
+        lambda i: Spdy(i.space, i.request_for, i.solver.errors or {}, i.rank_by, i.solver.spdy, i.seed),
+        needs_errors=True,
+    ),
+)
