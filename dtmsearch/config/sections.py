@@ -120,7 +120,7 @@ class CalibrationSection(Section):
     """Draws the rows."""
     through: Through = "base"
     """What the text has passed where GPTQ and SparseGPT solve for a layer: the layers below as the base model has them,
-    or compressed by the same scheme."""
+    or compressed by the same scheme, which helps uniform plans more than those of several schemes."""
 
 
 class ComponentsSection(Section):
