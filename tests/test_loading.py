@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import llama_config, replica, write_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.evaluation import ModelSpec
@@ -93,6 +93,28 @@ def test_tensors_that_are_not_the_models_are_named(
 def test_a_configuration_of_another_model_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         check(with_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, part: t.pop(part),
+        lambda t, part: t.update({part: torch.ones(5, 7)}),
+        lambda t, part: t.update({part.replace("experts.1", "experts.9"): t[part].clone()}),
+    ],
+    ids=["missing", "another shape", "one too many"],
+)
+def test_an_expert_that_cannot_be_put_together_is_named(
+    tmp_path: Path, change: Callable[[Tensors, str], object]
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=258, num_key_value_heads=2, num_local_experts=4, **sizes)
+    path = write_model(tmp_path, config) / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors, "model.layers.1.block_sparse_moe.experts.1.w1.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"a part of model\.layers\.1\.mlp\.experts\.gate_up_proj, or has one too many"):
+        check(tmp_path)
 
 
 def test_loading_refuses_what_it_would_fill_at_random(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices:
     if spec.trust_remote_code:
         log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
     with _explained("model", folder):
-        model, loading = _without_report(AutoModelForCausalLM.from_pretrained)(
+        model, loading = _without_report(folder, AutoModelForCausalLM.from_pretrained)(
             folder,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
@@ -122,9 +122,11 @@ def check_tensors(folder: Path, model: Any) -> None:
         for path in weight_files(folder)
         for name, (dtype, shape) in read_header(path).items()
     }
-    load = _without_report(type(model).from_pretrained)
+    load = _without_report(folder, type(model).from_pretrained)
     try:
         loaded, loading = load(None, config=model.config, state_dict=state, device_map={"": "meta"}, dtype=model.dtype)
+    except UserError:
+        raise
     except Exception as error:  # whatever a family's code needs values for; it is loaded with them next
         log.debug("the tensors of %s are not checked before they are loaded: %s", folder, error)
         return
@@ -137,8 +139,9 @@ def _torch_dtype(name: str) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else _INTEGERS.get(name, torch.uint8)
 
 
-def _without_report(load: Callable[..., Any]) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
-    """A loader of transformers that gives also what it found amiss, which we say, and does not print it."""
+def _without_report(folder: Path, load: Callable[..., Any]) -> Callable[..., tuple[Any, Mapping[str, Any]]]:
+    """A loader of transformers that gives also what it found amiss in a folder, which we say, and does not print it.
+    Raises `UserError` where it cannot put tensors together, as it does with those of experts."""
 
     def quiet(*arguments: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
         before = transformers_logging.get_verbosity()
@@ -148,11 +151,31 @@ def _without_report(load: Callable[..., Any]) -> Callable[..., tuple[Any, Mappin
             found: tuple[Any, Mapping[str, Any]] = load(
                 *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+        except RuntimeError as error:
+            names = _unconverted(error)
+            if not names:
+                raise
+            raise UserError(
+                f"the checkpoint at {folder} lacks a part of {_listed(names)}, or has one too many or of another "
+                "shape: transformers cannot put together the tensors that these are made of"
+            ) from error
         finally:
             transformers_logging.set_verbosity(before)
         return found
 
     return quiet
+
+
+def _unconverted(error: RuntimeError) -> list[str]:
+    """The parameters that could not be made of a checkpoint's tensors. transformers prints them, but its error does not
+    hold them: they are in the frames that it came through."""
+    trace = error.__traceback__
+    while trace is not None:
+        found = getattr(trace.tb_frame.f_locals.get("loading_info"), "conversion_errors", None)
+        if found:
+            return sorted(found)
+        trace = trace.tb_next
+    return []
 
 
 def _refuse_other_tensors(folder: Path, model: Any, loading: Mapping[str, Any]) -> None:
