@@ -84,13 +84,18 @@ def test_only_the_plan_and_its_rivals_are_measured_to_choose() -> None:
     assert plans == {PLAN.id, *(SPACE.uniform(s).id for s in (*uniform_rivals(SPACE, PLAN), "int4-channel"))}
 
 
-def test_of_the_rivals_the_chosen_one_alone_is_reported() -> None:
+def test_of_the_rivals_the_chosen_one_alone_is_reported_and_it_is_no_larger_than_what_takes_the_plans_place() -> None:
     log = MemoryLog()
-    judged(CHOICE, log)
-    labels = {record.label for record in log.records if record.purpose == "validation"}
-    assert labels - {f"uniform:{uniform_rivals(SPACE, PLAN)[0]}"} == {
-        *("plan", "base", "uniform:int4-channel", "uniform:int8-channel")
+    final = judged(CHOICE, log).plan
+    others = {
+        record.label: record.request.plan
+        for record in log.records
+        if record.purpose == "validation"
+        and record.label not in ("plan", "base", "uniform:int4-channel", "uniform:int8-channel")
     }
+    ((label, plan),) = others.items()
+    assert label in {f"uniform:{s}" for s in uniform_rivals(SPACE, PLAN)}
+    assert SPACE.size(plan).stored_bits <= 1.01 * SPACE.size(final).stored_bits
 
 
 def test_without_prompts_to_choose_by_all_rivals_are_reported() -> None:

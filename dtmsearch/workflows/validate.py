@@ -103,15 +103,18 @@ class Validation:
         }
         outcomes = measure(requests, self.pool, self.writer, "choice", stop_requested)
         metric = self.file.search.rank_by
-        rival = best_rival(self.space, asked, outcomes, metric)
-        if stays:
-            return None, rival
-        replacing = {
-            label: other
-            for label, other in asked.items()
-            if label == _PLAN or may_take_its_place(self.space, plans[_PLAN], other)
-        }
-        return better_uniform(self.space, replacing, outcomes, metric), rival
+        better = None
+        if not stays:
+            replacing = {
+                label: other
+                for label, other in asked.items()
+                if label == _PLAN or may_take_its_place(self.space, plans[_PLAN], other)
+            }
+            better = better_uniform(self.space, replacing, outcomes, metric)
+        # What takes the place of the plan has rivals of at most its own size.
+        final = asked[better or _PLAN]
+        others = {label: other for label, other in asked.items() if label not in (better, _PLAN)} | {_PLAN: final}
+        return better, best_rival(self.space, others, outcomes, metric)
 
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
         requests = {label: whole_request(plan, self.reference, calibration_id) for label, plan in plans.items()}
