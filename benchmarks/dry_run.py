@@ -83,7 +83,7 @@ def main(files: tuple[str, ...], strategies: str, overrides: tuple[str, ...]) ->
     )
     for path in files or own:
         for strategy in strategies.split(","):
-            file = load(path, (*overrides, f"search.strategy={strategy}"))
+            file = load(path, (*overrides, f"search.strategy={strategy}"), strategies.split(","))
             click.echo(foretold_and_found(file))
     ray.shutdown()
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from fakes import request_for, run_search, toy_components
 from numpy.typing import NDArray
 from solving import errors_of
+from stores import run_record
 
-from dtmsearch.config import SearchFile, difference, json_schema, load, parse
-from dtmsearch.config.sections import BUILT_IN_STRATEGIES
+from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse, recorded
+from dtmsearch.config.sections import BUILT_IN_STRATEGIES, USED_BY
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
@@ -259,7 +262,7 @@ HEAD = "run: toy\nmodel: {path: toy}\nprompts: {files: [a.txt]}\n"
     ("rounds", "message"),
     [
         ("rounds: [60, 45]", r"rounds add up to 105 points, but there are 100"),
-        ("width: 3", r"needs rounds, such as \[20, 15, 10\], or stop.sparsity"),
+        ("cap: 0.9", r"needs rounds, such as \[20, 15, 10\], or stop.sparsity"),
         ("rounds: [20]\n  schemes: [magnitude-0.5]", "no schemes"),
         ("rounds: [20]\n  recovery: {files: [a], masked_steps: 0, unmasked_steps: 0}", "are both 0"),
         ("rounds: [20]\n  recovery: {files: [a], batch_tokens: 256}", "batch_tokens 256 is less than 1 x"),
@@ -268,6 +271,52 @@ HEAD = "run: toy\nmodel: {path: toy}\nprompts: {files: [a.txt]}\n"
 def test_a_sparsity_search_that_cannot_be_is_explained(rounds: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(f"{HEAD}search:\n  strategy: sparsity\n  {rounds}\n", "search.yaml", Path())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "users"),
+    [
+        ("greedy", "width: 10", "search.width is a key of beam, lazy_beam"),  # also where the value is the default
+        ("auto", "expand: 3", "search.expand is a key of greedy, beam, lazy_greedy, lazy_beam"),
+        ("knapsack", "confidence: 0.99", "search.confidence is a key of greedy, beam"),
+        ("beam", "audit: 0.1", "search.audit is a key of lazy_greedy, lazy_beam"),
+        ("beam", "auto: {rounds: 2}", "search.auto is a key of auto, sensitivity"),
+        ("sensitivity", "auto: {probe_prompts: 2, rounds: 2}", r"search.auto.rounds is a key of auto"),
+        ("auto", "knapsack: {prompts: 8}", "search.knapsack is a key of knapsack"),
+        ("beam", "rounds: [20]", "search.rounds is a key of sparsity"),
+        ("beam", "recovery: {files: [a]}", "search.recovery is a key of sparsity"),
+    ],
+)
+def test_a_key_of_other_strategies_is_an_error_that_names_them(strategy: str, key: str, users: str) -> None:
+    text = f"{HEAD}search:\n  strategy: {strategy}\n  schemes: [nf4]\n  {key}\n"
+    with pytest.raises(UserError, match=f"{strategy} does not use every key that is given: {users}"):
+        parse(text, "search.yaml", Path())
+
+
+def test_every_key_that_only_some_strategies_use_is_one_of_the_files() -> None:
+    sections = {"": SearchSection, **{name: type(getattr(read().search, name)) for name in ("auto",)}}
+    for key, users in USED_BY.items():
+        parent, _, last = key.rpartition(".")
+        assert last in sections[parent].model_fields
+        assert set(users) <= set(BUILT_IN_STRATEGIES)
+
+
+def test_a_key_set_to_null_is_left_out() -> None:
+    file = read(TEXT, "search.width=4", "search.strategy=greedy", "search.width=null")
+    assert file.search.strategy == "greedy"
+
+
+@pytest.mark.parametrize("strategy", BUILT_IN_STRATEGIES)
+def test_a_file_that_is_written_out_is_read_again(strategy: str) -> None:
+    rest = "rounds: [20]" if strategy == "sparsity" else "schemes: [nf4]"
+    file = parse(f"{HEAD}search:\n  strategy: {strategy}\n  {rest}\n", "search.yaml", Path())
+    assert parse(file.to_yaml(), "search.yaml", Path()) == file
+
+
+def test_what_an_older_dtmsearch_recorded_is_read_with_the_keys_that_it_did_not_use() -> None:
+    written = yaml.safe_load(read(TEXT, "search.strategy=greedy").to_yaml())
+    written["search"] |= {"width": 4, "auto": {"rounds": 5}, "recovery": None, "rounds": []}
+    assert recorded(run_record(config=yaml.safe_dump(written))).search == read(TEXT, "search.strategy=greedy").search
 
 
 def test_a_single_sparsity_is_a_single_round() -> None:

@@ -123,7 +123,9 @@ class Pair:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     beam = tiny_search(folder, search__width=1, search__stop={"share": 0.3})
-    greedy = tiny_search(folder, run="greedy", search__strategy="greedy", search__stop={"share": 0.3})
+    greedy = tiny_search(
+        folder, run="greedy", search__strategy="greedy", search__width=None, search__stop={"share": 0.3}
+    )
     with ThreadPoolExecutor() as pool:
         first = pool.submit(dtmsearch, "run", beam, "--store", folder / "beam", "--replicas", "1")
         second = pool.submit(ended, [sys.executable, "-c", FROM_PYTHON, str(greedy), str(folder / "greedy")])

@@ -211,8 +211,9 @@ def test_a_replica_in_stages_has_no_prices_and_it_says_so(folder: Path) -> None:
 
 
 def test_a_search_by_prices_alone_ends_with_a_plan_and_goes_on_from_what_is_priced(tmp_path: Path) -> None:
+    effort = {"search__width": None, "search__fisher": {"samples": 40}}
     path = tiny_search(tmp_path, search__strategy="fisher", search__schemes=["int3-channel", "int4-channel"],
-                       search__stop={"bits_per_weight": 4.5}, search__fisher={"samples": 40})  # fmt: skip
+                       search__stop={"bits_per_weight": 4.5}, **effort)  # fmt: skip
     run_here(path, tmp_path / "store")
     results = ResultStore(tmp_path / "store")
     (run,) = results.runs()

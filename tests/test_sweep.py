@@ -94,6 +94,11 @@ def test_every_combination_is_a_search(tmp_path: Path) -> None:
     ]
 
 
+def test_each_strategy_of_a_sweep_takes_of_the_base_file_what_it_uses(tmp_path: Path) -> None:
+    _, files = load_sweep(sweep_file(tmp_path, {"search.strategy": ["beam", "greedy"]}))
+    assert [f.search.strategy for f in files] == ["beam", "greedy"]
+
+
 def test_searches_with_long_names_keep_names_of_their_own(tmp_path: Path) -> None:
     schemes = [[f"int{bits}-g{group}" for group in range(1, 30)] for bits in (4, 8)]
     _, files = load_sweep(sweep_file(tmp_path, {"search.schemes": schemes}))

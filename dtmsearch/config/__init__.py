@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from dtmsearch.config.sections import (
     Section,
     Seed,
     ValidationSection,
+    leave_out_unused,
 )
 from dtmsearch.core.calibration import Through
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.records import RunRecord
 from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
 
@@ -44,6 +46,7 @@ __all__ = [
     "json_schema",
     "load",
     "parse",
+    "recorded",
     "recovery_of",
     "section_of",
 ]
@@ -139,25 +142,48 @@ class SearchFile(Section):
 
     def to_yaml(self) -> str:
         """The file as YAML with every default written out, so that two files that mean the same read the same."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        content = self.model_dump(mode="json")
+        leave_out_unused(content["search"])
+        return yaml.safe_dump(content, sort_keys=False)
 
 
-def load(path: str | Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+def load(path: str | Path, overrides: tuple[str, ...] = (), beside: Collection[str] = ()) -> SearchFile:
     """Read a search file and apply overrides such as `search.width=4`. Raises `UserError` for a user's mistake."""
     path = Path(path)
-    return parse(read_text(path, "search file", MOST_BYTES), str(path), path.absolute().parent, overrides)
+    return parse(read_text(path, "search file", MOST_BYTES), str(path), path.absolute().parent, overrides, beside)
 
 
-def parse(text: str, source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
-    """A search file from its text; `source` names it in errors, `folder` is where its relative paths start."""
-    return from_mapping(read_yaml(text, source), source, folder, overrides)
+def parse(
+    text: str,
+    source: str,
+    folder: Path,
+    overrides: tuple[str, ...] = (),
+    beside: Collection[str] | None = (),
+) -> SearchFile:
+    """A search file from its text; `source` names it in errors, `folder` is where its relative paths start. Keys that
+    only strategies `beside` its own use are left out, where they are an error otherwise; None: of any strategy."""
+    return from_mapping(read_yaml(text, source), source, folder, overrides, beside)
 
 
-def from_mapping(content: Mapping[str, Any], source: str, folder: Path, overrides: tuple[str, ...] = ()) -> SearchFile:
+def recorded(record: RunRecord) -> SearchFile:
+    """The search file that a run was started from. An older dtmsearch wrote out every strategy's keys, and let keys
+    stand that its own did not use."""
+    return parse(record.config, f"the search file of run {record.run}", Path(record.config_folder), beside=None)
+
+
+def from_mapping(
+    content: Mapping[str, Any],
+    source: str,
+    folder: Path,
+    overrides: tuple[str, ...] = (),
+    beside: Collection[str] | None = (),
+) -> SearchFile:
     """A search file from its keys and values; otherwise as `parse`."""
     values = copy.deepcopy(dict(content))
     for override in overrides:
         override_key(values, override)
+    if isinstance(values.get("search"), dict):
+        leave_out_unused(values["search"], beside)
     try:
         file = SearchFile.model_validate(values)
     except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Collection
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, Self
 
@@ -305,6 +306,36 @@ def _known_strategy(name: str) -> str:
 StrategyName = Annotated[
     str, AfterValidator(_known_strategy), WithJsonSchema({"type": "string", "examples": list(BUILT_IN_STRATEGIES)})
 ]
+_AUTO, _SPARSITY = ("auto",), ("sparsity",)
+# Keys of `search` that only some strategies use, `a.b` within a section; all others hold for every strategy.
+USED_BY: dict[str, tuple[str, ...]] = {
+    "width": ("beam", "lazy_beam"),
+    "expand": ("greedy", "beam", "lazy_greedy", "lazy_beam"),
+    "confidence": ("greedy", "beam"),
+    "indifference": ("greedy", "beam"),
+    "audit": ("lazy_greedy", "lazy_beam"),
+    "auto": ("auto", "sensitivity"),
+    **dict.fromkeys(("auto.samples", "auto.slopes", "auto.rounds", "auto.plans"), _AUTO),
+    **dict.fromkeys(("auto.correction_prompts", "auto.polish_prompts"), _AUTO),
+    **{name: (name,) for name in ("fisher", "knapsack", "spdy", "evolution", "local")},
+    **dict.fromkeys(("rounds", "allocate", "prune", "probe_points", "probe_every", "cap", "recovery"), _SPARSITY),
+}
+
+
+def leave_out_unused(search: dict[str, Any], strategies: Collection[str] | None = None) -> None:
+    """Take out of the keys of a `search` section those that its strategy does not use: all of them, or of `strategies`
+    only those that one of these uses. A key that is null is none, and goes in any case. What a strategy of another
+    package uses is not known here."""
+    strategy = search.get("strategy", SearchSection.model_fields["strategy"].default)
+    if strategy not in BUILT_IN_STRATEGIES:
+        return
+    for key, users in USED_BY.items():
+        parent, _, last = key.rpartition(".")
+        section = search.get(parent) if parent else search
+        if strategy in users or not isinstance(section, dict) or last not in section:
+            continue
+        if section[last] is None or strategies is None or not set(users).isdisjoint(strategies):
+            del section[last]
 
 
 class SearchSection(Section):
@@ -374,12 +405,29 @@ class SearchSection(Section):
         return names
 
     @model_validator(mode="after")
+    def _only_keys_that_the_strategy_uses(self) -> SearchSection:
+        others = [key for key, users in USED_BY.items() if self.strategy not in users and self._is_set(key)]
+        if self.strategy not in BUILT_IN_STRATEGIES:
+            return self
+        whole = [key for key in others if key.partition(".")[0] not in others or "." not in key]
+        if whole:
+            used = "; ".join(f"search.{key} is a key of {', '.join(USED_BY[key])}" for key in whole)
+            raise ValueError(
+                f"search.strategy: {self.strategy} does not use every key that is given: {used}. Take such a strategy, "
+                f"or leave the key out (--set search.{whole[0]}=null)"
+            )
+        return self
+
+    def _is_set(self, key: str) -> bool:
+        parent, _, last = key.rpartition(".")
+        section: Section = getattr(self, parent) if parent else self
+        return last in section.model_fields_set and (not parent or parent in self.model_fields_set)
+
+    @model_validator(mode="after")
     def _what_the_strategy_needs(self) -> SearchSection:
         if self.strategy != "sparsity":
             if not self.schemes:
                 raise ValueError("search.schemes is missing: the schemes to choose from, such as [int8-channel]")
-            if self.rounds or self.recovery is not None:
-                raise ValueError(f"rounds and recovery go with strategy: sparsity, not with {self.strategy}")
             return self
         if self.schemes:
             raise ValueError("strategy: sparsity takes prune: magnitude, wanda, ... and shares of its own, no schemes")
@@ -416,8 +464,6 @@ class SearchSection(Section):
     def _can_race(self) -> SearchSection:
         if self.indifference and self.confidence == 1.0:
             raise ValueError("indifference says when a candidate may leave early, which needs a confidence below 1")
-        if self.confidence < 1.0 and self.strategy not in ("greedy", "beam"):
-            raise ValueError(f"confidence: {self.strategy} needs every value; greedy and beam can do with fewer")
         if self.confidence < 1.0 and self.rank_by not in ("fdt", "sdt", "kl"):
             raise ValueError(
                 f"confidence below 1 goes with rank_by fdt, sdt or kl, got {self.rank_by}: the values of a perplexity "

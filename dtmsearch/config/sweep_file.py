@@ -62,7 +62,8 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> tuple[SweepFile, 
 def _search(sweep: SweepFile, base: Path, overrides: tuple[str, ...], values: tuple[Any, ...]) -> SearchFile:
     chosen = dict(zip(sweep.grid, values, strict=True))
     settings = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
-    return load(base, (*overrides, *settings, f"run={run_name(sweep, chosen)}"))
+    strategies = sweep.grid.get("search.strategy", ())  # of several, each takes of the base file what it uses
+    return load(base, (*overrides, *settings, f"run={run_name(sweep, chosen)}"), [str(name) for name in strategies])
 
 
 def run_name(sweep: SweepFile, chosen: dict[str, Any]) -> str:

@@ -67,7 +67,7 @@ def _find_run(source: str, results: ResultStore, model: str | None, weights_id: 
     plan = results.plan(record.final_plan_id, source)
     if plan is None:
         raise UserError(f"the final plan of run {source!r} is not in the store")
-    file = config.parse(record.config, f"the search file of run {source}", Path(record.config_folder))
+    file = config.recorded(record)
     spec = _spec(file, model)
     manifest = read_manifest(spec)
     if manifest.id != record.manifest_id:
@@ -101,7 +101,7 @@ def _find_file(source: str, results: ResultStore, model: str | None, weights_id:
     record = results.run(recorded.run)
     if record is None:  # measured by `evaluate`, which keeps no record of its file
         return Source(plan, _spec_of_mode(spec.path, recorded.reference.mode), manifest, recorded, None, over)
-    file = config.parse(record.config, f"the search file of run {recorded.run}", Path(record.config_folder))
+    file = config.recorded(record)
     return Source(plan, _spec(file, spec.path), manifest, recorded, file, over)
 
 

@@ -29,7 +29,7 @@ def open_store(url: str) -> ResultStore:
 def stored_file(results: ResultStore, run_name: str) -> SearchFile:
     """The search file that a run was started from, as the store remembers it."""
     record = record_of(results, run_name)
-    return config.parse(record.config, f"the search file of run {run_name}", Path(record.config_folder))
+    return config.recorded(record)
 
 
 def check_continuable(results: ResultStore, file: SearchFile) -> None:
@@ -63,7 +63,7 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
     if previous is None or previous.reference_id is None:
         return None
     # As this version writes it: a key that came later stands there with its default.
-    before = config.parse(previous.config, f"the search file of run {file.run}", Path(previous.config_folder))
+    before = config.recorded(previous)
     changes = config.difference(before.to_yaml(), file.to_yaml())
     if changes:
         lines = "\n  ".join(changes)
