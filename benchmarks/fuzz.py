@@ -116,7 +116,6 @@ PLAUSIBLE: tuple[tuple[str, Any], ...] = (
     ("prompts.count", (1, 10, 10**5)),
     ("prompts.prompt_tokens", (1, 100, 10**6)),
     ("prompts.files", (["text.txt", "held-out.txt"], ["*.txt"], ["search.yaml"], ["text.txt", "text.txt"])),
-    ("prompts.dataset", ({"path": "nowhere/nothing"}, {"path": "text", "split": "x"})),
     ("validation", (None, {"count": 1}, {"files": ["text.txt"]}, {"count": 10**5})),
     ("calibration", ({"count": 4}, {"tokens": 10**6}, {"files": ["held-out.txt"], "count": 2})),
     ("model.dtype", ("float16", "bfloat16")),

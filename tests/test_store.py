@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contracts import ResultLogContract, ids, make_record, make_records, make_request
+from contracts import ResultLogContract, ids, make_record, make_records, make_request, make_step
 from fakes import MODE, REFERENCE_ID, MemoryLog, toy_components, toy_manifest
 from stores import as_format_1, bucket, opened, refuse, replayed, run_record
 
@@ -231,3 +231,36 @@ def test_writing_to_a_read_only_store_is_refused(tmp_path: Path, monkeypatch: py
     refuse(monkeypatch, errno.EROFS)
     with pytest.raises(StoreReadOnly, match="Read-only file system"), ResultStore(tmp_path / "store").writer("run"):
         pass
+
+
+def out_of_memory(number: int) -> EvaluationRecord:
+    return make_record(number, EvalFailure(make_request(number).id, "out_of_memory", "too large"))
+
+
+def test_what_ran_out_of_memory_is_asked_again_only_when_the_user_says_so(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    with opened(store) as writer:
+        writer.append([make_record(0), out_of_memory(1)])
+    with store.writer("run") as writer:
+        assert ids(list(writer.replay())) == ids([make_record(0), make_record(1)])
+    with store.writer("run", retry_out_of_memory=True) as writer:
+        assert ids(list(writer.replay())) == ids([make_record(0)])
+
+
+def test_what_was_measured_after_it_ran_out_of_memory_counts(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    for record in (out_of_memory(1), make_record(1)):
+        with store.writer("run", retry_out_of_memory=True) as writer:
+            writer.put_components(toy_manifest(), toy_components())
+            writer.append([record])
+    with store.writer("run") as writer:
+        assert [isinstance(outcome, EvalFailure) for outcome in writer.replay()] == [False]
+
+
+def test_what_a_recorded_decision_rests_on_is_not_asked_again(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    with opened(store) as writer:
+        writer.append([out_of_memory(1)])
+        writer.decide([make_step(0)])
+    with store.writer("run", retry_out_of_memory=True) as writer:
+        assert ids(list(writer.replay())) == ids([make_record(1)])

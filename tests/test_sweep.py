@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE_SECONDS, Ended, dtmsearch, num_recorded, tiny_search, without_ray
 
-from dtmsearch.config.sweep_file import load_sweep
+from dtmsearch.config.sweep_file import SweepFile, load_sweep, run_names
 from dtmsearch.core.pareto import Point, Race, front
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import sweep as sweep_module
@@ -97,6 +98,22 @@ def test_every_combination_is_a_search(tmp_path: Path) -> None:
 def test_each_strategy_of_a_sweep_takes_of_the_base_file_what_it_uses(tmp_path: Path) -> None:
     _, files = load_sweep(sweep_file(tmp_path, {"search.strategy": ["beam", "greedy"]}))
     assert [f.search.strategy for f in files] == ["beam", "greedy"]
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"model.path": ["a/b", "a_b", "a b"]},
+        {"search.schemes": [["int8-channel", "nf4"], ["int8-channel_nf4"]]},
+        {"prompts.seed": [1, 2], "validation.seed": [1, 2]},
+        {"model.revision": [1, "1"]},
+    ],
+)
+def test_no_two_combinations_share_a_run(grid: dict[str, list[Any]]) -> None:
+    sweep = SweepFile(sweep="s", base="base.yaml", grid=grid)
+    combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    names = run_names(sweep, combinations)
+    assert len(set(names)) == len(combinations) and names == run_names(sweep, combinations)
 
 
 def test_searches_with_long_names_keep_names_of_their_own(tmp_path: Path) -> None:

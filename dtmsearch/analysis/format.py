@@ -34,6 +34,26 @@ def plain(value: Any) -> Any:
     return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
+def values_of(column: Any) -> list[Any]:
+    """The values of an Arrow column as Python's own; text for those that Python lacks, as an infinite timestamp."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (OverflowError, ValueError):
+        return [_value_of(scalar) for scalar in column]
+
+
+def _value_of(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError):
+        number = getattr(scalar, "value", None)
+        if not isinstance(number, int):
+            return str(scalar)
+        largest = 2 ** (scalar.type.bit_width - 1) - 1
+        return "infinity" if number == largest else "-infinity" if number == -largest else f"{number} ({scalar.type})"
+
+
 def json_text(value: Any) -> str:
     """JSON for programs that a person can still read: a list has an element a line."""
     value = plain(value)

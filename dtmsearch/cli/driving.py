@@ -24,6 +24,7 @@ def where_of(
     batch_tokens: int | None,
     nodes_per_replica: int | None,
     in_process: bool = False,
+    retry_out_of_memory: bool = False,
 ) -> Where:
     from dtmsearch.workflows.run import Where
 
@@ -37,6 +38,7 @@ def where_of(
         cpus_per_replica,
         nodes_per_replica=nodes_per_replica or 1,
         in_process=in_process,
+        retry_out_of_memory=retry_out_of_memory,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dtmsearch.cli.options import complete_run, examples, format_option, open_store, store_option
+from dtmsearch.cli.options import NewPath, complete_run, examples, format_option, open_store, store_option
 from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import print_text, resume_command, say, show
 
@@ -82,7 +82,7 @@ def stop_verb(name: str, store: str) -> None:
 @click.argument("name", metavar="[RUN]", required=False)
 @store_option
 @format_option("table", "json", "csv", "parquet")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write instead of stdout.")
+@click.option("--out", type=NewPath(dir_okay=False), help="File to write instead of stdout.")
 @click.option("--list", "listed", is_flag=True, help="The questions that have names, and what they ask.")
 def query_verb(sql: str | None, name: str | None, store: str, form: str, out: Path | None, listed: bool) -> None:
     """Answer one SQL SELECT, or a question by its name about a RUN, over the store.
@@ -123,14 +123,14 @@ def _answer(store: str, sql: str | None, run: str | None, listed: bool) -> Any:
 
 
 def _query_text(answer: Any, form: str) -> str:
-    from dtmsearch.analysis.format import csv_text, json_text
+    from dtmsearch.analysis.format import csv_text, json_text, values_of
     from dtmsearch.console.progress import table
 
-    if form == "json":
-        return json_text(answer.to_pylist())
     # By column, because two columns of an answer may bear one name.
-    columns = [column.to_pylist() for column in answer.columns]
+    columns = [values_of(column) for column in answer.columns]
     rows = list(zip(*columns, strict=True))
+    if form == "json":
+        return json_text([dict(zip(answer.column_names, row, strict=True)) for row in rows])
     return csv_text(answer.column_names, rows) if form == "csv" else table(answer.column_names, rows)
 
 
@@ -168,10 +168,8 @@ def pareto_verb(pattern: str, everything: bool, store: str, form: str) -> None:
 @click.argument("name", metavar="RUN", shell_complete=complete_run)
 @click.argument("other", metavar="[OTHER]", required=False, shell_complete=complete_run)
 @store_option
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The page's file  [default: RUN.html]")
-@click.option(
-    "--figures", type=click.Path(path_type=Path, file_okay=False), help="Folder for each figure as SVG and PNG."
-)
+@click.option("--out", type=NewPath(dir_okay=False), help="The page's file  [default: RUN.html]")
+@click.option("--figures", type=NewPath(file_okay=False), help="Folder for each figure as SVG and PNG.")
 def report_verb(name: str, other: str | None, store: str, out: Path | None, figures: Path | None) -> None:
     """Write a run, or two compared, as one page of HTML.
 

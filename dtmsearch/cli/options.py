@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -15,6 +16,26 @@ if TYPE_CHECKING:
 
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+class NewPath(click.Path):
+    """A file to write, in a folder that is there; or, with `file_okay=False` or both, a folder that can be made."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, parameter, context)))
+        parent = path.parent
+        try:
+            if not (parent.exists() or self.dir_okay):
+                self.fail(f"{str(path)!r} cannot be written: there is no folder {str(parent)!r}", parameter, context)
+            while not parent.exists():
+                parent = parent.parent
+            if not parent.is_dir():
+                self.fail(f"{str(path)!r} cannot be written: {str(parent)!r} is no folder", parameter, context)
+            if not os.access(path if path.exists() else parent, os.W_OK):
+                self.fail(f"{str(path)!r} cannot be written: you have no right to", parameter, context)
+        except (OSError, ValueError) as error:
+            self.fail(f"{str(path)!r} cannot be written: {error}", parameter, context)
+        return path
 
 
 def store_option(verb: Verb) -> Verb:
@@ -81,6 +102,15 @@ def where_options(verb: Verb) -> Verb:
         help="Form of stderr: for a person, or a JSON object a line that names run and request.",
     )
     return _with(verb, address, in_process, replica_options, quiet, log_format)
+
+
+def retry_option(verb: Verb) -> Verb:
+    return click.option(
+        "--retry-out-of-memory",
+        is_flag=True,
+        help="Measure again what ran out of memory before: for a machine that has more. What the run has decided on "
+        "stays; under another run name everything else is found, and all of it asked again.",
+    )(verb)
 
 
 def _with(verb: Verb, *options: Callable[[Verb], Verb]) -> Verb:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dtmsearch.cli.options import examples, format_option, set_option, store_option
+from dtmsearch.cli.options import NewPath, examples, format_option, set_option, store_option
 from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import print_text, say, show
 from dtmsearch.errors import FAILED
@@ -22,7 +22,7 @@ from dtmsearch.errors import FAILED
 @click.argument("model")
 @click.option("--prompts", default="calibration.txt", show_default=True, help="Text to search with.")
 @click.option("--validation", default="validation.txt", show_default=True, help="Other text, to judge the plan by.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The search file  [default: MODEL.yaml]")
+@click.option("--out", type=NewPath(dir_okay=False), help="The search file  [default: MODEL.yaml]")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 def init_verb(model: str, prompts: str, validation: str, out: Path | None, force: bool) -> None:
     """Write a commented search file for MODEL, a folder or a hub id.

@@ -13,6 +13,7 @@ from dtmsearch.cli.options import (
     examples,
     format_option,
     replica_options,
+    retry_option,
     set_option,
     store_option,
     where_options,
@@ -60,6 +61,7 @@ def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
 @set_option
 @store_option
 @where_options
+@retry_option
 @click.option("--fused", is_flag=True, help="Tie q, k, v and gate, up, as fused runtimes demand: search.fused=true.")
 @click.option("--dry-run", is_flag=True, help="Say what the search will cost, and run nothing.")
 @format_option("table", "json")
@@ -86,6 +88,7 @@ def run_verb(
 @click.argument("name", metavar="RUN", shell_complete=complete_run)
 @store_option
 @where_options
+@retry_option
 @format_option("table", "json")
 def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> None:
     """Continue a stopped or killed run.

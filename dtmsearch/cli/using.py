@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dtmsearch.cli.driving import observing, resumable, where_of
-from dtmsearch.cli.options import examples, format_option, set_option, store_option, where_options
+from dtmsearch.cli.options import NewPath, examples, format_option, set_option, store_option, where_options
 from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import say, show
 from dtmsearch.errors import FAILED
@@ -98,7 +98,7 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
 )
 @click.argument("source", metavar="RUN|PLAN")
 @click.option("--to", required=True, type=_ExportFormat(EXPORT_FORMATS), help="Format to write.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--out", required=True, type=NewPath(), help="Folder to make.")
 @click.option(
     "--runtime",
     type=click.Choice(["transformers", "vllm"]),

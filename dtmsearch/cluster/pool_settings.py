@@ -10,7 +10,8 @@ class PoolSettings:
     """Where replicas run. `replicas` 0 are as many as there is room for, also as nodes come and go; shares that are
     None are chosen from what the cluster has, and are of each of `nodes_per_replica` nodes. From `guess_from` replicas
     on, those that idle are offered to guesses: with fewer, the end of a round costs too little. `weights_folder` is
-    where trained weights lie, for all nodes. `in_process`: one replica in the driver's own process, without Ray."""
+    where trained weights lie, for all nodes. `in_process`: one replica in the driver's own process, without Ray.
+    `retry_out_of_memory`: what ran out of memory before is asked again, for replicas may have more now."""
 
     address: str | None = None
     replicas: int = 0
@@ -21,3 +22,4 @@ class PoolSettings:
     weights_folder: str = ""
     nodes_per_replica: int = 1
     in_process: bool = False
+    retry_out_of_memory: bool = False

@@ -9,6 +9,8 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +57,41 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> tuple[SweepFile, 
     empty = [key for key, values in sweep.grid.items() if not values]
     if empty or "run" in sweep.grid:
         raise UserError(f"{path}: grid.{empty[0] if empty else 'run'}: give other keys, with at least one value each")
+    for key, values in sweep.grid.items():
+        if len({json.dumps(value, sort_keys=True, default=str) for value in values}) < len(values):
+            raise UserError(f"{path}: grid.{key}: a value stands there twice")
     base = path.parent / sweep.base
-    return sweep, [_search(sweep, base, overrides, values) for values in itertools.product(*sweep.grid.values())]
+    combinations = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
+    names = run_names(sweep, combinations)
+    return sweep, [_search(sweep, base, overrides, *pair) for pair in zip(combinations, names, strict=True)]
 
 
-def _search(sweep: SweepFile, base: Path, overrides: tuple[str, ...], values: tuple[Any, ...]) -> SearchFile:
-    chosen = dict(zip(sweep.grid, values, strict=True))
-    settings = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
+def _search(
+    sweep: SweepFile, base: Path, overrides: tuple[str, ...], chosen: Mapping[str, Any], name: str
+) -> SearchFile:
+    settings = tuple(f"{key}={json.dumps(value, default=str)}" for key, value in chosen.items())
     strategies = sweep.grid.get("search.strategy", ())  # of several, each takes of the base file what it uses
-    return load(base, (*overrides, *settings, f"run={run_name(sweep, chosen)}"), [str(name) for name in strategies])
+    return load(base, (*overrides, *settings, f"run={name}"), [str(strategy) for strategy in strategies])
 
 
-def run_name(sweep: SweepFile, chosen: dict[str, Any]) -> str:
-    """The name of a combination's run: always the same, so that a sweep that is run again finds its runs."""
+def run_names(sweep: SweepFile, combinations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the combinations' runs: always the same, so that a sweep that is run again finds its runs, and no
+    two alike, also where values differ only in what a name cannot hold."""
     varied = [key for key, values in sweep.grid.items() if len(values) > 1]
-    parts = [f"{key.rpartition('.')[2]}-{_plain(chosen[key])}" for key in varied]
-    name = ".".join([sweep.sweep, *parts])
-    if len(name) <= _LONGEST_NAME:
-        return name
-    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+    plain = [_name(sweep, chosen, varied) for chosen in combinations]
+    times = Counter(plain)
+    return [
+        name if len(name) <= _LONGEST_NAME and times[name] == 1 else _with_digest(name, chosen)
+        for name, chosen in zip(plain, combinations, strict=True)
+    ]
+
+
+def _name(sweep: SweepFile, chosen: Mapping[str, Any], varied: Sequence[str]) -> str:
+    return ".".join([sweep.sweep, *(f"{key.rpartition('.')[2]}-{_plain(chosen[key])}" for key in varied)])
+
+
+def _with_digest(name: str, chosen: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:12]
     return f"{name[: _LONGEST_NAME - 13]}.{digest}"
 
 

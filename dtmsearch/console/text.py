@@ -207,7 +207,10 @@ def _overview_cells(run: RunOverview) -> list[object]:
 
 
 def _local_time(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+    try:
+        return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, ValueError, OSError):  # no time that a calendar has
+        return str(seconds)
 
 
 def measurement_text(measurement: PlanMeasurement) -> str:

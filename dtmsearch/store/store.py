@@ -21,7 +21,7 @@ from pyarrow import fs
 import dtmsearch
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import Component, ModelManifest
-from dtmsearch.core.evaluation import Continuation, Outcome, Reference
+from dtmsearch.core.evaluation import Continuation, EvalFailure, Outcome, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import FloatArray, PriceBlock, PriceRequest
@@ -242,9 +242,10 @@ class ResultStore:
     def stop_requested(self, run: str) -> bool:
         return self.folder.exists(_stop_marker(run))
 
-    def writer(self, run: str) -> RunWriter:
-        """The run's own writer, to be used in a `with` statement. Entering raises `RunLocked` while another is open."""
-        return RunWriter(self, run, run)
+    def writer(self, run: str, retry_out_of_memory: bool = False) -> RunWriter:
+        """The run's own writer, to be used in a `with` statement. Entering raises `RunLocked` while another is open.
+        `retry_out_of_memory`: see `RunWriter.replay`."""
+        return RunWriter(self, run, run, retry_out_of_memory)
 
     def evaluate_writer(self, run: str) -> RunWriter:
         """A writer for evaluations under the run's name but beside its driver, which may be at work."""
@@ -261,8 +262,9 @@ class RunWriter:
     Everything is written under `key`: the run's name, or that and a part.
     """
 
-    def __init__(self, store: ResultStore, run: str, key: str) -> None:
+    def __init__(self, store: ResultStore, run: str, key: str, retry_out_of_memory: bool = False) -> None:
         self._store, self._run, self._key = store, check_run_name(run), key
+        self._retry_out_of_memory = retry_out_of_memory
         self._segments = store.segments
         self._lock = lock_of(store.folder, key)
         self._epoch = 0
@@ -371,9 +373,11 @@ class RunWriter:
         one segment is held at a time.
 
         All columns are read, so that what is damaged anywhere is measured again; so is an evaluation whose plan was
-        lost in that way.
+        lost in that way. One that ran out of memory counts no longer where it was measured later and, with
+        `retry_out_of_memory`, where no recorded decision rests on it.
         """
         self._recorded = None
+        stale = self._stale()
         plans = {*self._known().plans, Plan().id}
         seen: set[str] = set()
         for segment in self._segments.live("evaluations", self._key):
@@ -382,8 +386,30 @@ class RunWriter:
                 batch_plans = batch["plan_id"].to_pylist()
                 for plan_id, outcome in zip(batch_plans, outcomes(batch), strict=True):
                     if outcome.request_id not in seen and plan_id in plans:
+                        if outcome.request_id in stale and isinstance(outcome, EvalFailure):
+                            continue
                         seen.add(outcome.request_id)
                         yield outcome
+
+    def _stale(self) -> set[str]:
+        """Evaluations whose `out_of_memory` is not replayed: it was measured later, or is to be asked again."""
+        measured, asked_again = self._out_of_memory()
+        return measured | asked_again
+
+    def _out_of_memory(self) -> tuple[set[str], set[str]]:
+        """Of the evaluations that ran out of memory those that were measured later, and those to be asked again."""
+        columns = ["evaluation_id", "step"]
+        failed = self._segments.read("evaluations", [self._key], columns, pc.field("status") == "out_of_memory")
+        if not failed.num_rows:
+            return set(), set()
+        ids = pc.field("evaluation_id").isin(pc.unique(failed["evaluation_id"]))
+        of_late = self._segments.read("evaluations", [self._key], columns[:1], ids & (pc.field("status") == "ok"))
+        measured = set(of_late["evaluation_id"].to_pylist())
+        if not self._retry_out_of_memory:
+            return measured, set()
+        decided = len(self.decisions())
+        again = {r["evaluation_id"] for r in failed.to_pylist() if r["step"] is None or r["step"] >= decided}
+        return measured, again - measured
 
     def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
         return self._elsewhere.find(request_ids)
@@ -416,7 +442,8 @@ class RunWriter:
             recorded.plans.add(plan.id)
 
     def append(self, records: Sequence[EvaluationRecord]) -> None:
-        """Record evaluations and their plans; one that is recorded already keeps its first outcome."""
+        """Record evaluations and their plans; one that is recorded already keeps its first outcome, unless it ran out
+        of memory and is asked again."""
         assert self._plan_rows is not None, "put_components comes before append"
         recorded = self._known()
         plans = {r.request.plan.id: r.request.plan for r in records if r.request.plan.id not in recorded.plans}
@@ -445,7 +472,7 @@ class RunWriter:
         if self._recorded is None or self._recorded.num_damaged != self._segments.num_damaged:
             evaluations = self._segments.read("evaluations", [self._key], ["evaluation_id"])["evaluation_id"]
             self._recorded = _Recorded(
-                evaluations=set(evaluations.to_pylist()),
+                evaluations=set(evaluations.to_pylist()) - self._out_of_memory()[1],
                 plans=self._segments.scanning("plans", [self._key], self._plan_ids),
                 num_damaged=self._segments.num_damaged,
             )

@@ -83,12 +83,12 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
     observer = observer or Silent()
     results = ResultStore(store, on_note=observer.on_note)
     previous = begun(results, file)
-    if previous is not None and previous.status == "finished":
+    if previous is not None and previous.status == "finished" and not where.retry_out_of_memory:
         missing = results.missing(previous, thorough=True)
         if not missing:
             return replace(summarize_run(results, file.run), already_complete=True)
         observer.on_note(f"rows of {' and '.join(missing)} of run {file.run} are lost, and are measured again")
-    with interruptible(), naming(file.run), results.writer(file.run) as writer:
+    with interruptible(), naming(file.run), results.writer(file.run, where.retry_out_of_memory) as writer:
         _Session(file, results, writer, where, observer, begun(results, file)).run()
     return summarize_run(results, file.run)
 
