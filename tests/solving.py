@@ -24,9 +24,9 @@ from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 LEVELS = tuple(f"int{bits}-channel" for bits in range(2, 7))
-STRATEGIES = ("knapsack", "fisher", "sensitivity", "auto", "spdy", "evolution", "local")
+STRATEGIES = ("knapsack", "fisher", "sensitivity", "auto", "auto by prices", "spdy", "evolution", "local")
 SMALL = SolverSettings(
-    auto=Effort(probe_prompts=2, rounds=2, prompts=4, plans=4),
+    auto=Effort(probe_prompts=2, samples=4, slopes=2, rounds=2, prompts=4, plans=4),
     knapsack_prompts=4,
     fisher_samples=8,
     spdy=SpdySearch(starts=6, generations=3, children=3, prompts=4),
@@ -71,9 +71,11 @@ def take_from(space: SearchSpace) -> TakePrices:
             for row, component in enumerate(space.components):
                 sign = 1 if chance("sign", sample, component.name) < 0.5 else -1
                 for column, scheme in enumerate(space.schemes):
-                    damage = additive_damage(Plan.of({component.name: scheme}))
-                    if kind == "fisher":
-                        found[at, row, column] = sign * np.sqrt(2 * CONTINUATION_TOKENS * damage)
+                    root = np.sqrt(additive_damage(Plan.of({component.name: scheme})))
+                    now = np.sqrt(additive_damage(Plan.of({component.name: around.scheme_of(component.name)})))
+                    fisher = sign * np.sqrt(2 * CONTINUATION_TOKENS) * root
+                    slope = CONTINUATION_TOKENS * 2 * now * (root - now)
+                    found[at, row, column] = fisher if kind == "fisher" else slope
         return found
 
     return take
@@ -88,7 +90,8 @@ def space_with(budget: Budget, components: tuple[Component, ...] | None = None, 
 
 
 def strategy(name: str, space: SearchSpace, settings: SolverSettings = SMALL, **changes: Any) -> Strategy:
-    take = take_from(space) if name == "fisher" else None
+    name, priced = ("auto", True) if name == "auto by prices" else (name, name == "fisher")
+    take = take_from(space) if priced else None
     settings = replace(settings, errors=errors_of(space), take=take, **changes)
     return make_strategy(
         name, space, request_for, rank_by="kl", continuation_tokens=CONTINUATION_TOKENS, solver=settings

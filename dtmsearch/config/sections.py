@@ -175,7 +175,7 @@ class AutoSection(Section):
     """Prompts on which each component is measured alone."""
     samples: int = Field(default=256, ge=2)
     """Samples of the prices that a search begins with, where these can be had."""
-    slopes: int = Field(default=64, ge=2)
+    slopes: int = Field(default=80, ge=2)
     """Prompts of a slope, where prices can be had."""
     rounds: int = Field(default=5, ge=0)
     """Rounds of correction at most."""
@@ -187,6 +187,8 @@ class AutoSection(Section):
     """Prompts that all rounds may forward together, counted once for every plan."""
     polish_prompts: int = Field(default=3_000, ge=0)
     """Prompts that all swaps may forward together."""
+    swap_prompts: int = Field(default=600, ge=0)
+    """The same where prices can be had."""
 
 
 class FisherSection(Section):

@@ -58,17 +58,19 @@ _USUAL_ROUNDS = 2
 class Effort:
     """How much is measured: prompts of a probe; samples of the prices and prompts of a slope, where these can be had;
     rounds of correction at most, the first one's prompts, plans drawn in each and switches tried at once; prompts that
-    all rounds together, and all switches, may forward (a prompt once for every plan measured on it); plans of the last
-    comparison, which takes as many prompts as tell them apart."""
+    all rounds together, and all switches, may forward (a prompt once for every plan measured on it), of switches the
+    second number where prices can be had; plans of the last comparison, which takes as many prompts as tell them
+    apart."""
 
     probe_prompts: int = 4
     samples: int = 256
-    slopes: int = 64
+    slopes: int = 80
     rounds: int = 5
     prompts: int = 16
     plans: int = 8
     correction_prompts: int = 4_000
     polish_prompts: int = 3_000
+    swap_prompts: int = 600
     finalists: int = 3
 
 
@@ -107,18 +109,22 @@ class Auto(Solver):
             leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
             if regret < _WORTHWHILE:
                 break
-        better = yield from self._polish(belief, leader)
+        better = yield from self._polish(belief, leader, self._effort.polish_prompts)
         pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
         yield from self._told_apart([*pool[: self._effort.finalists], first])
 
-    def _polish(self, belief: Belief, leader: Options) -> Part[list[Options]]:
+    def _polish(
+        self, belief: Belief, leader: Options, most_prompts: int, patience: int | None = None
+    ) -> Part[list[Options]]:
         """What switches lead to, the last first: of those that by the belief may gain most a lot is measured each time,
-        which teaches the belief, and the best leads from there on if it is believed to gain."""
+        which teaches the belief, and the best leads from there on if it is believed to gain. It ends after `patience`
+        lots in which none did."""
         leaders, tried = [leader], {leader}
+        failures = 0
         count = min(_POLISHED_ON, self.num_prompts)
-        for number in range(self._effort.polish_prompts // (_POLISHED_ON * (self._effort.plans + 1))):
+        for number in range(most_prompts // (_POLISHED_ON * (self._effort.plans + 1))):
             field = promising(self._choices, belief, leader, tried, self._effort.plans)
-            if not field:
+            if not field or failures == patience:
                 break
             first = number * count % (self.num_prompts - count + 1)
             base, *answers = yield from self._measured(
@@ -131,7 +137,11 @@ class Auto(Solver):
             belief = belief.observed(field, leader, seen)
             tried.update(field)
             at = int(np.argmin(estimates))
-            if estimates[at] < 0.0:
+            mean, variance = seen[at]
+            # A belief that was found wrong must not lead against what was measured.
+            gains = estimates[at] < 0.0 and (patience is None or mean + math.sqrt(variance) < 0.0)
+            failures = 0 if gains else failures + 1
+            if gains:
                 leader, tried = field[at], {field[at]}
                 leaders.insert(0, leader)
         return leaders

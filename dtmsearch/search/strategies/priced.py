@@ -2,21 +2,23 @@
 
 `fisher`: prices of every option (see `dtmsearch.core.prices`), and the solver's plan for them.
 
-`auto` begins with the same plan. Then, round by round: the slope of KL at the plan that leads, taken with the prices'
-curvature, says what every move from there costs. How far the two are believed against the prices, the two say
-themselves, by how much they differ beyond their standard errors (empirical Bayes). Plans drawn from the belief and
-cautious steps towards its best are measured, each difference corrects it, and the best leads. Rounds go on while they
-pay. Then switches, and a last comparison, as without prices.
+`auto` begins with the same plan, and measures it. Where it costs what its prices say, more samples sharpen them. Where
+it costs more, second order around the base model is not enough: round by round the slope of KL at the plan that leads,
+taken with the prices' curvature, says what every move from there costs. How far slopes are believed against prices, the
+two say themselves, by how much they differ beyond their standard errors (empirical Bayes). Steps of several lengths are
+measured, each difference corrects the belief, and one that gains more than chance would leads from there on. Switches
+follow as without prices, and a comparison of the leading plans on as many prompts as tell them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PASSES, PriceKind
 from dtmsearch.search.solver.choices import Options
@@ -24,8 +26,8 @@ from dtmsearch.search.solver.damage_model import family_of
 from dtmsearch.search.solver.fisher_form import Prices, combined
 from dtmsearch.search.solver.posterior import Belief, Measured, Spread
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.auto import _GROWTH, Auto, Effort
-from dtmsearch.search.strategies.generator import Part, Script
+from dtmsearch.search.strategies.auto import _POLISHED_ON, Auto, Effort
+from dtmsearch.search.strategies.generator import Part, Script, losses, mean_loss
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver, paired
 
@@ -35,10 +37,15 @@ TakePrices = Callable[[PriceKind, Plan, tuple[int, int]], NDArray[np.float32]]
 
 # By how much measured damages are off their prices (docs/search-quality.md), beside the prices' own standard errors.
 _SPREAD = Spread(common=0.3, family=0.1, option=0.12, interaction=0.15)
-# Steps from the leader are penalised by the curvature so many times over: cautious ones go less far.
-_CAUTION = (2.0, 4.0, 8.0)
-# Another round follows if the last one gained more than this part of the leader's damage.
-_GAINED = 0.01
+# Steps from the leader are penalised by the curvature so many times over, by what is believed of slopes and by slopes
+# alone: the larger, the less far they go.
+_CAUTION_BELIEVED, _CAUTION = (2.0,), (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+# Prices hold while the plan that they lead to costs no more than this many times what they say, on so many prompts.
+_HOLDS, _HELD_AGAINST = 1.15, 64
+# Rounds that may gain nothing; lots of switches that may.
+_MOST_FAILURES, _PATIENCE = 1, 2
+# Prompts on which a round's plans are measured, in those of a probing search's first round.
+_MEASURED_ON = 2.5
 
 
 class Fisher(Solver):
@@ -59,19 +66,14 @@ class Fisher(Solver):
 
     def script(self) -> Script:
         self._foresee((1 + len(self._rivals()), self.num_prompts))
-        prices = prices_of(self, "fisher", Plan(), (0, self._samples))
-        found = self._solve(prices.damages())
-        self._best = self._choices.plan(found)
+        assert self._price is not None, "whoever makes the strategy says by what prices are taken"
+        products = self._price("fisher", Plan(), (0, self._samples))
+        space = self._choices.space
+        names = [component.name for component in space.components]
+        prices = Prices.of(self._choices, names, space.schemes, products, self._length)
+        found, answer = yield from self._measurable(prices.damages(), self._first(_HELD_AGAINST))
+        self._lead(found, answer)
         yield from self._told_apart([found])
-
-
-def prices_of(strategy: Fisher | PricedAuto, kind: PriceKind, around: Plan, samples: tuple[int, int]) -> Prices:
-    """Prices of a strategy's space."""
-    choices, space = strategy._choices, strategy._choices.space
-    assert strategy._price is not None, "whoever makes the strategy says by what prices are taken"
-    products = strategy._price(kind, around, samples)
-    names = [component.name for component in space.components]
-    return Prices.of(choices, names, space.schemes, products, strategy._length)
 
 
 class PricedAuto(Auto):
@@ -91,11 +93,62 @@ class PricedAuto(Auto):
         super().__init__(space, request_for, None, rank_by, effort, seed, min_fdt, continuation_tokens)
         self._price = take
         self._seen: list[tuple[list[Options], Options, list[Measured]]] = []
-        self._slopes: dict[Options, list[NDArray[np.float32]]] = {}
+        self._products: NDArray[np.float32] | None = None
+        self._slopes_at: dict[Options, NDArray[np.float32]] = {}
+        self._barred: list[NDArray[np.bool_]] | None = None
+
+    def script(self) -> Script:
+        belief = yield from self._probe()
+        if self._min_fdt is not None:
+            yield from self._smallest(belief, self._min_fdt)
+            return
+        tables = belief.tables()
+        first, answer = yield from self._measurable(tables, self._first(_HELD_AGAINST))
+        self._barred = [~np.isfinite(table) for table in tables]
+        leader = first
+        field = [leader, *self._rivals()]
+        answers = [answer]
+        if len(field) > 1:
+            answers += yield from self._measured(field[1:], self._first(_HELD_AGAINST))
+        values = [mean_loss(answer, "kl") for answer in answers]
+        best = int(np.argmin(values))
+        self._lead(field[best], answers[best])
+        pool = list(dict.fromkeys([field[best], leader]))
+        if self._prices_hold(leader, answers[0]):
+            self._take_prices(self._effort.samples)
+            belief = self._belief(self._prices.damages())
+            pool.insert(0, self._solve(belief.tables()))
+        else:
+            leader, failures = field[best], 0
+            for number in range(self._affordable_rounds()):
+                belief, better, gained = yield from self._correct(belief, leader, number)
+                leader, pool = better[0], list(dict.fromkeys((*better[:1], *pool)))
+                failures = failures + 1 if gained <= 0.0 else 0
+                if failures > _MOST_FAILURES:
+                    break
+        better = yield from self._polish(belief, pool[0], self._effort.swap_prompts, _PATIENCE)
+        pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
+        yield from self._told_apart([*pool[: self._effort.finalists], first])
+
+    def _prices_hold(self, leader: Options, answer: Outcome) -> bool:
+        """Whether the plan costs what its prices say."""
+        measured, errors = losses(answer, "kl"), self._prices.whole(leader)
+        predicted = self._prices.additive(leader).mean
+        noise = float(measured.std()) / float(np.sqrt(len(measured)))
+        return float(measured.mean()) - noise < _HOLDS * predicted + errors.error
+
+    def _take_prices(self, further: int) -> None:
+        """Samples beside those that are taken already."""
+        taken = 0 if self._products is None else len(self._products)
+        found = self._price("fisher", Plan(), (taken, taken + further))
+        self._products = found if self._products is None else np.concatenate([self._products, found])
+        space = self._choices.space
+        names = [component.name for component in space.components]
+        self._prices = Prices.of(self._choices, names, space.schemes, self._products, self._length)
 
     def _probe(self) -> Part[Belief]:
         self._foresee(*self._usual())
-        self._prices = prices_of(self, "fisher", Plan(), (0, self._effort.samples))
+        self._take_prices(self._effort.samples)
         self._errors = self._prices.damages()  # by which options of a unit are ordered
         yield from ()
         return self._belief(self._prices.damages())
@@ -110,67 +163,89 @@ class PricedAuto(Auto):
             ]
         )
         own = float(np.hypot(_SPREAD.family, min(float(np.median(relative)), 1.0)))
+        damages = self._allowed(damages)
         belief = Belief.of(damages, self._prices.damages(), families, replace(_SPREAD, family=own))
         for choices, other, seen in self._seen:
             belief = belief.observed(choices, other, seen)
         return belief
 
+    def _allowed(self, damages: Sequence[Floats]) -> list[Floats]:
+        """Damages, infinite for options that cannot be measured."""
+        if self._barred is None:
+            return list(damages)
+        return [np.where(barred, np.inf, own) for own, barred in zip(damages, self._barred, strict=True)]
+
     def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, list[Options], float]]:
-        """A round: (belief; candidates, the best first; what it gained, as a part of the leader's damage)."""
-        damages, curvature = self._around(leader, number)
-        belief = self._belief(damages)
-        random = self._random(number)
-        tables = belief.tables()
-        cautious = [[t + (caution - 1.0) * c for t, c in zip(tables, curvature, strict=True)] for caution in _CAUTION]
-        drawn = [tables, *cautious]
-        drawn += [belief.tables(belief.sample(random)) for _ in range(self._effort.plans - len(drawn))]
+        """A round: (belief; plans, the one that leads first; what it gained, as a part of the leader's damage)."""
+        slopes, curvature = self._slopes(leader, number), self._prices.damages(leader)
+        belief = self._belief(combined(self._prices, slopes, leader))
+        drawn = [
+            [t + (caution - 1.0) * c for t, c in zip(tables, curvature, strict=True)]
+            for tables, cautions in (
+                (belief.tables(), _CAUTION_BELIEVED),
+                (self._allowed(_expanded(self._prices, slopes, leader)), _CAUTION),
+            )
+            for caution in cautions
+        ]
         candidates = [o for o in dict.fromkeys(self._solve(each) for each in drawn) if o != leader]
         if not candidates:
             return belief, [leader], 0.0
         prompts = self._block(number, 1)
         base, *answers = yield from self._measured([leader, *candidates], prompts, self._choices.plan(leader))
-        self._lead(leader, base)
         seen = [paired(answer, base, "kl") for answer in answers]
         self._seen.append((candidates, leader, seen))
         belief = belief.observed(candidates, leader, seen)
-        field = list(dict.fromkeys([self._solve(belief.tables()), leader, *candidates]))
-        measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
-        estimates = belief.estimates(field, leader, [measured.get(options) for options in field])
-        order = [field[at] for at in np.argsort(estimates, kind="stable")]
-        total = self._decisions[-1].summary.kl or 1.0
-        gained = -float(estimates.min()) / total
-        return belief, order, gained if gained > _GAINED else 0.0
+        # What is best of several by chance must be better by more than chance.
+        at = min(range(len(seen)), key=lambda i: seen[i][0] + np.sqrt(seen[i][1]))
+        gained = -(seen[at][0] + float(np.sqrt(seen[at][1])))
+        total = mean_loss(base, "kl")
+        if not gained > 0.0:
+            self._lead(leader, base)
+            return belief, [leader], 0.0
+        self._lead(candidates[at], answers[at])
+        return belief, [candidates[at], leader], gained / total if total > 0.0 else 0.0
 
-    def _around(self, leader: Options, number: int) -> tuple[list[Floats], tuple[Floats, ...]]:
-        """Damages of options as slopes and curvature at a plan have them, the differences to its own options shrunk
-        towards the prices'; and the curvature."""
-        first, end = self._block(number, 0)
-        products = self._price("slope", self._choices.plan(leader), (first, end))
-        self._slopes.setdefault(leader, []).append(products)
+    def _slopes(self, leader: Options, number: int) -> Prices:
+        """Slopes at a plan, over all the prompts on which they were taken there."""
+        taken = self._price("slope", self._choices.plan(leader), self._block(number, 0))
+        before = self._slopes_at.get(leader)
+        products = self._slopes_at[leader] = taken if before is None else np.concatenate([before, taken])
         space = self._choices.space
         names = [component.name for component in space.components]
-        together = np.concatenate(self._slopes[leader])
-        slopes = Prices.of(self._choices, names, space.schemes, together, self._length, leader)
-        return combined(self._prices, slopes, leader), self._prices.damages(leader)
+        return Prices.of(self._choices, names, space.schemes, products, self._length, leader)
 
     def _block(self, number: int, half: int) -> tuple[int, int]:
-        """The stretch of the prompts on which a round takes slopes (0) or measures plans (1)."""
-        slopes = min(self._effort.slopes, self.num_prompts)
-        if half == 0:
-            first = number * slopes % (self.num_prompts - slopes + 1)
-            return first, first + slopes
-        count = min(2 * self._effort.prompts * _GROWTH**number, self.num_prompts)
-        first = (slopes + number * count) % (self.num_prompts - count + 1)
+        """The stretch of the prompts on which a round takes slopes (0) or measures plans (1): each round on others."""
+        counts = self._effort.slopes, round(_MEASURED_ON * self._effort.prompts)
+        count = min(counts[half], self.num_prompts)
+        first = (number * sum(counts) + half * counts[0]) % (self.num_prompts - count + 1)
         return first, first + count
 
     def _affordable_rounds(self) -> int:
         left = self._effort.correction_prompts
         for number in range(self._effort.rounds):
             (a, b), (first, end) = self._block(number, 0), self._block(number, 1)
-            left -= PASSES["slope"] * (b - a) + (end - first) * (self._effort.plans + 1)
+            left -= PASSES["slope"] * (b - a) + (end - first) * self._num_measured(number)
             if left < 0:
                 return number
         return self._effort.rounds
 
+    def _usual(self) -> Iterator[tuple[int, int]]:
+        """What searches mostly ask for: (trials, prompts of each). Whether prices hold is not known before."""
+        if self._min_fdt is not None:
+            yield from super()._usual()
+            return
+        yield 1 + len(self._rivals()), _HELD_AGAINST
+        yield self._num_measured(0) // 2, self._block(0, 1)[1] - self._block(0, 1)[0]
+        yield self._effort.plans // 2, _POLISHED_ON
+        yield 1 + len(self._rivals()), 2 * _HELD_AGAINST
+
     def _num_measured(self, number: int) -> int:
-        return self._effort.plans + 1
+        return len(_CAUTION_BELIEVED) + len(_CAUTION) + 1
+
+
+def _expanded(prices: Prices, slopes: Prices, around: Options) -> list[Floats]:
+    """Damages [options] of each unit beside those of a plan, by slope and curvature alone; what has no slope cannot be
+    taken."""
+    tables = [a + c for a, c in zip(slopes.means(), prices.damages(around), strict=True)]
+    return [np.where(np.isfinite(table), table, np.inf) for table in tables]

@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 _NEAR = 0.95
 # Prompts on which the last comparison begins; a difference of so many standard errors is certain; plans that are alike
 # to this part of their loss need not be told apart.
-_TOLD_FIRST, _CERTAIN, _ALIKE = 64, 2.5, 0.01
+_TOLD_FIRST, _CERTAIN, _ALIKE = 64, 2.0, 0.02
 
 
 class Solver(Procedure):
@@ -106,6 +106,22 @@ class Solver(Procedure):
         at = min(range(len(field)), key=lambda i: values[i])
         self._lead(field[at], answers[at])
         return field[at]
+
+    def _measurable(self, damages: Sequence[Floats], prompts: tuple[int, int]) -> Part[tuple[Options, Outcome]]:
+        """The best plan for damages that no measurement has tried, and its answer. Where the plan cannot be measured,
+        each of its options is, on one prompt; those that cannot either are not taken. Marks them in `damages`."""
+        while True:
+            options = self._solve(damages)
+            (answer,) = yield from self._measured([options], prompts)
+            if isinstance(answer, EvalResult):
+                return options, answer
+            taken = [Probing(unit, option, "") for unit, option in enumerate(options) if option > 0]
+            answers = yield from self._alone(taken, self._first(1))
+            failed = [p for p, alone in zip(taken, answers, strict=True) if isinstance(alone, EvalFailure)]
+            if not failed:
+                raise SearchFailed(f"the plan that leads cannot be measured ({answer.kind}): {answer.message}")
+            for probing in failed:
+                damages[probing.unit][probing.option] = np.inf
 
     def _told_apart(self, candidates: Sequence[Options]) -> Part[Options]:
         """As `_final`, on as many prompts as tell the plans apart: twice as many each time, until all but one are worse

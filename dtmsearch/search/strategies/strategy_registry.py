@@ -63,7 +63,8 @@ class StrategyInputs:
 @dataclass(frozen=True)
 class StrategyType:
     """A strategy by its name: how it is made (at its start: replay brings it to where a search was), whether it needs
-    the weight errors of every component under every scheme, and whether it takes prices."""
+    the weight errors of every component under every scheme, and whether it takes prices. One with both takes prices
+    where they can be had, and needs the errors elsewhere."""
 
     make: Callable[[StrategyInputs], Strategy]
     needs_errors: bool = False
@@ -124,7 +125,7 @@ STRATEGIES.add("greedy", StrategyType(lambda i: _beam(i, 1)))
 STRATEGIES.add("beam", StrategyType(lambda i: _beam(i, i.width)))
 STRATEGIES.add("lazy_greedy", StrategyType(lambda i: _lazy(i, 1)))
 STRATEGIES.add("lazy_beam", StrategyType(lambda i: _lazy(i, i.width)))
-STRATEGIES.add("auto", StrategyType(_auto, needs_errors=True))
+STRATEGIES.add("auto", StrategyType(_auto, needs_errors=True, takes_prices=True))
 STRATEGIES.add("fisher", StrategyType(_fisher, takes_prices=True))
 STRATEGIES.add(
     "sensitivity",
