@@ -184,6 +184,7 @@ def _member(name: str, member: Any) -> Iterator[str]:
 def _signature(member: Any) -> str:
     try:
         text = str(inspect.signature(member)).replace("'", "")
+        text = re.sub(r"<function <lambda> at 0x[0-9a-f]+>", "...", text)  # an address, another each time
         return re.sub(r"PoolSettings\([^()]*\)", "Where()", text)
     except ValueError:
         return ""
