@@ -51,3 +51,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "plugins").glob("*/*.py")), ids=lambda path: path.stem)
+def test_the_examples_of_extending_are_the_packages_that_are_tested(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").rstrip() in (DOCS / "extending.md").read_text(encoding="utf-8")

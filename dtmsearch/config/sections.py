@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Collection
-from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from dtmsearch.core import plugins
 from dtmsearch.core.calibration import Through
 from dtmsearch.core.metrics import METRICS
 from dtmsearch.core.plan import Budget
@@ -297,11 +296,9 @@ BUILT_IN_STRATEGIES = (
 
 def _known_strategy(name: str) -> str:
     """A built-in strategy, or one that an installed package has registered; it is not imported for that."""
-    installed = [point.name for point in entry_points(group="dtmsearch.strategies")]
-    if name not in BUILT_IN_STRATEGIES and name not in installed:
-        near = difflib.get_close_matches(name, [*BUILT_IN_STRATEGIES, *installed], 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*BUILT_IN_STRATEGIES, *installed])}"
-        raise ValueError(f"there is no strategy {name!r}; {hint}")
+    known = (*BUILT_IN_STRATEGIES, *plugins.plugin_names(plugins.STRATEGIES))
+    if name not in known:
+        raise ValueError(plugins.nearest(name, known, "strategy"))
     return name
 
 

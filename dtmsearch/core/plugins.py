@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from dtmsearch.errors import UserError
 
-SCHEMES, FORMATS = "dtmsearch.schemes", "dtmsearch.formats"
+SCHEMES, FORMATS, STRATEGIES = "dtmsearch.schemes", "dtmsearch.formats", "dtmsearch.strategies"
+
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -23,20 +27,57 @@ class Plugin:
 
 def plugins(group: str) -> Iterator[Plugin]:
     """What installed packages add to a group, in order of name. Raises `UserError` for one that cannot be loaded."""
-    for point in sorted(entry_points(group=group), key=lambda point: point.name):
-        try:
-            added = point.load()
-        except Exception as error:  # whatever the package's own code raises
-            raise UserError(
-                f"{point.name} of {_distribution(point)} ({group}) cannot be loaded: {type(error).__name__}: {error}; "
-                "mend or uninstall that package"
-            ) from error
-        yield Plugin(point.name, added, _distribution(point))
+    return (_loaded(point) for point in sorted(entry_points(group=group), key=lambda point: point.name))
 
 
 def plugin_names(group: str) -> tuple[str, ...]:
     """Their names, without loading any."""
     return tuple(sorted(point.name for point in entry_points(group=group)))
+
+
+def nearest(name: str, names: Iterable[str], what: str) -> str:
+    """What to say of a name that nobody has: the nearest one, or all."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"there is no {what} {name!r}; {hint}"
+
+
+class Registry(Generic[Entry]):
+    """Entries by name: those added here, and those of installed packages, which are loaded when first asked for."""
+
+    def __init__(self, group: str, what: str) -> None:
+        self._group, self._what = group, what
+        self._entries: dict[str, Entry] = {}
+
+    def add(self, name: str, entry: Entry) -> Entry:
+        """Register `entry`. Raises `UserError` where the name is another's."""
+        if self._entries.get(name, entry) is not entry:
+            raise UserError(f"there is a {self._what} {name!r} already; give yours another name")
+        self._entries[name] = entry
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._entries, *plugin_names(self._group)]))
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry of a name. Raises `UserError`, naming the nearest one, where there is none."""
+        if name in self._entries:
+            return self._entries[name]
+        for point in entry_points(group=self._group, name=name):
+            return cast(Entry, _loaded(point).added)
+        raise UserError(nearest(name, self, self._what))
+
+
+def _loaded(point: EntryPoint) -> Plugin:
+    try:
+        added = point.load()
+    except Exception as error:  # whatever the package's own code raises
+        whose = f"{point.name} of {_distribution(point)} ({point.group})"
+        raise UserError(
+            f"{whose} cannot be loaded: {type(error).__name__}: {error}; mend or uninstall that package"
+        ) from error
+    return Plugin(point.name, added, _distribution(point))
 
 
 def _distribution(point: EntryPoint) -> str:

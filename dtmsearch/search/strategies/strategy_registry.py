@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dtmsearch.core.registry import Registry
+from dtmsearch.core import plugins
 from dtmsearch.search.loop import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
@@ -71,7 +71,7 @@ class StrategyType:
     takes_prices: bool = False
 
 
-STRATEGIES: Registry[StrategyType] = Registry("dtmsearch.strategies", "strategy")
+STRATEGIES: plugins.Registry[StrategyType] = plugins.Registry(plugins.STRATEGIES, "strategy")
 
 
 def make_strategy(
