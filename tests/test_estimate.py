@@ -83,3 +83,25 @@ def test_whole_plans_run_through_all_layers_and_are_compressed_anew(
 def test_what_is_foretold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = estimate_text(foretold(monkeypatch, tiny_search(tmp_path)))
     assert "1.00 GiB a replica, 2 replicas" in text and "of search" in text
+
+
+TRAINED = {
+    "strategy": "sparsity",
+    "rounds": [20, 10],
+    "recovery": {"files": ["text.txt"], "masked_steps": 3, "unmasked_steps": 1, "batch_tokens": 512},
+}
+
+
+def test_training_takes_three_forward_passes_a_step_in_every_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tiny_search(tmp_path, search=TRAINED)
+    prompts = load(str(file)).prompts
+    row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
+    assert foretold(monkeypatch, file).training_seconds == pytest.approx(2 * 4 * 512 * 3 * 5.0 / row_tokens)
+
+
+def test_the_models_of_every_round_are_validated(tmp_path: Path) -> None:
+    trained = load(str(tiny_search(tmp_path, search=TRAINED)))
+    pruned = load(str(tiny_search(tmp_path, search={"strategy": "sparsity", "rounds": [20, 10]})))
+    assert (module._num_milestones(trained), module._num_milestones(pruned)) == (3, 1)

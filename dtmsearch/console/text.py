@@ -254,6 +254,8 @@ def estimate_text(estimate: Estimate) -> str:
             _line("rate", f"{estimate.evaluation_seconds:.3g} s an evaluation, as timed here, by all replicas at once"),
             _line("time", f"{duration(estimate.search_seconds)} of search"),
             _line("", f"{duration(estimate.other_seconds)} for the reference and the validation"),
+            *([_line("", f"{duration(estimate.training_seconds)} of training")] if estimate.training_seconds else []),
+            _line("", f"{duration(estimate.start_seconds)} until replicas answer, on this machine"),
         ]
     )
 

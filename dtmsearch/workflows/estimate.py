@@ -5,6 +5,7 @@ Loads one replica and times its parts on random tokens; records nothing.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,8 @@ class Estimate:
     """`evaluations` that the search asks for; `tokens` that they run through layers, counted whole; `operations` of
     their matrix products, shared prefixes left out; `memory_bytes` of one replica, on all its `nodes_per_replica`,
     with the activations of a batch, beside which it keeps hidden states of parent plans where `states_kept` says;
-    `search_seconds` with all `replicas` at work; `other_seconds` for the reference and the validation."""
+    `search_seconds` with all `replicas` at work; `other_seconds` for the reference and the validation, of every round's
+    models too; `training_seconds` of all rounds, on one replica's device; `start_seconds` until replicas answer."""
 
     evaluations: int
     tokens: int
@@ -44,6 +46,8 @@ class Estimate:
     search_seconds: float
     other_seconds: float
     nodes_per_replica: int = 1
+    training_seconds: float = 0.0
+    start_seconds: float = 0.0
 
 
 def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate:
@@ -52,8 +56,10 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         texts.check_model(file)
     texts.check_readable(file)
     prompts, held_out = file.prompts, file.validation_prompts
+    started = time.monotonic()
     with ReplicaPool(file.model_spec, where) as pool:
         manifest = pool.manifest()
+        start_seconds = time.monotonic() - started
         space = space_of(file, manifest)
         speed = pool.measure_speed(prompts.count, prompts.prompt_tokens, prompts.continuation_tokens)
         replicas = pool.num_replicas
@@ -62,7 +68,7 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
     evaluations, prompts_each, share = expected.evaluations, expected.prompts_each, expected.share_of_layers
     each = prompts_each * candidate_seconds(speed, share, manifest.num_layers, extra)
     each += speed.compress_seconds * expected.share_of_plans
-    validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2)
+    validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2 + _num_milestones(file))
     whole = _with_head(speed, speed.layers_seconds, EXTRA_METRICS)
     references = prompts.count + (0 if held_out is None else held_out.count)
     if file.min_fdt_prompts is not None:  # the plans that are tested, and the prompts that only they are tested on
@@ -83,7 +89,26 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         search_seconds=evaluations * each / replicas,
         nodes_per_replica=where.nodes_per_replica,
         other_seconds=references * speed.generation_seconds + validated * whole / replicas,
+        training_seconds=_training_seconds(file, _with_head(speed, speed.layers_seconds, ()) / row_tokens),
+        start_seconds=start_seconds,
     )
+
+
+def _num_milestones(file: SearchFile) -> int:
+    """The models that a sparsity search comes to before its last: pruned ones, and trained ones."""
+    models = 1 if file.search.recovery is None else 2
+    return max(0, len(file.search.pruning_rounds) * models - 1) if file.search.strategy == "sparsity" else 0
+
+
+def _training_seconds(file: SearchFile, forward_seconds: float) -> float:
+    """Seconds of a search's trainings, where a forward pass takes so long a token. A step goes forward once and
+    backward at twice that; forward once more where activations are computed anew, or a teacher is asked."""
+    section = file.search.recovery
+    if section is None or file.search.strategy != "sparsity":
+        return 0.0
+    passes = 3.0 + section.checkpointing + (section.distill > 0.0)
+    tokens = (section.masked_steps + section.unmasked_steps) * section.batch_tokens
+    return len(file.search.pruning_rounds) * tokens * passes * forward_seconds
 
 
 def candidate_seconds(
@@ -122,7 +147,8 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> 
         one = [[nominal[c.name, s] ** 0.5 for s in space.schemes] for c in space.components]
         return np.full((samples[1] - samples[0], len(one), len(space.schemes)), one, np.float32)
 
-    prices = take if STRATEGIES[file.search.strategy].takes_prices else None
+    sparsity = file.search.strategy == "sparsity"  # which is put together apart from the others
+    prices = take if not sparsity and STRATEGIES[file.search.strategy].takes_prices else None
     strategy = strategy_of(file, space, reference_id="", errors=nominal, take=prices)
     asks = strategy.ask()
     layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]
