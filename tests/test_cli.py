@@ -552,3 +552,29 @@ def test_the_package_has_no_other_verbs_than_it_says() -> None:
 
 def test_the_package_reads_a_search_file(search_file: str) -> None:
     assert dtmsearch.load(Path(search_file)).run == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["query", "SELECT 1", "--out", "missing/answer.csv"],
+        ["report", "run", "--out", "missing/report.html"],
+        ["init", "model", "--out", "missing/search.yaml"],
+        ["export", "run", "--to", "json", "--out", "file.txt/folder"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_said_before_any_work(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("")
+    assert main(arguments) == 2
+    assert "cannot be written: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_an_infinite_time_is_text(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sql = "SELECT 'infinity'::TIMESTAMP AS late, '-infinity'::DATE AS early"
+    assert main(["query", sql, "--store", str(tmp_path), "--format", form]) == 0
+    said = capsys.readouterr().out
+    assert "infinity" in said and "-infinity" in said
