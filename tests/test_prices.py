@@ -23,6 +23,7 @@ from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.solve_budgets import solve_budgets
 from dtmsearch.workflows.take_prices import TakingPrices
 
 UP, Q, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"
@@ -219,3 +220,16 @@ def test_a_search_by_prices_alone_ends_with_a_plan_and_goes_on_from_what_is_pric
     (run,) = results.runs()
     assert run.status == "finished"
     assert results.table("prices").num_rows == len(results.table("components")) * 2 * 2
+
+
+def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
+    search = {"strategy": "fisher", "schemes": ["int3-channel", "int4-channel"], "fisher": {"samples": 40}}
+    path = tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 4.5}})
+    run_here(path, tmp_path / "store")
+    results = ResultStore(tmp_path / "store")
+    (again, small) = solve_budgets(results, "tiny", [4.5, 4.0])
+    found = results.plan_id_so_far(results.runs()[0])
+    assert again.plan_id == found
+    assert small.bits_per_weight <= 4.0
+    assert small.kl_low < small.kl < small.kl_high
+    assert small.kl > again.kl

@@ -1,4 +1,4 @@
-"""The verbs that look at a store: `ls`, `status`, `watch`, `query`, `pareto`, `report`, and `stop`."""
+"""The verbs that look at a store: `ls`, `status`, `watch`, `query`, `pareto`, `solve`, `report`, and `stop`."""
 
 from __future__ import annotations
 
@@ -154,6 +154,40 @@ def pareto_verb(pattern: str, everything: bool, store: str, form: str) -> None:
     show([c for c in found if everything or c.fronts], form, front_text)
     if not found:
         say(f"no run {pattern} of {store} has a plan that was measured on held-out prompts")
+
+
+@cli.command(
+    "solve",
+    epilog=examples(
+        "dtmsearch solve my-run --bits 3.5,4,4.5",
+        "dtmsearch solve my-run --bits 4 --format json",
+        "dtmsearch solve my-run --bits 3,4 --out plans/",
+    ),
+)
+@click.argument("name", metavar="RUN", shell_complete=complete_run)
+@click.option("--bits", required=True, help="Stored bits a weight, one budget or several: 3.5,4,4.5.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder for the plan files.")
+@store_option
+@format_option("table", "json")
+def solve_verb(name: str, bits: str, out: Path | None, store: str, form: str) -> None:
+    """Find plans for further budgets from the prices that a run has taken.
+
+    Nothing is measured: KL is predicted, with a 95% interval.
+    """
+    from dtmsearch.console.text import solved_text
+    from dtmsearch.errors import UserError
+    from dtmsearch.workflows.solve_budgets import solve_budgets
+
+    try:
+        budgets = [float(part) for part in bits.split(",")]
+    except ValueError:
+        raise UserError(f"--bits: got {bits!r}; numbers of stored bits a weight are wanted, such as 3.5,4") from None
+    found = solve_budgets(open_store(store), name, budgets)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for solved in found:
+            (out / f"{name}-{solved.bits_asked:g}.json").write_text(solved.plan)
+    show(found, form, solved_text)
 
 
 @cli.command(

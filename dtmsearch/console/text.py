@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
     from dtmsearch.workflows.export import Exported
     from dtmsearch.workflows.score import TaskScore
+    from dtmsearch.workflows.solve_budgets import SolvedPlan
     from dtmsearch.workflows.sweep import SweepOutcome
 
 # A label before its text, as `status` shows them.
@@ -310,6 +311,25 @@ def front_text(candidates: Sequence[Candidate]) -> str:
     """Plans from small to large, those of each model and set of held-out prompts together."""
     columns = ["model", "run", "plan", "bits", "share", *_METRIC_COLUMNS, "unbeaten in"]
     return table(columns, [_front_cells(candidate) for candidate in candidates])
+
+
+def solved_text(plans: Sequence[SolvedPlan]) -> str:
+    """Plans for further budgets, with what is predicted of them."""
+    columns = ["bits asked", "bits", "predicted KL", "95% interval", "measured plans compared", "plan"]
+    return table(
+        columns,
+        [
+            [
+                f"{p.bits_asked:g}",
+                f"{p.bits_per_weight:.3f}",
+                f"{p.kl:.4f}",
+                f"{p.kl_low:.4f} to {p.kl_high:.4f}",
+                p.compared_with,
+                p.plan_id[:12],
+            ]
+            for p in plans
+        ],
+    )
 
 
 def _front_cells(c: Candidate) -> list[object]:

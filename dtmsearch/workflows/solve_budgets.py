@@ -1,0 +1,159 @@
+"""Plans for further budgets from the prices that a run has taken, with what they are predicted to cost. Nothing is
+measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dtmsearch.analysis.summary import record_of
+from dtmsearch.config import SearchFile
+from dtmsearch.config.sections import StopSection
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.plan import Plan, plan_to_json
+from dtmsearch.core.records import RunRecord
+from dtmsearch.errors import UserError
+from dtmsearch.search.solver.choices import Choices
+from dtmsearch.search.solver.fisher_form import Prices
+from dtmsearch.search.solver.knapsack import Infeasible
+from dtmsearch.store.codecs import price_blocks
+from dtmsearch.store.codecs.tables import components_of
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.build import space_of
+from dtmsearch.workflows.lookup import stored_file
+
+_DTYPES = {16: "bfloat16", 32: "float32"}
+# Where no plan was measured the logarithm of measured over predicted KL is off by so much (docs/search-quality.md).
+_UNMEASURED = 0.2
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class SolvedPlan:
+    """The best plan by prices within `bits_asked` stored bits per weight, its own size, and the KL in nats per token
+    that is predicted of it, with a 95% interval. `compared_with` measured plans put the prediction right."""
+
+    bits_asked: float
+    bits_per_weight: float
+    kl: float
+    kl_low: float
+    kl_high: float
+    compared_with: int
+    plan_id: str
+    plan: str
+
+
+def solve_budgets(results: ResultStore, run: str, bits: Sequence[float]) -> list[SolvedPlan]:
+    """Plans for budgets in stored bits a weight, in the order asked for. Raises `UserError` for a run without prices,
+    and for a budget out of reach."""
+    record, file = record_of(results, run), stored_file(results, run)
+    manifest = _manifest(results, record)
+    products = _products(results, record, file, manifest)
+    return [_solved(results, record, file, manifest, products, each) for each in bits]
+
+
+def _manifest(results: ResultStore, record: RunRecord) -> ModelManifest:
+    """What the store knows of a run's model: enough to count sizes and name plans."""
+    rows = results.table("components", where=pc.field("manifest_id") == record.manifest_id)
+    if rows.num_rows == 0:
+        raise UserError(f"run {record.run!r} has not read its model yet: continue it with `dtmsearch resume`")
+    first = rows.slice(0, 1).to_pylist()[0]
+    components = tuple(dict.fromkeys(components_of(rows)))
+    layers = 1 + max(component.layer for component in components)
+    dtype = _DTYPES.get(first["dense_bits"], "float32")
+    return ModelManifest(first["model"], None, dtype, layers, str(record.manifest_id), components)
+
+
+def _products(
+    results: ResultStore, record: RunRecord, file: SearchFile, manifest: ModelManifest
+) -> tuple[list[str], Any]:
+    """The components that are priced, and products [samples, components, schemes]."""
+    base = (pc.field("kind") == "fisher") & (pc.field("around_plan_id") == Plan().id)
+    rows = results.table("prices", run=record.run, where=base)
+    if rows.num_rows == 0:
+        raise UserError(
+            f"run {record.run!r} has taken no prices: only strategies fisher and auto take them, and {record.run!r} is "
+            f"a search by {file.search.strategy}" + (" that has not begun to" if record.status != "finished" else "")
+        )
+    blocks = price_blocks.blocks_of(rows)
+    priced = {component for component, _ in next(iter(blocks.values()))}
+    names = [component.name for component in manifest.components if component.name in priced]
+    parts = [[[blocks[first][c, s] for s in file.search.schemes] for c in names] for first in sorted(blocks)]
+    return names, np.concatenate([np.array(part).transpose(2, 0, 1) for part in parts])
+
+
+def _solved(
+    results: ResultStore,
+    record: RunRecord,
+    file: SearchFile,
+    manifest: ModelManifest,
+    priced: tuple[list[str], Any],
+    bits: float,
+) -> SolvedPlan:
+    names, products = priced
+    stop = StopSection(bits_per_weight=bits)
+    asked = file.model_copy(update={"search": file.search.model_copy(update={"stop": stop})})
+    choices = Choices(space_of(asked, manifest))
+    prices = Prices.of(choices, names, file.search.schemes, products, file.prompts.continuation_tokens)
+    try:
+        options = choices.solve(prices.damages()).options
+    except Infeasible:
+        raise UserError(f"{bits:g} bits a weight are out of reach of this run's schemes") from None
+    plan, predicted = choices.plan(options), prices.additive(options)
+    ratios = _ratios(results, record, choices, prices)
+    ratio, spread = _ratio_at(ratios, predicted.mean)
+    error = math.hypot(spread, predicted.error / max(predicted.mean, 1e-12))
+    kl = predicted.mean * math.exp(ratio)
+    low, high = kl * math.exp(-_NORMAL_95 * error), kl * math.exp(_NORMAL_95 * error)
+    size = choices.space.size(plan)
+    text = plan_to_json(plan, manifest)
+    return SolvedPlan(bits, size.bits_per_weight, kl, low, high, len(ratios), plan.id, text)
+
+
+def _ratios(results: ResultStore, record: RunRecord, choices: Choices, prices: Prices) -> list[tuple[float, float]]:
+    """(log predicted, log of measured over predicted KL) of the whole plans that the run has measured."""
+    columns = ["plan_id", "kl", "num_prompts", "num_compressed", "reference_id", "status"]
+    rows = results.table("evaluations", columns, run=record.run).to_pylist()
+    least = len(choices.space.components) // 2
+    whole = {
+        row["plan_id"]: row["kl"]
+        for row in sorted(rows, key=lambda row: row["num_prompts"] or 0)
+        if row["status"] == "ok" and row["kl"] and row["num_compressed"] > least
+    }
+    found = []
+    for plan_id, kl in whole.items():
+        plan = results.plan(plan_id, record.run)
+        options = None if plan is None else _options_of(choices, plan)
+        predicted = 0.0 if options is None else prices.additive(options).mean
+        if predicted > 0.0:
+            found.append((math.log(predicted), math.log(kl / predicted)))
+    return found
+
+
+def _options_of(choices: Choices, plan: Plan) -> tuple[int, ...] | None:
+    """A plan as a choice of options; None where it is of other schemes."""
+    options = []
+    for unit, schemes in zip(choices.units, choices.schemes, strict=True):
+        scheme = plan.scheme_of(unit.name)
+        if scheme not in schemes:
+            return None
+        options.append(schemes.index(scheme))
+    return tuple(options)
+
+
+def _ratio_at(ratios: Sequence[tuple[float, float]], at: float) -> tuple[float, float]:
+    """The log ratio to expect where `at` is predicted, and its standard deviation: that of measured plans, the nearer
+    in log predicted KL the more they count."""
+    if not ratios or at <= 0.0:
+        return 0.0, _UNMEASURED
+    distance = np.array([abs(predicted - math.log(at)) for predicted, _ in ratios])
+    values = np.array([ratio for _, ratio in ratios])
+    weights = np.exp(-distance)
+    mean = float((weights * values).sum() / weights.sum())
+    scatter = float((weights * (values - mean) ** 2).sum() / weights.sum())
+    return mean, math.sqrt(scatter + (_UNMEASURED**2) * min(1.0, float(distance.min()) + 1.0 / len(ratios)))
