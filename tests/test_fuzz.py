@@ -39,7 +39,7 @@ def test_whole_search_files_of_every_odd_kind_are_refused_in_words(fuzz: Any, at
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("hidden_size", -1), ("num_hidden_layers", 1_000_000), ("vocab_size", 10**12)]
+    ("key", "value"), [("hidden_size", -1), ("num_hidden_layers", 1_000_000), ("head_dim", 10**12)]
 )
 def test_a_configuration_that_no_weights_fit_is_refused_in_words(
     fuzz: Any, key: str, value: int, tmp_path: Path

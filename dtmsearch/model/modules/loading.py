@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,9 @@ from dtmsearch.errors import UserError
 
 # Of what transformers says, in an error.
 _LONGEST_REASON = 500
+
+# A configuration may describe so many times the weights that are stored, where some are tied.
+_MOST_TIMES = 100
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +113,7 @@ def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         _check_num_layers(config, folder)
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    _check_num_weights(model, folder)
     return model
 
 
@@ -211,6 +216,17 @@ def _check_num_layers(config: Any, folder: Path) -> None:
     if not 0 < num_layers <= num_tensors:
         raise UserError(
             f"the config.json in {folder} says {num_layers} layers, but its weights are {num_tensors} tensors: the "
+            "configuration and the weights are not of one model"
+        )
+
+
+def _check_num_weights(model: nn.Module, folder: Path) -> None:
+    """Raises `UserError` for a tree of far more weights than the folder has, tied ones aside: no memory holds it."""
+    described = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(math.prod(shape) for path in weight_files(folder) for _, shape in read_header(path).values())
+    if described > _MOST_TIMES * stored:
+        raise UserError(
+            f"the config.json in {folder} describes {described} weights, but its files hold {stored}: the "
             "configuration and the weights are not of one model"
         )
 
