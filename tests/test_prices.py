@@ -19,6 +19,7 @@ from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, Replica
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import SearchStopped
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.space import SearchSpace
@@ -233,3 +234,26 @@ def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
     assert small.bits_per_weight <= 4.0
     assert small.kl_low < small.kl < small.kl_high
     assert small.kl > again.kl
+
+
+def test_auto_killed_while_it_takes_prices_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    effort = {"samples": 40, "slopes": 4, "prompts": 2, "swap_prompts": 80}
+    search = {"strategy": "auto", "rank_by": "kl", "schemes": ["int2-channel", "int3-channel", "int4-channel"]}
+    path = tiny_search(tmp_path, search=search | {"auto": effort, "stop": {"bits_per_weight": 3.6}})
+    run_here(path, tmp_path / "whole")
+    own, calls = Replica.price, iter(range(1, 100))
+
+    def killed(model: Replica, request: PriceRequest) -> PriceBlock:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return own(model, request)
+
+    with monkeypatch.context() as patch, pytest.raises(SearchStopped):
+        patch.setattr(Replica, "price", killed)
+        run_here(path, tmp_path / "killed")
+    run_here(path, tmp_path / "killed")
+    (whole,), (again,) = ResultStore(tmp_path / "whole").runs(), ResultStore(tmp_path / "killed").runs()
+    assert whole.status == again.status == "finished"
+    assert whole.final_plan_id == again.final_plan_id

@@ -162,7 +162,7 @@ class PricedAuto(Auto):
                 for d, e in zip(self._prices.damages(), self._prices.errors(), strict=True)
             ]
         )
-        own = float(np.hypot(_SPREAD.family, min(float(np.median(relative)), 1.0)))
+        own = float(np.hypot(_SPREAD.family, min(float(np.nanmedian(relative)), 1.0)))
         damages = self._allowed(damages)
         belief = Belief.of(damages, self._prices.damages(), families, replace(_SPREAD, family=own))
         for choices, other, seen in self._seen:
