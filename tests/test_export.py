@@ -69,8 +69,10 @@ def test_a_folder_that_says_something_else_fails_the_export(
 ) -> None:
     in_process(monkeypatch)
 
+    dense = FORMATS["dense"]
+
     def write_wrongly(job, folder):  # type: ignore[no-untyped-def]
-        written = FORMATS["dense"].write(job, folder)
+        written = dense.write(job, folder)
         tensors = load_file(written.files[0])
         tensors["model.layers.2.mlp.down_proj.weight"].neg_()
         save_file(tensors, written.files[0], metadata={"format": "pt"})
@@ -78,9 +80,7 @@ def test_a_folder_that_says_something_else_fails_the_export(
 
     from dataclasses import replace
 
-    from dtmsearch.workflows import export as exporting
-
-    monkeypatch.setattr(exporting, "FORMATS", {"dense": replace(FORMATS["dense"], write=write_wrongly)})
+    monkeypatch.setitem(FORMATS, "dense", replace(dense, write=write_wrongly))
     with pytest.raises(ExportFailed, match=r"FDT [0-9.]+ instead of [0-9.]+ \([-+][0-9.]+\)"):
         mixed.export("dense", tmp_path / "out")
 
