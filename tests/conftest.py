@@ -1,5 +1,6 @@
 """Kinds of tests, by what their modules import, so that `pytest -m "unit or model"` needs no list to be kept."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from hypothesis import settings
 # A loaded machine is no failure, and a test that fails in one run fails in the next.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+# Under `nohup` a closed terminal would be ignored here, and in every process that a test starts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The first kind whose modules a test's module, or a helper module of the tests that it imports, has loaded.
 KINDS = {
