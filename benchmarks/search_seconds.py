@@ -1,9 +1,10 @@
 """How long `auto` searches on a large model: a shape with random weights on one GPU, default settings.
 
-    PYTHONPATH=benchmarks python benchmarks/search_seconds.py [--shape llama2-7b] [--prompts 128] [--compile never]
+    PYTHONPATH=benchmarks python benchmarks/search_seconds.py [--shape llama2-7b] [--prompts 256] [--errors]
 
 An average of four bits of code from 3, 4, 5, 6 and 8, in groups of 128. Continuations are random tokens: the same work,
-without generating them. Prints the seconds of weight errors and search, and what evaluations took.
+without generating them. Prints the seconds of prices (by backward passes; with `--errors`: of weight errors, and probes
+in the place of prices) and of the search.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import time
 import click
 import numpy as np
 import torch
-from search_quality import Counter, Forgetful, Watcher
+from numpy.typing import NDArray
+from search_quality import PRICE_BLOCK, Counter, Forgetful, Watcher
 from shapes import SHAPES, ShapedReplica
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.prices import PriceKind, PriceRequest
 from dtmsearch.search.loop import search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
@@ -28,9 +31,10 @@ SCHEMES = tuple(f"int{bits}-g128" for bits in (3, 4, 5, 6, 8))
 
 @click.command()
 @click.option("--shape", default="llama2-7b", type=click.Choice(list(SHAPES)), show_default=True)
-@click.option("--prompts", default=128, show_default=True)
+@click.option("--prompts", default=256, show_default=True)
 @click.option("--compile", "compiled", default="never", type=click.Choice(["always", "never"]), show_default=True)
-def main(shape: str, prompts: int, compiled: str) -> None:
+@click.option("--errors", "by_errors", is_flag=True)
+def main(shape: str, prompts: int, compiled: str, by_errors: bool) -> None:
     started_at = time.perf_counter()
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     replica = ShapedReplica(ModelSpec(shape, dtype=dtype, compile=compiled), ReplicaSettings())
@@ -42,16 +46,39 @@ def main(shape: str, prompts: int, compiled: str) -> None:
     space = SearchSpace(manifest.components, SCHEMES, dense_bits=manifest.dense_bits)
     bits = space.size(space.uniform("int4-g128")).bits_per_weight
     space = SearchSpace(manifest.components, SCHEMES, (), manifest.dense_bits, Budget(bits_per_weight=bits))
-    started_at = time.perf_counter()
-    found = replica.weight_errors([c.name for c in manifest.components], SCHEMES)
-    errors_seconds = time.perf_counter() - started_at
-    errors = {(e.component, e.scheme): e.plain for e in found}
+    counter = Counter(replica, PROMPT + CONTINUATION)
+    pricing_seconds = 0.0
+    settings = SolverSettings()
+    if by_errors:
+        started_at = time.perf_counter()
+        found = replica.weight_errors([c.name for c in manifest.components], SCHEMES)
+        pricing_seconds = time.perf_counter() - started_at
+        settings = SolverSettings(errors={(e.component, e.scheme): e.plain for e in found})
+
+    def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
+        nonlocal pricing_seconds
+        taken_at = time.perf_counter()
+        names, parts = tuple(c.name for c in manifest.components), []
+        for first in range(*samples, PRICE_BLOCK):
+            part = first, min(first + PRICE_BLOCK, samples[1])
+            block = replica.price(PriceRequest(reference.id, part, names, SCHEMES, 0, kind, around, ""))
+            counter.tokens += block.tokens
+            parts.append(block.products)
+        seconds = time.perf_counter() - taken_at
+        pricing_seconds += seconds
+        print(
+            f"  {kind} of {len(names) * len(SCHEMES)} options by {samples[1] - samples[0]} samples: {seconds:.1f} s",
+            flush=True,
+        )
+        return np.concatenate(parts)
+
+    if not by_errors:
+        settings = SolverSettings(take=take)
 
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
         return EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent)
 
-    strategy = make_strategy("auto", space, request_for, "kl", solver=SolverSettings(errors=errors))
-    counter = Counter(replica, PROMPT + CONTINUATION)
+    strategy = make_strategy("auto", space, request_for, "kl", continuation_tokens=CONTINUATION, solver=settings)
     watcher = Timed(counter)
     started_at = time.perf_counter()
     plan = search(strategy, counter, Forgetful(), watcher)
@@ -60,9 +87,10 @@ def main(shape: str, prompts: int, compiled: str) -> None:
     for at, tokens, score in watcher.decided:
         print(f"  after {at - started_at:5.1f} s and {tokens / 1e6:.3f} Mtokens a plan of KL {score:.4f}")
     print(
-        f"{shape}, {len(manifest.components)} components, {prompts} prompts, {compiled} compiled: errors of "
-        f"{len(SCHEMES)} schemes {errors_seconds:.1f} s, search {seconds:.1f} s, {counter.evaluations} evaluations, "
-        f"{counter.tokens / 1e6:.2f} Mtokens, {space.size(plan).bits_per_weight:.4f} of {bits:.4f} bits a weight"
+        f"{shape}, {len(manifest.components)} components, {prompts} prompts, {compiled} compiled: "
+        f"{'errors' if by_errors else 'prices'} of {len(SCHEMES)} schemes {pricing_seconds:.1f} s, search "
+        f"{seconds:.1f} s{'' if by_errors else ' with them'}, {counter.evaluations} evaluations, "
+        f"{counter.tokens / 1e6:.2f} Mtokens, {space.size(plan).bits_per_weight:.4f} of {bits:.4f} bits per weight"
     )
 
 
