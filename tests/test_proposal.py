@@ -14,7 +14,7 @@ from reported import make_run
 from tiny import DEMO_MODEL
 
 from dtmsearch.cli import cli, main
-from dtmsearch.config import json_schema, parse
+from dtmsearch.config import json_schema, load, parse
 from dtmsearch.workflows.init_config import Machine, ModelFacts, propose, read_model
 
 GIB = 1 << 30
@@ -58,12 +58,38 @@ def test_a_model_with_a_short_context_gets_short_windows() -> None:
     assert file.prompts.prompt_tokens + file.prompts.continuation_tokens == 64
 
 
-def test_init_writes_no_file_over_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_init_prints_a_search_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["init", str(DEMO_MODEL)]) == 0
-    assert capsys.readouterr().out.strip() == "model.yaml" and (tmp_path / "model.yaml").is_file()
-    assert main(["init", str(DEMO_MODEL)]) == 2
+    assert parse(capsys.readouterr().out, "stdout", tmp_path).run == "model" and not list(tmp_path.iterdir())
+
+
+def test_init_writes_no_file_over_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(DEMO_MODEL), "--out", "search.yaml"]) == 0
+    assert capsys.readouterr().out.strip() == "search.yaml" and (tmp_path / "search.yaml").is_file()
+    assert main(["init", str(DEMO_MODEL), "--out", "search.yaml"]) == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_init_says_which_texts_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("text")
+    assert main(["init", str(DEMO_MODEL), "--prompts", "mine.txt"]) == 0
+    said = capsys.readouterr().err
+    assert "'validation.txt'" in said and "--validation" in said and "--prompts" not in said
+
+
+def test_a_search_file_in_another_folder_names_the_texts_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "mine.txt").write_text("text")
+    assert main(["init", str(DEMO_MODEL), "--prompts", "mine.txt", "--out", "configs/search.yaml"]) == 0
+    assert load(tmp_path / "configs" / "search.yaml").prompts.files == (str(tmp_path / "mine.txt"),)
 
 
 def test_init_says_what_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -15,31 +15,40 @@ from dtmsearch.errors import FAILED
 @cli.command(
     "init",
     epilog=examples(
-        "dtmsearch init models/llama --prompts calibration.txt --validation validation.txt",
-        "dtmsearch init meta-llama/Llama-2-7b-hf --out search.yaml",
+        "dtmsearch init models/llama > search.yaml",
+        "dtmsearch init meta-llama/Llama-2-7b-hf --prompts mine.txt --validation held-out.txt --out search.yaml",
     ),
 )
 @click.argument("model")
 @click.option("--prompts", default="calibration.txt", show_default=True, help="Text to search with.")
 @click.option("--validation", default="validation.txt", show_default=True, help="Other text, to judge the plan by.")
-@click.option("--out", type=NewPath(dir_okay=False), help="The search file  [default: MODEL.yaml]")
+@click.option("--out", type=NewPath(dir_okay=False), help="File to write instead of stdout.")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 def init_verb(model: str, prompts: str, validation: str, out: Path | None, force: bool) -> None:
     """Write a commented search file for MODEL, a folder or a hub id.
 
     It fits the model and this machine, and says what the search will cost if its texts are there.
     """
-    from dtmsearch.workflows.init_config import propose, read_model, run_name, this_machine
+    from dtmsearch.workflows.init_config import propose, read_model, this_machine
 
+    if out is not None and out.exists() and not force:
+        raise click.UsageError(f"{out} is there already; give another --out, or --force")
     facts, machine = read_model(model), this_machine()
-    path = out or Path(f"{run_name(facts.path)}.yaml")
-    if path.exists() and not force:
-        raise click.UsageError(f"{path} is there already; give another --out, or --force")
+    texts = {"--prompts": prompts, "--validation": validation}
+    missing = {option: path for option, path in texts.items() if not Path(path).is_file()}
+    if out is not None and out.absolute().parent != Path.cwd():
+        # A search file's paths start at its own folder, those of a command line where the command is given.
+        prompts, validation = (str(Path(path).expanduser().absolute()) for path in (prompts, validation))
     text = propose(facts, machine, prompts, validation)
-    if Path(prompts).is_file() and Path(validation).is_file():
+    if not missing:
         text = propose(facts, machine, prompts, validation, _cost_of(text))
-    path.write_text(text, encoding="utf-8")
-    print_text(str(path))
+    if out is None:
+        print_text(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+        print_text(str(out))
+    for option, path in missing.items():
+        say(f"there is no text {path!r} yet, which the search file names: bring it, or give another {option}")
 
 
 def _cost_of(text: str) -> str | None:
