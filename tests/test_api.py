@@ -115,3 +115,37 @@ def test_applying_a_calibrated_plan_says_what_to_use(loaded: tuple[Any, Any]) ->
 
 def test_everything_exported_is_there() -> None:
     assert {name for name in dtm.__all__ if not hasattr(dtm, name)} == set()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fisher"])
+def test_a_search_by_prices_runs_in_this_process(tmp_path: Path, strategy: str) -> None:
+    schemes = ["int2-g16", "int4-g16", "int8-channel"]
+    options = {"fisher": {"fisher": {"samples": 8}}, "auto": {"auto": {"samples": 8, "rounds": 1, "swap_prompts": 0}}}
+    wanted = search_of(tmp_path, strategy=strategy, schemes=schemes, stop={"bits_per_weight": 5.0}, **options[strategy])
+    run = dtm.run(wanted, tmp_path / "store", IN_PROCESS)
+    assert run.status == "finished" and len(run.store.table("prices")) > 0
+
+
+def test_a_replica_in_this_process_answers_whatever_a_pool_is_asked() -> None:
+    from dtmsearch.cluster.replica_calls import Services
+    from dtmsearch.model.replica.local_replicas import LocalReplicas
+    from dtmsearch.model.replica.replica import Replica
+
+    asked = {name for name in vars(Services) if not name.startswith("_")} | {"submit", "poll", "rest", "metrics"}
+    here = {*vars(LocalReplicas), *vars(Replica), "metrics"}
+    assert asked - here == set()
+
+
+def test_a_search_in_this_process_is_estimated_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_cluster(*_: object) -> None:
+        raise AssertionError("a pool was opened")
+
+    monkeypatch.setattr("dtmsearch.cluster.pool.ReplicaPool.__init__", no_cluster)
+    assert dtm.estimate(search_of(tmp_path), IN_PROCESS).evaluations > 1
+
+
+def test_validating_finds_a_text_that_holds_too_few_prompts(tmp_path: Path) -> None:
+    wanted = search_of(tmp_path)
+    wanted["prompts"]["count"] = 10_000
+    with pytest.raises(dtm.UserError, match="10000"):
+        dtm.validate(wanted)

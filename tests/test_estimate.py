@@ -37,7 +37,7 @@ class Two(InProcess):
 
 
 def foretold(monkeypatch: pytest.MonkeyPatch, file: Path, **speed: Any) -> Estimate:
-    monkeypatch.setattr(module, "ReplicaPool", lambda spec, _where: Two(spec, ReplicaSettings(num_threads=1)))
+    monkeypatch.setattr(module, "pool_for", lambda file, *_: Two(file.model_spec, ReplicaSettings(num_threads=1)))
     monkeypatch.setattr(Two, "measure_speed", lambda *_: replace(SPEED, **speed))
     return estimate(load(str(file)))
 

@@ -15,13 +15,14 @@ import pyarrow as pa
 from dtmsearch import config
 from dtmsearch.analysis import named_queries, pareto_runs, sql, summary
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
-from dtmsearch.config import SearchFile, texts
+from dtmsearch.config import SearchFile
 from dtmsearch.core.plan import Plan
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import estimate as estimating
 from dtmsearch.workflows import evaluate as measuring
 from dtmsearch.workflows import run as running
+from dtmsearch.workflows.check_search import check_search
 
 # Every verb takes a store as a folder's name, a bucket's URL, or an object.
 StoreLike = ResultStore | str | os.PathLike[str]
@@ -237,8 +238,7 @@ def estimate(file: FileLike, where: Where = Where()) -> estimating.Estimate:
 def validate(file: FileLike) -> SearchFile:
     """Check a search file, its texts and its model's folder; the file as it was understood. Raises `UserError`."""
     loaded = search_file(file)
-    texts.check_readable(loaded)
-    texts.check_model(loaded)
+    check_search(loaded)
     return loaded
 
 

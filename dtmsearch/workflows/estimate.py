@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.components import ModelManifest
@@ -19,10 +18,12 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_ch
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.search.loop import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Procedure
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.workflows.build import extra_metrics_of, space_of, strategy_of
+from dtmsearch.workflows.session import pool_for
 
 # So many plans are tested where one is to be shown to keep an FDT.
 _USUAL_RUNGS = 12
@@ -52,12 +53,10 @@ class Estimate:
 
 def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate:
     """Estimate the search of a file on the machines of `where`. Raises what `dtmsearch.workflows.run.run` raises."""
-    if where.address is None:
-        texts.check_model(file)
     texts.check_readable(file)
     prompts, held_out = file.prompts, file.validation_prompts
     started = time.monotonic()
-    with ReplicaPool(file.model_spec, where) as pool:
+    with pool_for(file, where, Silent()) as pool:
         manifest = pool.manifest()
         start_seconds = time.monotonic() - started
         space = space_of(file, manifest)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, ReplicaSettings
+from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.model.replica.replica import Replica
 
 # Evaluations of one call: between calls the search writes what it has, and looks whether it is to stop.
@@ -57,6 +58,10 @@ class LocalReplicas:
         """Solve (component, scheme) pairs; yields a part as it is done."""
         for part in parts:
             yield self._replica.solve(calibration_id, part)
+
+    def price_blocks(self, requests: Sequence[PriceRequest]) -> Iterator[PriceBlock]:
+        """Take prices, a request after the other; yields a block as it is done."""
+        return map(self._replica.price, requests)
 
     def rest(self) -> None:
         """Let go of memory while something else needs it, such as a training."""
