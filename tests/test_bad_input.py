@@ -194,8 +194,8 @@ def overflowing(folder: Path) -> None:
     path = write_model(folder) / "model.safetensors"
     tensors = load_file(path)
     row = tensors["model.layers.0.mlp.down_proj.weight"][0]
-    row[:] = 0.51 * 8000.0  # which two bits make 8000
-    row[0] = 8000.0
+    row[:] = 0.51 * 8000.0  # which two bits make 8000, the scale being the largest over 1.5
+    row[0] = 12000.0
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -212,7 +212,7 @@ PROCESSES = {
         run("--gpus-per-replica", "1000"), 2, ("asks for 1000 GPUs, but this machine has",)
     ),
     "another model's plan": Case(
-        evaluate("plan.json", manifest_id="foreign", schemes={}), 2, ("made for another model", "foreign (elsewhere)")
+        evaluate("plan.json", manifest_id="foreign", schemes={}), 2, ("made for another model", "foreign ('elsewhere')")
     ),
     "candidates that overflow": Case(search_of_an_overflowing_model, 0, ()),
 }
