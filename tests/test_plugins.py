@@ -19,6 +19,7 @@ from dtmsearch.core import schemes
 from dtmsearch.core.evaluation import EvalRequest
 from dtmsearch.core.holders import scheme_facts
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import SchemeFamily, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats import format_registry
@@ -81,6 +82,13 @@ def test_a_packages_version_is_part_of_an_evaluations_identity(site: Path, tmp_p
     installed(site)
     request = EvalRequest(Plan.of({"a": TERNARY}), "reference", (0, 8))
     assert request.plan.scheme_versions == {"ternary": "dtmsearch-ternary 0.1.0, 1"}
+
+
+def test_a_packages_version_is_part_of_its_prices_identity(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(site)
+    before = PriceRequest("reference", (0, 8), ("a",), (TERNARY, "int8-channel")).id
+    monkeypatch.setattr("dtmsearch.core.prices.versions_of", lambda _: {"ternary": "dtmsearch-ternary 0.2.0, 1"})
+    assert PriceRequest("reference", (0, 8), ("a",), (TERNARY, "int8-channel")).id != before
 
 
 def test_schemes_lists_those_of_installed_packages(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, Replica
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.errors import SearchStopped
+from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.space import SearchSpace
@@ -234,6 +234,12 @@ def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
     assert small.bits_per_weight <= 4.0
     assert small.kl_low < small.kl < small.kl_high
     assert small.kl > again.kl
+
+
+@pytest.mark.parametrize("bits", [float("nan"), float("inf"), 0.0, -1.0])
+def test_what_is_no_budget_is_refused_in_words(bits: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a positive number is wanted"):
+        solve_budgets(ResultStore(tmp_path / "store"), "tiny", [4.0, bits])
 
 
 def test_auto_killed_while_it_takes_prices_ends_as_if_it_had_not_been(

@@ -45,6 +45,7 @@ from dtmsearch.search.solver.posterior import Belief, Spread
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Switching
+from dtmsearch.search.strategies.solver_based import _settled
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 BUDGET = Budget(bits_per_weight=4.5)
@@ -326,3 +327,7 @@ def test_a_local_search_ends_only_when_no_switch_is_better_on_all_prompts() -> N
     plan = run_search(strategy("local", space_with(BUDGET), local=searching), FakeEvaluator(misleading))
     assert plan is not None
     assert additive_damage(plan) == pytest.approx(additive_damage(best_by_trying(BUDGET)))
+
+
+def test_one_prompt_tells_no_plans_apart() -> None:
+    assert not _settled(np.array([3.0]), np.array([1.0]))

@@ -181,7 +181,7 @@ def solve_verb(name: str, bits: str, out: Path | None, store: str, form: str) ->
     try:
         budgets = [float(part) for part in bits.split(",")]
     except ValueError:
-        raise UserError(f"--bits: got {bits!r}; numbers of stored bits a weight are wanted, such as 3.5,4") from None
+        raise UserError(f"--bits: got {bits!r}; numbers of stored bits per weight are wanted, such as 3.5,4") from None
     found = solve_budgets(open_store(store), name, budgets)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

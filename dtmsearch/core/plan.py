@@ -78,10 +78,8 @@ class Plan:
 
     @cached_property
     def scheme_versions(self) -> dict[str, int | str]:
-        """Scheme family -> version of its arithmetic, of those in the plan that have had another or come from another
-        package."""
-        found = {parse_scheme(scheme) for scheme in {scheme for _, scheme in self.entries}}
-        return {scheme.family: scheme.version for scheme in found if scheme.version != 1 or scheme.own is not None}
+        """See `versions_of`."""
+        return versions_of(scheme for _, scheme in self.entries)
 
     def scheme_of(self, component: str) -> str:
         return self.schemes.get(component, DENSE)
@@ -134,6 +132,12 @@ class PlanSize:
     def size_mb(self) -> float:
         """Stored size in megabytes of 10^6 bytes."""
         return self.stored_bits / 8e6
+
+
+def versions_of(schemes: Iterable[str]) -> dict[str, int | str]:
+    """Scheme family -> version of its arithmetic, of those that have had another or come from another package."""
+    found = {parse_scheme(scheme) for scheme in set(schemes)}
+    return {scheme.family: scheme.version for scheme in found if scheme.version != 1 or scheme.own is not None}
 
 
 def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> PlanSize:

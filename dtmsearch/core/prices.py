@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.identity import identity
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Plan, versions_of
 
 # Raise it when the same samples would give other products.
 PRICES_VERSION = 1
@@ -47,7 +47,9 @@ class PriceRequest:
 
     @property
     def id(self) -> str:
-        """Identity of what determines the products of a sample: all but `samples`, the components and the schemes."""
+        """Identity of what determines the products of a sample: all but `samples`, the components and the schemes.
+        Versions of the schemes' arithmetic are part of it (`versions_of`)."""
+        versions = versions_of((*self.schemes, *self.around.schemes.values()))
         return identity(
             {
                 "reference": self.reference_id,
@@ -57,6 +59,7 @@ class PriceRequest:
                 "calibration": self.calibration_id,
                 "prices": PRICES_VERSION,
             }
+            | ({"schemes": versions} if versions else {})
         )
 
 

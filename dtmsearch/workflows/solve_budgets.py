@@ -49,8 +49,11 @@ class SolvedPlan:
 
 
 def solve_budgets(results: ResultStore, run: str, bits: Sequence[float]) -> list[SolvedPlan]:
-    """Plans for budgets in stored bits a weight, in the order asked for. Raises `UserError` for a run without prices,
-    and for a budget out of reach."""
+    """Plans for budgets in stored bits per weight, in the order asked for. Raises `UserError` for a run without prices,
+    for what is no budget, and for one out of reach."""
+    for each in bits:
+        if not (math.isfinite(each) and each > 0.0):
+            raise UserError(f"got {each:g} stored bits per weight; a positive number is wanted, such as 3.5")
     record, file = record_of(results, run), stored_file(results, run)
     manifest = _manifest(results, record)
     products = _products(results, record, file, manifest)
@@ -103,7 +106,7 @@ def _solved(
     try:
         options = choices.solve(prices.damages()).options
     except Infeasible:
-        raise UserError(f"{bits:g} bits a weight are out of reach of this run's schemes") from None
+        raise UserError(f"{bits:g} bits per weight are out of reach of this run's schemes") from None
     plan, predicted = choices.plan(options), prices.additive(options)
     ratios = _ratios(results, record, choices, prices)
     ratio, spread = _ratio_at(ratios, predicted.mean)

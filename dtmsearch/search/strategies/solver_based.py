@@ -151,6 +151,8 @@ def _settled(own: Floats, best: Floats) -> bool:
     """Whether a candidate is worse than the best for certain, or as good to within next to nothing."""
     if not np.isfinite(own).all():
         return True
+    if len(own) < 2:  # how far a single prompt may be off, nobody knows
+        return False
     difference = own - best
     mean, error = float(difference.mean()), float(difference.std(ddof=1)) / float(np.sqrt(len(difference)))
     worse = mean > _CERTAIN * error
