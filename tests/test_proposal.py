@@ -8,9 +8,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 from click.shell_completion import ShellComplete
 from reported import make_run
+from safetensors.torch import save_file
 from tiny import DEMO_MODEL
 
 from dtmsearch.cli import cli, main
@@ -56,6 +58,22 @@ def test_a_model_with_a_short_context_gets_short_windows() -> None:
     short = ModelFacts("/models/short", "GPT2LMHeadModel", 2, 1_000, "float32", 64)
     file = parse(proposed(short, Machine((), GIB, 1)), "proposed", Path())
     assert file.prompts.prompt_tokens + file.prompts.continuation_tokens == 64
+
+
+def test_a_model_that_groups_do_not_divide_gets_schemes_that_can_be_exported() -> None:
+    uneven = ModelFacts("/models/uneven", "LlamaForCausalLM", 5, 260_000, "float32", 512, groups_divide=False)
+    file = parse(proposed(uneven, Machine((), GIB, 1)), "proposed", Path())
+    assert file.search.schemes == ("int8-channel", "int4-channel", "int3-channel")
+
+
+def test_headers_say_whether_groups_divide_every_matrix(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    for inputs, divide in ((64, True), (172, False)):
+        save_file(
+            {"down.weight": torch.zeros(64, inputs), "norm.weight": torch.zeros(7)}, tmp_path / "model.safetensors"
+        )
+        assert read_model(str(tmp_path)).groups_divide is divide
 
 
 def test_init_prints_a_search_file_and_nothing_else(

@@ -22,6 +22,8 @@ _PROMPT_TOKENS = 100
 # Prompts to search with on a processor and on a GPU.
 _COUNTS = {"cpu": 32, "cuda": 256}
 _VALIDATION_FACTOR = 4
+# Inputs that share a scale, where they divide every matrix's: exports of uneven groups are refused.
+_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class ModelFacts:
     num_weights: int
     dtype: str
     context: int | None
+    groups_divide: bool = True
+    """Whether groups of 32 divide the inputs of every matrix."""
 
     @property
     def weight_bytes(self) -> int:
@@ -70,6 +74,7 @@ def read_model(path: str) -> ModelFacts:
         num_weights=sum(_product(shape) for shape in shapes),
         dtype=checkpoint_dtype(files),
         context=text.get("max_position_embeddings"),
+        groups_divide=all(shape[-1] % _GROUP == 0 for shape in shapes if len(shape) > 1),
     )
 
 
@@ -120,6 +125,10 @@ def propose(model: ModelFacts, machine: Machine, prompts: str, held_out: str, co
     where = _where(machine, need)
     window = min(_PROMPT_TOKENS, (model.context or 2 * _PROMPT_TOKENS) // 2)
     count = _COUNTS[machine.device]
+    scales = f"g{_GROUP}" if model.groups_divide else "channel"
+    uneven = (
+        "" if model.groups_divide else f"      # {_GROUP} does not divide all inputs: groups of it are not exported"
+    )
     layers = "" if model.num_layers is None else f", {model.num_layers} layers"
     return f"""\
 # {model.architecture}{layers}, {_millions(model.num_weights)} million weights in {model.dtype}.
@@ -145,7 +154,7 @@ validation:             # held out: other text than above
 search:
   strategy: auto        # measures each component once and solves for the rest; beam is the paper's, and slower
   rank_by: kl           # or fdt, sdt, dppl, ppl
-  schemes: [int8-channel, int4-g32, int3-g32]
+  schemes: [int8-channel, int4-{scales}, int3-{scales}]{uneven}
   components: {{include: ["*"], exclude: []}}      # by name or kind, such as q, k, v, o, gate, up, down
   stop: {{bits_per_weight: 4.5}}      # or share, components, sparsity, size_mb, min_fdt, seconds
 
