@@ -70,9 +70,7 @@ def test_headers_say_whether_groups_divide_every_matrix(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     for inputs, divide in ((64, True), (172, False)):
-        save_file(
-            {"down.weight": torch.zeros(64, inputs), "norm.weight": torch.zeros(7)}, tmp_path / "model.safetensors"
-        )
+        save_file({"down.weight": torch.zeros(64, inputs), "norm.weight": torch.zeros(7)}, weights)
         assert read_model(str(tmp_path)).groups_divide is divide
 
 
