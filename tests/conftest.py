@@ -11,7 +11,8 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
-# Under `nohup` a closed terminal would be ignored here, and in every process that a test starts.
+# In the background, and under `nohup`, signals would be ignored here and in every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The first kind whose modules a test's module, or a helper module of the tests that it imports, has loaded.
