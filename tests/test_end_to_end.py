@@ -200,8 +200,9 @@ def evaluated(pair: Pair) -> Evaluated:
         by_file = pool.submit(evaluate, str(plan_file), pair.folder / "by-file")
         by_run = pool.submit(evaluate, "tiny", pair.beam_store)
     validation = [row for row in rows(pair.beam_store, "evaluations", "tiny") if row["purpose"] == "validation"]
-    # The plan that the run ended with may be a uniform one.
-    labels = {row["plan_id"]: row["label"] for row in validation} | {record.final_plan_id: "plan"}
+    # The plan that the run ended with may be a uniform one, and what the search found another.
+    labels = {row["plan_id"]: row["label"].replace("plan", "found") for row in validation}
+    labels[record.final_plan_id] = "plan"
     by_label = {labels[row["plan_id"]]: {name: row[name] for name in METRICS} for row in validation}
     return Evaluated(by_label, by_scheme.result(), by_run.result(), by_file.result())
 
