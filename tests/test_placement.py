@@ -115,7 +115,7 @@ def test_a_long_wait_is_said_once(nodes: list[Node], monkeypatch: pytest.MonkeyP
 
 def test_a_wait_names_what_is_wanted_and_what_is_free() -> None:
     line = waiting_line(["replica-1", "replica-2"], 1, Share(0.0, 2.0), cpus(2.0, 2.0), {"CPU": 1.0})
-    assert "2 replicas wait for a place with 2 processors: the cluster's 2 nodes have 4 CPU, 1 of them free" in line
+    assert "2 replicas wait for a place with 2 CPUs: the cluster's 2 nodes have 4 CPU, 1 of them free" in line
 
 
 def test_a_wait_for_a_node_that_is_not_there_says_so() -> None:
@@ -124,5 +124,5 @@ def test_a_wait_for_a_node_that_is_not_there_says_so() -> None:
 
 def test_a_wait_for_enough_nodes_says_how_many_one_replica_takes() -> None:
     line = waiting_line(["replica-0"], 0, Share(4.0, 4.0, num_nodes=2), gpus(2.0, 4.0), {})
-    assert "with 4 GPUs and 4 processors on each of 2 nodes" in line
+    assert "with 4 GPUs and 4 CPUs on each of 2 nodes" in line
     assert "1 of them large enough, where one replica takes 2" in line

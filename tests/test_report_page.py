@@ -110,7 +110,7 @@ def test_pointing_at_a_cell_gives_its_numbers(shown: Page) -> None:
     shown.point_at(shown.all("[data-figure='plan'] .mark-rect.role-mark path")[0]).perform()
     shown.until("return document.querySelector('#vg-tooltip-element.visible') !== null")
     said = shown.find("#vg-tooltip-element").text
-    assert "model.layers." in said and "bits a weight" in said
+    assert "model.layers." in said and "bits per weight" in said
 
 
 def test_a_click_on_a_cell_leaves_its_component_in_the_table(shown: Page) -> None:
@@ -127,7 +127,7 @@ def test_a_click_on_another_runs_plan_gives_the_command_that_exports_it(shown: P
     (other,) = [mark for mark in marks if "plan: further" in (mark.get_attribute("aria-label") or "")]
     shown.point_at(other).click().perform()
     shown.until("return document.getElementById('picked').innerText.includes('dtmsearch export further --to dense')")
-    assert "bits a weight" in shown.find("#picked").text
+    assert "bits per weight" in shown.find("#picked").text
 
 
 def test_the_keyboard_filters_and_clears(shown: Page) -> None:

@@ -51,7 +51,7 @@ def test_a_new_decision_is_one_plain_line_with_edge_share_and_fdt() -> None:
     out = io.StringIO()
     PlainProgress(out).on_decision(a_decision(), replayed=False)
     assert out.getvalue() == (
-        "step 0: layers.0.q=int8-channel  [1 component, 25.0% of weights, 14.00 bits a weight, FDT 41.2]\n"
+        "step 0: layers.0.q=int8-channel  [1 component, 25.0% of weights, 14.00 bits per weight, FDT 41.2]\n"
     )
 
 

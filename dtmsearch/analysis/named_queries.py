@@ -29,7 +29,7 @@ QUESTIONS = {
     for question in (
         Question(
             "best",
-            "At each size, in whole bits a weight: the candidate with the fewest divergent tokens.",
+            "At each size, in whole bits per weight: the candidate with the fewest divergent tokens.",
             """\
 SELECT floor(bits_per_weight) AS bits, arg_min(plan_id, sdt_mean) AS plan_id,
        min(sdt_mean) AS sdt, arg_min(fdt_mean, sdt_mean) AS fdt, count(*) AS candidates

@@ -75,11 +75,11 @@ def replica_options(verb: Verb) -> Verb:
         verb,
         click.option("--replicas", type=click.IntRange(min=1), help="Copies of the model that measure side by side."),
         click.option("--gpus-per-replica", type=click.FloatRange(min=0), help="GPUs of each, such as 0.5, 1 or 4."),
-        click.option("--cpus-per-replica", type=click.FloatRange(min=0.01), help="Processors of each."),
+        click.option("--cpus-per-replica", type=click.FloatRange(min=0.01), help="CPUs of each."),
         click.option(
             "--nodes-per-replica",
             type=click.IntRange(min=1),
-            help="Nodes of each, for a model too large for one; GPUs and processors are then of each node.",
+            help="Nodes of each, for a model too large for one; GPUs and CPUs are then of each node.",
         ),
         click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch."),
     )

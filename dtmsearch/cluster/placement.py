@@ -63,7 +63,7 @@ class Share:
     def __str__(self) -> str:
         gpus = f"{self.num_gpus:g} GPU{'' if self.num_gpus == 1 else 's'} and " if self.num_gpus else ""
         nodes = f" on each of {self.num_nodes} nodes" if self.num_nodes > 1 else ""
-        return f"{gpus}{self.num_cpus:.3g} processor{'' if self.num_cpus == 1 else 's'}{nodes}"
+        return f"{gpus}{self.num_cpus:.3g} CPU{'' if self.num_cpus == 1 else 's'}{nodes}"
 
 
 def share_of(

@@ -126,7 +126,7 @@ class ReplicaPool(Services):
         free = ray.available_resources().get("CPU", 0.0)
         if self.num_replicas * self._share.num_cpus >= free:
             self._on_note(
-                f"this search holds all {free:g} free processors of the cluster ({self.num_replicas} x {self._share}), "
+                f"this search holds all {free:g} free CPUs of the cluster ({self.num_replicas} x {self._share}), "
                 "so another one would wait: --replicas with --cpus-per-replica leaves some to others"
             )
 

@@ -166,8 +166,8 @@ class StopSection(Section):
 class AutoSection(Section):
     """How much `auto` measures: prompts of a unit's probe, where prices cannot be had; else samples of the prices, and
     prompts of a slope; rounds of correction at most, the prompts of the first (each
-    takes twice as many as the one before), the plans drawn in each and the switches tried at once; and the prompts that
-    all rounds together, and all switches, may forward (a prompt once for every plan measured on it). `sensitivity`
+    takes twice as many as the one before), the plans drawn in each and the swaps tried at once; and the prompts that
+    all rounds together, and all swaps, may forward (a prompt once for every plan measured on it). `sensitivity`
     takes the probe from here."""
 
     probe_prompts: int = Field(default=4, ge=1)
@@ -231,7 +231,7 @@ class EvolutionSection(Section):
 
 
 class LocalSection(Section):
-    """`children` are the switches of a round, `prompts` what they are first measured on."""
+    """`children` are the swaps of a round, `prompts` what they are first measured on."""
 
     rounds: int = Field(default=100, ge=1)
     """Rounds at most."""

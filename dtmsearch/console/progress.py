@@ -172,7 +172,7 @@ def share_of_weights(decision: Decision | None) -> str:
         return "nothing compressed yet"
     return (
         f"{decision.size.share:.1%} of weights compressed, FDT {decision.summary.fdt_mean:.1f}, "
-        f"{decision.size.bits_per_weight:.2f} bits a weight"
+        f"{decision.size.bits_per_weight:.2f} bits per weight"
     )
 
 
@@ -182,7 +182,7 @@ def decision_line(decision: Decision) -> str:
     size = decision.size
     return (
         f"step {decision.step}: {edge}  [{components(size.num_compressed)}, {size.share:.1%} of weights, "
-        f"{size.bits_per_weight:.2f} bits a weight, FDT {decision.summary.fdt_mean:.1f}]"
+        f"{size.bits_per_weight:.2f} bits per weight, FDT {decision.summary.fdt_mean:.1f}]"
     )
 
 

@@ -137,7 +137,7 @@ def _held_larger(facts: SchemeFacts) -> str:
 
 
 def _size(num_compressed: int | None, share: float, bits_per_weight: float) -> str:
-    return f"{components(num_compressed)}, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits a weight"
+    return f"{components(num_compressed)}, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits per weight"
 
 
 # A plan of more schemes than this is summed up; the query that is printed lists them.

@@ -159,7 +159,7 @@ def line_of(found: Glance) -> str:
     step = found.steps[-1]
     return (
         f"{found.run}: {found.status}, step {step.step}, {found.evaluations} evaluations{failed}, "
-        f"{step.share:.1%} of weights, {step.bits_per_weight:.2f} bits a weight, {found.rank_by} {number(step.score)}"
+        f"{step.share:.1%} of weights, {step.bits_per_weight:.2f} bits per weight, {found.rank_by} {number(step.score)}"
     )
 
 

@@ -45,7 +45,7 @@ def card_text(card: Card) -> str:
         "## Plan",
         "",
         f"{size.num_compressed} components compressed, {size.share:.1%} of the searched weights, "
-        f"{size.bits_per_weight:.3f} bits a weight; plan `{card.plan.id}`.",
+        f"{size.bits_per_weight:.3f} bits per weight; plan `{card.plan.id}`.",
         "",
         "| scheme | components |",
         "|---|---|",

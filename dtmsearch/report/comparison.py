@@ -130,9 +130,9 @@ def sentence(one: RunFacts, other: RunFacts, differences: dict[str, PairedDiffer
         return f"There are too few held-out prompts to say which of the two plans is better ({found.mean:+.1f} tokens)."
     span = f"{found.mean:+.1f} tokens, {found.confidence:.0%} interval {found.low:+.1f} to {found.high:+.1f}"
     if not found.excludes_zero:
-        return f"At {sizes} bits a weight, the two plans cannot be told apart by where texts first diverge ({span})."
+        return f"At {sizes} bits per weight, the two plans cannot be told apart by where texts first diverge ({span})."
     better, worse = (a.run, b.run) if found.mean > 0 else (b.run, a.run)
-    return f"At {sizes} bits a weight, texts of {better} diverge later than those of {worse} ({span})."
+    return f"At {sizes} bits per weight, texts of {better} diverge later than those of {worse} ({span})."
 
 
 def _said(metric: str, found: PairedDifference) -> str:

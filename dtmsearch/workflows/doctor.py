@@ -99,9 +99,9 @@ def num_processors() -> int:
 def check_processors() -> Iterator[Finding]:
     cores = num_processors()
     if cores > 1:
-        yield Finding("processor cores", "ok", str(cores))
+        yield Finding("CPU cores", "ok", str(cores))
     else:
-        yield Finding("processor cores", "warning", str(cores), "the driver and a replica share one core: expect waits")
+        yield Finding("CPU cores", "warning", str(cores), "the driver and a replica share one core: expect waits")
 
 
 def check_memory() -> Iterator[Finding]:
@@ -164,7 +164,7 @@ def no_gpu(has_driver: bool, built_for: str | None) -> Finding:
     if has_driver:
         remedy = f"run nvidia-smi: no GPU is visible, or its driver is too old for CUDA {built_for}"
         return Finding("GPUs", "warning", "a driver, but torch sees no GPU", remedy)
-    return Finding("GPUs", "warning", "none", "searches run on the processor: fine for small models, slow for others")
+    return Finding("GPUs", "warning", "none", "searches run on the CPU: fine for small models, slow for others")
 
 
 def check_bitsandbytes() -> Iterator[Finding]:

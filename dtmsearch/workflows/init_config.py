@@ -139,7 +139,7 @@ run: {run_name(model.path)}      # a name inside the store
 
 model:
   path: {json.dumps(model.path)}
-  dtype: {dtype}      # of the computation{"" if machine.gpu_bytes else ": processors are slow in 16 bits"}
+  dtype: {dtype}      # of the computation{"" if machine.gpu_bytes else ": CPUs are slow in 16 bits"}
 
 prompts:                # where candidates are measured: text like what you serve
   files: [{json.dumps(prompts)}]

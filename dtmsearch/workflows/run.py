@@ -1,4 +1,4 @@
-"""Composition: the one place where the rooms meet. A search from its file to its validated plan.
+"""Composition: the one place where the packages meet. A search from its file to its validated plan.
 
 `run` and `resume` are one function: what the store holds is replayed, the rest is measured.
 """

@@ -71,7 +71,7 @@ class StopDominated(FIFOScheduler):
             winner = self._race.add(self._groups[name], name, point)
             if winner is not None:
                 self._asked.add(name)
-                self._on_note(f"{name} is stopped at {point.size:.2f} bits a weight: {winner} dominates it")
+                self._on_note(f"{name} is stopped at {point.size:.2f} bits per weight: {winner} dominates it")
                 try:
                     stop(name, self._store, DOMINATED + winner)
                 except (ValueError, StoreError) as error:  # it may have ended meanwhile

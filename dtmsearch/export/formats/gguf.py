@@ -81,7 +81,7 @@ def _type_of_stack(job: Job, components: Sequence[Component]) -> str:
 
 
 def _nearest_type(scheme_name: str, component: Component) -> str:
-    """The type nearest in bits a weight, of those whose blocks divide the rows."""
+    """The type nearest in bits per weight, of those whose blocks divide the rows."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     scheme = parse_scheme(scheme_name)

@@ -1,4 +1,4 @@
-"""Weight matrices as families keep them, seen as every other room sees them: [outputs, inputs], by a component's name.
+"""Weight matrices as families keep them, seen as all others see them: [outputs, inputs], by a component's name.
 
 Linear layers are that already; GPT-2's Conv1D keeps the transpose; mixtures of experts keep all experts of a layer in
 one stacked parameter [experts, ., .]. Knows no family's name: only these three ways. Other parameters of three

@@ -59,7 +59,7 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
             .encode(
                 x=alt.X(
                     "bits:Q",
-                    title="bits a weight",
+                    title="bits per weight",
                     scale=alt.Scale(reverse=True, zero=False, nice=False, padding=8),
                     axis=alt.Axis(format="~g", grid=False, tickCount=8),
                 ),
@@ -75,7 +75,7 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
                 ],
             )
         )
-        chart = sized(chart, PLOT_HEIGHT, f"{TITLES[metric]} of both runs' decisions against bits a weight")
+        chart = sized(chart, PLOT_HEIGHT, f"{TITLES[metric]} of both runs' decisions against bits per weight")
         found.append(Figure("course", f"courses-{metric}", chart, {"paths": rows}, metric.upper()))
     return found
 

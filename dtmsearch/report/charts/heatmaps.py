@@ -135,7 +135,7 @@ def plan_figures(facts: RunFacts) -> list[Figure]:
         tooltip=[
             alt.Tooltip("component:N"),
             alt.Tooltip("scheme:N"),
-            alt.Tooltip("bits:Q", title="bits a weight", format=".2f"),
+            alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
             alt.Tooltip("num_weights:Q", title="weights", format=","),
         ],
     )
@@ -172,7 +172,7 @@ def _scheme_colour(cells: Sequence[Row]) -> Any:
         bits[cell["scheme"]] = max(bits.get(cell["scheme"], 0.0), cell["bits"])
     schemes = sorted(bits, key=lambda scheme: (scheme != DENSE, -bits[scheme]))
     if len([s for s in schemes if s != DENSE]) > _MOST_COLOURS:
-        return alt.Color("bits:Q", legend=ramp_legend("bits a weight"))
+        return alt.Color("bits:Q", legend=ramp_legend("bits per weight"))
     colours = iter(PALETTE)
     palette = [DENSE_COLOUR if scheme == DENSE else next(colours) for scheme in schemes]
     return alt.Color(

@@ -30,7 +30,7 @@ def course_figures(facts: RunFacts) -> list[Figure]:
     data = {"points": facts.points, "path": facts.path, "held_out": held_out}
     found = []
     for metric in facts.metrics:
-        for x, title in (("bits", "bits a weight"), ("share", "share of weights compressed")):
+        for x, title in (("bits", "bits per weight"), ("share", "share of weights compressed")):
             chart = _course(facts, metric, x, title)
             found.append(Figure("course", f"course-{metric}-{x}", chart, data, f"{metric.upper()}|{title}"))
     return found
@@ -49,7 +49,7 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
         f"{metric}:Q", title=TITLES[metric], scale=y_scale, axis=decades(values) if logarithmic else alt.Axis()
     )
     numbers = [
-        alt.Tooltip("bits:Q", title="bits a weight", format=".2f"),
+        alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
         alt.Tooltip("share:Q", title="share", format=".1%"),
         *(alt.Tooltip(f"{m}:Q", title=m.upper(), format=".4~g") for m in facts.metrics),
     ]
@@ -155,7 +155,7 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
     whose = ["this run", "another run", "uniform plan"]
     x = alt.X(
         "bits:Q",
-        title="bits a weight",
+        title="bits per weight",
         scale=alt.Scale(zero=False, nice=False, padding=12),
         axis=alt.Axis(grid=False, format="~g", tickCount=8),
     )
@@ -170,7 +170,7 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
         ),
         tooltip=[
             alt.Tooltip("name:N", title="plan"),
-            alt.Tooltip("bits:Q", title="bits a weight", format=".2f"),
+            alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
             *(alt.Tooltip(f"{m}:Q", title=m.upper(), format=".4~g") for m in ("fdt", "sdt", "kl")),
         ],
     )

@@ -70,7 +70,7 @@
   }
 
   const pick = (plan) => {
-    const size = `${plan.name}: ${plan.num_compressed} components, ${plan.bits.toFixed(2)} bits a weight, plan ${plan.plan_id}. `;
+    const size = `${plan.name}: ${plan.num_compressed} components, ${plan.bits.toFixed(2)} bits per weight, plan ${plan.plan_id}. `;
     const picked = document.getElementById("picked");
     picked.textContent = size;
     if (plan.label === "plan") {
