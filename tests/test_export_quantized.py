@@ -133,6 +133,7 @@ def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path: Path) -> Non
     measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan)
     with pytest.raises(ValueError, match="24 does not divide 32"):
         measured.export("compressed-tensors", tmp_path / "out")
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_widths_without_a_kernel_are_refused_for_vllm(tmp_path: Path) -> None:

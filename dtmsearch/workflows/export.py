@@ -64,13 +64,17 @@ def export(
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    job = _job(found, runtime, results)
-    if form.is_model:
-        _check_solved(found, to)
-    if runtime == "vllm" and to == PACKED:
-        require_tied(found, target, job)
-    say(f"writing {to} of {found.manifest.model}: {len(found.plan)} compressed components")
-    written = form.write(job, partial)
+    try:
+        job = _job(found, runtime, results)
+        if form.is_model:
+            _check_solved(found, to)
+        if runtime == "vllm" and to == PACKED:
+            require_tied(found, target, job)
+        say(f"writing {to} of {found.manifest.model}: {len(found.plan)} compressed components")
+        written = form.write(job, partial)
+    except UserError:  # a refusal leaves nothing behind; a faulty export stays, to be looked at
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     check_bytes(job, written)
     result = described(form, target, partial, found, job, written)
     if wants_check:
