@@ -186,7 +186,7 @@ def solve_verb(name: str, bits: str, out: Path | None, store: str, form: str) ->
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         for solved in found:
-            (out / f"{name}-{solved.bits_asked:g}.json").write_text(solved.plan)
+            (out / f"{name}-{solved.bits_asked:g}.json").write_text(solved.plan, encoding="utf-8")
     show(found, form, solved_text)
 
 

@@ -15,6 +15,7 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, E
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize, plan_size, schemes_from_json
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.model.replica.in_memory import InMemoryReplica, manifest_of, weights_of
 from dtmsearch.workflows.lookup import UNIFORM
@@ -53,8 +54,8 @@ def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
         found = Plan.of(plan)
     elif str(plan).startswith(UNIFORM):
         found = Plan.uniform(manifest.components, str(plan).removeprefix(UNIFORM))
-    elif Path(plan).is_file():
-        found = Plan.of(schemes_from_json(Path(plan).read_text(encoding="utf-8"), str(plan)))
+    elif is_file(Path(plan)):
+        found = Plan.of(schemes_from_json(read_text(Path(plan), "plan file"), str(plan)))
     else:
         raise UserError(f"plan {str(plan)!r} is no plan file, and not {UNIFORM}SCHEME")
     for component, scheme in found.entries:
