@@ -133,8 +133,9 @@ def cli_page() -> str:
         "Exit codes: 0 done, 1 failed, 2 usage, 3 stopped and resumable, 4 store unreadable, "
         "5 cluster unreachable. Data goes to stdout, everything else to stderr.\n",
     ]
+    root = click.Context(cli, info_name="dtmsearch", **cli.context_settings)
     for name, verb in sorted(cli.commands.items()):
-        context = click.Context(verb, info_name=f"dtmsearch {name}")
+        context = click.Context(verb, info_name=name, parent=root, terminal_width=100)
         text = verb.get_help(context).replace("\b\n", "")
         lines += [f"## {name}\n", "```text", text.strip(), "```", ""]
     return "\n".join(lines)
