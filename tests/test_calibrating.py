@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,13 @@ from processes import PATIENCE_SECONDS, Driver, Ended, dtmsearch, num_recorded, 
 from tiny import replica
 
 from dtmsearch import config
+from dtmsearch.core import schemes
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.store.codecs import calibrations
+from dtmsearch.store.codecs.calibrations import weight_errors_table
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.calibrate import Calibrating
 
@@ -116,6 +120,52 @@ def test_errors_of_weights_are_recorded_and_found_by_the_run_alone(folder: Path,
             errors.append(here.calibrating.errors(components, ("int4-g8", "wanda-0.5")))
             asked.append(here.pool.asked)
     assert (errors[0] == errors[1], len(errors[0]), asked) == (True, 42, [["statistics", "errors"], []])
+
+
+def with_version(scheme: str, version: int, patch: pytest.MonkeyPatch) -> None:
+    """The arithmetic of a scheme's family, as if it were of that version."""
+    family = parse_scheme(scheme).family
+    patch.setitem(schemes._FAMILIES, family, replace(schemes._FAMILIES[family], version=version))
+
+
+def test_errors_measured_by_another_version_of_a_scheme_are_measured_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, asked, versions = ResultStore(tmp_path), [], (7, 8, 8)
+    for version in versions:
+        with_version("int4-g8", version, monkeypatch)
+        with results.writer("run") as writer:
+            here = world(folder, writer, results)
+            here.calibrating.errors(here.pool.replica.manifest().components, ("int4-g8",))
+            asked.append(here.pool.asked)
+    assert asked == [["errors"], ["errors"], []]
+
+
+def test_errors_by_another_version_of_the_calibration_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, of_inputs, plain = (
+        ResultStore(tmp_path),
+        WeightError("a", "wanda-0.5", 0.5, 0.25),
+        WeightError("b", "drop", 1),
+    )
+    with results.writer("run") as writer:
+        writer.put_weight_errors([of_inputs, plain])
+        assert writer.weight_errors() == [of_inputs, plain]
+        monkeypatch.setattr(calibrations, "CALIBRATION_VERSION", 99)
+        assert writer.weight_errors() == [plain]
+
+
+def test_errors_of_a_store_that_kept_no_versions_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = ResultStore(tmp_path)
+    older = weight_errors_table("run", [WeightError("a", "int4-g8", 0.5)]).drop_columns(["scheme_version"])
+    with results.writer("run") as writer:
+        monkeypatch.setattr(calibrations, "weight_errors_table", lambda *_: older)
+        writer.put_weight_errors([])
+    with results.writer("run") as writer:
+        assert writer.weight_errors() == []
 
 
 def test_a_mixture_of_rounding_and_gptq_is_priced_by_the_errors_of_outputs(folder: Path, tmp_path: Path) -> None:

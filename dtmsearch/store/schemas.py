@@ -226,6 +226,8 @@ TRAININGS = _schema(
     ],
 )
 # What a run knew of schemes without measuring them, as `plans.calibration.WeightError` says.
+# `scheme_version` is what the error was measured by, as canonical JSON: the versions of the scheme's arithmetic
+# (`core.plan.versions_of`) and, where inputs weigh it, that of the calibration.
 WEIGHT_ERRORS = _schema(
     "weight_errors",
     [
@@ -235,6 +237,7 @@ WEIGHT_ERRORS = _schema(
         ("plain", pa.float64()),
         ("weighted_by_inputs", pa.float64()),
         ("weighted_by_hessian", pa.float64()),
+        ("scheme_version", CODED),
     ],
 )
 # Products of samples with an option, as `core.prices` says; `products` runs over the samples of a block, the first of
@@ -280,6 +283,7 @@ ADDED: dict[str, frozenset[str]] = {
         {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS}
     ),
     "prompts": frozenset({"opening", "tokenizer"}),
+    "weight_errors": frozenset({"scheme_version"}),
     "runs": frozenset(
         {
             "continue_command",

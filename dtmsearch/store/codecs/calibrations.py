@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import CALIBRATION_VERSION, Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.plan import versions_of
 from dtmsearch.store.codecs.columns import arrays, coded_constant, from_columns, lists
 from dtmsearch.store.schemas import MATRICES, STATISTICS, WEIGHT_ERRORS
 
 
 def weight_errors_table(run: str, errors: Sequence[WeightError]) -> pa.Table:
-    columns: dict[str, Any] = {n: [getattr(e, n) for e in errors] for n in WEIGHT_ERRORS.names if n != "run"}
-    return from_columns(WEIGHT_ERRORS, columns | {"run": coded_constant(run, len(errors))})
+    columns: dict[str, Any] = {n: [getattr(e, n) for e in errors] for n in _ERROR_COLUMNS}
+    columns |= {"run": coded_constant(run, len(errors)), "scheme_version": [_measured_by(e) for e in errors]}
+    return from_columns(WEIGHT_ERRORS, columns)
 
 
 def weight_errors_of(table: pa.Table) -> list[WeightError]:
-    return [WeightError(**row) for row in table.drop_columns(["run"]).to_pylist()]
+    """The errors in rows, but those measured by another version of a scheme or of the calibration; a row from before
+    versions were kept may be of any."""
+    rows = table.to_pylist()
+    errors = [WeightError(**{name: row[name] for name in _ERROR_COLUMNS}) for row in rows]
+    return [e for e, row in zip(errors, rows, strict=True) if row["scheme_version"] == _measured_by(e)]
+
+
+_ERROR_COLUMNS = tuple(name for name in WEIGHT_ERRORS.names if name not in ("run", "scheme_version"))
+
+
+def _measured_by(error: WeightError) -> str:
+    """The versions of what makes an error what it is, in canonical JSON."""
+    versions: dict[str, int | str] = versions_of([error.scheme])
+    if error.weighted_by_inputs is not None:
+        versions |= {"calibration": CALIBRATION_VERSION}
+    return json.dumps(versions, sort_keys=True)
 
 
 def statistics_table(calibration: Calibration, statistics: InputStatistics) -> pa.Table:
