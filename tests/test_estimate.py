@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from inprocess import InProcess, run_here
 from processes import rows, tiny_search
+from tiny import replica
 
 from dtmsearch.config import load
 from dtmsearch.console.text import estimate_text
 from dtmsearch.core.evaluation import ReplicaSettings, Speed
+from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import estimate as module
+from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.estimate import Estimate, estimate
 
 SPEED = Speed(
@@ -59,6 +62,41 @@ def test_evaluations_are_those_that_the_search_makes(
     assert made / within <= expected <= made * within
 
 
+# Searches whose plans have different rivals.
+VALIDATED = {
+    "bits, two widths": {"strategy": "knapsack", "rank_by": "kl", "stop": {"bits_per_weight": 6.5}},
+    "share, two widths": {"strategy": "greedy", "stop": {"share": 0.4}},
+    "everything under one scheme": {"strategy": "greedy", "schemes": ["int4-g8"], "stop": {"share": 1.0}},
+    "no smaller uniform plan": {"strategy": "greedy", "schemes": ["w8a8"], "stop": {"components": 2}},
+    "two families": {
+        "strategy": "knapsack",
+        "rank_by": "kl",
+        "schemes": ["int4-g8", "nf4"],
+        "stop": {"bits_per_weight": 6.5},
+    },
+    "kept FDT": {"strategy": "greedy", "stop": {"share": 0.4, "min_fdt": 1.0, "min_fdt_prompts": 8}},
+    "pruning": {"strategy": "sparsity", "rounds": [20, 10], "prune": "magnitude"},
+}
+
+
+@pytest.mark.parametrize("search", VALIDATED.values(), ids=VALIDATED)
+def test_held_out_evaluations_are_those_that_the_search_makes(
+    search: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schemes = {} if search["strategy"] == "sparsity" else {"schemes": ["int4-channel", "int8-channel"]}
+    file = tiny_search(tmp_path, search=schemes | search)
+    run_here(file, tmp_path / "store")
+    results, kept = ResultStore(tmp_path / "store").run("tiny"), rows(tmp_path / "store", "evaluations")
+    assert results is not None
+    own = results.min_fdt_reference_id
+    held_out = [row for row in kept if row["purpose"] != "search" and row["reference_id"] != own]
+    made = sum(row["num_prompts"] for row in held_out)
+    loaded = load(str(file))
+    space = space_of(loaded, replica(tmp_path / "model").manifest())
+    # One plan more or less, on a half of the six prompts, follows from what the search comes to.
+    assert abs(module._validated_prompts(loaded, space, 6) - made) <= 3, made
+
+
 def test_a_probe_costs_its_layers_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tiny_search(tmp_path, search={"strategy": "probe", "schemes": ["int8-channel"]})
     found = foretold(monkeypatch, file)
@@ -66,8 +104,16 @@ def test_a_probe_costs_its_layers_and_heads(tmp_path: Path, monkeypatch: pytest.
     # Candidates of the first layer run for 4 s, those of the last for 2, half of them each; the head for 1; 8 prompts.
     assert found.evaluation_seconds == pytest.approx((3.0 + 1.0) * 8)
     assert found.search_seconds == pytest.approx(found.evaluations * found.evaluation_seconds / 2)
-    # The reference and the held-out one are generated; the base, two uniform plans and the plan run over held-out text.
-    assert found.other_seconds == pytest.approx((8 + 6) * 30 + 6 * 3 * (2 * (4 + 1) + 1 + 1) / 2)
+    # The reference is generated; a probe comes to no plan, so that nothing runs over held-out text.
+    assert found.other_seconds == pytest.approx(8 * 30)
+
+
+def test_validation_runs_whole_plans_over_held_out_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tiny_search(tmp_path, search={"strategy": "greedy", "schemes": ["drop"], "stop": {"components": 1}})
+    # Both references are generated. One half of six prompts is for the plan and its rival, a uniform plan; the base, a
+    # uniform plan and the plan run over the other.
+    found = foretold(monkeypatch, file)
+    assert found.other_seconds == pytest.approx((8 + 6) * 30 + (3 * 2 + 3 * 3) * (2 * (4 + 1) + 1 + 1) / 2)
 
 
 def test_whole_plans_run_through_all_layers_and_are_compressed_anew(

@@ -80,6 +80,10 @@ def test_the_verdict_names_figures_and_interval() -> None:
     )
 
 
+def test_one_prompt_is_no_prompts() -> None:
+    assert verdict([row("plan", 6.0, num_prompts=1)], "kl").startswith("On 1 held-out prompt the plan")
+
+
 def test_the_verdict_says_when_other_metrics_disagree() -> None:
     other = replace(
         row("uniform:int5-channel", 5.21),

@@ -91,5 +91,10 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
+def counted(num: int | None, noun: str) -> str:
+    """1 prompt, 2 prompts."""
+    return f"{num} {noun}{'' if num == 1 else 's'}"
+
+
 def components(num: int | None) -> str:
-    return f"{num} component{'' if num == 1 else 's'}"
+    return counted(num, "component")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
+from dtmsearch.analysis.format import counted
 from dtmsearch.config import section_of
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.statistics import lower_bound
@@ -28,8 +29,8 @@ class KeptFdt:
     def __str__(self) -> str:
         held_out = "" if self.held_out is None else f"; held out {self.held_out:.1f}"
         return (
-            f"asked {self.asked:g}; found {self.found:.1f} on {self.num_prompts} prompts of its own, at least "
-            f"{self.at_least:.1f} with {self.confidence:.0%} confidence{held_out}"
+            f"asked {self.asked:g}; found {self.found:.1f} on {counted(self.num_prompts, 'prompt')} of its own, "
+            f"at least {self.at_least:.1f} with {self.confidence:.0%} confidence{held_out}"
         )
 
 

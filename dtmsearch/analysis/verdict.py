@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
+from dtmsearch.analysis.format import counted
 from dtmsearch.core.metrics import HIGHER_IS_BETTER, Summary, rank_key
+from dtmsearch.core.plan import LARGER
 from dtmsearch.core.statistics import PairedDifference
 
 PLAN, BASE = "plan", "base"
@@ -18,8 +20,6 @@ PLAN, BASE = "plan", "base"
 FOUND = "found"
 # Of earlier versions the second, which was the one nearest in size.
 _UNIFORM = ("uniform:", "uniform-nearest:")
-# A rival may store so much more than the plan.
-LARGER = 1.01
 # Unusable: a bit a token worse at human text, or another choice at more than half of the positions.
 _RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
 
@@ -164,7 +164,8 @@ def _against(
 ) -> str:
     assert plan.summary is not None
     found = (
-        f"On {plan.summary.num_prompts} held-out prompts the plan ({plan.bits_per_weight:.2f} bits per weight) "
+        f"On {counted(plan.summary.num_prompts, 'held-out prompt')} the plan "
+        f"({plan.bits_per_weight:.2f} bits per weight) "
         f"{_SHOWN[metric].value.format(_value(plan, metric))}"
     )
     fdt = "" if metric == "fdt" else f" (FDT {plan.summary.fdt_mean:.1f})"

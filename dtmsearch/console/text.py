@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtmsearch.analysis.format import components, duration, plain
+from dtmsearch.analysis.format import components, counted, duration, plain
 from dtmsearch.console.progress import table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
@@ -218,7 +218,7 @@ def measurement_text(measurement: PlanMeasurement) -> str:
     """One plan's size and metrics, or why there are none."""
     size = measurement.size
     lines = [
-        f"{measurement.label} on {measurement.num_prompts} prompts",
+        f"{measurement.label} on {counted(measurement.num_prompts, 'prompt')}",
         _line("plan", measurement.plan.id),
         _line("size", f"{_size(size.num_compressed, size.share, size.bits_per_weight)}, {size.size_mb:.1f} MB"),
         _line("schemes", _schemes(measurement.plan)),
@@ -286,7 +286,8 @@ def exported_text(result: Exported) -> str:
     if check is None:
         return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", "not measured")])
     verdict = "as recorded" if check.equal else f"{check.differing} prompts differ"
-    figures = f"FDT {check.fdt_measured:.4f}, SDT {check.sdt_measured:.4f} on {check.num_prompts} prompts: {verdict}"
+    on = counted(check.num_prompts, "prompt")
+    figures = f"FDT {check.fdt_measured:.4f}, SDT {check.sdt_measured:.4f} on {on}: {verdict}"
     said = [*lines, *(_line("note", note) for note in result.notes), _line("check", figures)]
     if check.repacked is not None:
         other = check.repacked

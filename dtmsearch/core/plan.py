@@ -18,6 +18,8 @@ from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import UserError
 
 _WEIGHTS_ID = re.compile("[0-9A-Za-z_-]{1,100}")
+# A uniform plan that stores up to so much more than a plan counts as of at most its size.
+LARGER = 1.01
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,10 @@ from itertools import chain, zip_longest
 
 from dtmsearch.core.evaluation import EvalResult, Outcome
 from dtmsearch.core.metrics import rank_key, summarize
-from dtmsearch.core.plan import Plan, PlanSize
+from dtmsearch.core.plan import LARGER, Plan, PlanSize
 from dtmsearch.core.schemes import family_lines, parse_scheme, siblings
 from dtmsearch.search.space import SearchSpace
 
-# A rival may store so much more than the plan: a plan is not better for being larger by less.
-LARGER = 1.01
 # So many rivals are measured at most, the largest of each family first.
 _MOST_RIVALS = 12
 # A scheme that the search does not name may take the plan's place within this relative difference in stored bits.
@@ -32,9 +30,14 @@ _FEW_DIVERGENT = 100
 def uniform_rivals(space: SearchSpace, plan: Plan) -> list[str]:
     """Schemes whose uniform plans may be the best known of at most the plan's size: of every line of the families that
     the search uses (`core.schemes.family_lines`) the least compressed one that stores at most 1% more than the plan."""
+    return rivals_of_size(space, space.size(plan).stored_bits)
+
+
+def rivals_of_size(space: SearchSpace, stored_bits: float) -> list[str]:
+    """`uniform_rivals` of a plan that stores so many bits."""
     shapes = Counter(component.shape for component in space.components)
     longest = max(cols for _, cols in shapes)
-    most = LARGER * space.size(plan).stored_bits
+    most = LARGER * stored_bits
 
     def bits(scheme: str) -> int:
         parsed = parse_scheme(scheme)

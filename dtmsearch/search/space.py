@@ -138,6 +138,18 @@ class SearchSpace:
         useful = [progress for progress in uniform if progress > 0]
         return len(self.units) * len(useful) / sum(useful)
 
+    @property
+    def expected_stored_bits(self) -> float:
+        """What the plan at the end of the search will store about: as much of every scheme alone as ends the search,
+        on average over the schemes."""
+        dense = self._dense_size.stored_bits
+        ends = []
+        for scheme in self.schemes:
+            uniform = self.uniform(scheme)
+            if (progress := self.progress(uniform)) > 0:
+                ends.append(dense - (dense - self.size(uniform).stored_bits) / max(progress, 1.0))
+        return sum(ends) / len(ends)
+
     @cached_property
     def _dense_size(self) -> PlanSize:
         return self.size(Plan())

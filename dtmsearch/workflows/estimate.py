@@ -18,6 +18,7 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_ch
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.search.baselines import rivals_of_size
 from dtmsearch.search.loop import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Procedure
@@ -54,7 +55,7 @@ class Estimate:
 def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate:
     """Estimate the search of a file on the machines of `where`. Raises what `dtmsearch.workflows.run.run` raises."""
     texts.check_readable(file)
-    prompts, held_out = file.prompts, file.validation_prompts
+    prompts = file.prompts
     started = time.monotonic()
     with pool_for(file, where, Silent()) as pool:
         manifest = pool.manifest()
@@ -67,7 +68,9 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
     evaluations, prompts_each, share = expected.evaluations, expected.prompts_each, expected.share_of_layers
     each = prompts_each * candidate_seconds(speed, share, manifest.num_layers, extra)
     each += speed.compress_seconds * expected.share_of_plans
-    validated = 0 if held_out is None else held_out.count * (len(space.schemes) + 2 + _num_milestones(file))
+    chooses = file.search.strategy == "sparsity" or not STRATEGIES[file.search.strategy].only_measures
+    held_out = file.validation_prompts if chooses else None
+    validated = 0 if held_out is None else _validated_prompts(file, space, held_out.count)
     whole = _with_head(speed, speed.layers_seconds, EXTRA_METRICS)
     references = prompts.count + (0 if held_out is None else held_out.count)
     if file.min_fdt_prompts is not None:  # the plans that are tested, and the prompts that only they are tested on
@@ -91,6 +94,25 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
         training_seconds=_training_seconds(file, _with_head(speed, speed.layers_seconds, ()) / row_tokens),
         start_seconds=start_seconds,
     )
+
+
+def _validated_prompts(file: SearchFile, space: SearchSpace, count: int) -> int:
+    """Held-out prompts that validation runs whole plans over, as `workflows.validate` does: on one half the rivals, and
+    the plan where one of them may take its place; on the other the plan, the base model, every scheme's uniform plan
+    and the rival that was chosen."""
+    prunes = file.search.strategy == "sparsity"
+    stays = prunes or file.search.stop.min_fdt is not None
+    named = set(space.schemes)
+    if not prunes and len(named) == 1 and space.progress(space.uniform(space.schemes[0])) <= 1.0:
+        named = set()  # its uniform plan is the plan
+    bits = space.expected_stored_bits
+    smaller = {scheme for scheme in named if space.size(space.uniform(scheme)).stored_bits <= bits}
+    rivals = (set(rivals_of_size(space, bits)) - set(space.schemes)) | smaller
+    reported = len(named) + 2 + _num_milestones(file)
+    if len(rivals) <= (1 if stays else 0):  # nothing is chosen
+        return count * (reported + len(rivals - named))
+    reported += 0 if rivals <= named else 1
+    return count // 2 * (len(rivals) + (0 if stays else 1)) + (count - count // 2) * reported
 
 
 def _num_milestones(file: SearchFile) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dtmsearch
+from dtmsearch.analysis.format import counted
 from dtmsearch.core.plan import Plan, PlanSize, plan_size
 from dtmsearch.export.card import Card, card_text
 from dtmsearch.export.formats.format_registry import Format
@@ -63,8 +64,9 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             "not measured: " + ("checked by nobody (`--no-check`)" if form.is_model else "it is no model to load")
         ]
     else:
+        on = counted(check.num_prompts, "prompt")
         measured = [
-            f"FDT {check.fdt_measured:.4f} and SDT {check.sdt_measured:.4f} on {check.num_prompts} prompts of run "
+            f"FDT {check.fdt_measured:.4f} and SDT {check.sdt_measured:.4f} on {on} of run "
             f"`{check.run}` (reference `{check.reference_id}`), loaded by a fresh process with "
             "`AutoModelForCausalLM.from_pretrained`",
             f"recorded by the search: FDT {check.fdt_recorded:.4f} and SDT {check.sdt_recorded:.4f}; "

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dtmsearch.analysis.format import counted
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalResult, Reference
@@ -43,7 +44,7 @@ def keep_fdt(
     requests = {f"min_fdt:{i}": whole_request(plan, reference, calibration_id) for i, plan in enumerate(ladder)}
     outcomes = list(measure(requests, pool, writer, "choice", stop_requested).values())
     asked = f"min_fdt {stop.min_fdt:g}"
-    on = f"on {reference.num_prompts} prompts of its own"
+    on = f"on {counted(reference.num_prompts, 'prompt')} of its own"
     kept = smallest_that_keeps(outcomes, stop.min_fdt, stop.min_fdt_confidence)
     if kept is None:
         return KeptPlan(Plan(), f"{asked}: no plan is shown to keep it {on}, so the unquantized model is the plan")

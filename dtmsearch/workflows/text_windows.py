@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dtmsearch.analysis.format import counted
 from dtmsearch.config import PromptsSection, SearchFile, texts
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import IntArray, PromptTokens
@@ -124,7 +125,7 @@ def text_lines(file: SearchFile) -> list[str]:
         lines.append(f"held-out prompts: {described(file.validation_prompts, held_out)}")
     if file.min_fdt_prompts is not None:
         prompts, _ = cut_min_fdt(file, cut_prompts, others)
-        lines.append(f"min_fdt is shown to be kept on {len(prompts.tokens)} prompts of its own")
+        lines.append(f"min_fdt is shown to be kept on {counted(len(prompts.tokens), 'prompt')} of its own")
     return lines
 
 
@@ -141,7 +142,7 @@ def _limits(folder: Path) -> tuple[int | None, int | None]:
 
 def described(section: PromptsSection, prompts: PromptTokens) -> str:
     """Where prompts come from, what of their text others read, and how many repeat a text; for a person."""
-    said = f"{len(prompts.tokens)} prompts of {_source(section)}"
+    said = f"{counted(len(prompts.tokens), 'prompt')} of {_source(section)}"
     supply = prompts.supply
     if supply is not None and supply.num_taken:
         share = supply.num_taken / supply.num_tokens

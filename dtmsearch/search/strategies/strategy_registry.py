@@ -64,11 +64,12 @@ class StrategyInputs:
 class StrategyType:
     """A strategy by its name: how it is made (at its start: replay brings it to where a search was), whether it needs
     the weight errors of every component under every scheme, and whether it takes prices. One with both takes prices
-    where they can be had, and needs the errors elsewhere."""
+    where they can be had, and needs the errors elsewhere. One that `only_measures` ends without a plan."""
 
     make: Callable[[StrategyInputs], Strategy]
     needs_errors: bool = False
     takes_prices: bool = False
+    only_measures: bool = False
 
 
 STRATEGIES: plugins.Registry[StrategyType] = plugins.Registry(plugins.STRATEGIES, "strategy")
@@ -120,7 +121,7 @@ def _ranked(strategy: Callable[..., Strategy], settings: Callable[[SolverSetting
     return StrategyType(lambda i: strategy(i.space, i.request_for, i.rank_by, settings(i.solver), i.seed))
 
 
-STRATEGIES.add("probe", StrategyType(lambda i: Probe(i.space, i.request_for, i.rank_by)))
+STRATEGIES.add("probe", StrategyType(lambda i: Probe(i.space, i.request_for, i.rank_by), only_measures=True))
 STRATEGIES.add("greedy", StrategyType(lambda i: _beam(i, 1)))
 STRATEGIES.add("beam", StrategyType(lambda i: _beam(i, i.width)))
 STRATEGIES.add("lazy_greedy", StrategyType(lambda i: _lazy(i, 1)))
