@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from stores import bucket_filesystem
 from tiny import TEXT, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dtmsearch as dtm
+from dtmsearch.store.store import ResultStore
 
 IN_PROCESS = dtm.Where(in_process=True)
 
@@ -54,6 +56,25 @@ def test_a_finished_search_is_already_complete(searched: dtm.Run) -> None:
 @pytest.mark.parametrize("as_given", [str, Path, dtm.open_store], ids=["text", "path", "object"])
 def test_every_verb_takes_a_store_as_name_path_or_object(searched: dtm.Run, as_given: Any) -> None:
     assert [line.run for line in dtm.ls(as_given(searched.store.url))] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "as_given", [lambda store: store, lambda store: ResultStore(store.folder)], ids=["Store", "ResultStore"]
+)
+def test_a_store_in_a_filesystem_of_its_own_is_searched_in_as_it_is(tmp_path: Path, as_given: Any) -> None:
+    (tmp_path / "bucket").mkdir()
+    store = as_given(dtm.Store("a-bucket/store", bucket_filesystem(tmp_path / "bucket")))
+    dtm.run(search_of(tmp_path, schemes=["drop"]), store, IN_PROCESS)
+    assert [line.run for line in dtm.ls(store)] == ["tiny"]
+    assert (tmp_path / "bucket" / "a-bucket" / "store").is_dir() and not Path("a-bucket").exists()
+
+
+def test_a_store_keeps_its_listener_when_it_is_opened_again(tmp_path: Path) -> None:
+    heard: list[str] = []
+    again = dtm.open_store(ResultStore(tmp_path, on_note=heard.append))
+    assert again.on_note is not None
+    again.on_note("a damaged segment")
+    assert heard == ["a damaged segment"]
 
 
 def test_a_run_shows_itself_as_a_table(searched: dtm.Run) -> None:

@@ -80,6 +80,12 @@ def test_the_verdict_names_figures_and_interval() -> None:
     )
 
 
+def test_too_few_prompts_are_said_of_fdt_too() -> None:
+    unknown = PairedDifference(0.4, -math.inf, math.inf, 0.95)
+    said = verdict([PLAN, replace(rival("int5-channel", 5.21, kl=0.2), fdt_vs_plan=unknown)], "kl")
+    assert "its FDT is 15.0 beside 15.0, on too few prompts to compare (difference +0.4 tokens)" in said
+
+
 def test_one_prompt_is_no_prompts() -> None:
     assert verdict([row("plan", 6.0, num_prompts=1)], "kl").startswith("On 1 held-out prompt the plan")
 

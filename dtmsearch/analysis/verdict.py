@@ -213,9 +213,13 @@ def _beside(plan: ValidationRow, rival: ValidationRow, metric: str) -> str:
     difference = rival.vs_plan("fdt")
     if metric == "fdt" or difference is None or plan.summary is None or rival.summary is None:
         return ""
-    words = _comparison(difference, "fdt").replace("whether it is better or worse than", "of")
+    if not difference.is_known:
+        return (
+            f"; its FDT is {plan.summary.fdt_mean:.1f} beside {rival.summary.fdt_mean:.1f}, on too few prompts to "
+            f"compare ({_interval(difference, 'fdt')})"
+        )
     return (
-        f"; its FDT of {plan.summary.fdt_mean:.1f} is {words} {rival.summary.fdt_mean:.1f} "
+        f"; its FDT of {plan.summary.fdt_mean:.1f} is {_comparison(difference, 'fdt')} {rival.summary.fdt_mean:.1f} "
         f"({_interval(difference, 'fdt')})"
     )
 

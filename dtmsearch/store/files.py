@@ -200,8 +200,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def open_folder(url: str | os.PathLike[str], filesystem: fs.FileSystem | None = None) -> Folder:
-    """The folder of a path or a URI that pyarrow knows (`s3://`, `gs://`, ...), or of a path in `filesystem`."""
+def open_folder(url: str | os.PathLike[str] | Folder, filesystem: fs.FileSystem | None = None) -> Folder:
+    """The folder of a path or a URI that pyarrow knows (`s3://`, `gs://`, ...), or of a path in `filesystem`; one that
+    is open already stays so, with its credentials."""
+    if isinstance(url, Folder):
+        return url
     url = os.fspath(url)
     if filesystem is not None:
         return Folder(url, filesystem, url)

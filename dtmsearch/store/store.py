@@ -40,7 +40,7 @@ from dtmsearch.store.codecs import price_blocks as price_tables
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes
 from dtmsearch.store.codecs.plans import PlanRows, plan_of
-from dtmsearch.store.files import TEMPORARY, LocalFolder, open_folder
+from dtmsearch.store.files import TEMPORARY, Folder, LocalFolder, open_folder
 from dtmsearch.store.locks import lock_of
 from dtmsearch.store.reuse_index import Elsewhere
 from dtmsearch.store.segments import Segment, Segments
@@ -71,10 +71,11 @@ class ResultStore:
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: str | os.PathLike[str] | Folder,
         filesystem: fs.FileSystem | None = None,
         on_note: Callable[[str], None] | None = None,
     ) -> None:
+        self.on_note = on_note
         self.folder = open_folder(url, filesystem)
         self.url = self.folder.url
         self.segments = Segments(self.folder, on_note)

@@ -23,9 +23,8 @@ from dtmsearch.workflows import estimate as estimating
 from dtmsearch.workflows import evaluate as measuring
 from dtmsearch.workflows import run as running
 from dtmsearch.workflows.check_search import check_search
+from dtmsearch.workflows.lookup import StoreLike
 
-# Every verb takes a store as a folder's name, a bucket's URL, or an object.
-StoreLike = ResultStore | str | os.PathLike[str]
 # A search file as its path, as the mapping that it would hold (relative paths start at the current folder), or loaded.
 FileLike = SearchFile | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -165,7 +164,9 @@ def open_store(store: StoreLike = DEFAULT_STORE) -> Store:
     """The store at a local folder or a bucket's URL; created on first writing."""
     if isinstance(store, Store):
         return store
-    return Store(store.url if isinstance(store, ResultStore) else store)
+    if isinstance(store, ResultStore):
+        return Store(store.folder, on_note=store.on_note)
+    return Store(store)
 
 
 def search_file(file: FileLike, overrides: Sequence[str] = ()) -> SearchFile:
@@ -196,7 +197,7 @@ def run(
     `StoreError`, `ClusterUnreachable`, `SearchFailed`.
     """
     opened, loaded = open_store(store), search_file(file, overrides)
-    return Run(opened, loaded.run, running.run(loaded, opened.url, where, observer))
+    return Run(opened, loaded.run, running.run(loaded, opened, where, observer))
 
 
 def resume(
@@ -204,19 +205,19 @@ def resume(
 ) -> Run:
     """Continue a search by its name, from the search file that the store remembers."""
     opened = open_store(store)
-    return Run(opened, name, running.resume(name, opened.url, where, observer))
+    return Run(opened, name, running.resume(name, opened, where, observer))
 
 
 def demo(store: StoreLike = DEFAULT_STORE, where: Where = Where(), observer: Observer | None = None) -> Run:
     """A whole search of the model inside the package."""
     opened = open_store(store)
-    found = running.demo(opened.url, where, observer)
+    found = running.demo(opened, where, observer)
     return Run(opened, found.run, found)
 
 
 def stop(name: str, store: StoreLike = DEFAULT_STORE, reason: str = "") -> str | None:
     """Ask a running search to stop; for one that was submitted, the command that continues it."""
-    return running.stop(name, open_store(store).url, reason)
+    return running.stop(name, open_store(store), reason)
 
 
 def evaluate(
@@ -227,7 +228,7 @@ def evaluate(
     observer: Observer | None = None,
 ) -> measuring.PlanMeasurement:
     """Measure one plan (a plan file, a run's name, `uniform:SCHEME`) on the prompts of a search file."""
-    return measuring.evaluate(search_file(file), plan, open_store(store).url, where, observer)
+    return measuring.evaluate(search_file(file), plan, open_store(store), where, observer)
 
 
 def estimate(file: FileLike, where: Where = Where()) -> estimating.Estimate:

@@ -13,11 +13,17 @@ from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize
 from dtmsearch.search.loop import Observer, Silent, measure
-from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.interrupts import interruptible
-from dtmsearch.workflows.lookup import check_plan_argument, find_plan, find_weights_id, stored_file
+from dtmsearch.workflows.lookup import (
+    StoreLike,
+    check_plan_argument,
+    find_plan,
+    find_weights_id,
+    open_store,
+    stored_file,
+)
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import pool_for, recorded, reference_of, whole_request
 from dtmsearch.workflows.text_windows import cut_held_out, cut_search
@@ -47,7 +53,7 @@ class RecoveredModel:
 
 
 def evaluate(
-    file: SearchFile, plan: str, store: str, where: Where = Where(), observer: Observer | None = None
+    file: SearchFile, plan: str, store: StoreLike, where: Where = Where(), observer: Observer | None = None
 ) -> PlanMeasurement:
     """Measure one plan on the prompts of a search file, in all metrics.
 
@@ -55,7 +61,7 @@ def evaluate(
     `uniform:SCHEME` over the file's components.
     """
     observer = observer or Silent()
-    results = ResultStore(store, on_note=observer.on_note)
+    results = open_store(store, observer.on_note)
     check_plan_argument(plan, results)
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     weights_id = find_weights_id(plan, results)
@@ -83,7 +89,7 @@ def evaluate(
 
 def recover(
     run_name: str,
-    store: str,
+    store: StoreLike,
     settings: Sequence[str] = (),
     where: Where = Where(),
     observer: Observer | None = None,
@@ -94,7 +100,7 @@ def recover(
     for a plan that does more than prune, `RecoveryDiverged`, and `SearchStopped`, after which the same goes on.
     """
     observer = observer or Silent()
-    results = ResultStore(store, on_note=observer.on_note)
+    results = open_store(store, observer.on_note)
     check_plan_argument(run_name, results)
     file = stored_file(results, run_name)
     recovery = config.recovery_of(file, settings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from dtmsearch import config
@@ -17,13 +19,18 @@ from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore
 
+# Every verb takes a store as a folder's name, a bucket's URL, or an object.
+StoreLike = ResultStore | str | os.PathLike[str]
 # How `evaluate` is asked for the uniform plan of a scheme.
 UNIFORM = "uniform:"
 
 
-def open_store(url: str) -> ResultStore:
-    """The store at a local path or a bucket's URL; created on first writing."""
-    return ResultStore(url)
+def open_store(store: StoreLike, on_note: Callable[[str], None] | None = None) -> ResultStore:
+    """The store at a local path or a bucket's URL; created on first writing. One that is open is opened again where and
+    as it is; it keeps its own listener to notes, or gets `on_note`."""
+    if isinstance(store, ResultStore):
+        return ResultStore(store.folder, on_note=store.on_note or on_note)
+    return ResultStore(store, on_note=on_note)
 
 
 def stored_file(results: ResultStore, run_name: str) -> SearchFile:

@@ -36,7 +36,7 @@ from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
 from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
-from dtmsearch.workflows.lookup import begun, check_continuable, open_store, stored_file
+from dtmsearch.workflows.lookup import StoreLike, begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import pool_for, recorded, reference_of
 from dtmsearch.workflows.take_prices import TakingPrices
@@ -74,14 +74,14 @@ class _Counting:
         self._on_decision(decision, replayed)
 
 
-def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+def run(file: SearchFile, store: StoreLike, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
     """Start a search, or continue it where it was; a finished one returns at once.
 
     Raises `UserError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
     `StoreError` when the store cannot be used, `ClusterUnreachable`, `SearchFailed`.
     """
     observer = observer or Silent()
-    results = ResultStore(store, on_note=observer.on_note)
+    results = open_store(store, observer.on_note)
     previous = begun(results, file)
     if previous is not None and previous.status == "finished" and not where.retry_out_of_memory:
         missing = results.missing(previous, thorough=True)
@@ -93,7 +93,7 @@ def run(file: SearchFile, store: str, where: Where = Where(), observer: Observer
     return summarize_run(results, file.run)
 
 
-def resume(run_name: str, store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+def resume(run_name: str, store: StoreLike, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
     """Continue a search by its name, from the search file that the store remembers.
 
     Raises also `UserError` where the search cannot be continued from here, because its texts are elsewhere.
@@ -104,14 +104,14 @@ def resume(run_name: str, store: str, where: Where = Where(), observer: Observer
     return run(file, store, where, observer)
 
 
-def demo(store: str, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+def demo(store: StoreLike, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
     """A whole search of the model inside the package, over the package's own source text."""
     package = Path(dtmsearch.__file__).parent
     text = (package / "demo" / "demo.yaml").read_text(encoding="utf-8")
     return run(config.parse(text, "demo.yaml", package), store, where, observer)
 
 
-def stop(run_name: str, store: str, reason: str = "") -> str | None:
+def stop(run_name: str, store: StoreLike, reason: str = "") -> str | None:
     """Ask a running search to stop; it ends within a second or so of its replicas' present calls.
 
     A reason is kept as the run's message. For a search that was submitted, the command that continues it.
