@@ -1,8 +1,13 @@
-"""bitsandbytes' own modules in place of a dense linear layer, so that what is measured is what is served."""
+"""bitsandbytes' own modules in place of a dense linear layer, so that what is measured is what is served.
+
+bitsandbytes is imported where the first of its modules is made: it takes seconds, which no other scheme needs.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,10 +20,6 @@ from dtmsearch.errors import UserError
 # which is what LLM.int8() is.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-from bitsandbytes import nn as bitsandbytes_nn  # noqa: E402 - after the lines that quieten its import
-
-modules: Any = bitsandbytes_nn  # it ships types that say less than they should
 
 # Activation features above it stay in 16 bits; 0 is plain AbsMax of weights and activations.
 OUTLIER_THRESHOLD = {"w8a8": 0.0, "llm-int8": 6.0}
@@ -34,7 +35,14 @@ def compressed_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> nn.M
     return compressed
 
 
+def _modules() -> Any:  # it ships types that say less than they should
+    from bitsandbytes import nn as bitsandbytes_nn
+
+    return bitsandbytes_nn
+
+
 def _int8_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
+    modules = _modules()
     module = modules.Linear8bitLt(
         linear.in_features,
         linear.out_features,
@@ -49,28 +57,33 @@ def _int8_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
     return module
 
 
-class _RowByRow(modules.Linear8bitLt):  # type: ignore[misc]
+@cache
+def _row_by_row() -> type[nn.Module]:
     """A module of LLM.int8() that sees each sequence of a batch by itself, as when it is served alone."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[rows, tokens, inputs] -> [rows, tokens, outputs]. Raises `UserError` where rows cannot be told apart."""
-        if x.ndim != 3:
-            raise UserError(
-                "llm-int8 picks its outlier columns over a sequence's tokens, but this component (of an expert, most "
-                "likely) is given tokens of several sequences as one list. Take w8a8 or int8-channel for it"
-            )
-        own = super().forward
-        rows: Tensor = torch.cat([own(row) for row in x.split(1)]) if len(x) > 1 else own(x)
-        return rows
+    class RowByRow(_modules().Linear8bitLt):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            """[rows, tokens, inputs] -> [rows, tokens, outputs]. Raises `UserError` where rows cannot be told apart."""
+            if x.ndim != 3:
+                raise UserError(
+                    "llm-int8 picks its outlier columns over a sequence's tokens, but this component (of an expert, "
+                    "most likely) is given tokens of several sequences as one list. Take w8a8 or int8-channel for it"
+                )
+            own = super().forward
+            rows: Tensor = torch.cat([own(row) for row in x.split(1)]) if len(x) > 1 else own(x)
+            return rows
+
+    return RowByRow
 
 
 def run_row_by_row(module: nn.Module) -> None:
     """Let a module of LLM.int8() see each sequence of a batch by itself. It picks its outlier columns over all tokens
     that it sees: otherwise what a sequence comes to would follow from what else is in its batch."""
-    module.__class__ = _RowByRow
+    module.__class__ = _row_by_row()
 
 
 def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
+    modules = _modules()
     module = modules.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -101,7 +114,9 @@ def repacks_4bit() -> bool:
 
 def runs_by_token(module: nn.Module) -> bool:
     """False for LLM.int8(), which picks its outlier columns over the tokens of a sequence."""
-    return not (isinstance(module, modules.Linear8bitLt) and module.state.threshold > 0)
+    if "bitsandbytes" not in sys.modules:
+        return True
+    return not (isinstance(module, _modules().Linear8bitLt) and module.state.threshold > 0)
 
 
 def restored_weight(module: nn.Module) -> Tensor:
