@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
 from dtmsearch.core.calibration import Calibration, WeightError
 from dtmsearch.core.components import Component, ModelManifest
@@ -18,6 +18,9 @@ from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.search.strategies.sparsity import scheme_name
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.text_windows import cut_calibration
+
+if TYPE_CHECKING:
+    from dtmsearch.cluster.pool import ReplicaPool
 
 Pair = tuple[str, str]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dtmsearch.analysis.format import counted
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalResult, Reference
 from dtmsearch.core.metrics import summarize
@@ -17,6 +17,9 @@ from dtmsearch.search.min_fdt import bound, smallest_that_keeps
 from dtmsearch.store.store import RunWriter
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import whole_request
+
+if TYPE_CHECKING:
+    from dtmsearch.cluster.pool import ReplicaPool
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import RecoverySection, SearchFile, texts
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.identity import identity
@@ -27,6 +26,9 @@ from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.store.store import ResultStore, RunWriter
+
+if TYPE_CHECKING:
+    from dtmsearch.cluster.pool import ReplicaPool
 
 # Raise it when the same job would come to other weights.
 _VERSION = 2

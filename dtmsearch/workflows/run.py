@@ -12,13 +12,12 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dtmsearch
 from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
-from dtmsearch.cluster.prometheus import Metrics
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import Reference, evaluation_cost
 from dtmsearch.core.plan import Plan
@@ -42,6 +41,10 @@ from dtmsearch.workflows.session import pool_for, recorded, reference_of
 from dtmsearch.workflows.take_prices import TakingPrices
 from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_min_fdt, cut_search, described, halves
 from dtmsearch.workflows.validate import Validation, is_anything_chosen
+
+if TYPE_CHECKING:
+    from dtmsearch.cluster.pool import ReplicaPool
+    from dtmsearch.cluster.prometheus import Metrics
 
 __all__ = [
     "PlanMeasurement",

@@ -5,9 +5,8 @@ the store. Knows no strategy and no verb.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import (
@@ -26,6 +25,9 @@ from dtmsearch.search.loop import Observer
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.text_windows import Cut
 
+if TYPE_CHECKING:
+    from dtmsearch.cluster.pool import ReplicaPool
+
 
 def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
     """Replicas of a search file's model, to be closed by `with`. Raises `UserError` for a folder that holds none."""
@@ -40,7 +42,9 @@ def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
         from dtmsearch.model.replica.local_replicas import LocalReplicas
 
         settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
-        return cast(ReplicaPool, LocalReplicas(file.model_spec, settings))  # it answers as a pool does
+        return cast("ReplicaPool", LocalReplicas(file.model_spec, settings))  # it answers as a pool does
+    from dtmsearch.cluster.pool import ReplicaPool
+
     return ReplicaPool(file.model_spec, where, observer.on_note, run=file.run)
 
 

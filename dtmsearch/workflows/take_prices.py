@@ -6,17 +6,20 @@ The driver's side: replicas take products, only here is anything written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind, PriceRequest
 from dtmsearch.errors import SearchStopped
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import RunWriter
+
+if TYPE_CHECKING:
+    from dtmsearch.cluster.pool import ReplicaPool
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
 _BLOCK_SAMPLES = {"cpu": 32, "cuda": 128}

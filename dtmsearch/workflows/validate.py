@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.plan import Plan
@@ -29,6 +29,9 @@ from dtmsearch.search.strategies.sparsity import Milestone
 from dtmsearch.store.store import RunWriter
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import whole_request
+
+if TYPE_CHECKING:
+    from dtmsearch.cluster.pool import ReplicaPool
 
 # What the final plan is called among the plans that are validated.
 _PLAN = "plan"
