@@ -192,8 +192,19 @@ def test_help_loads_neither_torch_nor_ray(code: str) -> None:
     assert loaded_by(code) & {"torch", "transformers", "ray", "pyarrow"} == set()
 
 
-def test_the_driver_runs_without_torch() -> None:
-    assert loaded_by("import dtmsearch.workflows.run") & {"torch", "transformers", "bitsandbytes"} == set()
+def test_the_driver_runs_without_torch_and_starts_without_ray() -> None:
+    assert loaded_by("import dtmsearch.workflows.run") & {"torch", "transformers", "bitsandbytes", "ray"} == set()
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "lm_eval", "datasets"])
+def test_what_is_slow_to_import_is_imported_where_it_is_used(library: str) -> None:
+    """Not at the top of a module, with which it would delay every start."""
+    at_the_top = {
+        name: [ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body]
+        for name, path in MODULES.items()
+    }
+    importing = (f"import {library}", f"from {library}")
+    assert [name for name, lines in at_the_top.items() if any(line.startswith(importing) for line in lines)] == []
 
 
 def test_the_search_needs_nothing_but_numpy() -> None:
