@@ -16,7 +16,7 @@ from typing import Any, Self
 import pytest
 import yaml
 from gated import Gate
-from tiny import TEXT, write_model
+from tiny import TEXT, TRAINING, write_model
 
 from dtmsearch.store.store import ResultStore
 
@@ -182,6 +182,7 @@ def tiny_search(folder: Path, **changes: Any) -> Path:
     if not (folder / "model").is_dir():
         write_model(folder / "model")
         (folder / "text.txt").write_text(TEXT)
+        (folder / "train.txt").write_text(TRAINING)
     content: dict[str, Any] = {
         "run": "tiny",
         "model": {"path": "model", "dtype": "float32"},

@@ -22,7 +22,7 @@ from dtmsearch.workflows.evaluate import evaluate, recover
 from dtmsearch.workflows.export import Exported, export
 
 RUN = "tiny"
-RECOVERY = {"files": ["text.txt"], "masked_steps": 3, "unmasked_steps": 1, "batch_tokens": 64, "sequence_tokens": 16}
+RECOVERY = {"files": ["train.txt"], "masked_steps": 3, "unmasked_steps": 1, "batch_tokens": 64, "sequence_tokens": 16}
 
 
 @dataclass(frozen=True)

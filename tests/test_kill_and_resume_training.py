@@ -49,7 +49,7 @@ def last_checkpoint(store: Path) -> int:
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     folder = tmp_path_factory.mktemp("training")
     store, undisturbed = folder / "store", folder / "undisturbed"
-    recovery = {"files": ["text.txt"], "masked_steps": _STEPS - 5, "unmasked_steps": 5, "checkpoint_steps": 5}
+    recovery = {"files": ["train.txt"], "masked_steps": _STEPS - 5, "unmasked_steps": 5, "checkpoint_steps": 5}
     recovery |= {"batch_tokens": 64, "sequence_tokens": 16}
     search = {"strategy": "sparsity", "rounds": [30, 20], "prune": "wanda", "probe_every": 20, "recovery": recovery}
     file = tiny_search(folder, search=search)

@@ -19,10 +19,11 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.console.text import run_text
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.windows import TooLittleText, num_touching
+from dtmsearch.errors import UserError
 from dtmsearch.model.replica.prompts import cut_prompts
 from dtmsearch.report.facts import gather
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.text_windows import cut_held_out, cut_search, described, text_lines
+from dtmsearch.workflows.text_windows import check_not_trained_on, cut_held_out, cut_search, described, text_lines
 
 SEARCH = """
 run: same
@@ -77,6 +78,36 @@ def test_held_out_windows_are_apart_from_calibration_too(folder: Path) -> None:
     calibration = "calibration: {files: [short.txt], count: 2, tokens: 120}"
     with pytest.raises(TooLittleText, match=r"validation.count asks for 8 .* the text holds \d of that length beside"):
         lines_of(folder, "validation: {files: [short.txt]}", calibration)
+
+
+def sparsity_search(folder: Path, training: str, held_out: str) -> SearchFile:
+    recovery = f"search: {{strategy: sparsity, rounds: [20], recovery: {{files: [{training}]}}}}"
+    parts = SEARCH.partition("search:")[0], recovery, f"validation: {{files: [{held_out}], count: 6}}"
+    return config.parse("\n".join(parts), "search.yaml", folder)
+
+
+def test_held_out_windows_are_apart_from_what_is_trained_on(folder: Path) -> None:
+    letters = bytes(np.random.default_rng(0).integers(ord("a"), ord("z"), 2_000).tolist()).decode()
+    (folder / "letters.txt").write_text(letters)
+    (folder / "half.txt").write_text(letters[:1_000])
+    file = sparsity_search(folder, "half.txt", "letters.txt")
+    documents = [np.array([list(letters[:1_000].encode())], np.int32)]
+    held_out, _ = cut_held_out(file, cut, [], documents)
+    assert all(bytes(row.tolist()).decode() in letters[1_000:] for row in held_out.tokens)
+    assert "training leave of it (they hold 1,000 of its 2,000 tokens, 50%)" in "\n".join(text_lines(file))
+
+
+def test_a_text_that_is_trained_on_holds_no_held_out_windows(folder: Path) -> None:
+    with pytest.raises(TooLittleText, match=r"validation.count asks for 6 .* the text holds 0 of that length beside"):
+        text_lines(sparsity_search(folder, "copy.txt", "text.txt"))
+
+
+def test_what_a_run_held_out_is_not_trained_on_later() -> None:
+    rows = np.arange(80, dtype=np.int32).reshape(2, 40)
+    held_out = PromptTokens(rows, 20)
+    check_not_trained_on("toy", held_out, [np.arange(41, 141, dtype=np.int32).reshape(1, -1)[:, 39:], rows[:1, :30]])
+    with pytest.raises(UserError, match=r"1 of the 2 held-out prompts of run 'toy' hold text of recovery.files"):
+        check_not_trained_on("toy", held_out, [np.arange(40, 140, dtype=np.int32).reshape(1, -1)])
 
 
 def test_validate_says_where_held_out_text_comes_from(folder: Path) -> None:

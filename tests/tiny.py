@@ -18,6 +18,8 @@ from dtmsearch.model.replica.replica import Replica
 DEMO_MODEL = Path(dtmsearch.__file__).parent / "demo" / "model"
 VOCABULARY = 258
 TEXT = "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(400))
+# Text to train on, apart from that.
+TRAINING = "".join(f"class C{i}:\n    size: int = {i * 7919 % 1000}\n\n" for i in range(400))
 
 
 def llama_config(**changes: object) -> LlamaConfig:

@@ -17,7 +17,15 @@ from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.cluster.replicas import Crew, cause_of, is_loss
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import Continuation, GenerationRules, PromptTokens, Reference, Speed, mean_speed
+from dtmsearch.core.evaluation import (
+    Continuation,
+    GenerationRules,
+    IntArray,
+    PromptTokens,
+    Reference,
+    Speed,
+    mean_speed,
+)
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
@@ -43,6 +51,11 @@ class Services:
     def cut_prompts(self, *arguments: Any) -> Any:
         """See `dtmsearch.model.replica.replica.Replica.cut_prompts`."""
         return self._ask_one("cut_prompts", *arguments)
+
+    def tokenized(self, texts: Sequence[str]) -> list[IntArray]:
+        """See `dtmsearch.model.replica.replica.Replica.tokenized`."""
+        documents: list[IntArray] = self._ask_one("tokenized", texts)
+        return documents
 
     def reference_id(self, prompts: PromptTokens) -> str:
         """See `dtmsearch.model.replica.replica.Replica.reference_id`."""

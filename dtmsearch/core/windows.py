@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ _Hashes = NDArray[np.uint64]
 
 # Between documents: no token of any vocabulary, so that no run spans two of them.
 _BORDER = -1
+_PART_TOKENS = 1 << 20
 _FACTOR = 0x9E3779B97F4A7C15
 
 
@@ -49,8 +50,10 @@ def taken(documents: Sequence[Tokens], windows: Sequence[Tokens], length: int) -
     whole, starts = _joined(documents)
     held = np.zeros(len(whole), np.bool_)
     for run, rows in _by_run(windows, length).items():
-        known = np.unique(np.concatenate([_hashes(row, run) for row in rows]))
-        held |= _covered(np.flatnonzero(_contains(known, _hashes(whole, run))), run, len(whole))
+        of_whole = _hashes(whole, run)
+        for some in _in_parts(rows, run):
+            known = np.unique(np.concatenate([_hashes(row, run) for row in some]))
+            held |= _covered(np.flatnonzero(_contains(known, of_whole)), run, len(whole))
     return [held[start : start + len(document)] for start, document in zip(starts, documents, strict=True)]
 
 
@@ -77,6 +80,21 @@ def _by_run(windows: Sequence[Tokens], length: int) -> dict[int, list[Tokens]]:
         if len(window):
             found.setdefault(min(SHARED_RUN, length, len(window)), []).append(window)
     return found
+
+
+def _in_parts(rows: Sequence[Tokens], run: int) -> Iterator[list[Tokens]]:
+    """All runs of so many tokens of the rows, in parts of about `_PART_TOKENS`: training text is long."""
+    part: list[Tokens] = []
+    size = 0
+    for row in rows:
+        for start in range(0, len(row) - run + 1, _PART_TOKENS):
+            part.append(row[start : start + _PART_TOKENS + run - 1])
+            size += len(part[-1])
+            if size >= _PART_TOKENS:
+                yield part
+                part, size = [], 0
+    if part:
+        yield part
 
 
 def _joined(documents: Sequence[Tokens]) -> tuple[Tokens, list[int]]:

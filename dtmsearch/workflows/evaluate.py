@@ -26,7 +26,7 @@ from dtmsearch.workflows.lookup import (
 )
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import pool_for, recorded, reference_of, whole_request
-from dtmsearch.workflows.text_windows import cut_held_out, cut_search
+from dtmsearch.workflows.text_windows import check_not_trained_on, cut_held_out, cut_search, training_text
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,10 @@ def recover(
         if file.validation is not None:
             others = [prompts[0].tokens, *calibrating.rows_of_its_own]
             held_out = recorded(pool, results, run_name, record.validation_reference_id)
-            prompts = held_out or cut_held_out(file, pool.cut_prompts, others)
+            trained_on = training_text(file, recovery, pool.tokenized)
+            if held_out is not None:
+                check_not_trained_on(run_name, held_out[0], trained_on)
+            prompts = held_out or cut_held_out(file, pool.cut_prompts, others, trained_on)
         trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
         reference = reference_of(pool, results, writer, prompts, observer.on_note)
         pool.use(reference)

@@ -39,7 +39,15 @@ from dtmsearch.workflows.lookup import StoreLike, begun, check_continuable, open
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import pool_for, recorded, reference_of
 from dtmsearch.workflows.take_prices import TakingPrices
-from dtmsearch.workflows.text_windows import Cut, cut_held_out, cut_min_fdt, cut_search, described, halves
+from dtmsearch.workflows.text_windows import (
+    Cut,
+    cut_held_out,
+    cut_min_fdt,
+    cut_search,
+    described,
+    halves,
+    training_text,
+)
 from dtmsearch.workflows.validate import Validation, is_anything_chosen
 
 if TYPE_CHECKING:
@@ -232,8 +240,9 @@ class _Session:
         others = [search[0].tokens, *calibrating.rows_of_its_own]
         if file.validation_prompts is not None and held_out is None:
             read = others if own is None else [*others, own[0].tokens]
-            held_out = cut_held_out(file, pool.cut_prompts, read)
-            said["held_out_text"] = described(file.validation_prompts, held_out[0])
+            trained_on = training_text(file, file.search.recovery, pool.tokenized)
+            held_out = cut_held_out(file, pool.cut_prompts, read, trained_on)
+            said["held_out_text"] = described(file.validation_prompts, held_out[0], bool(trained_on))
         if file.min_fdt_prompts is not None and own is None:
             own = cut_min_fdt(file, pool.cut_prompts, others if held_out is None else [*others, held_out[0].tokens])
         self._save(**said)

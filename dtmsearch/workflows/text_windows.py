@@ -1,5 +1,5 @@
 """The windows that a search file's texts are cut into: the search's own, calibration's, and held-out ones, which hold
-no token of either; and what is said of them. Knows nothing of what is measured on them."""
+no text of either, nor of what is trained on; and what is said of them. Knows nothing of what is measured on them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dtmsearch.analysis.format import counted
-from dtmsearch.config import PromptsSection, SearchFile, texts
+from dtmsearch.config import PromptsSection, RecoverySection, SearchFile, texts
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import IntArray, PromptTokens
-from dtmsearch.core.windows import TooLittleText, num_repeats
+from dtmsearch.core.windows import SHARED_RUN, TooLittleText, num_repeats, taken
+from dtmsearch.errors import UserError
 
 T = TypeVar("T")
 _MIN_FDT_KEY = "search.stop.min_fdt_prompts"
@@ -42,12 +43,39 @@ def cut_search(file: SearchFile, cut_prompts: CutPrompts) -> Cut:
     return _prompts(file, file.prompts, cut_prompts)
 
 
-def cut_held_out(file: SearchFile, cut_prompts: CutPrompts, others: Sequence[IntArray]) -> Cut:
+def cut_held_out(
+    file: SearchFile, cut_prompts: CutPrompts, others: Sequence[IntArray], trained_on: Sequence[IntArray] = ()
+) -> Cut:
     """The held-out prompts: none of them holds text of `others`, the search's windows and
-    calibration's. Raises `TooLittleText`."""
+    calibration's, or of the documents that a model is `trained_on`. Raises `TooLittleText`."""
     section = file.validation_prompts
     assert section is not None
-    return _prompts(file, section, cut_prompts, tuple(others), "validation.count")
+    apart_from = *others, *_telling(trained_on, section.prompt_tokens + section.continuation_tokens)
+    return _prompts(file, section, cut_prompts, apart_from, "validation.count")
+
+
+def training_text(
+    file: SearchFile, recovery: RecoverySection | None, tokenized: Callable[[list[str]], list[IntArray]]
+) -> list[IntArray]:
+    """The documents [1, tokens] that a recovery trains on, by `Replica.tokenized` of any replica."""
+    return [] if recovery is None else tokenized(texts.read_files(file, recovery.files))
+
+
+def check_not_trained_on(run: str, held_out: PromptTokens, trained_on: Sequence[IntArray]) -> None:
+    """Raises `UserError` where held-out prompts that a run began with hold text of what is to be trained on."""
+    documents = [row for rows in _telling(trained_on, held_out.tokens.shape[1]) for row in rows]
+    touching = sum(bool(held.any()) for held in taken(list(held_out.tokens), documents, held_out.tokens.shape[1]))
+    if touching:
+        raise UserError(
+            f"{touching} of the {counted(len(held_out.tokens), 'held-out prompt')} of run {run!r} hold text of "
+            "recovery.files: what is trained on is not held out. Train on other text, or give the search file other "
+            "text under validation and a new run name"
+        )
+
+
+def _telling(documents: Sequence[IntArray], length: int) -> list[IntArray]:
+    """Those documents that are long enough for a run of theirs in a window of `length` to say anything."""
+    return [document for document in documents if document.shape[1] >= min(SHARED_RUN, length)]
 
 
 def cut_min_fdt(file: SearchFile, cut_prompts: CutPrompts, others: Sequence[IntArray]) -> Cut:
@@ -120,9 +148,10 @@ def text_lines(file: SearchFile) -> list[str]:
     if file.validation_prompts is None:
         lines.append("held-out prompts: none, since there is no section validation")
     else:
-        held_out, _ = cut_held_out(file, cut_prompts, others)
+        trained_on = training_text(file, file.search.recovery, cutter.documents)
+        held_out, _ = cut_held_out(file, cut_prompts, others, trained_on)
         others.append(held_out.tokens)
-        lines.append(f"held-out prompts: {described(file.validation_prompts, held_out)}")
+        lines.append(f"held-out prompts: {described(file.validation_prompts, held_out, bool(trained_on))}")
     if file.min_fdt_prompts is not None:
         prompts, _ = cut_min_fdt(file, cut_prompts, others)
         lines.append(f"min_fdt is shown to be kept on {counted(len(prompts.tokens), 'prompt')} of its own")
@@ -140,14 +169,15 @@ def _limits(folder: Path) -> tuple[int | None, int | None]:
     return context, num_embeddings
 
 
-def described(section: PromptsSection, prompts: PromptTokens) -> str:
+def described(section: PromptsSection, prompts: PromptTokens, trains: bool = False) -> str:
     """Where prompts come from, what of their text others read, and how many repeat a text; for a person."""
     said = f"{counted(len(prompts.tokens), 'prompt')} of {_source(section)}"
     supply = prompts.supply
     if supply is not None and supply.num_taken:
         share = supply.num_taken / supply.num_tokens
+        readers = "search, calibration and training" if trains else "search and calibration"
         said += (
-            f", cut from what search and calibration leave of it (they hold {supply.num_taken:,} of its "
+            f", cut from what {readers} leave of it (they hold {supply.num_taken:,} of its "
             f"{supply.num_tokens:,} tokens, {share:.0%})"
         )
     repeats = num_repeats(prompts.tokens)

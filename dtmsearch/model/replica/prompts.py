@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.vocabulary import check_known
@@ -99,6 +100,11 @@ class Cutter:
         settings = count, prompt_tokens, continuation_tokens, seed, self._num_embeddings
         return cut_prompts(texts, self._tokenizer, *settings, apart_from, key)
 
+    def documents(self, texts: Sequence[str]) -> list[IntArray]:
+        """The tokens of whole texts, with nothing put around them, each one row [1, tokens]: what prompts can be cut
+        apart from."""
+        return [_tokens_of(self._tokenizer, text).astype(np.int32).reshape(1, -1) for text in texts]
+
     def calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> IntArray:
         """See `cut_calibration`. Raises `UserError` for rows that are longer than the model reads."""
         check_context(tokens, "calibration.tokens", self._context, self._path)
@@ -130,7 +136,7 @@ def cut_windows(
     documents: list[IntArray] = []
     openings: list[list[int]] = []
     for text in texts:
-        tokens = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        tokens = _tokens_of(tokenizer, text)
         if vocabulary_size is not None:
             check_known(tokens, vocabulary_size, tokenizer.convert_ids_to_tokens)
         at_border = np.isin(tokens, list(borders))
@@ -156,6 +162,10 @@ def cut_windows(
     cut = np.array([windows[i] for i in order[:count]], dtype=np.int32).reshape(-1, length)
     supply = Supply(len(windows), num_distinct, sum(map(len, documents)), sum(int(mask.sum()) for mask in held))
     return Windows(cut, supply, _notes(tokenizer, closing, borders, num_borders))
+
+
+def _tokens_of(tokenizer: Any, text: str) -> NDArray[np.int64]:
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
 
 
 def _repeats_last(windows: Sequence[Sequence[int]], order: Sequence[int]) -> tuple[list[int], int]:

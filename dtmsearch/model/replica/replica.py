@@ -209,6 +209,10 @@ class Replica:
         prompts = self._cutter.prompts(texts, *lengths, apart_from, key)
         return prompts, self.reference_id(prompts)
 
+    def tokenized(self, texts: Sequence[str]) -> list[IntArray]:
+        """See `prompts.Cutter.documents`."""
+        return self._cutter.documents(texts)
+
     def reference_id(self, prompts: PromptTokens) -> str:
         """The id that the reference of prompts has or will have."""
         mode, rules = self.conditions()
