@@ -322,6 +322,47 @@ def test_a_copied_segment_doubles_no_rows(finished: Path, table: str, name: str)
     assert summarize_run(store, "run").status == "finished"
 
 
+@pytest.fixture
+def finished_by_an_older_version(finished: Path) -> Path:
+    """The same, in segments whose footers do not name them."""
+    for path in finished.glob("*/*/*.parquet"):
+        rows = pq.read_table(path)
+        metadata = {key: value for key, value in rows.schema.metadata.items() if key != b"dtmsearch.segment"}
+        pq.write_table(rows.replace_schema_metadata(metadata), path, write_page_checksum=True)
+    return finished
+
+
+@pytest.mark.parametrize("table", ["evaluations", "plans", "steps", "runs", "components"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run/00000009-00000001.parquet",
+        "run/00000000-00000001.parquet",
+        "run/00000000-00000001_00000009-00000001.parquet",
+        "another/00000001-00000001.parquet",
+    ],
+)
+def test_a_copied_segment_of_an_older_version_doubles_no_rows(
+    finished_by_an_older_version: Path, table: str, name: str
+) -> None:
+    before = _counts(finished_by_an_older_version)
+    copy = finished_by_an_older_version / table / name
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(segment_files(finished_by_an_older_version, table)[0], copy)
+    assert _counts(finished_by_an_older_version) == before
+    assert summarize_run(ResultStore(finished_by_an_older_version), "run").status == "finished"
+
+
+def test_a_copy_of_an_older_version_loses_nothing_and_goes_with_the_next_driver(
+    finished_by_an_older_version: Path,
+) -> None:
+    place = finished_by_an_older_version
+    (original,) = segment_files(place, "evaluations")
+    shutil.copyfile(original, original.with_name("00000000-00000001_00000009-00000001.parquet"))
+    assert replayed(place) == ids(make_records(*range(8)))
+    assert ResultStore(place).table("evaluations").num_rows == 8
+
+
 def _counts(place: Path) -> list[tuple[int, int]]:
     """Rows of every table, by reading it and by SQL."""
     store, counts = ResultStore(place), []

@@ -2,6 +2,7 @@
 
 The listing is the truth. A segment's name says which commits of its writers it holds, so that after a compaction,
 finished or not, every row is read once; its footer repeats the name, so that a copy under another one is no rows.
+(Older versions wrote no such footer: there, copies are told by their content.)
 Readers leave out what is damaged and change nothing; the holder of a key's lock sets it aside. Knows the tables'
 schemas, nothing of what rows mean.
 """
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TypeVar
 
 import numpy as np
@@ -106,6 +108,7 @@ class Segments:
         self.num_damaged = 0
         self._damage: dict[Segment, Damage] = {}
         self._told: set[str] = set()
+        self._digests: dict[Segment, bytes] = {}
         self._own: dict[Segment, bool] = {}  # whether it stands for the commits of its name
         self._renamed: dict[str, Segment] = {}  # of what stands no longer where it was written: by what it is read now
         self._format = ds.ParquetFileFormat(
@@ -123,7 +126,7 @@ class Segments:
         segments = [s for s in found if s is not None and (s not in self._damage or self._damage[s].whole_groups)]
         while True:
             kept, covered = uncovered(segments)
-            strangers = {s for s in kept if any(_covers(s, other) for other in covered) and not self._is_own(s)}
+            strangers = {s for s in kept if (inside := _inside(s, covered)) and not self._is_own(s, inside)}
             if not strangers:
                 return kept, covered
             segments = [s for s in segments if s not in strangers]
@@ -131,16 +134,25 @@ class Segments:
                 self._damage[stranger] = Damage("it does not hold the commits that its name says", (), 0)
                 self._note(stranger, self._damage[stranger])
 
-    def _is_own(self, segment: Segment) -> bool:
-        """Whether a segment's footer names it, and so the commits that it stands for. (Those of older versions name
-        nothing, and are trusted.)"""
+    def _is_own(self, segment: Segment, inside: Sequence[Segment]) -> bool:
+        """Whether a segment's footer names it, and so the commits that it stands for. Those of older versions name
+        nothing, and are trusted unless their content is that of one of those `inside` by its name."""
         if segment not in self._own:
             try:
                 with self.folder.filesystem.open_input_file(self.folder.full(segment.path)) as file:
-                    self._own[segment] = _written_as(pq.read_schema(file)) in (None, segment.path)
+                    written_as = _written_as(pq.read_schema(file))
+                alike = [other for other in inside if other.size == segment.size] if written_as is None else []
+                is_copy = any(self._digest(other) == self._digest(segment) for other in alike)
+                self._own[segment] = written_as in (None, segment.path) and not is_copy
             except (pa.ArrowException, OSError):
                 return False
         return self._own[segment]
+
+    def _digest(self, segment: Segment) -> bytes:
+        """Of the content of a segment, by which copies are known where the footer names none."""
+        if segment not in self._digests:
+            self._digests[segment] = sha256(self.folder.read(segment.path)).digest()
+        return self._digests[segment]
 
     def last_epoch(self, key: str) -> int:
         """The highest epoch under a key in any table, of damaged and temporary files too; 0 without any."""
@@ -171,6 +183,7 @@ class Segments:
         """
         schema, filesystem = SCHEMAS[table], self.folder.filesystem
         fragments = []
+        unnamed: dict[int, list[Segment]] = {}  # by size
         for segment in segments:
             fragment = self._format.make_fragment(self.folder.full(segment.path), filesystem)
             if not fits(table, fragment.physical_schema):
@@ -178,6 +191,12 @@ class Segments:
             written_as = _written_as(fragment.physical_schema)
             if written_as not in (None, segment.path) and not self._own.get(segment):
                 raise pa.ArrowInvalid(f"{segment.path} was written as {written_as}")
+            if written_as is None:
+                alike = unnamed.setdefault(segment.size, [])
+                if any(self._digest(other) == self._digest(segment) for other in alike):
+                    self.tell(f"{segment.path}: its content is that of another segment; its rows are read once")
+                    continue
+                alike.append(segment)
             damage = self._damage.get(segment)
             fragments.append(fragment if damage is None else fragment.subset(row_group_ids=list(damage.whole_groups)))
         return ds.FileSystemDataset(fragments, schema, self._format, filesystem)
@@ -382,6 +401,11 @@ def _groups(segments: Sequence[Segment]) -> list[list[Segment]]:
             groups[-1].append(segment)
             room -= segment.size
     return [group for group in groups if len(group) > 1]
+
+
+def _inside(segment: Segment, others: Iterable[Segment]) -> list[Segment]:
+    """Those of others whose commits a segment's name says that it holds."""
+    return [other for other in others if _covers(segment, other)]
 
 
 def _covers(segment: Segment, other: Segment) -> bool:
