@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError
 
+from dtmsearch.cluster.ray_compat import dead_processes, timed_out_at_start
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.errors import ClusterLost, ClusterUnreachable, reason_of
 
@@ -51,7 +52,7 @@ def connect(address: str | None) -> bool:
         where = f"no Ray cluster at {address}" if address else "Ray did not start here"
         raise ClusterUnreachable(f"{where}: {reason_of(error)}") from error
     except Exception as error:
-        if "timed out during startup" not in str(error):  # on a machine that is too busy, Ray raises the bare class
+        if not timed_out_at_start(error):
             raise
         ray.shutdown()
         raise ClusterUnreachable(f"Ray did not start here within its 30 seconds: {error}") from error
@@ -93,10 +94,7 @@ def check_alive() -> None:
 
     Ray itself would end this process at its next call, without a word.
     """
-    node = ray._private.worker._global_node
-    if node is None:
-        return
-    dead = [kind for kind, _ in node.dead_processes() if kind in _VITAL]
+    dead = [kind for kind in dead_processes() if kind in _VITAL]
     if dead:
         raise ClusterLost(
             f"Ray's {dead[0]} process on this machine was killed, perhaps for want of memory. Nothing that was "

@@ -20,21 +20,15 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from dtmsearch.cluster.connect import check_listening
+from dtmsearch.cluster.ray_compat import NO_ENVIRONMENT, TALKATIVE
 from dtmsearch.cluster.tokens import refused
 from dtmsearch.errors import ClusterUnreachable, JobEnded, JobNotBegun, UserError
 
 # Between a run's name, which cannot hold it, and the number of a later session of the run.
 _SESSION = "~"
 _POLL_SECONDS = 0.5
-# Ray's word for a job that ended before it began.
-_NO_ENVIRONMENT = "RUNTIME_ENV_SETUP_FAILURE"
 # A dashboard that is out of reach for this long, while a job is followed, is given up; the job goes on.
 _PATIENCE_SECONDS = 60.0
-_TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
@@ -77,7 +71,7 @@ class Jobs:
     def __init__(self, address: str) -> None:
         self._address = address
         check_listening(address if "://" in address else f"http://{address}")
-        for name in _TALKATIVE:
+        for name in TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
         with self._explained(), _without_overriding():
             self._client = JobSubmissionClient(address if "://" in address else f"http://{address}")
@@ -180,7 +174,7 @@ def _exit_code(job: JobDetails) -> int:
         return job.driver_exit_code
     if job.status == JobStatus.SUCCEEDED:
         return 0
-    if job.error_type == _NO_ENVIRONMENT:
+    if job.error_type == NO_ENVIRONMENT:
         raise JobNotBegun(
             f"the cluster could not make the environment of job {_id(job)}: {_gist(job.message or '')}. For `--pins "
             "install` its nodes must reach a package registry; `--pins none` takes the versions that they have"

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import RayError
 
 from dtmsearch.cluster.canaries import Canaries, WrongNumbers
 from dtmsearch.cluster.connect import check_alive, connect
@@ -23,6 +23,7 @@ from dtmsearch.cluster.placement import Share, alive_nodes, share_of
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.cluster.prometheus import Metrics
 from dtmsearch.cluster.queue import RequestQueue
+from dtmsearch.cluster.ray_compat import was_preempted
 from dtmsearch.cluster.replica_calls import Services
 from dtmsearch.cluster.replica_handle import Call, Held, Member
 from dtmsearch.cluster.replicas import Crew
@@ -312,8 +313,7 @@ class ReplicaPool(Services):
         self.metrics.lost()
         again = f"; {unverified} results that no canary had verified are measured again" if unverified else ""
         self._on_note(f"{member.name} ({member.node or 'starting'}) was lost and is replaced: {reason}{again}")
-        preempted = isinstance(error, ActorDiedError) and bool(error.preempted)
-        blameless = preempted or isinstance(error, WrongNumbers)
+        blameless = was_preempted(error) or isinstance(error, WrongNumbers)
         for held in member.take_held():
             self._send_again(held.call, member, reason, charged=False)
         for position, call in enumerate(member.calls.values()):

@@ -16,6 +16,7 @@ from dtmsearch.cluster.actor import give_back, start_host
 from dtmsearch.cluster.canaries import WrongNumbers, not_the_replicas
 from dtmsearch.cluster.health import tolerated_share
 from dtmsearch.cluster.placement import Patience, Room, Share
+from dtmsearch.cluster.ray_compat import died_with_its_node
 from dtmsearch.cluster.replica_handle import Member
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
 from dtmsearch.errors import DtmError, ReplicasFailed, UserError, reason_of
@@ -213,7 +214,7 @@ class Crew:
 def _with_its_node(error: Exception) -> bool:
     """Whether a replica died because its node did, which says nothing about the replica."""
     if isinstance(error, ActorDiedError):
-        return bool(error.preempted) or "node has died" in str(error)
+        return died_with_its_node(error)
     return isinstance(error, ActorUnavailableError)  # what the first call hears of a node that has just died
 
 

@@ -15,7 +15,7 @@ from dtmsearch.core.evaluation import FloatArray, ModelSpec, Reference, ReplicaS
 from dtmsearch.errors import ExportFailed
 from dtmsearch.export.job import Job, Written
 from dtmsearch.export.writer import header_bytes
-from dtmsearch.model.compress.bitsandbytes_layers import repacks_4bit
+from dtmsearch.model.modules.compat import repacks_4bit
 from dtmsearch.model.replica.exported import write_job
 from dtmsearch.workflows.export_source import Recorded, Source
 

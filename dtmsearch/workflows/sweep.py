@@ -19,6 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.placement import Share, alive_nodes, share_of
+from dtmsearch.cluster.ray_compat import QUIET_TUNE
 from dtmsearch.config import SearchFile, parse
 from dtmsearch.core.pareto import Point, Race
 from dtmsearch.errors import StoreError, UserError
@@ -27,8 +28,6 @@ from dtmsearch.workflows.run import DOMINATED, Where, is_left_out, open_store, r
 
 # A trial whose process is lost with its node is started again so often; what it had recorded is not measured again.
 _MAX_LOST = 5
-# Tune would write a folder of files for each trial, and its own tables to our stdout.
-_QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _run_trials(
     scheduler = None
     if race is not None:
         scheduler = StopDominated(race, {file.run: _group(file) for file in files}, store, on_note)
-    os.environ.update(_QUIET)
+    os.environ.update(QUIET_TUNE)
     with tempfile.TemporaryDirectory(prefix="dtmsearch-sweep-") as folder:
         tune.Tuner(
             tune.with_resources(trial, tune.PlacementGroupFactory([{}] + [share.bundle] * replicas * share.num_nodes)),

@@ -21,6 +21,7 @@ from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.rounding import Codes
+from dtmsearch.model.modules.compat import packed_to_int32
 
 NAME = "compressed-tensors"
 _SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole bytes", "padding to words of 32 bits"
@@ -59,8 +60,6 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
 
 def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
     """The tensors of one component, by the ending of their names."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     scheme = parse_scheme(job.plan.scheme_of(component.name))
     scales = codes.scales.reshape(-1) if codes.scales.numel() == 1 else codes.scales
     signed, zeros = _signed(codes.codes, codes), None if codes.zeros is None else _signed(codes.zeros, codes)
@@ -68,9 +67,9 @@ def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
     if not is_packed(scheme, job.runtime):
         assert zeros is not None
         return parts | {"weight": signed, "weight_zero_point": zeros.reshape(scales.shape)}
-    parts |= {"weight_packed": pack_to_int32(signed, codes.bits), "weight_shape": torch.tensor(component.shape)}
+    parts |= {"weight_packed": packed_to_int32(signed, codes.bits), "weight_shape": torch.tensor(component.shape)}
     if zeros is not None:
-        parts["weight_zero_point"] = pack_to_int32(zeros, codes.bits, packed_dim=0).contiguous()
+        parts["weight_zero_point"] = packed_to_int32(zeros, codes.bits, packed_dim=0).contiguous()
     return parts
 
 

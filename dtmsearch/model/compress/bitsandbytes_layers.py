@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dtmsearch.core.schemes import BITSANDBYTES_BLOCK, Scheme
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.compat import keep_scales
 
 # At import it reports that an optional kernel of the hub is absent; at every first call that it casts to float16,
 # which is what LLM.int8() is.
@@ -92,8 +93,8 @@ def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
         quant_type=scheme.name,
         device="meta",
     )
-    # See `repacks_4bit`: what is measured is what the file holds, which is what GPUs and other CPUs multiply with.
-    module.support_avx512bf16_for_cpu = False
+    # What is measured is what the file holds, which is what GPUs and other CPUs multiply with (`compat.repacks_4bit`).
+    keep_scales(module)
     module.weight = modules.Params4bit(
         weight.clone(),
         requires_grad=False,
@@ -102,14 +103,6 @@ def _4bit_module(linear: nn.Linear, weight: Tensor, scheme: Scheme) -> Any:
         compress_statistics=False,
     )
     return module
-
-
-def repacks_4bit() -> bool:
-    """Whether this CPU has AVX512-BF16, for which bitsandbytes packs 4-bit weights anew at their first use: scales are
-    rounded to bfloat16, inputs too, and rows that are no multiple of 32 end in an error."""
-    from bitsandbytes import functional
-
-    return bool(functional.has_avx512bf16())
 
 
 def runs_by_token(module: nn.Module) -> bool:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, StaticCache, masking_utils
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from dtmsearch.model.modules.compat import BodyOutput, Cache, fixed_cache, no_packed_sequences
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import vocabulary_size
+from dtmsearch.model.modules.swapping import swapped
 
 
 class Elsewhere:
@@ -71,13 +70,6 @@ def _grow_cache(index: int, hidden_states: Tensor, arguments: Iterable[Any]) -> 
             cache.update(nothing, nothing, index)
 
 
-@dataclass
-class _BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """With all that any family's head asks of its body's output."""
-
-    router_logits: tuple[Tensor, ...] | None = None
-
-
 class _HiddenStates(nn.Module):
     """In place of everything below the head: gives `hidden_states`."""
 
@@ -88,20 +80,8 @@ class _HiddenStates(nn.Module):
         """What OPT's head runs: the part of the body that does the work."""
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> _BodyOutput:
-        return _BodyOutput(last_hidden_state=self.hidden_states)
-
-
-@contextmanager
-def _no_questions() -> Iterator[None]:
-    """Rows are never several packed sequences here. transformers would ask the device so at every pass, and the host
-    would wait for all work under way before it could hand out more."""
-    own = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = own
+    def forward(self, *args: Any, **kwargs: Any) -> BodyOutput:
+        return BodyOutput(last_hidden_state=self.hidden_states)
 
 
 class Body:
@@ -178,21 +158,20 @@ class Body:
 
     def run(self, tokens: Tensor) -> Tensor:
         """The head's input, at every token, through whatever stands in the layers' places."""
-        with _no_questions():
+        with no_packed_sequences():
             hidden: Tensor = getattr(self.model, self._prefix)(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
 
     @contextmanager
     def _only(self, start: int, stop: int) -> Iterator[None]:
         """Layers from `start` up to `stop` are real, the others stand-ins."""
-        for index in (*range(start), *range(stop, self.num_layers)):
-            self._layers._modules[str(index)] = self._stand_ins[index]
+        others = (*range(start), *range(stop, self.num_layers))
         try:
-            yield
+            with swapped(self._layers, {str(index): self._stand_ins[index] for index in others}):
+                yield
         finally:
-            for index, layer in enumerate(self._real):
-                self._layers._modules[str(index)] = layer
-                self._stand_ins[index].state = self._stand_ins[index].seen = None
+            for stand_in in self._stand_ins:
+                stand_in.state = stand_in.seen = None
 
     def advance(self, tokens: Tensor, state: State | None, start: int, stop: int) -> State:
         """The state at boundary `stop` (below the number of layers) from that at `start` (None at boundary 0)."""
@@ -258,12 +237,8 @@ class Body:
     @contextmanager
     def head_only(self) -> Iterator[None]:
         """Within, `logits` may be called; the body cannot run."""
-        below = self.model._modules[self._prefix]
-        self.model._modules[self._prefix] = self._below_head
-        try:
+        with swapped(self.model, {self._prefix: self._below_head}):
             yield
-        finally:
-            self.model._modules[self._prefix] = below
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocabulary], in the model's dtype, of head inputs [rows, hidden]."""
@@ -273,7 +248,7 @@ class Body:
 
     def new_cache(self, length: int) -> Cache:
         """A cache for texts of so many tokens. One that grows would be copied at every token."""
-        return StaticCache(self.model.config.get_text_config(), max_cache_len=length)
+        return fixed_cache(self.model, length)
 
     def generate(self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...]) -> Tensor:
         """Greedy continuations [prompts, num_tokens] of `prompts` [prompts, tokens], with a cache; `suppressed` tokens

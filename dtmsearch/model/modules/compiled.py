@@ -12,6 +12,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from dtmsearch.model.modules.compat import allow_graphs, uncompiled
+from dtmsearch.model.modules.swapping import put, swapped
+
 # Every batch shape has a graph of its own. Dynamic shapes would let history decide which graph serves a shape.
 _MOST_SHAPES = 256
 
@@ -60,34 +63,20 @@ def compile_layers(layers_name: str, layers: nn.ModuleList) -> dict[str, Slot]:
 
     Layers of the same build share their graphs.
     """
-    torch._dynamo.config.recompile_limit = _MOST_SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = 64 * _MOST_SHAPES
+    allow_graphs(_MOST_SHAPES)
     slots: dict[str, Slot] = {}
     for index, layer in enumerate(layers):
         linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
         slots |= {f"{index}.{name}": Slot(module) for name, module in linears}
         layer.compile(dynamic=False)
-    _fill(layers, slots)
+    for name, slot in slots.items():
+        put(layers, name, slot)
     return {f"{layers_name}.{name}": slot for name, slot in slots.items()}
 
 
 @contextmanager
 def as_loaded(layers_name: str, layers: nn.ModuleList, slots: Mapping[str, Slot]) -> Iterator[None]:
     """Within, layers run eagerly and what is in the slots stands in its own place."""
-    compiled = [layer._compiled_call_impl for layer in layers]
-    places = {name.removeprefix(f"{layers_name}."): slot for name, slot in slots.items()}
-    _fill(layers, {name: slot.module for name, slot in places.items()})
-    for layer in layers:
-        layer._compiled_call_impl = None
-    try:
+    own = {name.removeprefix(f"{layers_name}."): slot.module for name, slot in slots.items()}
+    with swapped(layers, own), uncompiled(layers):
         yield
-    finally:
-        for layer, call in zip(layers, compiled, strict=True):
-            layer._compiled_call_impl = call
-        _fill(layers, places)
-
-
-def _fill(layers: nn.ModuleList, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        parent, _, attribute = name.rpartition(".")
-        layers.get_submodule(parent)._modules[attribute] = module

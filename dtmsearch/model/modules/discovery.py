@@ -124,7 +124,7 @@ def other_components(model: nn.Module, layers_name: str, num_layers: int) -> tup
     layers_reached = False
     for name, module in model.named_modules():
         layers_reached |= name == layers_name
-        own = module._parameters.get("weight")
+        own = dict(module.named_parameters(recurse=False)).get("weight")
         if own is None or id(own) in seen or own.ndim > 2:
             continue
         seen.add(id(own))

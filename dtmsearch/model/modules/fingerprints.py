@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtmsearch.core.identity import file_digest, identity
+from dtmsearch.model.modules.compat import is_custom_code
 
 _TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -15,8 +16,6 @@ _TOKENIZER_FILES = {
 }
 # What of tokenizer_config.json changes no token of a text: prompts are pieces of text, never written by a template.
 _CONFIG_NOISE = {"chat_template", "model_max_length", "name_or_path", "transformers_version"}
-# Where transformers puts the modules that come with a checkpoint.
-_FOREIGN = "transformers_modules"
 
 
 def tokenizer_fingerprint(folder: Path, tokenizer: Any) -> str:
@@ -40,7 +39,7 @@ def custom_code(folder: Path, kind: type) -> dict[str, str]:
 
     All files of the folder count, for any may be imported by the others.
     """
-    if not kind.__module__.startswith(_FOREIGN):
+    if not is_custom_code(kind):
         return {}
     digests = {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*.py"))}
     return digests | {kind.__qualname__: file_digest(Path(inspect.getfile(kind)))}

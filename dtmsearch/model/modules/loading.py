@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from dtmsearch.core.components import read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.compat import unconverted_parameters
 
 # Of what transformers says, in an error.
 _LONGEST_REASON = 500
@@ -157,7 +158,7 @@ def _without_report(folder: Path, load: Callable[..., Any]) -> Callable[..., tup
                 *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except RuntimeError as error:
-            names = _unconverted(error)
+            names = unconverted_parameters(error)
             if not names:
                 raise
             raise UserError(
@@ -169,18 +170,6 @@ def _without_report(folder: Path, load: Callable[..., Any]) -> Callable[..., tup
         return found
 
     return quiet
-
-
-def _unconverted(error: RuntimeError) -> list[str]:
-    """The parameters that could not be made of a checkpoint's tensors. transformers prints them, but its error does not
-    hold them: they are in the frames that it came through."""
-    trace = error.__traceback__
-    while trace is not None:
-        found = getattr(trace.tb_frame.f_locals.get("loading_info"), "conversion_errors", None)
-        if found:
-            return sorted(found)
-        trace = trace.tb_next
-    return []
 
 
 def _refuse_other_tensors(folder: Path, model: Any, loading: Mapping[str, Any]) -> None:

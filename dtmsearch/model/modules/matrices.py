@@ -11,8 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
+
+from dtmsearch.model.modules.compat import Conv1D, experts_transposed
+
+_CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ def matrices_of(module: nn.Module) -> Iterator[Matrix]:
 
 def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's own parameters of three dimensions that no convolution slides over its input."""
-    if isinstance(module, _ConvNd):
+    if isinstance(module, _CONVOLUTIONS):
         return {}
-    return {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
 
 
 def _routers(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -70,16 +75,21 @@ def _routers(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _rows(module: nn.Module) -> int:
-    weight = module._parameters.get("weight")
+    weight = _own_weight(module)
     return 0 if weight is None or weight.ndim != 2 else len(weight)
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def _stacked(name: str, modules: Mapping[str, nn.Module]) -> Iterator[Matrix]:
     stacks, routers = _stacks(modules[name]), _routers(name, modules)
-    says = getattr(modules[name], "is_transposed", None)  # as transformers marks experts, though not all
+    says = experts_transposed(modules[name])
     if not stacks or (not routers and says is None):
         return
-    inputs = None if not routers else int(modules[routers[0]]._parameters["weight"].shape[1])  # type: ignore[union-attr]
+    router = _own_weight(modules[routers[0]]) if routers else None
+    inputs = None if router is None else int(router.shape[1])
     transposed = _is_transposed([(p.shape[1], p.shape[2]) for p in stacks.values()], inputs, bool(says))
     for expert in range(min(len(stack) for stack in stacks.values())):
         for stack, parameter in stacks.items():

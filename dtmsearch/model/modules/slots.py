@@ -9,6 +9,7 @@ from torch import nn
 
 from dtmsearch.model.modules.compiled import Slot
 from dtmsearch.model.modules.matrices import StackedMatrix, matrices_of
+from dtmsearch.model.modules.swapping import put
 
 
 def _stacked_matrices(model: nn.Module) -> dict[str, StackedMatrix]:
@@ -41,8 +42,7 @@ class Places:
         if component in self._slots:
             self._slots[component].put(module)
         elif component not in self._stacked:  # what lies in a stack stays there, and its weights are written into it
-            parent, _, attribute = component.rpartition(".")
-            self._model.get_submodule(parent)._modules[attribute] = module
+            put(self._model, component, module)
 
     @contextmanager
     def holding(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:

@@ -25,6 +25,7 @@ from dtmsearch.model.forward.partial import Body, Elsewhere, StandIn, State
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.modules.swapping import swapped
 from dtmsearch.model.pipeline_parallel.stage import Stage, StageBody, cut, load_part, received, to_send
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint, Weights
@@ -140,8 +141,8 @@ class PipelineBody(Body):
                 first = self.own.stop
                 bridge = _Bridge(self._real[first], first)
                 bridge.cross, bridge.returns_tuple = cross, self._stand_ins[first].returns_tuple
-                self._layers._modules[str(first)] = bridge
-                yield
+                with swapped(self._layers, {str(first): bridge}):
+                    yield
         finally:
             hook.remove()
 

@@ -16,10 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import recursively_apply
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Cache
 
 from dtmsearch.core.calibration import Calibration, FloatArray, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest, weight_files
@@ -31,6 +29,7 @@ from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.compress.compressor import Fetch
 from dtmsearch.model.forward.expert_routing import counting
 from dtmsearch.model.forward.partial import Body, Elsewhere, State
+from dtmsearch.model.modules.compat import Cache, each_tensor, move_loaded
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model
 from dtmsearch.model.modules.slots import Places
@@ -64,7 +63,7 @@ class Sent:
 
 def to_send(values: Any) -> Any:
     """`values`, in whatever nesting, with each tensor as a `Sent`."""
-    return recursively_apply(_send, values)
+    return each_tensor(_send, values)
 
 
 def _send(tensor: Tensor) -> Sent:
@@ -74,7 +73,7 @@ def _send(tensor: Tensor) -> Sent:
 
 def received(values: Any, device: torch.device) -> Any:
     """What `to_send` was given, its tensors on a device."""
-    return recursively_apply(_receive, values, device, test_type=lambda value: isinstance(value, Sent))
+    return each_tensor(_receive, values, device, test_type=lambda value: isinstance(value, Sent))
 
 
 def _receive(sent: Sent, device: torch.device) -> Tensor:
@@ -105,7 +104,7 @@ def load_part(spec: ModelSpec, settings: ReplicaSettings, device: torch.device) 
             layer.to("meta")
     checkpoint = Checkpoint(weight_files(folder))
     checkpoint.map_apart(model)
-    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    move_loaded(model, device)
     return Part(model, layers, folder, manifest, checkpoint)
 
 

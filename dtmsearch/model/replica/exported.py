@@ -28,6 +28,7 @@ from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import run_row_by_row, runs_by_token
+from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.replica.replica import LoadedModel, Replica
@@ -64,8 +65,8 @@ def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.de
         folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(device)
     )
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu") and not repacked:
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that types know of
+        if not repacked:
+            keep_scales(module)
         if not runs_by_token(module):
             run_row_by_row(module)
     return model
@@ -79,7 +80,6 @@ def _has_packed_zeros(folder: Path) -> bool:
 
 def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
     """A folder of compressed-tensors as a dense model, by that library's own decompression."""
-    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -93,13 +93,12 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
             }
             # As loading does it: multiplied in the dtype of the scales, codes would lose what the model's dtype holds.
             own["weight_scale"] = own["weight_scale"].to(getattr(torch, spec.dtype))
-            compressor = BaseCompressor.get_value_from_registry(scheme.format)
-            state[f"{module}.weight"] = compressor.decompress(own, scheme)["weight"]
+            state[f"{module}.weight"] = decompressed(own, scheme)
     options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
     model = AutoModelForCausalLM.from_config(config, **options).to(device)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
-    assert not unexpected and set(missing) <= set(model.all_tied_weights_keys), (missing, unexpected)
+    assert not unexpected and set(missing) <= tied_parameters(model), (missing, unexpected)
     return model
 
 

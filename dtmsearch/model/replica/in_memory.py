@@ -9,6 +9,7 @@ from torch import nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.model.modules.compat import attention_of, path_of
 from dtmsearch.model.modules.discovery import components_of, find_layers, other_components, routers_of
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.replica.replica import LoadedModel, Replica
@@ -22,7 +23,7 @@ def manifest_of(model: Any) -> ModelManifest:
     """The components of a model object, found as in a checkpoint. Raises `ValueError` for a model without layers."""
     layers_name, layers = find_layers(model)
     return ModelManifest(
-        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        model=path_of(model) or type(model).__name__,
         revision=None,
         dtype=_dtype_name(model),
         num_layers=len(layers),
@@ -44,7 +45,7 @@ class InMemoryReplica(Replica):
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 0) -> None:
         self._given = model, tokenizer
-        attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
+        attention = attention_of(model)
         spec = ModelSpec(manifest_of(model).model, dtype=_dtype_name(model), attention=attention, compile="never")
         super().__init__(spec, ReplicaSettings(batch_tokens=batch_tokens))
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Reference
@@ -27,6 +26,7 @@ from dtmsearch.core.schemes import Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.replica.loaded_reference import greedy
 from dtmsearch.model.weights.applied import Weights
 

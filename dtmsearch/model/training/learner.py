@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_canonicalize_names
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -28,6 +27,7 @@ from torch.nn import functional
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.compat import flattens_parameters, keep_no_activations, plain_names
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import load_model
 from dtmsearch.model.training.masks import Masks
@@ -47,7 +47,7 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if wanted == "bfloat16" else "no", cpu=not torch.cuda.is_available()
     )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+    if flattens_parameters(accelerator):
         raise UserError(
             "masks need parameters that keep their shapes, but accelerate is configured for FSDP of version 1: set "
             "fsdp_version: 2 in its configuration, or FSDP_VERSION=2"
@@ -79,14 +79,12 @@ class Learner:
         for path in over:
             _overlay(model, path)
         if recipe.checkpointing:
-            # Its name before transformers 5.20 is the other one.
-            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            keep_no_activations(model)
         self._teacher = load_model(source, spec, device, 1) if recipe.distill else None
         optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=True)
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         # Asked for now: cut up between devices, they are others than before.
-        named = fsdp2_canonicalize_names(dict(accelerator.unwrap_model(self._model).named_parameters()))
+        named = plain_names(dict(accelerator.unwrap_model(self._model).named_parameters()))
         self._trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         self._masks = Masks(named, kept)
 

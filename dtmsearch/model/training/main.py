@@ -34,8 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     job = Path(arguments[0])
     if _wants_launching():
+        from dtmsearch.model.modules.compat import LAUNCHER
+
         os.environ[_LAUNCHED] = str(os.getppid())
-        launch = ["-m", "accelerate.commands.launch", "--module", "dtmsearch.model.training.main", str(job)]
+        launch = ["-m", LAUNCHER, "--module", "dtmsearch.model.training.main", str(job)]
         os.execv(sys.executable, [sys.executable, *launch])  # noqa: S606 (our own module)
     return worker(str(job))
 
@@ -43,11 +45,12 @@ def main(arguments: Sequence[str]) -> int:
 def _wants_launching() -> bool:
     """Whether accelerate is to start several processes: it is configured, or there are several GPUs."""
     import torch
-    from accelerate.commands.config.config_args import default_config_file
+
+    from dtmsearch.model.modules.compat import is_configured
 
     if _LAUNCHED in os.environ or "RANK" in os.environ:
         return False
-    return torch.cuda.device_count() > 1 or Path(default_config_file).is_file()
+    return torch.cuda.device_count() > 1 or is_configured()
 
 
 def worker(job_path: str) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.compat import multiply_each
 
 
 class Masks:
@@ -20,7 +20,7 @@ class Masks:
 
     def hold(self) -> None:
         gradients = [p.grad for _, p, _ in self._pairs if p.grad is not None]
-        torch._foreach_mul_(gradients, [mask for _, p, mask in self._pairs if p.grad is not None])
+        multiply_each(gradients, [mask for _, p, mask in self._pairs if p.grad is not None])
 
     def check(self, what: str) -> None:
         """Raise `UserError` where a weight is not zero that ought to be, in all processes alike."""

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dtmsearch.core.components import read_header
 from dtmsearch.core.plan import Plan
@@ -23,6 +22,7 @@ from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
 
