@@ -67,7 +67,7 @@ def uncompiled(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """Multiply tensors in place, each by its own factor, in one call of the device."""
-    torch._foreach_mul_(tensors, factors)
+    torch._foreach_mul_(list(tensors), list(factors))
 
 
 # transformers
@@ -215,7 +215,7 @@ def _children() -> object:
 
 
 def _repacks() -> object:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     return getattr(Linear4bit(1, 1, device="meta"), _REPACKS)
 
@@ -252,13 +252,14 @@ def _checkpointing() -> object:
 
 
 def _dynamic_modules() -> object:
-    from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+    from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
     return {_CUSTOM_CODE: True}[TRANSFORMERS_DYNAMIC_MODULE_NAME]
 
 
 def _marked_experts() -> object:
-    from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     with torch.device("meta"):
         experts = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=8, num_local_experts=2))
@@ -281,7 +282,7 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("transformers.PreTrainedModel.base_model_prefix", "find the model below the head"),
     ForeignName("transformers.PreTrainedModel.all_tied_weights_keys", "load an export's tied weights", _tied),
     ForeignName("transformers.PreTrainedModel.activation_checkpointing_enable", "train in less memory", _checkpointing),
-    ForeignName("transformers.utils.TRANSFORMERS_DYNAMIC_MODULE_NAME", "tell code of a checkpoint", _dynamic_modules),
+    ForeignName("transformers.utils.hub.TRANSFORMERS_DYNAMIC_MODULE_NAME", "tell custom code", _dynamic_modules),
     ForeignName("transformers.LoadStateDictInfo.conversion_errors", "say what a checkpoint lacks", _conversion_errors),
     ForeignName("transformers.MixtralExperts.is_transposed", "read stacked experts", _marked_experts),
     ForeignName("accelerate.commands.config.config_args.default_config_file", "see whether trainings are spread"),
