@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stores import bucket_filesystem
 from tiny import TEXT, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,6 +76,19 @@ def test_a_store_keeps_its_listener_when_it_is_opened_again(tmp_path: Path) -> N
     assert again.on_note is not None
     again.on_note("a damaged segment")
     assert heard == ["a damaged segment"]
+
+
+def test_a_base_model_that_overflows_ends_a_run_before_anything_is_recorded_of_it(tmp_path: Path) -> None:
+    content = search_of(tmp_path)
+    path = Path(content["model"]["path"]) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 40_000  # activations pass 65504
+    save_file(tensors, path, metadata={"format": "pt"})
+    content["model"]["dtype"] = "float16"
+    with pytest.raises(dtm.UserError, match=r"try model\.dtype: bfloat16"):
+        dtm.run(content, tmp_path / "store", IN_PROCESS)
+    results = ResultStore(tmp_path / "store")
+    assert (len(results.table("prompts")), len(results.table("evaluations"))) == (0, 0)
 
 
 def test_a_run_shows_itself_as_a_table(searched: dtm.Run) -> None:

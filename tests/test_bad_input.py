@@ -7,6 +7,7 @@ rest are processes of their own, which run side by side before the first test th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,6 +95,44 @@ def word_without_embedding(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def another_file(name: str, make: Callable[[Path], object]) -> Command:
+    """`dtmsearch run` of a model in whose folder one file is something else."""
+
+    def write(folder: Path) -> None:
+        shutil.copytree(folder.parent / "model", folder)
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return with_model(write)
+
+
+def index_of(file: str) -> Callable[[Path], object]:
+    """An index by which a tensor lies in a file."""
+    return lambda path: path.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+
+
+def with_text(name: str, content: bytes) -> Command:
+    """`dtmsearch run` over a text of its own."""
+
+    def command(folder: Path) -> list[str | Path]:
+        file = tiny_search(folder, prompts__files=[name])
+        (folder / name).write_bytes(content)
+        return ["run", file]
+
+    return command
+
+
+def with_line(line: str) -> Command:
+    """`dtmsearch run` of a search file with a line more."""
+
+    def command(folder: Path) -> list[str | Path]:
+        file = tiny_search(folder)
+        file.write_text(f"{file.read_text()}{line}\n")
+        return ["run", file]
+
+    return command
+
+
 # What is known before Ray starts.
 AT_ONCE_KNOWN = {
     "a key with a typo": Case(run(search__widht=3), 2, ("unknown key 'search.widht'", "did you mean 'search.width'?")),
@@ -106,6 +145,17 @@ AT_ONCE_KNOWN = {
     "a tokenizer larger than the embedding": Case(
         with_model(word_without_embedding), 2, ("258 ('return')", "the model has 258 rows", "resize_token_embeddings")
     ),
+    "a config.json that is a pipe": Case(another_file("config.json", os.mkfifo), 2, ("config.json",)),
+    "a config.json without an end": Case(
+        another_file("config.json", lambda path: path.symlink_to("/dev/zero")), 2, ("config.json",)
+    ),
+    "an index of files elsewhere": Case(
+        another_file("model.safetensors.index.json", index_of("../../other.safetensors")),
+        2,
+        ("must name files in the folder, and names", "../../other.safetensors"),
+    ),
+    "a value that is none of its type": Case(with_line("seed: !!bool maybe"), 2, ("tiny.yaml",)),
+    "a damaged text": Case(with_text("text.zst", b"(\xb5/\xfd nothing of the kind"), 2, ("text.zst",)),
     "prompts that are not there": Case(run(prompts__files=["none.txt"]), 2, ("no prompt file 'none.txt'",)),
     "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version")),
     "a plan that is nothing": Case(evaluate("nothing"), 2, ("'nothing' is no file, no run of this store",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,13 @@ def test_whole_plans_run_through_all_layers_and_are_compressed_anew(
 def test_what_is_foretold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = estimate_text(foretold(monkeypatch, tiny_search(tmp_path)))
     assert "1.00 GiB a replica, 2 replicas" in text and "of search" in text
+
+
+def test_the_time_until_replicas_answer_is_counted_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((100.0, 107.0))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    found = foretold(monkeypatch, tiny_search(tmp_path))
+    assert found.start_seconds == 7.0 and "7 s until replicas answer" in estimate_text(found)
 
 
 TRAINED = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dtmsearch.core.evaluation import (
     Outcome,
     Reference,
     ReplicaSettings,
+    check_agreement,
 )
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Perturbation, Plan
@@ -435,6 +438,16 @@ def test_a_base_model_that_overflows_is_a_mistake_that_names_dtype_and_remedy(tm
     prompts, _ = model.cut_prompts([TEXT], 4, 10, 12, 0)
     with pytest.raises(UserError, match=r"not finite in float16, on 4 of 4 prompts\. .* model\.dtype: bfloat16"):
         model.make_reference(prompts)
+
+
+@pytest.mark.parametrize(("num_differing", "refused"), [(100, False), (101, True)])
+def test_a_base_model_must_agree_with_itself_on_nine_tokens_of_ten(
+    folder: Path, num_differing: int, refused: bool
+) -> None:
+    made = with_reference(replica(folder), count=2)
+    agrees = (np.arange(1_000) >= num_differing).reshape(2, 500)
+    with pytest.raises(UserError, match=r"only 89\.9%.*90% are the least") if refused else nullcontext():
+        check_agreement(replace(made, agrees=agrees))
 
 
 def test_a_base_model_that_leaves_its_own_words_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,8 +168,10 @@ def _shards(folder: Path, index: str) -> list[Path]:
         return []
     weight_map = _read_object(folder, index).get("weight_map")
     named = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not named or not all(isinstance(name, str) and _is_inside(name) for name in named):
-        raise UserError(f"the {index} at {folder} is no index: its weight_map must name files in the folder")
+    outside = [name for name in named if not isinstance(name, str) or not _is_inside(name)]
+    if not named or outside:
+        got = f", and names {shown(str(outside[0]))}" if outside else ""
+        raise UserError(f"the {index} at {folder} is no index: its weight_map must name files in the folder{got}")
     names = sorted(set(named))
     missing = [name for name in names if not is_file(folder / name)]
     if missing:
