@@ -21,9 +21,9 @@ from dtmsearch.console.progress import (
     QuietProgress,
     done_share,
     progress_line,
-    table,
     watching,
 )
+from dtmsearch.console.tables import table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
 from dtmsearch.logs import json_lines

@@ -6,25 +6,22 @@ where they come from.
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtmsearch.analysis.format import components, duration, number, plain
-from dtmsearch.console.printing import print_shown, shown_in_line, styled
+from dtmsearch.analysis.format import components, duration, plain
+from dtmsearch.console.printing import print_shown, styled
 from dtmsearch.search.loop import Decision, Observer, Progress
 
 log = logging.getLogger(__name__)
@@ -195,55 +192,3 @@ def progress_line(progress: Progress) -> str:
         f"step {progress.step}: {progress.evaluations} evaluations{recorded}, {progress.in_flight} in flight, "
         f"{progress.evaluations_per_second:.1f} a second{left}"
     )
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], stream: TextIO | None = None) -> str:
-    """A table as text for `stream` (stdout): ruled and within the window in a terminal, aligned columns elsewhere."""
-    stream = stream or sys.stdout
-    cells = [[cell(value) for value in row] for row in rows]
-    right = [bool(cells) and all(_is_number(row[at]) for row in cells) for at in range(len(columns))]
-    return (
-        _ruled(columns, cells, right, stream)
-        if stream.isatty()
-        else _aligned([list(map(shown_in_line, columns)), *cells], right)
-    )
-
-
-def _ruled(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool], stream: TextIO) -> str:
-    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    for name, is_right in zip(columns, right, strict=True):
-        drawn.add_column(styled(name), justify="right" if is_right else "left", overflow="fold")
-    for row in cells:
-        drawn.add_row(*map(styled, row))
-    out = io.StringIO()
-    # Without colours: the text is printed, and shown, as any other.
-    Console(file=out, width=Console(file=stream).width, force_terminal=False).print(drawn)
-    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
-
-
-def _aligned(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
-    """Never folded, and quick also for a hundred thousand lines."""
-    widths = [max(cell_len(line[at]) for line in lines) for at in range(len(right))]
-
-    def padded(text: str, width: int, is_right: bool) -> str:
-        gap = " " * (width - cell_len(text))
-        return gap + text if is_right else text + gap
-
-    return "\n".join("  ".join(map(padded, line, widths, right)).rstrip() for line in lines)
-
-
-def cell(value: object) -> str:
-    """A value as a table shows it; what is unmeasured is a dash."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return number(value)
-    return shown_in_line(str(value))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return text == "-"
-    return True

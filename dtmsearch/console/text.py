@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.format import components, counted, duration, plain
-from dtmsearch.console.progress import table
+from dtmsearch.console.tables import table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import PairedDifference
@@ -154,10 +154,11 @@ def _schemes(plan: Plan) -> str:
 
 def validation_table(rows: Sequence[ValidationRow], rank_by: str = "fdt") -> str:
     """The final plan beside uniform ones; `ahead` is its value minus theirs, paired over prompts, with the interval: of
-    the metric that the search ranks by, and of FDT."""
-    metrics = tuple(dict.fromkeys((rank_by, "fdt")))
-    columns = ["plan", "components", "share", "bits", *_METRIC_COLUMNS, *(_AHEAD[metric] for metric in metrics)]
-    return table(columns, [_validation_cells(row, metrics) for row in rows])
+    the metric that the search ranks by, and of FDT. The metric that the search ranks by comes first."""
+    compared = tuple(dict.fromkeys((rank_by, "fdt")))
+    others = [name for name in _METRIC_COLUMNS if name.lower() not in compared]
+    columns = ["plan", "bits", *(name for metric in compared for name in (metric.upper(), _AHEAD[metric]))]
+    return table([*columns, *others, "share", "components"], [_validation_cells(row, compared, others) for row in rows])
 
 
 _AHEAD = {
@@ -169,12 +170,17 @@ _AHEAD = {
 }
 
 
-def _validation_cells(row: ValidationRow, metrics: Sequence[str]) -> list[object]:
-    size = [row.label, row.num_compressed, f"{row.share:.1%}", f"{row.bits_per_weight:.2f}"]
+def _validation_cells(row: ValidationRow, compared: Sequence[str], others: Sequence[str]) -> list[object]:
+    share = f"{row.share:.1%}"
+    cells: list[object] = [row.uniform_scheme or row.label, f"{row.bits_per_weight:.2f}"]
     if row.summary is None:
-        return [*size, *[None] * (len(_METRIC_COLUMNS) + len(metrics) - 1), row.failure]
-    ahead = [_ahead(row.vs_plan(metric), 2 if metric in ("fdt", "sdt") else 4) for metric in metrics]
-    return [*size, *_metric_cells(row.summary), *ahead]
+        unmeasured = [None] * (2 * len(compared) - 2 + len(others))
+        return [*cells, None, row.failure, *unmeasured, share, row.num_compressed]
+    values = dict(zip(_METRIC_COLUMNS, _metric_cells(row.summary), strict=True))
+    for metric in compared:
+        digits = 2 if metric in ("fdt", "sdt") else 4
+        cells += [values[metric.upper()], _ahead(row.vs_plan(metric), digits)]
+    return [*cells, *(values[name] for name in others), share, row.num_compressed]
 
 
 def _metric_cells(summary: Summary) -> list[float | None]:
@@ -189,7 +195,7 @@ def _ahead(difference: PairedDifference | None, digits: int) -> str:
 
 
 def overview_text(runs: Sequence[RunOverview]) -> str:
-    columns = ["run", "status", "evaluations", "step", "share", "bits", "FDT", "created", "model"]
+    columns = ["run", "status", "bits", "FDT in search", "created", "evaluations", "model", "share", "step"]
     return table(columns, [_overview_cells(run) for run in runs])
 
 
@@ -197,13 +203,13 @@ def _overview_cells(run: RunOverview) -> list[object]:
     return [
         run.run,
         "interrupted" if run.interrupted else run.status,
-        run.num_evaluations,
-        run.last_step,
-        None if run.share is None else f"{run.share:.1%}",
         None if run.bits_per_weight is None else f"{run.bits_per_weight:.2f}",
         run.fdt,
         _local_time(run.created_at),
+        run.num_evaluations,
         run.model,
+        None if run.share is None else f"{run.share:.1%}",
+        run.last_step,
     ]
 
 
