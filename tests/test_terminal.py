@@ -23,7 +23,7 @@ from dtmsearch.console.progress import (
     progress_line,
     watching,
 )
-from dtmsearch.console.tables import table
+from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
 from dtmsearch.logs import json_lines

@@ -124,7 +124,7 @@ def _answer(store: str, sql: str | None, run: str | None, listed: bool) -> Any:
 
 def _query_text(answer: Any, form: str) -> str:
     from dtmsearch.analysis.format import csv_text, json_text, values_of
-    from dtmsearch.console.tables import table
+    from dtmsearch.console.terminal_tables import table
 
     # By column, because two columns of an answer may bear one name.
     columns = [values_of(column) for column in answer.columns]

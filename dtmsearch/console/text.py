@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.format import components, counted, duration, plain
-from dtmsearch.console.tables import table
+from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import PairedDifference

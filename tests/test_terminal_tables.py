@@ -13,8 +13,8 @@ from rich.cells import cell_len
 
 from dtmsearch.analysis.summary import RunOverview
 from dtmsearch.analysis.verdict import ValidationRow
-from dtmsearch.console import tables
-from dtmsearch.console.tables import table
+from dtmsearch.console import terminal_tables as tables
+from dtmsearch.console.terminal_tables import table
 from dtmsearch.console.text import overview_text, validation_table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.statistics import PairedDifference
