@@ -99,6 +99,9 @@ VERBS = (
     ["resume"],
     ["recover", "--set", "files=[text.txt]"],
     ["report"],
+    ["report", "run"],
+    ["solve", "--bits", "4"],
+    ["score", "--tasks", "none"],
     ["export", "--to", "json", "--out", "exported"],
     ["query", "course"],
 )
