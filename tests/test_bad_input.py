@@ -176,6 +176,24 @@ def test_a_mistake_is_said_at_once(name: str, tmp_path: Path, capsys: pytest.Cap
     assert (code, [text for text in case.says if text not in said], "raceback" in said) == (case.code, [], False), said
 
 
+# What is a matter of the search file, its texts and its model's folder alone.
+OF_THE_FILE = [
+    name
+    for name in AT_ONCE_KNOWN
+    if name not in ("a newer store", "a plan that is nothing", "a scheme that is none", "a run that is not there")
+    if name not in ("code that came with the model", "a cluster that is not there")
+]
+
+
+@pytest.mark.parametrize("name", OF_THE_FILE)
+def test_validate_finds_what_run_would_refuse(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = AT_ONCE_KNOWN[name]
+    _, file = case.command(tmp_path)
+    code = main(["validate", str(file)])
+    said = capsys.readouterr().err
+    assert (code, [text for text in case.says if text not in said], "raceback" in said) == (2, [], False), said
+
+
 def test_a_mistake_that_is_mended_may_keep_the_run_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("not-here.txt", "nor-here.txt"):
         main(["run", str(tiny_search(tmp_path, prompts__files=[name])), "--store", str(tmp_path / "store")])
