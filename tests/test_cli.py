@@ -561,6 +561,7 @@ def test_the_package_reads_a_search_file(search_file: str) -> None:
         ["report", "run", "--out", "missing/report.html"],
         ["init", "model", "--out", "missing/search.yaml"],
         ["export", "run", "--to", "json", "--out", "file.txt/folder"],
+        ["solve", "run", "--bits", "4", "--out", "file.txt/folder"],
     ],
 )
 def test_an_output_that_cannot_be_written_is_said_before_any_work(

@@ -166,7 +166,7 @@ def pareto_verb(pattern: str, everything: bool, store: str, form: str) -> None:
 )
 @click.argument("name", metavar="RUN", shell_complete=complete_run)
 @click.option("--bits", required=True, help="Stored bits per weight, one budget or several: 3.5,4,4.5.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A folder for the plan files.")
+@click.option("--out", type=NewPath(file_okay=False), help="A folder for the plan files.")
 @store_option
 @format_option("table", "json")
 def solve_verb(name: str, bits: str, out: Path | None, store: str, form: str) -> None:
