@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dtmsearch.config import other_metrics_of
+from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.errors import UserError
 from dtmsearch.store import schemas
 from dtmsearch.store.codecs import tables
@@ -102,13 +104,35 @@ def _batches(
             if name == "plans" and segments:
                 _register_plans(connection, store, segments)
             elif segments:
-                connection.register(name, store.segments.dataset(name, segments))
+                source = store.segments.dataset(name, segments)
+                _register_evaluations(connection, store, source) if name == "evaluations" else connection.register(
+                    name, source
+                )
             else:
                 connection.register(name, whole.get(name, schemas.empty(name)))
         _lock_down(connection, spill)
         reader = pa.RecordBatchReader.from_stream(connection.sql(sql))
         yield pa.RecordBatch.from_pylist([], reader.schema)
         yield from reader
+
+
+def _register_evaluations(connection: duckdb.DuckDBPyConnection, store: ResultStore, rows: object) -> None:
+    """Evaluations, with two columns for each metric of another package that a run has named, or that is installed."""
+    own = set(schemas.EVALUATIONS.names)
+    parts = ["*"]
+    named = {name for record in store.runs() for name in other_metrics_of(record.config)}
+    for metric in sorted(named | set(METRICS) - set(BUILT_IN)):
+        if {metric, f"{metric}_list"} & own:
+            continue
+        at = f"list_position(other_metrics, '{metric}')"
+        parts.append(f'CASE WHEN {at} > 0 THEN other_means[{at}] END AS "{metric}"')
+        values = f"other_values[({at} - 1) * num_prompts + 1 : {at} * num_prompts]"
+        parts.append(f'CASE WHEN {at} > 0 THEN {values} END AS "{metric}_list"')
+    if len(parts) == 1:
+        connection.register("evaluations", rows)
+        return
+    connection.register("recorded_evaluations", rows)
+    connection.execute(f"CREATE VIEW evaluations AS SELECT {', '.join(parts)} FROM recorded_evaluations")  # noqa: S608 (names of metrics: letters, digits, _)
 
 
 def _register_plans(connection: duckdb.DuckDBPyConnection, store: ResultStore, segments: Sequence[Segment]) -> None:

@@ -27,16 +27,17 @@ from dtmsearch.analysis.verdict import (
 from dtmsearch.config import section_of
 from dtmsearch.core.components import Component
 from dtmsearch.core.holders import size_sentence
-from dtmsearch.core.metrics import METRICS, difference_limits
+from dtmsearch.core.metric_registry import BUILT_IN, METRICS
+from dtmsearch.core.metrics import difference_limits
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
 from dtmsearch.core.schemes import SCALE_BITS
 from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.core.windows import num_touching
 from dtmsearch.errors import UserError
-from dtmsearch.store.codecs.evaluations import summary_of
+from dtmsearch.store.codecs.evaluations import others_of, summary_of
 from dtmsearch.store.codecs.tables import step_records
-from dtmsearch.store.schemas import SUMMARY_COLUMNS
+from dtmsearch.store.schemas import OTHER_COLUMNS, SUMMARY_COLUMNS
 from dtmsearch.store.store import ResultStore
 
 # Intervals are made with the same weights every time that they are asked for.
@@ -45,6 +46,7 @@ _VALIDATION_COLUMNS = [
     *("label", "plan_id", "weights_id", "purpose", "reference_id", "status", "message"),
     *("num_compressed", "bits_per_weight", "share", "fdt", "sdt", "kl_list", "dppl_list", "ppl_list"),
     *("fdt_unmasked", "sdt_unmasked"),
+    *OTHER_COLUMNS,
     *SUMMARY_COLUMNS,
 ]
 
@@ -370,9 +372,10 @@ def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
 
 def _per_prompt(row: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
     """metric -> values; of perplexities their logarithms, whose mean is that of all tokens."""
-    columns = {"fdt": "fdt", "sdt": "sdt", "kl": "kl_list", "dppl": "dppl_list", "ppl": "ppl_list"}
+    columns = {metric: METRICS[metric].list_column for metric in BUILT_IN}
     values = {metric: np.array(row[column]) for metric, column in columns.items() if row[column] is not None}
-    return {metric: np.log(found) if metric.endswith("ppl") else found for metric, found in values.items()}
+    found = {m: np.log(own) if METRICS[m].mean == "geometric" else own for m, own in values.items()}
+    return found | others_of(row)
 
 
 def _validation_row(measured: _Measured, plan: _Measured | None, reference: _HeldOut | None) -> ValidationRow:
@@ -386,7 +389,8 @@ def _validation_row(measured: _Measured, plan: _Measured | None, reference: _Hel
         share=row["share"],
         summary=summary_of(dict(row)) if ok else None,
         failure=None if ok else f"{row['status']}: {row['message']}",
-        **{f"{metric}_vs_plan": _difference(plan, measured, metric, length) for metric in METRICS},
+        **{f"{metric}_vs_plan": _difference(plan, measured, metric, length) for metric in BUILT_IN},
+        others_vs_plan={m: _difference(plan, measured, m, length) for m in measured.per_prompt if m not in BUILT_IN},
     )
 
 

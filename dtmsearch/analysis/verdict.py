@@ -6,12 +6,13 @@ Pure: rows in, sentences out. Claims no more than the intervals bear.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import log
 
 from dtmsearch.analysis.format import counted
-from dtmsearch.core.metrics import HIGHER_IS_BETTER, Summary, rank_key
+from dtmsearch.core.metric_registry import METRICS
+from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import LARGER
 from dtmsearch.core.statistics import PairedDifference
 
@@ -42,10 +43,11 @@ class ValidationRow:
     kl_vs_plan: PairedDifference | None = None
     dppl_vs_plan: PairedDifference | None = None
     ppl_vs_plan: PairedDifference | None = None
+    others_vs_plan: Mapping[str, PairedDifference | None] = field(default_factory=dict, hash=False)
 
     def vs_plan(self, metric: str) -> PairedDifference | None:
-        found: PairedDifference | None = getattr(self, f"{metric}_vs_plan")
-        return found
+        found: PairedDifference | None = getattr(self, f"{metric}_vs_plan", None)
+        return found or self.others_vs_plan.get(metric)
 
     @property
     def uniform_scheme(self) -> str | None:
@@ -83,7 +85,19 @@ _SHOWN = {
     "dppl": _Shown("DPPL", "has a DPPL of {:.4f}", "{:+.4f} nats a token"),
     "ppl": _Shown("PPL", "has a PPL of {:.4g}", "{:+.4f} nats a token"),
 }
-_DIGITS = {"fdt": "{:.1f}", "sdt": "{:.2f}", "kl": "{:.4f}", "dppl": "{:.4f}", "ppl": "{:.4g}"}
+
+
+def _shown(metric: str) -> _Shown:
+    if metric in _SHOWN:
+        return _SHOWN[metric]
+    found = METRICS[metric]
+    unit = f" {found.unit}" if found.unit else ""
+    title, digits = found.title or metric, found.digits
+    return _Shown(title, f"has a {title} of {{:{digits}}}{unit}", f"{{:+{digits}}}{unit}")
+
+
+def _number(value: float | None, metric: str) -> str:
+    return "-" if value is None else format(value, METRICS[metric].digits)
 
 
 def rival_of(rows: Sequence[ValidationRow], rank_by: str) -> ValidationRow | None:
@@ -166,7 +180,7 @@ def _against(
     found = (
         f"On {counted(plan.summary.num_prompts, 'held-out prompt')} the plan "
         f"({plan.bits_per_weight:.2f} bits per weight) "
-        f"{_SHOWN[metric].value.format(_value(plan, metric))}"
+        f"{_shown(metric).value.format(_value(plan, metric))}"
     )
     fdt = "" if metric == "fdt" else f" (FDT {plan.summary.fdt_mean:.1f})"
     if rival is None:
@@ -181,7 +195,7 @@ def _against(
     if rival.summary is None or difference is None:
         reason = f" ({rival.failure})" if rival.failure else ""
         return f"{found}{fdt}; {other}, could not be measured{reason}, so it is called neither better nor worse."
-    value = _DIGITS[metric].format(_value(rival, metric))
+    value = _number(_value(rival, metric), metric)
     return (
         f"{found}: {_comparison(difference, metric)} {other}, with {value} ({_interval(difference, metric)})"
         f"{_beside(plan, rival, metric)}{_dissent(rival, metric)}."
@@ -197,14 +211,14 @@ def _comparison(difference: PairedDifference, metric: str) -> str:
 
 
 def _is_better(difference: PairedDifference, metric: str) -> bool:
-    return (difference.mean > 0) == (metric in HIGHER_IS_BETTER)
+    return (difference.mean > 0) == METRICS[metric].higher_is_better
 
 
 def _interval(d: PairedDifference, metric: str) -> str:
-    text = f"difference {_SHOWN[metric].difference.format(d.mean)}"
+    text = f"difference {_shown(metric).difference.format(d.mean)}"
     if not d.is_known:
         return text
-    low, high = (_SHOWN[metric].difference.format(end).partition(" ")[0] for end in (d.low, d.high))
+    low, high = (_shown(metric).difference.format(end).partition(" ")[0] for end in (d.low, d.high))
     return f"{text}, {d.confidence:.0%} interval {low} to {high}"
 
 
@@ -232,8 +246,8 @@ def _dissent(rival: ValidationRow, metric: str) -> str:
     for name in ("sdt", "kl"):
         d = rival.vs_plan(name)
         if name != metric and d is not None and d.excludes_zero and _is_better(d, name) != _is_better(first, metric):
-            number = _SHOWN[name].difference.format(d.mean).partition(" ")[0]
-            opposite.append(f"{_SHOWN[name].name} {'better' if _is_better(d, name) else 'worse'} ({number})")
+            number = _shown(name).difference.format(d.mean).partition(" ")[0]
+            opposite.append(f"{_shown(name).name} {'better' if _is_better(d, name) else 'worse'} ({number})")
     return f", but its {' and '.join(opposite)}" if opposite else ""
 
 
@@ -241,7 +255,7 @@ def _figures(row: ValidationRow, metric: str) -> str:
     if row.summary is None:
         return f"it could not be measured: {row.failure}"
     value = _value(row, metric)
-    shown = "" if value is None or metric == "fdt" else f"{_SHOWN[metric].name} {_DIGITS[metric].format(value)}, "
+    shown = "" if value is None or metric == "fdt" else f"{_shown(metric).name} {_number(value, metric)}, "
     return f"{row.bits_per_weight:.2f} bits per weight, {shown}first divergence after {row.summary.fdt_mean:.1f} tokens"
 
 

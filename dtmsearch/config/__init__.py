@@ -30,6 +30,7 @@ from dtmsearch.config.sections import (
 )
 from dtmsearch.core.calibration import Through
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.metric_registry import BUILT_IN, is_metric_name
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
@@ -229,3 +230,12 @@ def section_of(text: str, name: str) -> dict[str, Any]:
         return {}
     section = content.get(name) if isinstance(content, dict) else None
     return section if isinstance(section, dict) else {}
+
+
+def other_metrics_of(text: str) -> list[str]:
+    """The metrics of other packages that a search file's YAML text names, in order; whether they are installed here or
+    not."""
+    search = section_of(text, "search")
+    beside = search.get("metrics")
+    named = [search.get("rank_by"), *(beside if isinstance(beside, list) else [])]
+    return sorted({name for name in named if isinstance(name, str) and is_metric_name(name)} - set(BUILT_IN))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
@@ -10,16 +9,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 
 from dtmsearch.core import plugins
 from dtmsearch.core.calibration import Through
-from dtmsearch.core.metrics import METRICS
+from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.records import RUN_NAME
 from dtmsearch.core.schemes import parse_scheme
 
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
-Metric = Literal["fdt", "sdt", "dppl", "ppl", "kl"]
-assert set(typing.get_args(Metric)) == set(METRICS)
-
-
 Seed = Annotated[int, Field(ge=0)]
 # Whole numbers up to here are the same as floats, and fit into every table.
 _LARGEST = 2**53
@@ -337,11 +332,25 @@ def leave_out_unused(search: dict[str, Any], strategies: Collection[str] | None 
             del section[last]
 
 
+def _known_metric(name: str) -> str:
+    """A metric of this package, or of an installed one; it is not imported for that."""
+    if name not in METRICS:
+        raise ValueError(plugins.nearest(name, METRICS, "metric"))
+    return name
+
+
+MetricName = Annotated[
+    str, AfterValidator(_known_metric), WithJsonSchema({"type": "string", "examples": list(BUILT_IN)})
+]
+
+
 class SearchSection(Section):
     strategy: StrategyName = "beam"
     """How plans are chosen."""
-    rank_by: Metric = "fdt"
+    rank_by: MetricName = "fdt"
     """The metric that decides."""
+    metrics: tuple[MetricName, ...] = ()
+    """Metrics that are measured beside it, of every candidate and on held-out prompts, where kl and ppl always are."""
     width: int = Field(default=10, ge=1)
     """beam, lazy_beam: plans kept at each depth."""
     expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
@@ -463,9 +472,9 @@ class SearchSection(Section):
     def _can_race(self) -> SearchSection:
         if self.indifference and self.confidence == 1.0:
             raise ValueError("indifference says when a candidate may leave early, which needs a confidence below 1")
-        if self.confidence < 1.0 and self.rank_by not in ("fdt", "sdt", "kl"):
+        if self.confidence < 1.0 and METRICS[self.rank_by].loss_from_zero(1) is None:
             raise ValueError(
-                f"confidence below 1 goes with rank_by fdt, sdt or kl, got {self.rank_by}: the values of a perplexity "
-                "have no bound that would let a candidate leave early"
+                f"confidence below 1 goes with rank_by fdt, sdt or kl, got {self.rank_by}: its values have no bound "
+                "that would let a candidate leave early"
             )
         return self

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.format import components, counted, duration, plain
 from dtmsearch.console.terminal_tables import table
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import PairedDifference
@@ -157,17 +158,16 @@ def validation_table(rows: Sequence[ValidationRow], rank_by: str = "fdt") -> str
     the metric that the search ranks by, and of FDT. The metric that the search ranks by comes first."""
     compared = tuple(dict.fromkeys((rank_by, "fdt")))
     others = [name for name in _METRIC_COLUMNS if name.lower() not in compared]
-    columns = ["plan", "bits", *(name for metric in compared for name in (metric.upper(), _AHEAD[metric]))]
+    columns = ["plan", "bits", *(name for metric in compared for name in (metric.upper(), _ahead_title(metric)))]
     return table([*columns, *others, "share", "components"], [_validation_cells(row, compared, others) for row in rows])
 
 
-_AHEAD = {
-    "fdt": "plan's FDT ahead by",
-    "sdt": "plan's SDT more by",
-    "kl": "plan's KL more by",
-    "dppl": "plan's ln DPPL more by",
-    "ppl": "plan's ln PPL more by",
-}
+def _ahead_title(metric: str) -> str:
+    found = METRICS[metric]
+    title = found.title or metric
+    if found.mean == "geometric":
+        return f"plan's ln {title} more by"
+    return f"plan's {title} {'ahead' if found.higher_is_better else 'more'} by"
 
 
 def _validation_cells(row: ValidationRow, compared: Sequence[str], others: Sequence[str]) -> list[object]:

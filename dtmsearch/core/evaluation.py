@@ -5,7 +5,7 @@ Values only. Arrays are numpy's, so that neither side needs the other's librarie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.identity import canonical, identity, identity_of_text
+from dtmsearch.core.metric_registry import metric_versions
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.windows import Supply
@@ -26,6 +27,7 @@ METRICS_VERSION = 2
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 FailureKind = Literal["replica_lost", "out_of_memory", "nonfinite", "invalid"]
+# What held-out prompts are measured by beside what every plan is.
 EXTRA_METRICS = ("kl", "ppl")
 # Where a replica keeps its parent's hidden states: beside the model, in the host's memory, or one boundary at a time.
 StatesKept = Literal["auto", "device", "host", "sweep"]
@@ -203,7 +205,7 @@ class EvalRequest:
     likely to serve this one too: a hint, and no part of the identity. `calibration_id` says by which text calibrated
     schemes are calibrated; it is part of the identity of plans that hold one, and of no others. `weights_id` names
     trained weights that the plan is applied to; empty for the base model's own. Versions of the schemes' arithmetic
-    are part of the identity, too (`Plan.scheme_versions`).
+    are part of the identity, too (`Plan.scheme_versions`), and so are those of metrics of other packages.
     """
 
     plan: Plan
@@ -217,9 +219,10 @@ class EvalRequest:
     @cached_property
     def id(self) -> str:
         """Identity over the canonical JSON of [plan, reference, ...]; put together, for all but the plan repeats."""
-        versions = tuple(sorted(self.plan.scheme_versions.items()))
+        schemes = tuple(sorted(self.plan.scheme_versions.items()))
+        metrics = tuple(metric_versions(self.extra_metrics).items()) if self.extra_metrics else ()
         rest = _rest_of_identity(
-            self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id, versions
+            self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id, schemes, metrics
         )
         return identity_of_text(f'["{self.plan.id}",{rest}]')
 
@@ -242,13 +245,15 @@ def _rest_of_identity(
     calibration_id: str,
     weights_id: str,
     scheme_versions: tuple[tuple[str, int | str], ...],
+    metric_versions: tuple[tuple[str, str], ...],
 ) -> str:
     """The members after the first of the list that is a request's identity, as canonical JSON."""
     parts = [reference_id, list(prompts), sorted(extra_metrics), METRICS_VERSION]
     calibrated = [calibration_id] if calibration_id else []
     trained = [{"weights": weights_id}] if weights_id else []
     versions = [{"schemes": dict(scheme_versions)}] if scheme_versions else []
-    return canonical([*parts, *calibrated, *trained, *versions])[1:-1]
+    measured = [{"metrics": dict(metric_versions)}] if metric_versions else []
+    return canonical([*parts, *calibrated, *trained, *versions, *measured])[1:-1]
 
 
 def first_changed_layer(request: EvalRequest, manifest: ModelManifest) -> int:
@@ -317,7 +322,7 @@ class EvalResult:
     `fdt` in tokens, `sdt` a count of tokens, `dppl` and `ppl` perplexities, `kl` in nats per token. Positions at which
     the base model's single pass leaves its own continuation are left out of `fdt` and `sdt`; `fdt_unmasked` and
     `sdt_unmasked` count them too, and only these compare with the base model against itself (None in rows of versions
-    that did not keep them).
+    that did not keep them). `others` are the metrics of other packages.
     """
 
     request_id: str
@@ -329,6 +334,13 @@ class EvalResult:
     provenance: Provenance = Provenance()
     fdt_unmasked: IntArray | None = None
     sdt_unmasked: IntArray | None = None
+    others: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, IntArray | FloatArray]:
+        """Metric -> its value on each prompt, of those that were measured."""
+        own = {"fdt": self.fdt, "sdt": self.sdt, "dppl": self.dppl, "ppl": self.ppl, "kl": self.kl}
+        return {name: values for name, values in own.items() if values is not None} | dict(self.others)
 
 
 @dataclass(frozen=True)
@@ -380,4 +392,5 @@ def combine(request_id: str, parts: Sequence[EvalResult]) -> EvalResult:
         provenance=Provenance(attempts=0, finished_at=max(part.provenance.finished_at for part in parts)),
         fdt_unmasked=np.concatenate(fdt_unmasked) if len(fdt_unmasked) == len(parts) else None,
         sdt_unmasked=np.concatenate(sdt_unmasked) if len(sdt_unmasked) == len(parts) else None,
+        others={name: np.concatenate([part.others[name] for part in parts]) for name in parts[0].others},
     )

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 from dtmsearch.errors import UserError
 
 SCHEMES, FORMATS, STRATEGIES = "dtmsearch.schemes", "dtmsearch.formats", "dtmsearch.strategies"
-
+METRICS = "dtmsearch.metrics"
 
 Entry = TypeVar("Entry")
 
@@ -57,8 +57,20 @@ class Registry(Generic[Entry]):
         self._entries[name] = entry
         return entry
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in plugin_names(self._group)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._entries, *plugin_names(self._group)]))
+
+    def version(self, name: str) -> str:
+        """Name and version of the distribution that an entry comes from; empty for those added in this process."""
+        if name in self._entries:
+            return ""
+        return next((_distribution(point) for point in entry_points(group=self._group, name=name)), "")
 
     def __getitem__(self, name: str) -> Entry:
         """The entry of a name. Raises `UserError`, naming the nearest one, where there is none."""

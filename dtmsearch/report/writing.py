@@ -20,9 +20,9 @@ from dtmsearch import __version__
 from dtmsearch.analysis.format import components, duration, number, plain
 from dtmsearch.analysis.verdict import ValidationRow
 from dtmsearch.core.statistics import PairedDifference
-from dtmsearch.report.charts import TITLES, Figure, figures, plan_name, save, schemes_of
+from dtmsearch.report.charts import Figure, figures, plan_name, save, schemes_of, title_of
 from dtmsearch.report.extra import jinja2, vl_convert
-from dtmsearch.report.facts import COLUMN, Row, RunFacts, ceiling_of, gather, interval, per_prompt
+from dtmsearch.report.facts import Row, RunFacts, ceiling_of, gather, interval, per_prompt
 from dtmsearch.store.store import ResultStore
 
 
@@ -48,7 +48,7 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "alone": schemes_of(facts.sensitivity),
         "vanished": [row["component"] for row in facts.plan_rows if row["pruned"] == 1.0],
         "texts": [_side_by_side(row) for row in facts.texts],
-        "titles": TITLES,
+        "titles": {metric: title_of(metric) for metric in facts.metrics},
         "tiles": _tiles(facts),
         "store": store.url,
     }
@@ -187,8 +187,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
 
 
 def _value(row: ValidationRow | None, metric: str) -> float | None:
-    value: float | None = None if row is None or row.summary is None else getattr(row.summary, COLUMN[metric])
-    return value
+    return None if row is None or row.summary is None else row.summary.metrics.get(metric)
 
 
 def places(drawn: list[Figure]) -> dict[str, dict[str, list[Figure]]]:

@@ -78,6 +78,8 @@ PROMPTS = _schema(
 )
 # FDT and SDT leave out the positions at which the base model leaves its own continuation (`prompts.disagreements`);
 # their unmasked columns do not, and only these compare with the base model against itself.
+# Metrics of other packages: their names, in order, their values over all prompts, and their values on each prompt, one
+# metric's after another's. SQL sees each as two columns of its own, such as `top5` and `top5_list`.
 # `tokens` counts the tokens that the evaluation computed; the lists run over its prompts. From `calibration_id` to
 # `scale_dtype` stands what the identity holds beside plan, weights, reference and prompts: `calibration_id` is null
 # where the plan has no calibrated scheme, the parts of the numeric mode are the reference's. `versions` are those of
@@ -128,6 +130,9 @@ EVALUATIONS = _schema(
         ("sdt_unmasked_mean", pa.float64()),
         ("fdt_unmasked", _INTS),
         ("sdt_unmasked", _INTS),
+        ("other_metrics", pa.list_(pa.string())),
+        ("other_means", pa.list_(pa.float64())),
+        ("other_values", _FLOATS),
         ("tokens", pa.int64()),
         ("wall_seconds", pa.float64()),
         ("replica", CODED),
@@ -276,11 +281,12 @@ SCHEMAS: dict[str, pa.Schema] = {
     "prices": PRICES,
 }
 MODE_COLUMNS = ("dtype", "device", "attention", "compiled", "scale_dtype")
+OTHER_COLUMNS = ("other_metrics", "other_means", "other_values")
 UNMASKED_COLUMNS = ("fdt_unmasked_mean", "sdt_unmasked_mean", "fdt_unmasked", "sdt_unmasked")
 # Columns that came to a table after its first segments were written, which lack them: there they are null.
 ADDED: dict[str, frozenset[str]] = {
     "evaluations": frozenset(
-        {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS}
+        {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS, *OTHER_COLUMNS}
     ),
     "prompts": frozenset({"opening", "tokenizer"}),
     "weight_errors": frozenset({"scheme_version"}),

@@ -38,7 +38,7 @@ from dtmsearch.store import schemas
 from dtmsearch.store.codecs import calibrations as calibration_tables
 from dtmsearch.store.codecs import price_blocks as price_tables
 from dtmsearch.store.codecs import tables
-from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes
+from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes, with_metric
 from dtmsearch.store.codecs.plans import PlanRows, plan_of
 from dtmsearch.store.files import TEMPORARY, Folder, LocalFolder, open_folder
 from dtmsearch.store.locks import lock_of
@@ -138,8 +138,18 @@ class ResultStore:
         where: pc.Expression | None = None,
     ) -> pa.Table:
         """Rows of a table, every row once, in order of runs and commits: of some columns, of one run (for the tables
-        that runs write), where an expression over columns holds."""
-        return self.segments.read(name, None if run is None else self._keys(name, run), columns, where)
+        that runs write), where an expression over columns holds. Of evaluations, metrics of other packages are columns,
+        too, if `columns` names them (see `with_metric`)."""
+        keys = None if run is None else self._keys(name, run)
+        known = schemas.SCHEMAS[name].names
+        others = [column for column in columns or () if name == "evaluations" and column not in known]
+        if columns is None or not others:
+            return self.segments.read(name, keys, columns, where)
+        read = [column for column in columns if column in known and column not in schemas.OTHER_COLUMNS]
+        rows = self.segments.read(name, keys, [*read, *schemas.OTHER_COLUMNS], where)
+        for metric in dict.fromkeys(column.removesuffix("_list") for column in others):
+            rows = with_metric(rows, metric)
+        return rows.select(list(columns))
 
     def _keys(self, table: str, run: str) -> list[str]:
         """The keys under which a run's rows stand: its driver's, and those written beside it."""

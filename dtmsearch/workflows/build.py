@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from dtmsearch.config import SearchFile
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest
 from dtmsearch.core.fusion import FUSED_KINDS
+from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.errors import UserError
 from dtmsearch.search.loop import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
@@ -19,6 +21,7 @@ from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.sparsity import Errors, Recover, Sparsity, SparsitySettings, scheme_name
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
+from dtmsearch.store.schemas import EVALUATIONS
 
 
 def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
@@ -43,10 +46,27 @@ def _fused_kinds(components: Sequence[Component]) -> tuple[tuple[str, ...], ...]
 
 
 def extra_metrics_of(file: SearchFile) -> tuple[str, ...]:
-    """What is measured of every candidate beside fdt, sdt and dppl: the metric that ranks, if it is another, and the
-    one that sparsity is allocated by."""
-    wanted = {file.search.rank_by} | ({"kl"} if file.search.strategy == "sparsity" else set())
-    return tuple(metric for metric in EXTRA_METRICS if metric in wanted)
+    """What is measured of every candidate beside fdt, sdt and dppl: the metric that ranks, if it is another, the one
+    that sparsity is allocated by, and what the file names."""
+    wanted = {file.search.rank_by, *file.search.metrics} | ({"kl"} if file.search.strategy == "sparsity" else set())
+    return (*(metric for metric in EXTRA_METRICS if metric in wanted), *_of_packages(wanted))
+
+
+def held_out_metrics_of(file: SearchFile) -> tuple[str, ...]:
+    """What is measured on held-out prompts beside fdt, sdt and dppl."""
+    return (*EXTRA_METRICS, *_of_packages({file.search.rank_by, *file.search.metrics}))
+
+
+def _of_packages(metrics: Collection[str]) -> list[str]:
+    """Those of other packages. Raises `UserError` for one that cannot be loaded or stored."""
+    found = sorted(set(metrics) - set(BUILT_IN))
+    for name in found:
+        taken = {METRICS[name].column, METRICS[name].list_column} & set(EVALUATIONS.names)
+        if taken:
+            raise UserError(
+                f"metric {name} has the name of a column of evaluations, {', '.join(sorted(taken))}: rename it"
+            )
+    return found
 
 
 def sparsity_of(file: SearchFile) -> SparsitySettings:

@@ -15,6 +15,7 @@ from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
@@ -76,7 +77,7 @@ def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate
     if file.min_fdt_prompts is not None:  # the plans that are tested, and the prompts that only they are tested on
         validated += file.min_fdt_prompts.count * _USUAL_RUNGS
         references += file.min_fdt_prompts.count
-    streams = 2 if "ppl" in extra else 1
+    streams = 2 if any("text" in METRICS[name].needs for name in extra) else 1
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
     tokens = round(evaluations * prompts_each * streams * row_tokens)
     weights = sum(c.num_weights for c in manifest.components)
@@ -143,10 +144,11 @@ def candidate_seconds(
 
 
 def _with_head(speed: Speed, layers: float, extra_metrics: tuple[str, ...]) -> float:
-    """The layers, the head once more for KL, all of it again over human text for PPL."""
+    """The layers, the head once more for KL and others of its kind, all of it again over human text for PPL."""
     head = speed.head_seconds
-    text = layers + head * speed.text_head_factor if "ppl" in extra_metrics else 0.0
-    return layers + head * (2 if "kl" in extra_metrics else 1) + text
+    metrics = [METRICS[name] for name in extra_metrics]
+    text = layers + head * speed.text_head_factor if any("text" in metric.needs for metric in metrics) else 0.0
+    return layers + head * (2 if any(metric.needs_base for metric in metrics) else 1) + text
 
 
 @dataclass(frozen=True)

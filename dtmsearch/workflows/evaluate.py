@@ -13,7 +13,7 @@ from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize
 from dtmsearch.search.loop import Observer, Silent, measure
-from dtmsearch.workflows.build import space_of
+from dtmsearch.workflows.build import held_out_metrics_of, space_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.lookup import (
@@ -75,7 +75,7 @@ def evaluate(
         reference = reference_of(pool, results, writer, prompts, observer.on_note)
         pool.use(reference)
         calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
-        request = whole_request(chosen, reference, calibration_id, weights_id)
+        request = whole_request(chosen, reference, calibration_id, weights_id, held_out_metrics_of(file))
         outcome = measure({plan: request}, pool, writer, "evaluate")[plan]
     return PlanMeasurement(
         label=plan,
@@ -137,7 +137,7 @@ def recover(
         trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
         reference = reference_of(pool, results, writer, prompts, observer.on_note)
         pool.use(reference)
-        before = whole_request(plan, reference, calibration_id, weights_id)
+        before = whole_request(plan, reference, calibration_id, weights_id, held_out_metrics_of(file))
         requests = {"before": before, "after": replace(before, weights_id=trained)}
         found = measure(requests, pool, writer, "evaluate")
     summaries = {label: None if isinstance(o, EvalFailure) else summarize(o) for label, o in found.items()}

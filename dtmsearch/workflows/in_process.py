@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, EvalResult
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize, plan_size, schemes_from_json
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
@@ -38,7 +39,8 @@ class Measurement:
         return self.per_prompt.to_pandas()
 
     def _repr_html_(self) -> str:
-        values = {each.name: getattr(self.summary, each.name) for each in fields(Summary)}
+        values = {each.name: getattr(self.summary, each.name) for each in fields(Summary) if each.name != "others"}
+        values |= self.summary.others
         rows = {"bits per weight": f"{self.size.bits_per_weight:.2f}", "compressed": self.size.num_compressed} | {
             name: f"{value:.4g}" for name, value in values.items() if value is not None
         }
@@ -97,14 +99,17 @@ def measure(
     seed: int = 0,
     calibration: str | Sequence[str] | None = None,
     batch_tokens: int = 0,
+    metrics: Sequence[str] = (),
 ) -> Measurement:
-    """FDT, SDT, DPPL, PPL and KL of `model` under `plan` against the model as it is.
+    """FDT, SDT, DPPL, PPL and KL of `model` under `plan` against the model as it is, and `metrics` of other packages.
 
     `texts` are documents, of which `count` windows of `prompt_tokens` + `continuation_tokens` tokens are drawn by
     `seed`: the first part of each is a prompt, from which the model's own greedy continuation is made. `calibration` is
     text for calibrated schemes (`texts` where it is not given). The model has its own weights again at the end.
-    Raises `UserError` for too little text, and for a plan that does not fit the model.
+    Raises `UserError` for too little text, for a plan that does not fit the model, and for a metric that there is not.
     """
+    for name in metrics:
+        METRICS[name]
     replica = InMemoryReplica(model, tokenizer, batch_tokens)
     manifest = replica.manifest()
     found = plan_of(plan, manifest)
@@ -113,7 +118,7 @@ def measure(
     try:
         reference = replica.make_reference(prompts)
         replica.use(reference)
-        request = EvalRequest(found, reference.id, (0, count), EXTRA_METRICS)
+        request = EvalRequest(found, reference.id, (0, count), (*EXTRA_METRICS, *metrics))
         if found.needs_calibration:
             text = documents if calibration is None else [calibration] if isinstance(calibration, str) else calibration
             request = replace(request, calibration_id=_calibrate(replica, found, text, prompts.tokens.shape[1], seed))
@@ -137,5 +142,6 @@ def _calibrate(replica: InMemoryReplica, plan: Plan, texts: Sequence[str], token
 
 
 def _per_prompt(result: EvalResult) -> pa.Table:
-    columns = {name: getattr(result, name) for name in ("fdt", "sdt", "dppl", "ppl", "kl")}
-    return pa.table({"prompt": pa.array(range(len(result.fdt)))} | {n: v for n, v in columns.items() if v is not None})
+    found = result.metrics
+    columns = {name: found[name] for name in ("fdt", "sdt", "dppl", "ppl", "kl") if name in found}
+    return pa.table({"prompt": pa.array(range(len(result.fdt)))} | columns | dict(result.others))

@@ -83,7 +83,13 @@ def _check_conditions(run: str, stored: Reference, mode: NumericMode, rules: Gen
     )
 
 
-def whole_request(plan: Plan, reference: Reference, calibration_id: str, weights_id: str = "") -> EvalRequest:
-    """A plan on every prompt of a reference, in all metrics."""
+def whole_request(
+    plan: Plan,
+    reference: Reference,
+    calibration_id: str,
+    weights_id: str = "",
+    metrics: tuple[str, ...] = EXTRA_METRICS,
+) -> EvalRequest:
+    """A plan on every prompt of a reference, in all of this package's metrics, or those `metrics`."""
     prompts = 0, reference.num_prompts
-    return EvalRequest(plan, reference.id, prompts, EXTRA_METRICS, calibration_id=calibration_id, weights_id=weights_id)
+    return EvalRequest(plan, reference.id, prompts, metrics, calibration_id=calibration_id, weights_id=weights_id)

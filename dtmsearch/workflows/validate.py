@@ -27,6 +27,7 @@ from dtmsearch.search.loop import Observer, measure
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone
 from dtmsearch.store.store import RunWriter
+from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import whole_request
 
@@ -100,7 +101,7 @@ class Validation:
             stays_the_plan(self.file, self.milestones),
         )
         requests = {
-            label: whole_request(other, choice, calibration_id)
+            label: whole_request(other, choice, calibration_id, metrics=self._metrics)
             for label, other in asked.items()
             if label != _PLAN or not stays
         }
@@ -119,8 +120,15 @@ class Validation:
         others = {label: other for label, other in asked.items() if label not in (better, _PLAN)} | {_PLAN: final}
         return better, best_rival(self.space, others, outcomes, metric)
 
+    @property
+    def _metrics(self) -> tuple[str, ...]:
+        return held_out_metrics_of(self.file)
+
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
-        requests = {label: whole_request(plan, self.reference, calibration_id) for label, plan in plans.items()}
+        requests = {
+            label: whole_request(plan, self.reference, calibration_id, metrics=self._metrics)
+            for label, plan in plans.items()
+        }
         for model in self.milestones:
             label = _PLAN if model is self.milestones[-1] else model.label
             requests[label] = replace(requests[_PLAN], plan=model.plan, weights_id=model.weights_id)

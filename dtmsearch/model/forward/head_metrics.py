@@ -5,8 +5,8 @@ distribution has moved. Never holds logits of more than a chunk of tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtmsearch.core.evaluation import FloatArray
+from dtmsearch.core.metric_registry import Metric
+from dtmsearch.errors import UserError
 from dtmsearch.model.forward.partial import Body
 
 # Logits of a chunk: what a processor multiplies fast and still has near, what a GPU fills its units with.
@@ -25,11 +27,12 @@ _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 class Divergence:
     """Per prompt and target token, each [num_prompts, targets]: whether the greedy choice is another token than the
     reference's, the reference token's negative log likelihood in nats, and KL(base || compressed) in nats (None when
-    not asked for)."""
+    not asked for). `own`: what metrics of other packages found there, by name."""
 
     diverged: NDArray[np.bool_]
     nll: FloatArray
     kl: FloatArray | None
+    own: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Scores:
     diverged: Tensor
     nll: Tensor
     kl: Tensor | None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
     arrived: torch.cuda.Event | None = None
 
     def sent(self) -> Scores:
@@ -46,7 +50,8 @@ class Scores:
         if not self.nll.is_cuda:
             return self
         there = _send(self.diverged), _send(self.nll), None if self.kl is None else _send(self.kl)
-        return Scores(*there, torch.cuda.current_stream(self.nll.device).record_event())
+        own = {name: _send(values) for name, values in self.own.items()}
+        return Scores(*there, own, torch.cuda.current_stream(self.nll.device).record_event())
 
 
 def _send(values: Tensor) -> Tensor:
@@ -64,6 +69,7 @@ def fetch(batches: Sequence[Scores]) -> Divergence:
         torch.cat([batch.diverged for batch in batches]).numpy(),
         torch.cat([batch.nll for batch in batches]).numpy(),
         torch.cat(kl).numpy() if kl else None,
+        {name: torch.cat([batch.own[name] for batch in batches]).numpy() for name in batches[0].own},
     )
 
 
@@ -73,12 +79,13 @@ def compare(
     targets: Tensor,
     base_hidden: Tensor | None,
     never: Tensor,
+    metrics: Sequence[Metric] = (),
 ) -> Scores:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
     The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
-    tokens marked in `never` [vocabulary] not at all. Likelihoods are of the full distribution. Returns before a GPU
-    has done the work.
+    tokens marked in `never` [vocabulary] not at all. Likelihoods are of the full distribution. `metrics` look at the
+    logits themselves, and need `base_hidden`. Returns before a GPU has done the work.
     """
     score = _fused_score() if hidden.is_cuda else _score
     shape = targets.shape
@@ -87,6 +94,7 @@ def compare(
     diverged: list[Tensor] = []
     nll: list[Tensor] = []
     kl: list[Tensor] = []
+    own: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
     with body.head_only():
         most = max(1, _CHUNK_LOGITS[hidden.device.type] // body.vocabulary_size)
         chunk = math.ceil(len(rows) / math.ceil(len(rows) / most))  # as large as the others
@@ -94,6 +102,8 @@ def compare(
             part = slice(at, at + chunk)
             logits = body.logits(rows[part])
             base_logits = None if base_rows is None else body.logits(base_rows[part])
+            for metric in metrics:
+                own[metric.name].append(_at_positions(metric, logits, base_logits, wanted[part]))
             scored = score(logits, wanted[part].to(logits.device), base_logits, never)
             for column, values in zip((diverged, nll, kl), scored, strict=True):
                 column.append(values)
@@ -101,8 +111,20 @@ def compare(
         torch.cat(diverged).reshape(shape),
         torch.cat(nll).reshape(shape),
         None if base_rows is None else torch.cat(kl).reshape(shape),
+        {name: torch.cat(values).reshape(shape) for name, values in own.items()},
     )
     return found.sent()
+
+
+def _at_positions(metric: Metric, logits: Tensor, base_logits: Tensor | None, targets: Tensor) -> Tensor:
+    """What a metric of its own kind makes of a chunk, in 32 bits. Raises `UserError` where that is not a number for
+    each position."""
+    assert metric.at_positions is not None and base_logits is not None
+    values = metric.at_positions(logits, base_logits, targets.to(logits.device))
+    if not isinstance(values, Tensor) or values.shape != targets.shape:
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"metric {metric.name} made {found} of {len(targets)} positions, wanted a tensor of as many")
+    return values.float()
 
 
 def _score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,7 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.identity import canonical
 from dtmsearch.core.library_versions import versions
+from dtmsearch.core.metric_registry import METRICS, Metric
 from dtmsearch.core.metrics import perplexity, share_of_divergent_tokens
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
@@ -528,8 +529,11 @@ class Replica:
         """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
         other requests leave this parent there too."""
         loaded.set_range(request.prompts, self._stream)
-        names = ["continuation"] + (["text"] if "ppl" in request.extra_metrics else [])
-        if "kl" in request.extra_metrics and loaded.base_hidden is None:
+        asked = [METRICS[name] for name in request.extra_metrics]
+        names = ["continuation"] + (["text"] if any("text" in metric.needs for metric in asked) else [])
+        with_base = any(metric.needs_base for metric in asked)
+        own = [metric for metric in asked if metric.at_positions is not None]
+        if with_base and loaded.base_hidden is None:
             loaded.base_hidden = self._base_hidden(loaded)
         request = self._with_near_parent(request)
         boundary = first_changed_layer(request, self._manifest)
@@ -547,7 +551,8 @@ class Replica:
                 name: self._measure(
                     loaded.streams[name].head_inputs(boundary, changed),
                     loaded.streams[name].targets_from,
-                    loaded.base_hidden if name == "continuation" and "kl" in request.extra_metrics else None,
+                    loaded.base_hidden if name == "continuation" and with_base else None,
+                    own if name == "continuation" else (),
                 )
                 for name in names
             }
@@ -609,11 +614,20 @@ class Replica:
         return [hidden.clone() for _, hidden in loaded.streams["continuation"].head_inputs(0, ())]
 
     def _measure(
-        self, head_inputs: Iterator[tuple[Tensor, Tensor]], targets_from: int, base_hidden: list[Tensor] | None
+        self,
+        head_inputs: Iterator[tuple[Tensor, Tensor]],
+        targets_from: int,
+        base_hidden: list[Tensor] | None,
+        metrics: Sequence[Metric] = (),
     ) -> list[Scores]:
         return [
             compare(
-                self._body, hidden, tokens[:, targets_from:], base_hidden[index] if base_hidden else None, self._never
+                self._body,
+                hidden,
+                tokens[:, targets_from:],
+                base_hidden[index] if base_hidden else None,
+                self._never,
+                metrics,
             )
             for index, (tokens, hidden) in enumerate(head_inputs)
         ]

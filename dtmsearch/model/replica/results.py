@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,15 @@ from dtmsearch.core.evaluation import (
     Provenance,
     Reference,
 )
-from dtmsearch.core.metrics import first_divergent_token, perplexity, share_of_divergent_tokens
+from dtmsearch.core.metric_registry import (
+    ALWAYS,
+    BUILT_IN,
+    METRICS,
+    PromptOutputs,
+    first_divergent_token,
+    share_of_divergent_tokens,
+)
+from dtmsearch.errors import UserError
 from dtmsearch.model.forward.head_metrics import Divergence, Scores, fetch
 
 
@@ -39,7 +48,13 @@ def outcome_of(
     failure = launched.failure or _not_finite(streams)
     if failure is not None:
         return EvalFailure(launched.request.id, *failure, provenance)
-    return _result(launched.request, streams, reference, provenance)
+    result = _result(launched.request, streams, reference, provenance)
+    for name, values in result.others.items():
+        bad = int((~np.isfinite(values)).sum())
+        if bad:
+            said = f"metric {name} is no finite number on {bad} of {len(values)} prompts"
+            return EvalFailure(launched.request.id, "nonfinite", said, provenance)
+    return result
 
 
 def _not_finite(streams: Mapping[str, Divergence]) -> tuple[FailureKind, str] | None:
@@ -54,15 +69,37 @@ def _result(
     request: EvalRequest, streams: Mapping[str, Divergence], reference: Reference, provenance: Provenance
 ) -> EvalResult:
     measured = streams["continuation"]
-    diverged = measured.diverged & reference.agrees[slice(*request.prompts)]
+    values = _values(request, streams, reference)
     return EvalResult(
         request_id=request.id,
-        fdt=first_divergent_token(diverged),
-        sdt=share_of_divergent_tokens(diverged),
-        dppl=perplexity(measured.nll),
-        kl=None if measured.kl is None else measured.kl.mean(axis=1, dtype=np.float64).astype(np.float32),
-        ppl=perplexity(streams["text"].nll) if "text" in streams else None,
+        fdt=values["fdt"],
+        sdt=values["sdt"],
+        dppl=values["dppl"],
+        kl=values.get("kl"),
+        ppl=values.get("ppl"),
         provenance=provenance,
         fdt_unmasked=first_divergent_token(measured.diverged),
         sdt_unmasked=share_of_divergent_tokens(measured.diverged),
+        others={name: found for name, found in values.items() if name not in BUILT_IN},
     )
+
+
+def _values(request: EvalRequest, streams: Mapping[str, Divergence], reference: Reference) -> dict[str, Any]:
+    """Metric -> its value on each prompt, of all that are asked for. Raises `UserError` for a metric that gives
+    something else than a number for each prompt."""
+    measured = streams["continuation"]
+    outputs = PromptOutputs(
+        diverged=measured.diverged & reference.agrees[slice(*request.prompts)],
+        nll=measured.nll,
+        kl=measured.kl,
+        text_nll=streams["text"].nll if "text" in streams else None,
+    )
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys((*ALWAYS, *request.extra_metrics)):
+        values = METRICS[name].of_prompts(replace(outputs, own=measured.own.get(name)))
+        if np.shape(values) != (len(outputs.nll),):
+            raise UserError(
+                f"metric {name} made {np.shape(values)} of {len(outputs.nll)} prompts, wanted one number each"
+            )
+        found[name] = values if name in BUILT_IN else np.asarray(values, np.float32)
+    return found

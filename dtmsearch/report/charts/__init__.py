@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dtmsearch.report.charts.drawing import TITLES, Figure, plan_name, save
+from dtmsearch.report.charts.drawing import Figure, plan_name, save, title_of
 from dtmsearch.report.charts.heatmaps import plan_figures, schemes_of, sensitivity_figures
 from dtmsearch.report.charts.quality import course_figures, interaction_figures, survival_figures, sweep_figures
 from dtmsearch.report.charts.sparsity_charts import sparsity_figures
 from dtmsearch.report.charts.tree import tree_figures
 from dtmsearch.report.facts import RunFacts
 
-__all__ = ["TITLES", "Figure", "figures", "plan_name", "save", "schemes_of"]
+__all__ = ["Figure", "figures", "plan_name", "save", "schemes_of", "title_of"]
 
 
 def figures(facts: RunFacts) -> list[Figure]:

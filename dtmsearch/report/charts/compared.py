@@ -9,11 +9,11 @@ from dtmsearch.report.charts.drawing import (
     PALETTE,
     PLOT_HEIGHT,
     ROW_HEIGHT,
-    TITLES,
     Figure,
     decades,
     named,
     sized,
+    title_of,
 )
 from dtmsearch.report.charts.heatmaps import layers_by_kinds
 from dtmsearch.report.charts.quality import survival
@@ -63,7 +63,7 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
                     scale=alt.Scale(reverse=True, zero=False, nice=False, padding=8),
                     axis=alt.Axis(format="~g", grid=False, tickCount=8),
                 ),
-                y=alt.Y(f"{metric}:Q", title=TITLES[metric], scale=scale, axis=axis),
+                y=alt.Y(f"{metric}:Q", title=title_of(metric), scale=scale, axis=axis),
                 color=alt.Color("run:N", sort=runs, legend=alt.Legend(title=None, orient="bottom")),
                 order="step:Q",
                 tooltip=[
@@ -75,7 +75,7 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
                 ],
             )
         )
-        chart = sized(chart, PLOT_HEIGHT, f"{TITLES[metric]} of both runs' decisions against bits per weight")
+        chart = sized(chart, PLOT_HEIGHT, f"{title_of(metric)} of both runs' decisions against bits per weight")
         found.append(Figure("course", f"courses-{metric}", chart, {"paths": rows}, metric.upper()))
     return found
 

@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.extra import vl_convert
 from dtmsearch.report.facts import Row
 
 # A metric as an axis names it, with its unit.
-TITLES = {
+_TITLES = {
     "fdt": "FDT (tokens before the first divergence)",
     "sdt": "SDT (divergent tokens a prompt)",
     "dppl": "DPPL (perplexity on the base model's text)",
     "ppl": "PPL (perplexity on human text)",
     "kl": "KL (nats a token)",
 }
-# The same for what a compression costs.
-DAMAGES = TITLES | {"fdt": "FDT lost (tokens)"}
 ROW_HEIGHT = 22
 PLOT_HEIGHT = 300
 # Figures for paper: pixels wide, and pixels of a PNG for each of them.
@@ -43,6 +42,22 @@ _PAPER = {
     "title": {"fontSize": 12, "anchor": "start", "fontWeight": "normal"},
     "range": {"category": list(PALETTE), "heatmap": {"scheme": "yelloworangebrown"}, "ramp": {"scheme": "viridis"}},
 }
+
+
+def title_of(metric: str) -> str:
+    """A metric as an axis names it, with its unit."""
+    if metric in _TITLES or metric not in METRICS:
+        return _TITLES.get(metric, metric)
+    title, unit = METRICS[metric].title or metric, METRICS[metric].unit
+    return f"{title} ({unit})" if unit else title
+
+
+def damage_title_of(metric: str) -> str:
+    """The same for what a compression costs."""
+    if metric not in METRICS or not METRICS[metric].higher_is_better:
+        return title_of(metric)
+    unit = METRICS[metric].unit
+    return f"{METRICS[metric].title or metric} lost" + (f" ({unit})" if unit else "")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 from dtmsearch.core.schemes import DENSE
 from dtmsearch.report.charts.drawing import (
-    DAMAGES,
     DENSE_COLOUR,
     PALETTE,
     ROW_HEIGHT,
     Figure,
+    damage_title_of,
     named,
     ramp_legend,
     sized,
@@ -48,7 +48,7 @@ def sensitivity_figures(facts: RunFacts) -> list[Figure]:
         for scheme in schemes:
             name = f"sensitivity-{metric}-{scheme}"
             domain = min(values), max(values)
-            legend = ramp_legend(DAMAGES[metric], _marks(domain)) if scheme == schemes[-1] else None
+            legend = ramp_legend(damage_title_of(metric), _marks(domain)) if scheme == schemes[-1] else None
             chart = _sensitivity_map(name, cells[scheme], metric, domain, kinds_of(facts.components), legend)
             found.append(
                 Figure("sensitivity", name, chart.properties(title=scheme), {name: cells[scheme]}, metric.upper())
@@ -83,14 +83,14 @@ def _sensitivity_map(
     tooltip = [
         alt.Tooltip("component:N"),
         alt.Tooltip("scheme:N"),
-        alt.Tooltip("value:Q", title=DAMAGES[metric].partition(" (")[0], format=".3~g"),
+        alt.Tooltip("value:Q", title=damage_title_of(metric).partition(" (")[0], format=".3~g"),
         alt.Tooltip("fdt:Q", title="FDT", format=".1f"),
         alt.Tooltip("sdt:Q", title="SDT", format=".2f"),
         alt.Tooltip("num_weights:Q", title="weights", format=","),
     ]
     colour = alt.Color("value:Q", scale=scale, legend=legend)
     chart = layers_by_kinds(name, cells, kinds).encode(color=colour, tooltip=tooltip)
-    return sized(chart, ROW_HEIGHT * len(kinds), f"Heat map of layers by kinds: {DAMAGES[metric]}")
+    return sized(chart, ROW_HEIGHT * len(kinds), f"Heat map of layers by kinds: {damage_title_of(metric)}")
 
 
 def _is_wide(domain: tuple[float, float]) -> bool:

@@ -11,13 +11,13 @@ from dtmsearch.report.charts.drawing import (
     FAINT,
     PALETTE,
     PLOT_HEIGHT,
-    TITLES,
     Figure,
     decades,
     named,
     plan_name,
     ramp_legend,
     sized,
+    title_of,
 )
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import Row, RunFacts
@@ -46,7 +46,7 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     logarithmic = metric in ("kl", "sdt") and min(values) > 0
     y_scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
     at_y = alt.Y(
-        f"{metric}:Q", title=TITLES[metric], scale=y_scale, axis=decades(values) if logarithmic else alt.Axis()
+        f"{metric}:Q", title=title_of(metric), scale=y_scale, axis=decades(values) if logarithmic else alt.Axis()
     )
     numbers = [
         alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
@@ -65,7 +65,7 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
         _beside(held_out.transform_filter("datum.label != 'plan'"), "right", PALETTE[5]),
         _beside(held_out.transform_filter("datum.label == 'plan'"), "left", PALETTE[0]),
     ]
-    description = f"{TITLES[metric]} of every candidate against {x_title}"
+    description = f"{title_of(metric)} of every candidate against {x_title}"
     return sized(alt.layer(*layers), PLOT_HEIGHT, description)
 
 
@@ -117,7 +117,7 @@ def interaction_figures(facts: RunFacts) -> list[Figure]:
         .mark_circle(size=18, opacity=0.7, aria=False)
         .encode(
             x=alt.X("sum:Q", title=f"sum of its components' {metric.upper()}, each alone", scale=scale, axis=axis),
-            y=alt.Y("measured:Q", title=f"measured {TITLES[metric]}", scale=scale, axis=axis),
+            y=alt.Y("measured:Q", title=f"measured {title_of(metric)}", scale=scale, axis=axis),
             color=alt.Color("num_compressed:Q", legend=ramp_legend("components compressed")),
             tooltip=[
                 alt.Tooltip("num_compressed:Q", title="components"),
@@ -159,7 +159,7 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
         scale=alt.Scale(zero=False, nice=False, padding=12),
         axis=alt.Axis(grid=False, format="~g", tickCount=8),
     )
-    y = alt.Y(f"{metric}:Q", title=TITLES[metric], scale=scale, axis=axis)
+    y = alt.Y(f"{metric}:Q", title=title_of(metric), scale=scale, axis=axis)
     points = named("sweep").encode(
         x=x,
         y=y,
@@ -179,4 +179,6 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
         line.encode(x=x, y=y, order="bits:Q"),
         points.mark_point(filled=True, opacity=1, size=70, cursor="pointer"),
     )
-    return sized(chart, PLOT_HEIGHT, f"{TITLES[metric]} of every run's plan on the same held-out prompts, against size")
+    return sized(
+        chart, PLOT_HEIGHT, f"{title_of(metric)} of every run's plan on the same held-out prompts, against size"
+    )

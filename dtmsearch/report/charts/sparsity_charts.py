@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtmsearch.report.charts.drawing import PALETTE, ROW_HEIGHT, TITLES, Figure, named, ramp_legend, sized
+from dtmsearch.report.charts.drawing import PALETTE, ROW_HEIGHT, Figure, named, ramp_legend, sized, title_of
 from dtmsearch.report.charts.heatmaps import layers_by_kinds, plan_cells
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import RunFacts, kinds_of
@@ -38,7 +38,7 @@ def _rounds(metric: str) -> Any:
         .mark_line(color=PALETTE[0], strokeWidth=2, point=alt.OverlayMarkDef(size=40, color=PALETTE[0]))
         .encode(
             x=alt.X("sparsity:Q", title="sparsity after the round", axis=alt.Axis(format="%", grid=False)),
-            y=alt.Y(f"{metric}:Q", title=TITLES[metric], scale=alt.Scale(zero=False)),
+            y=alt.Y(f"{metric}:Q", title=title_of(metric), scale=alt.Scale(zero=False)),
             order="step:Q",
             tooltip=[
                 alt.Tooltip("step:Q", title="round"),
@@ -47,7 +47,7 @@ def _rounds(metric: str) -> Any:
             ],
         )
     )
-    return sized(chart, 220, f"{TITLES[metric]} after each round, against sparsity")
+    return sized(chart, 220, f"{title_of(metric)} after each round, against sparsity")
 
 
 def _losses() -> Any:

@@ -22,15 +22,25 @@ from dtmsearch.report.facts.held_out import (
     validated,
 )
 from dtmsearch.report.facts.plan_facts import components_of, plan_rows_of, sensitivity_of, sums_of
-from dtmsearch.report.facts.rows import COLUMN, MOST_POINTS, Row, damage, interval, kinds_of, plain, spread
+from dtmsearch.report.facts.rows import (
+    MOST_POINTS,
+    Row,
+    column_of,
+    damage,
+    interval,
+    kinds_of,
+    metrics_of,
+    plain,
+    spread,
+)
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.store import ResultStore
 
 __all__ = [
-    "COLUMN",
     "Row",
     "RunFacts",
     "ceiling_of",
+    "column_of",
     "damage",
     "gather",
     "interval",
@@ -94,15 +104,15 @@ def gather(store: ResultStore, run: str) -> RunFacts:
     rank_by = str(search.get("rank_by", "fdt"))
     candidates = candidates_of(store, record)
     complete = complete_of(candidates)
-    metrics = measured_metrics(complete, rank_by)
+    metrics = measured_metrics(complete, metrics_of(record), rank_by)
     components = components_of(store, record)
     steps = tables.step_records(store.table("steps", run=run))
-    path = path_of(complete, steps)
+    path = path_of(complete, steps, metrics)
     plan_id = summary.final_plan_id or (steps[-1].plan_id if steps else None)
     plan_rows, size_mb, dense_size_mb = plan_rows_of(store, record, plan_id, components, summary.share, path)
-    sensitivity = sensitivity_of(candidates, components)
+    sensitivity = sensitivity_of(candidates, components, metrics_of(record))
     ceiling = ceiling_of(store, record)
-    points = spread(complete, "bits_per_weight", COLUMN[rank_by], MOST_POINTS)
+    points = spread(complete, "bits_per_weight", column_of(rank_by), MOST_POINTS)
     nodes, edges, num_leaves = tree_of(complete, rank_by, [row["plan_id"] for row in path])
     return RunFacts(
         summary=summary,

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtmsearch.core.metrics import METRICS
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.records import RunRecord
-from dtmsearch.report.facts.rows import COLUMN, DENSE_PLAN, Row
+from dtmsearch.report.facts.rows import DENSE_PLAN, Row, column_of, metrics_of
 from dtmsearch.store.store import ResultStore
 
 _CANDIDATE_COLUMNS = [
     *("step", "plan_id", "parent_plan_id", "perturbation", "component", "scheme", "reference_id", "status"),
-    *("num_compressed", "share", "bits_per_weight", "num_prompts", *COLUMN.values()),
+    *("num_compressed", "share", "bits_per_weight", "num_prompts"),
     *("tokens", "wall_seconds", "replica", "attempts", "reused_from", "weights_id"),
 ]
 # Dropped plans drawn in the tree, at most.
@@ -28,7 +28,8 @@ def candidates_of(store: ResultStore, record: RunRecord) -> pa.Table:
     where = pc.field("purpose") == "search"
     if record.reference_id is not None:
         where &= pc.field("reference_id") == record.reference_id
-    table = store.table("evaluations", _CANDIDATE_COLUMNS, record.run, where)
+    columns = [*_CANDIDATE_COLUMNS, *(column_of(metric) for metric in metrics_of(record))]
+    table = store.table("evaluations", columns, record.run, where)
     coded = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
     for name in coded:
         table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.string()))
@@ -41,12 +42,13 @@ def complete_of(candidates: pa.Table) -> pa.Table:
     return ok.filter(pc.equal(ok["num_prompts"], pc.max(ok["num_prompts"]))) if ok.num_rows else ok
 
 
-def measured_metrics(complete: pa.Table, rank_by: str) -> tuple[str, ...]:
-    measured = [m for m in METRICS if complete[COLUMN[m]].null_count < complete.num_rows]
+def measured_metrics(complete: pa.Table, metrics: Sequence[str], rank_by: str) -> tuple[str, ...]:
+    """Those of `metrics` of which a candidate has a value, the one that ranks first."""
+    measured = [m for m in metrics if complete[column_of(m)].null_count < complete.num_rows]
     return tuple(sorted(measured, key=lambda m: m != rank_by))
 
 
-def path_of(complete: pa.Table, steps: Sequence[Any]) -> list[Row]:
+def path_of(complete: pa.Table, steps: Sequence[Any], metrics: Sequence[str]) -> list[Row]:
     """The decisions, with what was measured of the plan that each chose."""
     wanted = pa.array([step.plan_id for step in steps], pa.string())
     measured = complete.filter(pc.is_in(complete["plan_id"], wanted)).to_pylist()
@@ -54,7 +56,7 @@ def path_of(complete: pa.Table, steps: Sequence[Any]) -> list[Row]:
     rows = []
     for step in steps:
         row = by_plan.get(step.plan_id, {})
-        values = {metric: row.get(column) for metric, column in COLUMN.items()}
+        values = {metric: row.get(column_of(metric)) for metric in metrics}
         rows.append(
             {
                 "step": step.step,
@@ -76,13 +78,13 @@ def path_of(complete: pa.Table, steps: Sequence[Any]) -> list[Row]:
 def tree_of(complete: pa.Table, rank_by: str, chosen: Sequence[str]) -> tuple[list[Row], list[Row], int]:
     """Nodes by round and rank within it, edges between kept plans, and how many dropped plans there are."""
     rows = complete.filter(pc.is_valid(complete["step"]))
-    columns = ["step", "plan_id", "parent_plan_id", "perturbation", "num_compressed", COLUMN[rank_by]]
+    columns = ["step", "plan_id", "parent_plan_id", "perturbation", "num_compressed", column_of(rank_by)]
     parents = set(rows["parent_plan_id"].to_pylist())
     on_path = set(chosen)
     if not parents - {DENSE_PLAN} - on_path:  # one plan at a time: a line, not a tree
         return [], [], 0
-    sign = "descending" if rank_by == "fdt" else "ascending"
-    ordered = rows.select(columns).sort_by([("step", "ascending"), (COLUMN[rank_by], sign)])
+    sign = "descending" if rank_by in METRICS and METRICS[rank_by].higher_is_better else "ascending"
+    ordered = rows.select(columns).sort_by([("step", "ascending"), (column_of(rank_by), sign)])
     step = ordered["step"].to_numpy()
     first = np.concatenate(([0], np.flatnonzero(np.diff(step)) + 1)) if len(step) else np.array([], np.int64)
     rank = np.arange(len(step)) - np.repeat(first, np.diff(np.append(first, len(step)))) + 1
@@ -113,4 +115,4 @@ def tree_of(complete: pa.Table, rank_by: str, chosen: Sequence[str]) -> tuple[li
 def _node(row: Row, rank_by: str, on_path: set[str]) -> Row:
     fate = "chosen" if row["plan_id"] in on_path else "kept"
     names = ("step", "rank", "plan_id", "parent_plan_id", "num_compressed")
-    return {**{n: row[n] for n in names}, "edge": row["perturbation"], "value": row[COLUMN[rank_by]], "fate": fate}
+    return {**{n: row[n] for n in names}, "edge": row["perturbation"], "value": row[column_of(rank_by)], "fate": fate}

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from dtmsearch.analysis.pareto_runs import candidates
 from dtmsearch.analysis.summary import RunSummary
 from dtmsearch.core.records import RunRecord
-from dtmsearch.report.facts.rows import COLUMN, Row
+from dtmsearch.report.facts.rows import Row
 from dtmsearch.store.store import ResultStore
 
 
@@ -17,9 +17,8 @@ def validated(summary: RunSummary) -> list[Row]:
     for row in summary.validation:
         if row.summary is None:
             continue
-        values = {metric: getattr(row.summary, column) for metric, column in COLUMN.items()}
         size = {"label": row.label, "share": row.share, "bits": row.bits_per_weight}
-        rows.append({**size, **{metric: value for metric, value in values.items() if value is not None}})
+        rows.append({**size, **row.summary.metrics})
     return rows
 
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.schemes import DENSE, parse_scheme
-from dtmsearch.report.facts.rows import COLUMN, DENSE_PLAN, Row, damage, spread
+from dtmsearch.report.facts.rows import DENSE_PLAN, Row, column_of, damage, spread
 from dtmsearch.store.store import ResultStore
 
 # Plans whose damage is compared with that of their parts, at most.
@@ -56,7 +56,7 @@ def plan_rows_of(
     return rows, size / 8e6, total * dense_bits / 8e6
 
 
-def sensitivity_of(candidates: pa.Table, components: list[Row]) -> list[Row]:
+def sensitivity_of(candidates: pa.Table, components: list[Row], metrics: Sequence[str]) -> list[Row]:
     """Every component under every scheme that was measured with nothing else compressed and nothing trained, tied ones
     together; where one was measured more than once, on the most prompts."""
     alone = candidates.filter(
@@ -73,7 +73,7 @@ def sensitivity_of(candidates: pa.Table, components: list[Row]) -> list[Row]:
         for name in names:
             before = found.get((name, scheme))
             if name in by_name and (before is None or before["num_prompts"] < row["num_prompts"]):
-                values = {metric: row[column] for metric, column in COLUMN.items() if row[column] is not None}
+                values = {m: row[column_of(m)] for m in metrics if row[column_of(m)] is not None}
                 place = {key: by_name[name][key] for key in ("component", "layer", "kind", "num_weights")}
                 size = {"bits": row["bits_per_weight"], "num_prompts": row["num_prompts"]}
                 found[name, scheme] = {**place, "scheme": scheme, **size, **values}
@@ -101,7 +101,7 @@ def sums_of(
     several = complete.filter(pc.greater(complete["num_compressed"], 1)) if metric else complete.slice(0, 0)
     if metric is None or several.num_rows == 0 or not sensitivity:
         return []
-    several = spread(several, "num_compressed", COLUMN[metric], _MOST_SUMS)
+    several = spread(several, "num_compressed", column_of(metric), _MOST_SUMS)
     alone = {(r["component"], r["scheme"]): damage(metric, r[metric], ceiling) for r in sensitivity if metric in r}
     where = pc.field("plan_id").isin(several["plan_id"].to_pylist())
     parts = store.table("plans", ["plan_id", "component", "scheme"], record.run, where)
@@ -113,6 +113,6 @@ def sums_of(
     for row in several.to_pylist():
         expected = sums.get(row["plan_id"], np.nan)
         if np.isfinite(expected):
-            found = damage(metric, row[COLUMN[metric]], ceiling)
+            found = damage(metric, row[column_of(metric)], ceiling)
             rows.append({"metric": metric, "sum": expected, "measured": found, "num_compressed": row["num_compressed"]})
     return rows

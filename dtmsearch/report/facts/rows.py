@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.core.metrics import METRICS, value_limits
+from dtmsearch.config import other_metrics_of
+from dtmsearch.core.metric_registry import BUILT_IN, METRICS
+from dtmsearch.core.metrics import value_limits
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import RunRecord
 from dtmsearch.core.statistics import PairedDifference, mean_interval
 
 Row = dict[str, Any]
-# The column of `evaluations` that holds a metric's value over all prompts.
-COLUMN = {"fdt": "fdt_mean", "sdt": "sdt_mean", "dppl": "dppl", "ppl": "ppl", "kl": "kl"}
-assert COLUMN.keys() == set(METRICS)
 # Candidates drawn at most: as many spots as a figure of a page's width has apart.
 MOST_POINTS = 2_500
 _INTERVAL_SEED = 0
@@ -24,10 +25,21 @@ DENSE_PLAN = Plan().id
 _KIND_ORDER = ("qkv", "q", "k", "v", "o", "router", "gate_up", "gate", "up", "down")
 
 
+def column_of(metric: str) -> str:
+    """The column of `evaluations` that holds a metric's value over all prompts; of a package that is not installed here
+    as of any other."""
+    return METRICS[metric].column if metric in METRICS else metric
+
+
+def metrics_of(record: RunRecord) -> tuple[str, ...]:
+    """The metrics that evaluations of a run may have: this package's, and those that its search file names."""
+    return (*BUILT_IN, *other_metrics_of(record.config))
+
+
 def plain(table: pa.Table, metrics: Sequence[str]) -> list[Row]:
     """Rows with metrics under their own names."""
     names = {"plan_id": "plan_id", "perturbation": "edge", "num_compressed": "num_compressed", "share": "share"}
-    names |= {"bits_per_weight": "bits", "step": "step"} | {COLUMN[m]: m for m in metrics}
+    names |= {"bits_per_weight": "bits", "step": "step"} | {column_of(m): m for m in metrics}
     rows: list[Row] = table.select(list(names)).rename_columns(list(names.values())).to_pylist()
     return rows
 
@@ -63,7 +75,12 @@ def kinds_of(components: Iterable[Row]) -> list[str]:
 
 def damage(metric: str, value: float, ceiling: int | None) -> float:
     """How far a value is from that of a model that never diverges; perplexities stand for themselves."""
-    return (ceiling or 0) - value if metric == "fdt" else value
+    if metric == "fdt":
+        return (ceiling or 0) - value
+    if metric not in METRICS or not METRICS[metric].higher_is_better:
+        return value
+    best = METRICS[metric].limits(ceiling)[1]
+    return (best if math.isfinite(best) else 0.0) - value
 
 
 def interval(values: Sequence[float], metric: str, ceiling: int | None) -> PairedDifference:

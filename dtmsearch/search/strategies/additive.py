@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import Outcome
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import Probing, WeightErrors, unit_errors
 from dtmsearch.search.space import SearchSpace
@@ -39,6 +40,7 @@ class Knapsack(Solver):
     ) -> None:
         super().__init__(space, request_for, rank_by, seed)
         self._prompts = prompts
+        self._summed = rank_by if METRICS[rank_by].can_be_summed else "kl"
 
     def script(self) -> Script:
         probed = [
@@ -51,7 +53,7 @@ class Knapsack(Solver):
         answers = yield from self._alone(probed, self._first(self._prompts))
         tables = [np.zeros(len(schemes)) for schemes in self._choices.schemes]
         for probing, answer in zip(probed, answers, strict=True):
-            tables[probing.unit][probing.option] = mean_loss(answer, "kl")
+            tables[probing.unit][probing.option] = mean_loss(answer, self._summed)
         found = self._solve(tables)
         self._best = self._choices.plan(found)
         yield from self._final([found])

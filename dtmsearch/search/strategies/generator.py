@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.metric_registry import ALWAYS, METRICS
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import SearchFailed
@@ -54,7 +55,7 @@ class Procedure(Course, ABC):
         super().__init__()
         self._space = space
         self._request_for = request_for
-        self._metrics = tuple(metric for metric in metrics if metric in ("kl", "ppl"))
+        self._metrics = tuple(metric for metric in metrics if metric not in ALWAYS)
         self._told: dict[str, Outcome] = {}
         self._waiting: set[str] = set()
         self._unasked: list[Ask] = []
@@ -160,7 +161,7 @@ class Procedure(Course, ABC):
 def losses(outcome: Outcome, metric: str) -> Floats:
     """A metric's value of every prompt, turned so that less is better: [num_prompts], infinite where it failed.
 
-    FDT with its sign changed, SDT as it is, perplexities as nats per token, KL in nats.
+    FDT with its sign changed, SDT as it is, perplexities as nats per token, KL in nats; see `Metric.losses`.
     """
     if isinstance(outcome, EvalFailure):
         return np.array([np.inf])
@@ -168,12 +169,7 @@ def losses(outcome: Outcome, metric: str) -> Floats:
 
 
 def _losses(result: EvalResult, metric: str) -> Floats:
-    values = {"fdt": result.fdt, "sdt": result.sdt, "dppl": result.dppl, "ppl": result.ppl, "kl": result.kl}[metric]
-    assert values is not None, f"{metric} was not asked for"
-    numbers = values.astype(np.float64)
-    if metric == "fdt":
-        return -numbers
-    return np.log(numbers) if metric in ("dppl", "ppl") else numbers
+    return METRICS[metric].losses(result.metrics[metric])
 
 
 def mean_loss(outcome: Outcome, metric: str) -> float:

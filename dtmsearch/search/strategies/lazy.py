@@ -16,7 +16,8 @@ from math import inf
 from typing import Literal
 
 from dtmsearch.core.evaluation import Outcome
-from dtmsearch.core.metrics import HIGHER_IS_BETTER, Summary, rank_key
+from dtmsearch.core.metric_registry import METRICS
+from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.loop import Ask, Decision
@@ -245,7 +246,7 @@ class Lazy(Course):
         if not isinstance(child.answer, Summary):
             return inf
         value = child.answer.value(self._rank_by)
-        return -value if self._rank_by in HIGHER_IS_BETTER else value
+        return -value if METRICS[self._rank_by].higher_is_better else value
 
     def _by_rank(self, children: Sequence[Candidate]) -> list[Candidate]:
         measured = [(c, c.answer) for c in children if isinstance(c.answer, Summary)]

@@ -16,6 +16,7 @@ from math import ceil, inf, log
 import numpy as np
 
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, combine
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key, summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import SearchFailed, UserError
@@ -23,9 +24,6 @@ from dtmsearch.search.loop import Ask
 from dtmsearch.search.solver.sequential_test import Values, log_evidence_above
 from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, all_failed, distinct_candidates
 
-# Metrics whose values per prompt are losses from 0 upwards, or become such. The logarithms of perplexities are too,
-# but candidates differ in them by so little of their size that nothing could ever be told from that bound.
-RACED_METRICS = ("fdt", "sdt", "kl")
 # The first block is this part of the prompts, or as many prompts as tell anything; each reaches further by a factor.
 _FIRST_BLOCK = 1 / 64
 _FEWEST_PROMPTS = 16
@@ -40,15 +38,6 @@ def block_ends(num_prompts: int) -> list[int]:
         ends.append(round(end))
         end *= _GROWTH
     return [*ends, num_prompts]
-
-
-def losses_of(result: EvalResult, metric: str, continuation_tokens: int) -> Values:
-    """What `metric` costs at each prompt, 0 at best: [num_prompts]. Its mean ranks as the metric does."""
-    if metric == "fdt":
-        return (continuation_tokens - result.fdt).astype(np.float64)
-    values = {"sdt": result.sdt, "kl": result.kl}[metric]
-    assert values is not None
-    return values.astype(np.float64)
 
 
 @dataclass
@@ -106,9 +95,13 @@ class Racing:
         remember: bool = False,
         indifference: float = 0.0,
     ) -> None:
-        if metric not in RACED_METRICS:
-            raise UserError(f"racing ranks by one of {', '.join(RACED_METRICS)}, got {metric}")
-        self.metric = metric
+        loss_of = METRICS[metric].loss_from_zero(continuation_tokens)
+        if loss_of is None:
+            raise UserError(
+                f"racing ranks by a metric whose values have a bound that is not that of a logarithm, such as fdt, sdt "
+                f"or kl; got {metric}"
+            )
+        self.metric, self.loss_of = metric, loss_of
         self.width = width
         self.confidence = confidence
         self.indifference = indifference
@@ -249,7 +242,7 @@ class RacedRound:
         racer.parts = []
 
     def _losses(self, result: EvalResult) -> Values:
-        return losses_of(result, self._racing.metric, self._racing.continuation_tokens)
+        return self._racing.loss_of(result.metrics[self._racing.metric])
 
     def _leaders(self) -> list[Racer]:
         """Those that look best, ties in order of the candidates; all that race when they are no more than `width`."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome, Provenance
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import EvaluationRecord
@@ -63,9 +66,38 @@ def evaluations_table(
         "version": coded_constant(version, number),
     }
     summaries = [None if r is None else summarize(r) for r in results]
+    columns |= _other_columns(results, summaries)
     columns |= {name: [None if s is None else getattr(s, name) for s in summaries] for name in SUMMARY_COLUMNS}
     columns["num_prompts"] = [r.prompts[1] - r.prompts[0] for r in requests]
     return from_columns(EVALUATIONS, columns | _provenance_columns([o.provenance for o in outcomes]))
+
+
+def _other_columns(results: Sequence[EvalResult | None], summaries: Sequence[Summary | None]) -> dict[str, Any]:
+    """Columns of metrics of other packages, null where there are none."""
+    found = [dict(sorted(r.others.items())) if r is not None and r.others else None for r in results]
+    return {
+        "other_metrics": [None if others is None else list(others) for others in found],
+        "other_means": [
+            None if others is None or s is None else [s.others[name] for name in others]
+            for others, s in zip(found, summaries, strict=True)
+        ],
+        "other_values": lists([None if o is None else np.concatenate(list(o.values())) for o in found], pa.float32()),
+    }
+
+
+def with_metric(rows: pa.Table, name: str) -> pa.Table:
+    """Rows with `OTHER_COLUMNS`, and two columns more for a metric of another package: its value over all prompts, and
+    on each (`name`, `name_list`); null where it was not measured."""
+    means: list[float | None] = [None] * rows.num_rows
+    values: list[list[float] | None] = [None] * rows.num_rows
+    for at in np.flatnonzero(rows["other_metrics"].is_valid().to_numpy()).tolist():
+        names, own = rows["other_metrics"][at].as_py(), rows["other_values"][at].as_py()
+        if name in names:
+            place, length = names.index(name), len(own) // len(names)
+            means[at] = rows["other_means"][at].as_py()[place]
+            values[at] = own[place * length : (place + 1) * length]
+    rows = rows.append_column(name, pa.array(means, pa.float64()))
+    return rows.append_column(f"{name}_list", pa.array(values, pa.list_(pa.float32())))
 
 
 def _mode_columns(modes: Sequence[NumericMode | None]) -> dict[str, Any]:
@@ -87,7 +119,7 @@ def _provenance_columns(provenances: Sequence[Provenance]) -> dict[str, Any]:
 _PROVENANCE_COLUMNS = ("replica", "node", "attempts", "wall_seconds", "tokens")
 OUTCOME_COLUMNS = [
     *("evaluation_id", "status", "message", "fdt", "sdt", "dppl_list", "kl_list", "ppl_list"),
-    *("fdt_unmasked", "sdt_unmasked"),
+    *("fdt_unmasked", "sdt_unmasked", "other_metrics", "other_values"),
     *(*_PROVENANCE_COLUMNS, "finished_at", "versions"),
 ]
 
@@ -96,14 +128,14 @@ def outcomes(batch: pa.RecordBatch) -> Iterator[Outcome]:
     """The outcomes in rows of `evaluations`. Their arrays are read-only views into the rows' memory."""
     ids, status, message = (values_of(batch[name]) for name in ("evaluation_id", "status", "message"))
     lists = [arrays(batch[name]) for name in ("fdt", "sdt", "dppl_list", "kl_list", "ppl_list")]
-    unmasked = [arrays(batch[name]) for name in ("fdt_unmasked", "sdt_unmasked")]
+    more = [*(arrays(batch[name]) for name in ("fdt_unmasked", "sdt_unmasked")), _others(batch)]
     seconds = from_time(batch["finished_at"])
     said = (versions or "" for versions in values_of(batch["versions"]))
     where = map(Provenance, *(values_of(batch[name]) for name in _PROVENANCE_COLUMNS), seconds, said)
     if set(status) == {"ok"}:
-        yield from map(EvalResult, ids, *lists, where, *unmasked)
+        yield from map(EvalResult, ids, *lists, where, *more)
         return
-    rows = zip(ids, status, message, *lists, where, *unmasked, strict=True)
+    rows = zip(ids, status, message, *lists, where, *more, strict=True)
     for request_id, kind, text, *measured in rows:
         if kind == "ok":
             yield EvalResult(request_id, *measured)
@@ -111,6 +143,25 @@ def outcomes(batch: pa.RecordBatch) -> Iterator[Outcome]:
             yield EvalFailure(request_id, kind, text, measured[len(lists)])
 
 
+def _others(batch: pa.RecordBatch) -> Sequence[Mapping[str, NDArray[np.float32]]]:
+    """Metric of another package -> values, for each row."""
+    names = batch["other_metrics"]
+    nothing: Mapping[str, NDArray[np.float32]] = {}
+    if names.null_count == len(names):
+        return [nothing] * len(names)
+    rows = zip(names.to_pylist(), arrays(batch["other_values"]), strict=True)
+    return [nothing if own is None else dict(zip(own, np.split(values, len(own)), strict=True)) for own, values in rows]
+
+
+def others_of(row: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
+    """Metric of another package -> values on each prompt, of a row of `evaluations` as Python values; of metrics whose
+    plans compare by logarithms, those. What is not installed here is left out."""
+    names = row["other_metrics"] or []
+    values = np.split(np.array(row["other_values"] or [], np.float32), len(names)) if names else []
+    return {name: METRICS[name].comparable(own) for name, own in zip(names, values, strict=True) if name in METRICS}
+
+
 def summary_of(row: dict[str, Any]) -> Summary:
     """The aggregates of a row of `evaluations` whose status is `ok`."""
-    return Summary(**{name: row[name] for name in SUMMARY_COLUMNS})
+    others = dict(zip(row["other_metrics"] or (), row["other_means"] or (), strict=True))
+    return Summary(**{name: row[name] for name in SUMMARY_COLUMNS}, others=others)
