@@ -348,7 +348,7 @@ class SearchSection(Section):
     strategy: StrategyName = "beam"
     """How plans are chosen."""
     rank_by: MetricName = "fdt"
-    """The metric that decides."""
+    """The metric that decides: fdt, sdt, dppl, ppl, kl, or one of another package."""
     metrics: tuple[MetricName, ...] = ()
     """Metrics that are measured beside it, of every candidate and on held-out prompts, where kl and ppl always are."""
     width: int = Field(default=10, ge=1)

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -122,19 +121,21 @@ def is_metric_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-METRICS: plugins.Registry[Metric] = plugins.Registry(plugins.METRICS, "metric")
+def _check_metric(name: str, added: Any) -> None:
+    if not isinstance(added, Metric):
+        raise UserError(f"the entry point {name} of dtmsearch.metrics is {type(added).__name__}, wanted a Metric")
+    if added.name != name:
+        raise UserError(f"the entry point {name} of dtmsearch.metrics names a metric {added.name}: give both one name")
+
+
+METRICS: plugins.Registry[Metric] = plugins.Registry(plugins.METRICS, "metric", _check_metric)
 
 
 def metric_versions(names: Iterable[str]) -> dict[str, str]:
     """Name -> version of those that are not this package's own, or have had another, for an identity. Raises
     `UserError` for a metric that nobody has."""
-    return _versions(tuple(sorted(set(names))))
-
-
-@lru_cache(maxsize=64)
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
     found = {}
-    for name in names:
+    for name in sorted(set(names)):
         metric, whose = METRICS[name], METRICS.version(name)
         if name not in BUILT_IN or metric.version != 1:
             found[name] = ", ".join(part for part in (whose, str(metric.version)) if part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
@@ -44,11 +44,13 @@ def nearest(name: str, names: Iterable[str], what: str) -> str:
 
 
 class Registry(Generic[Entry]):
-    """Entries by name: those added here, and those of installed packages, which are loaded when first asked for."""
+    """Entries by name: those added here, and those of installed packages, which are loaded when first asked for.
+    `check` (name, what was loaded) raises `UserError` where a package added something that is no entry."""
 
-    def __init__(self, group: str, what: str) -> None:
-        self._group, self._what = group, what
+    def __init__(self, group: str, what: str, check: Callable[[str, Any], None] = lambda name, added: None) -> None:
+        self._group, self._what, self._check = group, what, check
         self._entries: dict[str, Entry] = {}
+        self._plugins: dict[str, Plugin] = {}
 
     def add(self, name: str, entry: Entry) -> Entry:
         """Register `entry`. Raises `UserError` where the name is another's."""
@@ -57,8 +59,18 @@ class Registry(Generic[Entry]):
         self._entries[name] = entry
         return entry
 
+    def remove(self, name: str) -> None:
+        """Forget an entry that was added, or what was loaded of a package."""
+        self._entries.pop(name, None)
+        self._plugins.pop(name, None)
+
+    def version(self, name: str) -> str:
+        """Name and version of the distribution that an entry comes from; empty for those added in this process. Raises
+        `UserError` as the entry does."""
+        return "" if name in self._entries else self._plugin(name).version
+
     def __contains__(self, name: object) -> bool:
-        return name in self._entries or name in plugin_names(self._group)
+        return name in self._entries or name in self._plugins or name in plugin_names(self._group)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -66,19 +78,21 @@ class Registry(Generic[Entry]):
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys([*self._entries, *plugin_names(self._group)]))
 
-    def version(self, name: str) -> str:
-        """Name and version of the distribution that an entry comes from; empty for those added in this process."""
-        if name in self._entries:
-            return ""
-        return next((_distribution(point) for point in entry_points(group=self._group, name=name)), "")
-
     def __getitem__(self, name: str) -> Entry:
         """The entry of a name. Raises `UserError`, naming the nearest one, where there is none."""
         if name in self._entries:
             return self._entries[name]
-        for point in entry_points(group=self._group, name=name):
-            return cast(Entry, _loaded(point).added)
-        raise UserError(nearest(name, self, self._what))
+        return cast(Entry, self._plugin(name).added)
+
+    def _plugin(self, name: str) -> Plugin:
+        if name not in self._plugins:
+            for point in entry_points(group=self._group, name=name):
+                found = _loaded(point)
+                self._check(name, found.added)
+                self._plugins[name] = found
+                return found
+            raise UserError(nearest(name, self, self._what))
+        return self._plugins[name]
 
 
 def _loaded(point: EntryPoint) -> Plugin:

@@ -48,7 +48,10 @@ def outcome_of(
     failure = launched.failure or _not_finite(streams)
     if failure is not None:
         return EvalFailure(launched.request.id, *failure, provenance)
-    result = _result(launched.request, streams, reference, provenance)
+    try:
+        result = _result(launched.request, streams, reference, provenance)
+    except UserError as error:  # of a metric of another package
+        return EvalFailure(launched.request.id, "invalid", str(error), provenance)
     for name, values in result.others.items():
         bad = int((~np.isfinite(values)).sum())
         if bad:
@@ -98,8 +101,7 @@ def _values(request: EvalRequest, streams: Mapping[str, Divergence], reference: 
     for name in dict.fromkeys((*ALWAYS, *request.extra_metrics)):
         values = METRICS[name].of_prompts(replace(outputs, own=measured.own.get(name)))
         if np.shape(values) != (len(outputs.nll),):
-            raise UserError(
-                f"metric {name} made {np.shape(values)} of {len(outputs.nll)} prompts, wanted one number each"
-            )
+            shape, wanted = list(np.shape(values)), [len(outputs.nll)]
+            raise UserError(f"metric {name} made an array of {shape}, wanted {wanted}: a number for each prompt")
         found[name] = values if name in BUILT_IN else np.asarray(values, np.float32)
     return found

@@ -97,10 +97,7 @@ class Racing:
     ) -> None:
         loss_of = METRICS[metric].loss_from_zero(continuation_tokens)
         if loss_of is None:
-            raise UserError(
-                f"racing ranks by a metric whose values have a bound that is not that of a logarithm, such as fdt, sdt "
-                f"or kl; got {metric}"
-            )
+            raise UserError(f"racing ranks by a metric whose values have a bound, such as fdt, sdt, kl, got {metric}")
         self.metric, self.loss_of = metric, loss_of
         self.width = width
         self.confidence = confidence
