@@ -150,7 +150,10 @@ def _others(batch: pa.RecordBatch) -> Sequence[Mapping[str, NDArray[np.float32]]
     if names.null_count == len(names):
         return [nothing] * len(names)
     rows = zip(names.to_pylist(), arrays(batch["other_values"]), strict=True)
-    return [nothing if own is None else dict(zip(own, np.split(values, len(own)), strict=True)) for own, values in rows]
+    return [
+        nothing if own is None or values is None else dict(zip(own, np.split(values, len(own)), strict=True))
+        for own, values in rows
+    ]
 
 
 def others_of(row: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
