@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dtmsearch as dtm
 from dtmsearch.analysis.verdict import ValidationRow, verdict
 from dtmsearch.config import parse
+from dtmsearch.console.text import validation_table
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Speed, combine
 from dtmsearch.core.metric_registry import ALWAYS, BUILT_IN, METRICS, Metric, mean_of_positions
 from dtmsearch.core.metrics import rank_key, summarize
@@ -195,9 +196,10 @@ def test_a_verdict_speaks_of_the_metric_that_a_search_ranked_by() -> None:
         vs = {} if difference is None else {"top5": difference}
         return ValidationRow(label, label, 3, 4.0, 1.0, summarize(a_result(top5)), None, others_vs_plan=vs)
 
-    ahead = PairedDifference(0.1, 0.05, 0.15, 0.95)
-    said = verdict([row("plan", 0.9, None), row("uniform:int4-g32", 0.8, ahead)], "top5", 100)
+    rows = [row("plan", 0.9, None), row("uniform:int4-g32", 0.8, PairedDifference(0.1, 0.05, 0.15, 0.95))]
+    said = verdict(rows, "top5", 100)
     assert "has a top-5 agreement of 0.9000: better than the best uniform plan" in said
+    assert "+0.1000 [+0.0500, +0.1500]" in validation_table(rows, "top5")
 
 
 @pytest.mark.usefixtures("top5")

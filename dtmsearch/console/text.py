@@ -176,11 +176,11 @@ def _validation_cells(row: ValidationRow, compared: Sequence[str], others: Seque
     if row.summary is None:
         unmeasured = [None] * (2 * len(compared) - 2 + len(others))
         return [*cells, None, row.failure, *unmeasured, share, row.num_compressed]
-    values = dict(zip(_METRIC_COLUMNS, _metric_cells(row.summary), strict=True))
+    values = row.summary.metrics
     for metric in compared:
         digits = 2 if metric in ("fdt", "sdt") else 4
-        cells += [values[metric.upper()], _ahead(row.vs_plan(metric), digits)]
-    return [*cells, *(values[name] for name in others), share, row.num_compressed]
+        cells += [values.get(metric), _ahead(row.vs_plan(metric), digits)]
+    return [*cells, *(values.get(name.lower()) for name in others), share, row.num_compressed]
 
 
 def _metric_cells(summary: Summary) -> list[float | None]:
