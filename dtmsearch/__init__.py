@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from dtmsearch.report.writing import write_report as report
+    from dtmsearch.search.evaluator import ModelEvaluator
     from dtmsearch.workflows.api import (
         Rows,
         Run,
@@ -76,6 +77,7 @@ __all__ = [
     "EvalResult",
     "ExportFailed",
     "Measurement",
+    "ModelEvaluator",
     "ModelManifest",
     "Perturbation",
     "Plan",
@@ -143,6 +145,7 @@ _LAZY = {
     "EvalResult": ("dtmsearch.core.evaluation", "EvalResult"),
     "ExportFailed": ("dtmsearch.errors", "ExportFailed"),
     "Measurement": ("dtmsearch.workflows.in_process", "Measurement"),
+    "ModelEvaluator": ("dtmsearch.search.evaluator", "ModelEvaluator"),
     "ModelManifest": ("dtmsearch.core.components", "ModelManifest"),
     "Perturbation": ("dtmsearch.core.plan", "Perturbation"),
     "Plan": ("dtmsearch.core.plan", "Plan"),

@@ -86,10 +86,10 @@ def command() -> int:
     """The command line over gated replicas and trainings."""
     from dtmsearch.cli import main
     from dtmsearch.cluster import pool
-    from dtmsearch.workflows import recover
+    from dtmsearch.model.training import training_process
 
     pool.REPLICA_CLASS = "gated:GatedReplica"
-    recover.TRAINING_MODULE = "gated"
+    training_process.TRAINING_MODULE = "gated"
     return main(sys.argv[1:])
 
 

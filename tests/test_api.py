@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, cast
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from tiny import TEXT, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dtmsearch as dtm
+from dtmsearch.model.replica.local_replicas import LocalReplicas
+from dtmsearch.search.evaluator import ModelEvaluator
+from dtmsearch.search.loop import Evaluator
 from dtmsearch.store.store import ResultStore
 
 IN_PROCESS = dtm.Where(in_process=True)
@@ -161,14 +164,40 @@ def test_a_search_by_prices_runs_in_this_process(tmp_path: Path, strategy: str) 
     assert run.status == "finished" and len(run.store.table("prices")) > 0
 
 
-def test_a_replica_in_this_process_answers_whatever_a_pool_is_asked() -> None:
-    from dtmsearch.cluster.replica_calls import Services
-    from dtmsearch.model.replica.local_replicas import LocalReplicas
+ASKED = {name for each in (Evaluator, ModelEvaluator) for name in vars(each) if not name.startswith("_")}
+
+
+def test_a_replica_in_this_process_answers_whatever_a_run_asks() -> None:
     from dtmsearch.model.replica.replica import Replica
 
-    asked = {name for name in vars(Services) if not name.startswith("_")} | {"submit", "poll", "rest", "metrics"}
-    here = {*vars(LocalReplicas), *vars(Replica), "metrics"}
-    assert asked - here == set()
+    assert ASKED - {*vars(LocalReplicas), *vars(Replica)} == set()
+
+
+def test_a_pool_answers_whatever_a_run_asks() -> None:
+    from dtmsearch.cluster.pool import ReplicaPool
+
+    assert ASKED - {*dir(ReplicaPool)} == set()
+
+
+class Noting(LocalReplicas):
+    """Notes when it is opened and closed."""
+
+    told: ClassVar[list[str]] = []
+
+    def __enter__(self) -> Self:
+        self.told.append("opened")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.told.append("closed")
+
+
+def test_a_run_asks_the_evaluator_that_it_is_given(tmp_path: Path) -> None:
+    def opened(file: dtm.SearchFile, where: dtm.Where) -> dtm.ModelEvaluator:
+        return cast(dtm.ModelEvaluator, Noting(file.model_spec))
+
+    found = dtm.run(search_of(tmp_path), tmp_path / "store", evaluator=opened)
+    assert (found.status, Noting.told) == ("finished", ["opened", "closed"])
 
 
 def test_a_search_in_this_process_is_estimated_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "console",
     },
-    "__init__": {"errors", "core", "config", "analysis", "cluster", "workflows", "report"},
+    "__init__": {"errors", "core", "config", "search", "analysis", "cluster", "workflows", "report"},
     "__main__": {"cli"},
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from inprocess import InProcess, run_here
@@ -14,7 +14,8 @@ from tiny import replica
 
 from dtmsearch.config import load
 from dtmsearch.console.text import estimate_text
-from dtmsearch.core.evaluation import ReplicaSettings, Speed
+from dtmsearch.core.evaluation import Speed
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import estimate as module
 from dtmsearch.workflows.build import space_of
@@ -35,29 +36,29 @@ SPEED = Speed(
 
 class Two(InProcess):
     num_replicas = 2
+    speed = SPEED
 
     def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
-        return SPEED
+        return self.speed
 
 
-def foretold(monkeypatch: pytest.MonkeyPatch, file: Path, **speed: Any) -> Estimate:
-    monkeypatch.setattr(module, "pool_for", lambda file, *_: Two(file.model_spec, ReplicaSettings(num_threads=1)))
-    monkeypatch.setattr(Two, "measure_speed", lambda *_: replace(SPEED, **speed))
-    return estimate(load(str(file)))
+def foretold(file: Path, **changes: Any) -> Estimate:
+    class Timed(Two):
+        speed = replace(SPEED, **changes)
+
+    return estimate(load(str(file)), evaluator=lambda *opening: cast(ModelEvaluator, Timed(*opening)))
 
 
 @pytest.mark.parametrize(
     ("strategy", "within"),
     [("probe", 1.0), ("greedy", 1.2), ("sensitivity", 1.1), ("knapsack", 1.0), ("auto", 2.0)],
 )
-def test_evaluations_are_those_that_the_search_makes(
-    strategy: str, within: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluations_are_those_that_the_search_makes(strategy: str, within: float, tmp_path: Path) -> None:
     stop = {"share": 0.4} if strategy in ("probe", "greedy") else {"bits_per_weight": 6.5}
     search = {"strategy": strategy, "schemes": ["int4-channel", "int8-channel"], "stop": stop}
     search |= {} if strategy == "probe" else {"rank_by": "kl"}
     file = tiny_search(tmp_path, search=search)
-    expected = foretold(monkeypatch, file).evaluations
+    expected = foretold(file).evaluations
     run_here(file, tmp_path / "store")
     made = sum(row["purpose"] == "search" for row in rows(tmp_path / "store", "evaluations"))
     assert made / within <= expected <= made * within
@@ -81,9 +82,7 @@ VALIDATED = {
 
 
 @pytest.mark.parametrize("search", VALIDATED.values(), ids=VALIDATED)
-def test_held_out_evaluations_are_those_that_the_search_makes(
-    search: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_evaluations_are_those_that_the_search_makes(search: dict[str, Any], tmp_path: Path) -> None:
     schemes = {} if search["strategy"] == "sparsity" else {"schemes": ["int4-channel", "int8-channel"]}
     file = tiny_search(tmp_path, search=schemes | search)
     run_here(file, tmp_path / "store")
@@ -98,9 +97,9 @@ def test_held_out_evaluations_are_those_that_the_search_makes(
     assert abs(module._validated_prompts(loaded, space, 6) - made) <= 3, made
 
 
-def test_a_probe_costs_its_layers_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_costs_its_layers_and_heads(tmp_path: Path) -> None:
     file = tiny_search(tmp_path, search={"strategy": "probe", "schemes": ["int8-channel"]})
-    found = foretold(monkeypatch, file)
+    found = foretold(file)
     assert found.tokens == found.evaluations * 8 * 22
     # Candidates of the first layer run for 4 s, those of the last for 2, half of them each; the head for 1; 8 prompts.
     assert found.evaluation_seconds == pytest.approx((3.0 + 1.0) * 8)
@@ -109,33 +108,31 @@ def test_a_probe_costs_its_layers_and_heads(tmp_path: Path, monkeypatch: pytest.
     assert found.other_seconds == pytest.approx(8 * 30)
 
 
-def test_validation_runs_whole_plans_over_held_out_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_runs_whole_plans_over_held_out_text(tmp_path: Path) -> None:
     file = tiny_search(tmp_path, search={"strategy": "greedy", "schemes": ["drop"], "stop": {"components": 1}})
     # Both references are generated. One half of six prompts is for the plan and its rival, a uniform plan; the base, a
     # uniform plan and the plan run over the other.
-    found = foretold(monkeypatch, file)
+    found = foretold(file)
     assert found.other_seconds == pytest.approx((8 + 6) * 30 + (3 * 2 + 3 * 3) * (2 * (4 + 1) + 1 + 1) / 2)
 
 
-def test_whole_plans_run_through_all_layers_and_are_compressed_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_plans_run_through_all_layers_and_are_compressed_anew(tmp_path: Path) -> None:
     search = {"strategy": "spdy", "schemes": ["int4-channel"], "rank_by": "kl", "stop": {"share": 0.4}}
     file = tiny_search(tmp_path, search=search)
-    quick, slow = (foretold(monkeypatch, file, compress_seconds=seconds) for seconds in (0.0, 10.0))
+    quick, slow = (foretold(file, compress_seconds=seconds) for seconds in (0.0, 10.0))
     assert slow.evaluation_seconds - quick.evaluation_seconds == pytest.approx(10.0)
     assert quick.evaluation_seconds == pytest.approx((4.0 + 2.0) * 8, rel=0.01)
 
 
-def test_what_is_foretold_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = estimate_text(foretold(monkeypatch, tiny_search(tmp_path)))
+def test_what_is_foretold_is_said(tmp_path: Path) -> None:
+    text = estimate_text(foretold(tiny_search(tmp_path)))
     assert "1.00 GiB a replica, 2 replicas" in text and "of search" in text
 
 
 def test_the_time_until_replicas_answer_is_counted_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter((100.0, 107.0))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    found = foretold(monkeypatch, tiny_search(tmp_path))
+    found = foretold(tiny_search(tmp_path))
     assert found.start_seconds == 7.0 and "7 s until replicas answer" in estimate_text(found)
 
 
@@ -146,13 +143,11 @@ TRAINED = {
 }
 
 
-def test_training_takes_three_forward_passes_a_step_in_every_round(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_takes_three_forward_passes_a_step_in_every_round(tmp_path: Path) -> None:
     file = tiny_search(tmp_path, search=TRAINED)
     prompts = load(str(file)).prompts
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
-    assert foretold(monkeypatch, file).training_seconds == pytest.approx(2 * 4 * 512 * 3 * 5.0 / row_tokens)
+    assert foretold(file).training_seconds == pytest.approx(2 * 4 * 512 * 3 * 5.0 / row_tokens)
 
 
 def test_the_models_of_every_round_are_validated(tmp_path: Path) -> None:

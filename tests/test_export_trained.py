@@ -62,8 +62,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture(scope="module")
 def again(searched: Trained) -> str:
     """The weights that one more training of the search's plan came to."""
-    with here():
-        return recover(RUN, str(searched.store), ["unmasked_steps=0"]).weights_id
+    return recover(RUN, str(searched.store), ["unmasked_steps=0"], evaluator=here).weights_id
 
 
 def test_a_trained_model_measures_as_recorded_in_a_fresh_process(searched: Trained, tmp_path: Path) -> None:
@@ -108,11 +107,10 @@ def test_a_plan_file_names_its_weights_and_is_exported_over_them(
 
 def test_a_plan_file_is_evaluated_over_its_weights(searched: Trained, tmp_path: Path) -> None:
     searched.export("json", tmp_path / "json")
-    with here():
-        found = [
-            evaluate(load(str(searched.file)), plan, str(searched.store)).summary
-            for plan in (str(tmp_path / "json" / "plan.json"), RUN)
-        ]
+    found = [
+        evaluate(load(str(searched.file)), plan, str(searched.store), evaluator=here).summary
+        for plan in (str(tmp_path / "json" / "plan.json"), RUN)
+    ]
     assert found[0] == found[1] is not None
 
 
@@ -121,8 +119,7 @@ def test_what_was_trained_can_be_quantized_and_packed(
 ) -> None:
     in_process(monkeypatch)
     plan = planned(searched, tmp_path, "int8-channel")
-    with here():
-        evaluate(load(str(searched.file)), str(plan), str(searched.store))
+    evaluate(load(str(searched.file)), str(plan), str(searched.store), evaluator=here)
     check = searched.export("compressed-tensors", tmp_path / "out", str(plan)).check
     written = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
     assert check is not None and check.equal and torch.equal(written, searched.weights["model.norm.weight"])

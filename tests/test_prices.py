@@ -14,7 +14,6 @@ from processes import tiny_search
 from tiny import in_stages, replica, with_reference, write_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PretrainedConfig
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
@@ -22,6 +21,7 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.solve_budgets import solve_budgets
@@ -156,7 +156,7 @@ def taking(pool: Pool, writer: RunWriter, reference: Reference) -> TakingPrices:
     manifest = pool.replicas[0].manifest()
     space = SearchSpace(manifest.components[:5], SCHEMES)
     writer.put_components(manifest, space.components)
-    return TakingPrices(cast(ReplicaPool, pool), writer, space, reference, 0, "", lambda: False)
+    return TakingPrices(cast(ModelEvaluator, pool), writer, space, reference, 0, "", lambda: False)
 
 
 def test_prices_are_the_same_for_any_number_of_replicas(folder: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_prices_of_other_options_are_taken_anew(folder: Path, tmp_path: Path) ->
         taking(first, writer, reference)("fisher", Plan(), (0, 8))
         other = Pool([model])
         space = SearchSpace(model.manifest().components[:5], (*SCHEMES, "drop"))
-        take = TakingPrices(cast(ReplicaPool, other), writer, space, reference, 0, "", lambda: False)
+        take = TakingPrices(cast(ModelEvaluator, other), writer, space, reference, 0, "", lambda: False)
         assert take("fisher", Plan(), (0, 8)).shape == (8, 5, 3)
     assert other.taken == [(0, 8)]
 

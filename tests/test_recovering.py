@@ -13,16 +13,16 @@ import pytest
 from safetensors.torch import load_file
 from tiny import TEXT, write_model
 
-from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.config import SearchFile, parse, recovery_of, texts
 from dtmsearch.core.evaluation import ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import RecoveryDiverged, SearchStopped
-from dtmsearch.model.replica.replica import Replica
+from dtmsearch.model.replica.local_replicas import LocalReplicas
 from dtmsearch.model.training.checkpoints import checkpoints
 from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.training.train_loop import Training, train
 from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import Silent
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.recover import Recovering, _failure
@@ -51,11 +51,11 @@ def search_file(folder: Path, steps: int) -> SearchFile:
 def recovering(file: SearchFile, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Recovering]:
     """Trainings for a store beside the file, with a replica in this process for a pool."""
     results = ResultStore(file.folder / "store")
-    replica = Replica(file.model_spec, ReplicaSettings(num_threads=1, weights_folder=results.weights_folder))
-    pool, section = cast(ReplicaPool, replica), file.search.recovery
+    replicas = LocalReplicas(file.model_spec, ReplicaSettings(num_threads=1, weights_folder=results.weights_folder))
+    pool, section = cast(ModelEvaluator, replicas), file.search.recovery
     assert section is not None
     with results.writer("toy") as writer:
-        yield Recovering(file, section, results, writer, pool, replica.manifest(), Silent(), stop_requested)
+        yield Recovering(file, section, results, writer, pool, pool.manifest(), Silent(), stop_requested)
 
 
 def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from inprocess import here, run_here
+from inprocess import run_here
 from processes import tiny_search
 from tiny import TEXT, replica, with_reference, write_model
 
@@ -137,8 +136,7 @@ def begun(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def go_on(file: Path, store: Path) -> None:
-    with here():
-        import_module("dtmsearch.workflows.run").run(config.load(str(file)), str(store))
+    run_here(file, store)
 
 
 def test_a_run_whose_model_has_got_another_end_token_is_not_continued(tmp_path: Path) -> None:

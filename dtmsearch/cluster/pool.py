@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from dtmsearch.cluster.replica_calls import Services
 from dtmsearch.cluster.replica_handle import Call, Held, Member
 from dtmsearch.cluster.replicas import Crew
 from dtmsearch.cluster.sizing import CALL_SECONDS, call_seconds, guess_seconds
+from dtmsearch.cluster.train import train_on_cluster
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     EvalFailure,
@@ -38,6 +40,8 @@ from dtmsearch.core.evaluation import (
     ReplicaSettings,
 )
 from dtmsearch.errors import UserError
+from dtmsearch.model.training.main import STOP_FILE, STOPPED
+from dtmsearch.model.training.training_process import train_apart
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +118,17 @@ class ReplicaPool(Services):
         under way."""
         assert not self._in_flight
         self._crew.leave()
+
+    def train(self, job: Path, stop_requested: Callable[[], bool]) -> int:
+        """On a cluster by its workers, in the places of the replicas; on this machine in a process of its own."""
+        if self._settings.address is None:
+            return train_apart(job, stop_requested)
+        self.rest()
+        return STOPPED if train_on_cluster(str(job), str(job.parent / STOP_FILE), stop_requested) else 0
+
+    def decided(self, fdt_mean: float, bits_per_weight: float) -> None:
+        """Ray's metrics show it."""
+        self.metrics.decided(fdt_mean, bits_per_weight)
 
     def wait_until_ready(self) -> None:
         """Wait for every replica; a search need not, for it begins with the first."""

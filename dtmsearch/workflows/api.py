@@ -24,6 +24,7 @@ from dtmsearch.workflows import evaluate as measuring
 from dtmsearch.workflows import run as running
 from dtmsearch.workflows.check_search import check_search
 from dtmsearch.workflows.lookup import StoreLike
+from dtmsearch.workflows.session import OpenEvaluator
 
 # A search file as its path, as the mapping that it would hold (relative paths start at the current folder), or loaded.
 FileLike = SearchFile | Mapping[str, Any] | str | os.PathLike[str]
@@ -190,22 +191,29 @@ def run(
     observer: Observer | None = None,
     *,
     overrides: Sequence[str] = (),
+    evaluator: OpenEvaluator | None = None,
 ) -> Run:
-    """Start a search, or continue it where it was; a finished one returns at once.
+    """Start a search, or continue it where it was; a finished one returns at once. `evaluator(file, where)` opens what
+    has the model, a `ModelEvaluator`, in the place of the replicas that `where` asks for.
 
     Raises `UserError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
     `StoreError`, `ClusterUnreachable`, `SearchFailed`.
     """
     opened, loaded = open_store(store), search_file(file, overrides)
-    return Run(opened, loaded.run, running.run(loaded, opened, where, observer))
+    return Run(opened, loaded.run, running.run(loaded, opened, where, observer, evaluator))
 
 
 def resume(
-    name: str, store: StoreLike = DEFAULT_STORE, where: Where = Where(), observer: Observer | None = None
+    name: str,
+    store: StoreLike = DEFAULT_STORE,
+    where: Where = Where(),
+    observer: Observer | None = None,
+    *,
+    evaluator: OpenEvaluator | None = None,
 ) -> Run:
-    """Continue a search by its name, from the search file that the store remembers."""
+    """Continue a search by its name, from the search file that the store remembers; `evaluator` as in `run`."""
     opened = open_store(store)
-    return Run(opened, name, running.resume(name, opened, where, observer))
+    return Run(opened, name, running.resume(name, opened, where, observer, evaluator))
 
 
 def demo(store: StoreLike = DEFAULT_STORE, where: Where = Where(), observer: Observer | None = None) -> Run:
@@ -226,14 +234,18 @@ def evaluate(
     store: StoreLike = DEFAULT_STORE,
     where: Where = Where(),
     observer: Observer | None = None,
+    *,
+    evaluator: OpenEvaluator | None = None,
 ) -> measuring.PlanMeasurement:
-    """Measure one plan (a plan file, a run's name, `uniform:SCHEME`) on the prompts of a search file."""
-    return measuring.evaluate(search_file(file), plan, open_store(store), where, observer)
+    """Measure one plan (a plan file, a run's name, `uniform:SCHEME`) on the prompts of a search file; `evaluator` as in
+    `run`."""
+    return measuring.evaluate(search_file(file), plan, open_store(store), where, observer, evaluator)
 
 
-def estimate(file: FileLike, where: Where = Where()) -> estimating.Estimate:
-    """What a search will cost, before it runs: evaluations, tokens, memory, seconds, as timed on this machine."""
-    return estimating.estimate(search_file(file), where)
+def estimate(file: FileLike, where: Where = Where(), *, evaluator: OpenEvaluator | None = None) -> estimating.Estimate:
+    """What a search will cost, before it runs: evaluations, tokens, memory, seconds, as timed on this machine;
+    `evaluator` as in `run`."""
+    return estimating.estimate(search_file(file), where, evaluator)
 
 
 def validate(file: FileLike) -> SearchFile:

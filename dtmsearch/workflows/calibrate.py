@@ -15,12 +15,13 @@ from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.strategies.sparsity import scheme_name
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.text_windows import cut_calibration
 
 if TYPE_CHECKING:
-    from dtmsearch.cluster.pool import ReplicaPool
+    pass
 
 Pair = tuple[str, str]
 
@@ -32,7 +33,7 @@ class Calibrating:
     """The calibration of a search file, made when it is first needed; replicas have it from then on."""
 
     def __init__(
-        self, file: SearchFile, pool: ReplicaPool, results: ResultStore, writer: RunWriter, manifest: ModelManifest
+        self, file: SearchFile, pool: ModelEvaluator, results: ResultStore, writer: RunWriter, manifest: ModelManifest
     ) -> None:
         self._file, self._pool, self._results, self._writer = file, pool, results, writer
         self._manifest = manifest

@@ -25,7 +25,7 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Procedure
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.workflows.build import extra_metrics_of, space_of, strategy_of
-from dtmsearch.workflows.session import pool_for
+from dtmsearch.workflows.session import OpenEvaluator, pool_for
 
 # So many plans are tested where one is to be shown to keep an FDT.
 _USUAL_RUNGS = 12
@@ -53,12 +53,14 @@ class Estimate:
     start_seconds: float = 0.0
 
 
-def estimate(file: SearchFile, where: PoolSettings = PoolSettings()) -> Estimate:
+def estimate(
+    file: SearchFile, where: PoolSettings = PoolSettings(), evaluator: OpenEvaluator | None = None
+) -> Estimate:
     """Estimate the search of a file on the machines of `where`. Raises what `dtmsearch.workflows.run.run` raises."""
     texts.check_readable(file)
     prompts = file.prompts
     started = time.monotonic()
-    with pool_for(file, where, Silent()) as pool:
+    with pool_for(file, where, Silent(), evaluator) as pool:
         manifest = pool.manifest()
         start_seconds = time.monotonic() - started
         space = space_of(file, manifest)

@@ -25,7 +25,7 @@ from dtmsearch.workflows.lookup import (
     stored_file,
 )
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import pool_for, recorded, reference_of, whole_request
+from dtmsearch.workflows.session import OpenEvaluator, pool_for, recorded, reference_of, whole_request
 from dtmsearch.workflows.text_windows import check_not_trained_on, cut_held_out, cut_search, training_text
 
 
@@ -53,7 +53,12 @@ class RecoveredModel:
 
 
 def evaluate(
-    file: SearchFile, plan: str, store: StoreLike, where: Where = Where(), observer: Observer | None = None
+    file: SearchFile,
+    plan: str,
+    store: StoreLike,
+    where: Where = Where(),
+    observer: Observer | None = None,
+    evaluator: OpenEvaluator | None = None,
 ) -> PlanMeasurement:
     """Measure one plan on the prompts of a search file, in all metrics.
 
@@ -66,7 +71,11 @@ def evaluate(
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     weights_id = find_weights_id(plan, results)
     where = replace(where, weights_folder=results.weights_folder)
-    with interruptible(), results.evaluate_writer(file.run) as writer, pool_for(file, where, observer) as pool:
+    with (
+        interruptible(),
+        results.evaluate_writer(file.run) as writer,
+        pool_for(file, where, observer, evaluator) as pool,
+    ):
         manifest = pool.manifest()
         space = space_of(file, manifest)
         chosen = find_plan(plan, space, manifest, results)
@@ -93,6 +102,7 @@ def recover(
     settings: Sequence[str] = (),
     where: Where = Where(),
     observer: Observer | None = None,
+    evaluator: OpenEvaluator | None = None,
 ) -> RecoveredModel:
     """Train the model of a run's final plan under its masks, and measure it before and after.
 
@@ -106,7 +116,11 @@ def recover(
     recovery = config.recovery_of(file, settings)
     texts.paths(file, recovery.files)  # missing ones are said before anything is started
     where = replace(where, weights_folder=results.weights_folder)
-    with interruptible(), results.evaluate_writer(run_name) as writer, pool_for(file, where, observer) as pool:
+    with (
+        interruptible(),
+        results.evaluate_writer(run_name) as writer,
+        pool_for(file, where, observer, evaluator) as pool,
+    ):
         manifest = pool.manifest()
         space = space_of(file, manifest)
         plan, weights_id = find_plan(run_name, space, manifest, results), results.weights_id(run_name)
@@ -123,7 +137,6 @@ def recover(
             observer,
             lambda: False,
             calibration_id,
-            on_cluster=where.address is not None,
         )
         record = record_of(results, run_name)
         prompts = recorded(pool, results, run_name, record.reference_id) or cut_search(file, pool.cut_prompts)

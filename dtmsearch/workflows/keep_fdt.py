@@ -12,6 +12,7 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalResult, Reference
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import measure
 from dtmsearch.search.min_fdt import bound, smallest_that_keeps
 from dtmsearch.store.store import RunWriter
@@ -19,7 +20,7 @@ from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import whole_request
 
 if TYPE_CHECKING:
-    from dtmsearch.cluster.pool import ReplicaPool
+    pass
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def keep_fdt(
     file: SearchFile,
     ladder: Sequence[Plan],
     reference: Reference,
-    pool: ReplicaPool,
+    pool: ModelEvaluator,
     writer: RunWriter,
     calibrating: Calibrating,
     stop_requested: Callable[[], bool],

@@ -1,4 +1,4 @@
-"""The trainings of a run: found in the store, or made by a process beside the driver.
+"""The trainings of a run: found in the store, or made by the side that has the model.
 
 The driver's side, without torch: what a training starts from comes from a replica, what it comes to goes back to all
 of them by way of the store's folder. A training is named by all that determines it, so a run that is killed finds its
@@ -8,9 +8,6 @@ checkpoints, and another run that wants the same finds the weights.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -22,21 +19,17 @@ from dtmsearch.core.identity import identity
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
 from dtmsearch.errors import RecoveryDiverged, SearchStopped, UserError
-from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOP_FILE, STOPPED
+from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOPPED
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.store.store import ResultStore, RunWriter
 
 if TYPE_CHECKING:
-    from dtmsearch.cluster.pool import ReplicaPool
+    pass
 
 # Raise it when the same job would come to other weights.
 _VERSION = 2
-_POLL_SECONDS = 0.2
-# What runs as the process of a training.
-TRAINING_MODULE = "dtmsearch.model.training.main"
-# A training that is interrupted has this long to write its checkpoint.
-_PATIENCE_SECONDS = 120.0
 
 
 class Recovering:
@@ -48,12 +41,11 @@ class Recovering:
         recovery: RecoverySection,
         results: ResultStore,
         writer: RunWriter,
-        pool: ReplicaPool,
+        pool: ModelEvaluator,
         manifest: ModelManifest,
         observer: Observer,
         stop_requested: Callable[[], bool],
         calibration_id: str = "",
-        on_cluster: bool = False,
     ) -> None:
         if not isinstance(results.folder, LocalFolder):
             raise UserError(
@@ -62,7 +54,7 @@ class Recovering:
             )
         self._file, self._recovery, self._writer, self._pool = file, recovery, writer, pool
         self._manifest, self._observer, self._stop_requested = manifest, observer, stop_requested
-        self._calibration_id, self._on_cluster = calibration_id, on_cluster
+        self._calibration_id = calibration_id
         self._root = Path(results.folder.full("trainings"))
         self._weights = Path(results.weights_folder)
         self._text_digest = _digest(texts.paths(file, recovery.files))
@@ -117,41 +109,11 @@ class Recovering:
 
     def _train(self, folder: Path) -> None:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
-        if self._on_cluster:
-            from dtmsearch.cluster.train import train_on_cluster
-
-            self._pool.rest()  # its places are the workers'
-            stopped = train_on_cluster(str(folder / JOB_FILE), str(folder / STOP_FILE), self._stop_requested)
-            code = STOPPED if stopped else 0
-        else:
-            code = self._train_here(folder)
+        code = self._pool.train(folder / JOB_FILE, self._stop_requested)
         if code == STOPPED:
             raise SearchStopped
         if not (folder / "result.json").exists():
             raise _failure(folder, code)
-
-    def _train_here(self, folder: Path) -> int:
-        command = [sys.executable, "-m", TRAINING_MODULE, str(folder / JOB_FILE)]
-        stop = folder / STOP_FILE
-        stop.unlink(missing_ok=True)
-        with (folder / LOG_FILE).open("ab") as log:
-            process = subprocess.Popen(  # noqa: S603 (our own module)
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
-        try:
-            while process.poll() is None:
-                time.sleep(_POLL_SECONDS)
-                if self._stop_requested():
-                    stop.touch()  # it ends after a step, of several processes after some
-            # Where accelerate has started several processes, theirs is not the code that is seen here.
-            return STOPPED if self._stop_requested() else process.returncode
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(_PATIENCE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
 
 
 def _failure(folder: Path, code: int) -> Exception:

@@ -24,6 +24,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
 from dtmsearch.errors import ClusterLost, RecoveryDiverged, SearchStopped, StoreError, StoreFull, UserError
 from dtmsearch.logs import naming
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import Decision, Observer, Silent, Strategy, remarks_of, search
 from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.space import SearchSpace
@@ -37,7 +38,7 @@ from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
 from dtmsearch.workflows.lookup import StoreLike, begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import pool_for, recorded, reference_of
+from dtmsearch.workflows.session import OpenEvaluator, pool_for, recorded, reference_of
 from dtmsearch.workflows.take_prices import TakingPrices
 from dtmsearch.workflows.text_windows import (
     Cut,
@@ -51,8 +52,7 @@ from dtmsearch.workflows.text_windows import (
 from dtmsearch.workflows.validate import Validation, is_anything_chosen
 
 if TYPE_CHECKING:
-    from dtmsearch.cluster.pool import ReplicaPool
-    from dtmsearch.cluster.prometheus import Metrics
+    pass
 
 __all__ = [
     "PlanMeasurement",
@@ -73,20 +73,27 @@ _RARELY, _RARE_NAMED = 0.1, 5
 
 
 class _Counting:
-    """An observer behind which Ray's metrics hear of decisions too."""
+    """An observer behind which those who watch the machines hear of decisions too."""
 
-    def __init__(self, observer: Observer, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, observer: Observer, pool: ModelEvaluator) -> None:
+        self._pool = pool
         self.on_progress, self.on_note = observer.on_progress, observer.on_note
         self._on_decision = observer.on_decision
 
     def on_decision(self, decision: Decision, replayed: bool) -> None:
-        self._metrics.decided(decision.summary.fdt_mean, decision.size.bits_per_weight)
+        self._pool.decided(decision.summary.fdt_mean, decision.size.bits_per_weight)
         self._on_decision(decision, replayed)
 
 
-def run(file: SearchFile, store: StoreLike, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
-    """Start a search, or continue it where it was; a finished one returns at once.
+def run(
+    file: SearchFile,
+    store: StoreLike,
+    where: Where = Where(),
+    observer: Observer | None = None,
+    evaluator: OpenEvaluator | None = None,
+) -> RunSummary:
+    """Start a search, or continue it where it was; a finished one returns at once. `evaluator` opens what has the
+    model, in the place of replicas as `where` says.
 
     Raises `UserError` for a user's mistake, `SearchStopped` when it was stopped or interrupted (it can be resumed),
     `StoreError` when the store cannot be used, `ClusterUnreachable`, `SearchFailed`.
@@ -100,11 +107,17 @@ def run(file: SearchFile, store: StoreLike, where: Where = Where(), observer: Ob
             return replace(summarize_run(results, file.run), already_complete=True)
         observer.on_note(f"rows of {' and '.join(missing)} of run {file.run} are lost, and are measured again")
     with interruptible(), naming(file.run), results.writer(file.run, where.retry_out_of_memory) as writer:
-        _Session(file, results, writer, where, observer, begun(results, file)).run()
+        _Session(file, results, writer, where, observer, begun(results, file), evaluator).run()
     return summarize_run(results, file.run)
 
 
-def resume(run_name: str, store: StoreLike, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
+def resume(
+    run_name: str,
+    store: StoreLike,
+    where: Where = Where(),
+    observer: Observer | None = None,
+    evaluator: OpenEvaluator | None = None,
+) -> RunSummary:
     """Continue a search by its name, from the search file that the store remembers.
 
     Raises also `UserError` where the search cannot be continued from here, because its texts are elsewhere.
@@ -112,7 +125,7 @@ def resume(run_name: str, store: StoreLike, where: Where = Where(), observer: Ob
     results = open_store(store)
     file = stored_file(results, run_name)
     check_continuable(results, file)
-    return run(file, store, where, observer)
+    return run(file, store, where, observer, evaluator)
 
 
 def demo(store: StoreLike, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
@@ -156,7 +169,9 @@ class _Session:
         where: Where,
         observer: Observer,
         previous: RunRecord | None,
+        evaluator: OpenEvaluator | None,
     ) -> None:
+        self._evaluator = evaluator
         self._file, self._results, self._writer = file, results, writer
         self._where, self._observer, self._previous = where, observer, previous
         self._milestones: Sequence[Milestone] = ()
@@ -183,7 +198,7 @@ class _Session:
             self._save(status="running", finished_at=None, message=None)
             texts.check_readable(self._file)
             where = replace(self._where, weights_folder=self._results.weights_folder)
-            with pool_for(self._file, where, self._observer) as pool:
+            with pool_for(self._file, where, self._observer, self._evaluator) as pool:
                 self._run(pool)
         except (KeyboardInterrupt, SearchStopped):
             reason = self._results.stop_reason(self._file.run)
@@ -199,7 +214,7 @@ class _Session:
         self._record = replace(self._record, **changes)  # type: ignore[arg-type]
         self._writer.put_run(self._record)
 
-    def _run(self, pool: ReplicaPool) -> None:
+    def _run(self, pool: ModelEvaluator) -> None:
         manifest = pool.manifest()
         space = space_of(self._file, manifest)
         if self._record.manifest_id not in (None, manifest.id):
@@ -227,7 +242,7 @@ class _Session:
             self._validate(pool, space, plan, held_out, calibrating)
         self._save(status="finished", finished_at=time.time())
 
-    def _cut(self, pool: ReplicaPool, calibrating: Calibrating) -> tuple[Cut, Cut | None, Cut | None]:
+    def _cut(self, pool: ModelEvaluator, calibrating: Calibrating) -> tuple[Cut, Cut | None, Cut | None]:
         """The search's prompts, the held-out ones, if the file has any, and those by which `min_fdt` is kept, if it is;
         as the run began with, where it has. All are cut before anything is measured: where a text does not hold
         enough, that is said now."""
@@ -251,7 +266,7 @@ class _Session:
                 self._observer.on_note(f"{whose} prompts: {text}")
         return search, held_out, own
 
-    def _keep_fdt(self, pool: ReplicaPool, ladder: Sequence[Plan], own: Cut, calibrating: Calibrating) -> KeptPlan:
+    def _keep_fdt(self, pool: ModelEvaluator, ladder: Sequence[Plan], own: Cut, calibrating: Calibrating) -> KeptPlan:
         """The smallest plan of the search that is shown to keep `min_fdt`."""
         reference = reference_of(pool, self._results, self._writer, own, self._observer.on_note)
         self._save(min_fdt_reference_id=reference.id)
@@ -262,21 +277,21 @@ class _Session:
         return kept
 
     def _search(
-        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
+        self, pool: ModelEvaluator, space: SearchSpace, reference: Reference, calibrating: Calibrating
     ) -> tuple[Plan | None, Sequence[str], Sequence[Plan]]:
         """The plan that the search comes to, what its strategy has to say of it, and the less compressed plans on the
         way there."""
         strategy = self._strategy(pool, space, reference, calibrating)
         limit_seconds = self._file.search.stop.seconds
         cost_of = partial(evaluation_cost, manifest=pool.manifest())
-        observer = _Counting(self._observer, pool.metrics)
+        observer = _Counting(self._observer, pool)
         plan = search(strategy, pool, self._writer, observer, self._stop_requested, limit_seconds, cost_of=cost_of)
         if isinstance(strategy, Sparsity):
             self._milestones = strategy.milestones
         return plan, remarks_of(strategy), ladder_of(strategy)
 
     def _strategy(
-        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibrating: Calibrating
+        self, pool: ModelEvaluator, space: SearchSpace, reference: Reference, calibrating: Calibrating
     ) -> Strategy:
         calibration_id = calibrating.for_schemes(space.components, space.schemes)
         if self._file.search.strategy == "sparsity":
@@ -290,7 +305,7 @@ class _Session:
         return strategy_of(self._file, space, reference.id, known_errors, calibration_id, take)
 
     def _taking_prices(
-        self, pool: ReplicaPool, space: SearchSpace, reference: Reference, calibration_id: str
+        self, pool: ModelEvaluator, space: SearchSpace, reference: Reference, calibration_id: str
     ) -> TakingPrices | None:
         """What takes prices; None where they cannot be had and the strategy does without. Raises `UserError`."""
         problem = pool.unpriceable([component.name for component in space.components])
@@ -302,12 +317,12 @@ class _Session:
             return None
         return TakingPrices(pool, self._writer, space, reference, self._file.seed, calibration_id, self._stop_requested)
 
-    def _recovering(self, pool: ReplicaPool, calibration_id: str) -> Recovering | None:
+    def _recovering(self, pool: ModelEvaluator, calibration_id: str) -> Recovering | None:
         """What trains after every round, if the file wants that."""
         section = self._file.search.recovery
         if section is None:
             return None
-        results, writer, where = self._results, self._writer, self._where
+        results, writer = self._results, self._writer
         return Recovering(
             self._file,
             section,
@@ -318,12 +333,11 @@ class _Session:
             self._observer,
             self._stop_requested,
             calibration_id,
-            on_cluster=where.address is not None,
         )
 
     def _validate(
         self,
-        pool: ReplicaPool,
+        pool: ModelEvaluator,
         space: SearchSpace,
         plan: Plan,
         held_out: Cut,
@@ -342,7 +356,7 @@ class _Session:
         validation.record_continuations(judged)
 
     def _held_out_references(
-        self, pool: ReplicaPool, held_out: Cut, is_chosen: bool
+        self, pool: ModelEvaluator, held_out: Cut, is_chosen: bool
     ) -> tuple[Reference | None, Reference]:
         """What the plan and its rival are chosen by, if anything `is_chosen`, and what they are reported on: parts of
         the held-out prompts, in use by the pool; those that the run began with, where it has."""

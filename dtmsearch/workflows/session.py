@@ -5,7 +5,7 @@ the store. Knows no strategy and no verb.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
@@ -21,16 +21,22 @@ from dtmsearch.core.evaluation import (
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import Observer
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.text_windows import Cut
 
-if TYPE_CHECKING:
-    from dtmsearch.cluster.pool import ReplicaPool
+# What opens the side that has the model, for a search file and where it runs.
+OpenEvaluator = Callable[[SearchFile, Where], ModelEvaluator]
 
 
-def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
-    """Replicas of a search file's model, to be closed by `with`. Raises `UserError` for a folder that holds none."""
+def pool_for(
+    file: SearchFile, where: Where, observer: Observer, evaluator: OpenEvaluator | None = None
+) -> ModelEvaluator:
+    """What has a search file's model, to be closed by `with`: replicas on a cluster or in this process, or what
+    `evaluator` opens in the place of both. Raises `UserError` for a folder that holds no model."""
+    if evaluator is not None:
+        return evaluator(file, where)
     if file.model.trust_remote_code:
         observer.on_note(
             f"WARNING: TRUST_REMOTE_CODE IS ON. PYTHON CODE THAT COMES WITH {file.model.path} RUNS WITH ALL YOUR RIGHTS"
@@ -42,14 +48,14 @@ def pool_for(file: SearchFile, where: Where, observer: Observer) -> ReplicaPool:
         from dtmsearch.model.replica.local_replicas import LocalReplicas
 
         settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
-        return cast("ReplicaPool", LocalReplicas(file.model_spec, settings))  # it answers as a pool does
+        return cast(ModelEvaluator, LocalReplicas(file.model_spec, settings))  # it answers as a pool does
     from dtmsearch.cluster.pool import ReplicaPool
 
     return ReplicaPool(file.model_spec, where, observer.on_note, run=file.run)
 
 
 def reference_of(
-    pool: ReplicaPool, results: ResultStore, writer: RunWriter, cut: Cut, on_note: Callable[[str], None]
+    pool: ModelEvaluator, results: ResultStore, writer: RunWriter, cut: Cut, on_note: Callable[[str], None]
 ) -> Reference:
     """The reference of prompts, from the store if any run has made it before. `on_note` hears how the prompts differ
     from the text that they are cut from."""
@@ -61,7 +67,7 @@ def reference_of(
     return reference
 
 
-def recorded(pool: ReplicaPool, results: ResultStore, run: str, known_id: str | None) -> Cut | None:
+def recorded(pool: ModelEvaluator, results: ResultStore, run: str, known_id: str | None) -> Cut | None:
     """The prompts that a run began with, which it keeps to whatever its texts hold now. Raises `UserError` where the
     model would continue them otherwise than it did then."""
     reference = None if known_id is None else results.reference(known_id)

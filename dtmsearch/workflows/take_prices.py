@@ -15,11 +15,12 @@ from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind, PriceRequest
 from dtmsearch.errors import SearchStopped
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import RunWriter
 
 if TYPE_CHECKING:
-    from dtmsearch.cluster.pool import ReplicaPool
+    pass
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
 _BLOCK_SAMPLES = {"cpu": 32, "cuda": 128}
@@ -30,7 +31,7 @@ class TakingPrices:
 
     def __init__(
         self,
-        pool: ReplicaPool,
+        pool: ModelEvaluator,
         writer: RunWriter,
         space: SearchSpace,
         reference: Reference,

@@ -23,6 +23,7 @@ from dtmsearch.search.baselines import (
     rivals_of,
     uniform_rivals,
 )
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import Observer, measure
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone
@@ -32,7 +33,7 @@ from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import whole_request
 
 if TYPE_CHECKING:
-    from dtmsearch.cluster.pool import ReplicaPool
+    pass
 
 # What the final plan is called among the plans that are validated.
 _PLAN = "plan"
@@ -61,7 +62,7 @@ class Validation:
     space: SearchSpace
     choice: Reference | None
     reference: Reference
-    pool: ReplicaPool
+    pool: ModelEvaluator
     writer: RunWriter
     observer: Observer
     milestones: Sequence[Milestone]

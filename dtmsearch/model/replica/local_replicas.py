@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, ReplicaSettings
 from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.model.training.training_process import train_apart
 
 # Evaluations of one call: between calls the search writes what it has, and looks whether it is to stop.
 _REQUESTS_PER_CALL = 8
-
-
-class LocalMetrics:
-    """Counts nothing: there is no cluster to show it to."""
-
-    def decided(self, *_: float) -> None: ...
 
 
 class LocalReplicas:
@@ -29,7 +25,6 @@ class LocalReplicas:
         self._replica = Replica(spec, settings)
         self._waiting: list[EvalRequest] = []
         self._solved: dict[str, dict[tuple[str, str], PackedMatrix]] = {}
-        self.metrics = LocalMetrics()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -63,9 +58,13 @@ class LocalReplicas:
         """Take prices, a request after the other; yields a block as it is done."""
         return map(self._replica.price, requests)
 
-    def rest(self) -> None:
-        """Let go of memory while something else needs it, such as a training."""
+    def train(self, job: Path, stop_requested: Callable[[], bool]) -> int:
+        """Train in a process of its own, which gets the memory of the device."""
         self._replica.release_memory()
+        return train_apart(job, stop_requested)
+
+    def decided(self, fdt_mean: float, bits_per_weight: float) -> None:
+        """There is no cluster to show it to."""
 
     def __enter__(self) -> Self:
         return self
