@@ -14,16 +14,16 @@ import itertools
 import os
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 
 from dtmsearch import config
 from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.pool import ReplicaPool
+from dtmsearch.cluster.pool_settings import PoolSettings
+from dtmsearch.config import SearchFile
 from dtmsearch.errors import ClusterLost, ClusterUnreachable, RunLocked, SearchStopped, StoreError, StoreFull
 from dtmsearch.search.loop import Decision, Progress
 from dtmsearch.store.files import LocalFolder
-from dtmsearch.workflows import session as driver
 
 # By name: in the package itself `run` is the verb.
 composed = importlib.import_module("dtmsearch.workflows.run")
@@ -53,15 +53,20 @@ def fail_every(number: int) -> None:
     LocalFolder._write_synced = sometimes  # type: ignore[method-assign,assignment]
 
 
+def faulty_pool(file: SearchFile, where: PoolSettings) -> ReplicaPool:
+    return ReplicaPool(
+        file.model_spec, where, Notes().on_note, replica_class="faulty:Faulty", health=HEALTH, run=file.run
+    )
+
+
 def main(file: str, store: str, address: str, replicas: str) -> int:
-    driver.ReplicaPool = partial(ReplicaPool, replica_class="faulty:Faulty", health=HEALTH)
     if "CHAOS_FAIL_EVERY" in os.environ:
         fail_every(int(os.environ["CHAOS_FAIL_EVERY"]))
     try:
         # The undisturbed search guesses nothing, so that it has made all evaluations that are asked for and no more.
         calm = float((Path(os.environ["CHAOS_FOLDER"]) / "seconds").read_text()) == 0
         where = composed.Where(address=address, replicas=int(replicas), guess_from=99 if calm else 1)
-        composed.run(config.load(file), store, where, Notes())
+        composed.run(config.load(file), store, where, Notes(), faulty_pool)
     except (SearchStopped, StoreFull, ClusterLost) as stopped:
         print("stopped:", stopped)
         return 3

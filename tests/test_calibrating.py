@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,10 +20,13 @@ from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatri
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.evaluator import ModelEvaluator
+from dtmsearch.search.loop import Silent
 from dtmsearch.store.codecs import calibrations
 from dtmsearch.store.codecs.calibrations import weight_errors_table
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.calibrate import Calibrating
+from dtmsearch.workflows.session import Session
 
 SCHEMES = ("wanda-0.5", "gptq-int3-g8", "int4-g8+wanda-0.5", "int4-g8+sparsegpt-0.5")
 
@@ -80,7 +83,8 @@ def world(folder: Path, writer: RunWriter, results: ResultStore, **changes: Any)
     file = config.load(tiny_search(folder, search__schemes=list(SCHEMES), **changes))
     pool = OneReplica(replica(folder / "model"))
     manifest = pool.replica.manifest()
-    return World(Calibrating(file, pool, results, writer, manifest), pool, results, writer)  # type: ignore[arg-type]
+    session = Session(file, results, writer, cast(ModelEvaluator, pool), manifest, Silent())
+    return World(Calibrating(session), pool, results, writer)
 
 
 def arrays(matrices: dict[tuple[str, str], PackedMatrix]) -> dict[tuple[str, str], list[Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from fakes import FakeEvaluator, MemoryLog, request_for, run_search, toy_components
+from fakes import FakeEvaluator, MemoryLog, request_for, run_search, toy_components, toy_manifest
 from inprocess import run_here
 from test_validation import reference
 from tiny import TEXT, write_model
@@ -23,11 +23,13 @@ from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, IntA
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import Values, lower_bound
 from dtmsearch.core.windows import num_touching
+from dtmsearch.search.loop import Silent
 from dtmsearch.search.min_fdt import ladder_of, smallest_that_keeps
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
+from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.text_windows import text_lines
 
 SETS, LENGTH = 400, 100
@@ -136,7 +138,9 @@ def kept(fdt_of: dict[int, int]) -> KeptPlan:
     pool: Any = FakeEvaluator(answer, per_poll=8)
     log: Any = MemoryLog()
     calibrating: Any = SimpleNamespace(for_plans=lambda _: "")
-    return keep_fdt(file, PLANS, reference("own"), pool, log, calibrating, lambda: False)
+    nobody: Any = None
+    session = Session(file, nobody, log, pool, toy_manifest(), Silent())
+    return keep_fdt(session, calibrating, PLANS, reference("own"))
 
 
 def test_the_plan_is_the_smallest_that_is_shown_to_keep_it() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.evaluator import ModelEvaluator
+from dtmsearch.search.loop import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.solve_budgets import solve_budgets
 from dtmsearch.workflows.take_prices import TakingPrices
 
@@ -152,11 +155,16 @@ class Pool:
             yield self.replicas[at % len(self.replicas)].price(request)
 
 
+def session_of(pool: Pool, writer: RunWriter) -> Session:
+    unread: Any = SimpleNamespace(seed=0)
+    return Session(unread, unread, writer, cast(ModelEvaluator, pool), pool.replicas[0].manifest(), Silent())
+
+
 def taking(pool: Pool, writer: RunWriter, reference: Reference) -> TakingPrices:
     manifest = pool.replicas[0].manifest()
     space = SearchSpace(manifest.components[:5], SCHEMES)
     writer.put_components(manifest, space.components)
-    return TakingPrices(cast(ModelEvaluator, pool), writer, space, reference, 0, "", lambda: False)
+    return TakingPrices(session_of(pool, writer), space, reference, "")
 
 
 def test_prices_are_the_same_for_any_number_of_replicas(folder: Path, tmp_path: Path) -> None:
@@ -193,7 +201,7 @@ def test_prices_of_other_options_are_taken_anew(folder: Path, tmp_path: Path) ->
         taking(first, writer, reference)("fisher", Plan(), (0, 8))
         other = Pool([model])
         space = SearchSpace(model.manifest().components[:5], (*SCHEMES, "drop"))
-        take = TakingPrices(cast(ModelEvaluator, other), writer, space, reference, 0, "", lambda: False)
+        take = TakingPrices(session_of(other, writer), space, reference, "")
         assert take("fisher", Plan(), (0, 8)).shape == (8, 5, 3)
     assert other.taken == [(0, 8)]
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from safetensors.torch import load_file
@@ -26,9 +26,11 @@ from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import Silent
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.recover import Recovering, _failure
+from dtmsearch.workflows.session import Session
 
 DOWN = "model.layers.1.mlp.down_proj"
 PLAN = Plan.of({DOWN: "magnitude-0.5", "model.layers.0.self_attn.k_proj": "drop"})
+NOBODY: Any = (None, None, None)
 SEARCH = """
 run: toy
 model: {path: model, dtype: float32}
@@ -55,7 +57,8 @@ def recovering(file: SearchFile, stop_requested: Callable[[], bool] = lambda: Fa
     pool, section = cast(ModelEvaluator, replicas), file.search.recovery
     assert section is not None
     with results.writer("toy") as writer:
-        yield Recovering(file, section, results, writer, pool, pool.manifest(), Silent(), stop_requested)
+        session = Session(file, results, writer, pool, pool.manifest(), Silent(), stop_requested)
+        yield Recovering(session, section)
 
 
 def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_bucket_cannot_hold_trainings(tmp_path: Path) -> None:
     section = file.search.recovery
     assert section is not None
     with pytest.raises(ValueError, match="is a bucket: give --store a folder that every node sees"):
-        Recovering(file, section, bucket, None, None, None, Silent(), lambda: False)  # type: ignore[arg-type]
+        Recovering(Session(file, bucket, *NOBODY, Silent()), section)
 
 
 def test_recover_takes_the_files_settings_and_overrides(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.baselines import uniform_rivals
 from dtmsearch.search.loop import Silent
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.text_windows import halves
 from dtmsearch.workflows.validate import Judged, Validation, is_anything_chosen
 
@@ -59,9 +60,11 @@ def keeping(min_fdt: float) -> SearchFile:
 
 def judged(choice: Reference | None, log: MemoryLog, file: SearchFile = FILE) -> Judged:
     pool: Any = FakeEvaluator(answer, per_poll=8)
-    validation = Validation(file, SPACE, choice, REPORT, pool, cast(Any, log), Silent(), ())
+    nobody: Any = None
+    session = Session(file, nobody, cast(Any, log), pool, toy_manifest(), Silent())
+    validation = Validation(session, SPACE, choice, REPORT, ())
     calibrating: Any = SimpleNamespace(for_plans=lambda _: "")
-    return validation.judge(PLAN, calibrating, lambda: False)
+    return validation.judge(PLAN, calibrating)
 
 
 def test_a_plan_gives_way_by_other_prompts_than_it_is_reported_on() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import Continuation, GenerationRules, PromptTokens, Reference, Speed
+from dtmsearch.core.evaluation import Continuation, GenerationRules, IntArray, PromptTokens, Reference, Speed
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
@@ -51,6 +51,9 @@ class ModelEvaluator(Evaluator, Protocol):
         *further: Any,
     ) -> tuple[PromptTokens, str]:
         """Windows of texts, and the id that their reference has or will have. Raises `TooLittleText`."""
+
+    def tokenized(self, texts: Sequence[str]) -> list[IntArray]:
+        """The tokens of texts, [tokens] each."""
 
     def reference_id(self, prompts: PromptTokens) -> str: ...
 

@@ -7,21 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from dtmsearch.config import SearchFile
 from dtmsearch.core.calibration import Calibration, WeightError
-from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
-from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.strategies.sparsity import scheme_name
-from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.text_windows import cut_calibration
-
-if TYPE_CHECKING:
-    pass
 
 Pair = tuple[str, str]
 
@@ -32,11 +26,8 @@ _ERROR_STEPS = 20
 class Calibrating:
     """The calibration of a search file, made when it is first needed; replicas have it from then on."""
 
-    def __init__(
-        self, file: SearchFile, pool: ModelEvaluator, results: ResultStore, writer: RunWriter, manifest: ModelManifest
-    ) -> None:
-        self._file, self._pool, self._results, self._writer = file, pool, results, writer
-        self._manifest = manifest
+    def __init__(self, session: Session) -> None:
+        self._session, self._file, self._pool, self._writer = session, session.file, session.pool, session.writer
         self._handed: set[Pair] = set()
 
     @cached_property
@@ -55,7 +46,7 @@ class Calibrating:
     def id(self) -> str:
         """The calibration's id; it is cut, and its statistics are gathered, if that has not been done."""
         calibration = self._calibration
-        statistics = self._results.statistics(calibration.id)
+        statistics = self._session.store.statistics(calibration.id)
         if statistics is None:
             statistics = self._writer.put_statistics(calibration, self._pool.gather_statistics(calibration))
         self._pool.use_calibration(calibration, statistics)
@@ -117,18 +108,18 @@ class Calibrating:
             return
         # A part for a replica: a layer, or all that is to be solved one layer after the other.
         parts = self._by_layer if self._file.calibration_through == "base" else _by_scheme
-        missing = parts(wanted - self._results.solved(self.id))
+        missing = parts(wanted - self._session.store.solved(self.id))
         for matrices in self._pool.solve(self.id, missing):
             self._writer.put_matrices(self.id, matrices)
         for pairs in self._by_layer(wanted):
-            recorded = self._results.matrices(self.id, {component for component, _ in pairs})
+            recorded = self._session.store.matrices(self.id, {component for component, _ in pairs})
             self._pool.use_solved(self.id, [recorded[pair] for pair in pairs])
         self._handed |= wanted
 
     def _by_layer(self, pairs: set[Pair]) -> list[list[Pair]]:
         layers: dict[int, list[Pair]] = {}
         for component, scheme in sorted(pairs):
-            layers.setdefault(self._manifest.by_name[component].layer, []).append((component, scheme))
+            layers.setdefault(self._session.manifest.by_name[component].layer, []).append((component, scheme))
         return [layers[layer] for layer in sorted(layers)]
 
 

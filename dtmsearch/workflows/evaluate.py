@@ -12,8 +12,8 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize
-from dtmsearch.search.loop import Observer, Silent, measure
-from dtmsearch.workflows.build import held_out_metrics_of, space_of
+from dtmsearch.search.loop import Observer, Silent
+from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.lookup import (
@@ -25,7 +25,7 @@ from dtmsearch.workflows.lookup import (
     stored_file,
 )
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import OpenEvaluator, pool_for, recorded, reference_of, whole_request
+from dtmsearch.workflows.session import OpenEvaluator, opened, whole_request
 from dtmsearch.workflows.text_windows import check_not_trained_on, cut_held_out, cut_search, training_text
 
 
@@ -70,22 +70,19 @@ def evaluate(
     check_plan_argument(plan, results)
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     weights_id = find_weights_id(plan, results)
-    where = replace(where, weights_folder=results.weights_folder)
     with (
         interruptible(),
         results.evaluate_writer(file.run) as writer,
-        pool_for(file, where, observer, evaluator) as pool,
+        opened(file, results, writer, where, observer, evaluator) as session,
     ):
-        manifest = pool.manifest()
-        space = space_of(file, manifest)
-        chosen = find_plan(plan, space, manifest, results)
-        writer.put_components(manifest, space.components)
-        prompts = cut_search(file, pool.cut_prompts)
-        reference = reference_of(pool, results, writer, prompts, observer.on_note)
-        pool.use(reference)
-        calibration_id = Calibrating(file, pool, results, writer, manifest).for_plans([chosen])
+        space = session.space
+        chosen = find_plan(plan, space, session.manifest, results)
+        writer.put_components(session.manifest, space.components)
+        reference = session.reference(cut_search(file, session.pool.cut_prompts))
+        session.pool.use(reference)
+        calibration_id = Calibrating(session).for_plans([chosen])
         request = whole_request(chosen, reference, calibration_id, weights_id, held_out_metrics_of(file))
-        outcome = measure({plan: request}, pool, writer, "evaluate")[plan]
+        outcome = session.measure({plan: request}, "evaluate")[plan]
     return PlanMeasurement(
         label=plan,
         plan=chosen,
@@ -115,44 +112,32 @@ def recover(
     file = stored_file(results, run_name)
     recovery = config.recovery_of(file, settings)
     texts.paths(file, recovery.files)  # missing ones are said before anything is started
-    where = replace(where, weights_folder=results.weights_folder)
     with (
         interruptible(),
         results.evaluate_writer(run_name) as writer,
-        pool_for(file, where, observer, evaluator) as pool,
+        opened(file, results, writer, where, observer, evaluator) as session,
     ):
-        manifest = pool.manifest()
-        space = space_of(file, manifest)
-        plan, weights_id = find_plan(run_name, space, manifest, results), results.weights_id(run_name)
-        writer.put_components(manifest, space.components)
-        calibrating = Calibrating(file, pool, results, writer, manifest)
+        pool = session.pool
+        plan, weights_id = find_plan(run_name, session.space, session.manifest, results), results.weights_id(run_name)
+        writer.put_components(session.manifest, session.space.components)
+        calibrating = Calibrating(session)
         calibration_id = calibrating.for_plans([plan])
-        recovering = Recovering(
-            file,
-            recovery,
-            results,
-            writer,
-            pool,
-            manifest,
-            observer,
-            lambda: False,
-            calibration_id,
-        )
+        recovering = Recovering(session, recovery, calibration_id)
         record = record_of(results, run_name)
-        prompts = recorded(pool, results, run_name, record.reference_id) or cut_search(file, pool.cut_prompts)
+        prompts = session.recorded(record.reference_id) or cut_search(file, pool.cut_prompts)
         if file.validation is not None:
             others = [prompts[0].tokens, *calibrating.rows_of_its_own]
-            held_out = recorded(pool, results, run_name, record.validation_reference_id)
+            held_out = session.recorded(record.validation_reference_id)
             trained_on = training_text(file, recovery, pool.tokenized)
             if held_out is not None:
                 check_not_trained_on(run_name, held_out[0], trained_on)
             prompts = held_out or cut_held_out(file, pool.cut_prompts, others, trained_on)
         trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
-        reference = reference_of(pool, results, writer, prompts, observer.on_note)
+        reference = session.reference(prompts)
         pool.use(reference)
         before = whole_request(plan, reference, calibration_id, weights_id, held_out_metrics_of(file))
         requests = {"before": before, "after": replace(before, weights_id=trained)}
-        found = measure(requests, pool, writer, "evaluate")
+        found = session.measure(requests, "evaluate")
     summaries = {label: None if isinstance(o, EvalFailure) else summarize(o) for label, o in found.items()}
     weights_file = f"{results.weights_folder}/{trained}.safetensors"
     return RecoveredModel(run_name, trained, weights_file, summaries["before"], summaries["after"])

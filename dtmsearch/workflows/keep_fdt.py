@@ -3,24 +3,16 @@ neither search nor validation sees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from dtmsearch.analysis.format import counted
-from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalResult, Reference
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import measure
 from dtmsearch.search.min_fdt import bound, smallest_that_keeps
-from dtmsearch.store.store import RunWriter
 from dtmsearch.workflows.calibrate import Calibrating
-from dtmsearch.workflows.session import whole_request
-
-if TYPE_CHECKING:
-    pass
+from dtmsearch.workflows.session import Session, whole_request
 
 
 @dataclass(frozen=True)
@@ -31,22 +23,14 @@ class KeptPlan:
     said: str
 
 
-def keep_fdt(
-    file: SearchFile,
-    ladder: Sequence[Plan],
-    reference: Reference,
-    pool: ModelEvaluator,
-    writer: RunWriter,
-    calibrating: Calibrating,
-    stop_requested: Callable[[], bool],
-) -> KeptPlan:
+def keep_fdt(session: Session, calibrating: Calibrating, ladder: Sequence[Plan], reference: Reference) -> KeptPlan:
     """The last of `ladder`, from the least compressed plan to the search's own, that is shown to keep `min_fdt` on a
-    reference that `pool` holds; the unquantized model where none is. Raises `SearchStopped` when that is wished."""
-    stop = file.search.stop
+    reference that the replicas hold; the unquantized model where none is. Raises `SearchStopped`."""
+    stop = session.file.search.stop
     assert stop.min_fdt is not None
     calibration_id = calibrating.for_plans(ladder)
     requests = {f"min_fdt:{i}": whole_request(plan, reference, calibration_id) for i, plan in enumerate(ladder)}
-    outcomes = list(measure(requests, pool, writer, "choice", stop_requested).values())
+    outcomes = list(session.measure(requests, "choice").values())
     asked = f"min_fdt {stop.min_fdt:g}"
     on = f"on {counted(reference.num_prompts, 'prompt')} of its own"
     kept = smallest_that_keeps(outcomes, stop.min_fdt, stop.min_fdt_confidence)

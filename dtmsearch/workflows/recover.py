@@ -8,25 +8,18 @@ checkpoints, and another run that wants the same finds the weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dtmsearch.config import RecoverySection, SearchFile, texts
-from dtmsearch.core.components import ModelManifest
+from dtmsearch.config import RecoverySection, texts
 from dtmsearch.core.identity import identity
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
 from dtmsearch.errors import RecoveryDiverged, SearchStopped, UserError
 from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOPPED
-from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Observer
 from dtmsearch.store.files import LocalFolder
-from dtmsearch.store.store import ResultStore, RunWriter
-
-if TYPE_CHECKING:
-    pass
+from dtmsearch.workflows.session import Session
 
 # Raise it when the same job would come to other weights.
 _VERSION = 2
@@ -35,29 +28,17 @@ _VERSION = 2
 class Recovering:
     """Trains models of a run's plans. Calling it is a strategy's `Recover`."""
 
-    def __init__(
-        self,
-        file: SearchFile,
-        recovery: RecoverySection,
-        results: ResultStore,
-        writer: RunWriter,
-        pool: ModelEvaluator,
-        manifest: ModelManifest,
-        observer: Observer,
-        stop_requested: Callable[[], bool],
-        calibration_id: str = "",
-    ) -> None:
-        if not isinstance(results.folder, LocalFolder):
+    def __init__(self, session: Session, recovery: RecoverySection, calibration_id: str = "") -> None:
+        store = session.store
+        if not isinstance(store.folder, LocalFolder):
             raise UserError(
-                f"recovery writes checkpoints and weights to files, but the store {results.url} is a bucket: give "
+                f"recovery writes checkpoints and weights to files, but the store {store.url} is a bucket: give "
                 "--store a folder that every node sees"
             )
-        self._file, self._recovery, self._writer, self._pool = file, recovery, writer, pool
-        self._manifest, self._observer, self._stop_requested = manifest, observer, stop_requested
-        self._calibration_id = calibration_id
-        self._root = Path(results.folder.full("trainings"))
-        self._weights = Path(results.weights_folder)
-        self._text_digest = _digest(texts.paths(file, recovery.files))
+        self._session, self._recovery, self._calibration_id = session, recovery, calibration_id
+        self._root = Path(store.folder.full("trainings"))
+        self._weights = Path(store.weights_folder)
+        self._text_digest = _digest(texts.paths(session.file, recovery.files))
 
     def __call__(self, number: int, plan: Plan, weights_id: str) -> str:
         """The weights that `plan` over some weights comes to by training; `number` is the round, from 0."""
@@ -65,13 +46,13 @@ class Recovering:
         folder = self._root / training_id
         if not (folder / "result.json").exists():
             self._prepare(folder, plan, weights_id)
-            self._observer.on_note(
+            self._session.note(
                 f"round {number + 1}: training {self._recovery.masked_steps} steps under the mask and "
                 f"{self._recovery.unmasked_steps} without; its log is {folder / LOG_FILE}"
             )
             self._train(folder)
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        self._writer.put_training(
+        self._session.writer.put_training(
             TrainingRecord(
                 round=number,
                 training_id=training_id,
@@ -89,17 +70,17 @@ class Recovering:
     def _training_id(self, plan: Plan, weights_id: str) -> str:
         settings = self._recovery.model_dump(mode="json", exclude={"files", "checkpoint_steps"})
         calibrated = self._calibration_id if plan.needs_calibration else ""
-        model = [self._manifest.id, self._file.model.dtype, plan.id, weights_id, calibrated]
-        return identity([*model, settings, self._text_digest, self._file.seed, _VERSION])
+        model = [self._session.manifest.id, self._session.file.model.dtype, plan.id, weights_id, calibrated]
+        return identity([*model, settings, self._text_digest, self._session.file.seed, _VERSION])
 
     def _prepare(self, folder: Path, plan: Plan, weights_id: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "masks.safetensors").exists():  # it is written last
-            self._pool.save_pruned(plan, weights_id, self._calibration_id, str(folder))
-        recipe = self._recovery.model_dump(mode="json", exclude={"files"}) | {"seed": self._file.seed}
+            self._session.pool.save_pruned(plan, weights_id, self._calibration_id, str(folder))
+        recipe = self._recovery.model_dump(mode="json", exclude={"files"}) | {"seed": self._session.file.seed}
         job = {
-            "config": self._file.to_yaml(),
-            "config_folder": str(self._file.folder.absolute()),
+            "config": self._session.file.to_yaml(),
+            "config_folder": str(self._session.file.folder.absolute()),
             "base": str(self._weights / f"{weights_id}.safetensors") if weights_id else None,
             "weights_folder": str(self._weights),
             "files": list(self._recovery.files),
@@ -109,7 +90,7 @@ class Recovering:
 
     def _train(self, folder: Path) -> None:
         (folder / FAILURE_FILE).unlink(missing_ok=True)
-        code = self._pool.train(folder / JOB_FILE, self._stop_requested)
+        code = self._session.pool.train(folder / JOB_FILE, self._session.stop_requested)
         if code == STOPPED:
             raise SearchStopped
         if not (folder / "result.json").exists():

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import dtmsearch
 from dtmsearch import config
@@ -27,18 +26,17 @@ from dtmsearch.logs import naming
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import Decision, Observer, Silent, Strategy, remarks_of, search
 from dtmsearch.search.min_fdt import ladder_of
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.store.store import ResultStore, RunWriter
-from dtmsearch.workflows.build import space_of, sparsity_search_of, strategy_of
+from dtmsearch.workflows.build import sparsity_search_of, strategy_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.evaluate import PlanMeasurement, evaluate, recover
 from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
 from dtmsearch.workflows.lookup import StoreLike, begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import OpenEvaluator, pool_for, recorded, reference_of
+from dtmsearch.workflows.session import OpenEvaluator, Session, opened
 from dtmsearch.workflows.take_prices import TakingPrices
 from dtmsearch.workflows.text_windows import (
     Cut,
@@ -50,9 +48,6 @@ from dtmsearch.workflows.text_windows import (
     training_text,
 )
 from dtmsearch.workflows.validate import Validation, is_anything_chosen
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "PlanMeasurement",
@@ -107,7 +102,7 @@ def run(
             return replace(summarize_run(results, file.run), already_complete=True)
         observer.on_note(f"rows of {' and '.join(missing)} of run {file.run} are lost, and are measured again")
     with interruptible(), naming(file.run), results.writer(file.run, where.retry_out_of_memory) as writer:
-        _Session(file, results, writer, where, observer, begun(results, file), evaluator).run()
+        _Run(file, results, writer, observer, begun(results, file)).run(where, evaluator)
     return summarize_run(results, file.run)
 
 
@@ -158,22 +153,13 @@ def is_left_out(results: ResultStore, run_name: str) -> bool:
     return record.status == "stopped" and (record.message or "").startswith(DOMINATED)
 
 
-class _Session:
-    """One driver's time with a search: prepare, search, validate, and say in the store how it ended."""
+class _Run:
+    """A search from beginning to end: prepare, search, validate, and say in the store how it ended."""
 
     def __init__(
-        self,
-        file: SearchFile,
-        results: ResultStore,
-        writer: RunWriter,
-        where: Where,
-        observer: Observer,
-        previous: RunRecord | None,
-        evaluator: OpenEvaluator | None,
+        self, file: SearchFile, results: ResultStore, writer: RunWriter, observer: Observer, previous: RunRecord | None
     ) -> None:
-        self._evaluator = evaluator
-        self._file, self._results, self._writer = file, results, writer
-        self._where, self._observer, self._previous = where, observer, previous
+        self._file, self._results, self._writer, self._observer = file, results, writer, observer
         self._milestones: Sequence[Milestone] = ()
         folder, command = str(file.folder.absolute()), os.environ.get(CONTINUE_VARIABLE)
         if previous is not None:
@@ -193,15 +179,16 @@ class _Session:
             version=dtmsearch.__version__,
         )
 
-    def run(self) -> None:
+    def run(self, where: Where, evaluator: OpenEvaluator | None) -> None:
+        file, results = self._file, self._results
         try:
             self._save(status="running", finished_at=None, message=None)
-            texts.check_readable(self._file)
-            where = replace(self._where, weights_folder=self._results.weights_folder)
-            with pool_for(self._file, where, self._observer, self._evaluator) as pool:
-                self._run(pool)
+            texts.check_readable(file)
+            stop_requested = partial(results.stop_requested, file.run)
+            with opened(file, results, self._writer, where, self._observer, evaluator, stop_requested) as session:
+                self._run(session)
         except (KeyboardInterrupt, SearchStopped):
-            reason = self._results.stop_reason(self._file.run)
+            reason = results.stop_reason(file.run)
             self._save(status="stopped", finished_at=time.time(), message=reason or None)
             raise SearchStopped from None
         except BaseException as error:
@@ -214,170 +201,140 @@ class _Session:
         self._record = replace(self._record, **changes)  # type: ignore[arg-type]
         self._writer.put_run(self._record)
 
-    def _run(self, pool: ModelEvaluator) -> None:
-        manifest = pool.manifest()
-        space = space_of(self._file, manifest)
+    def _run(self, session: Session) -> None:
+        manifest, space, pool = session.manifest, session.space, session.pool
         if self._record.manifest_id not in (None, manifest.id):
             raise UserError(
-                f"run {self._file.run!r} began with another model: manifest {self._record.manifest_id}, now "
+                f"run {session.file.run!r} began with another model: manifest {self._record.manifest_id}, now "
                 f"{manifest.id} at {manifest.model}. Give the search another run name"
             )
-        self._writer.put_components(manifest, space.components)
+        session.writer.put_components(manifest, space.components)
         self._save(manifest_id=manifest.id)
-        calibrating = Calibrating(self._file, pool, self._results, self._writer, manifest)
-        search, held_out, own = self._cut(pool, calibrating)
-        reference = reference_of(pool, self._results, self._writer, search, self._observer.on_note)
+        calibrating = Calibrating(session)
+        search, held_out, own = self._cut(session, calibrating)
+        reference = session.reference(search)
         self._save(reference_id=reference.id)
         pool.use(reference)
         if any(".experts." in component.name for component in space.components):
-            self._observer.on_note(rare_experts(pool.routed_tokens(reference.id)))
-        plan, remarks, ladder = self._search(pool, space, reference, calibrating)
+            session.note(rare_experts(pool.routed_tokens(reference.id)))
+        plan, remarks, ladder = self._search(session, reference, calibrating)
         if own is not None and ladder:
-            kept = self._keep_fdt(pool, ladder, own, calibrating)
+            kept = self._keep_fdt(session, ladder, own, calibrating)
             plan, remarks = kept.plan, [*remarks, kept.said]
         if plan is not None:
-            self._writer.put_plan(plan)
+            session.writer.put_plan(plan)
         self._save(final_plan_id=None if plan is None else plan.id, message="; ".join(remarks) or None)
         if plan is not None and held_out is not None:
-            self._validate(pool, space, plan, held_out, calibrating)
+            self._validate(session, plan, held_out, calibrating)
         self._save(status="finished", finished_at=time.time())
 
-    def _cut(self, pool: ModelEvaluator, calibrating: Calibrating) -> tuple[Cut, Cut | None, Cut | None]:
+    def _cut(self, session: Session, calibrating: Calibrating) -> tuple[Cut, Cut | None, Cut | None]:
         """The search's prompts, the held-out ones, if the file has any, and those by which `min_fdt` is kept, if it is;
         as the run began with, where it has. All are cut before anything is measured: where a text does not hold
         enough, that is said now."""
-        file, record = self._file, self._record
-        began_with = recorded(pool, self._results, file.run, record.reference_id)
-        search = began_with or cut_search(file, pool.cut_prompts)
+        file, record, cut_prompts = session.file, self._record, session.pool.cut_prompts
+        began_with = session.recorded(record.reference_id)
+        search = began_with or cut_search(file, cut_prompts)
         said = {"search_text": record.search_text if began_with else described(file.prompts, search[0])}
-        held_out = recorded(pool, self._results, file.run, record.validation_reference_id)
-        own = recorded(pool, self._results, file.run, record.min_fdt_reference_id)
+        held_out = session.recorded(record.validation_reference_id)
+        own = session.recorded(record.min_fdt_reference_id)
         others = [search[0].tokens, *calibrating.rows_of_its_own]
         if file.validation_prompts is not None and held_out is None:
             read = others if own is None else [*others, own[0].tokens]
-            trained_on = training_text(file, file.search.recovery, pool.tokenized)
-            held_out = cut_held_out(file, pool.cut_prompts, read, trained_on)
+            trained_on = training_text(file, file.search.recovery, session.pool.tokenized)
+            held_out = cut_held_out(file, cut_prompts, read, trained_on)
             said["held_out_text"] = described(file.validation_prompts, held_out[0], bool(trained_on))
         if file.min_fdt_prompts is not None and own is None:
-            own = cut_min_fdt(file, pool.cut_prompts, others if held_out is None else [*others, held_out[0].tokens])
+            own = cut_min_fdt(file, cut_prompts, others if held_out is None else [*others, held_out[0].tokens])
         self._save(**said)
         for whose, text in (("the search's", self._record.search_text), ("held-out", self._record.held_out_text)):
             if text is not None:
-                self._observer.on_note(f"{whose} prompts: {text}")
+                session.note(f"{whose} prompts: {text}")
         return search, held_out, own
 
-    def _keep_fdt(self, pool: ModelEvaluator, ladder: Sequence[Plan], own: Cut, calibrating: Calibrating) -> KeptPlan:
+    def _keep_fdt(self, session: Session, ladder: Sequence[Plan], own: Cut, calibrating: Calibrating) -> KeptPlan:
         """The smallest plan of the search that is shown to keep `min_fdt`."""
-        reference = reference_of(pool, self._results, self._writer, own, self._observer.on_note)
+        reference = session.reference(own)
         self._save(min_fdt_reference_id=reference.id)
-        pool.use(reference)
-        stop_requested = self._stop_requested
-        kept = keep_fdt(self._file, ladder, reference, pool, self._writer, calibrating, stop_requested)
-        self._observer.on_note(kept.said)
+        session.pool.use(reference)
+        kept = keep_fdt(session, calibrating, ladder, reference)
+        session.note(kept.said)
         return kept
 
     def _search(
-        self, pool: ModelEvaluator, space: SearchSpace, reference: Reference, calibrating: Calibrating
+        self, session: Session, reference: Reference, calibrating: Calibrating
     ) -> tuple[Plan | None, Sequence[str], Sequence[Plan]]:
         """The plan that the search comes to, what its strategy has to say of it, and the less compressed plans on the
         way there."""
-        strategy = self._strategy(pool, space, reference, calibrating)
-        limit_seconds = self._file.search.stop.seconds
-        cost_of = partial(evaluation_cost, manifest=pool.manifest())
-        observer = _Counting(self._observer, pool)
-        plan = search(strategy, pool, self._writer, observer, self._stop_requested, limit_seconds, cost_of=cost_of)
+        strategy = searching(session, reference, calibrating)
+        plan = search(
+            strategy,
+            session.pool,
+            session.writer,
+            _Counting(session.observer, session.pool),
+            session.stop_requested,
+            session.file.search.stop.seconds,
+            cost_of=partial(evaluation_cost, manifest=session.manifest),
+        )
         if isinstance(strategy, Sparsity):
             self._milestones = strategy.milestones
         return plan, remarks_of(strategy), ladder_of(strategy)
 
-    def _strategy(
-        self, pool: ModelEvaluator, space: SearchSpace, reference: Reference, calibrating: Calibrating
-    ) -> Strategy:
-        calibration_id = calibrating.for_schemes(space.components, space.schemes)
-        if self._file.search.strategy == "sparsity":
-            recover = self._recovering(pool, calibration_id)
-            errors, outliers = calibrating.pruning_errors(space.components), calibrating.outliers()
-            return sparsity_search_of(self._file, space, reference.id, recover, errors, outliers, calibration_id)
-        kind = STRATEGIES[self._file.search.strategy]
-        take = self._taking_prices(pool, space, reference, calibration_id) if kind.takes_prices else None
-        known = kind.needs_errors and take is None
-        known_errors = calibrating.errors(space.components, space.schemes) if known else None
-        return strategy_of(self._file, space, reference.id, known_errors, calibration_id, take)
-
-    def _taking_prices(
-        self, pool: ModelEvaluator, space: SearchSpace, reference: Reference, calibration_id: str
-    ) -> TakingPrices | None:
-        """What takes prices; None where they cannot be had and the strategy does without. Raises `UserError`."""
-        problem = pool.unpriceable([component.name for component in space.components])
-        name = self._file.search.strategy
-        if problem and not STRATEGIES[name].needs_errors:
-            raise UserError(f"strategy: {name} needs prices, which cannot be had: {problem}. Use auto or sensitivity")
-        if problem:
-            self._observer.on_note(f"{name} probes components one by one, for prices cannot be had: {problem}")
-            return None
-        return TakingPrices(pool, self._writer, space, reference, self._file.seed, calibration_id, self._stop_requested)
-
-    def _recovering(self, pool: ModelEvaluator, calibration_id: str) -> Recovering | None:
-        """What trains after every round, if the file wants that."""
-        section = self._file.search.recovery
-        if section is None:
-            return None
-        results, writer = self._results, self._writer
-        return Recovering(
-            self._file,
-            section,
-            results,
-            writer,
-            pool,
-            pool.manifest(),
-            self._observer,
-            self._stop_requested,
-            calibration_id,
-        )
-
-    def _validate(
-        self,
-        pool: ModelEvaluator,
-        space: SearchSpace,
-        plan: Plan,
-        held_out: Cut,
-        calibrating: Calibrating,
-    ) -> None:
-        self._observer.on_note("measuring the plan and uniform plans on held-out prompts")
-        is_chosen = is_anything_chosen(self._file, space, plan, self._milestones)
-        choice, reference = self._held_out_references(pool, held_out, is_chosen)
-        validation = Validation(
-            self._file, space, choice, reference, pool, self._writer, self._observer, self._milestones
-        )
-        judged = validation.judge(plan, calibrating, self._stop_requested)
+    def _validate(self, session: Session, plan: Plan, held_out: Cut, calibrating: Calibrating) -> None:
+        session.note("measuring the plan and uniform plans on held-out prompts")
+        is_chosen = is_anything_chosen(session.file, session.space, plan, self._milestones)
+        choice, reference = self._held_out_references(session, held_out, is_chosen)
+        validation = Validation(session, session.space, choice, reference, self._milestones)
+        judged = validation.judge(plan, calibrating)
         if judged.said is not None:
             message = "; ".join(part for part in (self._record.message, judged.said) if part)
             self._save(final_plan_id=judged.plan.id, message=message)
         validation.record_continuations(judged)
 
     def _held_out_references(
-        self, pool: ModelEvaluator, held_out: Cut, is_chosen: bool
+        self, session: Session, held_out: Cut, is_chosen: bool
     ) -> tuple[Reference | None, Reference]:
         """What the plan and its rival are chosen by, if anything `is_chosen`, and what they are reported on: parts of
-        the held-out prompts, in use by the pool; those that the run began with, where it has."""
+        the held-out prompts, in use by the replicas; those that the run began with, where it has."""
         record, choice, report = self._record, None, held_out
         if record.validation_reference_id is not None:
-            choice = recorded(pool, self._results, self._file.run, record.choice_reference_id)
+            choice = session.recorded(record.choice_reference_id)
         elif is_chosen and (parts := halves(held_out[0])) is not None:
-            choice, report = ((part, pool.reference_id(part)) for part in parts)
-        by, on = (
-            None if cut is None else reference_of(pool, self._results, self._writer, cut, self._observer.on_note)
-            for cut in (choice, report)
-        )
+            choice, report = ((part, session.pool.reference_id(part)) for part in parts)
+        by, on = (None if cut is None else session.reference(cut) for cut in (choice, report))
         assert on is not None
         self._save(validation_reference_id=on.id, choice_reference_id=None if by is None else by.id)
         for reference in (by, on):
             if reference is not None:
-                pool.use(reference)
+                session.pool.use(reference)
         return by, on
 
-    def _stop_requested(self) -> bool:
-        return self._results.stop_requested(self._file.run)
+
+def searching(session: Session, reference: Reference, calibrating: Calibrating) -> Strategy:
+    """The strategy of a session's search, with what it knows of weights, takes as prices and has trained. Raises
+    `UserError`."""
+    search, space = session.file.search, session.space
+    calibration_id = calibrating.for_schemes(space.components, space.schemes)
+    if search.strategy == "sparsity":
+        recover = None if search.recovery is None else Recovering(session, search.recovery, calibration_id)
+        errors, outliers = calibrating.pruning_errors(space.components), calibrating.outliers()
+        return sparsity_search_of(session.file, space, reference.id, recover, errors, outliers, calibration_id)
+    kind = STRATEGIES[search.strategy]
+    take = _taking_prices(session, reference, calibration_id) if kind.takes_prices else None
+    known_errors = calibrating.errors(space.components, space.schemes) if kind.needs_errors and take is None else None
+    return strategy_of(session.file, space, reference.id, known_errors, calibration_id, take)
+
+
+def _taking_prices(session: Session, reference: Reference, calibration_id: str) -> TakingPrices | None:
+    """What takes prices; None where they cannot be had and the strategy does without. Raises `UserError`."""
+    problem = session.pool.unpriceable([component.name for component in session.space.components])
+    name = session.file.search.strategy
+    if problem and not STRATEGIES[name].needs_errors:
+        raise UserError(f"strategy: {name} needs prices, which cannot be had: {problem}. Use auto or sensitivity")
+    if problem:
+        session.note(f"{name} probes components one by one, for prices cannot be had: {problem}")
+        return None
+    return TakingPrices(session, session.space, reference, calibration_id)
 
 
 def rare_experts(routed: Mapping[str, int]) -> str:

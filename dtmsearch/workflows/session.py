@@ -1,18 +1,21 @@
-"""What every driver of replicas does, whatever it is after: open their pool, and make the reference or find it in
-the store. Knows no strategy and no verb.
-"""
+"""`Session`: what every use case carries while it has a model at hand, and what each of them does with it first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import cast
 
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     EXTRA_METRICS,
     EvalRequest,
     GenerationRules,
+    Outcome,
     Reference,
     ReplicaSettings,
     check_agreement,
@@ -20,21 +23,85 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import Purpose
 from dtmsearch.errors import UserError
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Observer
+from dtmsearch.search.loop import Observer, measure
+from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
+from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import Cut
 
 # What opens the side that has the model, for a search file and where it runs.
 OpenEvaluator = Callable[[SearchFile, Where], ModelEvaluator]
 
 
+@dataclass(frozen=True)
+class Session:
+    """One driver's time with the model of a search file: the file, the store that it reads and the writer by which it
+    adds to it, the side that has the model and that model's components, who watches, and whether it is to stop."""
+
+    file: SearchFile
+    store: ResultStore
+    writer: RunWriter
+    pool: ModelEvaluator
+    manifest: ModelManifest
+    observer: Observer
+    stop_requested: Callable[[], bool] = lambda: False
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """What is searched. Raises `UserError` for components, ties or budgets that cannot be."""
+        return space_of(self.file, self.manifest)
+
+    def note(self, text: str) -> None:
+        self.observer.on_note(text)
+
+    def reference(self, cut: Cut) -> Reference:
+        """The reference of prompts, from the store if any run has made it before. Says how the prompts differ from the
+        text that they are cut from."""
+        prompts, wanted_id = cut
+        for note in prompts.notes:
+            self.note(note)
+        reference = self.store.reference(wanted_id) or self.writer.put_reference(self.pool.make_reference(prompts))
+        check_agreement(reference)  # of one that an earlier version recorded
+        return reference
+
+    def recorded(self, known_id: str | None) -> Cut | None:
+        """The prompts of a reference that the run began with, which it keeps to whatever its texts hold now. Raises
+        `UserError` where the model would continue them otherwise than it did then."""
+        reference = None if known_id is None else self.store.reference(known_id)
+        if reference is None:
+            return None
+        _check_conditions(self.file.run, reference, *self.pool.conditions())
+        return reference.prompts, reference.id
+
+    def measure(self, requests: Mapping[str, EvalRequest], purpose: Purpose) -> dict[str, Outcome]:
+        """Measure named requests outside a search. Raises `SearchStopped` when that is wished."""
+        return measure(requests, self.pool, self.writer, purpose, self.stop_requested)
+
+
+@contextmanager
+def opened(
+    file: SearchFile,
+    store: ResultStore,
+    writer: RunWriter,
+    where: Where,
+    observer: Observer,
+    evaluator: OpenEvaluator | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Iterator[Session]:
+    """A session, over what has the model: replicas on a cluster or in this process, or what `evaluator` opens in the
+    place of both; closed at the end. Raises `UserError` for a folder that holds no model."""
+    where = replace(where, weights_folder=store.weights_folder)
+    with pool_for(file, where, observer, evaluator) as pool:
+        yield Session(file, store, writer, pool, pool.manifest(), observer, stop_requested)
+
+
 def pool_for(
     file: SearchFile, where: Where, observer: Observer, evaluator: OpenEvaluator | None = None
 ) -> ModelEvaluator:
-    """What has a search file's model, to be closed by `with`: replicas on a cluster or in this process, or what
-    `evaluator` opens in the place of both. Raises `UserError` for a folder that holds no model."""
+    """What has a search file's model, as in `opened`; to be closed by `with`."""
     if evaluator is not None:
         return evaluator(file, where)
     if file.model.trust_remote_code:
@@ -48,33 +115,10 @@ def pool_for(
         from dtmsearch.model.replica.local_replicas import LocalReplicas
 
         settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
-        return cast(ModelEvaluator, LocalReplicas(file.model_spec, settings))  # it answers as a pool does
+        return cast(ModelEvaluator, LocalReplicas(file.model_spec, settings))  # its replica answers the rest
     from dtmsearch.cluster.pool import ReplicaPool
 
     return ReplicaPool(file.model_spec, where, observer.on_note, run=file.run)
-
-
-def reference_of(
-    pool: ModelEvaluator, results: ResultStore, writer: RunWriter, cut: Cut, on_note: Callable[[str], None]
-) -> Reference:
-    """The reference of prompts, from the store if any run has made it before. `on_note` hears how the prompts differ
-    from the text that they are cut from."""
-    prompts, wanted_id = cut
-    for note in prompts.notes:
-        on_note(note)
-    reference = results.reference(wanted_id) or writer.put_reference(pool.make_reference(prompts))
-    check_agreement(reference)  # of one that an earlier version recorded
-    return reference
-
-
-def recorded(pool: ModelEvaluator, results: ResultStore, run: str, known_id: str | None) -> Cut | None:
-    """The prompts that a run began with, which it keeps to whatever its texts hold now. Raises `UserError` where the
-    model would continue them otherwise than it did then."""
-    reference = None if known_id is None else results.reference(known_id)
-    if reference is None:
-        return None
-    _check_conditions(run, reference, *pool.conditions())
-    return reference.prompts, reference.id
 
 
 def _check_conditions(run: str, stored: Reference, mode: NumericMode, rules: GenerationRules) -> None:

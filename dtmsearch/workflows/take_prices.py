@@ -5,9 +5,6 @@ The driver's side: replicas take products, only here is anything written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,12 +12,8 @@ from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind, PriceRequest
 from dtmsearch.errors import SearchStopped
-from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.store.store import RunWriter
-
-if TYPE_CHECKING:
-    pass
+from dtmsearch.workflows.session import Session
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
 _BLOCK_SAMPLES = {"cpu": 32, "cuda": 128}
@@ -29,32 +22,22 @@ _BLOCK_SAMPLES = {"cpu": 32, "cuda": 128}
 class TakingPrices:
     """Takes prices of all options of a search's space, with products as a `priced.TakePrices` gives them."""
 
-    def __init__(
-        self,
-        pool: ModelEvaluator,
-        writer: RunWriter,
-        space: SearchSpace,
-        reference: Reference,
-        seed: int,
-        calibration_id: str,
-        stop_requested: Callable[[], bool],
-    ) -> None:
-        self._pool, self._writer, self._space = pool, writer, space
-        self._reference, self._seed, self._calibration_id = reference, seed, calibration_id
-        self._stop_requested = stop_requested
+    def __init__(self, session: Session, space: SearchSpace, reference: Reference, calibration_id: str) -> None:
+        self._session, self._space = session, space
+        self._reference, self._calibration_id = reference, calibration_id
         self._block = _BLOCK_SAMPLES[reference.mode.device]
 
     def __call__(self, kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
         """Products [samples, components, schemes]. Raises `SearchStopped` where the user asked for that meanwhile."""
         if around.entries:
-            self._writer.put_plan(around)
+            self._session.writer.put_plan(around)
         requests = [self._request(kind, around, part) for part in self._parts(samples)]
-        found = {request: self._writer.price_block(request) for request in requests}
+        found = {request: self._session.writer.price_block(request) for request in requests}
         missing = [request for request, products in found.items() if products is None]
-        for block in self._pool.price_blocks(missing):
-            self._writer.put_price_block(block)
+        for block in self._session.pool.price_blocks(missing):
+            self._session.writer.put_price_block(block)
             found[block.request] = block.products
-            if self._stop_requested():
+            if self._session.stop_requested():
                 raise SearchStopped("stopped as asked; what was priced is recorded")
         return np.concatenate([products for products in found.values() if products is not None])
 
@@ -65,6 +48,6 @@ class TakingPrices:
     def _request(self, kind: PriceKind, around: Plan, samples: tuple[int, int]) -> PriceRequest:
         components = tuple(component.name for component in self._space.components)
         return PriceRequest(
-            self._reference.id, samples, components, self._space.schemes, self._seed, kind, around,
+            self._reference.id, samples, components, self._space.schemes, self._session.file.seed, kind, around,
             self._calibration_id,
         )  # fmt: skip

@@ -5,9 +5,8 @@ Knows nothing of how the plan was found, and does not say in the store what the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,17 +22,11 @@ from dtmsearch.search.baselines import (
     rivals_of,
     uniform_rivals,
 )
-from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Observer, measure
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.sparsity import Milestone
-from dtmsearch.store.store import RunWriter
 from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
-from dtmsearch.workflows.session import whole_request
-
-if TYPE_CHECKING:
-    pass
+from dtmsearch.workflows.session import Session, whole_request
 
 # What the final plan is called among the plans that are validated.
 _PLAN = "plan"
@@ -52,62 +45,55 @@ class Judged:
 
 @dataclass(frozen=True)
 class Validation:
-    """A search's plan against its held-out references, both in use by `pool`: what takes the place of the plan is
+    """A search's plan against its held-out references, both in use by the replicas: what takes the place of the plan is
     chosen by `choice` (None where nothing is), as its rival is, and reported on `reference`, for the best of several by
     the same prompts looks better than it is. `milestones` are those of a search that prunes in rounds; the last of them
     is the plan itself, over the weights that it ended with. Such a plan gives way to none, nor does one that is shown
     to keep an FDT, which others are not."""
 
-    file: SearchFile
+    session: Session
     space: SearchSpace
     choice: Reference | None
     reference: Reference
-    pool: ModelEvaluator
-    writer: RunWriter
-    observer: Observer
     milestones: Sequence[Milestone]
 
-    def judge(self, plan: Plan, calibrating: Calibrating, stop_requested: Callable[[], bool]) -> Judged:
+    def judge(self, plan: Plan, calibrating: Calibrating) -> Judged:
         """Measure the plan and what it is held against. Raises `SearchStopped` when that is wished."""
         plans = validation_plans(self.space, plan)
         calibration_id = calibrating.for_plans(plans.values())
         better = None
         if self.choice is not None:
-            better, rival = self._chosen(plans, self.choice, calibration_id, stop_requested)
+            better, rival = self._chosen(plans, self.choice, calibration_id)
             named = {f"uniform:{scheme}" for scheme in self.space.schemes}
             plans = {k: other for k, other in plans.items() if k in {*named, "base", _PLAN, better, rival}}
         requests = self._requests(plans, calibration_id)
-        outcomes = measure(requests, self.pool, self.writer, "validation", stop_requested)
-        for remark in law_remarks(self.space, plans, outcomes, self.file.prompts.continuation_tokens):
-            self.observer.on_note(remark)
+        outcomes = self.session.measure(requests, "validation")
+        for remark in law_remarks(self.space, plans, outcomes, self.session.file.prompts.continuation_tokens):
+            self.session.note(remark)
         if better is None:
             return Judged(plan, outcomes[_PLAN], None)
         said = (
-            f"the plan found does not beat {better} in {self.file.search.rank_by} on held-out prompts, so that is the "
-            "plan; its values are those on other prompts than the ones it was chosen by"
+            f"the plan found does not beat {better} in {self.session.file.search.rank_by} on held-out prompts, so that "
+            "is the plan; its values are those on other prompts than the ones it was chosen by"
         )
-        self.observer.on_note(said)
+        self.session.note(said)
         return Judged(plans[better], outcomes[better], said)
 
     def _chosen(
-        self,
-        plans: Mapping[str, Plan],
-        choice: Reference,
-        calibration_id: str,
-        stop_requested: Callable[[], bool],
+        self, plans: Mapping[str, Plan], choice: Reference, calibration_id: str
     ) -> tuple[str | None, str | None]:
         """The uniform plan that takes the place of the plan, and its rival: the best known one of at most its size."""
         asked, stays = (
             validation_plans(self.space, plans[_PLAN], only_rivals=True),
-            stays_the_plan(self.file, self.milestones),
+            stays_the_plan(self.session.file, self.milestones),
         )
         requests = {
             label: whole_request(other, choice, calibration_id, metrics=self._metrics)
             for label, other in asked.items()
             if label != _PLAN or not stays
         }
-        outcomes = measure(requests, self.pool, self.writer, "choice", stop_requested)
-        metric = self.file.search.rank_by
+        outcomes = self.session.measure(requests, "choice")
+        metric = self.session.file.search.rank_by
         better = None
         if not stays:
             replacing = {
@@ -123,7 +109,7 @@ class Validation:
 
     @property
     def _metrics(self) -> tuple[str, ...]:
-        return held_out_metrics_of(self.file)
+        return held_out_metrics_of(self.session.file)
 
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
         requests = {
@@ -138,16 +124,16 @@ class Validation:
     def record_continuations(self, judged: Judged) -> None:
         """Have the plan's own texts for a few held-out prompts, the least and the most robust, for people to read."""
         plan, outcome = judged.plan, judged.outcome
-        if isinstance(outcome, EvalFailure) or self.writer.has_continuations(self.reference.id, plan.id):
+        if isinstance(outcome, EvalFailure) or self.session.writer.has_continuations(self.reference.id, plan.id):
             return
         weights_id = self.milestones[-1].weights_id if self.milestones else ""
         try:
-            written = self.pool.continuations(plan, self.reference.id, telling_prompts(outcome.fdt), weights_id)
+            written = self.session.pool.continuations(plan, self.reference.id, telling_prompts(outcome.fdt), weights_id)
         except RuntimeError as error:  # they explain the plan; without them it is no worse
             first_line = reason_of(error)
-            self.observer.on_note(f"the plan's own texts could not be recorded: {first_line}")
+            self.session.note(f"the plan's own texts could not be recorded: {first_line}")
         else:
-            self.writer.put_continuations(self.reference.id, plan.id, written)
+            self.session.writer.put_continuations(self.reference.id, plan.id, written)
 
 
 def stays_the_plan(file: SearchFile, milestones: Sequence[Milestone]) -> bool:
