@@ -23,13 +23,14 @@ from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.training.train_loop import Training, train
 from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Silent
+from dtmsearch.search.loop import Silent, TrainRequest
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.recover import Recovering, _failure
 from dtmsearch.workflows.session import Session
 
 DOWN = "model.layers.1.mlp.down_proj"
 PLAN = Plan.of({DOWN: "magnitude-0.5", "model.layers.0.self_attn.k_proj": "drop"})
+TRAINING = TrainRequest(0, PLAN, "")
 NOBODY: Any = (None, None, None)
 SEARCH = """
 run: toy
@@ -68,11 +69,11 @@ def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_wa
         recovering(file, lambda: any(checkpoints(path) for path in root.glob("*"))) as trainings,
         pytest.raises(SearchStopped),
     ):
-        trainings(0, PLAN, "")
+        trainings(TRAINING)
     [folder] = [path for path in root.iterdir() if path.name != "texts"]
     stopped_at = int(checkpoints(folder)[-1].name.partition("-")[2])
     with recovering(file) as trainings:
-        weights_id = trainings(0, PLAN, "")
+        weights_id = trainings(TRAINING)
     job = json.loads((folder / "job.json").read_text())
     for name in ("start.safetensors", "masks.safetensors"):
         (tmp_path / "whole").mkdir(exist_ok=True)
@@ -90,16 +91,16 @@ def test_a_stopped_training_is_no_failed_one_whatever_code_its_launcher_ends_wit
     launcher.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(launcher))
     with recovering(search_file(tmp_path, 2), lambda: True) as trainings, pytest.raises(SearchStopped):
-        trainings(0, PLAN, "")
+        trainings(TRAINING)
 
 
 def test_a_training_that_is_in_the_store_is_found_and_its_weights_keep_the_masks(tmp_path: Path) -> None:
     file = search_file(tmp_path, 2)
     with recovering(file) as trainings:
-        first = trainings(0, PLAN, "")
+        first = trainings(TRAINING)
         [result] = (tmp_path / "store" / "trainings").glob("*/result.json")
         written_at = result.stat().st_mtime_ns
-        assert (trainings(0, PLAN, ""), result.stat().st_mtime_ns) == (first, written_at)
+        assert (trainings(TRAINING), result.stat().st_mtime_ns) == (first, written_at)
     trained = load_file(tmp_path / "store" / "weights" / f"{first}.safetensors")
     kept = unpack_masks(result.parent / MASKS_FILE)[DOWN]
     assert ((trained[f"{DOWN}.weight"] != 0) == kept).all() and kept.float().mean() == 0.5

@@ -15,9 +15,11 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import SearchFailed
+from dtmsearch.search.loop import TrainRequest
 from dtmsearch.search.solver.allocation import gaussian_pruning_error
+from dtmsearch.search.solver.pruned_units import fitted_schemes, scheme_name, share_of, units_of
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings, fitted_schemes, scheme_name, share_of
+from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings
 
 SPACE = SearchSpace(toy_components(4), ("magnitude-0.5",))
 TOTAL = sum(component.num_weights for component in SPACE.components)
@@ -42,8 +44,8 @@ def settings(allocate: str = "sensitivity", *rounds: float, **changes: object) -
     return SparsitySettings(rounds or (30.0,), allocate, **changes)  # type: ignore[arg-type]
 
 
-def searched(strategy: Sparsity, log: MemoryLog | None = None) -> Plan:
-    plan = run_search(strategy, FakeEvaluator(answer), log)
+def searched(strategy: Sparsity, log: MemoryLog | None = None, calls: list[tuple[int, str, str]] | None = None) -> Plan:
+    plan = run_search(strategy, FakeEvaluator(answer), log, trainer=trainer([] if calls is None else calls))
     assert plan is not None
     return plan
 
@@ -100,7 +102,7 @@ def test_stages_add_no_more_than_their_points(points: float, probings: int) -> N
 
 def test_as_many_evaluations_are_asked_as_were_expected() -> None:
     log = MemoryLog()
-    strategy = Sparsity(SPACE, request_for, settings("sensitivity", 40.0, 10.0), recover=trainer([]))
+    strategy = Sparsity(SPACE, request_for, settings("sensitivity", 40.0, 10.0, trains=True))
     expected = strategy.expected_evaluations()
     searched(strategy, log)
     assert len(log.records) == expected
@@ -158,27 +160,54 @@ def test_tied_components_get_one_share() -> None:
 
 
 def trainer(calls: list[tuple[int, str, str]]):
-    def recover(number: int, plan: Plan, weights_id: str) -> str:
-        calls.append((number, plan.id, weights_id))
-        return f"trained-{number}"
+    def train(request: TrainRequest) -> str:
+        calls.append((request.number, request.plan.id, request.weights_id))
+        return f"trained-{request.number}"
 
-    return recover
+    return train
 
 
 def test_each_round_trains_on_from_the_weights_of_the_round_before() -> None:
     calls: list[tuple[int, str, str]] = []
-    searched(Sparsity(SPACE, request_for, settings("fdt_mean", 20.0, 10.0), recover=trainer(calls)))
+    searched(Sparsity(SPACE, request_for, settings("fdt_mean", 20.0, 10.0, trains=True)), calls=calls)
     assert [(number, weights) for number, _, weights in calls] == [(0, ""), (1, "trained-0")]
+
+
+def test_a_training_is_asked_for_once_the_pruned_model_is_decided_and_nothing_else_meanwhile() -> None:
+    strategy = Sparsity(SPACE, request_for, settings("uniform", 20.0, trains=True))
+    [ask] = strategy.ask()
+    assert strategy.training() is None
+    strategy.tell(ask.request.id, answer(ask.request))
+    [decision] = strategy.decisions
+    assert (strategy.training(), strategy.ask()) == (TrainRequest(0, decision.plan, ""), [])
+    strategy.tell_trained("trained")
+    assert [ask.request.weights_id for ask in strategy.ask()] == ["trained"]
+
+
+def test_the_pruned_model_is_recorded_before_it_is_trained() -> None:
+    log, recorded = MemoryLog(), []
+
+    def train(request: TrainRequest) -> str:
+        recorded.append(len(log.steps))
+        return "trained"
+
+    run_search(
+        Sparsity(SPACE, request_for, settings("uniform", 20.0, 10.0, trains=True)),
+        FakeEvaluator(answer),
+        log,
+        trainer=train,
+    )
+    assert recorded == [1, 3]
 
 
 def test_probes_after_training_are_of_the_trained_weights() -> None:
     log = MemoryLog()
-    searched(Sparsity(SPACE, request_for, settings("fdt_mean", 20.0, 10.0), recover=trainer([])), log)
+    searched(Sparsity(SPACE, request_for, settings("fdt_mean", 20.0, 10.0, trains=True)), log)
     assert [record.request.weights_id for record in log.records[24:27]] == ["", "trained-0", "trained-0"]
 
 
 def test_the_pruned_and_the_trained_model_of_a_round_are_both_decisions() -> None:
-    strategy = Sparsity(SPACE, request_for, settings("uniform", 20.0, 10.0), recover=trainer([]))
+    strategy = Sparsity(SPACE, request_for, settings("uniform", 20.0, 10.0, trains=True))
     searched(strategy)
     first, second, third, fourth = strategy.decisions
     assert first.plan == second.plan != third.plan == fourth.plan and second.score > first.score
@@ -192,13 +221,13 @@ def test_weights_count_in_the_identity_of_an_evaluation_and_none_do_not() -> Non
 
 @pytest.mark.parametrize("stop_after", [1, 24, 25, 26, 49, 50, 51, 60, 77])
 def test_a_search_that_is_killed_anywhere_goes_on_where_it_was(stop_after: int) -> None:
-    whole, calls = MemoryLog(), []
-    make = lambda: Sparsity(SPACE, request_for, settings("sensitivity", 40.0, 10.0), recover=trainer(calls))  # noqa: E731
+    whole = MemoryLog()
+    make = lambda: Sparsity(SPACE, request_for, settings("sensitivity", 40.0, 10.0, trains=True))  # noqa: E731
     plan = searched(make(), whole)
     cut = MemoryLog()
     cut.records = list(whole.records[:stop_after])
     evaluator = FakeEvaluator(answer)
-    assert run_search(make(), evaluator, cut) == plan
+    assert run_search(make(), evaluator, cut, trainer=trainer([])) == plan
     assert len(evaluator.evaluated) == len(whole.records) - stop_after
 
 
@@ -238,7 +267,7 @@ def test_shares_have_one_name(share: float, name: str) -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=12, max_size=12), st.sampled_from(["magnitude", "wanda", "sparsegpt"]))
 def test_fitted_schemes_stay_below_the_wanted_number_by_less_than_a_step(shares: list[float], prune: str) -> None:
-    units = Sparsity(SPACE, request_for, settings("uniform"))._units
+    units = units_of(SPACE)
     wanted = int(sum(share * unit.num_weights for share, unit in zip(shares, units, strict=True)))
     schemes = fitted_schemes(shares, units, prune, wanted)
     pruned = sum(unit.pruned(scheme) for unit, scheme in zip(units, schemes, strict=True))
@@ -248,7 +277,7 @@ def test_fitted_schemes_stay_below_the_wanted_number_by_less_than_a_step(shares:
 def test_a_scheme_of_a_unit_counts_all_its_components() -> None:
     pair = Component("a", 0, "a", (4, 4)), Component("b", 0, "b", (2, 4))
     space = SearchSpace(pair, ("magnitude-0.5",), tied=(("a", "b"),))
-    assert Sparsity(space, request_for, settings())._units[0].pruned("magnitude-0.5") == 12
+    assert units_of(space)[0].pruned("magnitude-0.5") == 12
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "sensitivity", "fdt75"])

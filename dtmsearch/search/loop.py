@@ -41,6 +41,16 @@ class Ask:
 
 
 @dataclass(frozen=True)
+class TrainRequest:
+    """A plan's model, over some weights (empty: the base model's), to be trained under its masks. `number` is the round
+    that it ends, from 0."""
+
+    number: int
+    plan: Plan
+    weights_id: str
+
+
+@dataclass(frozen=True)
 class Decision:
     """What a strategy concluded from a complete round."""
 
@@ -89,6 +99,21 @@ class Remarking(Protocol):
 
 def remarks_of(strategy: Strategy) -> Sequence[str]:
     return strategy.remarks if isinstance(strategy, Remarking) else ()
+
+
+@runtime_checkable
+class Training(Protocol):
+    """A strategy that has models trained between its rounds."""
+
+    def training(self) -> TrainRequest | None:
+        """The training that it waits for; it asks for nothing else meanwhile."""
+
+    def tell_trained(self, weights_id: str) -> None:
+        """The weights that the training came to."""
+
+
+# Answers a training: finds it, or has it made; the weights that it came to.
+Trainer = Callable[[TrainRequest], str]
 
 
 @runtime_checkable
@@ -240,6 +265,14 @@ class _Loop:
         self.evaluator.submit([a.request for a in fresh])
         return bool(asks)
 
+    def train(self, trainer: Trainer | None) -> bool:
+        """Answer the training that the strategy waits for. False if there is none."""
+        if not isinstance(self.strategy, Training) or (request := self.strategy.training()) is None:
+            return False
+        assert trainer is not None, "whoever makes the strategy says what trains"
+        self.strategy.tell_trained(trainer(request))
+        return True
+
     def receive(self, outcomes: Sequence[Outcome]) -> None:
         # An outcome may come twice, and one that nobody waits for any more may come late.
         arrived = {o.request_id: o for o in outcomes if o.request_id in self.in_flight}
@@ -354,6 +387,7 @@ def search(
     limit_seconds: float | None = None,
     guess_share: float = 0.15,
     cost_of: Callable[[EvalRequest], float] = lambda request: float(request.prompts[1] - request.prompts[0]),
+    trainer: Trainer | None = None,
 ) -> Plan | None:
     """Run a strategy to its end and return the plan that it comes to.
 
@@ -363,13 +397,14 @@ def search(
 
     `guess_share`: how many evaluations more may be made to keep replicas busy at a round's end, where strategy and
     evaluator know how. They are results like any other, and change no decision. `cost_of` says what a request takes of
-    a replica, in any unit: the time left is estimated from it.
+    a replica, in any unit: the time left is estimated from it. `trainer` answers the trainings of a strategy that has
+    models trained: it has recorded what it came to when it returns, as a log has.
     """
     loop = _Loop(strategy, evaluator, log, observer, guess_share, cost_of)
     while True:
-        # Before the strategy is asked again, which may train for hours, and before it is told what is known already.
+        # Before a training, which may take hours, and before the strategy is told what is known already.
         loop.record_decisions()
-        while not strategy.done and loop.ask():
+        while not strategy.done and (loop.train(trainer) or loop.ask()):
             loop.record_decisions()
         loop.record_decisions()
         observer.on_progress(loop.progress())

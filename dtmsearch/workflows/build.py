@@ -13,13 +13,15 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.errors import UserError
 from dtmsearch.search.loop import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
+from dtmsearch.search.solver.pruned_shares import Errors
+from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory
-from dtmsearch.search.strategies.sparsity import Errors, Recover, Sparsity, SparsitySettings, scheme_name
+from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 from dtmsearch.store.schemas import EVALUATIONS
 
@@ -80,6 +82,7 @@ def sparsity_of(file: SearchFile) -> SparsitySettings:
         probe_every=section.probe_every,
         cap=section.cap,
         continuation_tokens=file.prompts.continuation_tokens,
+        trains=section.recovery is not None,
     )
 
 
@@ -87,14 +90,13 @@ def sparsity_search_of(
     file: SearchFile,
     space: SearchSpace,
     reference_id: str,
-    recover: Recover | None = None,
     errors: Errors | None = None,
     outliers: Mapping[int, float] | None = None,
     calibration_id: str = "",
 ) -> Sparsity:
-    """The sparsity search of a file: with what trains after its rounds, and what is known of the weights."""
+    """The sparsity search of a file, with what is known of the weights."""
     request_for = _request_factory(file, reference_id, calibration_id)
-    return Sparsity(space, request_for, sparsity_of(file), file.search.rank_by, recover, errors, outliers)
+    return Sparsity(space, request_for, sparsity_of(file), file.search.rank_by, errors, outliers)
 
 
 def strategy_of(

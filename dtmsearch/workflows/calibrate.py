@@ -13,7 +13,7 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
-from dtmsearch.search.strategies.sparsity import scheme_name
+from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.text_windows import cut_calibration
 

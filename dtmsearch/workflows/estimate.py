@@ -179,7 +179,7 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> 
     layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]
     share = sum(layers) / (len(layers) * manifest.num_layers) if layers else 1.0
     evaluations = strategy.expected_evaluations() or 0
-    if not isinstance(strategy, Procedure) or not evaluations:
+    if sparsity or not isinstance(strategy, Procedure) or not evaluations:
         return _Expected(evaluations, file.prompts.count, share)
     prompts, plans = strategy.expected_prompts(), 1.0
     if all(ask.perturbation is not None for ask in asks):

@@ -12,7 +12,7 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize
-from dtmsearch.search.loop import Observer, Silent
+from dtmsearch.search.loop import Observer, Silent, TrainRequest
 from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.interrupts import interruptible
@@ -132,7 +132,7 @@ def recover(
             if held_out is not None:
                 check_not_trained_on(run_name, held_out[0], trained_on)
             prompts = held_out or cut_held_out(file, pool.cut_prompts, others, trained_on)
-        trained = recovering(len(file.search.pruning_rounds), plan, weights_id)
+        trained = recovering(TrainRequest(len(file.search.pruning_rounds), plan, weights_id))
         reference = session.reference(prompts)
         pool.use(reference)
         before = whole_request(plan, reference, calibration_id, weights_id, held_out_metrics_of(file))

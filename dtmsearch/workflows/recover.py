@@ -18,6 +18,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
 from dtmsearch.errors import RecoveryDiverged, SearchStopped, UserError
 from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOPPED
+from dtmsearch.search.loop import TrainRequest
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.workflows.session import Session
 
@@ -26,7 +27,7 @@ _VERSION = 2
 
 
 class Recovering:
-    """Trains models of a run's plans. Calling it is a strategy's `Recover`."""
+    """Answers the trainings of a run: a `dtmsearch.search.loop.Trainer`."""
 
     def __init__(self, session: Session, recovery: RecoverySection, calibration_id: str = "") -> None:
         store = session.store
@@ -40,8 +41,10 @@ class Recovering:
         self._weights = Path(store.weights_folder)
         self._text_digest = _digest(texts.paths(session.file, recovery.files))
 
-    def __call__(self, number: int, plan: Plan, weights_id: str) -> str:
-        """The weights that `plan` over some weights comes to by training; `number` is the round, from 0."""
+    def __call__(self, request: TrainRequest) -> str:
+        """The weights that a model comes to by training, which is recorded. Raises `RecoveryDiverged`, `SearchStopped`,
+        and `UserError` for settings that cannot be."""
+        number, plan, weights_id = request.number, request.plan, request.weights_id
         training_id = self._training_id(plan, weights_id)
         folder = self._root / training_id
         if not (folder / "result.json").exists():

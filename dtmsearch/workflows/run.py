@@ -266,7 +266,10 @@ class _Run:
     ) -> tuple[Plan | None, Sequence[str], Sequence[Plan]]:
         """The plan that the search comes to, what its strategy has to say of it, and the less compressed plans on the
         way there."""
-        strategy = searching(session, reference, calibrating)
+        calibration_id = calibrating.for_schemes(session.space.components, session.space.schemes)
+        recovery = session.file.search.recovery
+        trainer = None if recovery is None else Recovering(session, recovery, calibration_id)
+        strategy = searching(session, reference, calibrating, calibration_id)
         plan = search(
             strategy,
             session.pool,
@@ -275,6 +278,7 @@ class _Run:
             session.stop_requested,
             session.file.search.stop.seconds,
             cost_of=partial(evaluation_cost, manifest=session.manifest),
+            trainer=trainer,
         )
         if isinstance(strategy, Sparsity):
             self._milestones = strategy.milestones
@@ -310,15 +314,12 @@ class _Run:
         return by, on
 
 
-def searching(session: Session, reference: Reference, calibrating: Calibrating) -> Strategy:
-    """The strategy of a session's search, with what it knows of weights, takes as prices and has trained. Raises
-    `UserError`."""
+def searching(session: Session, reference: Reference, calibrating: Calibrating, calibration_id: str) -> Strategy:
+    """The strategy of a session's search, with what it knows of weights and takes as prices. Raises `UserError`."""
     search, space = session.file.search, session.space
-    calibration_id = calibrating.for_schemes(space.components, space.schemes)
     if search.strategy == "sparsity":
-        recover = None if search.recovery is None else Recovering(session, search.recovery, calibration_id)
         errors, outliers = calibrating.pruning_errors(space.components), calibrating.outliers()
-        return sparsity_search_of(session.file, space, reference.id, recover, errors, outliers, calibration_id)
+        return sparsity_search_of(session.file, space, reference.id, errors, outliers, calibration_id)
     kind = STRATEGIES[search.strategy]
     take = _taking_prices(session, reference, calibration_id) if kind.takes_prices else None
     known_errors = calibrating.errors(space.components, space.schemes) if kind.needs_errors and take is None else None

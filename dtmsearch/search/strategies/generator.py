@@ -19,7 +19,7 @@ from dtmsearch.core.metric_registry import ALWAYS, METRICS
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.loop import Ask, Decision
+from dtmsearch.search.loop import Ask, Decision, TrainRequest
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.rounds import RequestFactory
@@ -30,12 +30,14 @@ DENSE_PLAN = Plan()
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan to be measured on prompts from `prompts[0]` up to `prompts[1]`; `parent` is a plan close to it."""
+    """A plan to be measured on prompts from `prompts[0]` up to `prompts[1]`; `parent` is a plan close to it, and
+    `weights_id` names the trained weights that it is over, if not the base model's."""
 
     plan: Plan
     prompts: tuple[int, int]
     parent: Plan = DENSE_PLAN
     perturbation: Perturbation | None = None
+    weights_id: str = ""
 
 
 _T = TypeVar("_T")
@@ -64,6 +66,8 @@ class Procedure(Course, ABC):
         self._prompts_asked = 0
         self._to_come, self._prompts_to_come = 0, 0
         self._script: Script | None = None
+        self._training: TrainRequest | None = None
+        self._trained = ""
 
     @abstractmethod
     def script(self) -> Script:
@@ -99,16 +103,33 @@ class Procedure(Course, ABC):
         if not self._waiting and not self._unasked:
             self._go_on()
 
+    def training(self) -> TrainRequest | None:
+        """See `dtmsearch.search.loop.Training`."""
+        self._begin()
+        return self._training
+
+    def tell_trained(self, weights_id: str) -> None:
+        """See `dtmsearch.search.loop.Training`."""
+        self._training, self._trained = None, weights_id
+        self._go_on()
+
+    def _train(self, request: TrainRequest) -> Part[str]:
+        """Have a model trained; the weights that it comes to."""
+        self._training = request
+        yield ()
+        return self._trained
+
     def _begin(self) -> None:
         if self._script is None:
             self._script = self.script()
             self._go_on()
 
     def _go_on(self) -> None:
-        """Hand the round's answers to the script, and take its next round, until there is something to measure."""
+        """Hand the round's answers to the script, and take its next round, until there is something to measure or to
+        train."""
         assert self._script is not None
         try:
-            while not self._waiting:
+            while not self._waiting and self._training is None:
                 answers = [self._told[request_id] for request_id in self._round]
                 trials = self._script.send(answers) if self._round else next(self._script)
                 self._take(trials)
@@ -117,7 +138,7 @@ class Procedure(Course, ABC):
             self._foresee()
 
     def _take(self, trials: Sequence[Trial]) -> None:
-        assert trials, "a round holds a trial at least"
+        assert trials or self._training is not None, "a round holds a trial at least"
         self._round = []
         for trial in trials:
             request = self._request(trial)
@@ -141,7 +162,7 @@ class Procedure(Course, ABC):
     def _request(self, trial: Trial) -> EvalRequest:
         request = self._request_for(trial.plan, trial.parent)
         extra = tuple(dict.fromkeys((*request.extra_metrics, *self._metrics)))
-        return replace(request, prompts=trial.prompts, extra_metrics=extra)
+        return replace(request, prompts=trial.prompts, extra_metrics=extra, weights_id=trial.weights_id)
 
     @property
     def num_prompts(self) -> int:
