@@ -22,7 +22,7 @@ from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile
 from dtmsearch.errors import ClusterLost, ClusterUnreachable, RunLocked, SearchStopped, StoreError, StoreFull
-from dtmsearch.search.loop import Decision, Progress
+from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.store.files import LocalFolder
 
 # By name: in the package itself `run` is the verb.

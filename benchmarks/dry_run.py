@@ -19,7 +19,7 @@ import ray
 
 from dtmsearch.cluster.connect import connect
 from dtmsearch.config import SearchFile, load
-from dtmsearch.search.loop import Decision, Progress
+from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.workflows.estimate import estimate
 from dtmsearch.workflows.run import run
 

@@ -9,7 +9,7 @@ from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Mode
 from dtmsearch.core.evaluation import ReplicaSettings as Settings
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.model.replica.replica import Replica
-from dtmsearch.search.loop import Decision, Progress
+from dtmsearch.search.protocols import Decision, Progress
 
 _BATCH = 64
 

@@ -20,7 +20,8 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.statistics import paired_difference
-from dtmsearch.search.loop import remarks_of, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import remarks_of
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy
 

@@ -44,7 +44,8 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.search.loop import Silent, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.store.store import ResultStore

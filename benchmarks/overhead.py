@@ -26,7 +26,8 @@ from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import Silent, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.store.store import ResultStore

@@ -20,7 +20,8 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.errors import SearchStopped
-from dtmsearch.search.loop import Silent, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 

@@ -28,7 +28,8 @@ from dtmsearch.core.prices import PriceKind, PriceRequest
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
-from dtmsearch.search.loop import Decision, Progress, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto import Effort

@@ -30,7 +30,8 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcom
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
-from dtmsearch.search.loop import Silent, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 

@@ -13,7 +13,7 @@ from fakes import evaluate, toy_components
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
-from dtmsearch.search.loop import Evaluator, ResultLog
+from dtmsearch.search.protocols import Evaluator, ResultLog
 
 _SCHEMES = [f"int{bits}-{grain}" for bits in range(2, 9) for grain in ("tensor", "channel", "g32", "g64")]
 

@@ -19,7 +19,8 @@ from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.search.loop import Silent, Strategy, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent, Strategy
 
 NUM_PROMPTS = 8
 CONTINUATION_TOKENS = 100

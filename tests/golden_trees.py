@@ -12,7 +12,7 @@ from pathlib import Path
 from fakes import MemoryLog, readable_tree, request_for, run_search, toy_components
 
 from dtmsearch.core.plan import Budget
-from dtmsearch.search.loop import Strategy
+from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.probe import Probe

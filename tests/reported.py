@@ -12,7 +12,8 @@ from fakes import CONTINUATION_TOKENS, MODE, FakeEvaluator, toy_components, toy_
 from dtmsearch.core.evaluation import Continuation, EvalRequest, Reference, Writing
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.records import RunRecord
-from dtmsearch.search.loop import Silent, measure, search
+from dtmsearch.search.loop import measure, search
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.store.store import ResultStore

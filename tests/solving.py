@@ -15,7 +15,7 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.search.loop import Strategy
+from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto import Effort

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dtmsearch as dtm
 from dtmsearch.model.replica.local_replicas import LocalReplicas
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Evaluator
+from dtmsearch.search.protocols import Evaluator
 from dtmsearch.store.store import ResultStore
 
 IN_PROCESS = dtm.Where(in_process=True)

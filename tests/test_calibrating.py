@@ -21,7 +21,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Silent
+from dtmsearch.search.protocols import Silent
 from dtmsearch.store.codecs import calibrations
 from dtmsearch.store.codecs.calibrations import weight_errors_table
 from dtmsearch.store.store import ResultStore, RunWriter

@@ -30,7 +30,8 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.errors import SearchStopped
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.replica import Replica
-from dtmsearch.search.loop import Silent, search
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.store import ResultStore

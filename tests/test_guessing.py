@@ -10,9 +10,14 @@ import pytest
 from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, evaluate, request_for, run_search, toy_components
 
 from dtmsearch.core.evaluation import EvalRequest, Outcome
-from dtmsearch.core.plan import Budget
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.search.eta import Workload
+from dtmsearch.search.memory import Memory
+from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.speculation import Speculating
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.probe import Probe
 
 
 class Idling(FakeEvaluator):
@@ -150,3 +155,24 @@ def test_the_last_round_guesses_nothing() -> None:
     evaluator = Idling(64)
     run_search(beam(budget=Budget(components=1)), evaluator)
     assert evaluator.guessed == []
+
+
+def speculating(strategy: Strategy, log: MemoryLog) -> tuple[Speculating, Memory]:
+    memory, work = Memory(log), Workload(lambda request: 1.0)
+    return Speculating(Idling(16), strategy, log, memory, work, share=1.0), memory
+
+
+def test_a_guess_that_comes_before_it_is_asked_for_is_written_and_held_and_given_to_nobody() -> None:
+    strategy, log = beam(), MemoryLog()
+    for ask in strategy.ask()[:-1]:
+        strategy.tell(ask.request.id, evaluate(ask.request))
+    evaluator, memory = speculating(strategy, log)
+    outcomes = [outcome for _ in range(8) for outcome in evaluator.poll(0.0)]
+    assert (outcomes, len(log.records) > 0, len(memory)) == ([], True, len(log.records))
+
+
+def test_around_a_strategy_that_cannot_guess_requests_pass_through() -> None:
+    request = request_for(beam().ask()[0].request.plan, Plan())
+    evaluator, memory = speculating(Probe(SearchSpace(toy_components(), ("nf4",)), request_for), MemoryLog())
+    evaluator.submit([request])
+    assert ([outcome.request_id for outcome in evaluator.poll(0.0)], len(memory)) == ([request.id], 0)

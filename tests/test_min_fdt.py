@@ -23,8 +23,8 @@ from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, IntA
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import Values, lower_bound
 from dtmsearch.core.windows import num_touching
-from dtmsearch.search.loop import Silent
 from dtmsearch.search.min_fdt import ladder_of, smallest_that_keeps
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.store.store import ResultStore

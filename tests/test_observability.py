@@ -18,7 +18,7 @@ from dtmsearch.console.progress import LoggedProgress
 from dtmsearch.core.evaluation import EvalFailure, Provenance
 from dtmsearch.core.plan import Budget
 from dtmsearch.logs import json_lines, naming
-from dtmsearch.search.loop import Progress
+from dtmsearch.search.protocols import Progress
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 

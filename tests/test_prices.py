@@ -23,7 +23,7 @@ from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Silent
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.session import Session

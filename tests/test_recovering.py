@@ -23,7 +23,7 @@ from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.training.train_loop import Training, train
 from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Silent, TrainRequest
+from dtmsearch.search.protocols import Silent, TrainRequest
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.recover import Recovering, _failure
 from dtmsearch.workflows.session import Session

@@ -26,7 +26,8 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.errors import SearchStopped
-from dtmsearch.search.loop import Ask, Decision, InProcess, Progress, SearchStalled, Silent, measure, search
+from dtmsearch.search.loop import InProcess, SearchStalled, measure, search
+from dtmsearch.search.protocols import Ask, Decision, Progress, Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.probe import Probe

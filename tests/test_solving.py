@@ -37,8 +37,8 @@ from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outc
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.loop import Strategy
 from dtmsearch.search.min_fdt import ladder_of
+from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.solver.neighbours import promising
 from dtmsearch.search.solver.posterior import Belief, Spread

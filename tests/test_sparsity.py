@@ -15,7 +15,7 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.loop import TrainRequest
+from dtmsearch.search.protocols import TrainRequest
 from dtmsearch.search.solver.allocation import gaussian_pruning_error
 from dtmsearch.search.solver.pruned_units import fitted_schemes, scheme_name, share_of, units_of
 from dtmsearch.search.space import SearchSpace

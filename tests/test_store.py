@@ -18,7 +18,7 @@ from dtmsearch.core.evaluation import EvalFailure, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import EvaluationRecord, StepRecord
 from dtmsearch.errors import StoreError, StoreFull, StoreReadOnly
-from dtmsearch.search.loop import ResultLog
+from dtmsearch.search.protocols import ResultLog
 from dtmsearch.store import locks
 from dtmsearch.store.files import Folder
 from dtmsearch.store.schemas import FORMAT_VERSION, MODE_COLUMNS

@@ -27,7 +27,7 @@ from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
 from dtmsearch.logs import json_lines
-from dtmsearch.search.loop import Decision, Progress
+from dtmsearch.search.protocols import Decision, Progress
 
 
 class Screen(io.StringIO):

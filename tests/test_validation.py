@@ -13,7 +13,7 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, PromptTokens, Ref
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.baselines import uniform_rivals
-from dtmsearch.search.loop import Silent
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.text_windows import halves

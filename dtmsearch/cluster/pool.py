@@ -160,7 +160,7 @@ class ReplicaPool(Services):
         self._dispatch()
 
     def num_idle(self) -> int:
-        """See `dtmsearch.search.loop.Offering`: what would fill up the calls that replicas may hold."""
+        """See `dtmsearch.search.protocols.Offering`: what would fill up the calls that replicas may hold."""
         if self._work is None or len(self._work.real):
             return 0
         ready = self._crew.ready
@@ -171,13 +171,13 @@ class ReplicaPool(Services):
         return max(free * each - len(self._work.guesses), 0)
 
     def submit_guesses(self, requests: Sequence[EvalRequest]) -> None:
-        """See `dtmsearch.search.loop.Offering`."""
+        """See `dtmsearch.search.protocols.Offering`."""
         assert self._work is not None
         self._work.add_guesses(requests)
         self._dispatch()
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
-        """See `dtmsearch.search.loop.Evaluator`. What arrives within moments is handed over together."""
+        """See `dtmsearch.search.protocols.Evaluator`. What arrives within moments is handed over together."""
         self._check_alive()
         if not self._arrived:
             self._wait(timeout_seconds)

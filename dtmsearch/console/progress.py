@@ -22,7 +22,7 @@ from rich.text import Text
 
 from dtmsearch.analysis.format import components, duration, plain
 from dtmsearch.console.printing import print_shown, styled
-from dtmsearch.search.loop import Decision, Observer, Progress
+from dtmsearch.search.protocols import Decision, Observer, Progress
 
 log = logging.getLogger(__name__)
 

@@ -6,19 +6,21 @@ By cost and not by count: candidates come in order of their layers, so that the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from dtmsearch.core.evaluation import EvalRequest
 
 
 class Workload:
     """Costs, in the units of `cost_of`, of all that a search asked for, of what is under way, and of what was measured
-    in this session, which begins now. `prompts_asked` are those that it asked for, each as often as it is run over."""
+    in this session, which begins now. Of its requests, as many were asked for, measured in this session, and put
+    together by the strategy from others' answers, as `num_asked`, `num_measured` and `num_put_together` say;
+    `prompts_asked` are those that it asked for, each as often as it is run over."""
 
     def __init__(self, cost_of: Callable[[EvalRequest], float]) -> None:
         self._cost_of = cost_of
         self._asked = self._under_way = self._measured = 0.0
-        self.prompts_asked = 0
+        self.prompts_asked = self.num_asked = self.num_measured = self.num_put_together = 0
         self._began_at = time.monotonic()
         self._measured_until = 0.0  # seconds from the beginning to the latest outcomes
 
@@ -32,6 +34,11 @@ class Workload:
             self._asked += self._cost_of(request)
             self.prompts_asked += request.prompts[1] - request.prompts[0]
 
+    def put_together(self, num_asked: int, num_put_together: int) -> None:
+        """So many requests came from the strategy, some of them with an answer that is recorded by it alone."""
+        self.num_asked += num_asked
+        self.num_put_together += num_put_together
+
     def begin(self, requests: Iterable[EvalRequest]) -> None:
         self._under_way += sum(self._cost_of(request) for request in requests)
 
@@ -39,8 +46,9 @@ class Workload:
         """What is under way is waited for no more."""
         self._under_way -= self._cost_of(request)
 
-    def measure(self, requests: Iterable[EvalRequest]) -> None:
+    def measure(self, requests: Sequence[EvalRequest]) -> None:
         """What was under way is measured."""
+        self.num_measured += len(requests)
         cost = sum(self._cost_of(request) for request in requests)
         self._measured += cost
         self._under_way -= cost

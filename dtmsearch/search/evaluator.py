@@ -14,7 +14,7 @@ from dtmsearch.core.evaluation import Continuation, GenerationRules, IntArray, P
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
-from dtmsearch.search.loop import Evaluator
+from dtmsearch.search.protocols import Evaluator
 
 
 class ModelEvaluator(Evaluator, Protocol):

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from dtmsearch.core.evaluation import EvalResult, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import lower_bound
-from dtmsearch.search.loop import Strategy
+from dtmsearch.search.protocols import Strategy
 
 
 @runtime_checkable

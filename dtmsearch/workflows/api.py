@@ -17,7 +17,7 @@ from dtmsearch.analysis import named_queries, pareto_runs, sql, summary
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import Observer
+from dtmsearch.search.protocols import Observer
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import estimate as estimating
 from dtmsearch.workflows import evaluate as measuring

@@ -11,7 +11,7 @@ from dtmsearch.core.fusion import FUSED_KINDS
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.errors import UserError
-from dtmsearch.search.loop import Strategy
+from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.solver.pruned_shares import Errors
 from dtmsearch.search.solver.pruned_units import scheme_name

@@ -20,7 +20,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.baselines import rivals_of_size
-from dtmsearch.search.loop import Silent
+from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Procedure
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES

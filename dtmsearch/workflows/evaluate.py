@@ -12,7 +12,7 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize
-from dtmsearch.search.loop import Observer, Silent, TrainRequest
+from dtmsearch.search.protocols import Observer, Silent, TrainRequest
 from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.interrupts import interruptible

@@ -18,7 +18,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
 from dtmsearch.errors import RecoveryDiverged, SearchStopped, UserError
 from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOPPED
-from dtmsearch.search.loop import TrainRequest
+from dtmsearch.search.protocols import TrainRequest
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.workflows.session import Session
 
@@ -27,7 +27,7 @@ _VERSION = 2
 
 
 class Recovering:
-    """Answers the trainings of a run: a `dtmsearch.search.loop.Trainer`."""
+    """Answers the trainings of a run: a `dtmsearch.search.protocols.Trainer`."""
 
     def __init__(self, session: Session, recovery: RecoverySection, calibration_id: str = "") -> None:
         store = session.store

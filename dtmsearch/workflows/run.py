@@ -24,8 +24,9 @@ from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
 from dtmsearch.errors import ClusterLost, RecoveryDiverged, SearchStopped, StoreError, StoreFull, UserError
 from dtmsearch.logs import naming
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Decision, Observer, Silent, Strategy, remarks_of, search
+from dtmsearch.search.loop import search
 from dtmsearch.search.min_fdt import ladder_of
+from dtmsearch.search.protocols import Decision, Observer, Silent, Strategy, remarks_of
 from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.store.store import ResultStore, RunWriter

@@ -26,7 +26,8 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import Purpose
 from dtmsearch.errors import UserError
 from dtmsearch.search.evaluator import ModelEvaluator
-from dtmsearch.search.loop import Observer, measure
+from dtmsearch.search.loop import measure
+from dtmsearch.search.protocols import Observer
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import space_of

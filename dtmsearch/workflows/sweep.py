@@ -23,7 +23,7 @@ from dtmsearch.cluster.ray_compat import QUIET_TUNE
 from dtmsearch.config import SearchFile, parse
 from dtmsearch.core.pareto import Point, Race
 from dtmsearch.errors import StoreError, UserError
-from dtmsearch.search.loop import Decision, Progress
+from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.workflows.run import DOMINATED, Where, is_left_out, open_store, run, stop
 
 # A trial whose process is lost with its node is started again so often; what it had recorded is not measured again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import Decision
+from dtmsearch.search.protocols import Decision
 
 
 class Course:

@@ -12,7 +12,7 @@ from typing import Literal
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.search.loop import Ask, Decision
+from dtmsearch.search.protocols import Ask, Decision
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.racing import RacedRound, Racing

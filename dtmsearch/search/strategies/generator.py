@@ -19,7 +19,7 @@ from dtmsearch.core.metric_registry import ALWAYS, METRICS
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.loop import Ask, Decision, TrainRequest
+from dtmsearch.search.protocols import Ask, Decision, TrainRequest
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.rounds import RequestFactory
@@ -104,12 +104,12 @@ class Procedure(Course, ABC):
             self._go_on()
 
     def training(self) -> TrainRequest | None:
-        """See `dtmsearch.search.loop.Training`."""
+        """See `dtmsearch.search.protocols.Training`."""
         self._begin()
         return self._training
 
     def tell_trained(self, weights_id: str) -> None:
-        """See `dtmsearch.search.loop.Training`."""
+        """See `dtmsearch.search.protocols.Training`."""
         self._training, self._trained = None, weights_id
         self._go_on()
 

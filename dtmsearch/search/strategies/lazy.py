@@ -20,7 +20,7 @@ from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.loop import Ask, Decision
+from dtmsearch.search.protocols import Ask, Decision
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, Round, all_failed, distinct_candidates

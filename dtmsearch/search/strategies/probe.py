@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.loop import Ask, Decision
+from dtmsearch.search.protocols import Ask, Decision
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.rounds import RequestFactory, Round
 

@@ -20,7 +20,7 @@ from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key, summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import SearchFailed, UserError
-from dtmsearch.search.loop import Ask
+from dtmsearch.search.protocols import Ask
 from dtmsearch.search.solver.sequential_test import Values, log_evidence_above
 from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, all_failed, distinct_candidates
 

@@ -13,7 +13,7 @@ from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome
 from dtmsearch.core.metrics import Summary, rank_key, summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.loop import Ask
+from dtmsearch.search.protocols import Ask
 
 # The request that measures a plan (first) which came from a parent (second).
 RequestFactory = Callable[[Plan, Plan], EvalRequest]

@@ -17,7 +17,7 @@ from dtmsearch.core.evaluation import EvalFailure, EvalResult
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.loop import TrainRequest
+from dtmsearch.search.protocols import TrainRequest
 from dtmsearch.search.solver.allocation import Allocation
 from dtmsearch.search.solver.pruned_shares import RANKINGS, Errors, Probed, ShareAllocation
 from dtmsearch.search.solver.pruned_units import SHARE_DIGITS, fitted_schemes, scheme_name, share_of, units_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dtmsearch.core import plugins
-from dtmsearch.search.loop import Strategy
+from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import Knapsack, Spdy, SpdySearch
