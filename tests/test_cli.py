@@ -25,7 +25,7 @@ from fakes import toy_components, toy_manifest
 import dtmsearch
 from dtmsearch.analysis.summary import RunSummary, ValidationRow
 from dtmsearch.cli import cli, main
-from dtmsearch.console.text import DEMO_QUERIES, PLAN_QUERY, run_text
+from dtmsearch.console.text import PLAN_QUERY, run_text
 from dtmsearch.core.metrics import PairedDifference, Summary
 from dtmsearch.core.plan import Plan, plan_size
 from dtmsearch.core.records import RunRecord, StepRecord
@@ -345,14 +345,31 @@ def test_a_finished_demo_says_that_it_is_complete_and_exits_0(
     assert code == 0 and "already complete" in capsys.readouterr().out
 
 
-def test_the_demo_ends_with_three_queries_of_its_store(
+def test_the_demo_ends_with_three_commands_to_go_on_with(
     replace_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replace_run(demo=a_summary())
     main(["demo", "--store", str(tmp_path)])
-    asked = capsys.readouterr().out.partition("Ask its tables:")[2]
-    lines = [line for line in asked.splitlines() if "dtmsearch query" in line]
-    assert len(lines) == 3 and all(line.endswith(f'" --store {tmp_path}') for line in lines)
+    following = capsys.readouterr().out.partition("Next:")[2].split()
+    assert [following[at + 1] for at, word in enumerate(following) if word == "dtmsearch"] == [
+        "report",
+        "init",
+        "export",
+    ]
+    assert following.count(str(tmp_path)) == 3  # the report's, the export's, and where the store is
+
+
+@pytest.mark.parametrize(("options", "in_process"), [([], True), (["--replicas", "2"], False)])
+def test_the_demo_needs_no_ray_unless_asked(options: list[str], in_process: bool, replace_run: Any) -> None:
+    seen: list[Where] = []
+
+    def demo(_store: str, where: Where, _observer: object) -> RunSummary:
+        seen.append(where)
+        return a_summary()
+
+    replace_run(demo=demo)
+    main(["demo", *options])
+    assert [where.in_process for where in seen] == [in_process]
 
 
 def test_progress_goes_to_stderr_alone(replace_run: Any, search_file: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -477,12 +494,12 @@ def test_anything_but_a_select_is_a_usage_error(tmp_path: Path) -> None:
     assert main(["query", "DROP TABLE runs", "--store", str(tmp_path)]) == 2
 
 
-@pytest.mark.parametrize("sql", [*DEMO_QUERIES, PLAN_QUERY])
+@pytest.mark.parametrize("sql", [PLAN_QUERY])
 def test_the_queries_that_are_offered_can_be_asked(sql: str, tmp_path: Path) -> None:
     assert main(["query", sql.format(run="mine", plan_id=PLAN.id), "--store", store_with_a_run(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("sql", [*DEMO_QUERIES, PLAN_QUERY])
+@pytest.mark.parametrize("sql", [PLAN_QUERY])
 def test_the_queries_that_are_offered_survive_a_shells_double_quotes(sql: str) -> None:
     assert set(sql) & set('"$`!\\') == set()
 

@@ -63,7 +63,8 @@ class RunSummary:
     that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size.
     `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
     from and how many repeat a text, None where the run's version did not record it; `min_fdt` what was asked and found
-    of an FDT to be kept. `written` says by which export the final plan can be written at its counted size.
+    of an FDT to be kept. `written` says by which export the final plan can be written at its counted size. `components`
+    are all that the model has, in the model's order.
     """
 
     run: str
@@ -98,6 +99,7 @@ class RunSummary:
     rival: str | None = None
     noise: NoiseFloor | None = None
     written: str | None = None
+    components: tuple[Component, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
     plan_row = next((row for row in rows if row.label == PLAN), None)
     chosen_at = next((step for step in reversed(steps) if step.plan_id == record.final_plan_id), None)
     size = plan_row or chosen_at
+    plan = None if record.final_plan_id is None else store.plan(record.final_plan_id, run)
+    components = _components(store, record)
     return RunSummary(
         run=run,
         status="incomplete" if missing else record.status,
@@ -158,7 +162,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         num_steps=len(steps),
         last_step=steps[-1] if steps else None,
         final_plan_id=record.final_plan_id,
-        final_plan=None if record.final_plan_id is None else store.plan(record.final_plan_id, run),
+        final_plan=plan,
         num_compressed=None if size is None else size.num_compressed,
         share=None if size is None else size.share,
         bits_per_weight=None if size is None else size.bits_per_weight,
@@ -173,25 +177,31 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         rank_by=rank_by,
         rival=None if rival is None else rival.label,
         noise=noise,
-        written=_written(store, record),
+        written=_written(record, plan, components),
+        components=tuple(component for component, _ in components),
         min_fdt=kept_fdt(store, record, plan_row.summary.fdt_mean if plan_row and plan_row.summary else None),
     )
 
 
-def _written(store: ResultStore, record: RunRecord) -> str | None:
-    """By which export the final plan can be written at its counted size, in words."""
-    plan = None if record.final_plan_id is None else store.plan(record.final_plan_id, record.run)
-    if plan is None or not plan.entries:
-        return None
+def _components(store: ResultStore, record: RunRecord) -> list[tuple[Component, int]]:
+    """The components of a run's model, each with the bits of a weight of the base model."""
     columns = ["component", "layer", "kind", "rows", "cols", "dense_bits"]
     rows = store.table("components", columns, where=pc.field("manifest_id") == record.manifest_id).to_pylist()
-    components = [Component(row["component"], row["layer"], row["kind"], (row["rows"], row["cols"])) for row in rows]
-    if not rows:
+    return [
+        (Component(row["component"], row["layer"], row["kind"], (row["rows"], row["cols"])), row["dense_bits"])
+        for row in rows
+    ]
+
+
+def _written(record: RunRecord, plan: Plan | None, components: Sequence[tuple[Component, int]]) -> str | None:
+    """By which export the final plan can be written at its counted size, in words."""
+    if plan is None or not plan.entries or not components:
         return None
     # A file of other times may lack the key, or have a value that is no scale's dtype now.
     scale_dtype = str(section_of(record.config, "model").get("scale_dtype", "float32"))
+    scale_bits = 32 if scale_dtype == "float32" else SCALE_BITS
     try:
-        return size_sentence(plan, components, rows[0]["dense_bits"], 32 if scale_dtype == "float32" else SCALE_BITS)
+        return size_sentence(plan, [component for component, _ in components], components[0][1], scale_bits)
     except ValueError:  # a scheme that is not known here
         return None
 

@@ -129,6 +129,7 @@ class LiveProgress:
     def __init__(self) -> None:
         self.say: Callable[[str], None] = lambda text: None
         self.progress: Progress | None = None
+        self.started_at = time.monotonic()
         self.recent: deque[Decision] = deque(maxlen=_RECENT_DECISIONS)
 
     def on_progress(self, progress: Progress) -> None:
@@ -142,7 +143,7 @@ class LiveProgress:
 
     def render(self) -> Group | Text:
         if self.progress is None:
-            return styled("starting ...")
+            return styled(f"starting: loading the model, {duration(time.monotonic() - self.started_at)} so far")
         lines = [styled(decision_line(d), style="dim", no_wrap=True, overflow="ellipsis") for d in self.recent]
         done = done_share(self.progress)
         bar = ProgressBar(total=1.0, completed=done or 0.0, width=_BAR_WIDTH, pulse=done is None)

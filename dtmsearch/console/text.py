@@ -6,11 +6,14 @@ Knows what a summary holds and how a person reads it; measures and reads nothing
 from __future__ import annotations
 
 import datetime
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.format import components, counted, duration, plain
+from dtmsearch.console.plan_picture import plan_picture
 from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary
@@ -35,17 +38,6 @@ _LABEL_WIDTH = 11
 _METRIC_COLUMNS = ("FDT", "SDT", "DPPL", "PPL", "KL")
 # To be pasted between double quotes in a shell, so without ", $, ` and !.
 PLAN_QUERY = "SELECT component, scheme FROM plans WHERE plan_id = '{plan_id}' ORDER BY component"
-DEMO_QUERIES = (
-    # how much each kind of component suffers alone
-    "SELECT kind, scheme, round(avg(fdt_mean), 1) AS fdt FROM evaluations JOIN components USING (component) "
-    "WHERE run = '{run}' AND status = 'ok' AND step = 0 GROUP BY ALL ORDER BY fdt",
-    # how the plan grew
-    "SELECT step, perturbation, round(score, 2) AS fdt, round(share, 3) AS share FROM steps WHERE run = '{run}' "
-    "ORDER BY step",
-    # how the plan does on held-out prompts, beside uniform ones
-    "SELECT label, bits_per_weight, fdt_mean, fdt_p25, sdt_mean, dppl, kl FROM evaluations "
-    "WHERE run = '{run}' AND purpose = 'validation' ORDER BY fdt_mean DESC",
-)
 
 
 # What a replica does with the hidden states of parent plans, by where it keeps them.
@@ -72,14 +64,18 @@ def run_text(summary: RunSummary) -> str:
         )
     lines += _plan_lines(summary)
     lines += [_line("min_fdt", str(summary.min_fdt))] if summary.min_fdt else []
+    if summary.final_plan is not None:
+        picture = plan_picture(summary.final_plan, summary.components)
+        lines += ["", textwrap.indent(picture, "  ")] if picture else []
     if summary.validation:
         lines += ["", "On held-out prompts:", validation_table(summary.validation, summary.rank_by)]
     return "\n".join([*lines, "", summary.verdict])
 
 
 def run_values(summary: RunSummary) -> dict[str, Any]:
-    """A run's summary for JSON, its plan as component -> scheme."""
-    values: dict[str, Any] = plain(summary)
+    """A run's summary for JSON, its plan as component -> scheme; the model's components stand in the store."""
+    values: dict[str, Any] = plain(replace(summary, components=()))
+    del values["components"]
     values["final_plan"] = None if summary.final_plan is None else summary.final_plan.schemes
     return values
 

@@ -1,0 +1,74 @@
+"""A plan as a small picture of characters: a row for each kind of component, a column for each layer."""
+
+from __future__ import annotations
+
+import shutil
+import string
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
+
+UNQUANTIZED = "."
+# A mixture's experts would be rows by the hundred.
+_MOST_KINDS = 16
+
+
+def plan_picture(plan: Plan, components: Sequence[Component], width: int | None = None) -> str:
+    """Which scheme each component has, by one character, and what the characters mean.
+
+    A scheme's character is the digit of its bits where no other scheme of the plan has these, else a letter;
+    components that the plan leaves out stand as `.`. A model with more layers than the window (`width` characters,
+    default: that of the terminal) is cut into parts below each other. Empty where there are too many kinds to see
+    anything, or no layers.
+    """
+    kinds = list(dict.fromkeys(component.kind for component in components))
+    if len({component.layer for component in components}) < 2 or len(kinds) > _MOST_KINDS:
+        return ""
+    window = width or shutil.get_terminal_size().columns
+    symbols = _symbols(plan)
+    at = {(c.kind, c.layer): symbols.get(plan.schemes.get(c.name, ""), UNQUANTIZED) for c in components}
+    layers = sorted({layer for _, layer in at})
+    margin = max(map(len, [*kinds, "layer"])) + 2
+    per_part = max(10, window - margin)
+    lines = []
+    for start in range(0, len(layers), per_part):
+        part = layers[start : start + per_part]
+        lines.append(f"{'layer':<{margin}}{_ruler(part)}")
+        lines += [f"{kind:<{margin}}{''.join(at.get((kind, n), ' ') for n in part)}".rstrip() for kind in kinds]
+    counts = Counter(plan.schemes[c.name] for c in components if c.name in plan.schemes)
+    meaning = [f"{symbol} = {counts[scheme]} x {scheme}" for scheme, symbol in symbols.items()]
+    left = len(components) - counts.total()
+    meaning += [f"{UNQUANTIZED} = {left} x unquantized"] if left else []
+    legend = textwrap.wrap("; ".join(meaning), max(20, window - margin), break_on_hyphens=False)
+    return "\n".join([*lines, *(f"{'':<{margin}}{line}" for line in legend)])
+
+
+def _ruler(layers: Sequence[int]) -> str:
+    """The number of the first and of every tenth layer, above its column."""
+    line = ""
+    for at, layer in enumerate(layers):
+        if at == 0 or (layer % 10 == 0 and len(line) < at):
+            line = f"{line:<{at}}{layer}"
+    return line
+
+
+def _symbols(plan: Plan) -> Mapping[str, str]:
+    """Scheme -> character, from few bits to many."""
+    bits = {scheme: _bits(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
+    schemes = sorted(bits, key=lambda scheme: (bits[scheme] or 0, scheme))
+    shared = Counter(bits.values())
+    letters = iter(string.ascii_lowercase + string.ascii_uppercase)
+    return {
+        scheme: str(bits[scheme]) if bits[scheme] is not None and shared[bits[scheme]] == 1 else next(letters, "?")
+        for scheme in schemes
+    }
+
+
+def _bits(scheme: str) -> int | None:
+    """The digit of a scheme that rounds to fewer than ten bits."""
+    bits = parse_scheme(scheme).bits
+    return bits if 0 < bits < 10 else None
