@@ -392,9 +392,12 @@ def test_ls_lists_the_runs_of_a_store(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (run["run"], run["status"], run["share"]) == ("mine", "finished", 0.5)
 
 
-def test_ls_of_no_store_is_an_empty_list_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["ls", "--store", str(tmp_path / "none"), "--format", "json"])
-    assert json.loads(capsys.readouterr().out) == [] and not (tmp_path / "none").exists()
+def test_ls_of_no_store_is_an_empty_list_and_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["ls", "--format", "json"])
+    assert json.loads(capsys.readouterr().out) == [] and not list(tmp_path.iterdir())
 
 
 def test_status_shows_a_run_as_a_person_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -476,18 +479,45 @@ def test_query_prints_numbers_that_json_lacks_as_text(tmp_path: Path, capsys: py
 
 def test_query_writes_parquet_to_a_file(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    main(["query", "SELECT 1 AS a", "--format", "parquet", "--out", str(out), "--store", str(tmp_path / "store")])
+    main(["query", "SELECT 1 AS a", "--format", "parquet", "--out", str(out), "--store", str(tmp_path)])
     assert pq.read_table(out) == pa.table({"a": pa.array([1], pa.int32())})
 
 
 def test_query_writes_any_form_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.csv"
-    main(["query", "SELECT 1 AS a", "--format", "csv", "--out", str(out), "--store", str(tmp_path / "store")])
+    main(["query", "SELECT 1 AS a", "--format", "csv", "--out", str(out), "--store", str(tmp_path)])
     assert (out.read_text(), capsys.readouterr().out) == ("a\n1\n", "")
 
 
-def test_parquet_without_a_file_is_a_usage_error(tmp_path: Path) -> None:
+def test_parquet_for_a_terminal_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", terminal)
     assert main(["query", "SELECT 1", "--format", "parquet", "--store", str(tmp_path)]) == 2
+
+
+def test_parquet_goes_into_a_pipe(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    main(["query", "SELECT 1 AS a", "--format", "parquet", "--store", str(tmp_path)])
+    assert pq.read_table(io.BytesIO(capsysbinary.readouterr().out)).to_pylist() == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "start"),
+    [("a.csv", [], b"a\n1"), ("a.json", [], b"["), ("a.parquet", [], b"PAR1"), ("a.csv", ["--format", "json"], b"[")],
+)
+def test_the_extension_says_the_form_unless_it_is_asked_for(
+    name: str, options: list[str], start: bytes, tmp_path: Path
+) -> None:
+    main(["query", "SELECT 1 AS a", "--out", str(tmp_path / name), "--store", str(tmp_path), *options])
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("verb", [["ls"], ["status", "a"], ["query", "SELECT 1"], ["pareto"], ["report", "a"]])
+def test_a_store_that_was_named_and_is_not_there_is_an_error(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*verb, "--store", str(tmp_path / "mistyped")]) == 2
+    assert "there is no store" in capsys.readouterr().err
 
 
 def test_anything_but_a_select_is_a_usage_error(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from dtmsearch.cli.options import NewPath, complete_run, examples, format_option, open_store, store_option
 from dtmsearch.cli.root import cli
@@ -82,26 +84,38 @@ def stop_verb(name: str, store: str) -> None:
 @click.argument("name", metavar="[RUN]", required=False)
 @store_option
 @format_option("table", "json", "csv", "parquet")
-@click.option("--out", type=NewPath(dir_okay=False), help="File to write instead of stdout.")
+@click.option(
+    "--out",
+    type=NewPath(dir_okay=False),
+    help="File to write instead of stdout; .json, .csv and .parquet say the form where --format is not given.",
+)
 @click.option("--list", "listed", is_flag=True, help="The questions that have names, and what they ask.")
 def query_verb(sql: str | None, name: str | None, store: str, form: str, out: Path | None, listed: bool) -> None:
     """Answer one SQL SELECT, or a question by its name about a RUN, over the store.
 
     Its tables are runs, components, prompts, evaluations, plans, steps and continuations.
     """
-    if form == "parquet" and out is None:
-        raise click.UsageError("parquet is no text for a terminal: give a file with --out")
+    form = _form_of_file(form, out)
+    if form == "parquet" and out is None and sys.stdout.isatty():
+        raise click.UsageError("parquet is no text for a terminal: give a file with --out, or a pipe")
     answer = _answer(store, sql, name, listed)
     if listed and form == "table":
         say("to ask one of them about a run: dtmsearch query NAME RUN")
     if form == "parquet":
         from pyarrow import parquet
 
-        parquet.write_table(answer, out)
+        parquet.write_table(answer, sys.stdout.buffer if out is None else out)
     elif out is None:
         print_text(_query_text(answer, form))
     else:
         out.write_text(_query_text(answer, form) + "\n", encoding="utf-8")
+
+
+def _form_of_file(form: str, out: Path | None) -> str:
+    """The form of an answer: as asked, else as the file's extension says."""
+    asked = click.get_current_context().get_parameter_source("form") is ParameterSource.COMMANDLINE
+    extension = "" if out is None or asked else out.suffix.removeprefix(".").lower()
+    return extension if extension in ("json", "csv", "parquet") else form
 
 
 def _answer(store: str, sql: str | None, run: str | None, listed: bool) -> Any:

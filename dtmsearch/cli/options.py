@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dtmsearch.cli.speech import DEFAULT_STORE, LOG_FORMAT, say
+from dtmsearch.errors import UserError
 
 if TYPE_CHECKING:
     from dtmsearch.store.store import ResultStore
@@ -132,7 +133,10 @@ def examples(*lines: str) -> str:
 
 
 def open_store(store: str) -> ResultStore:
+    """The store that a verb reads. Raises `UserError` for a folder that was named and is not there: it is mistyped."""
     # Not through dtmsearch.workflows.run, which loads Ray: reading a store takes no cluster.
     from dtmsearch.store.store import ResultStore
 
+    if store != DEFAULT_STORE and "://" not in store and not Path(store).exists():
+        raise UserError(f"there is no store {store}; --store names the folder or bucket that the search was run with")
     return ResultStore(store, on_note=say)
