@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from families_of_models import empty_tiny_model
 from tiny import llama_config, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, OPTConfig, Qwen2Config
 
@@ -153,6 +155,52 @@ def test_what_routes_tokens_is_searched_only_when_it_is_named(family: str, route
     assert name in manifest.routers
     assert name not in {c.name for c in manifest.select(("*",))}
     assert [c.name for c in manifest.select((name,))] == [name]
+
+
+def kinds_of(family: str) -> Counter[str]:
+    """Kinds of a tiny model of a family, counted, without any weights."""
+    with torch.device("meta"):
+        return Counter(c.kind for c in manifest_in_memory(empty_tiny_model(family)).components)
+
+
+def test_experts_above_each_other_in_a_matrix_are_components_of_their_own() -> None:
+    assert kinds_of("dbrx") == {"Wqkv": 2, "out": 2, "w1": 8, "v1": 8, "w2": 8}
+
+
+def test_experts_along_the_other_side_are_kept_transposed() -> None:
+    with torch.device("meta"):
+        components = manifest_in_memory(empty_tiny_model("dbrx")).components
+    assert {(c.kind, c.shape, c.transposed) for c in components if c.kind in ("w1", "w2")} == {
+        ("w1", (16, 32), False),
+        ("w2", (32, 16), True),
+    }
+
+
+def test_a_router_of_several_matrices_routes_with_all_of_them() -> None:
+    assert not {"fc1", "fc2", "out", "router_mlp"} & kinds_of("zaya").keys()
+
+
+def test_rotated_queries_choose_nothing() -> None:
+    """Llama 4 rotates them as complex numbers."""
+    assert {"q", "k", "v", "o"} <= kinds_of("llama4_text").keys()
+
+
+def test_weights_that_the_code_changes_before_it_uses_them_are_no_components() -> None:
+    assert "correction_coefs" not in kinds_of("gemma3n_text")
+
+
+def test_tables_of_positions_and_mixtures_of_streams_are_no_components() -> None:
+    assert not {"proj", "fn", "position_bias"} & (kinds_of("inkling_text") | kinds_of("deepseek_v4")).keys()
+
+
+def test_of_a_model_of_images_and_text_what_text_reaches_is_searched() -> None:
+    with torch.device("meta"):
+        manifest = manifest_in_memory(empty_tiny_model("llava"))
+    assert not [c.name for c in (*manifest.components, *manifest.others) if "vision" in c.name or "projector" in c.name]
+
+
+def test_layers_that_share_their_weights_are_searched_once() -> None:
+    assert kinds_of("zamba")["q"] == 1
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:

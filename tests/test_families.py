@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import families_of_models
 import pytest
 import torch
 from exports import in_process, measured_plan
@@ -233,3 +234,27 @@ def test_every_token_reaches_as_many_experts_as_the_router_chooses(running: tupl
 def test_experts_that_few_tokens_reach_are_named() -> None:
     said = rare_experts({"experts.0.down_proj": 300, "experts.1.down_proj": 290, "experts.2.down_proj": 3})
     assert "1 of 3" in said and "experts.2.down_proj (3)" in said
+
+
+# A family for each kind of forward that is not Llama's: how its passes run, as `families_of_models.how_it_runs` says.
+FORWARDS = {
+    "gemma3": "all",  # a wrapper of images and text
+    "qwen3_5": "all",  # the same around gated delta nets
+    "llama4": "all",  # whose head lies inside the wrapped model
+    "llava": "all",  # no causal class
+    "falcon_h1": "all",  # multiplies the head's output
+    "gemma4_text": "all",  # embeddings for each layer
+    "deepseek_v32": "all",  # an indexer whose weights are read past its module
+    "mamba": "all, own cache",
+    "rwkv": "all, no cache",
+    "minimax": "all, own cache",
+    "deepseek_v4": "all, own cache",  # several streams between layers
+    "zaya": "1/2",  # hands more than a state from layer to layer
+    "hrm_text": "0/2",  # runs its layers several times
+}
+
+
+@pytest.mark.parametrize("name", sorted(FORWARDS))
+def test_a_family_measures_as_plain_code_does(name: str) -> None:
+    found = families_of_models.check(name, exports=False)
+    assert (found["cuts"], found["ok"], found["right"]) == (FORWARDS[name], True, True)

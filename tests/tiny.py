@@ -42,6 +42,11 @@ def write_model(folder: Path, config: PretrainedConfig | None = None, seed: int 
     """A checkpoint of random weights in `folder`, float32, with its tokenizer."""
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config or llama_config()).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer of bytes, beside a checkpoint."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

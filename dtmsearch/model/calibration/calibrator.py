@@ -166,6 +166,8 @@ class Calibrator:
         """Solve all components from the first layer up to those wanted, each layer over the text's states behind the
         layers below as this scheme has made them (arXiv 2210.17323, section 4). All of them are compressed, whatever a
         plan has there: so a component's matrix follows from its scheme alone."""
+        if said := self._body.how_it_runs():
+            raise UserError(f"calibration.through: compressed goes up layer by layer, and {said}. Use through: base")
         compressor, top = self._weights.compressor, max(self._layer_of(component) for component in wanted)
         reached: set[str] = set()
         self._stand_on(self._standing_on())

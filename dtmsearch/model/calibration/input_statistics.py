@@ -138,9 +138,9 @@ class Gatherer:
         states: list[State] = []
         for batch, state in zip(self._batches, self._present(), strict=True):
             inputs.seen.clear()
-            if last:
+            if last or not self._body.is_cut(layer + 1):
                 self._body.finish(batch, state, layer)
-            else:
+            if not last:
                 states.append(self._body.advance(batch, state, layer, layer + 1))
         inputs.seen.clear()
         if not last:

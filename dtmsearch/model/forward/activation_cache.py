@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dtmsearch.core.evaluation import StatesKept
 from dtmsearch.model.forward.layer_reuse import Outputs, Reuse
-from dtmsearch.model.forward.partial import Body, State
+from dtmsearch.model.forward.partial import Below, Body, State
 
 # On a processor what is kept may take this part of the model's weights, but need not be less than some megabytes.
 _PROCESSOR_SHARE, _PROCESSOR_BYTES = 0.02, 48 << 20
@@ -101,6 +101,9 @@ class Stream:
         if self._outputs and (self._outputs[0] is None or self._outputs[0].layer == boundary):
             return
         self.carry(boundary)
+        if not (self._body.is_cut(boundary) and self._body.is_cut(boundary + 1)):
+            self._outputs = []
+            return
         left = self._room.outputs
         states = []
         self._outputs = []
@@ -163,7 +166,11 @@ def _of_layer(outputs: Outputs | None, layer: int) -> Outputs | None:
 
 
 def _to_host(state: State) -> State:
-    if not isinstance(state, Tensor):
-        return state
+    if isinstance(state, Below):
+        return state if state.state is None else replace(state, state=_host_copy(state.state))
+    return _host_copy(state) if isinstance(state, Tensor) else state
+
+
+def _host_copy(state: Tensor) -> Tensor:
     host = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
     return host.copy_(state, non_blocking=True)

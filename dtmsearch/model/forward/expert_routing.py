@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.model.forward.partial import Body
-from dtmsearch.model.modules.matrices import matrices_of
+from dtmsearch.model.modules.matrices import sliced_matrices
 
 
 def routed_tokens(body: Body, batches: Iterable[Tensor]) -> dict[str, int]:
@@ -27,7 +27,7 @@ def routed_tokens(body: Body, batches: Iterable[Tensor]) -> dict[str, int]:
 @contextmanager
 def counting(model: nn.Module) -> Iterator[dict[str, int]]:
     """The same of whatever runs within; it is there at the end."""
-    stacked = [matrix for matrix in matrices_of(model) if matrix.stack is not None]
+    stacked = list(sliced_matrices(model).values())
     modules = dict.fromkeys(matrix.name.rsplit(".", 2)[0] for matrix in stacked)
     counts: dict[str, Tensor] = {}
 

@@ -6,6 +6,7 @@ What reaches what is found out from the model itself, on a few tokens, before an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from dtmsearch.model.forward.call_trace import blocks_of, watch
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.slots import Places
+
+log = logging.getLogger(__name__)
 
 _FEW_TOKENS = 4
 
@@ -93,7 +96,55 @@ class Reuse:
             tokens = torch.arange(_FEW_TOKENS, device=body.input_device).unsqueeze(0) % body.vocabulary_size
             run = partial(body.finish, tokens, None, 0)
             self._watched = watch(components, self._blocks, layer_of, body.num_layers, tuple(tokens.shape), run)
-            self._in_part = self._that_run_in_part(body, tokens)
+            self._in_part: frozenset[str] = frozenset()
+            if body.is_cut(self._last):
+                self._in_part = self._proved_in_part(body, tokens, self._that_run_in_part(body, tokens))
+            self._reusing = frozenset(range(body.num_layers))  # none is spared while they are tried
+            self._reusing = frozenset(layer for layer in self._reusing if self._proves_reuse(body, tokens, layer))
+
+    def _proved_in_part(self, body: Body, tokens: Tensor, components: frozenset[str]) -> frozenset[str]:
+        """The components if the last layer gives the same where something is predicted when they run there only; none
+        if not, for the model's code may ask more of them than a call."""
+        state = None if self._last == 0 else body.advance(tokens, None, 0, self._last)
+        later = slice(_FEW_TOKENS // 2, _FEW_TOKENS - 1)
+        expected = body.finish(tokens, state, self._last)[:, later]
+        self._in_part = components
+        try:
+            with self.predicting(later):
+                found = body.finish(tokens, state, self._last)[:, later]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            log.debug("the last layer runs whole: %s: %s", type(error).__name__, error)
+            return frozenset()
+        # Fewer rows may be multiplied by another kernel, so that last bits differ.
+        return components if torch.allclose(found, expected, rtol=0.02, atol=0.02) else frozenset()
+
+    def _proves_reuse(self, body: Body, tokens: Tensor, layer: int) -> bool:
+        """Whether a layer gives the same, bit by bit, with what was recorded in place of what a change spares."""
+        last = layer == self._last
+        if not body.is_cut(layer) or not (last or body.is_cut(layer + 1)) or not self._watched.calls[layer].components:
+            return False
+        state = None if layer == 0 else body.advance(tokens, None, 0, layer)
+
+        def run() -> Any:
+            return body.finish(tokens, state, layer) if last else body.advance(tokens, state, layer, layer + 1)
+
+        components = self._watched.calls[layer].components
+        outputs = Outputs(layer)
+        try:
+            with self.recording(outputs):
+                expected = run()
+            for changed in dict.fromkeys((components[0], components[-1])):
+                with self.serving(outputs, [changed]):
+                    if not torch.equal(run(), expected):
+                        return False
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the model's code does without a module that it asks for
+            log.debug("layer %d always runs whole: %s: %s", layer, type(error).__name__, error)
+            return False
+        return True
 
     def _that_run_in_part(self, body: Body, tokens: Tensor) -> frozenset[str]:
         """Components of the last layer whose outputs at a token reach no later token: poisoned there, nothing shows."""
@@ -104,8 +155,10 @@ class Reuse:
         for component in self._watched.calls[self._last].components:
             inner = self.places.get(component)
             hook = inner.register_forward_hook(_poison)
-            found = body.finish(tokens, state, self._last)[:, later]
-            hook.remove()
+            try:
+                found = body.finish(tokens, state, self._last)[:, later]
+            finally:
+                hook.remove()
             if torch.equal(found, expected):
                 safe.append(component)
         return frozenset(safe)
@@ -116,6 +169,8 @@ class Reuse:
 
     def _worth_keeping(self, layer: int) -> set[str]:
         """Whatever a change of one component spares."""
+        if layer not in self._reusing:
+            return set()
         calls = self._watched.calls[layer]
         return {kept for changed in calls.components for kept in calls.spared([changed])}
 

@@ -2,13 +2,16 @@
 
 Boundary l is the input of layer l. The model's own code runs at every cut: layers that are not wanted are replaced by
 stand-ins that hand their input on, or a stored state in its place, so that masks, positions, norms and the head's
-extras stay those of the model's family. Knows nothing of plans or metrics.
+extras stay those of the model's family. Where that does not give, bit by bit, what the whole model gives, there is no
+cut: the pass starts at the next boundary below that is one, or at the tokens. Knows nothing of plans or metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +21,13 @@ from dtmsearch.model.modules.compat import BodyOutput, Cache, fixed_cache, no_pa
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import vocabulary_size
 from dtmsearch.model.modules.swapping import swapped
+
+log = logging.getLogger(__name__)
+
+# Tokens of each of the two prompts on which cuts are proved.
+_PROVED_TOKENS = 16
+# Logits that differ by less of their standard deviation may change places by rounding.
+_TIE = 0.1
 
 
 class Elsewhere:
@@ -31,7 +41,41 @@ class Elsewhere:
         return self
 
 
-State = Tensor | Elsewhere
+@dataclass(frozen=True)
+class Below:
+    """The state at a boundary that is no cut: that at `start`, the next one below that is, from where the layers run
+    again (None at boundary 0)."""
+
+    state: Tensor | None
+    start: int
+
+    def to(self, *arguments: Any, **options: Any) -> Below:
+        return self if self.state is None else Below(self.state.to(*arguments, **options), self.start)
+
+
+State = Tensor | Elsewhere | Below
+
+
+# What a layer returns: a tensor (None), or a tuple or list of so many with it at the head.
+_Returned = tuple[type, int] | None
+
+
+def _returned(output: Any) -> _Returned:
+    return (type(output), len(output)) if isinstance(output, tuple | list) else None
+
+
+def _state_of(output: Any) -> Tensor:
+    """A layer's state in what it returned."""
+    state: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return state
+
+
+def _below_head(model: Any, layers_name: str) -> str:
+    """Name of the part of a model that holds the layers, and all else that runs before the head."""
+    head = model.get_output_embeddings()
+    parts = layers_name.split(".")
+    names = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return next(name for name in names if all(module is not head for module in model.get_submodule(name).modules()))
 
 
 class StandIn(nn.Module):
@@ -43,13 +87,13 @@ class StandIn(nn.Module):
         self.index = index
         self.state: Tensor | None = None
         self.seen: Tensor | None = None
-        self.returns_tuple = False
+        self.returns: _Returned = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.seen = hidden_states
         _grow_cache(self.index, hidden_states, [*args, *kwargs.values()])
         handed = self.handed_on(hidden_states)
-        return (handed, None) if self.returns_tuple else handed
+        return handed if self.returns is None else self.returns[0]([handed, *[None] * (self.returns[1] - 1)])
 
     def handed_on(self, hidden_states: Tensor) -> Tensor:
         return hidden_states if self.state is None else self.state
@@ -71,9 +115,14 @@ def _grow_cache(index: int, hidden_states: Tensor, arguments: Iterable[Any]) -> 
 
 
 class _HiddenStates(nn.Module):
-    """In place of everything below the head: gives `hidden_states`."""
+    """In place of everything below the head: gives `hidden_states`; of `body`, which it stands for, what else is
+    asked."""
 
     hidden_states: Tensor
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "body", body)  # no submodule: its weights are the model's
 
     @property
     def decoder(self) -> nn.Module:
@@ -82,6 +131,12 @@ class _HiddenStates(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> BodyOutput:
         return BodyOutput(last_hidden_state=self.hidden_states)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["body"], name)
 
 
 class Body:
@@ -100,10 +155,114 @@ class Body:
         self._real = list(self._layers)
         self.own = range(len(self._real)) if own is None else own
         self._stand_ins = [StandIn(layer, index) for index, layer in enumerate(self._real)]
-        self._below_head = _HiddenStates()
-        self._prefix: str = model.base_model_prefix
+        self._below_name = _below_head(model, self.layers_name)
+        self._below_head = _HiddenStates(model.get_submodule(self._below_name))
+        self.head_apart = True
+        self.cuts = frozenset(range(self.num_layers + 1))
         self.vocabulary_size = vocabulary_size(model)
+        self._new_cache: Callable[[int], Cache | None] | None = self.new_cache
+        if own is None:
+            self._prove()
+        else:
+            self._note_what_layers_return()
+
+    def _prove(self) -> None:
+        """Find out, on two prompts of random tokens, where a pass may be cut: where one that starts there gives what
+        the whole model gives, bit by bit; whether the head may be run by itself; and which cache gives its own tokens.
+        """
+        generator = torch.Generator().manual_seed(0)
+        shape = 2, 2, _PROVED_TOKENS
+        prompts = torch.randint(1, max(2, self.vocabulary_size - 1), shape, generator=generator).to(self.input_device)
+        with torch.inference_mode():
+            tokens, others = prompts
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+            self.head_apart = self._proves(lambda: _alike(self._logits_apart(tokens), logits))
+            whole = self.run(tokens)
+            self.cuts = frozenset({0})
+            if self._proves(lambda: self._notes_returned(tokens)):
+                self.cuts |= self._proved_cuts(tokens, others, whole)
+            self._new_cache = self._proved_cache(tokens, logits)
+        if len(self.cuts) <= self.num_layers:
+            log.warning("%s", self.how_it_runs())
+
+    def how_it_runs(self) -> str:
+        """Where the model's passes may start, for a person; empty where they may at every layer."""
+        name = type(self.model).__name__
+        if len(self.cuts) > self.num_layers:
+            return ""
+        if self.cuts <= {0, self.num_layers}:
+            return f"{name} runs whole: a pass that starts above its first layer is not the same"
+        missing = sorted(set(range(self.num_layers)) - self.cuts)
+        return f"{name} runs from lower layers: a pass that starts at layer {_listed(missing)} is not the same"
+
+    def _proves(self, test: Callable[[], bool]) -> bool:
+        """Whether a test holds; what goes wrong in the model's code, which may not expect what it gets, says no."""
+        try:
+            return test()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            log.debug("%s: %s: %s", type(self.model).__name__, type(error).__name__, error)
+            return False
+
+    def _logits_apart(self, tokens: Tensor) -> Tensor:
+        hidden = self.run(tokens)
+        with self.head_only():
+            return self.logits(hidden.reshape(-1, hidden.shape[-1])).reshape(*tokens.shape, -1)
+
+    def _notes_returned(self, tokens: Tensor) -> bool:
         self._note_what_layers_return()
+        return True
+
+    def _proved_cuts(self, tokens: Tensor, others: Tensor, whole: Tensor) -> set[int]:
+        """Boundaries from which a pass gives the head's inputs `whole` of `tokens`. Before it the model runs over
+        `others`, lest layers below find what they left of the same tokens."""
+        states: list[Tensor] = []
+
+        def found_states() -> bool:
+            states.extend(self.boundaries(tokens))
+            return len(states) == self.num_layers + 1  # not of layers that run several times
+
+        if not self._proves(found_states):
+            return set()
+        self.run(others)
+
+        def same(boundary: int) -> bool:
+            return torch.equal(self.finish(tokens, states[boundary], boundary), whole)
+
+        def reached(start: int, stop: int) -> bool:
+            found = self.advance(tokens, states[start] if start else None, start, stop)
+            return isinstance(found, Tensor) and torch.equal(found, states[stop])
+
+        everywhere = range(1, self.num_layers + 1)
+        self.cuts = frozenset(range(self.num_layers + 1))  # none is spared while they are tried
+        right = {b for b in reversed(everywhere) if self._proves(lambda b=b: same(b))}  # type: ignore[misc]
+        right.discard(0)
+        start = 0
+        for boundary in sorted(right - {self.num_layers}):
+            if self._proves(lambda b=boundary, a=start: reached(a, b)):  # type: ignore[misc]
+                start = boundary
+            else:
+                right.discard(boundary)
+        return right
+
+    def _proved_cache(self, tokens: Tensor, logits: Tensor) -> Callable[[int], Cache | None] | None:
+        """What makes the cache to generate with: ours, which does not grow; else (a function that gives none) the
+        model's own; None where it is to have none. Tokens generated with it are the whole model's best, or near to."""
+        prompts = tokens[:, : _PROVED_TOKENS // 2]
+
+        def works() -> bool:
+            found = self.generate(prompts, _PROVED_TOKENS // 2, ())
+            rows = torch.cat([prompts, found], dim=1)
+            own = self.model(input_ids=rows, use_cache=False).logits[:, prompts.shape[1] - 1 : -1].float()
+            chosen = own.gather(2, found.unsqueeze(2)).squeeze(2)
+            return bool((own.amax(2) - chosen <= _TIE * own.std(2)).all())
+
+        for make in (self.new_cache, lambda length: None):
+            self._new_cache = make
+            if self._proves(works):
+                return make
+        return None
 
     @property
     def num_layers(self) -> int:
@@ -120,12 +279,12 @@ class Body:
         return int(self.model.config.get_text_config().hidden_size) * self.itemsize
 
     def _note_what_layers_return(self) -> None:
-        """Tensors or tuples; a layer that is not here returns what those that are do, so one of the two guesses is
+        """Tensors or tuples; a layer that is not here returns what those that are do, so one of the guesses is
         right."""
-        returned: dict[int, bool] = {}
+        returned: dict[int, _Returned] = {}
 
         def note(layer: nn.Module, args: Any, output: Any) -> None:
-            returned[self._real.index(layer)] = isinstance(output, tuple)
+            returned[self._real.index(layer)] = _returned(output)
 
         hooks = [self._real[index].register_forward_hook(note) for index in self.own]
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.input_device)
@@ -135,19 +294,20 @@ class Body:
             for hook in hooks:
                 hook.remove()
 
-    def _guess_returned(self, tokens: Tensor, returned: dict[int, bool]) -> None:
+    def _guess_returned(self, tokens: Tensor, returned: dict[int, _Returned]) -> None:
         whole = len(self.own) == self.num_layers
-        for guess in (False, True):
+        guesses: tuple[_Returned, ...] = (None, (tuple, 2))
+        for guess in guesses:
             for index, stand_in in enumerate(self._stand_ins):
-                stand_in.returns_tuple = returned.get(index, guess)
+                stand_in.returns = returned.get(index, guess)
             with torch.inference_mode(), self._only(self.own.start, self.own.stop):
                 try:
                     self.run(tokens)
                 except Exception:  # whatever the model's code makes of what it did not expect
-                    if whole or guess:
+                    if whole or guess is not None:
                         raise
-            for index, is_tuple in returned.items():
-                self._stand_ins[index].returns_tuple = is_tuple
+            for index, kind in returned.items():
+                self._stand_ins[index].returns = kind
             if whole or returned.get(self.own.start) == guess:
                 return
 
@@ -157,10 +317,19 @@ class Body:
         return device
 
     def run(self, tokens: Tensor) -> Tensor:
-        """The head's input, at every token, through whatever stands in the layers' places."""
+        """The head's input, at every token, through whatever stands in the layers' places; of a head that cannot be
+        run by itself its output."""
         with no_packed_sequences():
-            hidden: Tensor = getattr(self.model, self._prefix)(input_ids=tokens, use_cache=False).last_hidden_state
+            if not self.head_apart:
+                logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+                return logits
+            below = self.model.get_submodule(self._below_name)
+            hidden: Tensor = below(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
+
+    def is_cut(self, boundary: int) -> bool:
+        """Whether a pass may start at a boundary; if not, it starts below it."""
+        return boundary in self.cuts
 
     @contextmanager
     def _only(self, start: int, stop: int) -> Iterator[None]:
@@ -175,15 +344,23 @@ class Body:
 
     def advance(self, tokens: Tensor, state: State | None, start: int, stop: int) -> State:
         """The state at boundary `stop` (below the number of layers) from that at `start` (None at boundary 0)."""
-        with self._only(start, stop):
+        if isinstance(state, Below):
+            start, state = state.start, state.state
+        last = max(boundary for boundary in self.cuts if boundary <= stop)
+        if last <= start:
+            assert not isinstance(state, Elsewhere)
+            return Below(state, start)
+        with self._only(start, last):
             self._enter(state, start)
             self.run(tokens)
-            seen = self._stand_ins[stop].seen
+            seen = self._stand_ins[last].seen
         assert seen is not None
-        return seen
+        return seen if last == stop else Below(seen, last)
 
     def finish(self, tokens: Tensor, state: State | None, start: int) -> Tensor:
         """The head's input, at every token, from the state at boundary `start` (None at boundary 0)."""
+        if isinstance(state, Below):
+            start, state = state.start, state.state
         with self._only(start, self.num_layers):
             self._enter(state, start)
             return self.run(tokens)
@@ -209,8 +386,7 @@ class Body:
                 run()
         finally:
             hook.remove()
-        reached: Tensor = found[0][0] if isinstance(found[0], tuple) else found[0]
-        return reached
+        return _state_of(found[0])
 
     def boundaries(self, tokens: Tensor) -> list[Tensor]:
         """The states at all boundaries from the first layer's input to the last one's output, [layers + 1]."""
@@ -219,7 +395,7 @@ class Body:
         def note(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
             if not found:
                 found.append(args[0] if args else named["hidden_states"])
-            found.append(output[0] if isinstance(output, tuple) else output)
+            found.append(_state_of(output))
 
         hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in self._real]
         try:
@@ -230,20 +406,26 @@ class Body:
         return found
 
     def _enter(self, state: State | None, start: int) -> None:
-        assert (state is None) == (start == 0) and not isinstance(state, Elsewhere)
+        assert (state is None) == (start == 0) and not isinstance(state, Elsewhere | Below)
         if state is not None:
             self._stand_ins[start - 1].state = state
 
     @contextmanager
     def head_only(self) -> Iterator[None]:
         """Within, `logits` may be called; the body cannot run."""
-        with swapped(self.model, {self._prefix: self._below_head}):
+        if self.head_apart:
+            with swapped(self.model, {self._below_name: self._below_head}):
+                yield
+        else:
             yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [rows, vocabulary], in the model's dtype, of head inputs [rows, hidden]."""
+        if not self.head_apart:
+            return hidden
         self._below_head.hidden_states = hidden.unsqueeze(0)
-        logits: Tensor = self.model(input_ids=None, use_cache=False).logits
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=hidden.device).expand(1, len(hidden))
+        logits: Tensor = self.model(input_ids=nothing, use_cache=False).logits
         return logits.squeeze(0)
 
     def new_cache(self, length: int) -> Cache:
@@ -261,19 +443,33 @@ class Body:
             suppress_tokens=list(suppressed) or None,
             eos_token_id=None,
             pad_token_id=0,
-            use_cache=True,
+            use_cache=self._new_cache is not None,
             disable_compile=True,
         )
         # It is made here, for the model would keep the length of an earlier.
-        cache = self.new_cache(prompts.shape[1] + num_tokens)
+        cache = None if self._new_cache is None else self._new_cache(prompts.shape[1] + num_tokens)
+        options = {} if cache is None else {"past_key_values": cache}
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             output: Tensor = self.model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=settings,
-                past_key_values=cache,
+                **options,
             )
         finally:
             self.model.generation_config = own
         return output[:, prompts.shape[1] :]
+
+
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    """Whether logits are the same but for what other shapes of a product may do in their last bits."""
+    if torch.equal(found, wanted):
+        return True
+    room = 16 * torch.finfo(wanted.dtype).eps * float(wanted.abs().amax())
+    return found.shape == wanted.shape and float((found - wanted).abs().amax()) <= room
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:5]))
+    return f"{shown} and {len(numbers) - 5} others" if len(numbers) > 5 else shown

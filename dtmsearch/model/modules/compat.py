@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as Operations
+from torch.utils._pytree import tree_leaves as leaves_of
 from transformers import Cache, StaticCache, masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
 from dtmsearch.core.library_versions import ForeignName
 
-__all__ = ["NAMES", "Cache", "Conv1D"]
+__all__ = ["NAMES", "Cache", "Conv1D", "Operations", "leaves_of"]
 
 # Where transformers puts the modules that come with a checkpoint.
 _CUSTOM_CODE = "transformers_modules"
@@ -70,14 +72,22 @@ def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     torch._foreach_mul_(list(tensors), list(factors))
 
 
+def storage_of(tensor: Tensor) -> int:
+    """The identity of the memory that a tensor is a view of, with values in it or without."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 # transformers
 
 
 @dataclass
 class BodyOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """With all that any family's head asks of its body's output."""
+    """Of all else that a family's head asks of its body's output there is nothing."""
 
-    router_logits: tuple[Tensor, ...] | None = None
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 @contextmanager
@@ -126,10 +136,9 @@ def path_of(model: Any) -> str:
     return str(getattr(model.config, "_name_or_path", "") or "")
 
 
-def experts_transposed(module: nn.Module) -> bool | None:
-    """Whether experts are stacked as [experts, inputs, outputs], as transformers marks them; None where it does not."""
-    says = getattr(module, "is_transposed", None)
-    return None if says is None else bool(says)
+def loaded_by(auto: Any, config: Any) -> Any:
+    """The class of models that one of transformers' automatic classes has for a configuration; None where none."""
+    return auto._model_mapping.get(type(config), None)
 
 
 def is_custom_code(kind: type) -> bool:
@@ -257,13 +266,14 @@ def _dynamic_modules() -> object:
     return {_CUSTOM_CODE: True}[TRANSFORMERS_DYNAMIC_MODULE_NAME]
 
 
-def _marked_experts() -> object:
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+def _model_mapping() -> object:
+    from transformers import AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        experts = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=8, num_local_experts=2))
-    return experts.is_transposed
+    return AutoModelForImageTextToText._model_mapping.get
+
+
+def _storage_identity() -> object:
+    return torch.empty(1, device="meta").untyped_storage()._cdata
 
 
 NAMES: tuple[ForeignName, ...] = (
@@ -272,6 +282,9 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("torch.nn.Module._compiled_call_impl", "run compiled layers eagerly for a while"),
     ForeignName("torch._dynamo.config.recompile_limit", "keep a graph for each batch shape"),
     ForeignName("torch._dynamo.config.accumulated_recompile_limit", "keep a graph for each batch shape"),
+    ForeignName("torch.utils._python_dispatch.TorchDispatchMode", "watch how a model uses its parameters"),
+    ForeignName("torch.utils._pytree.tree_leaves", "watch how a model uses its parameters"),
+    ForeignName("torch.UntypedStorage._cdata", "watch how a model uses its parameters", _storage_identity),
     ForeignName("torch._foreach_mul_", "hold masks over gradients"),
     ForeignName("transformers.masking_utils.find_packed_sequence_indices", "spare the device a question at every pass"),
     ForeignName("transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions", "run the head alone"),
@@ -279,12 +292,11 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("transformers.cache_utils.StaticCache", "generate without copying the cache"),
     ForeignName("transformers.PretrainedConfig._attn_implementation", "tell a model object's attention"),
     ForeignName("transformers.PretrainedConfig._name_or_path", "name a model object", _config("_name_or_path")),
-    ForeignName("transformers.PreTrainedModel.base_model_prefix", "find the model below the head"),
     ForeignName("transformers.PreTrainedModel.all_tied_weights_keys", "load an export's tied weights", _tied),
     ForeignName("transformers.PreTrainedModel.activation_checkpointing_enable", "train in less memory", _checkpointing),
     ForeignName("transformers.utils.hub.TRANSFORMERS_DYNAMIC_MODULE_NAME", "tell custom code", _dynamic_modules),
     ForeignName("transformers.LoadStateDictInfo.conversion_errors", "say what a checkpoint lacks", _conversion_errors),
-    ForeignName("transformers.MixtralExperts.is_transposed", "read stacked experts", _marked_experts),
+    ForeignName("transformers.AutoModelForImageTextToText._model_mapping", "load wrapped models", _model_mapping),
     ForeignName("accelerate.commands.config.config_args.default_config_file", "see whether trainings are spread"),
     ForeignName("accelerate.commands.launch", "start a training in several processes"),
     ForeignName("accelerate.utils.fsdp2_canonicalize_names", "find parameters under FSDP"),

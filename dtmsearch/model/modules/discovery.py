@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.fingerprints import custom_code
 from dtmsearch.model.modules.loading import check_tensors, checkpoint_folder, empty_model
-from dtmsearch.model.modules.matrices import is_matrix, matrices_of
+from dtmsearch.model.modules.matrices import Matrix, found_in, known_usage, matrices_of
 
 _KIND_ENDINGS = ("_proj", "_weight", "_layer")
 # Without its ending it would say nothing.
@@ -53,7 +53,7 @@ def survey(spec: ModelSpec) -> Survey:
         raise UserError(f"{spec.path} is quantized already: a search starts from 16- or 32-bit weights")
     model = empty_model(folder, spec)
     layers_name, layers = find_layers(model)
-    components = components_of(layers_name, layers)
+    components = components_of(model)
     if not components:
         raise UserError(
             f"{spec.path} has no components: no weight matrix lies inside {layers_name} ({type(layers[0]).__name__})"
@@ -67,8 +67,8 @@ def survey(spec: ModelSpec) -> Survey:
         num_layers=len(layers),
         content_hash="",
         components=components,
-        others=other_components(model, layers_name, len(layers)),
-        routers=routers_of(layers_name, layers),
+        others=other_components(model),
+        routers=routers_of(model),
     )
     config: Any = model.config
     inside: Any = model
@@ -78,48 +78,73 @@ def survey(spec: ModelSpec) -> Survey:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder's layers: the `nn.ModuleList` of the configured length with the most weights."""
+    """Name and list of the decoder's layers: of the part that reads text, the `nn.ModuleList` of the configured length
+    with the most weights; of any length where there is none of that one."""
     config: Any = model.config
-    expected = config.get_text_config().num_hidden_layers
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
-    if not lists:
-        raise UserError(f"{type(model).__name__} has no list of {expected} layers, so it has no components to search")
-    return max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+    text = config.get_text_config()
+    expected = getattr(text, "num_hidden_layers", None)
+    fitting = next((found for part in (_decoder(model), model) if (found := _lists(model, part, expected))), None)
+    if not fitting:
+        raise UserError(f"{type(model).__name__} has no list of layers, so it has no components to search")
+    return max(fitting, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
-def components_of(layers_name: str, layers: nn.ModuleList) -> tuple[Component, ...]:
-    """The weight matrices inside the layers of the list of that name, in model order, but for those that route."""
+def _lists(model: nn.Module, part: nn.Module, expected: int | None) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of modules in a part of a model, by name: those of an expected length, else all."""
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is part and name), "")
+    lists = [(prefix + name, m) for name, m in part.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    return [pair for pair in lists if len(pair[1]) == expected] or lists
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The part of a model that reads text: all of it, but for wrappers."""
+    get = getattr(model, "get_decoder", None)
+    try:
+        found = get() if get is not None else None
+    except (AttributeError, NotImplementedError):
+        found = None
+    return found if isinstance(found, nn.Module) else model
+
+
+def components_of(model: nn.Module) -> tuple[Component, ...]:
+    """The weight matrices inside the layers, in model order, but for those that route."""
     return tuple(
-        Component(f"{layers_name}.{index}.{matrix.name}", index, kind_of(matrix.name), matrix.shape, matrix.transposed)
-        for index, layer in enumerate(layers)
-        for matrix in matrices_of(layer)
+        Component(matrix.name, layer, kind_of(matrix.name), matrix.shape, matrix.transposed)
+        for layer, matrix in _in_layers(model)
         if not matrix.routes
     )
 
 
-def routers_of(layers_name: str, layers: nn.ModuleList) -> tuple[str, ...]:
+def routers_of(model: nn.Module) -> tuple[str, ...]:
     """Names of the linear layers that choose among experts, or weigh one."""
-    return tuple(
-        f"{layers_name}.{index}.{matrix.name}"
-        for index, layer in enumerate(layers)
-        for matrix in matrices_of(layer)
-        if matrix.routes
-    )
+    return tuple(matrix.name for _, matrix in _in_layers(model) if matrix.routes)
+
+
+def _in_layers(model: nn.Module) -> Iterator[tuple[int, Matrix]]:
+    """The matrices inside the layers, with the layer of each."""
+    prefix = f"{find_layers(model)[0]}."
+    for matrix in matrices_of(model):
+        if matrix.name.startswith(prefix):
+            yield int(matrix.name[len(prefix) :].partition(".")[0]), matrix
 
 
 def kind_of(name: str) -> str:
     """The role of a module inside its layer: `self_attn.q_proj` is `q`, `mlp.fc1` is `fc1`."""
-    last = name.rpartition(".")[2]
+    parts = name.split(".")
+    last = parts[-1]
+    if last == "weight" and len(parts) > 2 and parts[-2].isdigit():  # of an expert in a module's only stack
+        last = parts[-3]
     for ending in () if last in _WHOLE_KINDS else _KIND_ENDINGS:
         last = last.removesuffix(ending) or last
     return last
 
 
-def other_components(model: nn.Module, layers_name: str, num_layers: int) -> tuple[Component, ...]:
-    """Embeddings, norms, routers and the head; of tied weights the first owner only."""
+def other_components(model: nn.Module) -> tuple[Component, ...]:
+    """Embeddings, norms, routers and the head, of what tokens of text reach; of tied weights the first owner only."""
+    layers_name, layers = find_layers(model)
+    found = found_in(model, known_usage(model))
+    components = {matrix.name for matrix in found.matrices if not matrix.routes}
     others: list[Component] = []
-    layers: Any = model.get_submodule(layers_name)
-    routers = set(routers_of(layers_name, layers))
     seen: set[int] = set()
     layers_reached = False
     for name, module in model.named_modules():
@@ -129,9 +154,9 @@ def other_components(model: nn.Module, layers_name: str, num_layers: int) -> tup
             continue
         seen.add(id(own))
         inside = name.startswith(f"{layers_name}.")
-        if inside and is_matrix(module) and name not in routers:
+        if (inside and name in components) or not (found.reached is None or f"{name}.weight" in found.reached):
             continue
-        layer = int(name[len(layers_name) + 1 :].split(".")[0]) if inside else num_layers if layers_reached else -1
+        layer = int(name[len(layers_name) + 1 :].split(".")[0]) if inside else len(layers) if layers_reached else -1
         rows, cols = own.shape if own.ndim == 2 else (1, own.shape[0])
         others.append(Component(name, layer, kind_of(name), (rows, cols)))
     return tuple(others)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.components import read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
-from dtmsearch.model.modules.compat import unconverted_parameters
+from dtmsearch.model.modules.compat import loaded_by, unconverted_parameters
 
 # Of what transformers says, in an error.
 _LONGEST_REASON = 500
@@ -89,13 +89,24 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
     return tokenizer
 
 
+def loader(config: Any) -> Any:
+    """The class of transformers that loads a configuration's model: the one for causal language models; for models of
+    images and text, of which the text alone is searched, the one for those."""
+    causal, wrapped = (loaded_by(auto, config) for auto in (AutoModelForCausalLM, AutoModelForImageTextToText))
+    if wrapped is None or getattr(config, "auto_map", None):
+        return AutoModelForCausalLM
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    return AutoModelForImageTextToText if causal is None or named == wrapped.__name__ else AutoModelForCausalLM
+
+
 def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices: int) -> nn.Module:
     """The model in evaluation mode on `device`, or spread over the first `num_devices` GPUs by accelerate."""
     transformers_logging.disable_progress_bar()
     if spec.trust_remote_code:
         log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
     with _explained("model", folder):
-        model, loading = _without_report(folder, AutoModelForCausalLM.from_pretrained)(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        model, loading = _without_report(folder, loader(config).from_pretrained)(
             folder,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
@@ -113,7 +124,7 @@ def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     with _explained("model", folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         _check_num_layers(config, folder)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        model: nn.Module = loader(config).from_config(config, trust_remote_code=spec.trust_remote_code)
     _check_num_weights(model, folder)
     return model
 

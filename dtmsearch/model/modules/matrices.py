@@ -1,35 +1,74 @@
 """Weight matrices as families keep them, seen as all others see them: [outputs, inputs], by a component's name.
 
 Linear layers are that already; GPT-2's Conv1D keeps the transpose; mixtures of experts keep all experts of a layer in
-one stacked parameter [experts, ., .]. Knows no family's name: only these three ways. Other parameters of three
-dimensions, such as the kernels of convolutions and matrices of one attention head each, are none of these.
+one parameter, along any side of it. Which of these a search can choose among follows from how the model's own code uses
+them (`usage.py`): the kernels of convolutions, matrices of one attention head each, tables of positions and vectors
+that are multiplied value by value are none of them. Knows no family's name.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dtmsearch.model.modules.compat import Conv1D, experts_transposed
+from dtmsearch.model.modules.compat import Conv1D
+from dtmsearch.model.modules.usage import Usage, Use, usage_of
 
-_CONVOLUTIONS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+log = logging.getLogger(__name__)
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NO_USAGE = Usage({}, {}, "not looked at")
+# By the class and the configuration of a model: it is asked for at every loading.
+_known: dict[str, Usage] = {}
+_MOST_KNOWN = 8
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a matrix lies in a parameter that holds several: the `index`-th of `count` parts along `side`."""
+
+    parameter: str
+    side: int
+    index: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix found in a module: its name below the module searched, shape [outputs, inputs], whether the model keeps
-    its transpose, and in which stack it lies, if in one. `routes`: it chooses among experts, or weighs one."""
+    """A matrix found in a model: its name, shape [outputs, inputs], whether the model keeps its transpose, and where it
+    lies, if in a parameter that holds several. `routes`: it chooses among experts, or weighs one."""
 
     name: str
     shape: tuple[int, int]
     transposed: bool = False
-    stack: str | None = None
+    slice: Slice | None = None
     routes: bool = False
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A parameter, of more than one side, that holds no matrix of a search, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """All of a model's matrices that tokens are multiplied with, in its own order, and what else has several sides.
+    `reached` are all parameters that the tokens' pass used in any way; None where there was no such pass."""
+
+    matrices: tuple[Matrix, ...]
+    left_out: tuple[LeftOut, ...]
+    reached: frozenset[str] | None = None
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -37,90 +76,164 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def matrices_of(module: nn.Module) -> Iterator[Matrix]:
-    """All matrices in a module, in its own order; those of a stack expert by expert."""
-    modules = dict(module.named_modules())
-    routers = {router for name in modules for router in _routers(name, modules)}
-    for name, inner in modules.items():
-        if isinstance(inner, nn.Linear):
-            routes = inner.out_features == 1 or name in routers
-            yield Matrix(name, (inner.out_features, inner.in_features), routes=routes)
-        elif isinstance(inner, Conv1D):
-            yield Matrix(name, (inner.nf, inner.nx), transposed=True)
-        else:
-            yield from _stacked(name, modules)
+def known_usage(model: Any) -> Usage:
+    """How a model, with values or without, uses its parameters."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return Usage({}, {}, f"{type(model).__name__} has no configuration")
+    key = f"{type(model).__module__}.{type(model).__qualname__} {config.to_json_string(use_diff=False)}"
+    if key not in _known:
+        while len(_known) >= _MOST_KNOWN:
+            del _known[next(iter(_known))]
+        _known[key] = _usage_of_twin(model)
+    return _known[key]
 
 
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own parameters of three dimensions that no convolution slides over its input."""
-    if isinstance(module, _CONVOLUTIONS):
+def _usage_of_twin(model: Any) -> Usage:
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return usage_of(model)
+    try:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config)).eval()
+    except Exception as error:  # whatever a class of somebody's own does
+        return Usage({}, {}, f"{type(error).__name__}: {error}")
+    return usage_of(twin)
+
+
+def matrices_of(model: nn.Module) -> Iterator[Matrix]:
+    """All matrices that tokens are multiplied with in a model, in its own order; those of a stack one by one."""
+    return iter(found_in(model, known_usage(model)).matrices)
+
+
+def sliced_matrices(model: nn.Module) -> dict[str, Matrix]:
+    """Those that lie in a parameter with others, by name. Models that have none are not run for it."""
+    own = (m for m in model.modules() if not is_matrix(m) and not isinstance(m, nn.Embedding))
+    if not any(p.ndim > 1 for m in own for p in m.parameters(recurse=False)):
         return {}
-    return {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return {matrix.name: matrix for matrix in matrices_of(model) if matrix.slice is not None}
 
 
-def _routers(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """What chooses among the experts that a module holds, in a stack or a list: matrices beside it, in the same block,
-    with a row for each of them. None for a module that holds no experts."""
-    inner = modules[name]
-    num_experts = len(inner) if isinstance(inner, nn.ModuleList) else min(map(len, _stacks(inner).values()), default=0)
-    if num_experts < 2:
-        return []
-    block = name.rpartition(".")[0]
-    beside = (other for other in modules if not block or other.startswith(f"{block}."))
+def found_in(model: nn.Module, usage: Usage = _NO_USAGE) -> Found:
+    """The matrices of a model by the use that it makes of its parameters. What the pass did not reach is taken for what
+    its likes in other layers, and for other experts, are."""
+    likes: dict[str, Use] = {}
+    for name, use in usage.uses.items():
+        like = likes.setdefault(_pattern(name), use)
+        if use.routes and not like.routes:
+            likes[_pattern(name)] = use
+    routing = {pattern for pattern, use in likes.items() if use.routes}
+    matrices: list[Matrix] = []
+    left_out: list[LeftOut] = []
+    for name, parameter, module in _own_parameters(model):
+        alike = likes.get(_pattern(name))
+        found = (
+            _in_module(name, module, alike, usage) if is_matrix(module) else _in_stack(name, parameter, alike, routing)
+        )
+        if isinstance(found, str):
+            reason = "no token reaches it" if not usage.failed and not _touched(name, usage, likes) else found
+            left_out.append(LeftOut(name, tuple(parameter.shape), reason))
+        else:
+            matrices += found
+    reached = None if usage.failed else frozenset({*usage.uses, *usage.other})
+    return Found(tuple(_by_expert(matrices)), tuple(left_out), reached)
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Parameters of more than one side, each once, with the modules that own them."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{prefix}.{name}" if prefix else name), parameter, module
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub("#", name)
+
+
+def _touched(name: str, usage: Usage, likes: Mapping[str, Use]) -> bool:
+    return name in usage.other or _pattern(name) in likes
+
+
+def _in_module(name: str, module: nn.Module, use: Use | None, usage: Usage) -> list[Matrix] | str:
+    """The matrix that a module is; why there is none to search if so."""
+    if name.rpartition(".")[2] != "weight":
+        return "no weight of its module"
+    if use is None and not usage.failed:
+        return f"used otherwise ({usage.other.get(name, 'not at all')})"
+    weight: Any = module.weight
+    transposed = isinstance(module, Conv1D)
+    if use is not None and (use.inputs == 0) != transposed:
+        return "multiplied along the other side than its module says"
+    rows, cols = reversed(weight.shape) if transposed else weight.shape
+    routes = rows == 1 or (use is not None and use.routes)
+    return [Matrix(name.removesuffix(".weight"), (int(rows), int(cols)), transposed, None, routes)]
+
+
+def _in_stack(name: str, parameter: nn.Parameter, use: Use | None, routing: set[str]) -> list[Matrix] | str:
+    """The matrices of experts that a parameter holds; why there are none to search if so."""
+    if use is None:
+        return "no factor of a product with tokens"
+    if use.routes and name.endswith(".weight"):
+        return [Matrix(name.removesuffix(".weight"), _sides(parameter, use), use.inputs < use.outputs, None, True)]
+    if use.stack is None or use.count < 2:
+        return "a parameter of its own, no linear layer"
+    blocks = _blocks(_pattern(name))
+    if not any(router.startswith(block) for router in routing for block in blocks):
+        return "matrices of heads, which nothing chooses among"
+    rows, cols = _sides(parameter, use)
+    owner, _, leaf = name.rpartition(".")
     return [
-        other
-        for other in beside
-        if other != name and not other.startswith(f"{name}.") and _rows(modules[other]) == num_experts
+        Matrix(
+            f"{owner}.{index}.{leaf}", (rows, cols), use.inputs < use.outputs, Slice(name, use.stack, index, use.count)
+        )
+        for index in range(use.count)
     ]
 
 
-def _rows(module: nn.Module) -> int:
-    weight = _own_weight(module)
-    return 0 if weight is None or weight.ndim != 2 else len(weight)
+def _sides(parameter: nn.Parameter, use: Use) -> tuple[int, int]:
+    """Outputs and inputs of each matrix in a parameter."""
+    rows, cols = (parameter.shape[s] // (use.count if s == use.stack else 1) for s in (use.outputs, use.inputs))
+    return rows, cols
 
 
-def _own_weight(module: nn.Module) -> nn.Parameter | None:
-    return dict(module.named_parameters(recurse=False)).get("weight")
+def _blocks(pattern: str) -> list[str]:
+    """What a parameter lies in below its layer, from the inside out, as beginnings of names."""
+    parts = pattern.split(".")
+    lowest = parts.index("#") + 1 if "#" in parts else 0
+    return [".".join(parts[:end]) + "." for end in range(len(parts) - 2, lowest, -1)]
 
 
-def _stacked(name: str, modules: Mapping[str, nn.Module]) -> Iterator[Matrix]:
-    stacks, routers = _stacks(modules[name]), _routers(name, modules)
-    says = experts_transposed(modules[name])
-    if not stacks or (not routers and says is None):
-        return
-    router = _own_weight(modules[routers[0]]) if routers else None
-    inputs = None if router is None else int(router.shape[1])
-    transposed = _is_transposed([(p.shape[1], p.shape[2]) for p in stacks.values()], inputs, bool(says))
-    for expert in range(min(len(stack) for stack in stacks.values())):
-        for stack, parameter in stacks.items():
-            first, second = parameter.shape[1:]
-            shape = (second, first) if transposed else (first, second)
-            yield Matrix(f"{name}.{expert}.{stack}", shape, transposed, f"{name}.{stack}")
+def _by_expert(matrices: Sequence[Matrix]) -> Iterator[Matrix]:
+    """The same, with the stacks of one module told expert by expert."""
+    waiting: list[Matrix] = []
+    for matrix in matrices:
+        if waiting and (matrix.slice is None or _owner(matrix) != _owner(waiting[0])):
+            yield from sorted(waiting, key=lambda m: m.slice.index)  # type: ignore[union-attr]
+            waiting = []
+        if matrix.slice is None:
+            yield matrix
+        else:
+            waiting.append(matrix)
+    yield from sorted(waiting, key=lambda m: m.slice.index)  # type: ignore[union-attr]
 
 
-def _is_transposed(shapes: Sequence[tuple[int, int]], inputs: int | None, says: bool) -> bool:
-    """Whether stacks are [experts, inputs, outputs]. Of several the first takes what the router takes, `inputs`
-    features, and the last gives as many; where that does not tell, what the module `says` counts."""
-    if inputs is None or len(shapes) < 2:
-        return says
-    for first, second in (shapes[0], shapes[-1][::-1]):
-        if first != second and inputs in (first, second):
-            return first == inputs
-    return says
+def _owner(matrix: Matrix) -> str:
+    return matrix.slice.parameter.rpartition(".")[0] if matrix.slice else ""
 
 
 class StackedMatrix(nn.Module):
     """One expert's matrix in a stacked parameter: read as a copy, written into its place."""
 
-    def __init__(self, parameter: nn.Parameter, expert: int, transposed: bool) -> None:
+    def __init__(self, parameter: nn.Parameter, place: Slice, transposed: bool) -> None:
         super().__init__()
         object.__setattr__(self, "_stack", parameter)  # it is the model's, and no parameter of this module's own
-        self._expert, self._transposed = expert, transposed
+        self._place, self._transposed = place, transposed
 
     def _view(self) -> Tensor:
         stack: Tensor = self._stack.data  # type: ignore[assignment]
-        view = stack[self._expert]
-        return view.t() if self._transposed else view
+        return matrix_in(stack, self._place, self._transposed)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The stack that it lies in, which says where it is."""
@@ -131,6 +244,14 @@ class StackedMatrix(nn.Module):
 
     def write(self, weight: Tensor) -> None:
         self._view().copy_(weight)
+
+
+def matrix_in(stack: Tensor, place: Slice, transposed: bool) -> Tensor:
+    """The matrix [outputs, inputs] at a place of a parameter, as a view of it."""
+    size = stack.shape[place.side] // place.count
+    view = stack.narrow(place.side, place.index * size, size)
+    view = view.squeeze(place.side) if view.ndim > 2 else view
+    return view.t() if transposed else view
 
 
 def read(module: nn.Module) -> Tensor:

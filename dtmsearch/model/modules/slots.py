@@ -8,18 +8,16 @@ from contextlib import contextmanager
 from torch import nn
 
 from dtmsearch.model.modules.compiled import Slot
-from dtmsearch.model.modules.matrices import StackedMatrix, matrices_of
+from dtmsearch.model.modules.matrices import StackedMatrix, sliced_matrices
 from dtmsearch.model.modules.swapping import put
 
 
 def _stacked_matrices(model: nn.Module) -> dict[str, StackedMatrix]:
     """The matrices that lie in stacked parameters, by name."""
     return {
-        matrix.name: StackedMatrix(
-            model.get_parameter(matrix.stack), int(matrix.name.split(".")[-2]), matrix.transposed
-        )
-        for matrix in matrices_of(model)
-        if matrix.stack is not None
+        name: StackedMatrix(model.get_parameter(matrix.slice.parameter), matrix.slice, matrix.transposed)
+        for name, matrix in sliced_matrices(model).items()
+        if matrix.slice is not None
     }
 
 

@@ -140,7 +140,7 @@ class PipelineBody(Body):
             with self._only(self.own.start, self.own.stop):
                 first = self.own.stop
                 bridge = _Bridge(self._real[first], first)
-                bridge.cross, bridge.returns_tuple = cross, self._stand_ins[first].returns_tuple
+                bridge.cross, bridge.returns = cross, self._stand_ins[first].returns
                 with swapped(self._layers, {str(first): bridge}):
                     yield
         finally:

@@ -28,7 +28,7 @@ from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.compress.compressor import Fetch
 from dtmsearch.model.forward.expert_routing import counting
-from dtmsearch.model.forward.partial import Body, Elsewhere, State
+from dtmsearch.model.forward.partial import Below, Body, Elsewhere, State
 from dtmsearch.model.modules.compat import Cache, each_tensor, move_loaded
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model
@@ -112,7 +112,7 @@ class StageBody(Body):
     """The forward pass as far as it goes here: from the first of the own layers, and to above the last of them."""
 
     def finish(self, tokens: Tensor, state: State | None, start: int) -> Tensor:
-        assert not isinstance(state, Elsewhere)
+        assert not isinstance(state, Elsewhere | Below)
         return self.through(state, start, self.own.stop, lambda: self.run(tokens))
 
 

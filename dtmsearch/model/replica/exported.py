@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.components import ModelManifest, read_header, weight_files
@@ -30,7 +30,7 @@ from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import run_row_by_row, runs_by_token
 from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
-from dtmsearch.model.modules.loading import load_tokenizer
+from dtmsearch.model.modules.loading import load_tokenizer, loader
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
 
@@ -61,7 +61,7 @@ def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.de
     """As a user loads it; but unless it shall be `repacked`, bitsandbytes is kept from rounding the scales of its 4-bit
     weights once more, which it does on CPUs with AVX512-BF16, as the search kept it. Each sequence runs by itself where
     LLM.int8() would take outliers of the others in its batch for its own."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = loader(AutoConfig.from_pretrained(folder)).from_pretrained(
         folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(device)
     )
     for module in model.modules():
@@ -95,7 +95,7 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
             own["weight_scale"] = own["weight_scale"].to(getattr(torch, spec.dtype))
             state[f"{module}.weight"] = decompressed(own, scheme)
     options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
-    model = AutoModelForCausalLM.from_config(config, **options).to(device)
+    model = loader(config).from_config(config, **options).to(device)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
     assert not unexpected and set(missing) <= tied_parameters(model), (missing, unexpected)

@@ -21,16 +21,16 @@ _IN_MEMORY = "in-memory"
 
 def manifest_of(model: Any) -> ModelManifest:
     """The components of a model object, found as in a checkpoint. Raises `ValueError` for a model without layers."""
-    layers_name, layers = find_layers(model)
+    _, layers = find_layers(model)
     return ModelManifest(
         model=path_of(model) or type(model).__name__,
         revision=None,
         dtype=_dtype_name(model),
         num_layers=len(layers),
         content_hash=_IN_MEMORY,
-        components=components_of(layers_name, layers),
-        others=other_components(model, layers_name, len(layers)),
-        routers=routers_of(layers_name, layers),
+        components=components_of(model),
+        others=other_components(model),
+        routers=routers_of(model),
     )
 
 

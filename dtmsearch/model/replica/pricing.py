@@ -77,6 +77,8 @@ class Pricer:
         """See `Replica.unpriceable`."""
         if len(self._body.own) != self._body.num_layers:
             return "the model's layers lie in several processes, through which no backward pass is taken"
+        if self._body.how_it_runs() or not self._body.head_apart:
+            return f"no backward pass goes layer by layer: {self._body.how_it_runs() or 'its head runs within it'}"
         for component in components:
             if not isinstance(self._weights.module(component), nn.Linear | Conv1D):
                 return f"{component} lies in a stack of matrices, whose outputs for each prompt are not at hand"
