@@ -155,6 +155,12 @@ AT_ONCE_KNOWN = {
         ("must name files in the folder, and names", "../../other.safetensors"),
     ),
     "a value that is none of its type": Case(with_line("seed: !!bool maybe"), 2, ("tiny.yaml",)),
+    "a size that is as good as none": Case(
+        run(search__stop={"bits_per_weight": 40}), 2, ("stop.bits_per_weight: 40 asks for nothing",)
+    ),
+    "a size that no scheme reaches": Case(
+        run(search__stop={"bits_per_weight": 2}), 2, ("stop.bits_per_weight: 2", "out of reach", "the least")
+    ),
     "a damaged text": Case(with_text("text.zst", b"(\xb5/\xfd nothing of the kind"), 2, ("text.zst",)),
     "prompts that are not there": Case(run(prompts__files=["none.txt"]), 2, ("no prompt file 'none.txt'",)),
     "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version")),

@@ -289,6 +289,16 @@ BUILT_IN_STRATEGIES = (
 )
 
 
+# The widest weights that a model has, and the narrowest that are pruned: float32 and float8.
+_WIDEST_BITS, _NARROWEST_BITS = 32, 8
+
+
+def _least_bits(scheme: str) -> float:
+    """Stored bits per weight that a scheme takes of the largest matrix: of no other it takes fewer."""
+    shape = (1 << 12, 1 << 20)
+    return parse_scheme(scheme).stored_bits(shape, _NARROWEST_BITS) / (shape[0] * shape[1])
+
+
 def _known_strategy(name: str) -> str:
     """A built-in strategy, or one that an installed package has registered; it is not imported for that."""
     known = (*BUILT_IN_STRATEGIES, *plugins.plugin_names(plugins.STRATEGIES))
@@ -447,6 +457,25 @@ class SearchSection(Section):
             raise ValueError("strategy: sparsity needs rounds, such as [20, 15, 10], or stop.sparsity for a single one")
         if sum(self.pruning_rounds) > 100:
             raise ValueError(f"rounds add up to {sum(self.pruning_rounds):g} points, but there are 100 to prune")
+        return self
+
+    @model_validator(mode="after")
+    def _bits_that_can_be_come_to(self) -> SearchSection:
+        """What is known without the model: with it, the search's space says more exactly."""
+        wanted = self.stop.bits_per_weight
+        if wanted is None or not self.schemes:
+            return self
+        if wanted >= _WIDEST_BITS:
+            raise ValueError(
+                f"stop.bits_per_weight: {wanted:g} asks for nothing, since no model's weights have more than "
+                f"{_WIDEST_BITS} bits; give a smaller number"
+            )
+        least, scheme = min((_least_bits(name), name) for name in self.schemes)
+        if wanted < least:
+            raise ValueError(
+                f"stop.bits_per_weight: {wanted:g} is out of reach of these schemes; the least is {least:g} bits per "
+                f"weight, of {scheme}"
+            )
         return self
 
     @property

@@ -27,17 +27,27 @@ from dtmsearch.store.schemas import EVALUATIONS
 
 
 def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
-    """The space of a search file over a model. Raises `UserError` for components, ties or budgets that cannot be."""
+    """The space of a search file over a model. Raises `UserError` for components, ties or budgets that cannot be, and
+    for a size that the unquantized model has already."""
     section = file.search
     sparsity = section.strategy == "sparsity"  # its rounds say when it ends, and its end is what is uniform
     components = manifest.select(section.components.include, section.components.exclude)
-    return SearchSpace(
+    space = SearchSpace(
         components=components,
         schemes=(scheme_name(section.prune, sum(section.pruning_rounds) / 100),) if sparsity else section.schemes,
         tied=(*section.tied, *(_fused_kinds(components) if section.fused else ())),
         dense_bits=manifest.dense_bits,
         budget=Budget() if sparsity else section.stop.budget,
     )
+    whole = space.size(Plan())
+    for rule, own in (("bits_per_weight", whole.bits_per_weight), ("size_mb", whole.size_mb)):
+        wanted: float | None = getattr(section.stop, rule)
+        if wanted is not None and wanted >= own:
+            raise UserError(
+                f"search.stop.{rule}: {wanted:g} asks for nothing, since the searched components have {own:.4g} "
+                "unquantized; give a smaller number"
+            )
+    return space
 
 
 def _fused_kinds(components: Sequence[Component]) -> tuple[tuple[str, ...], ...]:
