@@ -1,4 +1,4 @@
-"""The verbs before a search: `init`, `validate`, `schema`, `doctor`, `completion`."""
+"""The verbs before a search: `init`, `validate`, `components`, `schemes`, `schema`, `doctor`, `completion`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def init_verb(model: str, prompts: str, validation: str, out: Path | None, force
     if out is not None and out.exists() and not force:
         raise click.UsageError(f"{out} is there already; give another --out, or --force")
     facts, machine = read_model(model), this_machine()
+    if Path(facts.path).is_dir():
+        from dtmsearch.core.evaluation import ModelSpec
+        from dtmsearch.workflows.check_search import model_lines
+
+        for line in model_lines(ModelSpec(facts.path)):
+            say(line)
     texts = {"--prompts": prompts, "--validation": validation}
     missing = {option: path for option, path in texts.items() if not Path(path).is_file()}
     if out is not None and out.absolute().parent != Path.cwd():
@@ -86,6 +92,28 @@ def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
     )
     for line in lines:
         print_text(line)
+
+
+@cli.command(
+    "components",
+    epilog=examples(
+        "dtmsearch components models/llama",
+        "dtmsearch components Qwen3-30B/config.json --format json",
+    ),
+)
+@click.argument("model")
+@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run here.")
+@format_option("table", "json")
+def components_verb(model: str, trust_remote_code: bool, form: str) -> None:
+    """Say what a search of MODEL chooses among, what it leaves out, and why.
+
+    MODEL is a folder, a config.json alone, or a hub id; weights are not needed. The model's own code is run without
+    values to see what it multiplies tokens with.
+    """
+    from dtmsearch.console.text import model_components_text
+    from dtmsearch.workflows.list_components import list_components
+
+    show(list_components(model, trust_remote_code), form, model_components_text)
 
 
 @cli.command(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dtmsearch.workflows.estimate import Estimate
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
     from dtmsearch.workflows.export import Exported
+    from dtmsearch.workflows.list_components import ModelComponents
     from dtmsearch.workflows.score import TaskScore
     from dtmsearch.workflows.solve_budgets import SolvedPlan
     from dtmsearch.workflows.sweep import SweepOutcome
@@ -117,6 +118,33 @@ def _plan_lines(summary: RunSummary) -> list[str]:
         lines.append(_line("schemes", _schemes(summary.final_plan)))
     lines += [_line("files", summary.written)] if summary.written else []
     return lines
+
+
+def model_components_text(found: ModelComponents) -> str:
+    """What a model's components are, and what is left out: lines of at most some 60 characters."""
+    rows = [[k.kind, k.number, f"{k.shape[0]} x {k.shape[1]}", f"{k.share:.2%}"] for k in found.kinds]
+    lines = [
+        f"{found.architecture}, {found.num_layers} layers,",
+        f"{_count(found.num_weights)} weights, {found.bytes_16_bits / 1e9:,.2f} GB in 16 bits",
+        f"{found.num_components:,} components hold {found.share:.2%} of all weights:",
+        "",
+        table(["kind", "number", "outputs x inputs", "share"], rows),
+        "",
+        "Left out:",
+    ]
+    for left in found.left_out:
+        text = f"{left.share:.2%} in {left.number:,} {'tensor' if left.number == 1 else 'tensors'}: {left.reason}"
+        lines += textwrap.wrap(text, 60, subsequent_indent="  ")
+        lines += textwrap.wrap(f"such as {left.example}", 60, initial_indent="  ", subsequent_indent="  ")
+    if found.untried:
+        said = f"told by the classes of modules, for the model's code does not run without values: {found.untried}"
+        lines += ["", *textwrap.wrap(said, 60)]
+    return "\n".join(lines)
+
+
+def _count(number: int) -> str:
+    """A number of weights for a person."""
+    return f"{number / 1e9:,.2f} billion" if number >= 10**9 else f"{number / 1e6:,.2f} million"
 
 
 def schemes_text(facts: Sequence[SchemeFacts]) -> str:

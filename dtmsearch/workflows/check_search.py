@@ -18,11 +18,26 @@ def check_search(file: SearchFile) -> list[str]:
     texts.check_readable(file)
     texts.check_model(file)
     spec = file.model_spec
+    lines: list[str] = []
     if Path(spec.path).is_dir():
+        lines = model_lines(spec)
         _check_with_model(file, spec)
     else:
         _read_all(file)
-    return text_lines(file)
+    return [*lines, *text_lines(file)]
+
+
+def model_lines(spec: ModelSpec) -> list[str]:
+    """What a model in a folder is to a search, by a dry pass of its code over a few tokens, without weights. Raises
+    `UserError` for one that cannot be searched."""
+    from dtmsearch.model.modules.discovery import survey
+
+    found = survey(spec)
+    number = len(found.manifest.components)
+    line = f"the model: {number:,} components in {found.manifest.num_layers} layers"
+    if not found.untried:
+        return [f"{line}; its code ran over a few tokens, without weights"]
+    return [f"{line}, told by classes: its code did not run over a few tokens without weights ({found.untried[:300]})"]
 
 
 def _read_all(file: SearchFile) -> None:

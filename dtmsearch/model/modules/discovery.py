@@ -30,13 +30,14 @@ _WHOLE_KINDS = {"c_proj"}
 @dataclass(frozen=True)
 class Survey:
     """What can be told of a model without its weights: the manifest, whose `content_hash` is left empty; the tokens
-    that the model reads at most, if it says; the rows of its input embedding; and its own Python code, if it runs any
-    (see `fingerprints.custom_code`)."""
+    that the model reads at most, if it says; the rows of its input embedding; its own Python code, if it runs any
+    (see `fingerprints.custom_code`); and why its code does not run without values, if it does not."""
 
     manifest: ModelManifest
     context: int | None
     num_embeddings: int
     code: Mapping[str, str]
+    untried: str = ""
 
 
 def read_manifest(spec: ModelSpec) -> ModelManifest:
@@ -74,7 +75,9 @@ def survey(spec: ModelSpec) -> Survey:
     inside: Any = model
     code = custom_code(folder, type(model))
     num_embeddings = int(inside.get_input_embeddings().weight.shape[0])
-    return Survey(manifest, getattr(config, "max_position_embeddings", None), num_embeddings, code)
+    untried = known_usage(model).failed
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return Survey(manifest, context, num_embeddings, code, untried)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -129,6 +129,17 @@ def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     return model
 
 
+def described_model(path: str, trust_remote_code: bool) -> Any:
+    """The module tree of a configuration alone: a config.json, the folder that it lies in, or a hub id. Raises
+    `UserError`."""
+    place = Path(path).expanduser()
+    if not place.exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise UserError(f"no model at {path!r}: give a folder, its config.json, or a hub id")
+    with _explained("model", place), torch.device("meta"):
+        config = AutoConfig.from_pretrained(place if place.exists() else path, trust_remote_code=trust_remote_code)
+        return loader(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
 def check_tensors(folder: Path, model: Any) -> None:
     """Raise `UserError` where the files' tensors are not those of `model`, a tree without weights.
 

@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NO_USAGE = Usage({}, {}, "not looked at")
+_OTHERWISE = {
+    "embedding": "an embedding: searched where it is named",
+    "convolution": "the kernel of a convolution",
+}
 # By the class and the configuration of a model: it is asked for at every loading.
 _known: dict[str, Usage] = {}
 _MOST_KNOWN = 8
@@ -127,7 +131,9 @@ def found_in(model: nn.Module, usage: Usage = _NO_USAGE) -> Found:
     for name, parameter, module in _own_parameters(model):
         alike = likes.get(_pattern(name))
         found = (
-            _in_module(name, module, alike, usage) if is_matrix(module) else _in_stack(name, parameter, alike, routing)
+            _in_module(name, module, alike, usage)
+            if is_matrix(module)
+            else _in_stack(name, parameter, alike, routing, usage)
         )
         if isinstance(found, str):
             reason = "no token reaches it" if not usage.failed and not _touched(name, usage, likes) else found
@@ -161,7 +167,7 @@ def _in_module(name: str, module: nn.Module, use: Use | None, usage: Usage) -> l
     if name.rpartition(".")[2] != "weight":
         return "no weight of its module"
     if use is None and not usage.failed:
-        return f"used otherwise ({usage.other.get(name, 'not at all')})"
+        return f"its weights are changed before they are used, or used otherwise ({usage.other.get(name, 'nothing')})"
     weight: Any = module.weight
     transposed = isinstance(module, Conv1D)
     if use is not None and (use.inputs == 0) != transposed:
@@ -171,10 +177,13 @@ def _in_module(name: str, module: nn.Module, use: Use | None, usage: Usage) -> l
     return [Matrix(name.removesuffix(".weight"), (int(rows), int(cols)), transposed, None, routes)]
 
 
-def _in_stack(name: str, parameter: nn.Parameter, use: Use | None, routing: set[str]) -> list[Matrix] | str:
+def _in_stack(
+    name: str, parameter: nn.Parameter, use: Use | None, routing: set[str], usage: Usage
+) -> list[Matrix] | str:
     """The matrices of experts that a parameter holds; why there are none to search if so."""
     if use is None:
-        return "no factor of a product with tokens"
+        operation = usage.other.get(name, "nothing that is known")
+        return _OTHERWISE.get(operation, f"tokens are not multiplied with it: used in {operation}")
     if use.routes and name.endswith(".weight"):
         return [Matrix(name.removesuffix(".weight"), _sides(parameter, use), use.inputs < use.outputs, None, True)]
     if use.stack is None or use.count < 2:

@@ -125,7 +125,7 @@ class Replica:
         loaded = self._load(spec, settings)
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
         self._tokenizer_fingerprint = loaded.tokenizer_fingerprint
-        context = getattr(model.config, "max_position_embeddings", None)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         num_embeddings = int(model.get_input_embeddings().weight.shape[0])
         self._cutter = Cutter(self._tokenizer, spec.path, context, num_embeddings)
         self._suppressed = suppressed_tokens(model, self._tokenizer)

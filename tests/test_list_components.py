@@ -1,0 +1,66 @@
+"""The verb `components`: from a configuration alone, what is searched in a model, what not, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from families_of_models import tiny_config
+from transformers import AutoConfig
+
+from dtmsearch.cli import main
+from dtmsearch.console.text import model_components_text
+from dtmsearch.workflows.list_components import ModelComponents, list_components
+
+
+def listed(tmp_path: Path, family: str) -> ModelComponents:
+    tiny_config(family).save_pretrained(tmp_path)
+    return list_components(str(tmp_path / "config.json"))
+
+
+def test_a_configuration_alone_says_what_is_searched(tmp_path: Path) -> None:
+    found = listed(tmp_path, "mixtral")
+    assert {(k.kind, k.number, k.shape) for k in found.kinds} == {
+        *(("q", 2, (32, 32)), ("k", 2, (16, 32)), ("v", 2, (16, 32)), ("o", 2, (32, 32))),
+        *(("gate_up", 8, (96, 32)), ("down", 8, (32, 48))),
+    }
+
+
+@pytest.mark.parametrize("family", ["mixtral", "dbrx", "qwen3_next", "zamba", "gemma3n_text", "llava"])
+def test_every_weight_is_searched_or_left_out_with_a_reason(tmp_path: Path, family: str) -> None:
+    found = listed(tmp_path, family)
+    assert sum(part.num_weights for part in (*found.kinds, *found.left_out)) == found.num_weights
+
+
+def test_reasons_are_those_of_the_code(tmp_path: Path) -> None:
+    reasons = {left.reason for left in listed(tmp_path, "qwen3_next").left_out}
+    assert reasons == {
+        "an embedding: searched where it is named",
+        "outside the layers: searched where it is named",
+        "the kernel of a convolution",
+        "chooses among experts, or weighs one: 16 bits in every published checkpoint",
+        "vectors: norms, biases and the like",
+    }
+
+
+def test_layers_of_full_size_are_told_without_their_weights(tmp_path: Path) -> None:
+    AutoConfig.for_model("deepseek_v3", num_hidden_layers=4).save_pretrained(tmp_path)
+    kinds = {(k.kind, k.number, k.shape) for k in list_components(str(tmp_path)).kinds}
+    assert {("gate_up", 256, (4096, 7168)), ("kv_b", 4, (32768, 512)), ("gate", 3, (18432, 7168))} <= kinds
+
+
+def test_the_text_fits_sixty_columns(tmp_path: Path) -> None:
+    text = model_components_text(listed(tmp_path, "qwen3_next"))
+    assert max(map(len, text.splitlines())) <= 60
+
+
+def test_json_has_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    assert main(["components", str(tmp_path), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_components"] == 14
+
+
+def test_a_model_that_is_nowhere_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["components", str(tmp_path / "none")]) == 2
+    assert "give a folder, its config.json, or a hub id" in capsys.readouterr().err
