@@ -11,16 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+from dtmsearch.model.replica.local_replicas import _REQUESTS_PER_CALL as _AT_ONCE
+from dtmsearch.model.replica.local_replicas import LocalReplicas
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.training import main as training
 from dtmsearch.model.training.checkpoints import checkpoints
 
 VARIABLE = "DTMSEARCH_TEST_GATE"
+# Seconds that an evaluation takes longer here: a machine of another speed, under which tests must hold as well.
+SLOWED_VARIABLE = "DTMSEARCH_TEST_SLOWED"
 
 
 class Gate:
-    """How far the process under test may go: evaluate plans of so many components, train so many steps. What no file
-    bounds goes on."""
+    """How far the process under test may go: evaluate plans of so many components, so many evaluations, train so many
+    steps. What no file bounds goes on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,7 +36,8 @@ class Gate:
         return {VARIABLE: str(self.folder), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def bound(self, what: str, value: int) -> None:
-        """`what`: components (of the plans that are evaluated) or steps (of a training)."""
+        """`what`: components (of the plans that are evaluated), evaluations (of a process; of those that it begins at
+        once a few more) or steps (of a training)."""
         partial = self.folder / f"{what}.new"
         partial.write_text(str(value))
         partial.replace(self.folder / what)
@@ -53,13 +58,32 @@ def _gate() -> Gate | None:
 
 
 class GatedReplica(Replica):
-    """Evaluates no plan of more components than its gate allows, until it does."""
+    """Evaluates nothing that its gate forbids, until it allows it."""
+
+    num_evaluated = 0
+
+    def must_wait(self, requests) -> bool:  # type: ignore[no-untyped-def]
+        gate, most = _gate(), max((len(request.plan) for request in requests), default=0)
+        if gate is None:
+            return False
+        return not (gate.allows("components", most) and gate.allows("evaluations", self.num_evaluated + 1))
 
     def evaluate(self, requests):  # type: ignore[no-untyped-def]
-        gate, most = _gate(), max((len(request.plan) for request in requests), default=0)
-        while gate is not None and not gate.allows("components", most):
+        while self.must_wait(requests):
             time.sleep(0.01)
+        self.num_evaluated += len(requests)
+        time.sleep(float(os.environ.get(SLOWED_VARIABLE, "0")) * len(requests))
         return super().evaluate(requests)
+
+
+class GatedReplicas(LocalReplicas):
+    """The same in the driver's own process, which while it waits hears that it is to stop."""
+
+    def poll(self, timeout_seconds):  # type: ignore[no-untyped-def]
+        if self._replica.must_wait(self._waiting[:_AT_ONCE]):
+            time.sleep(0.01)
+            return []
+        return super().poll(timeout_seconds)
 
 
 class _Stopping(training._Stopping):
@@ -82,15 +106,17 @@ def worker(job: str) -> int:
     return training.worker(job)
 
 
-def command() -> int:
+def command(arguments: list[str]) -> int:
     """The command line over gated replicas and trainings."""
     from dtmsearch.cli import main
     from dtmsearch.cluster import pool
+    from dtmsearch.model.replica import local_replicas
     from dtmsearch.model.training import training_process
 
     pool.REPLICA_CLASS = "gated:GatedReplica"
+    local_replicas.LocalReplicas, local_replicas.Replica = GatedReplicas, GatedReplica  # type: ignore[misc]
     training_process.TRAINING_MODULE = "gated"
-    return main(sys.argv[1:])
+    return main(arguments)
 
 
 if __name__ == "__main__":

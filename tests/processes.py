@@ -1,13 +1,20 @@
-"""The command line in processes of its own, and what happens to such processes: for tests from end to end."""
+"""The command line in processes of its own, and what happens to such processes: for tests from end to end.
+
+Processes are forked from a server that has imported what the command imports, torch and Ray among it: an interpreter
+of its own would be at that for seconds each time. `ended([COMMAND, ...])` is the command as a shell starts it.
+"""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +33,20 @@ PATIENCE_SECONDS = 180.0
 # What differs between evaluations of two runs of one search: where and when.
 CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
 
-_WITHOUT_RAY = """
-import sys, ray
-def refuse(**options):
-    sys.exit("Ray was started")
-ray.init = refuse
-from dtmsearch.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-_GATED = "import sys, gated; sys.exit(gated.command())"
+# What the server imports before it forks: this module with its torch, and what a command imports on its way.
+_IMPORTED = (
+    "processes",
+    "ray",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
+    "dtmsearch.cluster.pool",
+    "dtmsearch.console.progress",
+    "dtmsearch.model.replica.local_replicas",
+    "dtmsearch.workflows.run",
+    "dtmsearch.workflows.evaluate",
+)
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(list(_IMPORTED))
 
 Rows = list[dict[str, Any]]
 
@@ -52,24 +63,106 @@ class Ended:
 def environment() -> dict[str, str]:
     offline = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
     # Several processes share few processors here: a thread that waits by spinning would take them from the others.
-    return os.environ | offline | {"OMP_WAIT_POLICY": "PASSIVE"}
+    return os.environ | offline | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 
 
 def dtmsearch(*arguments: str | Path, cwd: Path | None = None) -> Ended:
     """The command, from start to end."""
-    return ended([COMMAND, *map(str, arguments)], cwd)
+    return forked(_command, *map(str, arguments), cwd=cwd)
+
+
+def without_ray(*arguments: str | Path, cwd: Path | None = None) -> Ended:
+    """The command with a Ray that refuses to start."""
+    return forked(_command_without_ray, *map(str, arguments), cwd=cwd)
+
+
+def forked(work: Callable[..., int], *arguments: str, cwd: Path | None = None) -> Ended:
+    """What a function of a module ends with in a process of its own, and what it says there."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = _start(work, arguments, out, err, environment(), cwd)
+        process.join(PATIENCE_SECONDS)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        return Ended(process.exitcode, out.read_text(), err.read_text())
 
 
 def ended(command: list[str], cwd: Path | None = None) -> Ended:
+    """A command in an interpreter of its own, from start to end."""
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=PATIENCE_SECONDS, check=False
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def without_ray(*arguments: str | Path, cwd: Path | None = None) -> Ended:
-    """The command with a Ray that refuses to start."""
-    return ended([sys.executable, "-c", _WITHOUT_RAY, *map(str, arguments)], cwd)
+def _start(
+    work: Callable[..., int],
+    arguments: tuple[str, ...],
+    out: Path,
+    err: Path,
+    variables: Mapping[str, str],
+    cwd: Path | None = None,
+) -> Any:
+    """A process of the fork server's that does `work`, in a process group of its own. Its exit code is what `work`
+    returns."""
+    for path in (out, err):
+        path.touch()
+    with pytest.MonkeyPatch.context() as patch:  # the server, if this starts it, has the environment of its children
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", _with_tests(os.environ.get("PYTHONPATH", "")))
+        places = (str(out), str(err), str(cwd or Path.cwd()))
+        process = _FORKS.Process(target=_child, args=(work, arguments, *places, dict(variables)))
+        process.start()
+    return process
+
+
+def _child(
+    work: Callable[..., int], arguments: tuple[str, ...], out: str, err: str, cwd: str, variables: dict[str, str]
+) -> None:
+    """As a process that a shell has started, from its session and streams to what is left to do at its end."""
+    os.setsid()
+    for path, number in ((out, 1), (err, 2)):
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(cwd)
+    sys.argv = ["dtmsearch", *arguments]
+    code = 1
+    try:
+        code = work(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+    sys.exit(code)
+
+
+def _with_tests(python_path: str) -> str:
+    return os.pathsep.join(filter(None, (str(Path(__file__).parent), python_path)))
+
+
+def _command(*arguments: str) -> int:
+    from dtmsearch.cli import main
+
+    return main(list(arguments))
+
+
+def _command_without_ray(*arguments: str) -> int:
+    import ray
+
+    def refuse(**_: object) -> None:
+        sys.exit("Ray was started")
+
+    ray.init = refuse
+    return _command(*arguments)
+
+
+def _gated(*arguments: str) -> int:
+    import gated
+
+    return gated.command(list(arguments))
 
 
 class Driver:
@@ -77,16 +170,10 @@ class Driver:
 
     def __init__(self, log: Path, *arguments: str | Path, gate: Gate | None = None) -> None:
         self._log = log
-        command = [COMMAND] if gate is None else [sys.executable, "-c", _GATED]
-        with log.open("w") as stream:
-            self._process = subprocess.Popen(
-                [*command, *map(str, arguments)],
-                stdout=stream,
-                stderr=stream,
-                stdin=subprocess.DEVNULL,
-                env=environment() | ({} if gate is None else gate.environment),
-                start_new_session=True,
-            )
+        variables = environment() | ({} if gate is None else gate.environment)
+        work = _command if gate is None else _gated
+        log.unlink(missing_ok=True)
+        self._process = _start(work, tuple(map(str, arguments)), log, log, variables)
 
     @property
     def output(self) -> str:
@@ -94,13 +181,13 @@ class Driver:
 
     @property
     def is_running(self) -> bool:
-        return self._process.poll() is None
+        return self._process.exitcode is None
 
     def until(self, happened: Callable[[], bool]) -> None:
         """Wait until something happened; that this process has ended first is an error."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not happened():
-            assert self.is_running, f"ended too early, with {self._process.returncode}:\n{self.output}"
+            assert self.is_running, f"ended too early, with {self._process.exitcode}:\n{self.output}"
             assert time.monotonic() < deadline, f"waited too long:\n{self.output}"
             time.sleep(0.01)
 
@@ -116,7 +203,7 @@ class Driver:
         return below(self._process.pid, name)
 
     def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        os.kill(self._process.pid, number)
 
     def signal_group(self, number: signal.Signals) -> None:
         """As a terminal does with Ctrl-C."""
@@ -127,7 +214,10 @@ class Driver:
         os.kill(self.below(name)[0], signal.SIGKILL)
 
     def wait(self) -> int:
-        return self._process.wait(PATIENCE_SECONDS)
+        """The exit code. That it does not end is an error."""
+        self._process.join(PATIENCE_SECONDS)
+        assert not self.is_running, f"does not end:\n{self.output}"
+        return int(self._process.exitcode)
 
     def __enter__(self) -> Self:
         return self
@@ -136,11 +226,10 @@ class Driver:
         """It does not outlive the `with` statement."""
         if self.is_running:
             self.signal(signal.SIGTERM)
-            try:
-                self._process.wait(20.0)
-            except subprocess.TimeoutExpired:
-                self.signal_group(signal.SIGKILL)
-                self._process.wait()
+            self._process.join(20.0)
+        if self.is_running:
+            self.signal_group(signal.SIGKILL)
+            self._process.join()
 
 
 def process_ends(pid: int) -> bool:

@@ -305,10 +305,10 @@ class FullDisk:
 def search_on_a_full_disk(folder: Path, file: Path) -> FullDisk:
     with tmpfs(folder / "disk", "100k") as disk:
         store = disk / "store"
-        full = dtmsearch("run", file, "--store", store, "--replicas", "1")
+        full = dtmsearch("run", file, "--store", store, "--in-process")
         recorded = rows(store, "evaluations")
         remount(disk, "size=64m")
-        resumed = dtmsearch("resume", "tiny", "--store", store, "--replicas", "1")
+        resumed = dtmsearch("resume", "tiny", "--store", store, "--in-process")
         return FullDisk(full, recorded, resumed, rows(store, "evaluations"))
 
 
@@ -331,7 +331,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         for name, case in PROCESSES.items():
             folders[name] = root / name.replace(" ", "-")
             folders[name].mkdir()
-            command = [*case.command(folders[name]), "--store", folders[name] / "store", "--replicas", "1"]
+            command = [*case.command(folders[name]), "--store", folders[name] / "store"]
+            command += [] if "--gpus-per-replica" in command else ["--in-process"]
             said[name] = pool.submit(dtmsearch, *command)
         yield World(folders, said, full_disk)
 

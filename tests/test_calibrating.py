@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from gated import Gate
 from processes import PATIENCE_SECONDS, Driver, Ended, dtmsearch, num_recorded, rows, tiny_search
 from tiny import replica
 
@@ -280,7 +281,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     store = folder / "store"
     changes = {"schemes": list(SCHEMES), "width": 1, "stop": {"components": 1}, "components": {"include": ["*.0.*"]}}
     file = tiny_search(folder, **{f"search__{key}": value for key, value in changes.items()})
-    with Driver(folder / "log", "run", file, "--store", store, "--replicas", "1") as driver:
+    gate = Gate(folder / "gate")
+    gate.bound("evaluations", 6)
+    with Driver(folder / "log", "run", file, "--store", store, "--in-process", gate=gate) as driver:
         driver.until(lambda: num_recorded(store) > 5)
         driver.signal(signal.SIGKILL)
         driver.wait()

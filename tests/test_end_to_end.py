@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from gated import Gate
 from processes import (
+    COMMAND,
     PATIENCE_SECONDS,
     Driver,
     Ended,
@@ -57,7 +58,7 @@ class Demo:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
-    return Demo(folder, dtmsearch("demo", cwd=folder))
+    return Demo(folder, ended([COMMAND, "demo"], cwd=folder))
 
 
 def test_the_demo_finishes(demo: Demo) -> None:
@@ -105,7 +106,8 @@ print(json.dumps([summary.status, summary.final_plan.schemes, steps, [run.run fo
 
 @dataclass(frozen=True)
 class Pair:
-    """Beam search of width 1 on one replica, and greedy search from Python on two, each in its own store."""
+    """Beam search of width 1 on one replica without Ray, and greedy search from Python on two, each in its own
+    store."""
 
     folder: Path
     beam: Ended
@@ -128,7 +130,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         folder, run="greedy", search__strategy="greedy", search__width=None, search__stop={"share": 0.3}
     )
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(dtmsearch, "run", beam, "--store", folder / "beam", "--replicas", "1")
+        first = pool.submit(dtmsearch, "run", beam, "--store", folder / "beam", "--in-process")
         second = pool.submit(ended, [sys.executable, "-c", FROM_PYTHON, str(greedy), str(folder / "greedy")])
     return Pair(folder, first.result(), second.result())
 
@@ -191,7 +193,8 @@ def evaluated(pair: Pair) -> Evaluated:
     held_out = ["--set", "prompts.files=[held-out-*.txt]", "--set", f"prompts.count={len(reported)}"]
 
     def evaluate(plan: str, store: Path) -> dict[str, Any]:
-        said = dtmsearch("evaluate", file, "--plan", plan, *held_out, "--store", store, "--format", "json")
+        where = ("--store", store, "--in-process")
+        said = dtmsearch("evaluate", file, "--plan", plan, *held_out, *where, "--format", "json")
         assert said.code == 0, said
         values: dict[str, Any] = json.loads(said.out)
         return values
@@ -248,7 +251,7 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
     gate = Gate(folder / "gate")
     # After the first round both wait (each takes what the other has measured), so that the stop finds one at work.
     gate.bound("components", 1)
-    where = ("--store", store, "--replicas", "1")
+    where = ("--store", store, "--in-process")
     with (
         Driver(folder / "first.log", "run", first, *where, gate=gate) as one,
         Driver(folder / "b.log", "run", second, *where, gate=gate) as two,

@@ -1,4 +1,8 @@
-"""One search, killed and stopped in every way there is, each time continued; beside it the same search undisturbed."""
+"""One search, killed and stopped in every way there is, each time continued; beside it the same search undisturbed.
+
+Where it matters what becomes of Ray's processes the sessions have replicas on Ray, otherwise one in the driver's own
+process: what a search finds must be the same.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +34,17 @@ from dtmsearch.store.store import ResultStore
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
 
+ON_RAY = ("--replicas", "1")
+HERE = ("--in-process",)
 # Signals to all processes of a terminal, one soon after the other.
 IMPATIENT = {
-    "SIGHUP": [signal.SIGHUP],
-    "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
-    "Ctrl-C and no end": [signal.SIGINT, signal.SIGINT, signal.SIGINT],
+    "SIGHUP": (ON_RAY, [signal.SIGHUP]),
+    "Ctrl-C": (HERE, [signal.SIGINT]),
+    "Ctrl-C twice": (HERE, [signal.SIGINT, signal.SIGINT]),
+    "Ctrl-C and no end": (HERE, [signal.SIGINT, signal.SIGINT, signal.SIGINT]),
 }
+# After which no process may be left.
+STOPPED_ON_RAY = ["SIGHUP", "replica, then Ctrl-C twice"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,8 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     depths = itertools.count(1)
     gate.bound("components", 0)
 
-    def session(name: str) -> Driver:
-        return Driver(folder / f"{name}.log", "run", file, "--store", store, "--replicas", "1", gate=gate)
+    def session(name: str, where: tuple[str, ...] = ON_RAY) -> Driver:
+        return Driver(folder / f"{name}.log", "run", file, "--store", store, *where, gate=gate)
 
     def over(name: str, process: Driver) -> None:
         code = process.wait()
@@ -84,7 +93,16 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
         gate.bound("components", depth)
         process.until(lambda: num_recorded(store) > before)
 
-    with Driver(folder / "undisturbed.log", "run", file, "--store", undisturbed, "--replicas", "1") as calm:
+    def impatiently(name: str, process: Driver, numbers: list[signal.Signals]) -> None:
+        below = process.below("")
+        for number in numbers:
+            if process.is_running:
+                process.signal_group(number)
+            time.sleep(0.2)
+        over(name, process)
+        left[name] = [pid for pid in below if not process_ends(pid)]
+
+    with Driver(folder / "undisturbed.log", "run", file, "--store", undisturbed, *HERE) as calm:
         with session("all at once") as process:
             process.until(lambda: process.starts("raylet"))
             process.signal_group(signal.SIGKILL)
@@ -99,27 +117,21 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
             until_more(process)
             process.kill("raylet/raylet")
             over("raylet", process)
-        with session("replica, then Ctrl-C") as process:
+        with session("replica, then Ctrl-C twice") as process:
             until_more(process)
             process.kill("ray::_Host")
             process.until(lambda: process.says("was lost and is replaced"))
             until_more(process)
-            process.signal_group(signal.SIGINT)
-            over("replica, then Ctrl-C", process)
-        with session("SIGTERM") as process:
+            impatiently("replica, then Ctrl-C twice", process, [signal.SIGINT, signal.SIGINT])
+        with session("SIGTERM", HERE) as process:
             until_more(process)
             process.signal(signal.SIGTERM)
             over("SIGTERM", process)
-        for name, numbers in IMPATIENT.items():
-            with session(name) as process:
+        for name, (where, numbers) in IMPATIENT.items():
+            with session(name, where) as process:
                 until_more(process)
-                below = process.below("")
-                for number in numbers:
-                    process.signal_group(number)
-                    time.sleep(0.2)
-                over(name, process)
-                left[name] = [pid for pid in below if not process_ends(pid)]
-        with session("driver while validating") as process:
+                impatiently(name, process, numbers)
+        with session("driver while validating", HERE) as process:
             gate.bound("components", 19)  # the found plan, but no uniform one: of these it has 20
             process.until(lambda: process.says("held-out"))
             process.signal(signal.SIGKILL)
@@ -161,20 +173,22 @@ def test_no_evaluation_is_recorded_twice(history: History) -> None:
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("fault", ["driver", "raylet", "replica, then Ctrl-C", "SIGTERM", "driver while validating"])
+@pytest.mark.parametrize(
+    "fault", ["driver", "raylet", "replica, then Ctrl-C twice", "SIGTERM", "driver while validating"]
+)
 def test_what_was_recorded_before_a_fault_is_not_measured_again(history: History, fault: str) -> None:
     recorded = by_id(history.sessions[fault].recorded)
     at_the_end = by_id(rows(history.store, "evaluations"))
     assert recorded and {i: at_the_end.get(i) for i in recorded} == recorded
 
 
-@pytest.mark.parametrize("fault", ["raylet", "replica, then Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("fault", ["raylet", "replica, then Ctrl-C twice", "SIGTERM", "Ctrl-C"])
 def test_a_driver_that_can_still_act_leaves_its_run_stopped(history: History, fault: str) -> None:
     session = history.sessions[fault]
     assert (session.code, session.status) == (3, "stopped"), session.output
 
 
-@pytest.mark.parametrize("fault", ["replica, then Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("fault", ["replica, then Ctrl-C twice", "SIGTERM"])
 def test_a_stopped_driver_says_how_to_go_on(history: History, fault: str) -> None:
     assert f"To continue: dtmsearch resume tiny --store {history.store}" in history.sessions[fault].output
 
@@ -189,7 +203,7 @@ def test_a_third_ctrl_c_ends_at_once_or_finds_the_end(history: History) -> None:
     assert history.sessions["Ctrl-C and no end"].code == 3, history.sessions["Ctrl-C and no end"].output
 
 
-@pytest.mark.parametrize("fault", list(IMPATIENT))
+@pytest.mark.parametrize("fault", STOPPED_ON_RAY)
 def test_a_driver_that_is_stopped_leaves_no_process(history: History, fault: str) -> None:
     assert history.left[fault] == []
 
