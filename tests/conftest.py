@@ -1,5 +1,9 @@
-"""Kinds of tests, by what their modules import, so that `pytest -m "unit or model"` needs no list to be kept."""
+"""Kinds of tests, by what their modules import, so that `pytest -m "unit or model"` needs no list to be kept.
 
+A test that starts processes by the package, without importing what starts them, says `pytest.mark.process` itself.
+"""
+
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -52,6 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     found: dict[object, str] = {}
     for item in items:
         module = getattr(item, "module", None)
-        if module is not None:
+        if module is not None and not any(item.get_closest_marker(kind) for kind in KINDS):
             kind = found.setdefault(module, kind_of(module))
             item.add_marker(getattr(pytest.mark, kind))
+
+
+def pytest_collection_finish() -> None:
+    """What torch, transformers and Ray hold stays until the end: without it a full collection of garbage, which some
+    tests ask for at every step, takes milliseconds instead of a second."""
+    gc.collect()
+    gc.freeze()

@@ -18,6 +18,7 @@ from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
 pytestmark = [
+    pytest.mark.process,  # compilers
     pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch"),
 ]

@@ -301,8 +301,8 @@ def test_what_another_driver_mended_meanwhile_is_found(finished: Path) -> None:
 # Copies of segments.
 
 
-@pytest.mark.parametrize("table", ["evaluations", "plans", "steps", "runs", "components"])
-@pytest.mark.parametrize(
+# Where a copy of a segment may come to lie.
+COPIES = pytest.mark.parametrize(
     "name",
     [
         "run/00000009-00000001.parquet",
@@ -311,11 +311,20 @@ def test_what_another_driver_mended_meanwhile_is_found(finished: Path) -> None:
         "another/00000001-00000001.parquet",
     ],
 )
-def test_a_copied_segment_doubles_no_rows(finished: Path, table: str, name: str) -> None:
+
+
+def copy_segments(place: Path, name: str) -> None:
+    """The first segment of every table of a run once more, under another name."""
+    for table in ("evaluations", "plans", "steps", "runs", "components"):
+        copy = place / table / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(segment_files(place, table)[0], copy)
+
+
+@COPIES
+def test_a_copied_segment_doubles_no_rows(finished: Path, name: str) -> None:
     before = _counts(finished)
-    copy = finished / table / name
-    copy.parent.mkdir(exist_ok=True)
-    shutil.copyfile(segment_files(finished, table)[0], copy)
+    copy_segments(finished, name)
     assert _counts(finished) == before
     store = ResultStore(finished)
     assert [r.run for r in store.runs()] == ["run"]
@@ -332,23 +341,10 @@ def finished_by_an_older_version(finished: Path) -> Path:
     return finished
 
 
-@pytest.mark.parametrize("table", ["evaluations", "plans", "steps", "runs", "components"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "run/00000009-00000001.parquet",
-        "run/00000000-00000001.parquet",
-        "run/00000000-00000001_00000009-00000001.parquet",
-        "another/00000001-00000001.parquet",
-    ],
-)
-def test_a_copied_segment_of_an_older_version_doubles_no_rows(
-    finished_by_an_older_version: Path, table: str, name: str
-) -> None:
+@COPIES
+def test_a_copied_segment_of_an_older_version_doubles_no_rows(finished_by_an_older_version: Path, name: str) -> None:
     before = _counts(finished_by_an_older_version)
-    copy = finished_by_an_older_version / table / name
-    copy.parent.mkdir(exist_ok=True)
-    shutil.copyfile(segment_files(finished_by_an_older_version, table)[0], copy)
+    copy_segments(finished_by_an_older_version, name)
     assert _counts(finished_by_an_older_version) == before
     assert summarize_run(ResultStore(finished_by_an_older_version), "run").status == "finished"
 
