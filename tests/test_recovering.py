@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from gated import Gate
+from inprocess import InProcess
 from safetensors.torch import load_file
 from tiny import TEXT, write_model
 
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, parse, recovery_of, texts
 from dtmsearch.core.evaluation import ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import RecoveryDiverged, SearchStopped
 from dtmsearch.model.replica.local_replicas import LocalReplicas
+from dtmsearch.model.training import training_process
 from dtmsearch.model.training.checkpoints import checkpoints
 from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.training.train_loop import Training, train
@@ -51,10 +55,15 @@ def search_file(folder: Path, steps: int) -> SearchFile:
 
 
 @contextmanager
-def recovering(file: SearchFile, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Recovering]:
-    """Trainings for a store beside the file, with a replica in this process for a pool."""
+def recovering(
+    file: SearchFile, stop_requested: Callable[[], bool] = lambda: False, apart: bool = False
+) -> Iterator[Recovering]:
+    """Trainings for a store beside the file, with a replica in this process for a pool; they run here, or `apart` in a
+    process of their own."""
     results = ResultStore(file.folder / "store")
-    replicas = LocalReplicas(file.model_spec, ReplicaSettings(num_threads=1, weights_folder=results.weights_folder))
+    settings = ReplicaSettings(num_threads=1, weights_folder=results.weights_folder)
+    here = InProcess(file, PoolSettings(weights_folder=results.weights_folder))
+    replicas = LocalReplicas(file.model_spec, settings) if apart else here
     pool, section = cast(ModelEvaluator, replicas), file.search.recovery
     assert section is not None
     with results.writer("toy") as writer:
@@ -62,11 +71,19 @@ def recovering(file: SearchFile, stop_requested: Callable[[], bool] = lambda: Fa
         yield Recovering(session, section)
 
 
-def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
-    file = search_file(tmp_path, 100)
+@pytest.mark.process
+def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = search_file(tmp_path, 20)
     root = tmp_path / "store" / "trainings"
+    gate = Gate(tmp_path / "gate")
+    gate.bound("steps", 2)  # it is at work when it hears of the stop
+    monkeypatch.setattr(training_process, "TRAINING_MODULE", "gated")
+    for name, value in gate.environment.items():
+        monkeypatch.setenv(name, value)
     with (
-        recovering(file, lambda: any(checkpoints(path) for path in root.glob("*"))) as trainings,
+        recovering(file, lambda: any(checkpoints(path) for path in root.glob("*")), apart=True) as trainings,
         pytest.raises(SearchStopped),
     ):
         trainings(TRAINING)
@@ -80,7 +97,7 @@ def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_wa
         (tmp_path / "whole" / name).write_bytes((folder / name).read_bytes())
     whole = Training(file.model_spec, tmp_path / "whole", tmp_path / "weights")
     undisturbed = train(whole, texts.read_files(file, job["files"]), Recipe(**job["recipe"]))
-    assert (0 < stopped_at < 100, weights_id) == (True, undisturbed["weights_id"])
+    assert (0 < stopped_at < 20, weights_id) == (True, undisturbed["weights_id"])
 
 
 def test_a_stopped_training_is_no_failed_one_whatever_code_its_launcher_ends_with(
@@ -90,7 +107,7 @@ def test_a_stopped_training_is_no_failed_one_whatever_code_its_launcher_ends_wit
     launcher.write_text('#!/bin/sh\nuntil [ -e "${3%job.json}stop" ]; do sleep 0.05; done; exit 1\n')
     launcher.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(launcher))
-    with recovering(search_file(tmp_path, 2), lambda: True) as trainings, pytest.raises(SearchStopped):
+    with recovering(search_file(tmp_path, 2), lambda: True, apart=True) as trainings, pytest.raises(SearchStopped):
         trainings(TRAINING)
 
 
