@@ -24,6 +24,7 @@ class InProcess(LocalReplicas):
         super().__init__(file.model_spec, ReplicaSettings(num_threads=1, weights_folder=where.weights_folder))
 
     def train(self, job: Path, stop_requested: Callable[[], bool]) -> int:
+        (job.parent / training.STOP_FILE).unlink(missing_ok=True)
         return training.worker(str(job))
 
 

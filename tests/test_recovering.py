@@ -62,8 +62,8 @@ def recovering(
     process of their own."""
     results = ResultStore(file.folder / "store")
     settings = ReplicaSettings(num_threads=1, weights_folder=results.weights_folder)
-    here = InProcess(file, PoolSettings(weights_folder=results.weights_folder))
-    replicas = LocalReplicas(file.model_spec, settings) if apart else here
+    where = PoolSettings(weights_folder=results.weights_folder)
+    replicas = LocalReplicas(file.model_spec, settings) if apart else InProcess(file, where)
     pool, section = cast(ModelEvaluator, replicas), file.search.recovery
     assert section is not None
     with results.writer("toy") as writer:
