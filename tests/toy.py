@@ -1,0 +1,138 @@
+"""The real driver over the toy model: searches of a tenth of a second, in which only the model is not real."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import yaml
+from fakes import MODE, RULES, FakeEvaluator, toy_manifest
+
+import dtmsearch as dtm
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import (
+    Continuation,
+    GenerationRules,
+    PromptTokens,
+    Reference,
+    reference_id,
+)
+from dtmsearch.core.numeric_mode import NumericMode
+from dtmsearch.core.plan import Plan
+
+
+class ToyModel(FakeEvaluator):
+    """What a run asks of a model (see `dtmsearch.ModelEvaluator`), answered for the toy one."""
+
+    num_replicas = 1
+
+    def __init__(self) -> None:
+        super().__init__(per_poll=4)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def manifest(self) -> ModelManifest:
+        return toy_manifest()
+
+    def conditions(self) -> tuple[NumericMode, GenerationRules]:
+        return MODE, RULES
+
+    def cut_prompts(
+        self, texts: Sequence[str], count: int, prompt_tokens: int, continuation_tokens: int, seed: int, *_: Any
+    ) -> tuple[PromptTokens, str]:
+        tokens = np.arange(count * (prompt_tokens + continuation_tokens), dtype=np.int32).reshape(count, -1)
+        prompts = PromptTokens(tokens + seed, prompt_tokens)
+        return prompts, self.reference_id(prompts)
+
+    def reference_id(self, prompts: PromptTokens) -> str:
+        return reference_id(self.manifest().id, MODE, prompts, RULES)
+
+    def make_reference(self, prompts: PromptTokens) -> Reference:
+        continuation = prompts.tokens[:, prompts.prompt_tokens :]
+        agrees = np.ones(continuation.shape, np.bool_)
+        manifest_id = self.manifest().id
+        return Reference(self.reference_id(prompts), manifest_id, MODE, prompts.tokens, continuation, agrees, ())
+
+    def tokenized(self, texts: Sequence[str]) -> list[Any]:
+        return []
+
+    def use(self, reference: Reference) -> None: ...
+
+    def continuations(self, plan: Plan, *_: Any) -> list[Continuation]:
+        return []
+
+    def decided(self, *_: float) -> None: ...
+
+
+def toy_search(folder: Path, **search: Any) -> Path:
+    """A search file over the toy model."""
+    (folder / "text.txt").write_text("a text that nobody reads")
+    content = {
+        "run": "toy",
+        "model": {"path": "toy"},
+        "prompts": {"files": ["text.txt"], "count": 8, "prompt_tokens": 10, "continuation_tokens": 100},
+        "validation": {"files": ["text.txt"], "count": 8, "seed": 1},
+        "search": {"strategy": "beam", "width": 2, "schemes": ["int4-channel", "int8-channel"]} | search,
+    }
+    (folder / "toy.yaml").write_text(yaml.safe_dump(content))
+    return folder / "toy.yaml"
+
+
+def run_toy(file: Path, store: Path, model: ToyModel | None = None) -> dtm.Run:
+    """`dtmsearch.run` with the toy model in the place of replicas."""
+    return dtm.run(file, store, evaluator=lambda *_: cast(dtm.ModelEvaluator, model or ToyModel()))
+
+
+# What a process does to files, by the names of Python's audit events.
+_CHANGES = ("open", "os.rename", "os.remove", "os.link", "os.mkdir")
+
+
+def _before_each_change(store: Path, do: Callable[[int], None]) -> None:
+    """From now on this process calls `do` with the number of every change that it is about to make below `store`."""
+    numbers, place, busy = itertools.count(), f"{store}/", False
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal busy
+        if event not in _CHANGES or busy or not str(arguments[0]).startswith(place):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        busy = True
+        do(next(numbers))
+        busy = False
+
+    sys.addaudithook(hook)
+
+
+def run_with_snapshots(file: str, folder: str) -> int:
+    """A search in `folder`/undisturbed, and in `folder`/N what its store is before the Nth change to it: what a kill
+    there would leave."""
+    store = Path(folder) / "undisturbed"
+    _before_each_change(store, lambda number: _copy(store, Path(folder) / str(number)))
+    return 0 if run_toy(Path(file), store).status == "finished" else 1
+
+
+def _copy(store: Path, to: Path) -> None:
+    shutil.copytree(store, to) if store.exists() else to.mkdir()
+
+
+def run_killed_at(file: str, store: str, number: str) -> int:
+    """A search whose process kills itself before the Nth change to its store."""
+
+    def kill(at: int) -> None:
+        if at == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _before_each_change(Path(store), kill)
+    run_toy(Path(file), Path(store))
+    return 0
