@@ -157,12 +157,21 @@ class Stream:
         if self.kept == "sweep":
             self._states = {b: kept for b, kept in self._states.items() if b == sweeping_from}
         elif self.kept == "host":
+            made_on = {state.device for state in map(_tensor_of, states) if state is not None and state.is_cuda}
             states = [_to_host(state) for state in states]
+            # Copies are ordered with what their own GPU does next, but these are read by the first layer's.
+            for device in made_on - {self._body.input_device}:
+                torch.cuda.current_stream(device).synchronize()
         self._states[boundary] = states
 
 
 def _of_layer(outputs: Outputs | None, layer: int) -> Outputs | None:
     return outputs if outputs is not None and outputs.layer == layer else None
+
+
+def _tensor_of(state: State) -> Tensor | None:
+    held = state.state if isinstance(state, Below) else state
+    return held if isinstance(held, Tensor) else None
 
 
 def _to_host(state: State) -> State:

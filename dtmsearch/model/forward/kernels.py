@@ -64,8 +64,9 @@ def score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: Te
     nll = torch.empty(rows, dtype=torch.float32, device=logits.device)
     kl = torch.empty(0 if base_logits is None else rows, dtype=torch.float32, device=logits.device)
     if rows:
-        _score_rows[(rows,)](
-            logits, base, targets, never.to(torch.int8), diverged, nll, kl,
-            vocabulary=vocabulary, with_base=base_logits is not None, block=_BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):  # a kernel is launched on the current device, whatever holds its tensors
+            _score_rows[(rows,)](
+                logits, base, targets, never.to(torch.int8), diverged, nll, kl,
+                vocabulary=vocabulary, with_base=base_logits is not None, block=_BLOCK,
+            )  # fmt: skip
     return diverged.bool(), nll, kl

@@ -1,0 +1,74 @@
+"""A model spread over two GPUs answers what one GPU answers, every time. Runs where there are two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import DEMO_MODEL, TEXT
+
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings, StatesKept
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.forward.head_metrics import _score
+from dtmsearch.model.replica.replica import Replica
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+REPETITIONS = 200
+
+
+def busy(device: str) -> torch.Tensor:
+    """[2,048, 2,048] on a device that is still being computed there when this returns."""
+    matrix = torch.randn(2_048, 2_048, device=device, generator=torch.Generator(device).manual_seed(0))
+    result = matrix
+    for _ in range(20):
+        result = torch.nn.functional.normalize(result @ matrix)
+    return result
+
+
+def test_logits_of_another_gpu_than_the_current_one_are_compared_after_they_are_made() -> None:
+    from dtmsearch.model.forward.kernels import score
+
+    targets = torch.arange(2_048, device="cuda:1")
+    never = torch.zeros(2_048, dtype=torch.bool, device="cuda:1")
+    plain = _score(busy("cuda:1").clone(), targets, None, never)
+    for _ in range(REPETITIONS):
+        diverged, nll, _ = score(busy("cuda:1"), targets, None, never)
+        assert torch.equal(diverged, plain[0])
+        torch.testing.assert_close(nll, plain[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return _reference(_replica(1))
+
+
+def _replica(num_devices: int, states: StatesKept = "auto", model: Path = DEMO_MODEL) -> Replica:
+    spec = ModelSpec(str(model), dtype="bfloat16", compile="never")
+    return Replica(spec, ReplicaSettings(num_devices=num_devices, states=states))
+
+
+def _reference(replica: Replica) -> Reference:
+    prompts, _ = replica.cut_prompts([TEXT], 16, 32, 32, 0)
+    return replica.make_reference(prompts)
+
+
+def _values(replica: Replica, reference: Reference) -> list[str]:
+    """What is found of the model as it is, of a plan low in the model, and of one high in it, as text."""
+    replica.use(reference)
+    names = [component.name for component in replica.manifest().components]
+    plans = [Plan(), Plan.of({names[1]: "int4-channel"}), Plan.of({names[-1]: "int4-channel"})]
+    requests = [EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl", "ppl")) for plan in plans]
+    found = []
+    for outcome in replica.evaluate(requests):
+        found.append(repr([getattr(outcome, name).tolist() for name in ("fdt", "sdt", "dppl", "kl", "ppl")]))
+    return found
+
+
+@pytest.mark.parametrize("states", ["device", "host", "sweep"])
+def test_a_model_over_two_gpus_has_the_bits_of_one(states: StatesKept, reference: Reference) -> None:
+    expected = _values(_replica(1), reference)
+    both = _replica(2, states)
+    assert _reference(both).id == reference.id
+    for _ in range(REPETITIONS // 10):
+        assert _values(both, reference) == expected
