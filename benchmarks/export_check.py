@@ -15,7 +15,7 @@ from pathlib import Path
 from dtmsearch.config import parse
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.core.records import EvaluationRecord, RunRecord, StatisticsRecord
 from dtmsearch.errors import ExportFailed
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.store.store import ResultStore
@@ -79,11 +79,11 @@ def main() -> None:
         ids = (manifest.id, reference.id, None, plan.id)
         with ResultStore(store).writer(run) as writer:
             writer.put_components(manifest, manifest.components)
-            writer.put_reference(reference)
+            writer.share(reference)
             writer.append([EvaluationRecord(request, outcome, "search")])
             if known:
-                writer.put_statistics(calibration, base.gather_statistics(calibration))
-                writer.put_matrices(known, base.solve(known, plan.entries))
+                writer.share(StatisticsRecord(calibration.manifest_id, base.gather_statistics(calibration)))
+                writer.share_parts(known, base.solve(known, plan.entries))
             writer.put_run(RunRecord(run, "finished", file.to_yaml(), "", *ids, now, now, "benchmark"))
         started_at = time.perf_counter()
         row = f"| {to} | {attention} | {rest} | {runtime} |"

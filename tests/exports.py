@@ -13,7 +13,7 @@ from dtmsearch.config import parse
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.records import EvaluationRecord, RunRecord
+from dtmsearch.core.records import EvaluationRecord, RunRecord, StatisticsRecord
 from dtmsearch.errors import ExportFailed
 from dtmsearch.model.replica.exported import measure
 from dtmsearch.model.replica.replica import Replica
@@ -80,11 +80,11 @@ search: {{schemes: [int8-channel, int4-g16]}}
     )
     with ResultStore(store).writer(RUN) as writer:
         writer.put_components(manifest, manifest.components)
-        writer.put_reference(reference)
+        writer.share(reference)
         writer.append([EvaluationRecord(request, outcome, "search")])
         if calibration is not None:
-            writer.put_statistics(calibration, base.gather_statistics(calibration))
-            writer.put_matrices(calibration.id, base.solve(calibration.id, plan.entries))
+            writer.share(StatisticsRecord(calibration.manifest_id, base.gather_statistics(calibration)))
+            writer.share_parts(calibration.id, base.solve(calibration.id, plan.entries))
         writer.put_run(record)
     return Measured(store, manifest, plan)
 

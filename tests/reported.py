@@ -11,7 +11,7 @@ from fakes import CONTINUATION_TOKENS, MODE, FakeEvaluator, toy_components, toy_
 
 from dtmsearch.core.evaluation import Continuation, EvalRequest, Reference, Writing
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.core.records import RunRecord
+from dtmsearch.core.records import ContinuationRecord, RunRecord
 from dtmsearch.search.loop import measure, search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
@@ -49,7 +49,7 @@ def make_run(
         manifest, components = toy_manifest(num_layers), toy_components(num_layers)
         writer.put_components(manifest, components)
         for one in references:
-            writer.put_reference(one)
+            writer.share(one)
         space = SearchSpace(components, schemes, budget=Budget(share=share))
         beam = Beam(space, lambda plan, parent: request(plan, references[0], parent), "kl", width)
         answers = fakes.failing({"layers.1.mlp": "nonfinite"}) if failing else fakes.evaluate
@@ -59,7 +59,7 @@ def make_run(
             plans = validation_plans(space, plan)
             requests = {label: request(other, references[1]) for label, other in plans.items()}
             measure(requests, FakeEvaluator(fakes.evaluate, per_poll=8), writer, "validation")
-            writer.put_continuations(references[1].id, plan.id, [written(prompt) for prompt in range(3)])
+            writer.add([ContinuationRecord(references[1].id, plan.id, written(prompt)) for prompt in range(3)])
         writer.put_run(
             RunRecord(
                 run=run,

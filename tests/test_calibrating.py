@@ -155,10 +155,10 @@ def test_errors_by_another_version_of_the_calibration_are_measured_again(
         WeightError("b", "drop", 1),
     )
     with results.writer("run") as writer:
-        writer.put_weight_errors([of_inputs, plain])
-        assert writer.weight_errors() == [of_inputs, plain]
+        writer.add([of_inputs, plain])
+        assert writer.read(WeightError) == [of_inputs, plain]
         monkeypatch.setattr(calibrations, "CALIBRATION_VERSION", 99)
-        assert writer.weight_errors() == [plain]
+        assert writer.read(WeightError) == [plain]
 
 
 def test_errors_of_a_store_that_kept_no_versions_are_measured_again(
@@ -168,9 +168,9 @@ def test_errors_of_a_store_that_kept_no_versions_are_measured_again(
     older = weight_errors_table("run", [WeightError("a", "int4-g8", 0.5)]).drop_columns(["scheme_version"])
     with results.writer("run") as writer:
         monkeypatch.setattr(calibrations, "weight_errors_table", lambda *_: older)
-        writer.put_weight_errors([])
+        writer.add([])
     with results.writer("run") as writer:
-        assert writer.weight_errors() == []
+        assert writer.read(WeightError) == []
 
 
 def test_a_mixture_of_rounding_and_gptq_is_priced_by_the_errors_of_outputs(folder: Path, tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_of_two_that_solve_at_once_the_first_counts(folder: Path, tmp_path: Path
     first, second = (PackedMatrix("c", "gptq-int8-tensor", (1, 1), 8, 1, "float16", *_bytes(n)) for n in (1, 2))
     results = ResultStore(tmp_path)
     with results.writer("a") as a, results.writer("b") as b:
-        a.put_matrices("calibration", [first])
-        b.put_matrices("calibration", [second])
+        a.share_parts("calibration", [first])
+        b.share_parts("calibration", [second])
     assert results.matrices("calibration", ["c"])["c", "gptq-int8-tensor"].codes.tolist() == [1]
 
 

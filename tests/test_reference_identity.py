@@ -117,7 +117,7 @@ def test_a_reference_comes_back_from_the_store_with_the_rules_that_made_it(tmp_p
     open_texts(folder)
     made = with_reference(replica(folder), count=2)
     with ResultStore(tmp_path / "store").writer("run") as writer:
-        stored = writer.put_reference(made)
+        stored = writer.share(made)
     assert stored.rules == made.rules == replica(folder).conditions()[1]
     assert stored.rules.opening == (256,)
 

@@ -90,7 +90,7 @@ def test_reference_is_shared_by_runs(tmp_path: Path) -> None:
     reference = Reference("ref", "manifest", MODE, grid, grid[:, :3], np.ones((2, 3), np.bool_), (0,))
     for run in ("a", "b"):
         with opened(ResultStore(tmp_path), run) as writer:
-            writer.put_reference(reference)
+            writer.share(reference)
     assert ResultStore(tmp_path).table("prompts")["prompt"].to_pylist() == [0, 1]
 
 
@@ -133,7 +133,7 @@ def test_rows_say_the_numeric_mode_of_their_reference(tmp_path: Path) -> None:
     grid = np.arange(12, dtype=np.int32).reshape(2, 6)
     mode = NumericMode("bfloat16", "cuda", "eager", compiled=True, scale_dtype="float16")
     with opened(ResultStore(tmp_path)) as writer:
-        writer.put_reference(Reference(REFERENCE_ID, "m", mode, grid, grid[:, :3], np.ones((2, 3), np.bool_), ()))
+        writer.share(Reference(REFERENCE_ID, "m", mode, grid, grid[:, :3], np.ones((2, 3), np.bool_), ()))
         writer.append(make_records(1))
     (row,) = ResultStore(tmp_path).table("evaluations").to_pylist()
     assert NumericMode(**{name: row[name] for name in MODE_COLUMNS}) == mode

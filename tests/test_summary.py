@@ -114,7 +114,7 @@ def test_the_plan_and_the_base_model_are_held_against_the_noise_with_no_position
     )
     write(tmp_path, replace(plan, outcome=counted))
     with ResultStore(tmp_path).writer("run") as writer:
-        writer.put_reference(held_out_reference())
+        writer.share(held_out_reference())
     found = summarize_run(ResultStore(tmp_path), "run")
     assert found.noise is not None and found.noise.sdt_vs_base is not None
     assert (found.noise.sdt, found.noise.fdt, found.noise.plan_sdt) == (1.0, 1.0, 4.0)
@@ -125,7 +125,7 @@ def test_the_plan_and_the_base_model_are_held_against_the_noise_with_no_position
 def test_masked_values_alone_are_not_held_against_the_noise(tmp_path: Path) -> None:
     write(tmp_path, measured(PLAN, "plan", 60, sdt=3.0))
     with ResultStore(tmp_path).writer("run") as writer:
-        writer.put_reference(held_out_reference())
+        writer.share(held_out_reference())
     found = summarize_run(ResultStore(tmp_path), "run")
     assert found.noise is not None and found.noise.sdt_vs_base is None
     assert "so they do not compare with it" in found.verdict
@@ -187,7 +187,7 @@ def trained(place: Path) -> None:
         steps=(StepRecord(0, PLAN.id, None, 5.0, 4, 0.5, 9.0, 0.0, 4, 12.5),),
     )
     with ResultStore(place).writer("run") as writer:
-        writer.put_training(TrainingRecord(0, "training", PLAN.id, "", "trained", 1, 1, 1.0, (1.0,)))
+        writer.add([TrainingRecord(0, "training", PLAN.id, "", "trained", 1, 1, 1.0, (1.0,))])
 
 
 def test_a_trained_plans_values_are_those_over_the_weights_that_it_ended_with(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from dtmsearch.core.evaluation import EvalRequest, Outcome
+from dtmsearch.core.calibration import InputStatistics
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import Continuation, EvalRequest, Outcome
 from dtmsearch.errors import UserError
 
 Purpose = Literal["search", "validation", "evaluate", "race", "choice"]
@@ -82,6 +84,31 @@ class TrainingRecord:
     tokens: int
     wall_seconds: float
     losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ComponentRecord:
+    """A component of a model, or a part of one that is searched by itself."""
+
+    manifest: ModelManifest
+    component: Component
+
+
+@dataclass(frozen=True)
+class ContinuationRecord:
+    """How the base model and a plan each continue a prompt of a reference."""
+
+    reference_id: str
+    plan_id: str
+    continuation: Continuation
+
+
+@dataclass(frozen=True)
+class StatisticsRecord:
+    """What was gathered over a calibration, of the model of a manifest."""
+
+    manifest_id: str
+    statistics: InputStatistics
 
 
 # Tells a driver on a cluster the command that continues its search.

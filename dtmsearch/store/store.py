@@ -19,25 +19,26 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 import dtmsearch
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import InputStatistics, PackedMatrix
 from dtmsearch.core.components import Component, ModelManifest
-from dtmsearch.core.evaluation import Continuation, EvalFailure, Outcome, Reference
+from dtmsearch.core.evaluation import EvalFailure, Outcome, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import FloatArray, PriceBlock, PriceRequest
+from dtmsearch.core.prices import FloatArray, PriceRequest
 from dtmsearch.core.records import (
+    ComponentRecord,
     EvaluationRecord,
     RunRecord,
+    StatisticsRecord,
     StepRecord,
-    TrainingRecord,
     check_run_name,
     is_run_name,
 )
 from dtmsearch.errors import RunLocked, StoreError, StoreFull, StoreReadOnly
 from dtmsearch.store import schemas
-from dtmsearch.store.codecs import calibrations as calibration_tables
 from dtmsearch.store.codecs import price_blocks as price_tables
 from dtmsearch.store.codecs import tables
+from dtmsearch.store.codecs.codec_registry import CODECS, Codec, Key, Record, keys_of
 from dtmsearch.store.codecs.evaluations import evaluations_table, outcomes, with_metric
 from dtmsearch.store.codecs.plans import PlanRows, plan_of
 from dtmsearch.store.files import TEMPORARY, Folder, LocalFolder, open_folder
@@ -210,9 +211,19 @@ class ResultStore:
         steps = tables.step_records(self.table("steps", run=run.run))
         return steps[-1].plan_id if steps else None
 
+    def shared(self, kind: type[Record], shared_id: str) -> Record | None:
+        """What any run has recorded under an id, of a type that has a codec of its own and is written whole."""
+        codec = CODECS[kind]
+        records = codec.read(self.segments.read(codec.table, [shared_id]))
+        return records[0] if records else None
+
+    def shared_keys(self, kind: type, shared_id: str) -> set[Key]:
+        """What tells the parts apart that are recorded under an id."""
+        codec = CODECS[kind]
+        return keys_of(self.segments.read(codec.table, [shared_id], list(codec.identity)))
+
     def reference(self, reference_id: str) -> Reference | None:
-        rows = self.segments.read("prompts", [reference_id])
-        return tables.reference_of(rows) if rows.num_rows else None
+        return self.shared(Reference, reference_id)
 
     def mode_of(self, reference_id: str) -> NumericMode | None:
         """The numeric mode in which a reference was made; None for one that is not recorded."""
@@ -221,19 +232,14 @@ class ResultStore:
 
     def statistics(self, calibration_id: str) -> InputStatistics | None:
         """What was gathered over a calibration, by any run."""
-        rows = self.segments.read("statistics", [calibration_id])
-        return calibration_tables.statistics_of(rows) if rows.num_rows else None
-
-    def solved(self, calibration_id: str) -> set[tuple[str, str]]:
-        """The (component, scheme) pairs that have been solved by a calibration."""
-        rows = self.segments.read("matrices", [calibration_id], ["component", "scheme"])
-        return set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+        record = self.shared(StatisticsRecord, calibration_id)
+        return None if record is None else record.statistics
 
     def matrices(self, calibration_id: str, components: Collection[str]) -> dict[tuple[str, str], PackedMatrix]:
         """(component, scheme) -> solved matrix, of some components; of those solved twice the first counts."""
         wanted = pc.field("component").isin(list(components))
         rows = self.segments.read("matrices", [calibration_id], where=wanted)
-        return {(m.component, m.scheme): m for m in reversed(calibration_tables.matrices_of(rows))}
+        return {(m.component, m.scheme): m for m in reversed(CODECS[PackedMatrix].read(rows))}
 
     def is_running(self, run: str) -> bool:
         """Whether a driver works on the run."""
@@ -331,53 +337,64 @@ class RunWriter:
         rows: dict[str, Any] = {
             column: self._segments.num_rows(table, self._key) if is_over else None for table, column in _COUNTED.items()
         }
-        self._commit("runs", tables.runs_table([replace(record, **rows)]))
+        self.add([replace(record, **rows)])
 
     def put_components(self, manifest: ModelManifest, components: Sequence[Component]) -> None:
         """Record the model's components and those searched, over which a plan's size is counted from now on."""
         self._plan_rows = PlanRows(manifest, components)
-        rows = self._segments.read("components", [self._key], ["manifest_id", "component"])
-        known = set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
-        new = [c for c in dict.fromkeys((*manifest.components, *components)) if (manifest.id, c.name) not in known]
+        self.add([ComponentRecord(manifest, each) for each in dict.fromkeys((*manifest.components, *components))])
+
+    def add(self, records: Sequence[Any]) -> None:
+        """Record what the run comes to, records of one type that has a codec of its own; one that is recorded already
+        stays as it is."""
+        if not records:
+            return
+        codec = CODECS[type(records[0])]
+        assert not codec.is_shared, f"{codec.table} are shared"
+        known = self.keys(type(records[0])) if codec.identity else set()
+        new = codec.new(records, known)
         if new:
-            self._commit("components", tables.components_table(manifest, new))
+            self._commit(codec.table, codec.rows(self._run, new))
 
-    def put_reference(self, reference: Reference) -> Reference:
-        """Record a reference, for all runs; the one that counts is returned. Of two runs that make it at once the first
-        wins, for near ties may fall differently in the two."""
-        if self._store.reference(reference.id) is None:
-            self._segments.set_aside("prompts", reference.id)
-            number = 1 + self._segments.last_epoch(reference.id)
-            segment = Segment("prompts", reference.id, (number, 1), (number, 1))
-            self._write(segment, tables.prompts_table(reference), keep_existing=True)
-        recorded = self._store.reference(reference.id)
+    def read(self, kind: type[Record]) -> list[Record]:
+        """The records of a type that this run has written."""
+        codec = CODECS[kind]
+        return codec.read(self._segments.read(codec.table, [self._key]))
+
+    def keys(self, kind: type) -> set[Key]:
+        """What tells the records of a type apart that this run has written."""
+        codec = CODECS[kind]
+        return keys_of(self._segments.read(codec.table, [self._key], list(codec.identity)))
+
+    def share(self, record: Record) -> Record:
+        """Record something for all runs, under the id of what it is of; the one that counts is returned: of two runs
+        that write it at once the first wins, for two may come to slightly different ones."""
+        codec = CODECS[type(record)]
+        shared_id = codec.id_of(record)
+        if self._store.shared(type(record), shared_id) is None:
+            self._write_shared(codec, shared_id, [record])
+        recorded = self._store.shared(type(record), shared_id)
         assert recorded is not None
         return recorded
 
-    def put_statistics(self, calibration: Calibration, statistics: InputStatistics) -> InputStatistics:
-        """Record statistics, for all runs; those that count are returned: of two gathered at once, the first."""
-        if self._store.statistics(calibration.id) is None:
-            self._segments.set_aside("statistics", calibration.id)
-            number = 1 + self._segments.last_epoch(calibration.id)
-            segment = Segment("statistics", calibration.id, (number, 1), (number, 1))
-            self._write(segment, calibration_tables.statistics_table(calibration, statistics), keep_existing=True)
-        recorded = self._store.statistics(calibration.id)
-        assert recorded is not None
-        return recorded
-
-    def put_matrices(self, calibration_id: str, matrices: Sequence[PackedMatrix]) -> None:
-        """Record solved matrices, for all runs; one that is recorded already stays as it is."""
+    def share_parts(self, shared_id: str, records: Sequence[Any]) -> None:
+        """Record parts of something for all runs; one that is recorded already stays as it is."""
+        if not records:
+            return
+        codec = CODECS[type(records[0])]
         for _ in range(_PUT_ATTEMPTS):
-            solved = self._store.solved(calibration_id)
-            new = [m for m in matrices if (m.component, m.scheme) not in solved]
+            new = codec.new(records, self._store.shared_keys(type(records[0]), shared_id))
             if not new:
                 return
-            self._segments.set_aside("matrices", calibration_id)
             # Another run that writes at this moment may take the number; then ours come under the next.
-            number = 1 + self._segments.last_epoch(calibration_id)
-            segment = Segment("matrices", calibration_id, (number, 1), (number, 1))
-            self._write(segment, calibration_tables.matrices_table(calibration_id, new), keep_existing=True)
-        raise StoreError(f"cannot record matrices in {self._store.url}: others keep writing under {calibration_id}")
+            self._write_shared(codec, shared_id, new)
+        raise StoreError(f"cannot record {codec.table} in {self._store.url}: others keep writing under {shared_id}")
+
+    def _write_shared(self, codec: Codec[Any], shared_id: str, records: Sequence[Any]) -> None:
+        self._segments.set_aside(codec.table, shared_id)
+        number = 1 + self._segments.last_epoch(shared_id)
+        segment = Segment(codec.table, shared_id, (number, 1), (number, 1))
+        self._write(segment, codec.rows(shared_id, records), keep_existing=True)
 
     def replay(self) -> Iterator[Outcome]:
         """Every outcome that this run has recorded, in recorded order, as views into the memory of a segment's rows;
@@ -425,24 +442,12 @@ class RunWriter:
     def recorded_elsewhere(self, request_ids: Sequence[str]) -> Mapping[str, tuple[str, Outcome]]:
         return self._elsewhere.find(request_ids)
 
-    def weight_errors(self) -> list[WeightError]:
-        """The errors that this run has recorded."""
-        return calibration_tables.weight_errors_of(self._segments.read("weight_errors", [self._key]))
-
-    def put_weight_errors(self, errors: Sequence[WeightError]) -> None:
-        """Record errors: what a strategy decided by them, a replay on another machine has to decide by them, too."""
-        self._commit("weight_errors", calibration_tables.weight_errors_table(self._run, errors))
-
     def price_block(self, request: PriceRequest) -> FloatArray | None:
         """The products of a request, if this run has recorded them for just its samples."""
         where = (pc.field("price_id") == request.id) & (pc.field("first_sample") == request.samples[0])
         rows = self._segments.read("prices", [self._key], where=where)
         blocks = price_tables.blocks_of(rows)
         return price_tables.recorded(blocks.get(request.samples[0], {}), request)
-
-    def put_price_block(self, block: PriceBlock) -> None:
-        """Record a block of prices."""
-        self._commit("prices", price_tables.prices_table(self._run, block, dtmsearch.__version__))
 
     def put_plan(self, plan: Plan) -> None:
         """Record a plan that may not have been evaluated."""
@@ -499,7 +504,7 @@ class RunWriter:
 
     def decisions(self) -> Sequence[StepRecord]:
         """The recorded decisions up to the first that is missing; those after it are decided again."""
-        records = tables.step_records(self._segments.read("steps", [self._key]))
+        records = self.read(StepRecord)
         self._recorded_steps = {record.step for record in records}
         return [record for expected, record in enumerate(records) if record.step == expected]
 
@@ -510,23 +515,8 @@ class RunWriter:
         assert self._recorded_steps is not None
         new = [step for step in steps if step.step not in self._recorded_steps]
         if new:
-            self._commit("steps", tables.steps_table(self._run, new))
+            self._commit("steps", CODECS[StepRecord].rows(self._run, new))
             self._recorded_steps |= {step.step for step in new}
-
-    def put_training(self, record: TrainingRecord) -> None:
-        """Record a training of the run; one that is recorded already stays as it is."""
-        known = self._segments.read("trainings", [self._key], ["training_id"])["training_id"].to_pylist()
-        if record.training_id not in known:
-            self._commit("trainings", tables.trainings_table(self._run, [record]))
-
-    def has_continuations(self, reference_id: str, plan_id: str) -> bool:
-        """Whether the run has recorded how a plan continues prompts of a reference."""
-        rows = self._segments.read("continuations", [self._key], ["reference_id", "plan_id"])
-        return (reference_id, plan_id) in set(zip(*(column.to_pylist() for column in rows.columns), strict=True))
-
-    def put_continuations(self, reference_id: str, plan_id: str, continuations: Sequence[Continuation]) -> None:
-        """Record how the base model and a plan continue prompts of a reference."""
-        self._commit("continuations", tables.continuations_table(self._run, reference_id, plan_id, continuations))
 
     def _commit(self, table: str, rows: pa.Table) -> None:
         self._commits += 1

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-from dtmsearch.core.calibration import Calibration, WeightError
+from dtmsearch.core.calibration import Calibration, PackedMatrix, WeightError
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import StatisticsRecord
 from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.workflows.session import Session
@@ -48,7 +49,8 @@ class Calibrating:
         calibration = self._calibration
         statistics = self._session.store.statistics(calibration.id)
         if statistics is None:
-            statistics = self._writer.put_statistics(calibration, self._pool.gather_statistics(calibration))
+            gathered = self._pool.gather_statistics(calibration)
+            statistics = self._writer.share(StatisticsRecord(calibration.manifest_id, gathered)).statistics
         self._pool.use_calibration(calibration, statistics)
         return calibration.id
 
@@ -75,11 +77,11 @@ class Calibrating:
         """Errors as the run has recorded them: what a strategy decides by them, a replay decides by them again.
         `calibrated` is asked for the calibration's id, if there is one, where they must be measured."""
         wanted = {(component.name, scheme) for component in components for scheme in schemes}
-        known = {(error.component, error.scheme): error for error in self._writer.weight_errors()}
+        known = {(error.component, error.scheme): error for error in self._writer.read(WeightError)}
         if wanted - known.keys():
             given = calibrated()
             found = self._pool.weight_errors([c.name for c in components], list(schemes), given, bool(given))
-            self._writer.put_weight_errors(found)
+            self._writer.add(found)
             known = {(error.component, error.scheme): error for error in found}
         return known
 
@@ -108,9 +110,9 @@ class Calibrating:
             return
         # A part for a replica: a layer, or all that is to be solved one layer after the other.
         parts = self._by_layer if self._file.calibration_through == "base" else _by_scheme
-        missing = parts(wanted - self._session.store.solved(self.id))
+        missing = parts(wanted - self._session.store.shared_keys(PackedMatrix, self.id))
         for matrices in self._pool.solve(self.id, missing):
-            self._writer.put_matrices(self.id, matrices)
+            self._writer.share_parts(self.id, matrices)
         for pairs in self._by_layer(wanted):
             recorded = self._session.store.matrices(self.id, {component for component, _ in pairs})
             self._pool.use_solved(self.id, [recorded[pair] for pair in pairs])

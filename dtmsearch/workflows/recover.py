@@ -55,18 +55,20 @@ class Recovering:
             )
             self._train(folder)
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        self._session.writer.put_training(
-            TrainingRecord(
-                round=number,
-                training_id=training_id,
-                plan_id=plan.id,
-                from_weights_id=weights_id,
-                weights_id=result["weights_id"],
-                steps=result["steps"],
-                tokens=result["tokens"],
-                wall_seconds=result["seconds"],
-                losses=tuple(result["losses"]),
-            )
+        self._session.writer.add(
+            [
+                TrainingRecord(
+                    round=number,
+                    training_id=training_id,
+                    plan_id=plan.id,
+                    from_weights_id=weights_id,
+                    weights_id=result["weights_id"],
+                    steps=result["steps"],
+                    tokens=result["tokens"],
+                    wall_seconds=result["seconds"],
+                    losses=tuple(result["losses"]),
+                )
+            ]
         )
         return str(result["weights_id"])
 

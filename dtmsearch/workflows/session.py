@@ -64,7 +64,7 @@ class Session:
         prompts, wanted_id = cut
         for note in prompts.notes:
             self.note(note)
-        reference = self.store.reference(wanted_id) or self.writer.put_reference(self.pool.make_reference(prompts))
+        reference = self.store.reference(wanted_id) or self.writer.share(self.pool.make_reference(prompts))
         check_agreement(reference)  # of one that an earlier version recorded
         return reference
 

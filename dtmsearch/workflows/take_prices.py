@@ -35,7 +35,7 @@ class TakingPrices:
         found = {request: self._session.writer.price_block(request) for request in requests}
         missing = [request for request, products in found.items() if products is None]
         for block in self._session.pool.price_blocks(missing):
-            self._session.writer.put_price_block(block)
+            self._session.writer.add([block])
             found[block.request] = block.products
             if self._session.stop_requested():
                 raise SearchStopped("stopped as asked; what was priced is recorded")

@@ -13,6 +13,7 @@ import numpy as np
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import ContinuationRecord
 from dtmsearch.errors import reason_of
 from dtmsearch.search.baselines import (
     best_rival,
@@ -124,7 +125,8 @@ class Validation:
     def record_continuations(self, judged: Judged) -> None:
         """Have the plan's own texts for a few held-out prompts, the least and the most robust, for people to read."""
         plan, outcome = judged.plan, judged.outcome
-        if isinstance(outcome, EvalFailure) or self.session.writer.has_continuations(self.reference.id, plan.id):
+        recorded = self.session.writer.keys(ContinuationRecord)
+        if isinstance(outcome, EvalFailure) or (self.reference.id, plan.id) in recorded:
             return
         weights_id = self.milestones[-1].weights_id if self.milestones else ""
         try:
@@ -133,7 +135,7 @@ class Validation:
             first_line = reason_of(error)
             self.session.note(f"the plan's own texts could not be recorded: {first_line}")
         else:
-            self.session.writer.put_continuations(self.reference.id, plan.id, written)
+            self.session.writer.add([ContinuationRecord(self.reference.id, plan.id, each) for each in written])
 
 
 def stays_the_plan(file: SearchFile, milestones: Sequence[Milestone]) -> bool:

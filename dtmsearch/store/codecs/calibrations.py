@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.core.calibration import CALIBRATION_VERSION, Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import CALIBRATION_VERSION, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.plan import versions_of
+from dtmsearch.core.records import StatisticsRecord
 from dtmsearch.store.codecs.columns import arrays, coded_constant, from_columns, lists
 from dtmsearch.store.schemas import MATRICES, STATISTICS, WEIGHT_ERRORS
 
@@ -40,24 +41,26 @@ def _measured_by(error: WeightError) -> str:
     return json.dumps(versions, sort_keys=True)
 
 
-def statistics_table(calibration: Calibration, statistics: InputStatistics) -> pa.Table:
+def statistics_table(record: StatisticsRecord) -> pa.Table:
+    statistics = record.statistics
     names = sorted(statistics.mean_squares)
     columns = {
-        "calibration_id": coded_constant(calibration.id, len(names)),
-        "manifest_id": coded_constant(calibration.manifest_id, len(names)),
+        "calibration_id": coded_constant(statistics.calibration_id, len(names)),
+        "manifest_id": coded_constant(record.manifest_id, len(names)),
         "component": names,
         "mean_squares": lists([statistics.mean_squares[name] for name in names], pa.float32()),
     }
     return from_columns(STATISTICS, columns)
 
 
-def statistics_of(table: pa.Table) -> InputStatistics:
+def statistics_of(table: pa.Table) -> StatisticsRecord:
     """The statistics whose rows, at least one, these are."""
     table = table.combine_chunks()
     squares = table["mean_squares"].combine_chunks()
     by_name = zip(table["component"].to_pylist(), arrays(squares), strict=True)
     held = {name: values for name, values in by_name if values is not None}
-    return InputStatistics(table["calibration_id"][0].as_py(), held)
+    statistics = InputStatistics(table["calibration_id"][0].as_py(), held)
+    return StatisticsRecord(table["manifest_id"][0].as_py(), statistics)
 
 
 _BYTES_COLUMNS = ("codes", "scales", "zeros", "mask")

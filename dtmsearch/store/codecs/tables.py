@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from dtmsearch.core.components import Component, ModelManifest
-from dtmsearch.core.evaluation import Continuation, Reference, Writing
+from dtmsearch.core.evaluation import Reference, Writing
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.records import RunRecord, StepRecord, TrainingRecord
+from dtmsearch.core.records import ContinuationRecord, RunRecord, StepRecord, TrainingRecord
 from dtmsearch.store.codecs.columns import coded_constant, from_columns, from_time, lists, matrix, to_time
 from dtmsearch.store.schemas import COMPONENTS, CONTINUATIONS, PROMPTS, RUNS, STEPS, TRAININGS
 
@@ -47,12 +47,12 @@ def step_records(table: pa.Table) -> list[StepRecord]:
     return [StepRecord(**first[step]) for step in sorted(first)]
 
 
-def continuations_table(run: str, reference_id: str, plan_id: str, continuations: Sequence[Continuation]) -> pa.Table:
-    number = len(continuations)
+def continuations_table(run: str, records: Sequence[ContinuationRecord]) -> pa.Table:
+    continuations = [record.continuation for record in records]
     columns: dict[str, Any] = {
-        "run": coded_constant(run, number),
-        "reference_id": coded_constant(reference_id, number),
-        "plan_id": coded_constant(plan_id, number),
+        "run": coded_constant(run, len(records)),
+        "reference_id": [record.reference_id for record in records],
+        "plan_id": [record.plan_id for record in records],
         "prompt": [c.prompt for c in continuations],
         "prompt_text": [c.prompt_text for c in continuations],
     }
