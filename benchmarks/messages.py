@@ -32,6 +32,7 @@ from sleeping import Sleeping, make_manifest
 from dtmsearch.cluster.connect import connect
 from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
+from dtmsearch.cluster.replica_handle import Call, ReplicaHandle
 from dtmsearch.core.evaluation import (
     FIXED_COST,
     EvalRequest,
@@ -122,16 +123,13 @@ def reference() -> Reference:
 def counting(pool: ReplicaPool) -> Iterator[Counter[str]]:
     """Counts the calls that are sent within the block, canaries apart."""
     sent: Counter[str] = Counter()
-    send, send_canary = pool._send, pool._send_canary
+    send = pool._send
 
-    def count(kind: str, function: Any, *arguments: Any) -> None:
-        sent[kind] += 1
-        function(*arguments)
+    def count(replica: ReplicaHandle, call: Call) -> Any:
+        sent["calls" if call.check is None else "canaries"] += 1
+        return send(replica, call)
 
-    with (
-        patch.object(pool, "_send", partial(count, "calls", send)),
-        patch.object(pool, "_send_canary", partial(count, "canaries", send_canary)),
-    ):
+    with patch.object(pool, "_send", count):
         yield sent
 
 

@@ -207,6 +207,10 @@ def test_what_is_slow_to_import_is_imported_where_it_is_used(library: str) -> No
     assert [name for name, lines in at_the_top.items() if any(line.startswith(importing) for line in lines)] == []
 
 
+def test_what_replicas_are_sent_is_decided_without_ray() -> None:
+    assert loaded_by("import dtmsearch.cluster.dispatcher, dtmsearch.cluster.verifier") & {"ray", "torch"} == set()
+
+
 def test_the_search_needs_nothing_but_numpy() -> None:
     assert (
         loaded_by("import dtmsearch.search.strategies.strategy_registry") & {"torch", "ray", "pyarrow", "pydantic"}

@@ -10,7 +10,7 @@ from fakes import MODE
 
 from dtmsearch.cluster.canaries import Canaries, WrongNumbers
 from dtmsearch.cluster.health import Check, Health, Sample
-from dtmsearch.cluster.replica_handle import Member
+from dtmsearch.cluster.replica_handle import ReplicaHandle
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import ReplicasFailed
@@ -21,8 +21,8 @@ DENSE = Check(Plan(), "reference", 2, continuation_tokens=100, tolerated=0.02)
 NOTHING: Any = None
 
 
-def member(name: str) -> Member:
-    return Member(name, NOTHING, NOTHING, NOTHING)
+def member(name: str) -> ReplicaHandle:
+    return ReplicaHandle(name, NOTHING, NOTHING, NOTHING)
 
 
 def found(sdt: int = 0, dppl: float = 1.5) -> Sample:

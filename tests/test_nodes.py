@@ -245,7 +245,7 @@ def spread(spread_model: Path) -> Iterator[Spread]:
     notes: list[str] = []
     settings = PoolSettings(address=nodes.address, replicas=1, cpus_per_replica=1.0, nodes_per_replica=2)
     with ReplicaPool(ModelSpec(str(spread_model), dtype="float32"), settings, notes.append) as pool:
-        waited = not ray.wait([pool._crew.members[0].host.placed], timeout=1.0)[0]
+        waited = not ray.wait([pool._replicas.members[0].host.placed], timeout=1.0)[0]
         nodes.add_node(num_cpus=1)
         manifest = pool.manifest()
         prompts, _ = pool.cut_prompts([TEXT], 6, 10, 12, 0)
@@ -253,7 +253,7 @@ def spread(spread_model: Path) -> Iterator[Spread]:
         pool.use(reference)
         requests = some_requests(reference, manifest)
         before = gathered(pool, requests)
-        host = pool._crew.members[0].host
+        host = pool._replicas.members[0].host
         placed = set(placement_group_table(host.group)["bundles_to_node_id"].values())
         os.kill(ray.get(host.others[0].where.remote())[1], signal.SIGKILL)
         again = [replace(request, prompts=(0, 5)) for request in requests]

@@ -227,17 +227,6 @@ def test_a_guess_that_is_submitted_later_is_answered_once() -> None:
     assert sorted(o.request_id for o in arrived) == sorted(r.id for r in requests()[:16])
 
 
-def test_replicas_that_idle_are_offered_where_there_are_many() -> None:
-    offered = []
-    with pool_of("") as pool:
-        pool.manifest()
-        pool.wait_until_ready()
-        for guess_from in (8, 2):
-            pool._settings = PoolSettings(replicas=2, guess_from=guess_from)
-            offered.append(pool.num_idle())
-    assert offered == [0, 4]
-
-
 def test_a_second_reference_reaches_replicas_that_still_take_the_first() -> None:
     with pool_of("") as pool:
         pool.manifest()

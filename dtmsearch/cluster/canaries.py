@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from dtmsearch.cluster.health import Check, Health, Known, Sample, tolerated_share
 from dtmsearch.cluster.outstanding import Work
-from dtmsearch.cluster.replica_handle import Held, Member
+from dtmsearch.cluster.replica_handle import Held, ReplicaHandle
 from dtmsearch.core.evaluation import EvalResult, Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import ReplicasFailed
@@ -38,7 +38,7 @@ class Canaries:
         # By plan and reference: the last replica that was dismissed, and what it found.
         self._wrong: dict[tuple[str, str], tuple[str, Sample]] = {}
 
-    def is_due(self, member: Member, work: Work, now: float) -> bool:
+    def is_due(self, member: ReplicaHandle, work: Work, now: float) -> bool:
         """After its interval; and at once when nothing else waits and a round may wait for what is unverified."""
         last = member.last_request
         if last is None or last.reference_id not in member.references or member.checking:
@@ -47,7 +47,7 @@ class Canaries:
             return True
         return not len(work.real) and any(work.is_waited_for(call.requests) for call in member.unverified)
 
-    def next_check(self, member: Member) -> Check:
+    def next_check(self, member: ReplicaHandle) -> Check:
         """Of the plan that the replica holds, if it is known what comes out, and else of the dense model."""
         last = member.last_request
         assert last is not None, "a canary verifies something"
@@ -56,7 +56,7 @@ class Canaries:
         num_prompts, length = self._num_prompts(reference), reference.continuation_tokens
         return Check(plan, reference.id, num_prompts, length, tolerated_share(reference, num_prompts * length))
 
-    def verify(self, member: Member, check: Check, found: Sample, seconds: float) -> None:
+    def verify(self, member: ReplicaHandle, check: Check, found: Sample, seconds: float) -> None:
         """Keep what a replica found. Raises `WrongNumbers` if it is wrong; `ReplicasFailed` if another replica found
         the same, for then no replica is to blame."""
         fault = self._known.fault(check, found, member.record.samples.get(check.key))

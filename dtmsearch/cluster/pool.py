@@ -1,7 +1,7 @@
-"""ReplicaPool: an Evaluator over Ray actors. Sends requests, holds answers until they are verified, hands them over.
+"""ReplicaPool: an Evaluator over Ray actors. Has replicas, a dispatcher that says what each is sent, and a verifier
+that holds their answers; does itself what needs Ray: sends, waits, fetches.
 
-Keeps its own table of what is in flight, because an actor that dies does not say what it held. Knows neither the
-search nor what a replica does.
+Keeps its own table of what is in flight, because an actor that dies does not say what it held.
 """
 
 from __future__ import annotations
@@ -18,25 +18,23 @@ from ray.exceptions import RayError
 
 from dtmsearch.cluster.canaries import Canaries, WrongNumbers
 from dtmsearch.cluster.connect import check_alive, connect
-from dtmsearch.cluster.health import Check, Health, Pace, Sample
-from dtmsearch.cluster.outstanding import Work
+from dtmsearch.cluster.dispatcher import Dispatcher
+from dtmsearch.cluster.health import Health, Sample
 from dtmsearch.cluster.placement import Share, alive_nodes, share_of
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.cluster.prometheus import Metrics
-from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.ray_compat import was_preempted
 from dtmsearch.cluster.replica_calls import Services
-from dtmsearch.cluster.replica_handle import Call, Held, Member
-from dtmsearch.cluster.replicas import Crew
-from dtmsearch.cluster.sizing import CALL_SECONDS, call_seconds, guess_seconds
+from dtmsearch.cluster.replica_handle import Call, ReplicaHandle
+from dtmsearch.cluster.replicas import ReplicaSet
 from dtmsearch.cluster.train import train_on_cluster
+from dtmsearch.cluster.verifier import Verifier
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     EvalFailure,
     EvalRequest,
     ModelSpec,
     Outcome,
-    Provenance,
     ReplicaSettings,
 )
 from dtmsearch.errors import UserError
@@ -48,14 +46,10 @@ log = logging.getLogger(__name__)
 REPLICA_CLASS = "dtmsearch.model.replica.replica:Replica"
 _STAGES = "dtmsearch.model.pipeline_parallel.pipelined_replica:make_stage"
 
-# Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
-_CALLS_AHEAD = 2
 _WAIT_FOR_ONE_IN, _MOMENT_SECONDS = 32, 0.02
 _CHECK_TIME_SECONDS = 0.2
 # Outcomes are handed over this far apart, for each time costs the driver a commit; at once when no more are under way.
 _GATHER_SECONDS = 0.1
-# Guesses that a replica without work takes at once: its next real work waits until it has done them.
-_MOST_GUESSES = 8
 
 
 class ReplicaPool(Services):
@@ -82,34 +76,37 @@ class ReplicaPool(Services):
             num_stages=self._share.num_stages,
         )
         replica_class = replica_class or (REPLICA_CLASS if self._share.num_nodes == 1 else _STAGES)
-        crew = Crew(replica_class, spec, replica_settings, self._share, settings.replicas, on_note, self._take_back)
-        super().__init__(crew, check_alive if self._own_ray else lambda: None)
-        self._health, self._pace, self._canaries = health, Pace(health), Canaries(health, crew.references)
-        self._work: Work | None = None
+        replicas = ReplicaSet(
+            replica_class, spec, replica_settings, self._share, settings.replicas, on_note, self._take_back
+        )
+        super().__init__(replicas, check_alive if self._own_ray else lambda: None)
+        self._health, self._canaries = health, Canaries(health, replicas.references)
+        self._dispatcher: Dispatcher | None = None  # once the model is known
+        self._verifier = Verifier(self._canaries)
         self._arrived: list[Outcome] = []
         self._gather_until = 0.0
         self._check_time_at = 0.0
 
     def __enter__(self) -> ReplicaPool:
         self._say_share()
-        self._crew.fill()
+        self._replicas.fill()
         return self
 
     @property
     def num_replicas(self) -> int:
         """Replicas that are asked for, there or not."""
-        return self._crew.wanted
+        return self._replicas.wanted
 
     @property
     def num_at_work(self) -> int:
         """Replicas that have loaded and take requests."""
-        return len(self._crew.ready)
+        return len(self._replicas.ready)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        self._crew.close()
+        self._replicas.close()
         if self._own_ray:
             ray.shutdown()
 
@@ -117,7 +114,7 @@ class ReplicaPool(Services):
         """Let all replicas go, for work that needs their places; whatever is asked next starts others. Nothing may be
         under way."""
         assert not self._in_flight
-        self._crew.leave()
+        self._replicas.leave()
 
     def train(self, job: Path, stop_requested: Callable[[], bool]) -> int:
         """On a cluster by its workers, in the places of the replicas; on this machine in a process of its own."""
@@ -132,8 +129,8 @@ class ReplicaPool(Services):
 
     def wait_until_ready(self) -> None:
         """Wait for every replica; a search need not, for it begins with the first."""
-        while not all(member.ready for member in self._crew.members):
-            self._crew.welcome(timeout_seconds=1.0)
+        while not all(member.ready for member in self._replicas.members):
+            self._replicas.welcome(timeout_seconds=1.0)
 
     def _say_share(self) -> None:
         """On a cluster that others may use, say how much of it this search will hold."""
@@ -149,32 +146,30 @@ class ReplicaPool(Services):
     def manifest(self) -> ModelManifest:
         """The model's manifest; read before anything is submitted."""
         manifest = super().manifest()
-        self._work = Work(manifest)
+        if self._dispatcher is None:
+            guess_from = self._settings.guess_from
+            self._dispatcher = Dispatcher(manifest, self._health, self._canaries, guess_from)
         return manifest
 
     # Evaluator.
 
     def submit(self, requests: Sequence[EvalRequest]) -> None:
-        assert self._work is not None, "the manifest is read first"
-        self._work.add(requests)
+        self._dispatching.add(requests)
         self._dispatch()
 
     def num_idle(self) -> int:
-        """See `dtmsearch.search.protocols.Offering`: what would fill up the calls that replicas may hold."""
-        if self._work is None or len(self._work.real):
-            return 0
-        ready = self._crew.ready
-        if len(ready) < self._settings.guess_from:
-            return 0
-        each = min(max(int(CALL_SECONDS / self._pace.seconds_per_request), 1), _MOST_GUESSES)
-        free = sum(max(_CALLS_AHEAD - len(m.calls), 0) for m in ready)
-        return max(free * each - len(self._work.guesses), 0)
+        """See `dtmsearch.search.protocols.Offering`."""
+        return 0 if self._dispatcher is None else self._dispatcher.num_idle(self._replicas.ready)
 
     def submit_guesses(self, requests: Sequence[EvalRequest]) -> None:
         """See `dtmsearch.search.protocols.Offering`."""
-        assert self._work is not None
-        self._work.add_guesses(requests)
+        self._dispatching.add_guesses(requests)
         self._dispatch()
+
+    @property
+    def _dispatching(self) -> Dispatcher:
+        assert self._dispatcher is not None, "the manifest is read first"
+        return self._dispatcher
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
         """See `dtmsearch.search.protocols.Evaluator`. What arrives within moments is handed over together."""
@@ -191,9 +186,9 @@ class ReplicaPool(Services):
 
     def _report(self, arrived: Sequence[Outcome]) -> None:
         """Tell Ray's metrics and the log what has arrived, and who works."""
-        ready = self._crew.ready
+        ready = self._replicas.ready
         busy = sum(bool(member.calls) for member in ready)
-        self.metrics.replicas(busy, len(ready) - busy, len(self._crew.members) - len(ready))
+        self.metrics.replicas(busy, len(ready) - busy, len(self._replicas.members) - len(ready))
         if arrived:
             self.metrics.answered(arrived)
         if log.isEnabledFor(logging.INFO):
@@ -204,12 +199,12 @@ class ReplicaPool(Services):
 
     @property
     def _in_flight(self) -> bool:
-        return any(member.calls for member in self._crew.members)
+        return any(member.calls for member in self._replicas.members)
 
     def _wait(self, timeout_seconds: float) -> None:
         """Wait for a call or a start to end, take what has ended, keep the replicas busy."""
-        owner = {reference: member for member in self._crew.members for reference in member.calls}
-        waiting = [*owner, *(member.starting for member in self._crew.members if not member.ready)]
+        owner = {reference: member for member in self._replicas.members for reference in member.calls}
+        waiting = [*owner, *(member.starting for member in self._replicas.members if not member.ready)]
         done: set[Any] = set()
         if waiting:
             # Of many replicas some end at any moment. Each wait costs as much as a few of them.
@@ -217,18 +212,19 @@ class ReplicaPool(Services):
             if (several := len(waiting) // _WAIT_FOR_ONE_IN) > 1:
                 ray.wait(waiting, num_returns=several, timeout=_MOMENT_SECONDS)
             done = set(ray.wait(waiting, num_returns=len(waiting), timeout=0)[0])
-        self._crew.fill()
-        self._crew.welcome(timeout_seconds=0)
+        self._replicas.fill()
+        self._replicas.welcome(timeout_seconds=0)
         answers = _fetch([reference for reference in done if reference in owner])
         for member in {owner[reference]: None for reference in answers}:
             self._collect(member, answers)
         if (now := time.monotonic()) > self._check_time_at:
             self._check_time_at = now + _CHECK_TIME_SECONDS
-            for member in list(self._crew.members):
-                self._check_time(member)
+            for member in list(self._replicas.members):
+                if (overdue := self._dispatching.overdue(member)) is not None:
+                    self._replicas.lose(member, TimeoutError(overdue))
         self._dispatch()
 
-    def _collect(self, member: Member, answers: Mapping[Any, Any]) -> None:
+    def _collect(self, member: ReplicaHandle, answers: Mapping[Any, Any]) -> None:
         """Take what a replica has finished; give it up if it is lost, or its canary is wrong."""
         try:
             for reference in list(member.calls):  # in the order in which the replica does them
@@ -237,111 +233,39 @@ class ReplicaPool(Services):
                         raise answer
                     self._accept(member.calls.pop(reference), answer, member)
         except (RayError, WrongNumbers) as error:
-            self._crew.lose(member, error)
+            self._replicas.lose(member, error)
 
-    def _check_time(self, member: Member) -> None:
-        """Give a replica up that has been at one thing for longer than it can need."""
-        head = next(iter(member.calls.values()), None)
-        if head is not None:
-            since, limit = max(head.started_at, member.idle_since), self._pace.limit_seconds(head.cost)
-        elif member.taking_since is not None:
-            since, limit = member.taking_since, self._health.first_seconds
-        else:
-            return
-        seconds = time.monotonic() - since
-        if seconds > limit:
-            self._crew.lose(member, TimeoutError(f"no answer for {seconds:.0f} s, where {limit:.0f} s are the most"))
-
-    def _accept(self, call: Call, answer: Any, member: Member) -> None:
-        now = time.monotonic()
-        seconds = now - max(call.started_at, member.idle_since)
-        member.idle_since = now
+    def _accept(self, call: Call, answer: Any, member: ReplicaHandle) -> None:
+        dispatching = self._dispatching
+        seconds = dispatching.ended(member, call)
         if call.check is not None:
-            self._verify(member, call.check, Sample(*answer), seconds)
-            return
-        own_seconds = sum(outcome.provenance.wall_seconds for outcome in answer)
-        self._pace.learn(call.cost, seconds, len(call.requests), own_seconds)
-        member.held.append(Held(call, answer))
-        if call.requests[0].reference_id not in member.references:  # nothing to hold it against
-            self._release(member)
-
-    def _verify(self, member: Member, check: Check, found: Sample, seconds: float) -> None:
-        """Hand over what the replica has answered before its canary. Raises `WrongNumbers`."""
-        self._canaries.verify(member, check, found, seconds)
-        self._crew.trusted()
-        self._release(member)
-
-    def _release(self, member: Member) -> None:
-        assert self._work is not None
-        verified = member.take_held()
-        self._canaries.learn(verified)
-        self._arrived += [self._work.finished(outcome) for held in verified for outcome in held.outcomes]
+            verified = self._verifier.checked(member, call.check, Sample(*answer), seconds)
+            self._replicas.trusted()
+        else:
+            dispatching.learn(call, seconds, answer)
+            verified = self._verifier.answered(member, call, answer)
+        self._arrived += dispatching.finished(verified)
 
     def _dispatch(self) -> None:
-        work = self._work
-        if work is None:
-            return
-        ready, now = self._crew.ready, time.monotonic()
-        num_free = sum(len(m.calls) < _CALLS_AHEAD for m in ready)
-        for ahead in range(_CALLS_AHEAD):  # everyone's first call before anyone's second
-            for member in [m for m in ready if len(m.calls) <= ahead]:
-                if self._canaries.is_due(member, work, now):
-                    self._send_canary(member, work)
-                # Towards the end of a round nobody takes a second call while others have none.
-                elif member.calls and (work.real.has_suspects or self._holds_suspect(member, work)):
-                    continue
-                elif len(work.real) > ahead * len(ready):
-                    self._send(member, work.real, call_seconds(self._seconds_in(work.real), len(ready)))
-                elif not len(work.real) and len(work.guesses):
-                    self._send(member, work.guesses, guess_seconds(self._seconds_in(work.guesses), num_free))
+        if self._dispatcher is not None:
+            for member, call in self._dispatcher.orders(self._replicas.ready):
+                member.calls[self._send(member, call)] = call
 
-    def _holds_suspect(self, member: Member, work: Work) -> bool:
-        """Whether a request is under way there that may have killed replicas. Nothing goes before or behind it, so that
-        no other is blamed for its next victim."""
-        return any(work.has_suspect(call.requests) for call in member.calls.values())
+    def _send(self, member: ReplicaHandle, call: Call) -> Any:
+        if call.check is None:
+            return member.actor.call.remote("evaluate", call.requests)
+        check = call.check
+        return member.actor.call.remote("check", check.plan, check.reference_id, check.num_prompts)
 
-    def _send_canary(self, member: Member, work: Work) -> None:
-        check = self._canaries.next_check(member)
-        call = member.actor.call.remote("check", check.plan, check.reference_id, check.num_prompts)
-        member.calls[call] = Call([], work.real.full_cost(check.num_prompts), time.monotonic(), check)
-
-    def _seconds_in(self, queue: RequestQueue) -> float:
-        """How long what waits would take one replica; 0 while no pace is known."""
-        return queue.cost * (self._pace.seconds_per_cost or 0.0)
-
-    def _send(self, member: Member, queue: RequestQueue, seconds: float) -> None:
-        """Send a replica what it will be at for about so long, one request at least."""
-        rate = self._pace.seconds_per_cost
-        requests, member.parent_id, cost = queue.take(seconds / rate if rate else 0.0, member.parent_id)
-        if not member.calls:
-            member.idle_since = time.monotonic()
-        call = member.actor.call.remote("evaluate", requests)
-        member.calls[call] = Call(requests, cost, time.monotonic())
-
-    def _take_back(self, member: Member, error: Exception, reason: str) -> None:
-        """Send again what a replica held that was lost.
-
-        Only the oldest call may be to blame, so only its requests are charged an attempt. Preemption and wrong numbers
-        charge nothing. What no canary has verified is measured again.
-        """
+    def _take_back(self, member: ReplicaHandle, error: Exception, reason: str) -> None:
+        """Send again what a replica held that was lost. Preemption and wrong numbers charge no request an attempt."""
         unverified = sum(len(held.outcomes) for held in member.held)
         self.metrics.lost()
         again = f"; {unverified} results that no canary had verified are measured again" if unverified else ""
         self._on_note(f"{member.name} ({member.node or 'starting'}) was lost and is replaced: {reason}{again}")
-        blameless = was_preempted(error) or isinstance(error, WrongNumbers)
-        for held in member.take_held():
-            self._send_again(held.call, member, reason, charged=False)
-        for position, call in enumerate(member.calls.values()):
-            self._send_again(call, member, reason, charged=position == 0 and not blameless)
-        member.calls = {}
-
-    def _send_again(self, call: Call, member: Member, reason: str, charged: bool) -> None:
-        assert self._work is not None
-        for given_up in self._work.again(call.requests, charged):
-            attempts = given_up.attempts
-            provenance = Provenance(member.name, member.node, attempts, finished_at=time.time())
-            message = f"{attempts} replicas were lost while they measured it; the last: {reason}"
-            self._arrived.append(EvalFailure(given_up.request.id, "replica_lost", message, provenance))
+        if self._dispatcher is not None:
+            is_blameless = was_preempted(error) or isinstance(error, WrongNumbers)
+            self._arrived += self._dispatcher.take_back(member, reason, is_blameless)
 
 
 def _fetch(references: Sequence[Any]) -> dict[Any, Any]:

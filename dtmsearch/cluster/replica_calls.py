@@ -13,8 +13,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from dtmsearch.cluster.outstanding import MAX_ATTEMPTS
-from dtmsearch.cluster.replica_handle import Member
-from dtmsearch.cluster.replicas import Crew, cause_of, is_loss
+from dtmsearch.cluster.replica_handle import ReplicaHandle
+from dtmsearch.cluster.replicas import ReplicaSet, cause_of, is_loss
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
@@ -35,8 +35,8 @@ from dtmsearch.errors import ReplicasFailed
 class Services:
     """The replicas' methods, each called on one replica or given to all. `check_alive` is called while none is up."""
 
-    def __init__(self, crew: Crew, check_alive: Callable[[], None]) -> None:
-        self._crew, self._check_alive = crew, check_alive
+    def __init__(self, replicas: ReplicaSet, check_alive: Callable[[], None]) -> None:
+        self._replicas, self._check_alive = replicas, check_alive
         self._solved: dict[str, dict[tuple[str, str], Any]] = {}
 
     def manifest(self) -> ModelManifest:
@@ -71,12 +71,12 @@ class Services:
         """See `Replica.measure_speed` in `dtmsearch.model.replica`. Every replica that has a place measures at the same
         time, for they share machines: the mean of what they say."""
         self._first_ready()
-        while self._crew.num_loading:
+        while self._replicas.num_loading:
             self._check_alive()
-            self._crew.welcome(timeout_seconds=1.0)
+            self._replicas.welcome(timeout_seconds=1.0)
         calls = [
             (member, member.actor.call.remote("measure_speed", count, prompt_tokens, continuation_tokens))
-            for member in self._crew.ready
+            for member in self._replicas.ready
         ]
         measured: list[Speed] = []
         for member, call in calls:
@@ -85,7 +85,7 @@ class Services:
             except (RayTaskError, RayActorError) as error:
                 if not is_loss(error):
                     raise cause_of(error) from error
-                self._crew.lose(member, error)
+                self._replicas.lose(member, error)
         return mean_speed(measured) if measured else self.measure_speed(count, prompt_tokens, continuation_tokens)
 
     def continuations(
@@ -106,7 +106,7 @@ class Services:
 
     def use(self, reference: Reference) -> None:
         """Give a reference to every replica, those to come included; each repeats the base model's own evaluation."""
-        self._crew.use(reference)
+        self._replicas.use(reference)
 
     def cut_calibration(
         self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = "base"
@@ -134,13 +134,13 @@ class Services:
 
     def use_calibration(self, calibration: Calibration, statistics: InputStatistics) -> None:
         """Give a calibration to every replica, those to come included."""
-        self._crew.give("call", "use_calibration", ray.put(calibration), ray.put(statistics))
+        self._replicas.give("call", "use_calibration", ray.put(calibration), ray.put(statistics))
 
     def use_solved(self, calibration_id: str, matrices: Iterable[PackedMatrix]) -> None:
         """Give solved matrices to every replica, those to come included; they lie in the cluster's memory."""
         held = self._solved.setdefault(calibration_id, {})
         held |= {(packed.component, packed.scheme): ray.put(packed) for packed in matrices}
-        self._crew.give("take_solved", calibration_id, dict(held))
+        self._replicas.give("take_solved", calibration_id, dict(held))
 
     def solve(
         self, calibration_id: str, parts: Sequence[Sequence[tuple[str, str]]]
@@ -164,11 +164,11 @@ class Services:
     def _spread(self, method: str, parts: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """The answers of a method for each of `parts`, its arguments, in the order in which they come."""
         waiting = deque((number, 1) for number in range(len(parts)))
-        under_way: dict[Any, tuple[Member, int, int]] = {}
+        under_way: dict[Any, tuple[ReplicaHandle, int, int]] = {}
         while waiting or under_way:
             self._first_ready()
             busy = [member for member, _, _ in under_way.values()]
-            for member in (m for m in self._crew.ready if m not in busy):
+            for member in (m for m in self._replicas.ready if m not in busy):
                 if waiting:
                     number, attempt = waiting.popleft()
                     under_way[member.actor.call.remote(method, *parts[number])] = member, number, attempt
@@ -183,7 +183,7 @@ class Services:
                     if attempt >= MAX_ATTEMPTS:
                         raise ReplicasFailed(f"{attempt} replicas were lost in `{method}` of the same part") from error
                     waiting.appendleft((number, attempt + 1))
-                    self._crew.lose(member, error)
+                    self._replicas.lose(member, error)
 
     def _ask_one(self, method: str, *arguments: Any) -> Any:
         """The answer of whichever replica is up first; another is asked if that one is lost."""
@@ -194,11 +194,11 @@ class Services:
             except (RayTaskError, RayActorError) as error:
                 if not is_loss(error):
                     raise cause_of(error) from error
-                self._crew.lose(member, error)
+                self._replicas.lose(member, error)
 
-    def _first_ready(self) -> Member:
-        while not (ready := self._crew.ready):
+    def _first_ready(self) -> ReplicaHandle:
+        while not (ready := self._replicas.ready):
             self._check_alive()
-            self._crew.fill()
-            self._crew.welcome(timeout_seconds=1.0)
+            self._replicas.fill()
+            self._replicas.welcome(timeout_seconds=1.0)
         return ready[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dtmsearch.cluster.actor import Hosted
 from dtmsearch.cluster.health import Check, Record
 from dtmsearch.core.evaluation import EvalRequest, Outcome
+
+if TYPE_CHECKING:
+    from dtmsearch.cluster.actor import Hosted
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Held:
 
 
 @dataclass(eq=False)
-class Member:
+class ReplicaHandle:
     """A replica. `calls` by object reference, oldest first; `starting` is what it was last given to begin with,
     `taking` the reference against which its base model is then held."""
 

@@ -17,14 +17,14 @@ from dtmsearch.cluster.canaries import WrongNumbers, not_the_replicas
 from dtmsearch.cluster.health import tolerated_share
 from dtmsearch.cluster.placement import Patience, Room, Share
 from dtmsearch.cluster.ray_compat import died_with_its_node
-from dtmsearch.cluster.replica_handle import Member
+from dtmsearch.cluster.replica_handle import ReplicaHandle
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
 from dtmsearch.errors import DtmError, ReplicasFailed, UserError, reason_of
 
 _MAX_FAILED_STARTS = 3
 
 
-class Crew:
+class ReplicaSet:
     """`members` are those that are there, ready or not. `on_lost` hears of each that is lost, with the error and its
     one line of reason, once the replica is ended and before another is started."""
 
@@ -36,12 +36,12 @@ class Crew:
         share: Share,
         replicas: int,
         on_note: Callable[[str], None],
-        on_lost: Callable[[Member, Exception, str], None],
+        on_lost: Callable[[ReplicaHandle, Exception, str], None],
     ) -> None:
         self._replica_class, self._spec, self._settings, self._share = replica_class, spec, settings, share
         self._room, self._patience = Room(share, replicas), Patience(share)
         self._on_note, self._on_lost = on_note, on_lost
-        self.members: list[Member] = []
+        self.members: list[ReplicaHandle] = []
         self.references: dict[str, Reference] = {}
         self._held_references: dict[str, Any] = {}  # in the cluster's memory
         self._gifts: list[tuple[str, tuple[Any, ...]]] = []
@@ -58,7 +58,7 @@ class Crew:
         return self._room.wanted
 
     @property
-    def ready(self) -> list[Member]:
+    def ready(self) -> list[ReplicaHandle]:
         """Those that have loaded and take requests."""
         return [member for member in self.members if member.ready]
 
@@ -122,9 +122,9 @@ class Crew:
         starting = host.actor.load.remote(self._spec, self._settings)
         for method, arguments in self._gifts:
             getattr(host.actor, method).remote(*arguments)
-        self.members.append(Member(name, host.actor, starting, host))
+        self.members.append(ReplicaHandle(name, host.actor, starting, host))
 
-    def _unplaced(self) -> list[Member]:
+    def _unplaced(self) -> list[ReplicaHandle]:
         """Replicas that have no place in the cluster yet."""
         waiting = {m.host.placed: m for m in self.members if not m.ready}
         if not waiting:
@@ -150,14 +150,14 @@ class Crew:
             except RayError as error:
                 self.lose(member, error)
 
-    def _advance_start(self, member: Member, answer: tuple[str, int] | float) -> None:
+    def _advance_start(self, member: ReplicaHandle, answer: tuple[str, int] | float) -> None:
         if isinstance(answer, tuple):
             member.node = f"{answer[0]}:{answer[1]}"
         elif member.taking:
             self._check_first(member, self.references[member.taking], answer)
         self._begin_or_take(member)
 
-    def _check_first(self, member: Member, reference: Reference, diverging: float) -> None:
+    def _check_first(self, member: ReplicaHandle, reference: Reference, diverging: float) -> None:
         """Raise what becomes of a replica whose base model diverges on too large a share of a reference's tokens."""
         tolerated = tolerated_share(reference, reference.agrees.size)
         if diverging <= tolerated:
@@ -169,7 +169,7 @@ class Crew:
             raise ReplicasFailed(not_the_replicas(name, member.name, fault))
         raise RayError(f"{fault}, where {tolerated:.1%} may be rounding")
 
-    def _begin_or_take(self, member: Member) -> None:
+    def _begin_or_take(self, member: ReplicaHandle) -> None:
         """Let a replica begin, once it has every reference."""
         missing = self.references.keys() - member.references
         member.ready = not missing
@@ -184,7 +184,7 @@ class Crew:
 
     # Losing.
 
-    def lose(self, member: Member, error: Exception) -> None:
+    def lose(self, member: ReplicaHandle, error: Exception) -> None:
         """Kill a replica and start another in its place. Raises `ReplicasFailed` when too many were lost in a row."""
         if is_loss(error):
             error = cause_of(error)
