@@ -32,7 +32,7 @@ from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.auto_schedule import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy

@@ -18,7 +18,7 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
-from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.auto_schedule import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy

@@ -43,7 +43,7 @@ from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.solver.neighbours import promising
 from dtmsearch.search.solver.posterior import Belief, Spread
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.auto_schedule import Effort
 from dtmsearch.search.strategies.evolution import Switching
 from dtmsearch.search.strategies.solver_based import _settled
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy

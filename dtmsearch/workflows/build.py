@@ -17,7 +17,7 @@ from dtmsearch.search.solver.pruned_shares import Errors
 from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
-from dtmsearch.search.strategies.auto import Effort
+from dtmsearch.search.strategies.auto_schedule import Effort
 from dtmsearch.search.strategies.evolution import Stages, Switching
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory

@@ -14,8 +14,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from dtmsearch.search.solver.damage_model import WeightErrors, expected_fdt, fam
 from dtmsearch.search.solver.neighbours import moved, promising
 from dtmsearch.search.solver.posterior import Belief, Spread
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.auto_schedule import SIZE_STEP, CorrectionRound, Effort, Lot, ProbedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver, paired, probe_noise
@@ -34,44 +36,14 @@ Floats = NDArray[np.float64]
 
 # By how much measured damages are off the law's (docs/search-quality.md).
 _SPREAD = Spread(common=0.5, family=0.15, option=0.2, interaction=0.15)
-# Sizes are told apart down to this part of them.
-_SIZE_STEP = 0.005
 # Plans above the smallest that keeps `min_fdt` are larger by this part of it, by twice as much, and so on.
 _LADDER_STEP = 0.01
 # Divergent tokens over the square root of KL where nothing was measured yet; the search's own measurements decide.
 _DIVERGENT_SHARE = 0.28
-# Of how many units one is moved alone: in the first round, and later.
-_DOUBTED = (2, 4)
-# A round doubles the prompts of the last, whose differences it must tell apart at half their size.
-_GROWTH = 2
 # Another round follows if by the belief the leading plan's damage is still further from the least than this part of it.
 _WORTHWHILE = 0.005
 # A belief's variance is put right by no more than these factors at once.
 _SURPRISE = (1.0, 16.0)
-# Prompts on which switches are told apart.
-_POLISHED_ON = 32
-# So many rounds are foreseen; whether more follow, measurements say.
-_USUAL_ROUNDS = 2
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured: prompts of a probe; samples of the prices and prompts of a slope, where these can be had;
-    rounds of correction at most, the first one's prompts, plans drawn in each and switches tried at once; prompts that
-    all rounds together, and all switches, may forward (a prompt once for every plan measured on it), of switches the
-    second number where prices can be had; plans of the last comparison, which takes as many prompts as tell them
-    apart."""
-
-    probe_prompts: int = 4
-    samples: int = 256
-    slopes: int = 80
-    rounds: int = 5
-    prompts: int = 16
-    plans: int = 8
-    correction_prompts: int = 4_000
-    polish_prompts: int = 3_000
-    swap_prompts: int = 600
-    finalists: int = 3
 
 
 class Auto(Solver):
@@ -96,6 +68,10 @@ class Auto(Solver):
         self._effort = effort
         self._errors = () if errors is None else unit_errors(self._choices, errors)
 
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return ProbedSchedule(self._effort, len(self._choices.units), self.num_prompts, len(self._rivals()))
+
     def script(self) -> Script:
         belief = yield from self._probe()
         if self._min_fdt is not None:
@@ -104,8 +80,8 @@ class Auto(Solver):
         first = leader = self._solve(belief.tables())
         self._best = self._choices.plan(leader)
         pool = [leader]
-        for number in range(self._affordable_rounds()):
-            belief, good, regret = yield from self._correct(belief, leader, number)
+        for each in self._schedule.rounds():
+            belief, good, regret = yield from self._correct(belief, leader, each)
             leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
             if regret < _WORTHWHILE:
                 break
@@ -121,15 +97,11 @@ class Auto(Solver):
         lots in which none did."""
         leaders, tried = [leader], {leader}
         failures = 0
-        count = min(_POLISHED_ON, self.num_prompts)
-        for number in range(most_prompts // (_POLISHED_ON * (self._effort.plans + 1))):
+        for prompts in self._schedule.swap_lots(most_prompts):
             field = promising(self._choices, belief, leader, tried, self._effort.plans)
             if not field or failures == patience:
                 break
-            first = number * count % (self.num_prompts - count + 1)
-            base, *answers = yield from self._measured(
-                [leader, *field], (first, first + count), self._choices.plan(leader)
-            )
+            base, *answers = yield from self._measured([leader, *field], prompts, self._choices.plan(leader))
             if len(tried) == 1:
                 self._lead(leader, base)
             seen = [paired(answer, base, "kl") for answer in answers]
@@ -163,7 +135,7 @@ class Auto(Solver):
         (answer,) = yield from self._measured([(0,) * len(tables)], self._first(self.num_prompts))
         self._lead((0,) * len(tables), answer)
         fails = least - 1
-        while most > least and most - fails > _SIZE_STEP * most:
+        while most > least and most - fails > SIZE_STEP * most:
             found = self._choices.within(tables, size)
             (answer,) = yield from self._measured([found.options], self._first(self.num_prompts))
             if -mean_loss(answer, "fdt") >= min_fdt:
@@ -191,16 +163,23 @@ class Auto(Solver):
 
     def _foreseen(self, tables: Sequence[Floats], min_fdt: float, least: int, most: int) -> int:
         """The size at which the law has a plan keep `min_fdt`: where a search for it begins."""
-        while most - least > _SIZE_STEP * most:
+        while most - least > SIZE_STEP * most:
             size = (least + most) // 2
             kept = expected_fdt(self._choices.within(tables, size).loss, self._length, _DIVERGENT_SHARE)
             least, most = (least, size) if kept >= min_fdt else (size, most)
         return most
 
+    def _usual(self, num_probed: int) -> list[Lot]:
+        """What is foreseen after probes of so many units."""
+        if self._min_fdt is None:
+            return list(self._schedule.usual(num_probed))
+        probes = [(num_probed, self._effort.probe_prompts)] if num_probed else []
+        return [*probes, self._schedule.halvings()]
+
     def _probe(self) -> Part[Belief]:
         """Sensitivities, and the belief that they make."""
         probed = probings(self._choices, self._errors)
-        self._foresee((len(probed), self._effort.probe_prompts), *self._usual())
+        self._foresee(*self._usual(len(probed)))
         answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
         damages = [mean_loss(answer, "kl") for answer in answers]
         tables = predicted(self._choices, self._errors, probed, damages)
@@ -208,18 +187,19 @@ class Auto(Solver):
         own = float(np.hypot(_SPREAD.family, min(probe_noise(answers), 1.0)))
         return Belief.of(tables, self._errors, families, replace(_SPREAD, family=own))
 
-    def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, list[Options], float]]:
+    def _correct(
+        self, belief: Belief, leader: Options, each: CorrectionRound
+    ) -> Part[tuple[Belief, list[Options], float]]:
         """A round of correction: (belief; candidates, the best first; the leader's expected regret)."""
-        belief = yield from self._learn_by_moves(belief, leader, number)
-        random = self._random(number)
+        belief = yield from self._learn_by_moves(belief, leader, each)
+        random = self._random(each.number)
         tables = [belief.tables(), *(belief.tables(belief.sample(random)) for _ in range(self._effort.plans - 1))]
         drawn = [self._solve(each) for each in tables]
         regret = _regret(leader, drawn, tables)
         candidates = [options for options in dict.fromkeys(drawn) if options != leader]
         if not candidates:
             return belief, [leader], regret
-        prompts = self._block(number, 1)
-        base, *answers = yield from self._measured([leader, *candidates], prompts, self._choices.plan(leader))
+        base, *answers = yield from self._measured([leader, *candidates], each.plans_on, self._choices.plan(leader))
         seen = [paired(answer, base, "kl") for answer in answers]
         belief = belief.observed(candidates, leader, seen)
         field = list(dict.fromkeys([self._solve(belief.tables()), leader, *candidates]))
@@ -228,60 +208,24 @@ class Auto(Solver):
         order = [field[at] for at in np.argsort(estimates, kind="stable")]
         return belief, order, regret
 
-    def _learn_by_moves(self, belief: Belief, leader: Options, number: int) -> Part[Belief]:
+    def _learn_by_moves(self, belief: Belief, leader: Options, each: CorrectionRound) -> Part[Belief]:
         """The belief after units were moved alone around the leader."""
         # Every time other prompts: what was learnt on some must not be confirmed by the same.
-        prompts = self._block(number, 0)
-        (base,) = yield from self._measured([leader], prompts)
+        (base,) = yield from self._measured([leader], each.learns_on)
         self._lead(leader, base)
-        moves = self._doubtful(belief, leader, number)
-        answers = yield from self._moves(leader, moves, prompts)
+        moves = self._doubtful(belief, leader, each.num_moves)
+        answers = yield from self._moves(leader, moves, each.learns_on)
         neighbours = [moved(leader, *move) for move in moves]
         differences = [paired(answer, base, "kl") for answer in answers]
-        if number == 0:
+        if each.number == 0:
             belief = belief.scaled(float(np.clip(belief.surprise(neighbours, leader, differences), *_SURPRISE)))
         return belief.observed(neighbours, leader, differences)
 
-    def _usual(self) -> Iterator[tuple[int, int]]:
-        """What searches mostly ask for after the probe: (trials, prompts of each)."""
-        if self._min_fdt is not None:  # sizes are halved
-            yield 3 - round(math.log2(_SIZE_STEP)), self.num_prompts
-            return
-        for number in range(min(self._affordable_rounds(), _USUAL_ROUNDS)):
-            first, end = self._block(number, 0)
-            yield self._num_measured(number), end - first
-        yield self._effort.polish_prompts // _POLISHED_ON, _POLISHED_ON
-        yield 2 + len(self._rivals()), self.num_prompts
-
-    def _affordable_rounds(self) -> int:
-        """How many rounds of correction stay within what they may forward together."""
-        left = self._effort.correction_prompts
-        for number in range(self._effort.rounds):
-            first, end = self._block(number, 0)
-            left -= (end - first) * self._num_measured(number)
-            if left < 0:
-                return number
-        return self._effort.rounds
-
-    def _num_measured(self, number: int) -> int:
-        """Plans measured in a round: units moved alone and plans drawn, each lot beside the leader."""
-        return self._num_doubted(number) + self._effort.plans + 2
-
-    def _num_doubted(self, number: int) -> int:
-        return max(len(self._choices.units) // _DOUBTED[number > 0], 1)
-
-    def _block(self, number: int, half: int) -> tuple[int, int]:
-        """The stretch of the prompts that a round's moves (0) or drawn plans (1) are measured on: those after the last
-        one's, from the front again where they end."""
-        counts = [min(self._effort.prompts * _GROWTH**n, self.num_prompts) for n in range(number + 1)]
-        first = (2 * sum(counts[:-1]) + half * counts[-1]) % (self.num_prompts - counts[-1] + 1)
-        return first, first + counts[-1]
-
     def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
-        """(unit, option) to move alone: those whose damage is most in doubt."""
+        """So many (unit, option) to move alone: those whose damage is most in doubt."""
         moves = [(unit, self._telling(belief, leader, unit)) for unit in range(len(leader))]
         doubt = belief.differences([moved(leader, *move) for move in moves], leader).variances
-        most = np.argsort(-doubt, kind="stable")[: self._num_doubted(number)]
+        most = np.argsort(-doubt, kind="stable")[:number]
         return [moves[at] for at in sorted(most.tolist())]
 
     def _telling(self, belief: Belief, leader: Options, unit: int) -> int:

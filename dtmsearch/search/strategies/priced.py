@@ -12,21 +12,23 @@ follow as without prices, and a comparison of the leading plans on as many promp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import PASSES, PriceKind
+from dtmsearch.core.prices import PriceKind
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import family_of
 from dtmsearch.search.solver.fisher_form import Prices, combined
 from dtmsearch.search.solver.posterior import Belief, Measured, Spread
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.auto import _POLISHED_ON, Auto, Effort
+from dtmsearch.search.strategies.auto import Auto
+from dtmsearch.search.strategies.auto_schedule import HELD_AGAINST, CorrectionRound, Effort, PricedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, losses, mean_loss
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver, paired
@@ -40,12 +42,10 @@ _SPREAD = Spread(common=0.3, family=0.1, option=0.12, interaction=0.15)
 # Steps from the leader are penalised by the curvature so many times over, by what is believed of slopes and by slopes
 # alone: the larger, the less far they go.
 _CAUTION_BELIEVED, _CAUTION = (2.0,), (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
-# Prices hold while the plan that they lead to costs no more than this many times what they say, on so many prompts.
-_HOLDS, _HELD_AGAINST = 1.15, 64
+# Prices hold while the plan that they lead to costs no more than this many times what they say.
+_HOLDS = 1.15
 # Rounds that may gain nothing; lots of switches that may.
 _MOST_FAILURES, _PATIENCE = 1, 2
-# Prompts on which a round's plans are measured, in those of a probing search's first round.
-_MEASURED_ON = 2.5
 
 
 class Fisher(Solver):
@@ -71,7 +71,7 @@ class Fisher(Solver):
         space = self._choices.space
         names = [component.name for component in space.components]
         prices = Prices.of(self._choices, names, space.schemes, products, self._length)
-        found, answer = yield from self._measurable(prices.damages(), self._first(_HELD_AGAINST))
+        found, answer = yield from self._measurable(prices.damages(), self._first(HELD_AGAINST))
         self._lead(found, answer)
         yield from self._told_apart([found])
 
@@ -97,19 +97,24 @@ class PricedAuto(Auto):
         self._slopes_at: dict[Options, NDArray[np.float32]] = {}
         self._barred: list[NDArray[np.bool_]] | None = None
 
+    @cached_property
+    def _schedule(self) -> Schedule:
+        steps = len(_CAUTION_BELIEVED) + len(_CAUTION)
+        return PricedSchedule(self._effort, len(self._choices.units), self.num_prompts, len(self._rivals()), steps)
+
     def script(self) -> Script:
         belief = yield from self._probe()
         if self._min_fdt is not None:
             yield from self._smallest(belief, self._min_fdt)
             return
         tables = belief.tables()
-        first, answer = yield from self._measurable(tables, self._first(_HELD_AGAINST))
+        first, answer = yield from self._measurable(tables, self._first(HELD_AGAINST))
         self._barred = [~np.isfinite(table) for table in tables]
         leader = first
         field = [leader, *self._rivals()]
         answers = [answer]
         if len(field) > 1:
-            answers += yield from self._measured(field[1:], self._first(_HELD_AGAINST))
+            answers += yield from self._measured(field[1:], self._first(HELD_AGAINST))
         values = [mean_loss(answer, "kl") for answer in answers]
         best = int(np.argmin(values))
         self._lead(field[best], answers[best])
@@ -120,8 +125,8 @@ class PricedAuto(Auto):
             pool.insert(0, self._solve(belief.tables()))
         else:
             leader, failures = field[best], 0
-            for number in range(self._affordable_rounds()):
-                belief, better, gained = yield from self._correct(belief, leader, number)
+            for each in self._schedule.rounds():
+                belief, better, gained = yield from self._correct(belief, leader, each)
                 leader, pool = better[0], list(dict.fromkeys((*better[:1], *pool)))
                 failures = failures + 1 if gained <= 0.0 else 0
                 if failures > _MOST_FAILURES:
@@ -147,7 +152,7 @@ class PricedAuto(Auto):
         self._prices = Prices.of(self._choices, names, space.schemes, self._products, self._length)
 
     def _probe(self) -> Part[Belief]:
-        self._foresee(*self._usual())
+        self._foresee(*self._usual(0))
         self._take_prices(self._effort.samples)
         self._errors = self._prices.damages()  # by which options of a unit are ordered
         yield from ()
@@ -175,9 +180,11 @@ class PricedAuto(Auto):
             return list(damages)
         return [np.where(barred, np.inf, own) for own, barred in zip(damages, self._barred, strict=True)]
 
-    def _correct(self, belief: Belief, leader: Options, number: int) -> Part[tuple[Belief, list[Options], float]]:
+    def _correct(
+        self, belief: Belief, leader: Options, each: CorrectionRound
+    ) -> Part[tuple[Belief, list[Options], float]]:
         """A round: (belief; plans, the one that leads first; what it gained, as a part of the leader's damage)."""
-        slopes, curvature = self._slopes(leader, number), self._prices.damages(leader)
+        slopes, curvature = self._slopes(leader, each), self._prices.damages(leader)
         belief = self._belief(combined(self._prices, slopes, leader))
         drawn = [
             [t + (caution - 1.0) * c for t, c in zip(tables, curvature, strict=True)]
@@ -190,8 +197,7 @@ class PricedAuto(Auto):
         candidates = [o for o in dict.fromkeys(self._solve(each) for each in drawn) if o != leader]
         if not candidates:
             return belief, [leader], 0.0
-        prompts = self._block(number, 1)
-        base, *answers = yield from self._measured([leader, *candidates], prompts, self._choices.plan(leader))
+        base, *answers = yield from self._measured([leader, *candidates], each.plans_on, self._choices.plan(leader))
         seen = [paired(answer, base, "kl") for answer in answers]
         self._seen.append((candidates, leader, seen))
         belief = belief.observed(candidates, leader, seen)
@@ -205,43 +211,14 @@ class PricedAuto(Auto):
         self._lead(candidates[at], answers[at])
         return belief, [candidates[at], leader], gained / total if total > 0.0 else 0.0
 
-    def _slopes(self, leader: Options, number: int) -> Prices:
+    def _slopes(self, leader: Options, each: CorrectionRound) -> Prices:
         """Slopes at a plan, over all the prompts on which they were taken there."""
-        taken = self._price("slope", self._choices.plan(leader), self._block(number, 0))
+        taken = self._price("slope", self._choices.plan(leader), each.learns_on)
         before = self._slopes_at.get(leader)
         products = self._slopes_at[leader] = taken if before is None else np.concatenate([before, taken])
         space = self._choices.space
         names = [component.name for component in space.components]
         return Prices.of(self._choices, names, space.schemes, products, self._length, leader)
-
-    def _block(self, number: int, half: int) -> tuple[int, int]:
-        """The stretch of the prompts on which a round takes slopes (0) or measures plans (1): each round on others."""
-        counts = self._effort.slopes, round(_MEASURED_ON * self._effort.prompts)
-        count = min(counts[half], self.num_prompts)
-        first = (number * sum(counts) + half * counts[0]) % (self.num_prompts - count + 1)
-        return first, first + count
-
-    def _affordable_rounds(self) -> int:
-        left = self._effort.correction_prompts
-        for number in range(self._effort.rounds):
-            (a, b), (first, end) = self._block(number, 0), self._block(number, 1)
-            left -= PASSES["slope"] * (b - a) + (end - first) * self._num_measured(number)
-            if left < 0:
-                return number
-        return self._effort.rounds
-
-    def _usual(self) -> Iterator[tuple[int, int]]:
-        """What searches mostly ask for: (trials, prompts of each). Whether prices hold is not known before."""
-        if self._min_fdt is not None:
-            yield from super()._usual()
-            return
-        yield 1 + len(self._rivals()), _HELD_AGAINST
-        yield self._num_measured(0) // 2, self._block(0, 1)[1] - self._block(0, 1)[0]
-        yield self._effort.plans // 2, _POLISHED_ON
-        yield 1 + len(self._rivals()), 2 * _HELD_AGAINST
-
-    def _num_measured(self, number: int) -> int:
-        return len(_CAUTION_BELIEVED) + len(_CAUTION) + 1
 
 
 def _expanded(prices: Prices, slopes: Prices, around: Options) -> list[Floats]:

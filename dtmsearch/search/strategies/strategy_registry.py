@@ -11,7 +11,8 @@ from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import Knapsack, Spdy, SpdySearch
-from dtmsearch.search.strategies.auto import Auto, Effort
+from dtmsearch.search.strategies.auto import Auto
+from dtmsearch.search.strategies.auto_schedule import Effort
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.evolution import Evolution, Local, Stages, Switching
 from dtmsearch.search.strategies.lazy import Lazy

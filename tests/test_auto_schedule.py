@@ -1,0 +1,50 @@
+"""What `auto` measures and on which prompts, before anything is measured."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from dtmsearch.search.strategies.auto_schedule import Effort, PricedSchedule, ProbedSchedule, Schedule
+
+EFFORT = Effort(prompts=16, plans=8, correction_prompts=2_000)
+SCHEDULES = [ProbedSchedule(EFFORT, 84, 1_000, 2), PricedSchedule(EFFORT, 84, 1_000, 2, num_steps=8)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["probed", "priced"])
+def test_rounds_forward_no_more_than_they_may(schedule: Schedule) -> None:
+    rounds = schedule.rounds()
+    spent = sum(each.cost for each in rounds)
+    assert 0 < len(rounds) < EFFORT.rounds
+    assert spent <= EFFORT.correction_prompts < spent + schedule.correction_round(len(rounds)).cost
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["probed", "priced"])
+def test_what_a_round_learns_by_it_is_not_confirmed_on(schedule: Schedule) -> None:
+    stretches = [stretch for number in range(2) for stretch in _stretches(schedule, number)]
+    assert all(a[1] <= b[0] for a, b in pairwise(stretches))
+
+
+def _stretches(schedule: Schedule, number: int) -> list[tuple[int, int]]:
+    each = schedule.correction_round(number)
+    return [each.learns_on, each.plans_on]
+
+
+@pytest.mark.parametrize("prompts", [1, 7, 40])
+def test_no_stretch_is_longer_than_the_prompts(prompts: int) -> None:
+    for schedule in (ProbedSchedule(EFFORT, 8, prompts, 1), PricedSchedule(EFFORT, 8, prompts, 1, num_steps=8)):
+        stretches = [s for number in range(4) for s in _stretches(schedule, number)] + schedule.swap_lots(3_000)
+        assert all(0 <= first < end <= prompts for first, end in stretches)
+
+
+def test_each_round_that_probes_takes_twice_the_prompts_of_the_last() -> None:
+    rounds = [SCHEDULES[0].correction_round(number) for number in range(3)]
+    assert [end - first for first, end in (each.plans_on for each in rounds)] == [16, 32, 64]
+    assert [each.num_moves for each in rounds] == [42, 21, 21]
+
+
+def test_what_is_foreseen_of_a_round_is_what_it_measures() -> None:
+    schedule = ProbedSchedule(Effort(correction_prompts=100_000), 84, 1_000, 2)
+    foreseen = list(schedule.usual(num_probed=84))[1:3]
+    assert foreseen == [(each.num_measured, each.cost // each.num_measured) for each in schedule.rounds()[:2]]
