@@ -19,10 +19,9 @@ from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import Probing, WeightErrors, unit_errors
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
-from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver
+from dtmsearch.search.strategies.task import Task
 
 Floats = NDArray[np.float64]
 
@@ -30,17 +29,10 @@ Floats = NDArray[np.float64]
 class Knapsack(Solver):
     """Every unit under every scheme alone, on `prompts` prompts."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        rank_by: str = "kl",
-        prompts: int = 256,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
+    def __init__(self, task: Task, prompts: int = 256) -> None:
+        super().__init__(task)
         self._prompts = prompts
-        self._summed = rank_by if METRICS[rank_by].can_be_summed else "kl"
+        self._summed = task.rank_by if METRICS[task.rank_by].can_be_summed else "kl"
 
     def script(self) -> Script:
         probed = [
@@ -74,16 +66,8 @@ class SpdySearch:
 class Spdy(Solver):
     """Coefficients are drawn evenly from 0 to 1, as published."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        errors: WeightErrors,
-        rank_by: str = "kl",
-        settings: SpdySearch = SpdySearch(),
-        seed: int = 0,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
+    def __init__(self, task: Task, errors: WeightErrors, settings: SpdySearch = SpdySearch()) -> None:
+        super().__init__(task)
         self._errors = unit_errors(self._choices, errors)
         self._settings = settings
 

@@ -26,11 +26,10 @@ from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import WeightErrors, expected_fdt, family_of, predicted, probings, unit_errors
 from dtmsearch.search.solver.neighbours import moved, promising
 from dtmsearch.search.solver.posterior import Belief, Spread
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto_schedule import SIZE_STEP, CorrectionRound, Effort, Lot, ProbedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
-from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver, paired, probe_noise
+from dtmsearch.search.strategies.task import Task
 
 Floats = NDArray[np.float64]
 
@@ -49,21 +48,11 @@ _SURPRISE = (1.0, 16.0)
 class Auto(Solver):
     """See the module. `errors` are those of every component under every scheme of the search."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        errors: WeightErrors | None,
-        rank_by: str = "kl",
-        effort: Effort = Effort(),
-        seed: int = 0,
-        min_fdt: float | None = None,
-        continuation_tokens: int = 100,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
-        self._min_fdt, self._length = min_fdt, continuation_tokens
+    def __init__(self, task: Task, errors: WeightErrors | None, effort: Effort = Effort()) -> None:
+        super().__init__(task)
+        self._min_fdt, self._length = task.min_fdt, task.continuation_tokens
         self._smallest_found: tuple[Sequence[Floats], Options] | None = None
-        if min_fdt is not None:
+        if task.min_fdt is not None:
             self._best = None  # nothing is known to keep it
         self._effort = effort
         self._errors = () if errors is None else unit_errors(self._choices, errors)

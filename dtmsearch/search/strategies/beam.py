@@ -12,14 +12,14 @@ from typing import Literal
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.search.protocols import Ask, Decision
+from dtmsearch.search.protocols import Ask
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.racing import RacedRound, Racing
 from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, Round
+from dtmsearch.search.strategies.tree_search import TreeSearch
 
 
-class Beam(Course):
+class Beam(TreeSearch):
     """Keeps the `width` best plans of every round and extends each by every legal perturbation.
 
     With a number for `expand`, a plan is extended by that many perturbations only, the best by their rank in the
@@ -40,14 +40,8 @@ class Beam(Course):
         min_fdt: float | None = None,
         racing: Racing | None = None,
     ) -> None:
-        super().__init__()
-        self._space = space
-        self._request_for = request_for
-        self._rank_by = rank_by
-        self._width = width
-        self._expand = expand
-        self._min_fdt = min_fdt
-        self._racing = racing
+        super().__init__(space, request_for, rank_by, width, min_fdt)
+        self._expand, self._racing = expand, racing
         self._kept = [Plan()]
         self._latest_rank: dict[Perturbation, int] = {}
         # Where a component may be compressed more than once, rounds can share plans. Each is asked for once.
@@ -104,8 +98,7 @@ class Beam(Course):
         return self._children[plan.id]
 
     def _ends_with(self, leader: Candidate, summary: Summary) -> bool:
-        too_bad = self._min_fdt is not None and summary.fdt_mean < self._min_fdt
-        return too_bad or self._space.budget.reached(self._space.size(leader.plan))
+        return self._falls_below(summary) or self._space.budget.reached(self._space.size(leader.plan))
 
     def tell(self, request_id: str, outcome: Outcome) -> None:
         self._round.tell(request_id, outcome)
@@ -142,12 +135,10 @@ class Beam(Course):
         """Conclude the round: its best plans are kept, the first of them is the decision."""
         order = self._round.ranked(self._rank_by)
         leader, summary = order[0]
-        if self._min_fdt is not None and summary.fdt_mean < self._min_fdt:
+        if self._falls_below(summary):
             self._end(self._kept[0])
             return
-        size, score = self._space.size(leader.plan), summary.value(self._rank_by)
-        self._decisions.append(Decision(self.step, leader.plan, leader.perturbation, score, size, summary))
-        self._best = leader.plan
+        size = self._conclude(leader, summary)
         self._kept = [candidate.plan for candidate, _ in order[: self._width]]
         self._remember([candidate.perturbation for candidate, _ in order])
         if self._space.budget.reached(size):

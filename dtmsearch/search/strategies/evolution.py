@@ -17,10 +17,9 @@ import numpy as np
 
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.search.solver.choices import Options
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
-from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver, paired
+from dtmsearch.search.strategies.task import Task
 
 # A switch that finds no partner is tried anew so often.
 _MOST_TRIES = 100
@@ -51,16 +50,8 @@ class Switching:
 class Evolution(Solver):
     """Starts from the largest uniform plan of the budget, or from `start`."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        rank_by: str = "kl",
-        stages: Stages = Stages(),
-        seed: int = 0,
-        start: Options | None = None,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
+    def __init__(self, task: Task, stages: Stages = Stages(), start: Options | None = None) -> None:
+        super().__init__(task)
         self._stages = stages
         self._start = start or self._largest_start()
 
@@ -127,16 +118,8 @@ class Local(Solver):
     the leader has no better switch, or after the rounds of its settings.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        rank_by: str = "kl",
-        switching: Switching = Switching(),
-        seed: int = 0,
-        start: Options | None = None,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
+    def __init__(self, task: Task, switching: Switching = Switching(), start: Options | None = None) -> None:
+        super().__init__(task)
         self._switching = switching
         self._start = start or self._largest_start()
 

@@ -20,10 +20,10 @@ from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.protocols import Ask, Decision
+from dtmsearch.search.protocols import Ask
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.base import Course
 from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, Round, all_failed, distinct_candidates
+from dtmsearch.search.strategies.tree_search import TreeSearch
 
 # A perturbation adds less where much is damaged already, or more: how fast what was seen of that is believed.
 _DRIFT_WEIGHT = 0.5
@@ -53,7 +53,7 @@ class LazyCount:
     regret: float = 0.0
 
 
-class Lazy(Course):
+class Lazy(TreeSearch):
     """Keeps the `width` best plans of every round, as `Beam` does, but measures few children.
 
     `expand` bounds how many children a round measures for each plan kept; `audit` is the share of the others that is
@@ -73,15 +73,9 @@ class Lazy(Course):
         seed: int = 0,
         continuation_tokens: int = 0,
     ) -> None:
-        super().__init__()
-        self._space = space
-        self._request_for = request_for
-        self._rank_by = rank_by
-        self._width = width
+        super().__init__(space, request_for, rank_by, width, min_fdt)
         self._expand = inf if expand == "all" else expand
-        self._min_fdt = min_fdt
-        self._audit = audit
-        self._seed = seed
+        self._audit, self._seed = audit, seed
         self._kept = [(Plan(), -float(continuation_tokens) if rank_by == "fdt" else 0.0)]
         self._stale: dict[tuple[str, str], _Stale] = {}
         self._drift = 1.0
@@ -259,12 +253,9 @@ class Lazy(Course):
             raise SearchFailed(all_failed(step, children))
         leader = order[0]
         assert isinstance(leader.answer, Summary)
-        if self._min_fdt is not None and leader.answer.fdt_mean < self._min_fdt:
+        if self._falls_below(leader.answer):
             return False
-        score = leader.answer.value(self._rank_by)
-        size = self._space.size(leader.plan)
-        self._decisions.append(Decision(step, leader.plan, leader.perturbation, score, size, leader.answer))
-        self._best = leader.plan
+        self._conclude(leader, leader.answer)
         self._kept = [(child.plan, self._loss(child)) for child in order[: self._width]]
         return True
 

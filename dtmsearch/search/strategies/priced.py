@@ -26,12 +26,11 @@ from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import family_of
 from dtmsearch.search.solver.fisher_form import Prices, combined
 from dtmsearch.search.solver.posterior import Belief, Measured, Spread
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto import Auto
 from dtmsearch.search.strategies.auto_schedule import HELD_AGAINST, CorrectionRound, Effort, PricedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, losses, mean_loss
-from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.solver_based import Solver, paired
+from dtmsearch.search.strategies.task import Task
 
 Floats = NDArray[np.float64]
 # (kind, plan around which, samples) -> products [samples, components, schemes] of the whole space, in its order.
@@ -51,18 +50,9 @@ _MOST_FAILURES, _PATIENCE = 1, 2
 class Fisher(Solver):
     """See the module."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        take: TakePrices | None,
-        rank_by: str = "kl",
-        samples: int = 512,
-        continuation_tokens: int = 100,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, seed)
-        self._price, self._samples, self._length = take, samples, continuation_tokens
+    def __init__(self, task: Task, take: TakePrices | None, samples: int = 512) -> None:
+        super().__init__(task)
+        self._price, self._samples, self._length = take, samples, task.continuation_tokens
 
     def script(self) -> Script:
         self._foresee((1 + len(self._rivals()), self.num_prompts))
@@ -79,18 +69,8 @@ class Fisher(Solver):
 class PricedAuto(Auto):
     """See the module."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        take: TakePrices,
-        rank_by: str = "kl",
-        effort: Effort = Effort(),
-        seed: int = 0,
-        min_fdt: float | None = None,
-        continuation_tokens: int = 100,
-    ) -> None:
-        super().__init__(space, request_for, None, rank_by, effort, seed, min_fdt, continuation_tokens)
+    def __init__(self, task: Task, take: TakePrices, effort: Effort = Effort()) -> None:
+        super().__init__(task, None, effort)
         self._price = take
         self._seen: list[tuple[list[Options], Options, list[Measured]]] = []
         self._products: NDArray[np.float32] | None = None

@@ -16,9 +16,8 @@ from dtmsearch.errors import SearchFailed
 from dtmsearch.search.solver.choices import Choices, Options
 from dtmsearch.search.solver.damage_model import Probing
 from dtmsearch.search.solver.knapsack import Infeasible
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import DENSE_PLAN, Part, Procedure, Trial, losses, mean_loss
-from dtmsearch.search.strategies.rounds import RequestFactory
+from dtmsearch.search.strategies.task import Task
 
 Floats = NDArray[np.float64]
 
@@ -32,16 +31,10 @@ _TOLD_FIRST, _CERTAIN, _ALIKE = 64, 2.0, 0.02
 class Solver(Procedure):
     """A procedure over choices. Until it has measured anything, the best is the first uniform plan of the budget."""
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        rank_by: str = "kl",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(space, request_for, ("kl", rank_by))
-        self._rank_by, self._seed = rank_by, seed
-        self._choices = Choices(space)
+    def __init__(self, task: Task) -> None:
+        super().__init__(task.space, task.request_for, ("kl", task.rank_by))
+        self._task, self._rank_by = task, task.rank_by
+        self._choices = Choices(task.space)
         uniforms = self._choices.uniforms()
         self._best = self._choices.plan(uniforms[0]) if uniforms else None
 
@@ -69,7 +62,7 @@ class Solver(Procedure):
 
     def _random(self, *place: int) -> np.random.Generator:
         """Derived from the run's seed and a place in the search: no generator's state is carried."""
-        return np.random.default_rng((self._seed, *place))
+        return np.random.default_rng((self._task.seed, *place))
 
     def _first(self, count: int) -> tuple[int, int]:
         return 0, min(count, self.num_prompts)

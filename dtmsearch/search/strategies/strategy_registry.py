@@ -20,6 +20,7 @@ from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
 from dtmsearch.search.strategies.racing import Racing
 from dtmsearch.search.strategies.rounds import RequestFactory
+from dtmsearch.search.strategies.task import Task
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,18 @@ class SolverSettings:
 
 
 @dataclass(frozen=True)
-class StrategyInputs:
-    """What a strategy is made of; each takes what it has a use for.
+class StrategyInputs(Task):
+    """What a strategy is made of: its task, and what else a search file says; each takes what it has a use for.
 
-    `request_for` (plan, parent) makes the request of an evaluation. `continuation_tokens` bounds FDT. `options` is the
-    search file's `search.options`, for strategies of other packages; `solver` what the built-in ones around the solver
-    are given.
+    `options` is the search file's `search.options`, for strategies of other packages; `solver` what the built-in ones
+    around the solver are given.
     """
 
-    space: SearchSpace
-    request_for: RequestFactory
-    rank_by: str = "fdt"
     width: int = 10
     expand: Literal["all"] | int = "all"
-    min_fdt: float | None = None
     confidence: float = 1.0
     indifference: float = 0.0
-    continuation_tokens: int = 0
     audit: float = 0.0
-    seed: int = 0
     solver: SolverSettings = SolverSettings()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,26 +94,12 @@ def _lazy(inputs: StrategyInputs, width: int) -> Lazy:
 
 
 def _by_errors(inputs: StrategyInputs, effort: Effort) -> Auto:
-    errors, keep = inputs.solver.errors or {}, (inputs.min_fdt, inputs.continuation_tokens)
-    return Auto(inputs.space, inputs.request_for, errors, inputs.rank_by, effort, inputs.seed, *keep)
+    return Auto(inputs, inputs.solver.errors or {}, effort)
 
 
 def _auto(inputs: StrategyInputs) -> Strategy:
     take, effort = inputs.solver.take, inputs.solver.auto
-    if take is None:
-        return _by_errors(inputs, effort)
-    keep = inputs.min_fdt, inputs.continuation_tokens
-    return PricedAuto(inputs.space, inputs.request_for, take, inputs.rank_by, effort, inputs.seed, *keep)
-
-
-def _fisher(inputs: StrategyInputs) -> Fisher:
-    samples, tokens = inputs.solver.fisher_samples, inputs.continuation_tokens
-    return Fisher(inputs.space, inputs.request_for, inputs.solver.take, inputs.rank_by, samples, tokens, inputs.seed)
-
-
-def _ranked(strategy: Callable[..., Strategy], settings: Callable[[SolverSettings], Any]) -> StrategyType:
-    """A strategy of space, requests, metric, settings and seed."""
-    return StrategyType(lambda i: strategy(i.space, i.request_for, i.rank_by, settings(i.solver), i.seed))
+    return _by_errors(inputs, effort) if take is None else PricedAuto(inputs, take, effort)
 
 
 STRATEGIES.add("probe", StrategyType(lambda i: Probe(i.space, i.request_for, i.rank_by), only_measures=True))
@@ -128,18 +108,15 @@ STRATEGIES.add("beam", StrategyType(lambda i: _beam(i, i.width)))
 STRATEGIES.add("lazy_greedy", StrategyType(lambda i: _lazy(i, 1)))
 STRATEGIES.add("lazy_beam", StrategyType(lambda i: _lazy(i, i.width)))
 STRATEGIES.add("auto", StrategyType(_auto, needs_errors=True, takes_prices=True))
-STRATEGIES.add("fisher", StrategyType(_fisher, takes_prices=True))
+STRATEGIES.add("fisher", StrategyType(lambda i: Fisher(i, i.solver.take, i.solver.fisher_samples), takes_prices=True))
 STRATEGIES.add(
     "sensitivity",
     StrategyType(lambda i: _by_errors(i, replace(i.solver.auto, rounds=0, polish_prompts=0)), needs_errors=True),
 )
-STRATEGIES.add("knapsack", _ranked(Knapsack, lambda solver: solver.knapsack_prompts))
-STRATEGIES.add("evolution", _ranked(Evolution, lambda solver: solver.evolution))
-STRATEGIES.add("local", _ranked(Local, lambda solver: solver.local))
+STRATEGIES.add("knapsack", StrategyType(lambda i: Knapsack(i, i.solver.knapsack_prompts)))
+STRATEGIES.add("evolution", StrategyType(lambda i: Evolution(i, i.solver.evolution)))
+STRATEGIES.add("local", StrategyType(lambda i: Local(i, i.solver.local)))
 STRATEGIES.add(
     "spdy",
-    StrategyType(
-        lambda i: Spdy(i.space, i.request_for, i.solver.errors or {}, i.rank_by, i.solver.spdy, i.seed),
-        needs_errors=True,
-    ),
+    StrategyType(lambda i: Spdy(i, i.solver.errors or {}, i.solver.spdy), needs_errors=True),
 )
