@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.core.prices import PriceKind, PriceRequest
+from dtmsearch.core.prices import PriceKind, PriceRequest, priced_schemes
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
@@ -39,7 +39,7 @@ from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_s
 
 CONTINUATION = 100  # tokens, and as many of a prompt, unless said
 HELD_OUT_SEED = 1_000
-PRICE_BLOCK = 128  # samples taken at once
+PRICE_BLOCK = 192  # samples taken at once
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 64, 256
 _LEVELS = tuple(f"int{bits}-g32-asym" for bits in range(2, 7))
 _SHARES = tuple(f"magnitude-{share / 100:.2f}".rstrip("0") for share in range(10, 100, 5))
@@ -274,11 +274,11 @@ class Bench:
         calibration_id = self.calibrate() if Plan.of({components[0]: case.schemes[-1]}).needs_calibration else ""
 
         def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
-            parts = []
+            parts, schemes = [], priced_schemes(kind, case.schemes)
             for first in range(*samples, PRICE_BLOCK):
                 part = first, min(first + PRICE_BLOCK, samples[1])
                 block = self.replica.price(
-                    PriceRequest(reference.id, part, components, case.schemes, seed, kind, around, calibration_id)
+                    PriceRequest(reference.id, part, components, schemes, seed, kind, around, calibration_id)
                 )
                 counter.tokens += block.tokens
                 parts.append(block.products)

@@ -20,7 +20,7 @@ from shapes import SHAPES, ShapedReplica
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.core.prices import PriceKind, PriceRequest
+from dtmsearch.core.prices import PriceKind, PriceRequest, priced_schemes
 from dtmsearch.search.loop import search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
@@ -59,9 +59,10 @@ def main(shape: str, prompts: int, compiled: str, by_errors: bool) -> None:
         nonlocal pricing_seconds
         taken_at = time.perf_counter()
         names, parts = tuple(c.name for c in manifest.components), []
+        schemes = priced_schemes(kind, SCHEMES)
         for first in range(*samples, PRICE_BLOCK):
             part = first, min(first + PRICE_BLOCK, samples[1])
-            block = replica.price(PriceRequest(reference.id, part, names, SCHEMES, 0, kind, around, ""))
+            block = replica.price(PriceRequest(reference.id, part, names, schemes, 0, kind, around, ""))
             counter.tokens += block.tokens
             parts.append(block.products)
         seconds = time.perf_counter() - taken_at

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.core.prices import PriceKind
+from dtmsearch.core.prices import PriceKind, priced_schemes
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
@@ -66,11 +66,12 @@ def take_from(space: SearchSpace) -> TakePrices:
     """Prices of that model: products whose mean squares are the damages, and slopes of a KL that is a sum."""
 
     def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
-        found = np.zeros((samples[1] - samples[0], len(space.components), len(space.schemes)), np.float32)
+        schemes = priced_schemes(kind, space.schemes)
+        found = np.zeros((samples[1] - samples[0], len(space.components), len(schemes)), np.float32)
         for at, sample in enumerate(range(*samples)):
             for row, component in enumerate(space.components):
                 sign = 1 if chance("sign", sample, component.name) < 0.5 else -1
-                for column, scheme in enumerate(space.schemes):
+                for column, scheme in enumerate(schemes):
                     root = np.sqrt(additive_damage(Plan.of({component.name: scheme})))
                     now = np.sqrt(additive_damage(Plan.of({component.name: around.scheme_of(component.name)})))
                     fisher = sign * np.sqrt(2 * CONTINUATION_TOKENS) * root

@@ -167,11 +167,11 @@ class AutoSection(Section):
 
     probe_prompts: int = Field(default=4, ge=1)
     """Prompts on which each component is measured alone."""
-    samples: int = Field(default=256, ge=2)
+    samples: int = Field(default=192, ge=2)
     """Samples of the prices that a search begins with, where these can be had."""
-    slopes: int = Field(default=80, ge=2)
+    slopes: int = Field(default=48, ge=2)
     """Prompts of a slope, where prices can be had."""
-    rounds: int = Field(default=5, ge=0)
+    rounds: int = Field(default=6, ge=0)
     """Rounds of correction at most."""
     prompts: int = Field(default=16, ge=1)
     """Prompts of the first round; each further one takes twice as many."""
@@ -181,8 +181,8 @@ class AutoSection(Section):
     """Prompts that all rounds may forward together, counted once for every plan."""
     polish_prompts: int = Field(default=3_000, ge=0)
     """Prompts that all swaps may forward together."""
-    swap_prompts: int = Field(default=600, ge=0)
-    """The same where prices can be had."""
+    swap_prompts: int = Field(default=1_200, ge=0)
+    """The same where prices can be had, and plans cost more than these say."""
 
 
 class FisherSection(Section):

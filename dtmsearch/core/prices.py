@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.identity import identity
 from dtmsearch.core.plan import Plan, versions_of
+from dtmsearch.core.schemes import DENSE
 
 # Raise it when the same samples would give other products.
 PRICES_VERSION = 1
@@ -26,6 +27,12 @@ FloatArray = NDArray[np.float32]
 PriceKind = Literal["fisher", "slope"]
 # Forward passes that a sample costs, a backward one counted as two; a slope needs the base model's distribution too.
 PASSES: dict[PriceKind, int] = {"fisher": 3, "slope": 4}
+
+
+def priced_schemes(kind: PriceKind, schemes: tuple[str, ...]) -> tuple[str, ...]:
+    """The schemes whose products a search with `schemes` takes: of a slope dense first, for what a plan holds stands
+    in its place there."""
+    return (DENSE, *schemes) if kind == "slope" else schemes
 
 
 @dataclass(frozen=True)

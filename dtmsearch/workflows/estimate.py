@@ -17,7 +17,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import PriceKind
+from dtmsearch.core.prices import PriceKind, priced_schemes
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.baselines import rivals_of_size
 from dtmsearch.search.protocols import Silent
@@ -169,8 +169,9 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> 
     nominal = {(c.name, s): 4.0 ** -(parse_scheme(s).bits or 2) for c in space.components for s in space.schemes}
 
     def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
-        one = [[nominal[c.name, s] ** 0.5 for s in space.schemes] for c in space.components]
-        return np.full((samples[1] - samples[0], len(one), len(space.schemes)), one, np.float32)
+        schemes = priced_schemes(kind, space.schemes)
+        one = [[nominal.get((c.name, s), 0.0) ** 0.5 for s in schemes] for c in space.components]
+        return np.full((samples[1] - samples[0], len(one), len(schemes)), one, np.float32)
 
     sparsity = file.search.strategy == "sparsity"  # which is put together apart from the others
     prices = take if not sparsity and STRATEGIES[file.search.strategy].takes_prices else None

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import PriceKind, PriceRequest
+from dtmsearch.core.prices import PriceKind, PriceRequest, priced_schemes
 from dtmsearch.errors import SearchStopped
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.session import Session
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
-_BLOCK_SAMPLES = {"cpu": 32, "cuda": 128}
+_BLOCK_SAMPLES = {"cpu": 32, "cuda": 192}
 
 
 class TakingPrices:
@@ -48,6 +48,6 @@ class TakingPrices:
     def _request(self, kind: PriceKind, around: Plan, samples: tuple[int, int]) -> PriceRequest:
         components = tuple(component.name for component in self._space.components)
         return PriceRequest(
-            self._reference.id, samples, components, self._space.schemes, self._session.file.seed, kind, around,
-            self._calibration_id,
+            self._reference.id, samples, components, priced_schemes(kind, self._space.schemes),
+            self._session.file.seed, kind, around, self._calibration_id,
         )  # fmt: skip

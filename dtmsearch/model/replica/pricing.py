@@ -30,8 +30,10 @@ from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.replica.loaded_reference import greedy
 from dtmsearch.model.weights.applied import Weights
 
-# Values of prompts' gradients that are held at once.
-_MOST_VALUES = {"cpu": 1 << 26, "cuda": 1 << 30}
+# Values of prompts' gradients that are held at once, and the prompts of which they are a multiple where there are so
+# many: those that a GPU's matrix products take together.
+_MOST_VALUES = {"cpu": 1 << 26, "cuda": 3 << 30}
+_PROMPTS_TOGETHER = {"cpu": 1, "cuda": 64}
 # Logits that are held at once.
 _MOST_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}
 
@@ -140,7 +142,10 @@ class Pricer:
         changes = torch.empty(len(rounds), own.numel(), dtype=dtype, device=own.device)
         for row, at in zip(changes, rounds, strict=True):
             changed = self._calibrator.applied(component, own, parsed[at])
-            row.copy_((changed.to(torch.promote_types(dtype, torch.float32)) - now).reshape(-1))
+            if changed.dtype == now.dtype == dtype:
+                torch.sub(changed, now, out=row.view_as(now))  # of 32 bits on the way
+            else:
+                row.copy_((changed.to(torch.promote_types(dtype, torch.float32)) - now).reshape(-1))
         return Change(rounds, changes, runs, modules)
 
 
@@ -196,6 +201,7 @@ def _products(
         here = by_layer.get(layer, [])
         with torch.no_grad():
             changes = {component: changes_of(component) for component in here}
+        sums: dict[str, Tensor] = {}
         for at, batch in enumerate(batches):
             states[at].pop()
             below = states[at][-1] if layer > 0 else None
@@ -204,9 +210,13 @@ def _products(
             )
             with torch.no_grad():
                 for component, calls in seen.items():
-                    part = found[at * rows : at * rows + len(batch), place[component]]
+                    if component not in sums:  # where the component is: the host waits for a layer, not for a batch
+                        sums[component] = calls[0][1].new_zeros(len(tokens), len(request.schemes), dtype=torch.float32)
+                    part = sums[component][at * rows : at * rows + len(batch)]
                     for call, gradient in calls:
-                        _add(part, component, call, gradient, changes[component])
+                        _add(part, call, gradient, changes[component])
+        for component, products in sums.items():
+            found[:, place[component]] = products.cpu().numpy()
         del changes
     return found
 
@@ -306,21 +316,23 @@ def _watching(modules: Mapping[str, nn.Module], calls: list[tuple[str, Seen]]) -
             hook.remove()
 
 
-def _add(part: FloatArray, component: str, call: Seen, gradient: Tensor, change: Change) -> None:
+def _add(part: Tensor, call: Seen, gradient: Tensor, change: Change) -> None:
     """Add a call's products to `part` [prompts, schemes]."""
     if change.weights is not None:
-        part[:, list(change.at)] += _with_weights(call.inputs, gradient, change.weights).float().cpu().numpy()
+        part[:, list(change.at)] += _with_weights(call.inputs, gradient, change.weights).float()
     for at, module in zip(change.modules_at, change.modules, strict=True):
         moved = module(call.inputs).float() - call.output.float()
-        part[:, at] += (gradient.float() * moved).sum(dim=(1, 2)).cpu().numpy()
+        part[:, at] += (gradient.float() * moved).sum(dim=(1, 2))
 
 
 def _with_weights(inputs: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
     """Inner products [prompts, schemes] of prompts' weight gradients with changes of the weights, in float32."""
     size = inputs.shape[2] * gradient.shape[2]
+    together = _PROMPTS_TOGETHER[inputs.device.type]
     chunk = max(1, _MOST_VALUES[inputs.device.type] // size)
+    chunk -= chunk % together if chunk > together else 0
     found = []
     for x, d in zip(inputs.split(chunk), gradient.split(chunk), strict=True):
         own = torch.bmm(d.to(weights.dtype).transpose(1, 2), x.to(weights.dtype))
-        found.append(own.reshape(len(x), -1) @ weights.t())
+        found.append((weights @ own.reshape(len(x), -1).t()).t())
     return torch.cat(found)

@@ -14,11 +14,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.search.solver.choices import Choices, Options
 
 Floats = NDArray[np.float64]
-# No option is believed to cost less than this part of its price.
-_LEAST_SHARE = 0.05
+# The mean square of correlations between changes of two units, about (docs/search-quality.md).
+_USUAL_SPREAD = 1e-3
+# Prices whose logarithms are compared are no smaller than this part of the largest.
+_LEAST_PRICE = 1e-9
 
 
 class Estimate(NamedTuple):
@@ -43,12 +46,10 @@ class Prices:
         schemes: Sequence[str],
         products: NDArray[np.floating],
         positions: int,
-        around: Options | None = None,
     ) -> Prices:
         """From products [samples, components, schemes]: those of components that change together are summed.
 
-        Products taken `around` a plan are of differences to its own options; what dense would change there is not known
-        (nan).
+        Of products with dense among the schemes, which were taken around a plan, the result is beside dense.
         """
         place = {component: at for at, component in enumerate(components)}
         column = {scheme: at for at, scheme in enumerate(schemes)}
@@ -56,8 +57,8 @@ class Prices:
         for unit, names in zip(choices.units, choices.schemes, strict=True):
             rows = [place[component.name] for component in unit.components]
             own = products[:, rows, :].sum(axis=1, dtype=np.float64)
-            dense = np.full((len(own), 1), 0.0 if around is None or around[len(found)] == 0 else np.nan)
-            found.append(np.concatenate([dense, own[:, [column[name] for name in names[1:]]]], axis=1))
+            dense = own[:, [column[DENSE]]] if DENSE in column else np.zeros((len(own), 1))
+            found.append(np.concatenate([dense, own[:, [column[name] for name in names[1:]]]], axis=1) - dense)
         return Prices(tuple(found), positions)
 
     @property
@@ -68,19 +69,50 @@ class Prices:
         """KL [options] of each unit alone under every option; beside the options of a plan if one is given."""
         return tuple(np.square(own).mean(axis=0) / (2 * self.positions) for own in self._beside(around))
 
+    def pooled(self) -> Form:
+        """The Fisher form within each unit, sharpened by what options have in common.
+
+        The logarithm of a price is that of its unit plus that of its option, a correlation of two options is that of
+        these two in all units; deviations are believed by how well they are known beside how far they go in all units
+        (empirical Bayes, as in `Forces`). Units of other options than most are left as they are.
+        """
+        forms = [own.T @ own / (2 * self.positions * len(own)) for own in self.products]
+        count = max((len(own) for own in forms), default=0)
+        units = [u for u, own in enumerate(forms) if len(own) == count and (np.diag(own)[1:] > 0.0).all()]
+        if len(units) < 3 or count < 3 or self.num_samples < 3:
+            return Form(tuple(forms))
+        prices = np.stack([np.diag(forms[u])[1:] for u in units])
+        roots = np.sqrt(self._pooled_prices(units, prices))
+        found = np.stack([forms[u][1:, 1:] for u in units])
+        own = np.sqrt(prices)
+        correlations = np.clip(found / (own[:, :, None] * own[:, None, :]), -1.0, 1.0)
+        usual = correlations.mean(axis=0)
+        noise = np.square(1.0 - np.square(correlations)) / self.num_samples
+        spread = np.maximum((np.square(correlations - usual) - noise).mean(axis=0), 0.0)
+        correlations = usual + spread / np.maximum(spread + noise, 1e-30) * (correlations - usual)
+        for u, root, correlation in zip(units, roots, correlations, strict=True):
+            form = np.zeros((count, count))
+            form[1:, 1:] = correlation * root[:, None] * root[None, :]
+            forms[u] = form
+        return Form(tuple(forms))
+
+    def _pooled_prices(self, units: Sequence[int], prices: Floats) -> Floats:
+        """Prices [units, options] of some units, as `pooled` has them."""
+        squares = np.stack([np.square(self.products[u][:, 1:]) for u in units], axis=1)
+        squares /= squares.mean(axis=0)
+        logs = np.log(np.maximum(prices, _LEAST_PRICE * prices.max()))
+        fit = logs.mean(axis=1, keepdims=True) + logs.mean(axis=0) - logs.mean()
+        by_unit, by_option = squares.mean(axis=2, keepdims=True), squares.mean(axis=1, keepdims=True)
+        whole = squares.mean(axis=(1, 2), keepdims=True)
+        noise = (squares - by_unit - by_option + whole).var(axis=0, ddof=1) / self.num_samples
+        own = np.maximum((np.square(logs - fit) - noise).mean(axis=0), 0.0)
+        pooled: Floats = np.exp(fit + own / np.maximum(own + noise, 1e-30) * (logs - fit))
+        return pooled
+
     def errors(self, around: Options | None = None) -> tuple[Floats, ...]:
         """Standard errors of `damages`."""
         scale = 2 * self.positions * np.sqrt(self.num_samples)
         return tuple(np.square(own).std(axis=0, ddof=1) / scale for own in self._beside(around))
-
-    def means(self) -> tuple[Floats, ...]:
-        """Means over samples per token: of slopes, the change of KL to first order."""
-        return tuple(own.mean(axis=0) / self.positions for own in self.products)
-
-    def mean_errors(self) -> tuple[Floats, ...]:
-        """Standard errors of `means`."""
-        scale = self.positions * np.sqrt(self.num_samples)
-        return tuple(own.std(axis=0, ddof=1) / scale for own in self.products)
 
     def whole(self, options: Options) -> Estimate:
         """KL of a choice, with all interactions of second order."""
@@ -102,29 +134,106 @@ class Prices:
         return tuple(own - own[:, [k]] for own, k in zip(self.products, around, strict=True))
 
 
-def combined(prices: Prices, slopes: Prices, around: Options) -> list[Floats]:
-    """Damages [options] of each unit as they are around a plan.
+@dataclass(frozen=True, eq=False)
+class Form:
+    """KL to second order within each unit: half of its Fisher form between its options, [options, options]."""
 
-    What a move from the plan costs is known twice: as the prices' difference, which leaves out what other units do to
-    it, and as slope and curvature there, which see that but through the noise of samples. The spread of the first about
-    the truth, relative to the move's curvature, is what the two differ by beyond that noise, by moments; each move is
-    then the mean of both, weighted by precision (empirical Bayes: Efron and Morris, JASA 1973). An option's damage is
-    that of its plan's option by price, plus what the move costs, and not below a twentieth of its price.
+    units: tuple[Floats, ...]
+
+    def damages(self) -> tuple[Floats, ...]:
+        """KL [options] of each unit alone under every option."""
+        return tuple(np.diag(unit).copy() for unit in self.units)
+
+    def beside(self, around: Options) -> tuple[Floats, ...]:
+        """The same beside the options of a plan: the curvature of each move."""
+        return tuple(np.diag(unit) + unit[k, k] - 2.0 * unit[:, k] for unit, k in zip(self.units, around, strict=True))
+
+    def crossed(self, around: Options) -> tuple[Floats, ...]:
+        """Cross terms [options] with the unit's own option in a plan."""
+        return tuple(2.0 * unit[:, k] for unit, k in zip(self.units, around, strict=True))
+
+    def cost(self, options: Options) -> float:
+        """KL of a choice as the sum over its units."""
+        return float(sum(unit[k, k] for unit, k in zip(self.units, options, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Forces:
+    """What the rest of a plan does to options: by how much it makes each dearer (`means` [options] of each unit) than
+    it is alone, with `variances`. Dense, which changes nothing, feels none.
+
+    To second order an option's force is its cross term with all other units' changes. Of a slope (what an option's
+    change costs to first order at a plan) it is what is left without the cross term with its own unit's change, which
+    prices give. Before a slope is taken forces are normal about zero with a variance of 4 `spread` x the option's price
+    x the KL of the changes that exert them, as those of directions that have nothing to do with each other: `spread` is
+    the mean square of their correlations, found by moments from what slopes differ beyond their noise (empirical Bayes:
+    Efron and Morris, JASA 1973). When a plan moves on, what is known of forces stays, and is in doubt by the forces of
+    what moved (a Kalman filter: Kalman, 1960), so slopes at one plan after the other add up.
     """
-    damages, curvature = prices.damages(), prices.damages(around)
-    first, noise = slopes.means(), slopes.mean_errors()
-    gaps = [(a + c) - (d - d[k]) for a, c, d, k in zip(first, curvature, damages, around, strict=True)]
-    known = [np.isfinite(gap) & (c > 0.0) for gap, c in zip(gaps, curvature, strict=True)]
-    ratio = np.concatenate([gap[at] ** 2 / c[at] ** 2 for gap, c, at in zip(gaps, curvature, known, strict=True)])
-    own = np.concatenate([n[at] ** 2 / c[at] ** 2 for n, c, at in zip(noise, curvature, known, strict=True)])
-    # Weighted by how well each is known: of moves that change little the noise is all that is seen.
-    weight = 1.0 / (1.0 + own) ** 2
-    spread = max(float(((ratio - own) * weight).sum() / weight.sum()), 0.0) if len(ratio) else 0.0
-    found = []
-    for d, c, gap, n, at, k in zip(damages, curvature, gaps, noise, known, around, strict=True):
-        variance = spread * c**2
-        share = np.where(at, variance / np.maximum(variance + n**2, 1e-300), 0.0)
-        table = d + np.where(at, share * np.nan_to_num(gap), 0.0)
-        table[k] = d[k]
-        found.append(np.maximum(table, _LEAST_SHARE * d))
-    return found
+
+    means: tuple[Floats, ...]
+    variances: tuple[Floats, ...]
+    at: Options | None = None
+    squares: float = 0.0
+    expected: float = 0.0
+
+    @staticmethod
+    def none(form: Form) -> Forces:
+        zeros = tuple(np.zeros(len(unit)) for unit in form.units)
+        return Forces(zeros, zeros)
+
+    def on(self, options: Options) -> float:
+        """What the units of a plan do to each other, all together."""
+        return 0.5 * float(sum(force[k] for force, k in zip(self.means, options, strict=True)))
+
+    def observed(self, form: Form, slopes: Prices, at: Options, scale: float) -> Forces:
+        """Forces at a plan, after `slopes` were taken there (products beside dense, which is option 0). `scale` is by
+        how many times units are dearer than their prices."""
+        moved = self._moved(form, at) * scale
+        gaps, noises, priors = [], [], []
+        per_token = slopes.positions
+        for price, crossed, slope, before in zip(
+            form.damages(), form.crossed(at), slopes.products, self.variances, strict=True
+        ):
+            gaps.append(slope.mean(axis=0) / per_token - scale * crossed)
+            noises.append(slope.var(axis=0, ddof=1) / (len(slope) * per_token**2))
+            priors.append((4.0 * moved * scale * price, before))
+        squares, expected = self._surprise(gaps, noises, priors)
+        spread = squares / expected if expected > 0.0 else 0.0
+        means, variances = [], []
+        for gap, noise, (unit, before), mean in zip(gaps, noises, priors, self.means, strict=True):
+            variance = before + spread * unit
+            share = np.divide(variance, variance + noise, out=np.zeros_like(noise), where=variance + noise > 0.0)
+            share[0] = 0.0
+            means.append(mean + share * (gap - mean))
+            variances.append((1.0 - share) * variance)
+        return Forces(tuple(means), tuple(variances), at, squares, expected)
+
+    def _moved(self, form: Form, at: Options) -> float:
+        """KL of what changed since the forces were known, as a sum over units."""
+        if self.at is None:
+            return form.cost(at)
+        return float(sum(own[k] for own, k in zip(form.beside(self.at), at, strict=True)))
+
+    def _surprise(
+        self, gaps: Sequence[Floats], noises: Sequence[Floats], priors: Sequence[tuple[Floats, Floats]]
+    ) -> tuple[float, float]:
+        """Sums over all slopes so far: of how far they lay from what was believed, squared and less their noise, and of
+        what that is for a spread of 1."""
+        squares, expected = self.squares, self.expected
+        for gap, noise, (unit, before), mean in zip(gaps, noises, priors, self.means, strict=True):
+            known = unit > 0.0
+            other = (noise + before)[known] / unit[known]
+            # Weighted by how well each is known: of what changes little the noise is all that is seen.
+            weight = 1.0 / (unit[known] * (1.0 + other / _USUAL_SPREAD) ** 2)
+            squares += float((weight * ((gap - mean)[known] ** 2 - (noise + before)[known])).sum())
+            expected += float((weight * unit[known]).sum())
+        return max(squares, 0.0), expected
+
+
+def expected_gain(moves: Floats, curvatures: Floats, total: float) -> float:
+    """By how much a plan's KL of `total` is expected to change where units move at once, each of which alone has a
+    slope and a curvature [units]. Those that go down the same slope hinder each other: two have a cross term of the
+    product of their slopes over twice the total, as what they have in common is the plan's own direction."""
+    together = (float(moves.sum()) ** 2 - float(np.square(moves).sum())) / (4.0 * total) if total > 0.0 else 0.0
+    return float(moves.sum()) + float(curvatures.sum()) + together

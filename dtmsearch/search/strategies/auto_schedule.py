@@ -18,7 +18,7 @@ _POLISHED_ON = 32
 # So many rounds are foreseen; whether more follow, measurements say.
 _USUAL_ROUNDS = 2
 # Prompts on which a round's plans are measured where slopes are taken, in those of a probing search's first round.
-_MEASURED_ON = 2.5
+_MEASURED_ON = 2
 # Prompts on which the plan that prices lead to is held against them.
 HELD_AGAINST = 64
 # Where the smallest plan is sought, sizes are told apart down to this part of them.
@@ -38,14 +38,14 @@ class Effort:
     apart."""
 
     probe_prompts: int = 4
-    samples: int = 256
-    slopes: int = 80
-    rounds: int = 5
+    samples: int = 192
+    slopes: int = 48
+    rounds: int = 6
     prompts: int = 16
     plans: int = 8
     correction_prompts: int = 4_000
     polish_prompts: int = 3_000
-    swap_prompts: int = 600
+    swap_prompts: int = 1_200
     finalists: int = 3
 
 
@@ -126,19 +126,20 @@ class ProbedSchedule(Schedule):
 
 @dataclass(frozen=True)
 class PricedSchedule(Schedule):
-    """Where prices are taken: a round tries `num_steps` steps from the plan that leads."""
+    """Where prices are taken: a round tries so many steps from the plan that leads where prices hold, and where they do
+    not: `num_steps`."""
 
-    num_steps: int
+    num_steps: tuple[int, int]
 
     def correction_round(self, number: int) -> CorrectionRound:
-        counts = self.effort.slopes, round(_MEASURED_ON * self.effort.prompts)
+        counts = self.effort.slopes, _MEASURED_ON * self.effort.prompts
         stretches = []
         for half in (0, 1):
             count = min(counts[half], self.num_prompts)
             first = (number * sum(counts) + half * counts[0]) % (self.num_prompts - count + 1)
             stretches.append((first, first + count))
         learns_on, plans_on = stretches
-        measured = self.num_steps + 1
+        measured = max(self.num_steps) + 1
         cost = PASSES["slope"] * (learns_on[1] - learns_on[0]) + (plans_on[1] - plans_on[0]) * measured
         return CorrectionRound(number, learns_on, plans_on, 0, measured, cost)
 
@@ -146,6 +147,5 @@ class PricedSchedule(Schedule):
         """Whether prices hold is not known before."""
         first = self.correction_round(0)
         yield 1 + self.num_rivals, HELD_AGAINST
-        yield first.num_measured // 2, first.plans_on[1] - first.plans_on[0]
-        yield self.effort.plans // 2, _POLISHED_ON
-        yield 1 + self.num_rivals, 2 * HELD_AGAINST
+        yield len(self.rounds()) // 2 * (1 + self.num_steps[0]), first.plans_on[1] - first.plans_on[0]
+        yield 1, 2 * HELD_AGAINST

@@ -2,17 +2,18 @@
 
 `fisher`: prices of every option (see `dtmsearch.core.prices`), and the solver's plan for them.
 
-`auto` begins with the same plan, and measures it. Where it costs what its prices say, more samples sharpen them. Where
-it costs more, second order around the base model is not enough: round by round the slope of KL at the plan that leads,
-taken with the prices' curvature, says what every move from there costs. How far slopes are believed against prices, the
-two say themselves, by how much they differ beyond their standard errors (empirical Bayes). Steps of several lengths are
-measured, each difference corrects the belief, and one that gains more than chance would leads from there on. Switches
-follow as without prices, and a comparison of the leading plans on as many prompts as tell them apart.
+`auto` begins with the same plan, and measures it. Prices say what options cost alone. What the rest of a plan adds to
+each, a slope of KL at the plan shows: a gradient of KL(base || plan), whose products with all options are taken on a
+few prompts. Round by round the slope at the plan that leads sharpens what is believed of these forces (see `Forces`),
+and the solver moves as many units at once as are expected to gain most together. What is so expected is measured, and
+leads from there on if it gains by both. Where a plan costs much more than its prices, second order is not enough, and
+more careful steps, of fewer units, are measured beside. Switches may follow as without prices, and a comparison of the
+leading plans on as many prompts as tell them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import family_of
-from dtmsearch.search.solver.fisher_form import Prices, combined
-from dtmsearch.search.solver.posterior import Belief, Measured, Spread
+from dtmsearch.search.solver.fisher_form import Forces, Prices, expected_gain
+from dtmsearch.search.solver.posterior import Belief, Spread
 from dtmsearch.search.strategies.auto import Auto
 from dtmsearch.search.strategies.auto_schedule import HELD_AGAINST, CorrectionRound, Effort, PricedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, losses, mean_loss
@@ -33,18 +35,22 @@ from dtmsearch.search.strategies.solver_based import Solver, paired
 from dtmsearch.search.strategies.task import Task
 
 Floats = NDArray[np.float64]
-# (kind, plan around which, samples) -> products [samples, components, schemes] of the whole space, in its order.
+# (kind, plan around which, samples) -> products [samples, components, schemes] of the whole space, in its order; of
+# slopes those of dense come first.
 TakePrices = Callable[[PriceKind, Plan, tuple[int, int]], NDArray[np.float32]]
 
 # By how much measured damages are off their prices (docs/search-quality.md), beside the prices' own standard errors.
 _SPREAD = Spread(common=0.3, family=0.1, option=0.12, interaction=0.15)
-# Steps from the leader are penalised by the curvature so many times over, by what is believed of slopes and by slopes
-# alone: the larger, the less far they go.
-_CAUTION_BELIEVED, _CAUTION = (2.0,), (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+# A step counts the curvature of each unit's move so many times over: the more, the fewer units move. How many times is
+# best, what is expected of a step says; that one is measured, and more careful ones beside it.
+_CAUTIONS = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
+_FURTHER, _FURTHER_STILL = (1.0, 1.4, 2.2), (1.0, 1.3, 1.7, 2.5, 4.0, 8.0)
+# A round whose steps are expected to gain less than this part of the plan's KL is the last.
+_WORTHWHILE = 0.01
 # Prices hold while the plan that they lead to costs no more than this many times what they say.
 _HOLDS = 1.15
 # Rounds that may gain nothing; lots of switches that may.
-_MOST_FAILURES, _PATIENCE = 1, 2
+_MOST_FAILURES, _PATIENCE = 2, 2
 
 
 class Fisher(Solver):
@@ -61,7 +67,7 @@ class Fisher(Solver):
         space = self._choices.space
         names = [component.name for component in space.components]
         prices = Prices.of(self._choices, names, space.schemes, products, self._length)
-        found, answer = yield from self._measurable(prices.damages(), self._first(HELD_AGAINST))
+        found, answer = yield from self._measurable(list(prices.pooled().damages()), self._first(HELD_AGAINST))
         self._lead(found, answer)
         yield from self._told_apart([found])
 
@@ -72,48 +78,78 @@ class PricedAuto(Auto):
     def __init__(self, task: Task, take: TakePrices, effort: Effort = Effort()) -> None:
         super().__init__(task, None, effort)
         self._price = take
-        self._seen: list[tuple[list[Options], Options, list[Measured]]] = []
         self._products: NDArray[np.float32] | None = None
-        self._slopes_at: dict[Options, NDArray[np.float32]] = {}
         self._barred: list[NDArray[np.bool_]] | None = None
 
     @cached_property
     def _schedule(self) -> Schedule:
-        steps = len(_CAUTION_BELIEVED) + len(_CAUTION)
-        return PricedSchedule(self._effort, len(self._choices.units), self.num_prompts, len(self._rivals()), steps)
+        units, rivals, steps = len(self._choices.units), len(self._rivals()), (len(_FURTHER), len(_FURTHER_STILL))
+        return PricedSchedule(self._effort, units, self.num_prompts, rivals, steps)
 
     def script(self) -> Script:
-        belief = yield from self._probe()
+        self._foresee(*self._usual(0))
+        self._take_prices()
         if self._min_fdt is not None:
-            yield from self._smallest(belief, self._min_fdt)
+            yield from self._smallest(self._belief(), self._min_fdt)
             return
-        tables = belief.tables()
+        tables = list(self._form.damages())
         first, answer = yield from self._measurable(tables, self._first(HELD_AGAINST))
         self._barred = [~np.isfinite(table) for table in tables]
-        leader = first
-        field = [leader, *self._rivals()]
-        answers = [answer]
+        field, answers = [first, *self._rivals()], [answer]
+        field = list(dict.fromkeys(field))
         if len(field) > 1:
             answers += yield from self._measured(field[1:], self._first(HELD_AGAINST))
         values = [mean_loss(answer, "kl") for answer in answers]
-        best = int(np.argmin(values))
-        self._lead(field[best], answers[best])
-        pool = list(dict.fromkeys([field[best], leader]))
-        if self._prices_hold(leader, answers[0]):
-            self._take_prices(self._effort.samples)
-            belief = self._belief(self._prices.damages())
-            pool.insert(0, self._solve(belief.tables()))
-        else:
-            leader, failures = field[best], 0
-            for each in self._schedule.rounds():
-                belief, better, gained = yield from self._correct(belief, leader, each)
-                leader, pool = better[0], list(dict.fromkeys((*better[:1], *pool)))
-                failures = failures + 1 if gained <= 0.0 else 0
-                if failures > _MOST_FAILURES:
+        at = int(np.argmin(values))
+        leader, total, holds = field[at], values[at], self._prices_hold(first, answer)
+        self._lead(leader, answers[at])
+        pool, forces, failures, sharpened = [leader], Forces.none(self._form), 0, False
+        for each in self._schedule.rounds():
+            forces, steps = self._steps(forces, leader, total, holds, each)
+            if not steps:
+                if sharpened or not holds or not self._in_doubt():
                     break
-        better = yield from self._polish(belief, pool[0], self._effort.swap_prompts, _PATIENCE)
-        pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
-        yield from self._told_apart([*pool[: self._effort.finalists], first])
+                self._take_prices()
+                sharpened = True
+                continue
+            better, total = yield from self._step(leader, total, steps, each)
+            failures = failures + 1 if better == leader else 0
+            if better != leader:
+                leader = better
+                pool.insert(0, leader)
+            if failures > _MOST_FAILURES:
+                break
+        # Where prices do not hold, slopes do not see everything either.
+        switched = 0 if holds else self._effort.swap_prompts
+        better_ones = yield from self._polish(self._belief(), leader, switched, _PATIENCE)
+        pool = list(dict.fromkeys((*better_ones, *pool)))
+        # Leaders before the last differ too little from it to be told apart for what that would cost.
+        yield from self._told_apart([*pool[: max(self._effort.finalists - 2, 1)], first])
+
+    def _take_prices(self) -> None:
+        """Prices from as many samples as the effort says, beside those that were taken."""
+        taken = 0 if self._products is None else len(self._products)
+        found = self._price("fisher", Plan(), (taken, taken + self._effort.samples))
+        self._products = found if self._products is None else np.concatenate([self._products, found])
+        self._prices = self._prices_of(self._products)
+        self._form = self._prices.pooled()
+        self._errors = self._form.damages()  # by which options of a unit are ordered
+
+    def _in_doubt(self) -> bool:
+        """Whether twice as many samples would be worth it: by how much the plan of one half of the samples is dearer
+        than the other half's own, by the other's prices, half of which the plan of all of them may be."""
+        assert self._products is not None
+        half = len(self._products) // 2
+        one, other = (self._prices_of(part).pooled() for part in (self._products[:half], self._products[half:]))
+        plans = [self._solve(self._allowed(form.damages())) for form in (one, other)]
+        own, crossed = other.cost(plans[1]), other.cost(plans[0])
+        return 0.5 * (crossed - own) > _WORTHWHILE * own
+
+    def _prices_of(self, products: NDArray[np.float32], *before: str) -> Prices:
+        """Of products of all options, and of schemes `before` those of the space."""
+        space = self._choices.space
+        names = [component.name for component in space.components]
+        return Prices.of(self._choices, names, (*before, *space.schemes), products, self._length)
 
     def _prices_hold(self, leader: Options, answer: Outcome) -> bool:
         """Whether the plan costs what its prices say."""
@@ -122,24 +158,52 @@ class PricedAuto(Auto):
         noise = float(measured.std()) / float(np.sqrt(len(measured)))
         return float(measured.mean()) - noise < _HOLDS * predicted + errors.error
 
-    def _take_prices(self, further: int) -> None:
-        """Samples beside those that are taken already."""
-        taken = 0 if self._products is None else len(self._products)
-        found = self._price("fisher", Plan(), (taken, taken + further))
-        self._products = found if self._products is None else np.concatenate([self._products, found])
-        space = self._choices.space
-        names = [component.name for component in space.components]
-        self._prices = Prices.of(self._choices, names, space.schemes, self._products, self._length)
+    def _steps(
+        self, forces: Forces, leader: Options, total: float, holds: bool, each: CorrectionRound
+    ) -> tuple[Forces, dict[Options, float]]:
+        """Forces after a slope at the plan that leads and costs `total`, and the steps from there that are worth
+        measuring, with the change of KL that is expected of each."""
+        price = self._form.cost(leader)
+        scale = max((total - forces.on(leader)) / price, 1.0) if price > 0.0 else 1.0
+        slopes = self._prices_of(self._price("slope", self._choices.plan(leader), each.learns_on), DENSE)
+        forces = forces.observed(self._form, slopes, leader, scale)
+        curvatures = [scale * own for own in self._form.beside(leader)]
+        costs = [scale * own + force for own, force in zip(self._form.damages(), forces.means, strict=True)]
+        tables = self._allowed(costs)
 
-    def _probe(self) -> Part[Belief]:
-        self._foresee(*self._usual(0))
-        self._take_prices(self._effort.samples)
-        self._errors = self._prices.damages()  # by which options of a unit are ordered
-        yield from ()
-        return self._belief(self._prices.damages())
+        def step(caution: float) -> tuple[Options, float]:
+            options = self._solve([t + (caution - 1.0) * c for t, c in zip(tables, curvatures, strict=True)])
+            curved = np.array([c[o] for c, o in zip(curvatures, options, strict=True)])
+            moved = np.array([t[o] - t[k] for t, o, k in zip(costs, options, leader, strict=True)])
+            return options, expected_gain(moved - curved, curved, total)
 
-    def _belief(self, damages: Sequence[Floats]) -> Belief:
-        """What is believed where options cost so much, after all that was measured."""
+        best = min(_CAUTIONS, key=lambda caution: step(caution)[1])
+        steps = dict(step(best * further) for further in (_FURTHER if holds else _FURTHER_STILL))
+        steps.pop(leader, None)
+        return forces, steps if not holds or min(steps.values(), default=0.0) < -_WORTHWHILE * total else {}
+
+    def _step(
+        self, leader: Options, total: float, steps: Mapping[Options, float], each: CorrectionRound
+    ) -> Part[tuple[Options, float]]:
+        """The step that gains most, or the leader where none does, and its KL. What is measured and what was expected
+        count by how well they are known; what is expected may be off by itself. What is best of several by chance must
+        gain more than chance would."""
+        plan, candidates = self._choices.plan(leader), list(steps)
+        base, *answers = yield from self._measured([leader, *candidates], each.plans_on, plan)
+        gains = []
+        for options, answer in zip(candidates, answers, strict=True):
+            (mean, variance), expected = paired(answer, base, "kl"), steps[options]
+            share = variance / (variance + expected**2) if np.isfinite(mean) and expected else 0.0
+            gains.append((1.0 - share) * mean + share * expected + float(np.sqrt((1.0 - share) * variance)))
+        at = int(np.argmin(gains))
+        if not gains[at] < 0.0:
+            self._lead(leader, base)
+            return leader, total
+        self._lead(candidates[at], answers[at])
+        return candidates[at], total * mean_loss(answers[at], "kl") / mean_loss(base, "kl")
+
+    def _belief(self) -> Belief:
+        """What is believed of options by their prices alone."""
         families = [[family_of(scheme) for scheme in schemes] for schemes in self._choices.schemes]
         relative = np.concatenate(
             [
@@ -148,61 +212,10 @@ class PricedAuto(Auto):
             ]
         )
         own = float(np.hypot(_SPREAD.family, min(float(np.nanmedian(relative)), 1.0)))
-        damages = self._allowed(damages)
-        belief = Belief.of(damages, self._prices.damages(), families, replace(_SPREAD, family=own))
-        for choices, other, seen in self._seen:
-            belief = belief.observed(choices, other, seen)
-        return belief
+        return Belief.of(self._allowed(self._errors), self._errors, families, replace(_SPREAD, family=own))
 
     def _allowed(self, damages: Sequence[Floats]) -> list[Floats]:
         """Damages, infinite for options that cannot be measured."""
         if self._barred is None:
             return list(damages)
         return [np.where(barred, np.inf, own) for own, barred in zip(damages, self._barred, strict=True)]
-
-    def _correct(
-        self, belief: Belief, leader: Options, each: CorrectionRound
-    ) -> Part[tuple[Belief, list[Options], float]]:
-        """A round: (belief; plans, the one that leads first; what it gained, as a part of the leader's damage)."""
-        slopes, curvature = self._slopes(leader, each), self._prices.damages(leader)
-        belief = self._belief(combined(self._prices, slopes, leader))
-        drawn = [
-            [t + (caution - 1.0) * c for t, c in zip(tables, curvature, strict=True)]
-            for tables, cautions in (
-                (belief.tables(), _CAUTION_BELIEVED),
-                (self._allowed(_expanded(self._prices, slopes, leader)), _CAUTION),
-            )
-            for caution in cautions
-        ]
-        candidates = [o for o in dict.fromkeys(self._solve(each) for each in drawn) if o != leader]
-        if not candidates:
-            return belief, [leader], 0.0
-        base, *answers = yield from self._measured([leader, *candidates], each.plans_on, self._choices.plan(leader))
-        seen = [paired(answer, base, "kl") for answer in answers]
-        self._seen.append((candidates, leader, seen))
-        belief = belief.observed(candidates, leader, seen)
-        # What is best of several by chance must be better by more than chance.
-        at = min(range(len(seen)), key=lambda i: seen[i][0] + np.sqrt(seen[i][1]))
-        gained = -(seen[at][0] + float(np.sqrt(seen[at][1])))
-        total = mean_loss(base, "kl")
-        if not gained > 0.0:
-            self._lead(leader, base)
-            return belief, [leader], 0.0
-        self._lead(candidates[at], answers[at])
-        return belief, [candidates[at], leader], gained / total if total > 0.0 else 0.0
-
-    def _slopes(self, leader: Options, each: CorrectionRound) -> Prices:
-        """Slopes at a plan, over all the prompts on which they were taken there."""
-        taken = self._price("slope", self._choices.plan(leader), each.learns_on)
-        before = self._slopes_at.get(leader)
-        products = self._slopes_at[leader] = taken if before is None else np.concatenate([before, taken])
-        space = self._choices.space
-        names = [component.name for component in space.components]
-        return Prices.of(self._choices, names, space.schemes, products, self._length, leader)
-
-
-def _expanded(prices: Prices, slopes: Prices, around: Options) -> list[Floats]:
-    """Damages [options] of each unit beside those of a plan, by slope and curvature alone; what has no slope cannot be
-    taken."""
-    tables = [a + c for a, c in zip(slopes.means(), prices.damages(around), strict=True)]
-    return [np.where(np.isfinite(table), table, np.inf) for table in tables]
