@@ -216,3 +216,16 @@ def test_the_search_needs_nothing_but_numpy() -> None:
         loaded_by("import dtmsearch.search.strategies.strategy_registry") & {"torch", "ray", "pyarrow", "pydantic"}
         == set()
     )
+
+
+def compares_families(path: Path) -> bool:
+    """Whether a module tells schemes apart by their family's name, as a package's family could not be told."""
+    comparisons = (
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Compare)
+    )
+    sides = (side for node in comparisons for side in (node.left, *node.comparators))
+    return any(isinstance(side, ast.Attribute) and side.attr == "family" for side in sides)
+
+
+def test_a_scheme_is_asked_never_told_apart_by_its_family_s_name() -> None:
+    assert [name for name, path in MODULES.items() if compares_families(path)] == []

@@ -23,6 +23,16 @@ perturbations = st.builds(
 )
 
 
+def test_a_plan_holds_the_schemes_that_its_names_mean() -> None:
+    plan = Plan.of({NAMES[0]: "nf4"})
+    assert (plan.parsed, plan.scheme(NAMES[1])) == ({NAMES[0]: parse_scheme("nf4")}, parse_scheme(DENSE))
+
+
+@given(one=plans, other=plans)
+def test_changes_are_differences_with_schemes(one: Plan, other: Plan) -> None:
+    assert {component: scheme.name for component, scheme in one.changes(other).items()} == one.diff(other)
+
+
 @given(st.dictionaries(st.text(), st.sampled_from(SCHEMES)))
 def test_the_identity_of_a_plan_is_that_of_its_mapping(mapping: dict[str, str]) -> None:
     assert Plan.of(mapping).id == identity(mapping)

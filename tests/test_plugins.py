@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from exports import measured_plan
+from fakes import toy_components
 from tiny import replica, result, with_reference, write_model
 
 from dtmsearch.cli import main
@@ -23,6 +24,8 @@ from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import SchemeFamily, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats import format_registry
+from dtmsearch.search.baselines import uniform_rivals
+from dtmsearch.search.space import SearchSpace
 
 PACKAGE = Path(__file__).parent / "plugins" / "dtmsearch-ternary"
 TERNARY = "ternary-g16"
@@ -129,6 +132,15 @@ def test_a_family_can_be_added_in_a_script(site: Path) -> None:
     )
     schemes.register(family)
     assert (parse_scheme("halves").own, Plan.of({"a": "halves"}).scheme_versions) == (family, {"halves": 1})
+
+
+def test_a_family_of_a_package_has_uniform_rivals_of_its_own(site: Path) -> None:
+    def parsed(name: str) -> schemes.Scheme | None:
+        return schemes.Scheme(name, "halves", int(name[-1]), "channel") if name in ("half4", "half8") else None
+
+    schemes.register(SchemeFamily("halves", parsed, uniform_lines=lambda scheme, grains: [("half4", "half8")]))
+    space = SearchSpace(toy_components(), ("half4",))
+    assert uniform_rivals(space, space.uniform("half8")) == ["half8"]
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

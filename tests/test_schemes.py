@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtmsearch.core.schemes import DENSE, parse_scheme, siblings
+from dtmsearch.core.schemes import DENSE, families, parse_scheme, siblings, solved_pairs
 
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 bit_widths = st.integers(2, 8)
@@ -250,3 +251,49 @@ def test_gptq_is_stored_as_rounding_is(shape: tuple[int, int], bits: int) -> Non
 )
 def test_siblings_compress_more_or_less_in_the_same_way(name: str, some: set[str]) -> None:
     assert some | {name} <= set(siblings(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "solved", "rounded_by"),
+    [
+        ("int4-g128", None, "int4-g128"),
+        ("gptq-int4-g128", "gptq-int4-g128", "gptq-int4-g128"),
+        ("int4-g128+wanda-0.5", None, "int4-g128"),
+        ("int4-g128+sparsegpt-0.5", "sparsegpt-0.5", "int4-g128"),
+        ("gptq-int4-g128+magnitude-0.5", "gptq-int4-g128+magnitude-0.5", "gptq-int4-g128"),
+        ("sparsegpt-0.5", "sparsegpt-0.5", None),
+        ("drop", None, None),
+        (DENSE, None, None),
+    ],
+)
+def test_a_scheme_says_what_is_solved_for_it_and_what_rounds_it(
+    name: str, solved: str | None, rounded_by: str | None
+) -> None:
+    scheme = parse_scheme(name)
+    assert tuple(None if other is None else other.name for other in (scheme.solved, scheme.rounded_by)) == (
+        solved,
+        rounded_by,
+    )
+
+
+def test_what_has_to_be_solved_for_stands_there_once() -> None:
+    pairs = [("a", "gptq-int4-g32"), ("a", "int4-g32"), ("b", "int4-g32+sparsegpt-0.5"), ("b", "sparsegpt-0.5")]
+    found = solved_pairs((component, parse_scheme(name)) for component, name in pairs)
+    assert [(component, scheme.name) for component, scheme in found] == [
+        ("a", "gptq-int4-g32"),
+        ("b", "sparsegpt-0.5"),
+    ]
+
+
+@pytest.mark.parametrize("name", [example for family in families() for example in family.examples])
+def test_a_scheme_crosses_process_borders_as_its_name(name: str) -> None:
+    scheme = parse_scheme(name)
+    assert pickle.loads(pickle.dumps(scheme)) is scheme
+    assert scheme.kind.name == scheme.family and name in scheme.kind.siblings(scheme)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("magnitude-0.25", 0.25), ("int4-g32+wanda-0.5", 0.5), ("wanda-2:4", 0.0), ("drop", 1.0)]
+)
+def test_a_scheme_says_which_share_its_name_prunes(name: str, share: float) -> None:
+    assert parse_scheme(name).pruned_share == share

@@ -416,7 +416,7 @@ class SearchSection(Section):
     @classmethod
     def _known_schemes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if parse_scheme(name).family == "dense":
+            if parse_scheme(name).is_unquantized:
                 raise ValueError("dense is where every search starts, so it is no scheme to search for")
         if len(set(names)) < len(names):
             raise ValueError("a scheme stands there twice")

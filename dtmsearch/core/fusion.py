@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.schemes import Scheme
 
 # As vLLM stacks them (its qkv_proj and gate_up_proj).
 FUSED_KINDS = (("q", "k", "v"), ("gate", "up"))
@@ -32,9 +32,10 @@ def tied_plan(plan: Plan, groups: Sequence[Sequence[Component]], dense_bits: int
     schemes = dict(plan.schemes)
     for group in groups:
 
-        def bits(scheme: str, group: Sequence[Component] = group) -> int:
-            return sum(parse_scheme(scheme).stored_bits(c.shape, dense_bits) for c in group)
+        def bits(scheme: Scheme, group: Sequence[Component] = group) -> int:
+            return sum(scheme.stored_bits(c.shape, dense_bits) for c in group)
 
-        choices = sorted({plan.scheme_of(c.name) for c in group})
-        schemes |= dict.fromkeys((c.name for c in group), max(choices, key=bits) if widest else min(choices, key=bits))
+        choices = sorted({plan.scheme(c.name) for c in group}, key=lambda scheme: scheme.name)
+        chosen = max(choices, key=bits) if widest else min(choices, key=bits)
+        schemes |= dict.fromkeys((c.name for c in group), chosen.name)
     return Plan.of(schemes)

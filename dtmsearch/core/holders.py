@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dtmsearch.core.components import Component
 from dtmsearch.core.fusion import untied_groups
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import DENSE, SCALE_BITS, Scheme, families, parse_scheme
+from dtmsearch.core.schemes import SCALE_BITS, Scheme, families, parse_scheme
 
 Shape = tuple[int, int]
 
@@ -22,8 +22,6 @@ SIZE_TOLERANCE = 0.01
 # What vLLM's kernels for weight-only integers take (its CompressedTensorsWNA16).
 VLLM_BITS = (4, 8)
 VLLM_GROUPS = (32, 64, 128)
-# They round activations too, which no weights can tell.
-ROUNDS_ACTIVATIONS = ("w8a8", "llm-int8")
 _WORD_BITS = 32
 
 
@@ -52,7 +50,7 @@ class Holder:
 
 
 def dense_obstacle(scheme: Scheme, shape: Shape) -> str | None:
-    if scheme.name in ROUNDS_ACTIVATIONS:
+    if scheme.rounds_activations:
         return "it rounds activations as well, which no weights can tell; `bitsandbytes` holds it"
     return None
 
@@ -62,7 +60,7 @@ def _dense_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) 
 
 
 def bitsandbytes_obstacle(scheme: Scheme, shape: Shape) -> str | None:
-    return None if scheme.family in ("bitsandbytes", DENSE) else "it stores w8a8, llm-int8, nf4 and fp4 only"
+    return None if scheme.kind.as_module or scheme.is_unquantized else "it stores w8a8, llm-int8, nf4 and fp4 only"
 
 
 def _bitsandbytes_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) -> int:
@@ -88,7 +86,7 @@ def _bitsandbytes_together(plan: Plan, components: Sequence[Component]) -> str |
 
 def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """Of compressed-tensors' packed integers, as transformers loads them."""
-    if scheme.family not in ("rounding", "gptq", DENSE):
+    if not scheme.kind.on_grid and not scheme.is_unquantized:
         return "it stores integers with a scale for a tensor, a row or a group; `dense` takes the others"
     if scheme.granularity == "group" and shape[1] % scheme.group_size:
         return f"its groups divide the inputs evenly, and {scheme.group_size} does not divide {shape[1]}"
@@ -98,7 +96,7 @@ def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
 def vllm_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """The same, as vLLM's kernels read them."""
     found = packed_obstacle(scheme, shape)
-    if found is not None or scheme.family == DENSE:
+    if found is not None or scheme.is_unquantized:
         return found
     if scheme.bits not in VLLM_BITS:
         return f"its kernels read {' and '.join(map(str, VLLM_BITS))} bits"
@@ -125,10 +123,10 @@ def packing_bits(scheme: Scheme, shape: Shape, engine: str) -> int:
 def _packed_bits(engine: str) -> Callable[[Scheme, Shape, int, int], int]:
     def bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) -> int:
         counted = scheme.stored_bits(shape, dense_bits)
-        if scheme.family == DENSE:
+        if scheme.is_unquantized:
             return counted
         # vLLM keeps scales in a model's 16 bits, whatever the file says; GPTQ solves for such.
-        short = scheme.family == "gptq" or (engine == "vllm" and dense_bits == SCALE_BITS)
+        short = scheme.needs_hessians or (engine == "vllm" and dense_bits == SCALE_BITS)
         wider = 0 if short else scheme.num_scales(shape) * (scale_bits - SCALE_BITS)
         return counted + wider + packing_bits(scheme, shape, engine)
 
@@ -202,7 +200,7 @@ def holders_of(plan: Plan, components: Iterable[Component], dense_bits: int, sca
     """How each holder has the compressed components of a plan, the unquantized ones left aside."""
     components = list(components)
     by_name = {component.name: component for component in components}
-    parts = [(by_name[name], parse_scheme(scheme)) for name, scheme in plan.entries if name in by_name]
+    parts = [(by_name[name], scheme) for name, scheme in plan.parsed.items() if name in by_name]
     counted = sum(scheme.stored_bits(component.shape, dense_bits) for component, scheme in parts)
     return [_held(holder, plan, components, parts, counted, dense_bits, scale_bits) for holder in HOLDERS]
 
@@ -236,7 +234,7 @@ def size_sentence(plan: Plan, components: Iterable[Component], dense_bits: int, 
     if at_size:
         return f"written at its size by {', '.join(at_size)}"
     num_weights = sum(component.num_weights for component in compressed)
-    bits = sum(parse_scheme(plan.scheme_of(c.name)).stored_bits(c.shape, dense_bits) for c in compressed) / num_weights
+    bits = sum(plan.scheme(c.name).stored_bits(c.shape, dense_bits) for c in compressed) / num_weights
     larger = [f"{each.holder} takes {each.bits_per_weight:.2f}" for each in held if each.bits_per_weight is not None]
     remedy = ""
     if scale_bits > SCALE_BITS and any(h.at_size for h in holders_of(plan, components, dense_bits, SCALE_BITS)):

@@ -13,7 +13,7 @@ from typing import Any
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
-from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.schemes import DENSE, UNQUANTIZED, Scheme, parse_scheme
 from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import UserError
 
@@ -74,6 +74,15 @@ class Plan:
         return {"entries": self.entries, "id": self.id}
 
     @cached_property
+    def parsed(self) -> dict[str, Scheme]:
+        """Compressed component -> its scheme."""
+        return {component: parse_scheme(scheme) for component, scheme in self.entries}
+
+    def scheme(self, component: str) -> Scheme:
+        """The scheme of a component, that of unquantized ones for those that are absent."""
+        return self.parsed.get(component, UNQUANTIZED)
+
+    @cached_property
     def needs_calibration(self) -> bool:
         """Whether what the plan makes of the model depends on calibration text."""
         return any(parse_scheme(scheme).needs_calibration for scheme in {scheme for _, scheme in self.entries})
@@ -85,6 +94,10 @@ class Plan:
 
     def scheme_of(self, component: str) -> str:
         return self.schemes.get(component, DENSE)
+
+    def changes(self, other: Plan) -> dict[str, Scheme]:
+        """As `diff`, with schemes."""
+        return {component: self.scheme(component) for component in self.diff(other)}
 
     def with_(self, perturbation: Perturbation) -> Plan:
         entries = list(self.entries)
@@ -146,10 +159,10 @@ def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> P
     """Size of a plan over `components`; what the plan says of other components is left out."""
     num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = 0
     for component in components:
-        scheme = parse_scheme(plan.scheme_of(component.name))
+        scheme = plan.scheme(component.name)
         num_weights += component.num_weights
         stored_bits += scheme.stored_bits(component.shape, dense_bits)
-        if scheme.name != DENSE:
+        if not scheme.is_unquantized:
             num_compressed += 1
             compressed_weights += component.num_weights
             pruned_weights += scheme.pruned_weights(component.shape)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil
 from typing import Any, Literal
 
@@ -95,7 +95,9 @@ class Scheme:
     `bits` is their width and `granularity` what shares one scale: `tensor`, `channel` (an output row), `group`
     (`group_size` inputs of a row) or `block` (`group_size` consecutive weights of the flattened matrix); `asymmetric`
     schemes store a zero point with each scale. `quantizer` names the scheme that a pair's pruned weights are quantized
-    by. `pruning` is None where nothing is pruned.
+    by. `pruning` is None where nothing is pruned. `rounds_activations`: it rounds what the component reads as well.
+
+    It crosses process borders as its name.
     """
 
     name: str
@@ -106,23 +108,63 @@ class Scheme:
     asymmetric: bool = False
     pruning: Pruning | None = None
     quantizer: str | None = None
+    rounds_activations: bool = False
     own: SchemeFamily | None = field(default=None, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Callable[[str], Scheme], tuple[str]]:
+        return parse_scheme, (self.name,)
+
+    @property
+    def kind(self) -> SchemeFamily:
+        """Its family, which says what is common to all of its schemes."""
+        return _FAMILIES[self.family]
 
     @property
     def version(self) -> int | str:
         """Of the arithmetic of its family."""
-        return _FAMILIES[self.family].version
+        return self.kind.version
 
     @property
     def scale_bits(self) -> int:
         """Bits that a scale takes where it is stored."""
-        return BITSANDBYTES_SCALE_BITS if self.family == "bitsandbytes" else SCALE_BITS
+        return self.kind.scale_bits
+
+    @property
+    def is_unquantized(self) -> bool:
+        """Whether it leaves a component as it is."""
+        return self.name == DENSE
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether it leaves nothing of a component."""
+        return self.name == DROP
+
+    @property
+    def pruned_share(self) -> float:
+        """The part of a component's weights that it makes zero, as its name says it; 0 for patterns."""
+        return 1.0 if self.is_dropped else 0.0 if self.pruning is None else self.pruning.share
+
+    @cached_property
+    def rounded_by(self) -> Scheme | None:
+        """The scheme by which what is not pruned is rounded; None where nothing is."""
+        return parse_scheme(self.quantizer or self.name) if self.bits else None
+
+    @cached_property
+    def solved(self) -> Scheme | None:
+        """The scheme whose matrix must be solved for by a Hessian before this one can be applied: itself, or the
+        SparseGPT part of a pair that is rounded afterwards; None where there is nothing to solve."""
+        if not self.needs_hessians:
+            return None
+        return self if self._is_gptq or self.pruning is None else parse_scheme(self.pruning.name)
+
+    @property
+    def _is_gptq(self) -> bool:
+        return (self.quantizer or self.name).startswith("gptq-")
 
     @property
     def needs_hessians(self) -> bool:
         """Whether it follows from X^T X over the component's inputs."""
-        own = self.pruning is not None and self.pruning.saliency == "sparsegpt"
-        return own or (self.quantizer or self.name).startswith("gptq-")
+        return self._is_gptq or (self.pruning is not None and self.pruning.saliency == "sparsegpt")
 
     @property
     def needs_calibration(self) -> bool:
@@ -144,7 +186,7 @@ class Scheme:
 
     def pruned_weights(self, shape: tuple[int, int]) -> int:
         """Weights that the scheme itself makes zero; small ones that a quantizer rounds to zero are not counted."""
-        if self.family == DROP:
+        if self.is_dropped:
             return shape[0] * shape[1]
         return 0 if self.pruning is None else self.pruning.pruned_weights(shape)
 
@@ -160,6 +202,7 @@ class Scheme:
 
 
 Shape = tuple[int, int]
+Line = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -172,6 +215,12 @@ class SchemeFamily:
     tensor, scheme, a function that gives the mean squares [cols] of the component's inputs): the weights under the
     scheme, of the same shape and dtype, and a function of its arguments alone. `needs` says whether `make` asks for
     these mean squares. `examples` are names to show and to suggest.
+
+    `as_module`: its schemes stand in a layer's place as a module, not as other weights. `on_grid`: they are codes with
+    scales of a tensor, a row or a group, and nothing else. `only_prunes`: they make weights zero, and change no other.
+    `scale_bits` are those of a stored scale. `siblings` are the names of schemes that differ from one only in how much
+    they compress, itself among them. `uniform_lines` (scheme, granularities) are what a uniform plan of a scheme's kind
+    may be, in lines of schemes that differ only in how much they compress.
     """
 
     name: str
@@ -181,6 +230,12 @@ class SchemeFamily:
     make: Callable[[Any, Scheme, Callable[[], Any]], Any] | None = None
     needs: Literal["nothing", "mean_squares"] = "nothing"
     examples: tuple[str, ...] = ()
+    as_module: bool = False
+    on_grid: bool = False
+    only_prunes: bool = False
+    scale_bits: int = SCALE_BITS
+    siblings: Callable[[Scheme], tuple[str, ...]] = lambda scheme: (scheme.name,)
+    uniform_lines: Callable[[Scheme, Collection[str]], Sequence[Line]] = lambda scheme, grains: ()
 
 
 _FAMILIES: dict[str, SchemeFamily] = {}
@@ -249,7 +304,8 @@ def _bitsandbytes(name: str) -> Scheme | None:
     if name not in _BITSANDBYTES:
         return None
     bits, block = _BITSANDBYTES[name]
-    return Scheme(name, "bitsandbytes", bits, "block" if block else "channel", block or 0)
+    grain = "block" if block else "channel"
+    return Scheme(name, "bitsandbytes", bits, grain, block or 0, rounds_activations=bits == 8)
 
 
 def _pruned(name: str) -> Scheme | None:
@@ -332,14 +388,9 @@ def _pruning_examples() -> tuple[str, ...]:
     return tuple(f"{s}-{amount}" for s in _SALIENCIES for amount in (*_SIBLING_SHARES, "2:4", "4:8", "1:4"))
 
 
-def solved_scheme(scheme: Scheme) -> str | None:
-    """The scheme whose matrix must be solved for by a Hessian before `scheme` can be applied: itself, or the SparseGPT
-    part of a pair that is rounded afterwards; None where there is nothing to solve."""
-    if not scheme.needs_hessians:
-        return None
-    if (scheme.quantizer or scheme.name).startswith("gptq-") or scheme.pruning is None:
-        return scheme.name
-    return scheme.pruning.name
+def solved_pairs(pairs: Iterable[tuple[str, Scheme]]) -> list[tuple[str, Scheme]]:
+    """What has to be solved for before components can be under schemes: (component, `Scheme.solved`), each once."""
+    return list(dict.fromkeys((component, scheme.solved) for component, scheme in pairs if scheme.solved is not None))
 
 
 def siblings(name: str) -> tuple[str, ...]:
@@ -349,16 +400,17 @@ def siblings(name: str) -> tuple[str, ...]:
     or every N of the same M.
     """
     scheme = parse_scheme(name)
-    if scheme.family == "pruning":
-        assert scheme.pruning is not None
-        return _pruning_siblings(name, scheme.pruning)
-    if scheme.family not in ("rounding", "gptq", "pair"):
-        return (name,)
-    at = name.index("int") + len("int")
-    return tuple(f"{name[:at]}{bits}{name[at + 1 :]}" for bits in range(2, 9))
+    return scheme.kind.siblings(scheme)
 
 
-def _pruning_siblings(name: str, pruning: Pruning) -> tuple[str, ...]:
+def _widths(scheme: Scheme) -> Line:
+    at = scheme.name.index("int") + len("int")
+    return tuple(f"{scheme.name[:at]}{bits}{scheme.name[at + 1 :]}" for bits in range(2, 9))
+
+
+def _pruning_siblings(scheme: Scheme) -> Line:
+    assert scheme.pruning is not None
+    name, pruning = scheme.name, scheme.pruning
     if pruning.pattern is not None:
         of = pruning.pattern[1]
         return tuple(f"{pruning.saliency}-{kept}:{of}" for kept in range(1, of))
@@ -369,38 +421,45 @@ def _pruning_siblings(name: str, pruning: Pruning) -> tuple[str, ...]:
 _USUAL_GRAINS = ("tensor", "channel", "g32", "g64", "g128")
 
 
-def family_lines(names: Iterable[str]) -> dict[str, list[tuple[str, ...]]]:
+def family_lines(schemes: Iterable[Scheme]) -> dict[str, list[Line]]:
     """family -> what a uniform plan of the families of some schemes may be, in lines of schemes that differ only in how
-    much they compress.
+    much they compress (`SchemeFamily.uniform_lines`).
 
     Of rounding and GPTQ a line for each granularity, with zero points and without: the usual ones, and group sizes that
-    the names have; of pairs the same under each pruning that is named; of pruning a line for each saliency (shares by
+    the schemes have; of pairs the same under each pruning that is named; of pruning a line for each saliency (shares by
     hundredths) and pattern length; of bitsandbytes a line for each scheme of as many bits.
     """
-    schemes = [parse_scheme(name) for name in names]
+    schemes = list(schemes)
     grains = dict.fromkeys((*_USUAL_GRAINS, *(f"g{s.group_size}" for s in schemes if s.granularity == "group")))
-    lines: dict[str, list[tuple[str, ...]]] = {}
+    lines: dict[str, list[Line]] = {}
     for scheme in schemes:
-        if scheme.family in ("rounding", "gptq", "pair"):
-            prefix = "gptq-" if (scheme.quantizer or scheme.name).startswith("gptq-") else ""
-            pruned = f"+{scheme.pruning.name}" if scheme.pruning is not None else ""
-            found = [
-                tuple(f"{prefix}int{bits}-{grain}{asym}{pruned}" for bits in range(2, 9))
-                for grain in grains
-                for asym in ("", "-asym")
-            ]
-        elif scheme.family == "bitsandbytes":
-            found = [(name,) for name, (bits, _) in _BITSANDBYTES.items() if bits == scheme.bits]
-        elif scheme.pruning is not None and scheme.pruning.pattern is None:
-            hundredths = (f"0.{share:02}".rstrip("0") for share in range(1, 100))
-            found = [tuple(f"{scheme.pruning.saliency}-{share}" for share in hundredths)]
-        elif scheme.pruning is not None:
-            found = [siblings(scheme.name)]
-        else:
-            continue
-        own = lines.setdefault(scheme.family, [])
-        own += [line for line in found if line not in own]
+        found = scheme.kind.uniform_lines(scheme, grains)
+        if found:
+            own = lines.setdefault(scheme.family, [])
+            own += [line for line in found if line not in own]
     return lines
+
+
+def _rounding_lines(scheme: Scheme, grains: Collection[str]) -> Sequence[Line]:
+    prefix = "gptq-" if (scheme.quantizer or scheme.name).startswith("gptq-") else ""
+    pruned = f"+{scheme.pruning.name}" if scheme.pruning is not None else ""
+    return [
+        tuple(f"{prefix}int{bits}-{grain}{asym}{pruned}" for bits in range(2, 9))
+        for grain in grains
+        for asym in ("", "-asym")
+    ]
+
+
+def _bitsandbytes_lines(scheme: Scheme, grains: Collection[str]) -> Sequence[Line]:
+    return [(name,) for name, (bits, _) in _BITSANDBYTES.items() if bits == scheme.bits]
+
+
+def _pruning_lines(scheme: Scheme, grains: Collection[str]) -> Sequence[Line]:
+    assert scheme.pruning is not None
+    if scheme.pruning.pattern is not None:
+        return [_pruning_siblings(scheme)]
+    hundredths = (f"0.{share:02}".rstrip("0") for share in range(1, 100))
+    return [tuple(f"{scheme.pruning.saliency}-{share}" for share in hundredths)]
 
 
 # Versions of families whose weights once were others under the same name are above 1.
@@ -411,13 +470,44 @@ for _family in (
         _rounded,
         version=2,
         examples=("int8-tensor", "int8-channel", "int4-g128", "int4-g32-asym", "int3-g128", "int2-g32"),
+        on_grid=True,
+        siblings=_widths,
+        uniform_lines=_rounding_lines,
     ),
-    SchemeFamily("gptq", _solved, version=2, examples=("gptq-int4-g128", "gptq-int3-g128-asym")),
-    SchemeFamily("bitsandbytes", _bitsandbytes, examples=tuple(_BITSANDBYTES)),
     SchemeFamily(
-        "pruning", _pruned, examples=("magnitude-0.5", "wanda-0.5", "wanda-2:4", "sparsegpt-0.5", "random-0.5")
+        "gptq",
+        _solved,
+        version=2,
+        examples=("gptq-int4-g128", "gptq-int3-g128-asym"),
+        on_grid=True,
+        siblings=_widths,
+        uniform_lines=_rounding_lines,
     ),
-    SchemeFamily("pair", _paired, version=2, examples=("int4-g128+wanda-0.5", "gptq-int4-g128+magnitude-0.5")),
-    SchemeFamily(DROP, _dropped, examples=(DROP,)),
+    SchemeFamily(
+        "bitsandbytes",
+        _bitsandbytes,
+        examples=tuple(_BITSANDBYTES),
+        as_module=True,
+        scale_bits=BITSANDBYTES_SCALE_BITS,
+        uniform_lines=_bitsandbytes_lines,
+    ),
+    SchemeFamily(
+        "pruning",
+        _pruned,
+        examples=("magnitude-0.5", "wanda-0.5", "wanda-2:4", "sparsegpt-0.5", "random-0.5"),
+        only_prunes=True,
+        siblings=_pruning_siblings,
+        uniform_lines=_pruning_lines,
+    ),
+    SchemeFamily(
+        "pair",
+        _paired,
+        version=2,
+        examples=("int4-g128+wanda-0.5", "gptq-int4-g128+magnitude-0.5"),
+        siblings=_widths,
+        uniform_lines=_rounding_lines,
+    ),
+    SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
 ):
     register(_family)
+UNQUANTIZED = parse_scheme(DENSE)

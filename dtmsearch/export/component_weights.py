@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job
 from dtmsearch.model.compress.packing import packed_codes
@@ -15,20 +15,20 @@ from dtmsearch.model.compress.rounding import Codes, round_codes
 def component_codes(job: Job, component: Component, weight: Tensor) -> Codes:
     """The codes, scales and zero points of a component under a rounding or GPTQ scheme. Raises `UserError` for a
     matrix that has not been solved for."""
-    scheme = parse_scheme(job.plan.scheme_of(component.name))
-    if solved_scheme(scheme) is None:
+    scheme = job.plan.scheme(component.name)
+    if scheme.solved is None:
         return round_codes(weight, scheme, job.scale_dtype)
-    packed = job.compressor.solved(component.name, scheme.name)
+    packed = job.compressor.solved(component.name, scheme)
     if packed is None:
         raise UserError(f"{component.name} has not been solved for {scheme.name}: the store does not hold it")
     return packed_codes(packed, weight.device)
 
 
-def component_dense(job: Job, component: Component, weight: Tensor, scheme_name: str | None = None) -> Tensor:
+def component_dense(job: Job, component: Component, weight: Tensor, other: Scheme | None = None) -> Tensor:
     """The component's weights under its scheme, or another, in their own dtype and shape."""
-    scheme = parse_scheme(scheme_name or job.plan.scheme_of(component.name))
+    scheme = other or job.plan.scheme(component.name)
     matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
-    if scheme.family != "bitsandbytes":
+    if not scheme.kind.as_module:
         return job.compressor.compress(component.name, matrix, scheme).reshape(weight.shape)
     from dtmsearch.model.compress.bitsandbytes_layers import compressed_module, restored_weight
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.compressor import Compressor
 
@@ -185,9 +185,9 @@ class Job:
             _count(shape) * (width if self.dtypes[name] in DTYPE_BITS else _INTEGER_BITS[self.dtypes[name]])
             for name, shape in self.shapes.items()
         )
-        for name, scheme in self.plan.entries:
+        for name, scheme in self.plan.parsed.items():
             component = self.manifest.by_name[name]
-            bits += parse_scheme(scheme).stored_bits(component.shape, width) - component.num_weights * width
+            bits += scheme.stored_bits(component.shape, width) - component.num_weights * width
         return bits
 
     @property

@@ -14,7 +14,7 @@ from itertools import chain, zip_longest
 from dtmsearch.core.evaluation import EvalResult, Outcome
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
-from dtmsearch.core.schemes import family_lines, parse_scheme, siblings
+from dtmsearch.core.schemes import family_lines, parse_scheme
 from dtmsearch.search.space import SearchSpace
 
 # So many rivals are measured at most, the largest of each family first.
@@ -44,7 +44,7 @@ def rivals_of_size(space: SearchSpace, stored_bits: float) -> list[str]:
         return sum(number * parsed.stored_bits(shape, space.dense_bits) for shape, number in shapes.items())
 
     families = []
-    for lines in family_lines(space.schemes).values():
+    for lines in family_lines(space.parsed).values():
         found: dict[str, int] = {}
         for line in lines:
             # A group as long as a row is a row.
@@ -65,7 +65,7 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     scheme = other.entries[0][1]
     if scheme in space.schemes:
         return True
-    kin = {sibling for name in space.schemes for sibling in siblings(name)}
+    kin = {sibling for named in space.parsed for sibling in named.kind.siblings(named)}
     gap = abs(space.size(other).stored_bits / max(1, space.size(plan).stored_bits) - 1.0)
     return scheme in kin and gap <= _SAME_SIZE
 

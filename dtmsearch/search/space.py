@@ -13,7 +13,7 @@ from math import ceil
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
-from dtmsearch.core.schemes import DENSE
+from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
 from dtmsearch.errors import UserError
 
 
@@ -53,6 +53,11 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         _check_budget(self.budget, self.units)
+
+    @cached_property
+    def parsed(self) -> tuple[Scheme, ...]:
+        """The schemes to choose from."""
+        return tuple(parse_scheme(name) for name in self.schemes)
 
     def perturbations(self, plan: Plan) -> list[Perturbation]:
         """Legal edges from a plan, in model order of the components, then in order of the schemes.

@@ -13,7 +13,7 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import StatisticsRecord
-from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.core.schemes import Scheme, solved_pairs
 from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.text_windows import cut_calibration
@@ -58,7 +58,7 @@ class Calibrating:
         """Make sure that replicas can apply these plans; the calibration's id, or nothing where none needs it."""
         plans = [plan for plan in plans if plan.needs_calibration]
         if plans:
-            self._solve({entry for plan in plans for entry in plan.entries})
+            self._solve({pair for plan in plans for pair in plan.parsed.items()})
         return self.id if plans else ""
 
     def for_schemes(self, components: Sequence[Component], schemes: Sequence[str]) -> str:
@@ -103,9 +103,9 @@ class Calibrating:
         """The part of each layer's weights that stand out, for the allocation that wants them."""
         return self._pool.outlier_shares(self.id) if self._file.search.allocate == "owl" else None
 
-    def _solve(self, entries: set[Pair]) -> None:
+    def _solve(self, pairs: set[tuple[str, Scheme]]) -> None:
         """Hand over what is solved, layer by layer, and have the rest solved first."""
-        wanted = {(c, name) for c, scheme in entries if (name := solved_scheme(parse_scheme(scheme)))} - self._handed
+        wanted = {(component, scheme.name) for component, scheme in solved_pairs(pairs)} - self._handed
         if not wanted:
             return
         # A part for a replica: a layer, or all that is to be solved one layer after the other.
@@ -113,9 +113,9 @@ class Calibrating:
         missing = parts(wanted - self._session.store.shared_keys(PackedMatrix, self.id))
         for matrices in self._pool.solve(self.id, missing):
             self._writer.share_parts(self.id, matrices)
-        for pairs in self._by_layer(wanted):
-            recorded = self._session.store.matrices(self.id, {component for component, _ in pairs})
-            self._pool.use_solved(self.id, [recorded[pair] for pair in pairs])
+        for layer in self._by_layer(wanted):
+            recorded = self._session.store.matrices(self.id, {component for component, _ in layer})
+            self._pool.use_solved(self.id, [recorded[pair] for pair in layer])
         self._handed |= wanted
 
     def _by_layer(self, pairs: set[Pair]) -> list[list[Pair]]:

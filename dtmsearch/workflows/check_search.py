@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dtmsearch.config import RecoverySection, SearchFile, texts
 from dtmsearch.core.evaluation import ModelSpec
-from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import text_lines
 
@@ -55,7 +54,7 @@ def _check_with_model(file: SearchFile, spec: ModelSpec) -> None:
     found = survey(spec)
     space = space_of(file, found.manifest)
     tokenizer = load_tokenizer(Path(spec.path), spec)
-    if any(parse_scheme(scheme).needs_calibration for scheme in space.schemes):
+    if any(scheme.needs_calibration for scheme in space.parsed):
         section = file.calibration_text
         tokens = section.prompt_tokens + section.continuation_tokens
         cutter = Cutter(tokenizer, spec.path, found.context, found.num_embeddings)

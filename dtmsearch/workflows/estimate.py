@@ -18,7 +18,6 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_ch
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind, priced_schemes
-from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.baselines import rivals_of_size
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
@@ -166,7 +165,7 @@ class _Expected:
 
 def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> _Expected:
     # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
-    nominal = {(c.name, s): 4.0 ** -(parse_scheme(s).bits or 2) for c in space.components for s in space.schemes}
+    nominal = {(c.name, s.name): 4.0 ** -(s.bits or 2) for c in space.components for s in space.parsed}
 
     def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
         schemes = priced_schemes(kind, space.schemes)

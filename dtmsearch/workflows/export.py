@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from dtmsearch.core.schemes import parse_scheme, solved_scheme
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import find_format
@@ -132,7 +131,7 @@ def _compressor(found: Source, results: ResultStore, scale_dtype: torch.dtype, d
 
 def _check_solved(found: Source, to: str) -> None:
     """Raises `UserError` where trained weights would have to be solved for once more."""
-    offending = [f"{name}: {scheme}" for name, scheme in found.plan.entries if solved_scheme(parse_scheme(scheme))]
+    offending = [f"{name}: {scheme.name}" for name, scheme in found.plan.parsed.items() if scheme.solved is not None]
     if found.trained is not None and offending:
         raise refuse(to, f"the store keeps no matrices solved for the trained weights {found.weights_id}", offending)
 

@@ -15,7 +15,7 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, E
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize, plan_size, schemes_from_json
-from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.core.schemes import parse_scheme, solved_pairs
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.model.replica.in_memory import InMemoryReplica, manifest_of, weights_of
@@ -135,7 +135,7 @@ def _calibrate(replica: InMemoryReplica, plan: Plan, texts: Sequence[str], token
     """Gather and solve what the plan's calibrated schemes need; the calibration's id."""
     calibration = replica.cut_calibration(texts, 64, tokens, seed)
     replica.gather_statistics(calibration)
-    pairs = [(component, name) for component, s in plan.entries if (name := solved_scheme(parse_scheme(s)))]
+    pairs = [(component, scheme.name) for component, scheme in solved_pairs(plan.parsed.items())]
     solved = {(matrix.component, matrix.scheme): matrix for matrix in replica.solve(calibration.id, pairs)}
     replica.use_solved(calibration.id, lambda component, scheme: solved.get((component, scheme)))
     return calibration.id

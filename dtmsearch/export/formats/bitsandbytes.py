@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.holders import bitsandbytes_kinds, bitsandbytes_obstacle
-from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.bitsandbytes_layers import OUTLIER_THRESHOLD, compressed_module
@@ -46,7 +45,7 @@ def write_modules(job: Job, folder: Path) -> Written:
 def check_modules(job: Job) -> None:
     """Raises `UserError` with every component that stands in the way."""
     shapes = {name: job.manifest.by_name[name].shape for name in job.plan.schemes}
-    why = {name: bitsandbytes_obstacle(parse_scheme(scheme), shapes[name]) for name, scheme in job.plan.entries}
+    why = {name: bitsandbytes_obstacle(scheme, shapes[name]) for name, scheme in job.plan.parsed.items()}
     foreign = [f"{name}: {job.plan.scheme_of(name)}" for name, reason in why.items() if reason]
     if foreign:
         raise refuse(NAME, next(reason for reason in why.values() if reason), foreign)
@@ -66,7 +65,7 @@ def check_modules(job: Job) -> None:
 
 def _saved(job: Job, component: Component, weight: Tensor) -> dict[str, Tensor]:
     """The tensors that the module of a component saves, by the ending of their names."""
-    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    scheme = job.plan.scheme(component.name)
     linear = nn.Linear(component.shape[1], component.shape[0], bias=False, device="meta")
     if component.transposed:
         weight = weight.t().contiguous()
@@ -76,7 +75,7 @@ def _saved(job: Job, component: Component, weight: Tensor) -> dict[str, Tensor]:
 
 def _extra_bits(job: Job, component: Component, parts: dict[str, Tensor]) -> dict[str, int]:
     """What the files hold of a component beyond the plan's arithmetic: tables."""
-    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    scheme = job.plan.scheme(component.name)
     written = sum(8 * part.numel() * part.element_size() for part in parts.values())
     other = written - scheme.stored_bits(component.shape, 8 * job.dtype.itemsize)
     return {"tables of codes and their descriptions": other}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.holders import is_packed, packed_obstacle, packing_bits, vllm_obstacle
-from dtmsearch.core.schemes import SCALE_BITS, Scheme, parse_scheme
+from dtmsearch.core.schemes import SCALE_BITS, Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
@@ -42,7 +42,7 @@ def write_packed(job: Job, folder: Path) -> Written:
 
 def check_packed(job: Job) -> None:
     """Raises `UserError` with every component whose scheme the format or the job's runtime does not know."""
-    reasons = {name: _obstacle(job, job.manifest.by_name[name], parse_scheme(s)) for name, s in job.plan.entries}
+    reasons = {name: _obstacle(job, job.manifest.by_name[name], scheme) for name, scheme in job.plan.parsed.items()}
     offending = [f"{name}: {job.plan.scheme_of(name)}: {why}" for name, why in reasons.items() if why]
     if offending:
         raise refuse(NAME, f"not for --runtime {job.runtime}", offending)
@@ -60,7 +60,7 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
 
 def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
     """The tensors of one component, by the ending of their names."""
-    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    scheme = job.plan.scheme(component.name)
     scales = codes.scales.reshape(-1) if codes.scales.numel() == 1 else codes.scales
     signed, zeros = _signed(codes.codes, codes), None if codes.zeros is None else _signed(codes.zeros, codes)
     parts = {"weight_scale": scales.to(codes.scale_dtype)}
@@ -83,7 +83,7 @@ def _signed(values: Tensor, codes: Codes) -> Tensor:
 
 def _extra_bits(job: Job, component: Component, codes: Codes) -> dict[str, int]:
     """What the files hold of a component beyond the plan's arithmetic."""
-    scheme = parse_scheme(job.plan.scheme_of(component.name))
+    scheme = job.plan.scheme(component.name)
     scale_bits = codes.scales.numel() * (8 * codes.scale_dtype.itemsize - SCALE_BITS)
     packing = packing_bits(scheme, component.shape, job.runtime)
     if not is_packed(scheme, job.runtime):
@@ -93,13 +93,13 @@ def _extra_bits(job: Job, component: Component, codes: Codes) -> dict[str, int]:
 
 def _quantization_config(job: Job) -> dict[str, Any]:
     """One group of modules for each scheme; what is in none is ignored by name."""
-    by_scheme: dict[str, list[str]] = {}
-    for name, scheme in job.plan.entries:
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in job.plan.parsed.items():
         by_scheme.setdefault(scheme, []).append(name)
     groups = {
         f"group_{number}": {
             "targets": names,
-            "weights": _weights_arguments(parse_scheme(scheme)),
+            "weights": _weights_arguments(scheme),
             "input_activations": None,
             "output_activations": None,
             "format": _format(job, scheme),
@@ -118,8 +118,8 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     }
 
 
-def _format(job: Job, scheme: str) -> str:
-    return "pack-quantized" if is_packed(parse_scheme(scheme), job.runtime) else "naive-quantized"
+def _format(job: Job, scheme: Scheme) -> str:
+    return "pack-quantized" if is_packed(scheme, job.runtime) else "naive-quantized"
 
 
 def _weights_arguments(scheme: Scheme) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from dtmsearch.core.holders import dense_obstacle
-from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import ShardWriter, copy_other_files
@@ -14,7 +13,7 @@ from dtmsearch.export.writer import ShardWriter, copy_other_files
 def write_dense(job: Job, folder: Path) -> Written:
     """Raises `UserError` for schemes that are more than weights."""
     shapes = {name: job.manifest.by_name[name].shape for name in job.plan.schemes}
-    more = [f"{name}: {s}" for name, s in job.plan.entries if dense_obstacle(parse_scheme(s), shapes[name])]
+    more = [f"{name}: {s.name}" for name, s in job.plan.parsed.items() if dense_obstacle(s, shapes[name])]
     if more:
         raise refuse("dense", "these schemes round activations as well; `bitsandbytes` holds them", more)
     writer = ShardWriter(folder, job)

@@ -42,8 +42,9 @@ def write_evopress(job: Job, folder: Path) -> Written:
         weight = job.matrix(component)
         place = folder / DATABASE / component.name
         place.mkdir(parents=True)
-        for scheme, level in levels.items():
-            tensor = weight if scheme == DENSE else component_dense(job, component, weight, scheme)
+        for name, level in levels.items():
+            scheme = parse_scheme(name)
+            tensor = weight if scheme.is_unquantized else component_dense(job, component, weight, scheme)
             torch.save(tensor.detach().cpu().clone(), place / f"{level}.pth")
             files.append(place / f"{level}.pth")
     return Written(tuple(files), notes=["Each `.pth` file is one dense tensor; load it with `weights_only=True`."])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job, Written, refuse
 
@@ -76,17 +76,16 @@ def _names_in(table: Any, component: str) -> tuple[str, ...]:
 
 def _type_of_stack(job: Job, components: Sequence[Component]) -> str:
     """One type for all that a tensor of llama.cpp holds: the largest that any of them should have."""
-    types = {_nearest_type(job.plan.scheme_of(c.name), c) for c in components}
+    types = {_nearest_type(job.plan.scheme(c.name), c) for c in components}
     return max(types, key=_bits_of)
 
 
-def _nearest_type(scheme_name: str, component: Component) -> str:
+def _nearest_type(scheme: Scheme, component: Component) -> str:
     """The type nearest in bits per weight, of those whose blocks divide the rows."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    scheme = parse_scheme(scheme_name)
     wanted = float(_DENSE_BITS)
-    if scheme.name != DENSE and scheme.bits:
+    if scheme.bits:
         codes = component.num_weights * scheme.bits + 16 * scheme.num_scales(component.shape)
         wanted = codes / component.num_weights
     cols = component.shape[1]
@@ -126,7 +125,7 @@ def _notes(job: Job, held: dict[str, list[Component]], types: dict[str, str]) ->
         )
     if job.trained is not None:
         notes.append("The weights were trained: convert a `dense` export of this plan instead of BASE.")
-    if any(parse_scheme(scheme).pruning is not None or scheme == "drop" for _, scheme in job.plan.entries):
+    if any(scheme.pruning is not None or scheme.is_dropped for scheme in job.plan.parsed.values()):
         notes.append(
             "GGUF has no sparse types: convert a `dense` export of this plan instead of BASE, so that zeros stay zero."
         )

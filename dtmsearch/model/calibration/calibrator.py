@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme, solved_scheme
+from dtmsearch.core.schemes import Scheme, parse_scheme, solved_pairs
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.input_statistics import Gatherer, SharedHessian
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module, restored_weight
@@ -29,6 +29,8 @@ from dtmsearch.model.weights.applied import Weights
 
 # Bytes of Hessians that are kept: all of a small model's, none of a large one's.
 _HESSIAN_BYTES = 1 << 30
+# As LLM.int8() rounds weights.
+_BY_ROW = parse_scheme("int8-channel")
 # Weights that are solved for side by side: about 16 bytes of working memory for each.
 _MOST_TOGETHER = 1 << 28
 
@@ -128,33 +130,36 @@ class Calibrator:
         if plans:
             own = self._active or next(iter(self._calibrations), "")
             self.activate(own if calibration_id is None else calibration_id)
-            self.solve([entry for plan in plans for entry in plan.entries])
+            self.solve([pair for plan in plans for pair in plan.parsed.items()])
 
-    def solve(self, pairs: Iterable[tuple[str, str]]) -> list[PackedMatrix]:
+    def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
         """Solve for (component, scheme) pairs by the active calibration; those at hand already are not solved again.
 
         The matrices of schemes that need solving, in order of the pairs. Raises `ValueError` for a component that the
         text does not reach.
         """
-        wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
+        wanted = {(component, scheme.name): scheme for component, scheme in solved_pairs(pairs)}
         compressor = self._weights.compressor
         self._choose_fetch()
-        found = {pair: packed for pair in wanted if (packed := compressor.solved(*pair)) is not None}
-        for packed in self._solve_missing(sorted(wanted.keys() - found.keys())):
+        held = ((pair, compressor.solved(pair[0], scheme)) for pair, scheme in wanted.items())
+        found = {pair: packed for pair, packed in held if packed is not None}
+        missing = sorted(wanted.keys() - found.keys())
+        for packed in self._solve_missing([(pair[0], wanted[pair]) for pair in missing]):
             compressor.keep(packed)
             found[packed.component, packed.scheme] = packed
         compressor.trim(wanted.keys())
         return [found[pair] for pair in wanted]
 
-    def _solve_missing(self, missing: Sequence[tuple[str, str]]) -> Iterator[PackedMatrix]:
-        """What is not at hand, and in a calibration through compressed layers what lies below it."""
+    def _solve_missing(self, missing: Sequence[tuple[str, Scheme]]) -> Iterator[PackedMatrix]:
+        """What is not at hand, in order of components and schemes' names, and in a calibration through compressed
+        layers what lies below it."""
         if missing and self._through_compressed:
-            for scheme in dict.fromkeys(name for _, name in missing):
-                yield from self._solve_upwards(scheme, [component for component, name in missing if name == scheme])
+            for scheme in dict.fromkeys(wanted for _, wanted in missing):
+                yield from self._solve_upwards(scheme, [component for component, own in missing if own == scheme])
             return
-        by_layer: dict[int, dict[str, list[str]]] = {}
-        for component, name in missing:
-            by_layer.setdefault(self._layer_of(component), {}).setdefault(component, []).append(name)
+        by_layer: dict[int, dict[str, list[Scheme]]] = {}
+        for component, scheme in missing:
+            by_layer.setdefault(self._layer_of(component), {}).setdefault(component, []).append(scheme)
         for layer in sorted(by_layer):
             yield from self._solve_layer(layer, by_layer[layer])
 
@@ -162,7 +167,7 @@ class Calibrator:
     def _through_compressed(self) -> bool:
         return self._active is not None and self._calibrations[self._active].through == "compressed"
 
-    def _solve_upwards(self, scheme: str, wanted: Sequence[str]) -> Iterator[PackedMatrix]:
+    def _solve_upwards(self, scheme: Scheme, wanted: Sequence[str]) -> Iterator[PackedMatrix]:
         """Solve all components from the first layer up to those wanted, each layer over the text's states behind the
         layers below as this scheme has made them (arXiv 2210.17323, section 4). All of them are compressed, whatever a
         plan has there: so a component's matrix follows from its scheme alone."""
@@ -172,7 +177,7 @@ class Calibrator:
         reached: set[str] = set()
         self._stand_on(self._standing_on())
         with self._eager():
-            walker = self._gatherer(self._calibrations[self._active or ""], scheme)
+            walker = self._gatherer(self._calibrations[self._active or ""], scheme.name)
             for layer in range(self._body.own.start, top + 1):
                 shared_here = walker.hessians(layer, stay=True)
                 for shared in shared_here:
@@ -180,12 +185,12 @@ class Calibrator:
                     pairs = [(c, scheme) for c in shared.components if compressor.solved(c, scheme) is None]
                     yield from self._solve_shared(pairs, shared.hessian) if pairs else ()
                 if layer < top:
-                    plan = {component: scheme for shared in shared_here for component in shared.components}
+                    plan = {component: scheme.name for shared in shared_here for component in shared.components}
                     with self._weights.perturbed(Plan.of(plan)):
                         walker.advance(layer + 1)
         self._require_reached(wanted, reached)
 
-    def lacks(self, pairs: Iterable[tuple[str, str]]) -> bool:
+    def lacks(self, pairs: Iterable[tuple[str, Scheme]]) -> bool:
         """Whether some of these (component, solved scheme) pairs are neither at hand nor to be fetched."""
         self._choose_fetch()
         return any(self._weights.compressor.solved(*pair) is None for pair in pairs)
@@ -200,11 +205,11 @@ class Calibrator:
             raise UserError(f"{component} lies outside the layers, where no Hessians are gathered")
         return layer
 
-    def _solve_layer(self, layer: int, wanted: Mapping[str, Sequence[str]]) -> Iterable[PackedMatrix]:
+    def _solve_layer(self, layer: int, wanted: Mapping[str, Sequence[Scheme]]) -> Iterable[PackedMatrix]:
         hessians = self.hessians(layer)
         self._require_reached(wanted, {component for shared in hessians for component in shared.components})
         for shared in hessians:
-            pairs = [(c, name) for c in shared.components for name in sorted(wanted.get(c, ()))]
+            pairs = [(c, scheme) for c in shared.components for scheme in wanted.get(c, ())]
             if pairs:
                 yield from self._solve_shared(pairs, shared.hessian)
 
@@ -214,13 +219,13 @@ class Calibrator:
                 f"{component} cannot be calibrated: no token of the calibration text reached it as a module of its own"
             )
 
-    def _solve_shared(self, pairs: Sequence[tuple[str, str]], hessian: Tensor) -> Iterable[PackedMatrix]:
+    def _solve_shared(self, pairs: Sequence[tuple[str, Scheme]], hessian: Tensor) -> Iterable[PackedMatrix]:
         factor = inverse_factor(hessian)
         for together in _chunks(pairs, lambda pair: self._manifest.by_name[pair[0]].num_weights):
             originals = {component: self._weights.original(component) for component, _ in together}
-            jobs = [self._weights.compressor.job(c, originals[c], name) for c, name in together]
-            for (component, name), solved in zip(together, solve(jobs, factor), strict=True):
-                yield pack(component, name, solved, originals[component].dtype)
+            jobs = [self._weights.compressor.job(c, originals[c], scheme) for c, scheme in together]
+            for (component, scheme), solved in zip(together, solve(jobs, factor), strict=True):
+                yield pack(component, scheme.name, solved, originals[component].dtype)
 
     def hessians(self, layer: int) -> list[SharedHessian]:
         """The Hessians of a layer by the active calibration, kept as long as there is room."""
@@ -257,30 +262,30 @@ class Calibrator:
         self._hessians.clear()
 
     def weight_errors(
-        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str, by_hessian: bool
+        self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
     ) -> list[WeightError]:
         """Errors of every scheme on every component, in this order of nesting; see `Replica.weight_errors`."""
         if self._standing_on():
             self._stand_on("")
         if calibration_id:
             self.activate(calibration_id)
-        parsed = [parse_scheme(name) for name in schemes]
-        if any(scheme.needs_calibration for scheme in parsed) and not calibration_id:
-            raise ValueError(f"errors of {', '.join(schemes)} need calibration text; no calibration is named")
+        if any(scheme.needs_calibration for scheme in schemes) and not calibration_id:
+            names = ", ".join(scheme.name for scheme in schemes)
+            raise ValueError(f"errors of {names} need calibration text; no calibration is named")
         by_layer: dict[int, list[str]] = {}
         for component in components:
-            if any((calibration_id, component, name, by_hessian) not in self._errors for name in schemes):
+            if any((calibration_id, component, s.name, by_hessian) not in self._errors for s in schemes):
                 by_layer.setdefault(self._manifest.by_name[component].layer, []).append(component)
         for layer in sorted(by_layer):
-            self._measure_errors(by_layer[layer], parsed, calibration_id, by_hessian)
+            self._measure_errors(by_layer[layer], schemes, calibration_id, by_hessian)
         self.rest()
-        return [self._errors[calibration_id, c, name, by_hessian] for c in components for name in schemes]
+        return [self._errors[calibration_id, c, s.name, by_hessian] for c in components for s in schemes]
 
     def _measure_errors(
         self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
     ) -> None:
         """Errors of all schemes on components of one layer; the device is asked for them once, at the end."""
-        self.solve([(component, scheme.name) for component in components for scheme in schemes])
+        self.solve([(component, scheme) for component in components for scheme in schemes])
         hessian_of = {
             component: shared.hessian
             for shared in (self.hessians(self._layer_of(components[0])) if by_hessian else [])
@@ -313,12 +318,12 @@ class Calibrator:
 
     def applied(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         """The dense matrix [rows, cols] of a component under a scheme."""
-        if scheme.name == DENSE:
+        if scheme.is_unquantized:
             return weight.clone()
-        if scheme.family != "bitsandbytes":
+        if not scheme.kind.as_module:
             return self._weights.compressor.compress(component, weight, scheme)
-        if scheme.bits == 8:  # vector-wise: a scale for each row, as in rounding
-            return round_weight(weight, parse_scheme("int8-channel"))
+        if scheme.rounds_activations:  # vector-wise: a scale for each row, as in rounding
+            return round_weight(weight, _BY_ROW)
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         return restored_weight(compressed_module(linear, weight, scheme))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.calibration import FloatArray, PackedMatrix
-from dtmsearch.core.schemes import Scheme, parse_scheme, solved_scheme
+from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.gptq import Job
 from dtmsearch.model.compress.packing import unpack
@@ -59,20 +59,21 @@ class Compressor:
         self._solved[packed.component, packed.scheme] = packed
 
     def trim(self, needed: Collection[tuple[str, str]]) -> None:
-        """Let go of matrices that were not asked for lately, while there are too many, but of none that is needed."""
+        """Let go of matrices that were not asked for lately, while there are too many, but of none that is needed:
+        (component, scheme's name)."""
         held = sum(packed.num_bytes for packed in self._solved.values())
         for pair in [pair for pair in self._solved if pair not in needed]:
             if held <= _KEPT_BYTES:
                 return
             held -= self._solved.pop(pair).num_bytes
 
-    def solved(self, component: str, scheme: str) -> PackedMatrix | None:
+    def solved(self, component: str, scheme: Scheme) -> PackedMatrix | None:
         """A solved matrix, if it is at hand or can be fetched."""
-        found = self._solved.get((component, scheme))
+        found = self._solved.get((component, scheme.name))
         if found is not None:
-            self._solved.move_to_end((component, scheme))
+            self._solved.move_to_end((component, scheme.name))
             return found
-        return None if self._fetch is None else self._fetch(component, scheme)
+        return None if self._fetch is None else self._fetch(component, scheme.name)
 
     def mean_squares(self, component: str) -> Tensor:
         """Mean squares [cols] of a component's inputs. Raises `ValueError` where there are none."""
@@ -91,15 +92,14 @@ class Compressor:
         """
         if scheme.own is not None and scheme.own.make is not None:
             return self._made(component, weight, scheme, scheme.own.make)
-        if scheme.family == "drop":
+        if scheme.is_dropped:
             return torch.zeros_like(weight)
-        solved = solved_scheme(scheme)
-        if solved is not None:
-            packed = self.solved(component, solved)
+        if scheme.solved is not None:
+            packed = self.solved(component, scheme.solved)
             if packed is None:
-                raise ValueError(f"{component} has not been solved for {solved}")
+                raise ValueError(f"{component} has not been solved for {scheme.solved.name}")
             found = unpack(packed, weight.dtype, weight.device)
-            return found if solved == scheme.name else round_weight(found, scheme, self._scale_dtype)
+            return found if scheme.solved == scheme else round_weight(found, scheme, self._scale_dtype)
         pruned = weight if scheme.pruning is None else self._pruned(component, weight, scheme)
         return round_weight(pruned, scheme, self._scale_dtype) if scheme.bits else pruned
 
@@ -117,10 +117,9 @@ class Compressor:
         squares = self.mean_squares(component).to(weight.device) if wanda else None
         return self._pruner.prune(component, weight, scheme.pruning, squares)
 
-    def job(self, component: str, weight: Tensor, name: str) -> Job:
-        """What is to be solved for a `solved_scheme`."""
-        scheme = parse_scheme(name)
-        quantizer = None if not scheme.bits else parse_scheme(scheme.quantizer or name)
+    def job(self, component: str, weight: Tensor, scheme: Scheme) -> Job:
+        """What is to be solved for a scheme that is another's `solved`, or its own."""
+        quantizer = scheme.rounded_by
         if scheme.pruning is None:
             return Job(weight, quantizer)
         if scheme.pruning.saliency == "sparsegpt":

@@ -18,7 +18,7 @@ from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatri
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings, Speed
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import parse_scheme, solved_scheme
+from dtmsearch.core.schemes import Scheme, solved_pairs
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.forward.partial import Body, Elsewhere, StandIn, State
@@ -253,10 +253,10 @@ class PipelineCalibrator(Calibrator):
         batches: Sequence[Tensor] = tokens.split(self._rows_in_batch(tokens.shape[1]))
         return batches
 
-    def _solve_from_below(self, pairs: Iterable[tuple[str, str]]) -> None:
+    def _solve_from_below(self, pairs: Iterable[tuple[str, Scheme]]) -> None:
         """By a calibration through compressed layers: have what these pairs lack solved stage by stage, each over the
         text's states behind those below as the same scheme has made them."""
-        for scheme in dict.fromkeys(name for _, wanted in self._elsewhere(pairs) for _, name in wanted):
+        for scheme in dict.fromkeys(scheme for _, wanted in self._elsewhere(pairs) for _, scheme in wanted):
             needed = [(r, [pair for pair in wanted if pair[1] == scheme]) for r, wanted in self._elsewhere(pairs)]
             lacking = [remote for remote, wanted in needed if wanted and remote.get("lacks", wanted)]
             if not lacking:
@@ -268,10 +268,10 @@ class PipelineCalibrator(Calibrator):
             super().solve([(name, scheme) for name, layer in layer_of.items() if layer in self._whole.own])
             for remote in self._remotes[: self._remotes.index(lacking[-1]) + 1]:
                 start = remote.layers.start
-                below = Plan.of({name: scheme for name, layer in layer_of.items() if layer < start})
+                below = Plan.of({name: scheme.name for name, layer in layer_of.items() if layer < start})
                 with self._weights.perturbed(below):
                     states = [self._whole.advance(batch, None, 0, start) for batch in self._text(self._active)]
-                    remote.tell("enter", self._active, scheme, *map(outgoing, states))
+                    remote.tell("enter", self._active, scheme.name, *map(outgoing, states))
                 own = [(name, scheme) for name, layer in layer_of.items() if layer in remote.layers]
                 remote.tell("solve_for_itself", own)
 
@@ -289,8 +289,8 @@ class PipelineCalibrator(Calibrator):
             own = self._active or next(iter(self._calibrations), "")
             self.activate(own if calibration_id is None else calibration_id)
             if self._through_compressed:
-                self._solve_from_below([entry for plan in plans for entry in plan.entries])
-            for remote, wanted in self._elsewhere(entry for plan in plans for entry in plan.entries):
+                self._solve_from_below([pair for plan in plans for pair in plan.parsed.items()])
+            for remote, wanted in self._elsewhere(pair for plan in plans for pair in plan.parsed.items()):
                 if remote.get("lacks", wanted):
                     self._have_enter()
                     remote.tell("solve_for_itself", wanted)
@@ -298,11 +298,11 @@ class PipelineCalibrator(Calibrator):
     def _here(self, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
         return {c: s for c, s in pairs if self._manifest.by_name[c].layer in self._whole.own}
 
-    def _elsewhere(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[Remote, list[tuple[str, str]]]]:
+    def _elsewhere(self, pairs: Iterable[tuple[str, Scheme]]) -> list[tuple[Remote, list[tuple[str, Scheme]]]]:
         """What is to be solved in other stages: (component, solved scheme) pairs of each that has some."""
-        wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
+        wanted = solved_pairs(pairs)
         found = [
-            (remote, [(c, name) for c, name in wanted if self._manifest.by_name[c].layer in remote.layers])
+            (remote, [(c, scheme) for c, scheme in wanted if self._manifest.by_name[c].layer in remote.layers])
             for remote in self._remotes
         ]
         return [(remote, pairs) for remote, pairs in found if pairs]
@@ -314,7 +314,7 @@ class PipelineCalibrator(Calibrator):
             self._enter(self._active)
         self._stand_on(self._standing_on())
 
-    def solve(self, pairs: Iterable[tuple[str, str]]) -> list[PackedMatrix]:
+    def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
         pairs = list(pairs)
         if self._through_compressed:
             self._solve_from_below(pairs)
@@ -327,20 +327,19 @@ class PipelineCalibrator(Calibrator):
         for remote, promise in solving:
             found += remote.peer.answer(promise)
         by_pair = {(packed.component, packed.scheme): packed for packed in found}
-        wanted = dict.fromkeys((c, name) for c, scheme in pairs if (name := solved_scheme(parse_scheme(scheme))))
-        return [by_pair[pair] for pair in wanted]
+        return [by_pair[component, scheme.name] for component, scheme in solved_pairs(pairs)]
 
     def weight_errors(
-        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str, by_hessian: bool
+        self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
     ) -> list[WeightError]:
         if self._standing_on():
             self._stand_on("")
         if calibration_id:
             self.activate(calibration_id)
-            if by_hessian or any(solved_scheme(parse_scheme(name)) for name in schemes):
+            if by_hessian or any(scheme.solved is not None for scheme in schemes):
                 self._have_enter()
             if self._through_compressed:
-                self._solve_from_below([(component, name) for component in components for name in schemes])
+                self._solve_from_below([(component, scheme) for component in components for scheme in schemes])
         found: dict[tuple[str, str], WeightError] = {}
         asked = []
         for remote in self._remotes:
@@ -351,7 +350,7 @@ class PipelineCalibrator(Calibrator):
         answers += [remote.peer.answer(promise) for remote, promise in asked]
         for errors in answers:
             found |= {(error.component, error.scheme): error for error in errors}
-        return [found[c, s] for c in components for s in schemes]
+        return [found[c, s.name] for c in components for s in schemes]
 
 
 class PipelineReplica(Replica):

@@ -23,6 +23,7 @@ from dtmsearch.core.calibration import Calibration, FloatArray, InputStatistics,
 from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
@@ -246,24 +247,24 @@ class Stage:
         self._calibrator.activate(calibration_id)
 
     @torch.inference_mode()
-    def lacks(self, pairs: Sequence[tuple[str, str]]) -> bool:
+    def lacks(self, pairs: Sequence[tuple[str, Scheme]]) -> bool:
         """Whether some of these (component, solved scheme) pairs have yet to be solved."""
         return self._calibrator.lacks(pairs)
 
     @torch.inference_mode()
-    def solve(self, pairs: Sequence[tuple[str, str]]) -> list[PackedMatrix]:
+    def solve(self, pairs: Sequence[tuple[str, Scheme]]) -> list[PackedMatrix]:
         solved = self._calibrator.solve(pairs)
         self._calibrator.rest()
         return solved
 
     @torch.inference_mode()
-    def solve_for_itself(self, pairs: Sequence[tuple[str, str]]) -> None:
+    def solve_for_itself(self, pairs: Sequence[tuple[str, Scheme]]) -> None:
         """`solve`, when nobody else needs the matrices."""
         self.solve(pairs)
 
     @torch.inference_mode()
     def weight_errors(
-        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str, by_hessian: bool
+        self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
     ) -> list[WeightError]:
         return self._calibrator.weight_errors(components, schemes, calibration_id, by_hessian)
 

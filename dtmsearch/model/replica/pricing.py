@@ -130,7 +130,7 @@ class Pricer:
         runs = [at for at, scheme in enumerate(parsed) if now is None or _runs(scheme)]
         rounds = [at for at in range(len(parsed)) if at not in runs]
         modules = [
-            self._weights.made(component, schemes[at])
+            self._weights.made(component, parsed[at])
             if _runs(parsed[at])
             else _Linear(self._calibrator.applied(component, own, parsed[at]), self._weights.module(component))
             for at in runs
@@ -151,7 +151,7 @@ class Pricer:
 
 def _runs(scheme: Scheme) -> bool:
     """Whether a scheme changes more than weights, so that it has to be run."""
-    return scheme.family == "bitsandbytes" and scheme.bits == 8
+    return scheme.rounds_activations
 
 
 class _Linear(nn.Module):

@@ -54,6 +54,7 @@ from dtmsearch.core.metrics import perplexity, share_of_divergent_tokens
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PASSES, PriceBlock, PriceRequest
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
@@ -344,7 +345,7 @@ class Replica:
             if self._weights_id:
                 self._to_base()
             self._calibrator.activate(calibration_id)
-            return self._calibrator.solve(pairs)
+            return self._calibrator.solve([(component, parse_scheme(scheme)) for component, scheme in pairs])
 
         return self._batches.halving(solved)
 
@@ -356,8 +357,9 @@ class Replica:
 
         No evaluation; with a calibration also weighted by mean squared inputs and, with `by_hessian`, by Hessians.
         """
+        parsed = [parse_scheme(scheme) for scheme in schemes]
         return self._batches.halving(
-            lambda: self._calibrator.weight_errors(components, schemes, calibration_id, by_hessian)
+            lambda: self._calibrator.weight_errors(components, parsed, calibration_id, by_hessian)
         )
 
     @torch.inference_mode()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import read_header
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
@@ -105,10 +105,10 @@ class Weights:
 
     def become(self, plan: Plan) -> None:
         """Apply `plan` for good; what it replaces is let go."""
-        for component, scheme in plan.diff(self.plan).items():
+        for component, scheme in plan.changes(self.plan).items():
             replaced = self._replace(component, scheme)
             self._let_go(component, replaced)
-            changed = self.plan.schemes | {component: scheme}
+            changed = self.plan.schemes | {component: scheme.name}
             self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
 
     @contextmanager
@@ -116,7 +116,7 @@ class Weights:
         """`plan` within, the current plan again after it, by pointer."""
         replaced: list[tuple[str, _Installed]] = []
         try:
-            for component, scheme in plan.diff(self.plan).items():
+            for component, scheme in plan.changes(self.plan).items():
                 replaced.append((component, self._replace(component, scheme)))
             yield
         finally:
@@ -157,10 +157,10 @@ class Weights:
         """What stands in a component's place."""
         return self._places.get(component)
 
-    def made(self, component: str, scheme: str) -> nn.Module:
+    def made(self, component: str, scheme: Scheme) -> nn.Module:
         """A module that computes what the component does under a scheme that is more than other weights."""
         made = self._make(component, scheme, self._installed(component))
-        assert made.weight is None, f"{scheme} is no more than other weights"
+        assert made.weight is None, f"{scheme.name} is no more than other weights"
         return made.module
 
     def let_gradients_through(self) -> None:
@@ -174,27 +174,26 @@ class Weights:
         """A component's own weights, whatever the plan makes of it, on its device."""
         return self._original(component, self._installed(component))
 
-    def _replace(self, component: str, scheme: str) -> _Installed:
+    def _replace(self, component: str, scheme: Scheme) -> _Installed:
         now = self._installed(component)
         self._install(component, self._make(component, scheme, now))
         return now
 
-    def _make(self, component: str, scheme: str, now: _Installed) -> _Installed:
+    def _make(self, component: str, scheme: Scheme, now: _Installed) -> _Installed:
         dense = self._dense_modules.setdefault(component, now.module)
         weight = self._original(component, now)
-        parsed = parse_scheme(scheme)
-        if parsed.family == "dense":
+        if scheme.is_unquantized:
             return _Installed(dense, weight)
-        if parsed.family == "bitsandbytes":
+        if scheme.kind.as_module:
             if not isinstance(dense, nn.Linear):
-                raise UserError(f"{scheme} needs a linear layer; {component} is {type(dense).__name__}")
-            return _Installed(compressed_module(dense, weight, parsed), None)
+                raise UserError(f"{scheme.name} needs a linear layer; {component} is {type(dense).__name__}")
+            return _Installed(compressed_module(dense, weight, scheme), None)
         matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
-        return _Installed(dense, self.compressor.compress(component, matrix, parsed).reshape(weight.shape))
+        return _Installed(dense, self.compressor.compress(component, matrix, scheme).reshape(weight.shape))
 
     def _original(self, component: str, now: _Installed) -> Tensor:
         """The component's own weights, on its device."""
-        if self.plan.scheme_of(component) == DENSE:
+        if self.plan.scheme(component).is_unquantized:
             assert now.weight is not None
             return now.weight
         if component in self._kept:
@@ -220,7 +219,7 @@ class Weights:
 
     def _let_go(self, component: str, replaced: _Installed) -> None:
         """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""
-        if self.plan.scheme_of(component) == DENSE and not self._checkpoint.holds(component):
+        if self.plan.scheme(component).is_unquantized and not self._checkpoint.holds(component):
             assert replaced.weight is not None
             self._kept[component] = replaced.weight
         dense = self._dense_modules[component]

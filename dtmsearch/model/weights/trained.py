@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dtmsearch.core.plan import Plan, check_weights_id
-from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.weights.applied import Weights
 
@@ -35,11 +34,11 @@ def trained_file(folder: str, weights_id: str) -> Path:
 
 def check_only_pruned(plan: Plan) -> None:
     """Raise `UserError` for a plan that does more to its components than prune them."""
-    for component, scheme in plan.entries:
-        if parse_scheme(scheme).family not in ("pruning", "drop"):
+    for component, scheme in plan.parsed.items():
+        if not scheme.kind.only_prunes:
             raise UserError(
-                f"{component} is under {scheme}, but only pruned components can be trained under a mask: train the "
-                "pruned plan first, and quantize what comes out"
+                f"{component} is under {scheme.name}, but only pruned components can be trained under a mask: train "
+                "the pruned plan first, and quantize what comes out"
             )
 
 

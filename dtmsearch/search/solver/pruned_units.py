@@ -53,8 +53,7 @@ def scheme_name(prune: str, share: float) -> str:
 
 def share_of(scheme: str) -> float:
     """The share that a scheme of `scheme_name` prunes."""
-    parsed = parse_scheme(scheme)
-    return 1.0 if parsed.family == DROP else 0.0 if parsed.pruning is None else parsed.pruning.share
+    return parse_scheme(scheme).pruned_share
 
 
 def fitted_schemes(
