@@ -17,11 +17,11 @@ from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
 from dtmsearch.core.plan import plan_from_json
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.errors import ExportFailed
+from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.export.job import Written
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.workflows.export import export
+from dtmsearch.workflows.export import export, publish, resolve, verify, write
 from dtmsearch.workflows.export_check import check_bytes
 
 MIXED = {
@@ -94,6 +94,21 @@ def test_a_failed_export_leaves_no_folder_of_that_name(
     with pytest.raises(ExportFailed):
         mixed.export("dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_stands_where_it_was_asked_for_once_it_is_published(mixed: Measured, tmp_path: Path) -> None:
+    order = resolve(RUN, "dense", tmp_path / "out", str(mixed.store), check=False)
+    assert list(tmp_path.iterdir()) == []
+    draft = verify(write(order))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert Path(publish(draft).folder) == tmp_path / "out" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_format_refuses_leaves_nothing_behind(mixed: Measured, tmp_path: Path) -> None:
+    order = resolve(RUN, "compressed-tensors", tmp_path / "out", str(mixed.store), check=False)
+    with pytest.raises(UserError, match="compressed-tensors cannot hold this plan"):
+        write(order)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_chat_template_is_exported(tmp_path: Path) -> None:

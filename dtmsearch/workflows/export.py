@@ -1,5 +1,5 @@
 """The verb `export`: a plan of the store or of a file, written in a format, loaded again in a fresh process, measured
-against what is recorded of it, and described.
+against what is recorded of it, and described. Four steps: resolve, write, verify, publish.
 
 Knows where plans and their measurements lie; what a format looks like is the business of `dtmsearch.export`.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
-from dtmsearch.export.formats.format_registry import find_format
+from dtmsearch.export.formats.format_registry import Format, find_format
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
@@ -48,44 +48,104 @@ def export(
     cannot be found or that the format cannot hold, `ExportFailed` when the written folder does not measure as the
     store says; it is left beside `out` then.
     """
+    order = resolve(source, to, Path(out), store, check, model, weights, runtime)
+    say(f"writing {to} of {order.found.manifest.model}: {len(order.found.plan)} compressed components")
+    draft = write(order)
+    if order.is_checked:
+        say("measuring it in a fresh process")
+    return publish(verify(draft, batch_tokens))
+
+
+@dataclass(frozen=True)
+class Order:
+    """An export that can be made: the plan `found` for `source` of a store, as a `job` for a format, to be put at
+    `target`. `is_checked`: what is written shall measure as the store has recorded."""
+
+    source: str
+    store: str
+    form: Format
+    target: Path
+    found: Source
+    job: Job
+    is_checked: bool
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An export that is written into `folder`, beside its target, and not published."""
+
+    order: Order
+    folder: Path
+    result: Exported
+
+
+def resolve(
+    source: str,
+    to: str,
+    target: Path,
+    store: str,
+    check: bool = True,
+    model: str | None = None,
+    weights: str | None = None,
+    runtime: str = "transformers",
+) -> Order:
+    """Find all that an export is made of, arguments as `export` takes them. Writes nothing but, where vLLM cannot hold
+    the plan, the repaired one. Raises `UserError` for what cannot be found, and what the format is known not to hold.
+    """
     form = find_format(to)
-    target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target} is there already: give a folder that is new or empty")
     results = ResultStore(store)
     found = find(source, results, model, weights)
-    wants_check = check and form.is_model
-    if wants_check and found.recorded is None:
+    is_checked = check and form.is_model
+    if is_checked and found.recorded is None:
         raise UserError(
             f"the store {store} holds no measurement of this plan{_over(found)} to hold the export against. "
             f"Measure it first (dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
         )
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    job = _job(found, runtime, results)
+    if form.is_model:
+        _check_solved(found, to)
+    if runtime == "vllm" and to == PACKED:
+        require_tied(found, target, job)
+    return Order(source, store, form, target, found, job, is_checked)
+
+
+def write(order: Order) -> Draft:
+    """Write an export beside its target, and hold its bytes against the plan's arithmetic. Raises `UserError` for a
+    plan that the format cannot hold, which leaves nothing behind, and `ExportFailed` where the bytes are others."""
+    folder = order.target.with_name(order.target.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        job = _job(found, runtime, results)
-        if form.is_model:
-            _check_solved(found, to)
-        if runtime == "vllm" and to == PACKED:
-            require_tied(found, target, job)
-        say(f"writing {to} of {found.manifest.model}: {len(found.plan)} compressed components")
-        written = form.write(job, partial)
+        written = order.form.write(order.job, folder)
     except UserError:  # a refusal leaves nothing behind; a faulty export stays, to be looked at
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    check_bytes(job, written)
-    result = described(form, target, partial, found, job, written)
-    if wants_check:
-        assert found.recorded is not None
-        say("measuring it in a fresh process")
-        result = replace(result, check=measured(partial, found, found.recorded, batch_tokens))
-    (partial / "README.md").write_text(card_of(result, form, found, source, store), encoding="utf-8")
-    _raise_unless_equal(result, partial)
+    check_bytes(order.job, written)
+    return Draft(order, folder, described(order.form, order.target, folder, order.found, order.job, written))
+
+
+def verify(draft: Draft, batch_tokens: int = 0) -> Draft:
+    """Measure a draft in a fresh process, if its order is for one that is checked, and say in its card what came out.
+    Raises `ExportFailed` where that is not what the store says; the folder is left as it is."""
+    order, result = draft.order, draft.result
+    if order.is_checked:
+        assert order.found.recorded is not None
+        result = replace(result, check=measured(draft.folder, order.found, order.found.recorded, batch_tokens))
+    card = card_of(result, order.form, order.found, order.source, order.store)
+    (draft.folder / "README.md").write_text(card, encoding="utf-8")
+    _raise_unless_equal(result, draft.folder)
+    return replace(draft, result=result)
+
+
+def publish(draft: Draft) -> Exported:
+    """Put a draft where it was asked for."""
+    target = draft.order.target
     if target.exists():
         target.rmdir()
-    partial.rename(target)
-    return result
+    draft.folder.rename(target)
+    return draft.result
 
 
 def _job(found: Source, runtime: str, results: ResultStore) -> Job:
