@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.variant import Variant
 
 TOKENS = 100
 _ROUNDS = 3
@@ -47,7 +48,7 @@ def main(model: str, text: str, prompts: int, batch: int, schemes: str, blocks: 
     click.echo(f"{model} on {device}, {prompts} prompts of {TOKENS} + {TOKENS} tokens in batches of {batch}, best of 3")
     click.echo("scheme          FDT  positions read  one pass s  in blocks s  ratio  FDT differs on")
     for scheme in schemes.split(","):
-        replica._to_parent(Plan.uniform(replica.manifest().components, scheme))
+        replica._bench.become(Variant(Plan.uniform(replica.manifest().components, scheme)))
         with torch.inference_mode():
             (whole, whole_seconds, _), (stepped, stepped_seconds, read) = best_of(
                 lambda: at_once(body, batches, allowed), lambda: in_blocks(body, batches, allowed, sizes)

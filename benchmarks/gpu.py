@@ -66,7 +66,7 @@ def cached_generation_seconds(
         do_sample=False, max_new_tokens=CONTINUATION, suppress_tokens=[2], eos_token_id=None, pad_token_id=0,
         cache_implementation=cache, disable_compile=not compiled,
     )  # fmt: skip
-    with torch.inference_mode(), replica._generating():
+    with torch.inference_mode(), replica._standing.eagerly():
         return timed(lambda: replica._body.model.generate(tokens, generation_config=settings))
 
 
@@ -78,7 +78,7 @@ def disagreement() -> float:
     prompts, _ = eager.cut_prompts([text], 16, PROMPT, CONTINUATION, 0)
     compiled = Replica(replace(spec, compile="always"), ReplicaSettings())
     compiled.use(replace(eager.make_reference(prompts), mode=compiled.mode))
-    return compiled.canary(next(iter(compiled._references)))
+    return compiled.canary(next(iter(compiled._evaluator.references)))
 
 
 def pool_of(shape: str, gpus: int) -> ReplicaPool:

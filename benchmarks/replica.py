@@ -93,7 +93,7 @@ class Probe:
         """Divergent tokens of each prompt, by the plain loop."""
         batches = self.tokens.split(self.replica._batches.rows(self.tokens.shape[1]))
         plan = Plan().with_(Perturbation(component.name, self.scheme))
-        with self.replica._weights.perturbed(plan), self.replica._generating():
+        with self.replica._weights.perturbed(plan), self.replica._standing.eagerly():
             diverged = torch.cat([self._compare(batch) for batch in batches]).cpu().numpy()
         return share_of_divergent_tokens(diverged)
 
@@ -264,7 +264,9 @@ def make_reference(replica: Replica, text: Path | None, count: int, prompt: int,
     agrees = np.ones(targets.shape, np.bool_)
     manifest_id = replica.manifest().id
     identity = reference_id(manifest_id, replica.mode, cut, replica.conditions()[1])
-    made = Reference(identity, manifest_id, replica.mode, cut.tokens, targets, agrees, replica._suppressed)
+    made = Reference(
+        identity, manifest_id, replica.mode, cut.tokens, targets, agrees, replica.conditions()[1].suppressed
+    )
     replica.use(made)
     return made
 

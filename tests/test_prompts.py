@@ -8,7 +8,7 @@ import pytest
 
 from dtmsearch.core.evaluation import PromptTokens
 from dtmsearch.core.windows import Supply, TooLittleText, num_repeats
-from dtmsearch.model.replica.prompts import cut_prompts
+from dtmsearch.model.replica.prompts import Cutter
 
 
 class Words:
@@ -23,6 +23,15 @@ class Words:
 
 def numbers(start: int, stop: int) -> str:
     return " ".join(map(str, range(start, stop)))
+
+
+def cut_prompts(
+    texts: list[str], tokenizer: Any, count: int, prompt: int, continuation: int, seed: int,
+    num_embeddings: int | None = None, *further: Any,
+) -> PromptTokens:  # fmt: skip
+    return Cutter(tokenizer, "a model", None, num_embeddings).prompts(
+        texts, count, prompt, continuation, seed, *further
+    )
 
 
 def test_windows_do_not_overlap() -> None:

@@ -426,7 +426,7 @@ def test_timing_leaves_nothing_behind(folder: Path) -> None:
     request = EvalRequest(Plan.of({component(1, "mlp.up_proj"): "int3-g8"}), reference.id, (0, 6))
     before = values(model.evaluate([request])[0])
     model.measure_speed(4, 5, 5)
-    assert (list(model._references), values(model.evaluate([request])[0])) == ([reference.id], before)
+    assert (list(model._evaluator.references), values(model.evaluate([request])[0])) == ([reference.id], before)
 
 
 def test_a_base_model_that_overflows_is_a_mistake_that_names_dtype_and_remedy(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dtmsearch.console.text import run_text
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.windows import TooLittleText, num_touching
 from dtmsearch.errors import UserError
-from dtmsearch.model.replica.prompts import cut_prompts
+from dtmsearch.model.replica.prompts import Cutter
 from dtmsearch.report.facts import gather
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.text_windows import check_not_trained_on, cut_held_out, cut_search, described, text_lines
@@ -56,7 +56,7 @@ class Letters:
 
 
 def cut(documents: list[str], count: int, prompt: int, continuation: int, seed: int, *further: Any) -> Any:
-    return cut_prompts(documents, Letters(), count, prompt, continuation, seed, None, *further), ""
+    return Cutter(Letters(), "a model").prompts(documents, count, prompt, continuation, seed, *further), ""
 
 
 def lines_of(folder: Path, *sections: str) -> str:

@@ -12,6 +12,7 @@ from tiny import replica, values, with_reference, write_model
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.variant import Variant
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, unpack_masks
 
@@ -89,7 +90,7 @@ def test_missing_weights_are_named(folder: Path, trained: Path) -> None:
 def test_what_a_training_starts_from_is_what_was_measured(folder: Path, trained: Path, tmp_path: Path) -> None:
     model = on_weights(folder, trained)
     with_reference(model)
-    model.save_pruned(PRUNED, "moved", "", str(tmp_path))
+    model.save_pruned(Variant(PRUNED, "moved"), str(tmp_path))
     start, masks = load_file(tmp_path / START_FILE), unpack_masks(tmp_path / MASKS_FILE)
     own = load_file(trained / "moved.safetensors")[f"{QUERY}.weight"]
     assert torch.equal(start[f"{QUERY}.weight"], own * masks[QUERY]) and masks[QUERY].float().mean() == 0.5
@@ -98,7 +99,7 @@ def test_what_a_training_starts_from_is_what_was_measured(folder: Path, trained:
 
 def test_a_quantized_plan_cannot_be_trained_under_masks(folder: Path, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is under int8-channel, but only pruned components"):
-        on_weights(folder, trained).save_pruned(Plan.of({QUERY: "int8-channel"}), "", "", str(tmp_path))
+        on_weights(folder, trained).save_pruned(Variant(Plan.of({QUERY: "int8-channel"})), str(tmp_path))
 
 
 def test_a_request_without_weights_keeps_its_identity() -> None:

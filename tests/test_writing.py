@@ -9,6 +9,7 @@ from tiny import replica, with_reference, write_model
 
 from dtmsearch.core.evaluation import PromptTokens
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.variant import BASE, Variant
 from dtmsearch.model.replica.samples import pieces
 from dtmsearch.workflows.validate import telling_prompts
 
@@ -39,7 +40,7 @@ def test_of_few_prompts_each_is_read_once() -> None:
 def test_the_dense_plan_writes_the_base_models_text_again(tmp_path: Path) -> None:
     model = replica(write_model(tmp_path))
     reference = with_reference(model)
-    for continuation in model.continuations(Plan(), reference.id, [4, 1]):
+    for continuation in model.continuations(BASE, reference.id, [4, 1]):
         assert continuation.own.tokens == tuple(reference.continuation[continuation.prompt].tolist())
         assert continuation.own == continuation.base
 
@@ -48,6 +49,6 @@ def test_a_compressed_model_writes_what_it_generates(tmp_path: Path) -> None:
     model = replica(write_model(tmp_path))
     reference = with_reference(model)
     plan = Plan.uniform(model.manifest().components, "int2-channel")
-    (written,) = model.continuations(plan, reference.id, [2])
+    (written,) = model.continuations(Variant(plan), reference.id, [2])
     generated = model.generate(plan, PromptTokens(reference.text[2:3], reference.prompt_tokens))
     assert written.own.tokens == tuple(generated[0].tolist()) != written.base.tokens

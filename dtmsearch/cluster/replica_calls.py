@@ -27,8 +27,8 @@ from dtmsearch.core.evaluation import (
     mean_speed,
 )
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
+from dtmsearch.core.variant import Variant
 from dtmsearch.errors import ReplicasFailed
 
 
@@ -88,16 +88,14 @@ class Services:
                 self._replicas.lose(member, error)
         return mean_speed(measured) if measured else self.measure_speed(count, prompt_tokens, continuation_tokens)
 
-    def continuations(
-        self, plan: Plan, reference_id: str, prompts: Sequence[int], weights_id: str = ""
-    ) -> list[Continuation]:
+    def continuations(self, variant: Variant, reference_id: str, prompts: Sequence[int]) -> list[Continuation]:
         """See `dtmsearch.model.replica.replica.Replica.continuations`."""
-        written: list[Continuation] = self._ask_one("continuations", plan, reference_id, tuple(prompts), weights_id)
+        written: list[Continuation] = self._ask_one("continuations", variant, reference_id, tuple(prompts))
         return written
 
-    def save_pruned(self, plan: Plan, weights_id: str, calibration_id: str, folder: str) -> None:
+    def save_pruned(self, variant: Variant, folder: str) -> None:
         """See `dtmsearch.model.replica.replica.Replica.save_pruned`."""
-        self._ask_one("save_pruned", plan, weights_id, calibration_id, folder)
+        self._ask_one("save_pruned", variant, folder)
 
     def routed_tokens(self, reference_id: str) -> dict[str, int]:
         """See `dtmsearch.model.replica.replica.Replica.routed_tokens`."""

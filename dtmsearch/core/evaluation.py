@@ -18,6 +18,7 @@ from dtmsearch.core.identity import canonical, identity, identity_of_text
 from dtmsearch.core.metric_registry import metric_versions
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.variant import Variant
 from dtmsearch.core.windows import Supply
 from dtmsearch.errors import UserError
 
@@ -226,10 +227,23 @@ class EvalRequest:
         )
         return identity_of_text(f'["{self.plan.id}",{rest}]')
 
+    @staticmethod
+    def of(
+        variant: Variant, reference_id: str, prompts: tuple[int, int], extra_metrics: tuple[str, ...] = ()
+    ) -> EvalRequest:
+        """The request to measure a variant."""
+        rest = {"calibration_id": variant.calibration_id, "weights_id": variant.weights_id}
+        return EvalRequest(variant.plan, reference_id, prompts, extra_metrics, **rest)
+
+    @property
+    def variant(self) -> Variant:
+        """What is measured."""
+        return Variant(self.plan, self.weights_id, self.calibration_id)
+
     @property
     def calibrated_by(self) -> str:
         """The calibration that decides the value; empty where the plan has no calibrated scheme."""
-        return self.calibration_id if self.calibration_id and self.plan.needs_calibration else ""
+        return self.variant.calibrated_by
 
     @cached_property
     def changed(self) -> tuple[str, ...]:

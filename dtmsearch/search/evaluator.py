@@ -12,8 +12,8 @@ from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatri
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Continuation, GenerationRules, IntArray, PromptTokens, Reference, Speed
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceBlock, PriceRequest
+from dtmsearch.core.variant import Variant
 from dtmsearch.search.protocols import Evaluator
 
 
@@ -66,10 +66,8 @@ class ModelEvaluator(Evaluator, Protocol):
     def routed_tokens(self, reference_id: str) -> dict[str, int]:
         """Of a mixture of experts: the reference's tokens that reach each expert's matrices."""
 
-    def continuations(
-        self, plan: Plan, reference_id: str, prompts: Sequence[int], weights_id: str = ""
-    ) -> list[Continuation]:
-        """A plan's own texts for some prompts of a reference."""
+    def continuations(self, variant: Variant, reference_id: str, prompts: Sequence[int]) -> list[Continuation]:
+        """A variant's own texts for some prompts of a reference."""
 
     # Calibration.
 
@@ -104,8 +102,8 @@ class ModelEvaluator(Evaluator, Protocol):
 
     # Training.
 
-    def save_pruned(self, plan: Plan, weights_id: str, calibration_id: str, folder: str) -> None:
-        """Write the weights under a plan, and its masks last, into a folder: what a training starts from."""
+    def save_pruned(self, variant: Variant, folder: str) -> None:
+        """Write the weights of a variant, and its masks last, into a folder: what a training starts from."""
 
     def train(self, job: Path, stop_requested: Callable[[], bool]) -> int:
         """Run the training of a job's file until it ends, or has heard that it is to stop; the exit code of its

@@ -12,6 +12,7 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize
+from dtmsearch.core.variant import Variant
 from dtmsearch.search.protocols import Observer, Silent, TrainRequest
 from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
@@ -81,7 +82,7 @@ def evaluate(
         reference = session.reference(cut_search(file, session.pool.cut_prompts))
         session.pool.use(reference)
         calibration_id = Calibrating(session).for_plans([chosen])
-        request = whole_request(chosen, reference, calibration_id, weights_id, held_out_metrics_of(file))
+        request = whole_request(Variant(chosen, weights_id, calibration_id), reference, held_out_metrics_of(file))
         outcome = session.measure({plan: request}, "evaluate")[plan]
     return PlanMeasurement(
         label=plan,
@@ -135,7 +136,7 @@ def recover(
         trained = recovering(TrainRequest(len(file.search.pruning_rounds), plan, weights_id))
         reference = session.reference(prompts)
         pool.use(reference)
-        before = whole_request(plan, reference, calibration_id, weights_id, held_out_metrics_of(file))
+        before = whole_request(Variant(plan, weights_id, calibration_id), reference, held_out_metrics_of(file))
         requests = {"before": before, "after": replace(before, weights_id=trained)}
         found = session.measure(requests, "evaluate")
     summaries = {label: None if isinstance(o, EvalFailure) else summarize(o) for label, o in found.items()}

@@ -10,6 +10,7 @@ from dtmsearch.analysis.format import counted
 from dtmsearch.core.evaluation import EvalResult, Reference
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.variant import Variant
 from dtmsearch.search.min_fdt import bound, smallest_that_keeps
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import Session, whole_request
@@ -29,7 +30,9 @@ def keep_fdt(session: Session, calibrating: Calibrating, ladder: Sequence[Plan],
     stop = session.file.search.stop
     assert stop.min_fdt is not None
     calibration_id = calibrating.for_plans(ladder)
-    requests = {f"min_fdt:{i}": whole_request(plan, reference, calibration_id) for i, plan in enumerate(ladder)}
+    requests = {
+        f"min_fdt:{i}": whole_request(Variant(plan, "", calibration_id), reference) for i, plan in enumerate(ladder)
+    }
     outcomes = list(session.measure(requests, "choice").values())
     asked = f"min_fdt {stop.min_fdt:g}"
     on = f"on {counted(reference.num_prompts, 'prompt')} of its own"

@@ -16,6 +16,7 @@ from dtmsearch.config import RecoverySection, texts
 from dtmsearch.core.identity import identity
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
+from dtmsearch.core.variant import Variant
 from dtmsearch.errors import RecoveryDiverged, SearchStopped, UserError
 from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOPPED
 from dtmsearch.search.protocols import TrainRequest
@@ -81,7 +82,7 @@ class Recovering:
     def _prepare(self, folder: Path, plan: Plan, weights_id: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "masks.safetensors").exists():  # it is written last
-            self._session.pool.save_pruned(plan, weights_id, self._calibration_id, str(folder))
+            self._session.pool.save_pruned(Variant(plan, weights_id, self._calibration_id), str(folder))
         recipe = self._recovery.model_dump(mode="json", exclude={"files"}) | {"seed": self._session.file.seed}
         job = {
             "config": self._session.file.to_yaml(),

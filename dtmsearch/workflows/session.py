@@ -22,8 +22,8 @@ from dtmsearch.core.evaluation import (
     reference_id,
 )
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import Purpose
+from dtmsearch.core.variant import Variant
 from dtmsearch.errors import UserError
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import measure
@@ -135,12 +135,10 @@ def _check_conditions(run: str, stored: Reference, mode: NumericMode, rules: Gen
 
 
 def whole_request(
-    plan: Plan,
+    variant: Variant,
     reference: Reference,
-    calibration_id: str,
-    weights_id: str = "",
     metrics: tuple[str, ...] = EXTRA_METRICS,
 ) -> EvalRequest:
-    """A plan on every prompt of a reference, in all of this package's metrics, or those `metrics`."""
+    """A variant on every prompt of a reference, in all of this package's metrics, or those `metrics`."""
     prompts = 0, reference.num_prompts
-    return EvalRequest(plan, reference.id, prompts, metrics, calibration_id=calibration_id, weights_id=weights_id)
+    return EvalRequest.of(variant, reference.id, prompts, metrics)

@@ -14,6 +14,7 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import ContinuationRecord
+from dtmsearch.core.variant import Variant
 from dtmsearch.errors import reason_of
 from dtmsearch.search.baselines import (
     best_rival,
@@ -89,7 +90,7 @@ class Validation:
             stays_the_plan(self.session.file, self.milestones),
         )
         requests = {
-            label: whole_request(other, choice, calibration_id, metrics=self._metrics)
+            label: whole_request(Variant(other, "", calibration_id), choice, self._metrics)
             for label, other in asked.items()
             if label != _PLAN or not stays
         }
@@ -114,7 +115,7 @@ class Validation:
 
     def _requests(self, plans: Mapping[str, Plan], calibration_id: str) -> dict[str, EvalRequest]:
         requests = {
-            label: whole_request(plan, self.reference, calibration_id, metrics=self._metrics)
+            label: whole_request(Variant(plan, "", calibration_id), self.reference, self._metrics)
             for label, plan in plans.items()
         }
         for model in self.milestones:
@@ -128,9 +129,9 @@ class Validation:
         recorded = self.session.writer.keys(ContinuationRecord)
         if isinstance(outcome, EvalFailure) or (self.reference.id, plan.id) in recorded:
             return
-        weights_id = self.milestones[-1].weights_id if self.milestones else ""
+        variant = Variant(plan, self.milestones[-1].weights_id if self.milestones else "")
         try:
-            written = self.session.pool.continuations(plan, self.reference.id, telling_prompts(outcome.fdt), weights_id)
+            written = self.session.pool.continuations(variant, self.reference.id, telling_prompts(outcome.fdt))
         except RuntimeError as error:  # they explain the plan; without them it is no worse
             first_line = reason_of(error)
             self.session.note(f"the plan's own texts could not be recorded: {first_line}")

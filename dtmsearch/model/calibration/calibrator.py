@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from dtmsearch.model.compress.gptq import inverse_factor, solve
 from dtmsearch.model.compress.packing import pack
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.forward.partial import Body
-from dtmsearch.model.weights.applied import Weights
+from dtmsearch.model.weights.standing import Standing
 
 # Bytes of Hessians that are kept: all of a small model's, none of a large one's.
 _HESSIAN_BYTES = 1 << 30
@@ -35,34 +35,54 @@ _BY_ROW = parse_scheme("int8-channel")
 _MOST_TOGETHER = 1 << 28
 
 
+class AnyCalibrator(Protocol):
+    """What a replica asks of its calibrator, whether its layers lie in one process or in several."""
+
+    def use(self, calibration: Calibration, statistics: InputStatistics | None) -> None: ...
+
+    def fetch_from(self, calibration_id: str, fetch: Fetch) -> None: ...
+
+    def statistics(self, calibration_id: str) -> InputStatistics: ...
+
+    def activate(self, calibration_id: str) -> None: ...
+
+    def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None: ...
+
+    def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]: ...
+
+    def weight_errors(
+        self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
+    ) -> list[WeightError]: ...
+
+    def applied(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor: ...
+
+    def rest(self) -> None: ...
+
+    def forget(self) -> None: ...
+
+
 class Calibrator:
     """The calibrations that a replica was given, one of them active.
 
-    `stand_on` makes the model dense, on trained weights of an id or (the empty one) on the base model's own;
-    `standing_on` says on which it stands. Statistics and Hessians are those of the base model; matrices are solved for
-    the weights that it stands on (by a calibration through compressed layers, over these weights' own Hessians).
-    `eager` is a context in which layers run as they were loaded, `rows_in_batch` gives the rows of a batch for rows of
-    so many tokens.
+    Statistics and Hessians are those of the base model; matrices are solved for the weights that the model stands on
+    (by a calibration through compressed layers, over these weights' own Hessians). `body` is the pass as far as it goes
+    here, `rows_in_batch` gives the rows of a batch for rows of so many tokens where the text begins here.
     """
 
     def __init__(
         self,
         body: Body,
-        weights: Weights,
+        standing: Standing,
         manifest: ModelManifest,
-        stand_on: Callable[[str], None],
-        standing_on: Callable[[], str],
-        eager: Callable[[], AbstractContextManager[None]],
-        rows_in_batch: Callable[[int], int],
+        rows_in_batch: Callable[[int], int] = lambda tokens: 1,
     ) -> None:
-        self._body, self._weights, self._manifest = body, weights, manifest
-        self._stand_on, self._standing_on = stand_on, standing_on
-        self._eager, self._rows_in_batch = eager, rows_in_batch
+        self._body, self._standing, self._manifest = body, standing, manifest
+        self._weights, self._rows_in_batch = standing.weights, rows_in_batch
         self._calibrations: dict[str, Calibration] = {}
         self._statistics: dict[str, InputStatistics] = {}
         self._fetch: dict[str, Fetch] = {}
-        self._entries: dict[tuple[str, str], Tensor] = {}
-        self._active: str | None = None
+        self._entries: dict[tuple[str, str], tuple[Tensor, int]] = {}
+        self.active: str | None = None
         self._walker: Gatherer | None = None
         self._hessians: OrderedDict[int, list[SharedHessian]] = OrderedDict()
         self._errors: dict[tuple[str, str, str, bool], WeightError] = {}
@@ -78,10 +98,10 @@ class Calibrator:
         if statistics is not None:
             self._statistics[calibration.id] = statistics
 
-    def enter(self, calibration_id: str, entry: Tensor, scheme: str = "") -> None:
-        """Take the states of a calibration's text at the first layer that is here: the base model's, or behind layers
-        that are compressed by a scheme."""
-        self._entries[calibration_id, scheme] = entry
+    def enter(self, calibration_id: str, batches: Sequence[Tensor], scheme: str = "") -> None:
+        """Take the states of a calibration's text at the first layer that is here, a batch each: the base model's, or
+        behind layers that are compressed by a scheme."""
+        self._entries[calibration_id, scheme] = torch.cat(list(batches)), len(batches[0])
 
     def fetch_from(self, calibration_id: str, fetch: Fetch) -> None:
         """Where matrices solved by a calibration may be had."""
@@ -90,46 +110,40 @@ class Calibrator:
     def statistics(self, calibration_id: str) -> InputStatistics:
         """Gather, if they are not known, the mean squares of all components' inputs."""
         if calibration_id not in self._statistics:
-            with self._on_base(), self._eager():
-                squares = self._gatherer(self._known(calibration_id)).mean_squares()
+            with self._standing.on_base(), self._standing.eagerly():
+                squares = self._gatherer(self.known(calibration_id)).mean_squares()
             self._statistics[calibration_id] = InputStatistics(calibration_id, squares)
         return self._statistics[calibration_id]
 
     def activate(self, calibration_id: str) -> None:
         """Calibrate by this one from now on. Raises `ValueError` for one that was not given."""
-        if self._active == calibration_id:
+        if self.active == calibration_id:
             return
-        self._known(calibration_id)
+        self.known(calibration_id)
         statistics = self.statistics(calibration_id)
-        self._stand_on(self._standing_on())  # dense: what stands there may be calibrated by another
-        self._active = calibration_id
+        self._standing.rest_on(self._standing.weights_id)  # dense: what stands there may be calibrated by another
+        self.active = calibration_id
         self.forget()
         compressor = self._weights.compressor
         compressor.calibrate(calibration_id, statistics.mean_squares, self._body.input_device)
 
-    @contextmanager
-    def _on_base(self) -> Iterator[None]:
-        """The base model within, dense; afterwards the weights that were stood on, dense, too."""
-        before = self._standing_on()
-        self._stand_on("")
-        try:
-            yield
-        finally:
-            if before:
-                self._stand_on(before)
-
-    def _known(self, calibration_id: str) -> Calibration:
+    def known(self, calibration_id: str) -> Calibration:
+        """A calibration by its id. Raises `ValueError` for one that was not given."""
         if calibration_id not in self._calibrations:
             named = f"calibration {calibration_id}, which this replica was not given" if calibration_id else "none"
             raise ValueError(f"a calibrated scheme needs calibration text; the request names {named}")
         return self._calibrations[calibration_id]
 
+    @property
+    def usual(self) -> str:
+        """The calibration to take where none is named: the active one, else the first."""
+        return self.active or next(iter(self._calibrations), "")
+
     def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
         """Make sure that these plans can be applied: by the calibration given, else the active or the first one."""
         plans = [plan for plan in plans if plan.needs_calibration]
         if plans:
-            own = self._active or next(iter(self._calibrations), "")
-            self.activate(own if calibration_id is None else calibration_id)
+            self.activate(self.usual if calibration_id is None else calibration_id)
             self.solve([pair for plan in plans for pair in plan.parsed.items()])
 
     def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
@@ -153,7 +167,7 @@ class Calibrator:
     def _solve_missing(self, missing: Sequence[tuple[str, Scheme]]) -> Iterator[PackedMatrix]:
         """What is not at hand, in order of components and schemes' names, and in a calibration through compressed
         layers what lies below it."""
-        if missing and self._through_compressed:
+        if missing and self.through_compressed:
             for scheme in dict.fromkeys(wanted for _, wanted in missing):
                 yield from self._solve_upwards(scheme, [component for component, own in missing if own == scheme])
             return
@@ -164,8 +178,9 @@ class Calibrator:
             yield from self._solve_layer(layer, by_layer[layer])
 
     @property
-    def _through_compressed(self) -> bool:
-        return self._active is not None and self._calibrations[self._active].through == "compressed"
+    def through_compressed(self) -> bool:
+        """Whether the active calibration goes through compressed layers."""
+        return self.active is not None and self._calibrations[self.active].through == "compressed"
 
     def _solve_upwards(self, scheme: Scheme, wanted: Sequence[str]) -> Iterator[PackedMatrix]:
         """Solve all components from the first layer up to those wanted, each layer over the text's states behind the
@@ -175,9 +190,9 @@ class Calibrator:
             raise UserError(f"calibration.through: compressed goes up layer by layer, and {said}. Use through: base")
         compressor, top = self._weights.compressor, max(self._layer_of(component) for component in wanted)
         reached: set[str] = set()
-        self._stand_on(self._standing_on())
-        with self._eager():
-            walker = self._gatherer(self._calibrations[self._active or ""], scheme.name)
+        self._standing.rest_on(self._standing.weights_id)
+        with self._standing.eagerly():
+            walker = self._gatherer(self._calibrations[self.active or ""], scheme.name)
             for layer in range(self._body.own.start, top + 1):
                 shared_here = walker.hessians(layer, stay=True)
                 for shared in shared_here:
@@ -197,7 +212,7 @@ class Calibrator:
 
     def _choose_fetch(self) -> None:
         """What may be fetched was solved for the base model's weights."""
-        self._weights.compressor.fetch_from(None if self._standing_on() else self._fetch.get(self._active or ""))
+        self._weights.compressor.fetch_from(None if self._standing.weights_id else self._fetch.get(self.active or ""))
 
     def _layer_of(self, component: str) -> int:
         layer = self._manifest.by_name[component].layer
@@ -230,8 +245,8 @@ class Calibrator:
     def hessians(self, layer: int) -> list[SharedHessian]:
         """The Hessians of a layer by the active calibration, kept as long as there is room."""
         if layer not in self._hessians:
-            assert self._active is not None
-            with self._on_base(), self._eager():
+            assert self.active is not None
+            with self._standing.on_base(), self._standing.eagerly():
                 self._hessians[layer] = self._walking().hessians(layer)
             self._hessians.move_to_end(layer)
             while _bytes(self._hessians) > _HESSIAN_BYTES and len(self._hessians) > 1:
@@ -241,16 +256,16 @@ class Calibrator:
     def _walking(self) -> Gatherer:
         """The active calibration's text on its way up the layers."""
         if self._walker is None:
-            assert self._active is not None
-            self._walker = self._gatherer(self._calibrations[self._active])
+            assert self.active is not None
+            self._walker = self._gatherer(self._calibrations[self.active])
         return self._walker
 
     def _gatherer(self, calibration: Calibration, scheme: str = "") -> Gatherer:
         tokens = torch.from_numpy(calibration.tokens).long().to(self._body.input_device)
         layers = {c.name: c.layer for c in self._manifest.components}
-        entry = self._entries.get((calibration.id, scheme))
+        entry, rows = self._entries.get((calibration.id, scheme), (None, self._rows_in_batch(tokens.shape[1])))
         assert entry is not None or self._body.own.start == 0, "the text's states come from the stage below"
-        return Gatherer(self._body, tokens, layers, self._rows_in_batch(tokens.shape[1]), entry)
+        return Gatherer(self._body, tokens, layers, rows, entry)
 
     def rest(self) -> None:
         """Let go of the text's states, for evaluations need the room."""
@@ -265,8 +280,7 @@ class Calibrator:
         self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
     ) -> list[WeightError]:
         """Errors of every scheme on every component, in this order of nesting; see `Replica.weight_errors`."""
-        if self._standing_on():
-            self._stand_on("")
+        self._standing.rest_on_base()
         if calibration_id:
             self.activate(calibration_id)
         if any(scheme.needs_calibration for scheme in schemes) and not calibration_id:
@@ -340,10 +354,10 @@ def _norms(matrix: Tensor, squares: Tensor | None, hessian: Tensor | None) -> Te
 
 
 def _chunks(
-    pairs: Sequence[tuple[str, str]], weights_of: Callable[[tuple[str, str]], int]
-) -> Iterable[Sequence[tuple[str, str]]]:
+    pairs: Sequence[tuple[str, Scheme]], weights_of: Callable[[tuple[str, Scheme]], int]
+) -> Iterable[Sequence[tuple[str, Scheme]]]:
     """Pairs in runs of as many weights as are solved for side by side."""
-    chunk: list[tuple[str, str]] = []
+    chunk: list[tuple[str, Scheme]] = []
     held = 0
     for pair in pairs:
         if chunk and held + weights_of(pair) > _MOST_TOGETHER:

@@ -19,9 +19,11 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings, Speed
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme, solved_pairs
-from dtmsearch.model.calibration.calibrator import Calibrator
+from dtmsearch.model.calibration.calibrator import AnyCalibrator, Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
+from dtmsearch.model.compress.compressor import Fetch
 from dtmsearch.model.forward.partial import Body, Elsewhere, StandIn, State
+from dtmsearch.model.modules.compiled import Slot
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.modules.slots import Places
@@ -29,6 +31,7 @@ from dtmsearch.model.modules.swapping import swapped
 from dtmsearch.model.pipeline_parallel.stage import Stage, StageBody, cut, load_part, received, to_send
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint, Weights
+from dtmsearch.model.weights.standing import Standing
 
 
 class Peer(Protocol):
@@ -208,26 +211,59 @@ class PipelineWeights(Weights):
         return weight
 
 
-class PipelineCalibrator(Calibrator):
-    """Each stage calibrates its own components; `whole` is the pass that brings it the text's states."""
+class PipelineStanding(Standing):
+    """The same of all stages."""
 
-    def __init__(self, whole: PipelineBody, remotes: Sequence[Remote], own: StageBody, *others: Any) -> None:
-        super().__init__(own, *others)
-        self._whole, self._remotes = whole, remotes
+    def __init__(self, body: Body, weights: Weights, weights_folder: str, remotes: Sequence[Remote]) -> None:
+        super().__init__(body, weights, weights_folder)
+        self._remotes = remotes
+
+    def rest_on(self, weights_id: str) -> None:
+        changes = weights_id != self.weights_id
+        super().rest_on(weights_id)
+        if changes:
+            for remote in self._remotes:
+                remote.tell("stand_on", weights_id)
+
+
+class PipelineCalibrator:
+    """Answers as a `Calibrator` does, for all stages: each calibrates its own components, the first by `own`, and gets
+    the text's states from the pass `whole`."""
+
+    def __init__(
+        self,
+        own: Calibrator,
+        whole: PipelineBody,
+        standing: Standing,
+        remotes: Sequence[Remote],
+        manifest: ModelManifest,
+        rows_in_batch: Callable[[int], int],
+    ) -> None:
+        self._own, self._whole, self._standing, self._remotes = own, whole, standing, remotes
+        self._rows_in_batch = rows_in_batch
+        self._layer_of = {component.name: component.layer for component in manifest.components}
+        self._statistics: dict[str, InputStatistics] = {}
         self._entered: set[str] = set()
 
     def use(self, calibration: Calibration, statistics: InputStatistics | None) -> None:
-        super().use(calibration, statistics)
+        """See `Calibrator.use`."""
+        self._own.use(calibration, statistics)
+        if statistics is not None:
+            self._statistics[calibration.id] = statistics
         for remote in self._remotes:
             remote.peer.ask("use_calibration", calibration, statistics)
 
+    def fetch_from(self, calibration_id: str, fetch: Fetch) -> None:
+        """See `Calibrator.fetch_from`; the stages have fetches of their own."""
+        self._own.fetch_from(calibration_id, fetch)
+
     def statistics(self, calibration_id: str) -> InputStatistics:
+        """See `Calibrator.statistics`."""
         if calibration_id not in self._statistics:
-            calibration = self._known(calibration_id)
-            with self._on_base():
+            calibration = self._own.known(calibration_id)
+            with self._standing.on_base():
                 self._enter(calibration_id)
-                squares = dict(super().statistics(calibration_id).mean_squares)
-                del self._statistics[calibration_id]
+                squares = dict(self._own.statistics(calibration_id).mean_squares)
                 gathering = [remote.peer.ask("gather", calibration_id) for remote in self._remotes]
                 for remote, promise in zip(self._remotes, gathering, strict=True):
                     squares |= remote.peer.answer(promise)
@@ -235,7 +271,7 @@ class PipelineCalibrator(Calibrator):
         return self._statistics[calibration_id]
 
     def _enter(self, calibration_id: str) -> None:
-        """Let every stage have the text's states at its first layer. The base model must stand, dense."""
+        """Let every stage have the text's states at its first layer. The base model must stand, unquantized."""
         if calibration_id in self._entered:
             return
         batches = self._text(calibration_id)
@@ -249,9 +285,57 @@ class PipelineCalibrator(Calibrator):
         self._entered.add(calibration_id)
 
     def _text(self, calibration_id: str) -> Sequence[Tensor]:
-        tokens = torch.from_numpy(self._known(calibration_id).tokens).long().to(self._whole.input_device)
+        tokens = torch.from_numpy(self._own.known(calibration_id).tokens).long().to(self._whole.input_device)
         batches: Sequence[Tensor] = tokens.split(self._rows_in_batch(tokens.shape[1]))
         return batches
+
+    @property
+    def _active(self) -> str:
+        assert self._own.active is not None
+        return self._own.active
+
+    def activate(self, calibration_id: str) -> None:
+        """See `Calibrator.activate`."""
+        if self._own.active == calibration_id:
+            return
+        self._own.known(calibration_id)
+        self.statistics(calibration_id)
+        self._own.activate(calibration_id)
+        for remote in self._remotes:
+            remote.tell("activate", calibration_id)
+
+    def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
+        """See `Calibrator.prepare`."""
+        plans = [plan for plan in plans if plan.needs_calibration]
+        if not plans:
+            return
+        pairs = [pair for plan in plans for pair in plan.parsed.items()]
+        self.activate(self._own.usual if calibration_id is None else calibration_id)
+        self._own.solve(self._here(pairs))
+        if self._own.through_compressed:
+            self._solve_from_below(pairs)
+        for remote, wanted in self._elsewhere(pairs):
+            if remote.get("lacks", wanted):
+                self._have_enter()
+                remote.tell("solve_for_itself", wanted)
+
+    def _here(self, pairs: Iterable[tuple[str, Scheme]]) -> list[tuple[str, Scheme]]:
+        return [(c, scheme) for c, scheme in pairs if self._layer_of[c] in self._whole.own]
+
+    def _elsewhere(self, pairs: Iterable[tuple[str, Scheme]]) -> list[tuple[Remote, list[tuple[str, Scheme]]]]:
+        """What is to be solved in other stages: (component, solved scheme) pairs of each that has some."""
+        wanted = solved_pairs(pairs)
+        found = [
+            (remote, [(c, scheme) for c, scheme in wanted if self._layer_of[c] in remote.layers])
+            for remote in self._remotes
+        ]
+        return [(remote, pairs) for remote, pairs in found if pairs]
+
+    def _have_enter(self) -> None:
+        """Stand on the base model, unquantized, as solving does, and have the stages entered."""
+        with self._standing.on_base():
+            self._enter(self._active)
+        self._standing.rest_on(self._standing.weights_id)
 
     def _solve_from_below(self, pairs: Iterable[tuple[str, Scheme]]) -> None:
         """By a calibration through compressed layers: have what these pairs lack solved stage by stage, each over the
@@ -261,67 +345,27 @@ class PipelineCalibrator(Calibrator):
             lacking = [remote for remote, wanted in needed if wanted and remote.get("lacks", wanted)]
             if not lacking:
                 continue
-            self._stand_on(self._standing_on())
-            assert self._active is not None
+            self._standing.rest_on(self._standing.weights_id)
             reached = self.statistics(self._active).mean_squares
-            layer_of = {c.name: c.layer for c in self._manifest.components if c.layer >= 0 and c.name in reached}
-            super().solve([(name, scheme) for name, layer in layer_of.items() if layer in self._whole.own])
+            layer_of = {name: layer for name, layer in self._layer_of.items() if layer >= 0 and name in reached}
+            self._own.solve([(name, scheme) for name, layer in layer_of.items() if layer in self._whole.own])
             for remote in self._remotes[: self._remotes.index(lacking[-1]) + 1]:
                 start = remote.layers.start
                 below = Plan.of({name: scheme.name for name, layer in layer_of.items() if layer < start})
-                with self._weights.perturbed(below):
+                with self._standing.weights.perturbed(below):
                     states = [self._whole.advance(batch, None, 0, start) for batch in self._text(self._active)]
                     remote.tell("enter", self._active, scheme.name, *map(outgoing, states))
                 own = [(name, scheme) for name, layer in layer_of.items() if layer in remote.layers]
                 remote.tell("solve_for_itself", own)
 
-    def activate(self, calibration_id: str) -> None:
-        if self._active == calibration_id:
-            return
-        super().activate(calibration_id)
-        for remote in self._remotes:
-            remote.tell("activate", calibration_id)
-
-    def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
-        plans = [plan for plan in plans if plan.needs_calibration]
-        if plans:
-            super().prepare([Plan.of(self._here(plan.entries)) for plan in plans], calibration_id)
-            own = self._active or next(iter(self._calibrations), "")
-            self.activate(own if calibration_id is None else calibration_id)
-            if self._through_compressed:
-                self._solve_from_below([pair for plan in plans for pair in plan.parsed.items()])
-            for remote, wanted in self._elsewhere(pair for plan in plans for pair in plan.parsed.items()):
-                if remote.get("lacks", wanted):
-                    self._have_enter()
-                    remote.tell("solve_for_itself", wanted)
-
-    def _here(self, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-        return {c: s for c, s in pairs if self._manifest.by_name[c].layer in self._whole.own}
-
-    def _elsewhere(self, pairs: Iterable[tuple[str, Scheme]]) -> list[tuple[Remote, list[tuple[str, Scheme]]]]:
-        """What is to be solved in other stages: (component, solved scheme) pairs of each that has some."""
-        wanted = solved_pairs(pairs)
-        found = [
-            (remote, [(c, scheme) for c, scheme in wanted if self._manifest.by_name[c].layer in remote.layers])
-            for remote in self._remotes
-        ]
-        return [(remote, pairs) for remote, pairs in found if pairs]
-
-    def _have_enter(self) -> None:
-        """Stand dense on the base model, as solving does, and have the stages entered."""
-        assert self._active is not None
-        with self._on_base():
-            self._enter(self._active)
-        self._stand_on(self._standing_on())
-
     def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
+        """See `Calibrator.solve`."""
         pairs = list(pairs)
-        if self._through_compressed:
+        if self._own.through_compressed:
             self._solve_from_below(pairs)
-        here = self._whole.own
-        found = super().solve([(c, s) for c, s in pairs if self._manifest.by_name[c].layer in here])
+        found = self._own.solve(self._here(pairs))
         elsewhere = self._elsewhere(pairs)
-        if elsewhere and not self._through_compressed:
+        if elsewhere and not self._own.through_compressed:
             self._have_enter()
         solving = [(remote, remote.peer.ask("solve", wanted)) for remote, wanted in elsewhere]
         for remote, promise in solving:
@@ -332,25 +376,36 @@ class PipelineCalibrator(Calibrator):
     def weight_errors(
         self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool
     ) -> list[WeightError]:
-        if self._standing_on():
-            self._stand_on("")
+        """See `Calibrator.weight_errors`; every stage has its own components measured at the same time."""
+        self._standing.rest_on_base()
         if calibration_id:
             self.activate(calibration_id)
             if by_hessian or any(scheme.solved is not None for scheme in schemes):
                 self._have_enter()
-            if self._through_compressed:
+            if self._own.through_compressed:
                 self._solve_from_below([(component, scheme) for component in components for scheme in schemes])
-        found: dict[tuple[str, str], WeightError] = {}
-        asked = []
-        for remote in self._remotes:
-            names = [c for c in components if self._manifest.by_name[c].layer in remote.layers]
-            asked.append((remote, remote.peer.ask("weight_errors", names, schemes, calibration_id, by_hessian)))
-        here = [c for c in components if self._manifest.by_name[c].layer in self._whole.own]
-        answers = [super().weight_errors(here, schemes, calibration_id, by_hessian)]
+        layers = [(remote, [c for c in components if self._layer_of[c] in remote.layers]) for remote in self._remotes]
+        asked = [
+            (remote, remote.peer.ask("weight_errors", names, schemes, calibration_id, by_hessian))
+            for remote, names in layers
+        ]
+        here = [c for c in components if self._layer_of[c] in self._whole.own]
+        answers = [self._own.weight_errors(here, schemes, calibration_id, by_hessian)]
         answers += [remote.peer.answer(promise) for remote, promise in asked]
-        for errors in answers:
-            found |= {(error.component, error.scheme): error for error in errors}
+        found = {(error.component, error.scheme): error for errors in answers for error in errors}
         return [found[c, s.name] for c in components for s in schemes]
+
+    def applied(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        """See `Calibrator.applied`."""
+        return self._own.applied(component, weight, scheme)
+
+    def rest(self) -> None:
+        """See `Calibrator.rest`."""
+        self._own.rest()
+
+    def forget(self) -> None:
+        """See `Calibrator.forget`."""
+        self._own.forget()
 
 
 class PipelineReplica(Replica):
@@ -378,10 +433,13 @@ class PipelineReplica(Replica):
             loaded.model, loaded.checkpoint, places, scale_dtype, self._remotes, loaded.manifest, device
         )
 
-    def _make_calibrator(self, *parts: Any) -> Calibrator:
+    def _make_standing(self, weights_folder: str, slots: dict[str, Slot]) -> Standing:
+        return PipelineStanding(self._body, self._weights, weights_folder, self._remotes)
+
+    def _make_calibrator(self) -> AnyCalibrator:
         assert isinstance(self._body, PipelineBody)
-        own = StageBody(self._body.model, self._own)
-        return PipelineCalibrator(self._body, self._remotes, own, *parts)
+        own = Calibrator(StageBody(self._body.model, self._own), self._standing, self._manifest, self._batches.rows)
+        return PipelineCalibrator(*(own, self._body, self._standing, self._remotes, self._manifest, self._batches.rows))
 
     def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
         """See `Replica.measure_speed`; the memory is that of all stages together."""
@@ -404,11 +462,6 @@ class PipelineReplica(Replica):
         for remote in self._remotes:
             shares |= remote.get("outlier_shares", multiple)
         return shares
-
-    def _to_weights(self, weights_id: str) -> None:
-        super()._to_weights(weights_id)
-        for remote in self._remotes:
-            remote.tell("stand_on", weights_id)
 
     def release_memory(self) -> None:
         super().release_memory()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.weights.applied import Checkpoint, Weights
-from dtmsearch.model.weights.trained import trained_file
+from dtmsearch.model.weights.standing import Standing
 
 
 def cut(num_layers: int, num_stages: int) -> list[range]:
@@ -129,17 +129,8 @@ class Stage:
         self._components = [c for c in part.manifest.components if c.layer in part.layers]
         self._body = StageBody(part.model, part.layers)
         self._weights = Weights(part.model, part.checkpoint, Places(part.model, {}), getattr(torch, spec.scale_dtype))
-        self._weights_folder, self._weights_id = settings.weights_folder, ""
-        self._rows_in_batch = 1
-        self._calibrator = Calibrator(
-            self._body,
-            self._weights,
-            part.manifest,
-            self.stand_on,
-            lambda: self._weights_id,
-            nullcontext,
-            lambda _tokens: self._rows_in_batch,
-        )
+        self._standing = Standing(self._body, self._weights, settings.weights_folder)
+        self._calibrator = Calibrator(self._body, self._standing, part.manifest)
         self._perturbed, self._counting = ExitStack(), ExitStack()
         self._counted: dict[str, int] = {}
         self._cache: Cache | None = None
@@ -192,11 +183,8 @@ class Stage:
 
     @torch.inference_mode()
     def stand_on(self, weights_id: str) -> None:
-        """Stand dense, on trained weights or (the empty id) on the base model's own."""
-        self._weights.become(Plan())
-        if weights_id != self._weights_id:
-            self._weights.rest_on(trained_file(self._weights_folder, weights_id) if weights_id else None)
-            self._weights_id = weights_id
+        """See `Standing.rest_on`."""
+        self._standing.rest_on(weights_id)
 
     @torch.inference_mode()
     def original(self, component: str) -> Any:
@@ -233,9 +221,7 @@ class Stage:
     def enter(self, calibration_id: str, scheme: str, *states: Sent) -> None:
         """Take the states of a calibration's text at the first layer of this stage, a batch each: see
         `Calibrator.enter`."""
-        batches = received(states, torch.device("cpu"))
-        self._rows_in_batch = len(batches[0])
-        self._calibrator.enter(calibration_id, torch.cat(batches), scheme)
+        self._calibrator.enter(calibration_id, received(states, torch.device("cpu")), scheme)
 
     @torch.inference_mode()
     def gather(self, calibration_id: str) -> Mapping[str, FloatArray]:

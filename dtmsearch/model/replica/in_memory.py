@@ -9,6 +9,7 @@ from torch import nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.core.variant import BASE
 from dtmsearch.model.modules.compat import attention_of, path_of
 from dtmsearch.model.modules.discovery import components_of, find_layers, other_components, routers_of
 from dtmsearch.model.modules.slots import Places
@@ -60,7 +61,7 @@ class InMemoryReplica(Replica):
     @torch.inference_mode()
     def restore(self) -> None:
         """Give the model its own weights back."""
-        self._to_base()
+        self._bench.become(BASE)
 
 
 def _dtype_name(model: Any) -> str:

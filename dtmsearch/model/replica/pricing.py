@@ -24,7 +24,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import FloatArray, PriceRequest
 from dtmsearch.core.schemes import Scheme, parse_scheme
 from dtmsearch.errors import UserError
-from dtmsearch.model.calibration.calibrator import Calibrator
+from dtmsearch.model.calibration.calibrator import AnyCalibrator
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.replica.loaded_reference import greedy
@@ -66,7 +66,7 @@ class Pricer:
         self,
         body: Body,
         weights: Weights,
-        calibrator: Calibrator,
+        calibrator: AnyCalibrator,
         manifest: ModelManifest,
         eager: Callable[[], AbstractContextManager[None]],
         rows_in_batch: Callable[[int], int],

@@ -34,54 +34,19 @@ def check_context(num_tokens: int, keys: str, context: int | None, model: str) -
         raise UserError(f"{keys} is {num_tokens}, but {model} reads {context} at most")
 
 
-def cut_prompts(
-    texts: Sequence[str],
-    tokenizer: Any,
-    count: int,
-    prompt_tokens: int,
-    continuation_tokens: int,
-    seed: int,
-    vocabulary_size: int | None = None,
-    apart_from: Sequence[IntArray] = (),
-    key: str = "prompts.count",
-) -> PromptTokens:
-    """`count` windows of prompt_tokens + continuation_tokens tokens; see `cut_windows`. Raises `TooLittleText`, which
-    names the search file's `key`."""
-    length = prompt_tokens + continuation_tokens
-    windows = cut_windows(texts, tokenizer, count, length, seed, vocabulary_size, apart_from)
-    if len(windows.tokens) < count:
-        raise TooLittleText(
-            f"{key} asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
-            f"holds {len(windows.tokens)} of that length{_beside_others(windows.supply)}: give more text, or a smaller "
-            "count, prompt_tokens or continuation_tokens"
-        )
-    return PromptTokens(windows.tokens, prompt_tokens, windows.notes, windows.supply)
-
-
 def _beside_others(supply: Supply) -> str:
     if not supply.num_taken:
         return ""
     return f" beside what other windows hold ({supply.num_taken:,} of its {supply.num_tokens:,} tokens)"
 
 
-def cut_calibration(
-    texts: Sequence[str], tokenizer: Any, count: int, length: int, seed: int, vocabulary_size: int | None = None
-) -> IntArray:
-    """`count` windows of `length` tokens; see `cut_windows`. Raises `TooLittleText`."""
-    windows = cut_windows(texts, tokenizer, count, length, seed, vocabulary_size).tokens
-    if len(windows) < count:
-        raise TooLittleText(
-            f"calibration.count asks for {count} rows of {length} tokens, but the text holds {len(windows)} of that "
-            "length: give more text, or a smaller calibration.count or calibration.tokens"
-        )
-    return windows
-
-
 class Cutter:
     """Cuts texts as a replica of the model does, with its tokenizer alone. `context` is what the model at `path` reads
     at most, `num_embeddings` how many tokens it knows; None where that is not known."""
 
-    def __init__(self, tokenizer: Any, path: str, context: int | None, num_embeddings: int | None) -> None:
+    def __init__(
+        self, tokenizer: Any, path: str, context: int | None = None, num_embeddings: int | None = None
+    ) -> None:
         self._tokenizer, self._path, self._context, self._num_embeddings = tokenizer, path, context, num_embeddings
 
     def prompts(
@@ -94,11 +59,18 @@ class Cutter:
         apart_from: Sequence[IntArray] = (),
         key: str = "prompts.count",
     ) -> PromptTokens:
-        """See `cut_prompts`. Raises `UserError` for prompts that are longer than the model reads."""
+        """`count` windows of prompt_tokens + continuation_tokens tokens; see `cut_windows`. Raises `TooLittleText`,
+        which names the search file's `key`, and `UserError` for prompts that are longer than the model reads."""
         length = prompt_tokens + continuation_tokens
         check_context(length, "prompt_tokens + continuation_tokens", self._context, self._path)
-        settings = count, prompt_tokens, continuation_tokens, seed, self._num_embeddings
-        return cut_prompts(texts, self._tokenizer, *settings, apart_from, key)
+        windows = self._windows(texts, count, length, seed, apart_from)
+        if len(windows.tokens) < count:
+            raise TooLittleText(
+                f"{key} asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
+                f"holds {len(windows.tokens)} of that length{_beside_others(windows.supply)}: give more text, or a "
+                "smaller count, prompt_tokens or continuation_tokens"
+            )
+        return PromptTokens(windows.tokens, prompt_tokens, windows.notes, windows.supply)
 
     def documents(self, texts: Sequence[str]) -> list[IntArray]:
         """The tokens of whole texts, with nothing put around them, each one row [1, tokens]: what prompts can be cut
@@ -106,9 +78,21 @@ class Cutter:
         return [_tokens_of(self._tokenizer, text).astype(np.int32).reshape(1, -1) for text in texts]
 
     def calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> IntArray:
-        """See `cut_calibration`. Raises `UserError` for rows that are longer than the model reads."""
+        """`count` windows of `tokens` tokens; see `cut_windows`. Raises `TooLittleText`, and `UserError` for rows that
+        are longer than the model reads."""
         check_context(tokens, "calibration.tokens", self._context, self._path)
-        return cut_calibration(texts, self._tokenizer, count, tokens, seed, self._num_embeddings)
+        windows = self._windows(texts, count, tokens, seed).tokens
+        if len(windows) < count:
+            raise TooLittleText(
+                f"calibration.count asks for {count} rows of {tokens} tokens, but the text holds {len(windows)} of "
+                "that length: give more text, or a smaller calibration.count or calibration.tokens"
+            )
+        return windows
+
+    def _windows(
+        self, texts: Sequence[str], count: int, length: int, seed: int, apart_from: Sequence[IntArray] = ()
+    ) -> Windows:
+        return cut_windows(texts, self._tokenizer, count, length, seed, self._num_embeddings, apart_from)
 
 
 def cut_windows(

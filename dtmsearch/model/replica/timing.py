@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import EvalRequest, PromptTokens, Reference
+from dtmsearch.core.evaluation import EvalRequest, PromptTokens, Reference, Speed
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.model.forward.head_metrics import compare, fetch
 from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.replica.plan_evaluator import Bench, PlanEvaluator
 
 # Tokens generated to time generation.
 _TIMED_TOKENS = 8
@@ -60,6 +61,54 @@ def time_batch(
         head=_seconds(head),
         generation=_seconds(generate) * continuation_tokens / _TIMED_TOKENS,
     )
+
+
+def measured_speed(
+    bench: Bench,
+    evaluator: PlanEvaluator,
+    mode: NumericMode,
+    count: int,
+    prompt_tokens: int,
+    continuation_tokens: int,
+) -> Speed:
+    """What one of `count` prompts takes on a bench, timed on one batch of random tokens."""
+    length, body = prompt_tokens + continuation_tokens, bench.standing.body
+    rows = min(count, bench.batches.rows(length))
+    seconds = time_batch(body, bench.never, bench.standing.eagerly, rows, prompt_tokens, continuation_tokens)
+    memory_bytes = _memory_bytes(bench)  # before any states are kept
+    tokens = torch.randint(body.vocabulary_size, (rows, length))
+    text = PromptTokens(tokens.numpy().astype(np.int32), prompt_tokens)
+    suppressed = tuple(bench.never.nonzero().flatten().tolist())
+    reference = timed_reference(text, bench.manifest.id, mode, suppressed)
+    evaluator.use(reference)
+    timed = [candidates_of(layer, bench.manifest, reference) for layer in (0, bench.manifest.num_layers - 1)]
+    try:
+        first, last, whole = (
+            time_candidates(evaluator.evaluate, requests)
+            for requests in (*timed, whole_plans(bench.manifest, reference))
+        )
+    finally:
+        evaluator.leave(reference.id)
+    return Speed(
+        layers_seconds=seconds.layers / rows,
+        first_layer_seconds=max(first - seconds.head, 0.0) / rows,
+        last_layer_seconds=max(last - seconds.head, 0.0) / rows,
+        compress_seconds=max(whole - first, 0.0),
+        head_seconds=seconds.head / rows,
+        text_head_factor=(length - 1) / continuation_tokens,
+        generation_seconds=seconds.generation / rows,
+        memory_bytes=memory_bytes,
+        states_kept=evaluator.kept_for(np.zeros((count, length), np.int32), prompt_tokens),
+    )
+
+
+def _memory_bytes(bench: Bench) -> int:
+    """Weights and the activations of one batch: the device's own count, or what the widest layer makes of it."""
+    body = bench.standing.body
+    if body.input_device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    widest = max(max(c.shape) for c in bench.manifest.components)
+    return int(bench.weight_bytes + 4 * bench.batches.tokens * widest * body.itemsize)
 
 
 def timed_reference(text: PromptTokens, manifest_id: str, mode: NumericMode, suppressed: tuple[int, ...]) -> Reference:

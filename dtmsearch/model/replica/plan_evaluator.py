@@ -1,0 +1,278 @@
+"""Measures variants of a model against references.
+
+Requests that share a parent are measured in the order of the first layer in which they differ from it, and only from
+that layer upwards: the parent's states are carried from boundary to boundary as the work goes. Knows nothing of how a
+model is loaded, how references come about, or who asks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import (
+    EvalRequest,
+    FloatArray,
+    IntArray,
+    Outcome,
+    Provenance,
+    Reference,
+    StatesKept,
+    first_changed_layer,
+)
+from dtmsearch.core.identity import canonical
+from dtmsearch.core.library_versions import versions
+from dtmsearch.core.metric_registry import METRICS, Metric, perplexity, share_of_divergent_tokens
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.variant import BASE, Variant
+from dtmsearch.model.calibration.calibrator import AnyCalibrator
+from dtmsearch.model.forward.activation_cache import Room, Stream
+from dtmsearch.model.forward.batch_size import Batches, is_out_of_memory
+from dtmsearch.model.forward.head_metrics import Divergence, Scores, compare, fetch
+from dtmsearch.model.forward.layer_reuse import Reuse
+from dtmsearch.model.replica.loaded_reference import Loaded, greedy
+from dtmsearch.model.replica.results import Launched, outcome_of
+from dtmsearch.model.weights.standing import Standing
+
+# The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
+_MOST_HELD_TWICE = 0.1
+# Weights, parent, reference, prompts, first layer that differs.
+_Place = tuple[str, str, str, tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What variants of a model are measured on.
+
+    `never` [vocabulary] marks tokens that are not chosen; `weight_bytes` are those of the model; `longest_row` and
+    `batches` say how large batches are; `states` where states of parents are kept.
+    """
+
+    standing: Standing
+    calibrator: AnyCalibrator
+    manifest: ModelManifest
+    reuse: Reuse
+    batches: Batches
+    never: Tensor
+    weight_bytes: int
+    states: StatesKept = "auto"
+
+    def become(self, variant: Variant) -> None:
+        """Have the model under a variant, with what its plan needs solved for solved first: by its calibration or,
+        where it names none, by the active one."""
+        if variant.weights_id != self.standing.weights_id:
+            self.standing.rest_on(variant.weights_id)
+        self.calibrator.prepare((variant.plan,), variant.calibration_id or None)
+        self.standing.weights.become(variant.plan)
+
+
+class PlanEvaluator:
+    """Measures requests on a bench, against the references that it was given. `name` and `node` go into the provenance
+    of what it measures."""
+
+    def __init__(self, bench: Bench, name: str, node: str) -> None:
+        self._bench, self._body = bench, bench.standing.body
+        self._name, self._node, self._versions = name, node, canonical(versions())
+        self.references: dict[str, Loaded] = {}
+        self._states_of = BASE
+        self._place_before: _Place | None = None
+        self._finished_at = 0.0
+
+    def use(self, reference: Reference) -> None:
+        """Take a reference, against which requests may be made from now on."""
+        self.references.setdefault(reference.id, Loaded(reference))
+
+    def leave(self, reference_id: str) -> None:
+        """Let go of a reference."""
+        del self.references[reference_id]
+
+    @property
+    def states_kept(self) -> StatesKept:
+        """Where the states of parents are kept for the prompts in use; what the bench says while there are none."""
+        return next((stream.kept for stream in self._streams()), self._bench.states)
+
+    def kept_for(self, tokens: IntArray, targets_from: int) -> StatesKept:
+        """Where they would be kept for other rows."""
+        return self._stream(tokens, targets_from).kept
+
+    def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
+        """An outcome for each request, in the order of the requests."""
+        outcomes: dict[int, Outcome] = {}
+        launched: tuple[int, Launched] | None = None
+        self._solve_ahead(requests)
+        self._finished_at = time.perf_counter()
+        places = [self._place(request) for request in requests]
+        for index in sorted(range(len(requests)), key=places.__getitem__):
+            # The next is on its way before the last is waited for, so that a GPU never waits for us.
+            shared = places.count(places[index]) > 1 or places[index] == self._place_before
+            following = index, self._launch(requests[index], shared)
+            self._place_before = places[index]
+            if launched is not None:
+                outcomes[launched[0]] = self._finish(launched[1])
+            launched = following
+        if launched is not None:
+            outcomes[launched[0]] = self._finish(launched[1])
+        return [outcomes[i] for i in range(len(requests))]
+
+    def divergence_of_base(self, loaded: Loaded) -> Divergence:
+        """Where the unquantized model leaves its own continuations."""
+        request = EvalRequest(Plan(), loaded.reference.id, (0, loaded.reference.num_prompts))
+        return fetch(self._bench.batches.halving(lambda: self._score(loaded, request))["continuation"])
+
+    def canary(self, reference_id: str) -> float:
+        """Share of a reference's tokens on which the unquantized model here diverges: 0 where all is well."""
+        loaded = self.references[reference_id]
+        return float((self.divergence_of_base(loaded).diverged & loaded.reference.agrees).mean())
+
+    def check(self, plan: Plan, reference_id: str, num_prompts: int) -> tuple[IntArray, FloatArray]:
+        """See `Replica.check`."""
+        loaded = self.references[reference_id]
+        rows = slice(0, num_prompts)
+        self._bench.become(Variant(plan))
+        stream = self._stream(greedy(loaded.reference, rows), loaded.reference.prompt_tokens)
+        with self._bench.standing.eagerly():
+            found = fetch(
+                self._bench.batches.halving(lambda: self._measure(stream.head_inputs(0, ()), stream.targets_from, None))
+            )
+        return share_of_divergent_tokens(found.diverged & loaded.reference.agrees[rows]), perplexity(found.nll)
+
+    def longest_row(self) -> int:
+        """The most tokens of a row in use."""
+        return max((loaded.reference.text.shape[1] for loaded in self.references.values()), default=1)
+
+    def forget(self) -> None:
+        """Let go of states that can be made again."""
+        for loaded in self.references.values():
+            loaded.forget()
+
+    def _solve_ahead(self, requests: Sequence[EvalRequest]) -> None:
+        """Solve what several requests need in one sweep up the layers. What goes wrong, each request says itself."""
+        requests = [r for r in requests if r.weights_id == self._bench.standing.weights_id]
+        calibrations = dict.fromkeys(r.calibration_id for r in requests if r.plan.needs_calibration)
+        for name in calibrations:
+            plans = {plan.id: plan for r in requests if r.calibration_id == name for plan in (r.plan, r.parent)}
+            with suppress(ValueError, RuntimeError):
+                self._bench.calibrator.prepare(plans.values(), name)
+        self._bench.calibrator.rest()
+
+    def _place(self, request: EvalRequest) -> _Place:
+        """Where a request leaves its parent: those that do so at the same place share all that comes before."""
+        layer = first_changed_layer(request, self._bench.manifest)
+        return request.weights_id, request.parent.id, request.reference_id, request.prompts, layer
+
+    def _launch(self, request: EvalRequest, shared: bool) -> Launched:
+        loaded = self.references[request.reference_id]
+        try:
+            return Launched(request, self._bench.batches.halving(lambda: self._score(loaded, request, shared)))
+        except ValueError as error:
+            return Launched(request, failure=("invalid", str(error)))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return Launched(request, failure=("out_of_memory", f"even with one prompt in a batch: {error}"))
+
+    def _finish(self, launched: Launched) -> Outcome:
+        reference = self.references[launched.request.reference_id].reference
+        streams = launched.fetched()
+        started_at, self._finished_at = self._finished_at, time.perf_counter()
+        provenance = Provenance(
+            replica=self._name,
+            node=self._node,
+            wall_seconds=self._finished_at - started_at,
+            tokens=sum(s.nll.shape[0] * reference.text.shape[1] for s in streams.values()),
+            finished_at=time.time(),
+            versions=self._versions,
+        )
+        return outcome_of(launched, streams, reference, provenance)
+
+    def _score(self, loaded: Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
+        """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
+        other requests leave this parent there too."""
+        loaded.set_range(request.prompts, self._stream)
+        asked = [METRICS[name] for name in request.extra_metrics]
+        names = ["continuation"] + (["text"] if any("text" in metric.needs for metric in asked) else [])
+        with_base = any(metric.needs_base for metric in asked)
+        own = [metric for metric in asked if metric.at_positions is not None]
+        if with_base and loaded.base_hidden is None:
+            loaded.base_hidden = self._base_hidden(loaded)
+        request = self._with_near_parent(request)
+        boundary = first_changed_layer(request, self._bench.manifest)
+        standing = self._bench.standing
+        if request.weights_id != standing.weights_id:
+            standing.rest_on(request.weights_id)
+        self._bench.calibrator.prepare((request.plan, request.parent), request.calibration_id)
+        self._stand(request.variant.under(request.parent))
+        changed = request.plan.diff(request.parent).keys()
+        for name in names:
+            loaded.streams[name].carry(boundary)
+            if shared:
+                loaded.streams[name].look_ahead(boundary)
+        with standing.weights.perturbed(request.plan):
+            return {
+                name: self._measure(
+                    loaded.streams[name].head_inputs(boundary, changed),
+                    loaded.streams[name].targets_from,
+                    loaded.base_hidden if name == "continuation" and with_base else None,
+                    own if name == "continuation" else (),
+                )
+                for name in names
+            }
+
+    def _with_near_parent(self, request: EvalRequest) -> EvalRequest:
+        """The request; with the plan as its own parent where the two are so far apart that memory would hold much of
+        the model twice, once for each."""
+        manifest = self._bench.manifest
+        changed = [manifest.by_name[component] for component in request.plan.diff(request.parent)]
+        if len({component.layer for component in changed}) <= 1:
+            return request
+        share = sum(c.num_weights for c in changed) / sum(c.num_weights for c in manifest.components)
+        return request if share <= _MOST_HELD_TWICE else replace(request, parent=request.plan)
+
+    def _stand(self, variant: Variant) -> None:
+        """Have the model under a variant, and keep of states what it shares with the one that they are of."""
+        above = variant.first_difference(self._states_of, self._bench.manifest)
+        if above is not None:
+            for stream in self._streams():
+                stream.forget(above)
+        self._states_of = variant
+        self._bench.become(variant)
+
+    def _streams(self) -> list[Stream]:
+        return [stream for loaded in self.references.values() for stream in loaded.streams.values()]
+
+    def _stream(self, tokens: IntArray, targets_from: int) -> Stream:
+        bench = self._bench
+        on_device = torch.from_numpy(tokens).long().to(self._body.input_device)
+        room = Room.on(self._body.input_device, bench.weight_bytes) if bench.batches.roomy else Room.none()
+        rows = bench.batches.rows(tokens.shape[1])
+        return Stream(self._body, bench.reuse, on_device, targets_from, rows, room, bench.states)
+
+    def _base_hidden(self, loaded: Loaded) -> list[Tensor]:
+        """The base model's inputs of the head, kept to compare distributions with."""
+        self._stand(BASE)
+        return [hidden.clone() for _, hidden in loaded.streams["continuation"].head_inputs(0, ())]
+
+    def _measure(
+        self,
+        head_inputs: Iterator[tuple[Tensor, Tensor]],
+        targets_from: int,
+        base_hidden: list[Tensor] | None,
+        metrics: Sequence[Metric] = (),
+    ) -> list[Scores]:
+        return [
+            compare(
+                self._body,
+                hidden,
+                tokens[:, targets_from:],
+                base_hidden[index] if base_hidden else None,
+                self._bench.never,
+                metrics,
+            )
+            for index, (tokens, hidden) in enumerate(head_inputs)
+        ]

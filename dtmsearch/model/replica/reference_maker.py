@@ -1,0 +1,152 @@
+"""Makes references: prompts cut out of text, the base model's own continuations of them, and how far it agrees with
+itself. Knows nothing of plans that are measured against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dtmsearch.core.calibration import Calibration, Through, calibration_id
+from dtmsearch.core.evaluation import (
+    Continuation,
+    FloatArray,
+    GenerationRules,
+    ModelSpec,
+    PromptTokens,
+    Reference,
+    check_agreement,
+    reference_id,
+)
+from dtmsearch.core.numeric_mode import NumericMode
+from dtmsearch.core.variant import BASE, Variant
+from dtmsearch.errors import UserError
+from dtmsearch.model.replica.loaded_reference import Loaded
+from dtmsearch.model.replica.plan_evaluator import Bench, PlanEvaluator
+from dtmsearch.model.replica.prompts import Cutter, around
+from dtmsearch.model.replica.samples import margins, written_out
+
+_Tokens = NDArray[np.int32]
+
+
+class ReferenceMaker:
+    """Makes references on a bench, with its tokenizer, whose files have an identity of their own (`fingerprint`).
+    `suppressed` tokens are never chosen. `evaluator` tells where the base model leaves its own continuations."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        evaluator: PlanEvaluator,
+        spec: ModelSpec,
+        mode: NumericMode,
+        tokenizer: Any,
+        fingerprint: str,
+        suppressed: tuple[int, ...],
+    ) -> None:
+        self._bench, self._evaluator, self._body = bench, evaluator, bench.standing.body
+        self._spec, self._mode = spec, mode
+        self._tokenizer, self._fingerprint, self._suppressed = tokenizer, fingerprint, suppressed
+        model = self._body.model
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        num_embeddings = int(model.get_input_embeddings().weight.shape[0])
+        self.cutter = Cutter(tokenizer, spec.path, context, num_embeddings)
+
+    def conditions(self) -> tuple[NumericMode, GenerationRules]:
+        """What decides the continuations of prompts, beside the model."""
+        opening, _ = around(self._tokenizer)
+        return self._mode, GenerationRules(self._suppressed, tuple(opening), self._fingerprint)
+
+    def id_of(self, prompts: PromptTokens) -> str:
+        """The id that the reference of prompts has or will have."""
+        mode, rules = self.conditions()
+        return reference_id(self._bench.manifest.id, mode, prompts, rules)
+
+    def calibration(self, rows: _Tokens, through: Through) -> Calibration:
+        """A calibration over rows of text."""
+        manifest_id = self._bench.manifest.id
+        return Calibration(calibration_id(manifest_id, self._mode, rows, through), manifest_id, rows, through)
+
+    def make(self, prompts: PromptTokens) -> Reference:
+        """The base model's greedy continuations of `prompts`, and where its own single pass disagrees with them.
+
+        Raises `UserError` where its logits are not finite, or it agrees with itself too little to measure others by.
+        """
+        self._bench.become(BASE)
+        mode, rules = self.conditions()
+        continuation = self._bench.batches.halving(lambda: self._continue(prompts))
+        reference = Reference(
+            id=self.id_of(prompts),
+            manifest_id=self._bench.manifest.id,
+            mode=mode,
+            text=prompts.tokens,
+            continuation=continuation,
+            agrees=np.ones(continuation.shape, dtype=np.bool_),
+            suppressed=rules.suppressed,
+            opening=rules.opening,
+            tokenizer=rules.tokenizer,
+        )
+        check = self._evaluator.divergence_of_base(Loaded(reference))
+        self._refuse_infinite(int((~np.isfinite(check.nll)).any(axis=1).sum()), reference.num_prompts)
+        made = replace(reference, agrees=~check.diverged)
+        check_agreement(made)
+        return made
+
+    def check_fits(self, reference: Reference) -> None:
+        """Raise `UserError` for a reference that was made under other conditions than those here."""
+        if reference.mode != self._mode:
+            raise UserError(
+                f"reference {reference.id} was made in mode {reference.mode}, this replica runs in {self._mode}"
+            )
+        if reference.suppressed != self._suppressed:
+            theirs, own = (", ".join(map(str, ids)) or "none" for ids in (reference.suppressed, self._suppressed))
+            raise UserError(
+                f"reference {reference.id} was made with the end-of-text tokens {theirs}; {self._spec.path} has {own}"
+            )
+
+    def generate(self, variant: Variant, prompts: PromptTokens) -> _Tokens:
+        """Free greedy generation: [num_prompts, continuation_tokens]."""
+        self._bench.become(variant)
+        return self._continue(prompts)
+
+    def side_by_side(self, variant: Variant, reference: Reference, prompts: Sequence[int]) -> list[Continuation]:
+        """How the base model and a variant each go on from some prompts of a reference."""
+        rows = reference.text[list(prompts)]
+        start = PromptTokens(rows, reference.prompt_tokens)
+        self._bench.become(variant)
+        own = self._bench.batches.halving(lambda: self._continue(start))
+        own_margins = self._margins(start, own)
+        self._bench.become(BASE)
+        base = reference.continuation[list(prompts)]
+        return written_out(self._tokenizer, prompts, start, (base, self._margins(start, base)), (own, own_margins))
+
+    def _continue(self, prompts: PromptTokens) -> _Tokens:
+        rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
+        batches = rows.split(self._bench.batches.rows(prompts.tokens.shape[1]))
+        length = prompts.continuation_tokens
+        with self._bench.standing.eagerly():
+            parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
+        return torch.cat(parts).numpy().astype(np.int32)
+
+    def _margins(self, start: PromptTokens, continuation: _Tokens) -> FloatArray:
+        tokens = np.concatenate([start.tokens[:, : start.prompt_tokens], continuation], axis=1)
+        rows = torch.from_numpy(tokens).long().to(self._body.input_device)
+        never = self._bench.never
+        return np.concatenate([margins(self._body, row, start.prompt_tokens, never) for row in rows.split(1)])
+
+    def _refuse_infinite(self, num_infinite: int, num_prompts: int) -> None:
+        if not num_infinite:
+            return
+        remedy = {
+            "float16": "Its activations pass 65504, the most that float16 holds: try model.dtype: bfloat16, which has "
+            "the range of float32",
+            "float32": "The checkpoint itself may hold values that are no numbers",
+        }.get(self._spec.dtype, "Try model.dtype: float32")
+        raise UserError(
+            f"the base model {self._spec.path} gives logits that are not finite in {self._spec.dtype}, on "
+            f"{num_infinite} of {num_prompts} prompts. {remedy}"
+        )
