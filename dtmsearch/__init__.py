@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dtmsearch.core.metrics import Summary
     from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize
     from dtmsearch.core.schemes import Scheme, parse_scheme
+    from dtmsearch.core.variant import Variant
     from dtmsearch.errors import (
         ClusterLost,
         ClusterUnreachable,
@@ -102,6 +103,7 @@ __all__ = [
     "StoreReadOnly",
     "Summary",
     "UserError",
+    "Variant",
     "Where",
     "__version__",
     "apply",
@@ -170,6 +172,7 @@ _LAZY = {
     "StoreReadOnly": ("dtmsearch.errors", "StoreReadOnly"),
     "Summary": ("dtmsearch.core.metrics", "Summary"),
     "UserError": ("dtmsearch.errors", "UserError"),
+    "Variant": ("dtmsearch.core.variant", "Variant"),
     "Where": ("dtmsearch.cluster.pool_settings", "PoolSettings"),
     "apply": ("dtmsearch.workflows.in_process", "apply"),
     "ask": ("dtmsearch.workflows.api", "ask"),
