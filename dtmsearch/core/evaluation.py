@@ -232,8 +232,14 @@ class EvalRequest:
         variant: Variant, reference_id: str, prompts: tuple[int, int], extra_metrics: tuple[str, ...] = ()
     ) -> EvalRequest:
         """The request to measure a variant."""
-        rest = {"calibration_id": variant.calibration_id, "weights_id": variant.weights_id}
-        return EvalRequest(variant.plan, reference_id, prompts, extra_metrics, **rest)
+        return EvalRequest(
+            variant.plan,
+            reference_id,
+            prompts,
+            extra_metrics,
+            calibration_id=variant.calibration_id,
+            weights_id=variant.weights_id,
+        )
 
     @property
     def variant(self) -> Variant:
