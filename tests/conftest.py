@@ -6,6 +6,7 @@ A test that starts processes by the package, without importing what starts them,
 import gc
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,17 @@ def pytest_collection_finish() -> None:
     tests ask for at every step, takes milliseconds instead of a second."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many tests of each kind there were, and how long they took, fixtures included."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "duration")]
+    seconds: Counter[str] = Counter()
+    tests: dict[str, set[str]] = {}
+    for report in reports:
+        kind = next((kind for kind in (*KINDS, "unit") if kind in report.keywords), "unit")
+        seconds[kind] += report.duration
+        tests.setdefault(kind, set()).add(report.nodeid)
+    terminalreporter.section("seconds by kind")
+    for kind, spent in seconds.most_common():
+        terminalreporter.write_line(f"{spent:8.1f} s in {len(tests[kind]):5d} tests  {kind}")
