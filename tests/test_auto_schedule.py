@@ -9,7 +9,7 @@ import pytest
 from dtmsearch.search.strategies.auto_schedule import Effort, PricedSchedule, ProbedSchedule, Schedule
 
 EFFORT = Effort(prompts=16, plans=8, correction_prompts=2_000)
-SCHEDULES = [ProbedSchedule(EFFORT, 84, 1_000, 2), PricedSchedule(EFFORT, 84, 1_000, 2, num_steps=8)]
+SCHEDULES = [ProbedSchedule(EFFORT, 84, 1_000, 2), PricedSchedule(EFFORT, 84, 1_000, 2, num_steps=(4, 8))]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["probed", "priced"])
@@ -33,7 +33,7 @@ def _stretches(schedule: Schedule, number: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("prompts", [1, 7, 40])
 def test_no_stretch_is_longer_than_the_prompts(prompts: int) -> None:
-    for schedule in (ProbedSchedule(EFFORT, 8, prompts, 1), PricedSchedule(EFFORT, 8, prompts, 1, num_steps=8)):
+    for schedule in (ProbedSchedule(EFFORT, 8, prompts, 1), PricedSchedule(EFFORT, 8, prompts, 1, num_steps=(4, 8))):
         stretches = [s for number in range(4) for s in _stretches(schedule, number)] + schedule.swap_lots(3_000)
         assert all(0 <= first < end <= prompts for first, end in stretches)
 
