@@ -87,7 +87,7 @@ def test_the_verdict_speaks_the_metric_that_the_search_ranks_by(tmp_path: Path) 
     write(tmp_path, *records, run=replace(RECORD, config="search: {rank_by: kl}"))
     found = summarize_run(ResultStore(tmp_path), "run")
     assert (found.rank_by, found.rival) == ("kl", "uniform:int4-g32")
-    assert "has a KL of 0.5000 nats a token: worse than" in found.verdict
+    assert "has a KL of 0.500 nats a token: worse than" in found.verdict
 
 
 def test_a_failed_plan_makes_no_claim(tmp_path: Path) -> None:
@@ -268,4 +268,4 @@ def test_the_rival_is_chosen_by_the_prompts_to_choose_by_and_reported_on_the_oth
     write(tmp_path, measured(PLAN, "plan", 60), *chosen, *reported, run=run)
     found = summarize_run(ResultStore(tmp_path), "run")
     assert found.rival == "uniform:int3-channel"
-    assert "with 40.0 (difference +20.0 tokens" in found.verdict
+    assert "with 40.00 (difference +20.00 tokens" in found.verdict

@@ -97,7 +97,7 @@ def test_the_verdict_says_when_other_metrics_disagree() -> None:
         sdt_vs_plan=difference(10.0, 1.0),
         kl_vs_plan=difference(0.25, 0.01),
     )
-    assert "but its SDT worse (+10.00) and KL worse (+0.2500)" in verdict([PLAN, other], "fdt")
+    assert "but its SDT worse (+10.0) and KL worse (+0.250)" in verdict([PLAN, other], "fdt")
 
 
 def test_too_few_prompts_are_said() -> None:

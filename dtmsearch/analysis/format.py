@@ -98,3 +98,44 @@ def counted(num: int | None, noun: str) -> str:
 
 def components(num: int | None) -> str:
     return counted(num, "component")
+
+
+# More decimals than this say nothing of any metric here.
+_MOST_DECIMALS = 8
+
+
+def decimals(half_width: float) -> int | None:
+    """How many decimals a mean bears whose interval reaches this far to either side: as many as show the half width to
+    two significant digits. None where it reaches nowhere, or without end."""
+    if not math.isfinite(half_width) or half_width <= 0.0:
+        return None
+    return min(max(0, 1 - math.floor(math.log10(half_width))), _MOST_DECIMALS)
+
+
+def interval_decimals(low: float, high: float) -> int | None:
+    """The decimals that an interval and its mean bear; more where an end would else be written as zero and is not, for
+    on which side of zero it lies is what is read first."""
+    borne = decimals((high - low) / 2)
+    while borne is not None and borne < _MOST_DECIMALS and any(e and not round(e, borne) for e in (low, high)):
+        borne += 1
+    return borne
+
+
+def with_interval(mean: float, low: float, high: float, digits: int, sign: str = "") -> str:
+    """A mean and its interval, `0.00031 [0.00020, 0.00042]`, to the decimals that the interval bears; to `digits` where
+    it has no width. `sign` is `+` for differences."""
+    borne = interval_decimals(low, high)
+    spec = f"{sign}.{digits if borne is None else borne}f"
+    return f"{mean:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+
+def with_error(mean: float, error: float) -> str:
+    """A mean and its standard error to the decimals that the error bears: `0.0031 ± 0.0012`, `(3.1 ± 1.2)e-07`."""
+    sign = "\N{PLUS-MINUS SIGN}"
+    power = math.floor(math.log10(abs(mean))) if mean and math.isfinite(mean) else 0
+    power = power if power < -3 else 0
+    borne = decimals(error / 10.0**power)
+    if borne is None:
+        return number(mean)
+    found = f"{mean / 10.0**power:.{borne}f} {sign} {error / 10.0**power:.{borne}f}"
+    return f"({found})e{power:03d}" if power else found

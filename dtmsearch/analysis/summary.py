@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dtmsearch.analysis.failure import headline
 from dtmsearch.analysis.kept_fdt import KeptFdt, kept_fdt
 from dtmsearch.analysis.verdict import (
     FOUND,
@@ -105,7 +106,7 @@ class RunSummary:
 @dataclass(frozen=True)
 class RunOverview:
     """A line about a run. `score` is its last decision's value of the metric that it ranks by; `fdt` that decision's
-    mean FDT on the search's prompts."""
+    mean FDT on the search's prompts; `failed` what ended a failed run, in a line."""
 
     run: str
     status: RunStatus | Literal["incomplete"]
@@ -118,6 +119,7 @@ class RunOverview:
     score: float | None
     fdt: float | None
     created_at: float
+    failed: str | None = None
 
 
 def record_of(store: ResultStore, run: str) -> RunRecord:
@@ -197,13 +199,17 @@ def _written(record: RunRecord, plan: Plan | None, components: Sequence[tuple[Co
     """By which export the final plan can be written at its counted size, in words."""
     if plan is None or not plan.entries or not components:
         return None
-    # A file of other times may lack the key, or have a value that is no scale's dtype now.
-    scale_dtype = str(section_of(record.config, "model").get("scale_dtype", "float32"))
-    scale_bits = 32 if scale_dtype == "float32" else SCALE_BITS
     try:
-        return size_sentence(plan, [component for component, _ in components], components[0][1], scale_bits)
+        return size_sentence(plan, [component for component, _ in components], components[0][1], scale_bits_of(record))
     except ValueError:  # a scheme that is not known here
         return None
+
+
+def scale_bits_of(record: RunRecord) -> int:
+    """Bits of a scale where a run's plans are stored."""
+    # A file of other times may lack the key, or have a value that is no scale's dtype now.
+    scale_dtype = str(section_of(record.config, "model").get("scale_dtype", "float32"))
+    return 32 if scale_dtype == "float32" else SCALE_BITS
 
 
 def _verdict(
@@ -259,6 +265,7 @@ def _overview(store: ResultStore, record: RunRecord, models: Mapping[str | None,
         score=None if last is None else last.score,
         fdt=None if last is None else _fdt_of(store, record, last.plan_id),
         created_at=record.created_at,
+        failed=headline(record.message) if record.status == "failed" and record.message else None,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
 
-from dtmsearch.analysis.format import counted
+from dtmsearch.analysis.format import counted, interval_decimals
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import LARGER
@@ -71,19 +71,28 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class _Shown:
-    """How a metric is written: its value in a sentence, its differences."""
+    """How a metric is written: its value in a sentence, the unit of a difference, and the decimals of either where no
+    interval says how many they bear."""
 
     name: str
     value: str
-    difference: str
+    unit: str
+    value_spec: str
+    difference_spec: str
+
+    def said(self, value: float, spec: str | None = None) -> str:
+        return self.value.format(format(value, spec or self.value_spec))
+
+    def difference(self, value: float, spec: str | None = None) -> str:
+        return f"{value:+{spec or self.difference_spec}} {self.unit}".rstrip()
 
 
 _SHOWN = {
-    "fdt": _Shown("FDT", "first diverges after {:.1f} tokens on average", "{:+.1f} tokens"),
-    "sdt": _Shown("SDT", "has an SDT of {:.2f} tokens a prompt", "{:+.2f} tokens"),
-    "kl": _Shown("KL", "has a KL of {:.4f} nats a token", "{:+.4f} nats a token"),
-    "dppl": _Shown("DPPL", "has a DPPL of {:.4f}", "{:+.4f} nats a token"),
-    "ppl": _Shown("PPL", "has a PPL of {:.4g}", "{:+.4f} nats a token"),
+    "fdt": _Shown("FDT", "first diverges after {} tokens on average", "tokens", ".1f", ".1f"),
+    "sdt": _Shown("SDT", "has an SDT of {} tokens a prompt", "tokens", ".2f", ".2f"),
+    "kl": _Shown("KL", "has a KL of {} nats a token", "nats a token", ".4f", ".4f"),
+    "dppl": _Shown("DPPL", "has a DPPL of {}", "nats a token", ".4f", ".4f"),
+    "ppl": _Shown("PPL", "has a PPL of {}", "nats a token", ".4g", ".4f"),
 }
 
 
@@ -92,12 +101,25 @@ def _shown(metric: str) -> _Shown:
         return _SHOWN[metric]
     found = METRICS[metric]
     unit = f" {found.unit}" if found.unit else ""
-    title, digits = found.title or metric, found.digits
-    return _Shown(title, f"has a {title} of {{:{digits}}}{unit}", f"{{:+{digits}}}{unit}")
+    title = found.title or metric
+    return _Shown(title, f"has a {title} of {{}}{unit}", found.unit or "", found.digits, found.digits)
 
 
-def _number(value: float | None, metric: str) -> str:
-    return "-" if value is None else format(value, METRICS[metric].digits)
+def _borne(difference: PairedDifference | None) -> str | None:
+    """The decimals that a difference bears, by its interval; None where there is none."""
+    if difference is None or not difference.is_known:
+        return None
+    digits = interval_decimals(difference.low, difference.high)
+    return None if digits is None else f".{digits}f"
+
+
+def _value_spec(difference: PairedDifference | None, metric: str) -> str | None:
+    """Those of the values that it is the difference of: of perplexities it is one of logarithms."""
+    return None if METRICS[metric].mean == "geometric" else _borne(difference)
+
+
+def _number(value: float | None, metric: str, spec: str | None = None) -> str:
+    return "-" if value is None else format(value, spec or METRICS[metric].digits)
 
 
 def rival_of(rows: Sequence[ValidationRow], rank_by: str) -> ValidationRow | None:
@@ -177,10 +199,11 @@ def _against(
     continuation_tokens: int | None,
 ) -> str:
     assert plan.summary is not None
+    difference = None if rival is None else rival.vs_plan(metric)
+    spec, own = _value_spec(difference, metric), _value(plan, metric)
     found = (
         f"On {counted(plan.summary.num_prompts, 'held-out prompt')} the plan "
-        f"({plan.bits_per_weight:.2f} bits per weight) "
-        f"{_shown(metric).value.format(_value(plan, metric))}"
+        f"({plan.bits_per_weight:.2f} bits per weight) {'-' if own is None else _shown(metric).said(own, spec)}"
     )
     fdt = "" if metric == "fdt" else f" (FDT {plan.summary.fdt_mean:.1f})"
     if rival is None:
@@ -191,11 +214,10 @@ def _against(
         f"the best uniform plan of at most its size, {rival.uniform_scheme} ({rival.bits_per_weight:.2f} bits"
         f"{', unusable' if unusable(rival, base, continuation_tokens) else ''})"
     )
-    difference = rival.vs_plan(metric)
     if rival.summary is None or difference is None:
         reason = f" ({rival.failure})" if rival.failure else ""
         return f"{found}{fdt}; {other}, could not be measured{reason}, so it is called neither better nor worse."
-    value = _number(_value(rival, metric), metric)
+    value = _number(_value(rival, metric), metric, spec)
     return (
         f"{found}: {_comparison(difference, metric)} {other}, with {value} ({_interval(difference, metric)})"
         f"{_beside(plan, rival, metric)}{_dissent(rival, metric)}."
@@ -215,10 +237,11 @@ def _is_better(difference: PairedDifference, metric: str) -> bool:
 
 
 def _interval(d: PairedDifference, metric: str) -> str:
-    text = f"difference {_shown(metric).difference.format(d.mean)}"
+    spec = _borne(d)
+    text = f"difference {_shown(metric).difference(d.mean, spec)}"
     if not d.is_known:
         return text
-    low, high = (_shown(metric).difference.format(end).partition(" ")[0] for end in (d.low, d.high))
+    low, high = (_shown(metric).difference(end, spec).partition(" ")[0] for end in (d.low, d.high))
     return f"{text}, {d.confidence:.0%} interval {low} to {high}"
 
 
@@ -246,7 +269,7 @@ def _dissent(rival: ValidationRow, metric: str) -> str:
     for name in ("sdt", "kl"):
         d = rival.vs_plan(name)
         if name != metric and d is not None and d.excludes_zero and _is_better(d, name) != _is_better(first, metric):
-            number = _shown(name).difference.format(d.mean).partition(" ")[0]
+            number = _shown(name).difference(d.mean, _borne(d)).partition(" ")[0]
             opposite.append(f"{_shown(name).name} {'better' if _is_better(d, name) else 'worse'} ({number})")
     return f", but its {' and '.join(opposite)}" if opposite else ""
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import string
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from dtmsearch.analysis.scheme_characters import UNQUANTIZED, scheme_characters
 from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import parse_scheme
 
-UNQUANTIZED = "."
 # A mixture's experts would be rows by the hundred.
 _MOST_KINDS = 16
 
@@ -29,7 +27,7 @@ def plan_picture(plan: Plan, components: Sequence[Component], width: int | None 
     if len({component.layer for component in components}) < 2 or len(kinds) > _MOST_KINDS:
         return ""
     window = width or shutil.get_terminal_size().columns
-    symbols = _symbols(plan)
+    symbols = scheme_characters(plan.schemes.values())
     at = {(c.kind, c.layer): symbols.get(plan.schemes.get(c.name, ""), UNQUANTIZED) for c in components}
     layers = sorted({layer for _, layer in at})
     margin = max(map(len, [*kinds, "layer"])) + 2
@@ -54,21 +52,3 @@ def _ruler(layers: Sequence[int]) -> str:
         if at == 0 or (layer % 10 == 0 and len(line) < at):
             line = f"{line:<{at}}{layer}"
     return line
-
-
-def _symbols(plan: Plan) -> Mapping[str, str]:
-    """Scheme -> character, from few bits to many."""
-    bits = {scheme: _bits(scheme) for scheme in dict.fromkeys(plan.schemes.values())}
-    schemes = sorted(bits, key=lambda scheme: (bits[scheme] or 0, scheme))
-    shared = Counter(bits.values())
-    letters = iter(string.ascii_lowercase + string.ascii_uppercase)
-    return {
-        scheme: str(bits[scheme]) if bits[scheme] is not None and shared[bits[scheme]] == 1 else next(letters, "?")
-        for scheme in schemes
-    }
-
-
-def _bits(scheme: str) -> int | None:
-    """The digit of a scheme that rounds to fewer than ten bits."""
-    bits = parse_scheme(scheme).bits
-    return bits if 0 < bits < 10 else None

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dtmsearch.analysis.format import components, counted, duration, plain
+from dtmsearch.analysis.failure import headline
+from dtmsearch.analysis.format import components, counted, duration, plain, with_interval
 from dtmsearch.console.plan_picture import plan_picture
 from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metric_registry import METRICS
@@ -53,7 +54,7 @@ _STATES_KEPT = {
 def run_text(summary: RunSummary) -> str:
     """Everything that the store knows of a run."""
     lines = [f"run {summary.run}: {_status(summary)}"]
-    lines += [_line("message", summary.message)] if summary.message else []
+    lines += [_message(summary.status, summary.message)] if summary.message else []
     lines.append(_line("model", summary.model or "not read yet"))
     lines.append(_line("search", _effort(summary)))
     lines += [_line("prompts", summary.search_text)] if summary.search_text else []
@@ -79,6 +80,11 @@ def run_values(summary: RunSummary) -> dict[str, Any]:
     del values["components"]
     values["final_plan"] = None if summary.final_plan is None else summary.final_plan.schemes
     return values
+
+
+def _message(status: str, message: str) -> str:
+    """Of a failed run what failed; JSON holds all that was said."""
+    return _line("failed", headline(message)) if status == "failed" else _line("message", message)
 
 
 def _line(label: str, text: str) -> str:
@@ -214,13 +220,19 @@ def _metric_cells(summary: Summary) -> list[float | None]:
 def _ahead(difference: PairedDifference | None, digits: int) -> str:
     if difference is None:
         return ""
-    mean, low, high = (f"{v:+.{digits}f}" for v in (difference.mean, difference.low, difference.high))
-    return f"{mean} [{low}, {high}]" if difference.is_known else f"{mean} (too few prompts to say)"
+    if not difference.is_known:
+        return f"{difference.mean:+.{digits}f} (too few prompts to say)"
+    return with_interval(difference.mean, difference.low, difference.high, digits, sign="+")
 
 
 def overview_text(runs: Sequence[RunOverview]) -> str:
     columns = ["run", "status", "bits", "FDT in search", "created", "evaluations", "model", "share", "step"]
-    return table(columns, [_overview_cells(run) for run in runs])
+    rows = [_overview_cells(run) for run in runs]
+    if any(run.failed is not None for run in runs):
+        columns.insert(2, "what failed")
+        for run, row in zip(runs, rows, strict=True):
+            row.insert(2, run.failed)
+    return table(columns, rows)
 
 
 def _overview_cells(run: RunOverview) -> list[object]:

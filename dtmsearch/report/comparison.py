@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtmsearch.analysis.format import with_interval
 from dtmsearch.config import difference
 from dtmsearch.core.metrics import difference_limits
 from dtmsearch.core.schemes import DENSE
@@ -52,12 +53,13 @@ def write_comparison(
 def compared(one: RunFacts, other: RunFacts) -> list[Figure]:
     """The figures of a comparison, as far as the two have what they show."""
     runs = (one.summary.run, other.summary.run)
-    found = compared_plans(plan_differences(one, other), runs) if _same_model(one, other) else []
+    plans = one.plan_rows, other.plan_rows
+    found = compared_plans(plan_differences(one, other), runs, plans) if _same_model(one, other) else []
     metrics = [metric for metric in one.metrics if metric in other.metrics]
     found += compared_course([(run, facts.path) for run, facts in zip(runs, (one, other), strict=True)], metrics)
     if _same_prompts(one, other):
-        plans = [(run, _plan_survival(facts)) for run, facts in zip(runs, (one, other), strict=True)]
-        found += compared_survival(plans)
+        curves = [(run, _plan_survival(facts)) for run, facts in zip(runs, (one, other), strict=True)]
+        found += compared_survival(curves)
     return found
 
 
@@ -136,5 +138,4 @@ def sentence(one: RunFacts, other: RunFacts, differences: dict[str, PairedDiffer
 
 
 def _said(metric: str, found: PairedDifference) -> str:
-    digits = _DIGITS[metric]
-    return f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return with_interval(found.mean, found.low, found.high, _DIGITS[metric], sign="+")

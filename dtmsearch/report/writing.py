@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from dtmsearch import __version__
-from dtmsearch.analysis.format import components, duration, number, plain
+from dtmsearch.analysis.failure import failed_evaluations, headline
+from dtmsearch.analysis.format import components, duration, number, plain, with_error, with_interval
 from dtmsearch.analysis.verdict import ValidationRow
 from dtmsearch.core.statistics import PairedDifference
 from dtmsearch.report.charts import Figure, figures, plan_name, save, schemes_of, title_of
+from dtmsearch.report.charts.scheme_colours import by_bits
 from dtmsearch.report.extra import jinja2, vl_convert
-from dtmsearch.report.facts import Row, RunFacts, ceiling_of, gather, interval, per_prompt
+from dtmsearch.report.facts import Row, RunFacts, ceiling_of, gather, interval, per_prompt, recipe_command
 from dtmsearch.store.store import ResultStore
 
 
@@ -39,13 +41,17 @@ def write_report(store: ResultStore, run: str, out: Path, figures_folder: Path |
 
 def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
     """The whole HTML text of a run's report."""
+    summary = facts.summary
     context = {
         "facts": facts,
-        "summary": facts.summary,
+        "summary": summary,
         "held_out": _held_out_rows(store, facts),
         "places": places(drawn),
         "components": _component_rows(facts),
-        "alone": schemes_of(facts.sensitivity),
+        "alone": schemes_of(facts.sensitivity) or by_bits(row["scheme"] for row in facts.story.prices),
+        "alone_in": facts.rank_by if facts.sensitivity else "kl",
+        "failed": _failed(facts),
+        "recipe": recipe_command(summary.run, store.url),
         "vanished": [row["component"] for row in facts.plan_rows if row["pruned"] == 1.0],
         "texts": [_side_by_side(row) for row in facts.texts],
         "titles": {metric: title_of(metric) for metric in facts.metrics},
@@ -78,6 +84,7 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
         "count": lambda value: f"{value:,}",
         "plan_name": plan_name,
         "choice_parts": _choice_parts,
+        "blanks": _runs,
     }
     environment.filters |= filters
     return environment.get_template(template).render(
@@ -156,7 +163,7 @@ def _span(found: PairedDifference | None, metric: str) -> str:
     digits = {"fdt": 1, "sdt": 2, "kl": 4}[metric]
     if not found.is_known:
         return f"{found.mean:.{digits}f}"
-    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    return with_interval(found.mean, found.low, found.high, digits)
 
 
 def _ahead(difference: PairedDifference | None) -> str:
@@ -164,7 +171,7 @@ def _ahead(difference: PairedDifference | None) -> str:
         return ""
     if not difference.is_known:
         return f"{difference.mean:+.1f} (too few prompts to say)"
-    return f"{difference.mean:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
+    return with_interval(difference.mean, difference.low, difference.high, 1, sign="+")
 
 
 def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
@@ -206,11 +213,51 @@ def _choice_parts(choices: Iterable[str]) -> list[list[str]]:
 
 def _component_rows(facts: RunFacts) -> list[Row]:
     """The components of the plan with what each scheme does to them alone, for the table that a click filters."""
-    alone: dict[str, dict[str, float]] = {}
+    alone: dict[str, dict[str, str]] = {}
     for row in facts.sensitivity:
-        if facts.rank_by in row:
-            alone.setdefault(row["component"], {})[row["scheme"]] = row[facts.rank_by]
+        if row.get(facts.rank_by) is not None:
+            alone.setdefault(row["component"], {})[row["scheme"]] = number(row[facts.rank_by])
+    if not facts.sensitivity:
+        for row in facts.story.prices:
+            alone.setdefault(row["component"], {})[row["scheme"]] = with_error(row["kl"], row["error"])
     return [{**row, "alone": alone.get(row["component"], {})} for row in facts.plan_rows]
+
+
+def _failed(facts: RunFacts) -> list[str]:
+    """Everything that failed, in words: what ended the run, and evaluations."""
+    summary = facts.summary
+    ended = [headline(summary.message)] if summary.status == "failed" and summary.message else []
+    return ended + failed_evaluations(facts.cost.failures)
+
+
+# Whitespace that is shown as a mark of its own -> the mark's class.
+_BLANKS = {" ": "sp", "\t": "tab", "\n": "nl", "\r": "cr", "\N{NO-BREAK SPACE}": "nbsp"}
+
+
+def _runs(text: str) -> list[tuple[str, str]]:
+    """A text as (class, characters): each blank by itself, the rest in one piece."""
+    found: list[tuple[str, str]] = []
+    for character in text:
+        kind = _BLANKS.get(character, "")
+        if kind == "" and found and found[-1][0] == "":
+            found[-1] = "", found[-1][1] + character
+        else:
+            found.append((kind, character))
+    return found
+
+
+# Letters of the prompt's end, and tokens before the divergence, that are always in sight.
+_CONTEXT_LETTERS, _CONTEXT_TOKENS, _TOKENS_AFTER = 240, 10, 8
+
+
+def _excerpt(row: Row, side: str) -> Row:
+    """What stands around the divergence in a text: the common tokens before it, the first that differs, those after;
+    where few come before, the prompt's end too."""
+    at, pieces = row["diverges_at"], row[f"{side}_pieces"]
+    before = "".join(pieces[max(0, at - _CONTEXT_TOKENS) : at])
+    if at < _CONTEXT_TOKENS:
+        before = row["prompt_text"][-_CONTEXT_LETTERS // 2 :] + before
+    return {"before": before, "first": pieces[at], "after": "".join(pieces[at + 1 : at + 1 + _TOKENS_AFTER])}
 
 
 def _side_by_side(row: Row) -> Row:
@@ -225,4 +272,8 @@ def _side_by_side(row: Row) -> Row:
             for n, (piece, token, margin) in enumerate(tokens)
             if n < len(other) or token is not None
         ]
-    return {**row, **sides, "length": len(row["base_tokens"])}
+    prompt = row["prompt_text"]
+    shown: Row = {"prompt_end": prompt[-_CONTEXT_LETTERS:], "prompt_is_cut": len(prompt) > _CONTEXT_LETTERS}
+    if at < len(row["base_tokens"]):
+        shown["excerpts"] = [("base model", _excerpt(row, "base")), ("compressed", _excerpt(row, "own"))]
+    return {**row, **sides, **shown, "length": len(row["base_tokens"])}

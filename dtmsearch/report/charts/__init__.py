@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dtmsearch.report.charts.bits_spent import spending_figures
 from dtmsearch.report.charts.drawing import Figure, plan_name, save, title_of
-from dtmsearch.report.charts.heatmaps import plan_figures, schemes_of, sensitivity_figures
-from dtmsearch.report.charts.quality import course_figures, interaction_figures, survival_figures, sweep_figures
+from dtmsearch.report.charts.foreseen import foreseen_figures
+from dtmsearch.report.charts.heatmaps import plan_figures, price_figures, schemes_of, sensitivity_figures
+from dtmsearch.report.charts.quality import (
+    course_figures,
+    held_out_figures,
+    interaction_figures,
+    survival_figures,
+    sweep_figures,
+)
 from dtmsearch.report.charts.sparsity_charts import sparsity_figures
 from dtmsearch.report.charts.tree import tree_figures
 from dtmsearch.report.facts import RunFacts
@@ -15,8 +23,12 @@ __all__ = ["Figure", "figures", "plan_name", "save", "schemes_of", "title_of"]
 def figures(facts: RunFacts) -> list[Figure]:
     """Every figure that the rows of a run bear."""
     found: list[Figure] = []
+    found += held_out_figures(facts)
     found += sensitivity_figures(facts)
+    found += price_figures(facts)
     found += plan_figures(facts)
+    found += spending_figures(facts)
+    found += foreseen_figures(facts)
     found += course_figures(facts)
     found += survival_figures(facts)
     found += interaction_figures(facts)

@@ -5,28 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dtmsearch.report.charts.drawing import (
+    DASHES,
     DENSE_COLOUR,
     PALETTE,
     PLOT_HEIGHT,
     ROW_HEIGHT,
+    RUN_COLOURS,
     Figure,
-    decades,
+    metric_axis,
     named,
     sized,
     title_of,
 )
-from dtmsearch.report.charts.heatmaps import layers_by_kinds
+from dtmsearch.report.charts.heatmaps import layers_by_kinds, scheme_map
 from dtmsearch.report.charts.quality import survival
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import Row, kinds_of
 
+# Fewer sizes than this make no course.
+_FEWEST_SIZES = 3
 
-def compared_plans(rows: Sequence[Row], runs: tuple[str, str]) -> list[Figure]:
-    """Where two plans choose alike, and where not. `rows` as `comparison.plan_differences` gives them."""
+
+def compared_plans(
+    rows: Sequence[Row], runs: tuple[str, str], plans: tuple[Sequence[Row], Sequence[Row]]
+) -> list[Figure]:
+    """Where two plans choose alike, and where not, and each of them. `rows` as `comparison.plan_differences` gives
+    them, `plans` the components of either."""
     if not rows:
         return []
+    each = [
+        scheme_map("plans", f"plan-{at}", own, f"Heat map of layers by kinds: the schemes of {run}", f"plan of {run}")
+        for at, (run, own) in enumerate(zip(runs, plans, strict=True))
+    ]
     choices = ["dense in both", "the same scheme", "different schemes", *(f"only in {run}" for run in runs)]
-    scale = alt.Scale(domain=choices, range=[DENSE_COLOUR, PALETTE[4], PALETTE[3], PALETTE[0], PALETTE[1]])
+    scale = alt.Scale(domain=choices, range=[DENSE_COLOUR, PALETTE[4], PALETTE[2], *RUN_COLOURS[:2]])
     kinds = kinds_of(rows)
     cells = list({(row["layer"], row["kind"]): row for row in rows}.values())
     chart = layers_by_kinds("choices", cells, kinds).encode(
@@ -38,13 +50,14 @@ def compared_plans(rows: Sequence[Row], runs: tuple[str, str]) -> list[Figure]:
         ],
     )
     description = "Heat map of layers by kinds: where the two plans choose alike"
-    return [Figure("plans", "plans", sized(chart, ROW_HEIGHT * len(kinds), description), {"choices": cells})]
+    choices_map = sized(chart, ROW_HEIGHT * len(kinds), description)
+    return [Figure("plans", "plans", choices_map, {"choices": cells}, "both"), *each]
 
 
 def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequence[str]) -> list[Figure]:
     """The decisions of runs, a line each, by their metrics on their own prompts."""
     rows = [{**row, "run": run} for run, path in paths for row in path]
-    if not rows:
+    if len({round(row["bits"], 2) for row in rows}) < _FEWEST_SIZES:
         return []
     runs = [run for run, _ in paths]
     found = []
@@ -52,7 +65,8 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
         values = [row[metric] for row in rows if row.get(metric) is not None]
         logarithmic = metric in ("kl", "sdt") and bool(values) and min(values) > 0
         scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
-        axis = decades(values) if logarithmic else alt.Axis()
+        legend = alt.Legend(title=None, orient="bottom", symbolSize=300)
+        axis = metric_axis(metric, values, logarithmic)
         chart = (
             named("paths")
             .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=18), aria=False)
@@ -64,7 +78,12 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
                     axis=alt.Axis(format="~g", grid=False, tickCount=8),
                 ),
                 y=alt.Y(f"{metric}:Q", title=title_of(metric), scale=scale, axis=axis),
-                color=alt.Color("run:N", sort=runs, legend=alt.Legend(title=None, orient="bottom")),
+                color=alt.Color(
+                    "run:N", sort=runs, scale=alt.Scale(domain=runs, range=list(RUN_COLOURS[:2])), legend=legend
+                ),
+                strokeDash=alt.StrokeDash(
+                    "run:N", sort=runs, scale=alt.Scale(domain=runs, range=list(DASHES[:2])), legend=legend
+                ),
                 order="step:Q",
                 tooltip=[
                     alt.Tooltip("run:N"),

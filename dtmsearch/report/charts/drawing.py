@@ -33,6 +33,12 @@ _PNG_SCALE = 3.0
 # The palette of Okabe and Ito, which the colour-blind tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 FAINT, DENSE_COLOUR = "#8a8f98", "#a7abb2"
+# The plan of the page; schemes have colours of their own (`scheme_colours`), which are blue, green and brown.
+PLAN_COLOUR = "#D55E00"
+# Two runs of a comparison.
+RUN_COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#E69F00")
+# Dashes by which lines are told apart without colour, the first a whole line.
+DASHES: tuple[tuple[int, ...], ...] = ((1, 0), (7, 3), (2, 2), (9, 2, 2, 2), (4, 4), (12, 3), (1, 4))
 _PAPER = {
     "background": "white",
     "font": "Helvetica, Arial, sans-serif",
@@ -40,6 +46,7 @@ _PAPER = {
     "axis": {"gridColor": "#e8e8e8", "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"},
     "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"},
     "title": {"fontSize": 12, "anchor": "start", "fontWeight": "normal"},
+    "text": {"fill": "#333333"},
     "range": {"category": list(PALETTE), "heatmap": {"scheme": "yelloworangebrown"}, "ramp": {"scheme": "viridis"}},
 }
 
@@ -116,6 +123,21 @@ def ramp_legend(title: str, values: Sequence[float] = ()) -> Any:
         format=".2~g",
         values=list(values) or alt.Undefined,
     )
+
+
+def counts(values: Sequence[float] = ()) -> Any:
+    """An axis of what is counted (tokens, rounds, steps): its ticks are whole numbers. Where `values` are means that
+    lie nearer to each other than two whole numbers, ticks between them are needed."""
+    if len(values) and max(values) - min(values) < 2:
+        return alt.Axis()
+    return alt.Axis(format=",d", tickMinStep=1, grid=False) if not len(values) else alt.Axis(format=",d", tickMinStep=1)
+
+
+def metric_axis(metric: str, values: Sequence[float], logarithmic: bool) -> Any:
+    """The axis of a metric's values."""
+    if logarithmic:
+        return decades(values)
+    return counts(values) if metric in ("fdt", "sdt") else alt.Axis()
 
 
 def decades(values: Sequence[float]) -> Any:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dtmsearch.core.schemes import DENSE
+from dtmsearch.analysis.format import with_error
+from dtmsearch.analysis.scheme_characters import UNQUANTIZED, scheme_characters
+from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.report.charts.drawing import (
-    DENSE_COLOUR,
-    PALETTE,
+    FAINT,
     ROW_HEIGHT,
     Figure,
     damage_title_of,
@@ -17,11 +18,14 @@ from dtmsearch.report.charts.drawing import (
     ramp_legend,
     sized,
 )
+from dtmsearch.report.charts.scheme_colours import by_bits, colour_of, ink_on
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import Row, RunFacts, damage, kinds_of
 
 # Up to this many schemes have colours of their own; more are drawn by their bits.
-_MOST_COLOURS = 7
+_MOST_COLOURS = 12
+# Characters are written into cells while there are no more layers than have room for them on a phone.
+_MOST_LAYERS_WRITTEN = 36
 
 
 def schemes_of(sensitivity: Sequence[Row]) -> list[str]:
@@ -125,22 +129,112 @@ def layers_by_kinds(name: str, cells: Sequence[Row], kinds: Sequence[str]) -> An
     )
 
 
+def price_figures(facts: RunFacts) -> list[Figure]:
+    """The same of prices: KL by backward passes, where the search took them."""
+    cells = {
+        scheme: _price_cells([row for row in facts.story.prices if row["scheme"] == scheme])
+        for scheme in by_bits(row["scheme"] for row in facts.story.prices)
+    }
+    values = [cell["value"] for group in cells.values() for cell in group]
+    if len(set(values)) < 2:
+        return []
+    domain, kinds, found = (min(values), max(values)), kinds_of(facts.components), []
+    for scheme, own in cells.items():
+        legend = ramp_legend(damage_title_of("kl"), _marks(domain)) if scheme == list(cells)[-1] else None
+        scale = alt.Scale(type="log" if _is_wide(domain) else "linear", domain=list(domain))
+        name = f"prices-{scheme}"
+        chart = layers_by_kinds(name, own, kinds).encode(
+            color=alt.Color("value:Q", scale=scale, legend=legend),
+            tooltip=[
+                alt.Tooltip("component:N"),
+                alt.Tooltip("scheme:N"),
+                alt.Tooltip("said:N", title="KL, priced"),
+                alt.Tooltip("num_weights:Q", title="weights", format=","),
+            ],
+        )
+        chart = sized(chart, ROW_HEIGHT * len(kinds), "Heat map of layers by kinds: priced KL")
+        found.append(Figure("prices", name, chart.properties(title=scheme), {name: own}))
+    return found
+
+
+def _price_cells(rows: Sequence[Row]) -> list[Row]:
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["layer"], row["kind"]), []).append(row)
+    return [
+        {
+            "layer": layer,
+            "kind": kind,
+            "value": (mean := sum(row["kl"] for row in group) / len(group)),
+            "said": with_error(mean, max(row["error"] for row in group)),
+            "component": group[0]["component"] if len(group) == 1 else f"{len(group)} components, their mean",
+            "scheme": group[0]["scheme"],
+            "num_weights": sum(row["num_weights"] for row in group),
+        }
+        for (layer, kind), group in groups.items()
+    ]
+
+
 def plan_figures(facts: RunFacts) -> list[Figure]:
     if not facts.plan_rows:
         return []
-    cells = plan_cells(facts.plan_rows)
-    kinds = kinds_of(facts.plan_rows)
-    chart = layers_by_kinds("plan", cells, kinds).encode(
-        color=_scheme_colour(cells),
-        tooltip=[
-            alt.Tooltip("component:N"),
-            alt.Tooltip("scheme:N"),
-            alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
-            alt.Tooltip("num_weights:Q", title="weights", format=","),
-        ],
+    return [scheme_map("plan", "plan", facts.plan_rows, "Heat map of layers by kinds: the plan's schemes")]
+
+
+def scheme_map(section: str, name: str, plan_rows: Sequence[Row], description: str, choice: str = "") -> Figure:
+    """A plan's schemes as colours and characters."""
+    kinds = kinds_of(plan_rows)
+    cells = plan_cells(plan_rows)
+    schemes = list(dict.fromkeys(cell["scheme"] for cell in cells))
+    tooltip = [
+        alt.Tooltip("component:N"),
+        alt.Tooltip("scheme:N"),
+        alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
+        alt.Tooltip("num_weights:Q", title="weights", format=","),
+    ]
+    if len(schemes) > _MOST_COLOURS:
+        colour = alt.Color("bits:Q", legend=ramp_legend("bits per weight"))
+        chart = layers_by_kinds(name, cells, kinds).encode(color=colour, tooltip=tooltip)
+        return Figure(section, name, sized(chart, ROW_HEIGHT * len(kinds), description), {name: cells}, choice)
+    cells = _marked(cells)
+    rectangles = layers_by_kinds(name, cells, kinds)
+    chart = rectangles.encode(color=_marked_colour(cells), tooltip=tooltip)
+    if len({cell["layer"] for cell in cells}) <= _MOST_LAYERS_WRITTEN:
+        written = rectangles.mark_text(fontSize=11, aria=False, cursor="pointer")
+        chart = chart + written.encode(text="character:N", color=alt.Color("ink:N", scale=None), tooltip=tooltip)
+    return Figure(section, name, sized(chart, ROW_HEIGHT * len(kinds), description), {name: cells}, choice)
+
+
+def _marked(cells: Sequence[Row]) -> list[Row]:
+    """Cells with the character of their scheme, the ink that is read on its colour, and how a legend says it."""
+    known = {cell["scheme"] for cell in cells if _is_known(cell["scheme"])}
+    characters = dict(scheme_characters(known - {DENSE})) | {DENSE: UNQUANTIZED}
+    found = []
+    for cell in cells:
+        scheme = cell["scheme"]
+        character = characters.get(scheme, "+")
+        ink = ink_on(scheme) if scheme in known else "#000000"
+        found.append({**cell, "character": character, "ink": ink, "marked": f"{character}  {scheme}"})
+    return found
+
+
+def _is_known(scheme: str) -> bool:
+    """Whether it is a scheme: cells of several components have other words."""
+    try:
+        return bool(parse_scheme(scheme))
+    except ValueError:
+        return False
+
+
+def _marked_colour(cells: Sequence[Row]) -> Any:
+    shown = {cell["marked"]: cell for cell in cells}
+    order = sorted(shown, key=lambda name: (shown[name]["scheme"] != DENSE, -shown[name]["bits"], name))
+    palette = [colour_of(shown[n]["scheme"]) if _is_known(shown[n]["scheme"]) else FAINT for n in order]
+    return alt.Color(
+        "marked:N",
+        scale=alt.Scale(domain=order, range=palette),
+        legend=alt.Legend(title=None, orient="bottom", columns=3, symbolType="square"),
     )
-    chart = sized(chart, ROW_HEIGHT * len(kinds), "Heat map of layers by kinds: the plan's schemes")
-    return [Figure("plan", "plan", chart, {"plan": cells})]
 
 
 def plan_cells(rows: Sequence[Row]) -> list[Row]:
@@ -163,20 +257,3 @@ def plan_cells(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return cells
-
-
-def _scheme_colour(cells: Sequence[Row]) -> Any:
-    """A colour a scheme, from many bits to few, dense in grey; with more schemes than colours, the bits as a ramp."""
-    bits: dict[str, float] = {}
-    for cell in cells:
-        bits[cell["scheme"]] = max(bits.get(cell["scheme"], 0.0), cell["bits"])
-    schemes = sorted(bits, key=lambda scheme: (scheme != DENSE, -bits[scheme]))
-    if len([s for s in schemes if s != DENSE]) > _MOST_COLOURS:
-        return alt.Color("bits:Q", legend=ramp_legend("bits per weight"))
-    colours = iter(PALETTE)
-    palette = [DENSE_COLOUR if scheme == DENSE else next(colours) for scheme in schemes]
-    return alt.Color(
-        "scheme:N",
-        scale=alt.Scale(domain=schemes, range=palette),
-        legend=alt.Legend(title=None, orient="bottom", columns=4, symbolType="square"),
-    )

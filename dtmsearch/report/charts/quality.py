@@ -7,26 +7,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.report.charts.drawing import (
+    DASHES,
     FAINT,
     PALETTE,
+    PLAN_COLOUR,
     PLOT_HEIGHT,
+    RUN_COLOURS,
     Figure,
+    counts,
     decades,
+    metric_axis,
     named,
     plan_name,
     ramp_legend,
     sized,
     title_of,
 )
+from dtmsearch.report.charts.scheme_colours import colour_of
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import Row, RunFacts
 
+# A chart of fewer points than this says nothing that a number does not.
+_FEWEST_POINTS = 3
+
 
 def course_figures(facts: RunFacts) -> list[Figure]:
-    if not facts.points and not facts.path:
+    if not _goes_somewhere(facts):
         return []
-    held_out = [{**row, "name": plan_name(row["label"])} for row in facts.uniform if row["label"] != "base"]
+    held_out = [row | _labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
     data = {"points": facts.points, "path": facts.path, "held_out": held_out}
     found = []
     for metric in facts.metrics:
@@ -34,6 +44,12 @@ def course_figures(facts: RunFacts) -> list[Figure]:
             chart = _course(facts, metric, x, title)
             found.append(Figure("course", f"course-{metric}-{x}", chart, data, f"{metric.upper()}|{title}"))
     return found
+
+
+def _goes_somewhere(facts: RunFacts) -> bool:
+    """Whether decisions lead from size to size: plans of one size are a clump, a decision alone is a point."""
+    sizes = {round(row["bits"], 2) for row in facts.path}
+    return len(sizes) > 2
 
 
 def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
@@ -45,9 +61,8 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     values = [row[metric] for row in shown if row.get(metric) is not None]
     logarithmic = metric in ("kl", "sdt") and min(values) > 0
     y_scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
-    at_y = alt.Y(
-        f"{metric}:Q", title=title_of(metric), scale=y_scale, axis=decades(values) if logarithmic else alt.Axis()
-    )
+    axis = metric_axis(metric, values, logarithmic)
+    at_y = alt.Y(f"{metric}:Q", title=title_of(metric), scale=y_scale, axis=axis)
     numbers = [
         alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
         alt.Tooltip("share:Q", title="share", format=".1%"),
@@ -55,43 +70,119 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     ]
     edge = [alt.Tooltip("edge:N", title="last choice"), alt.Tooltip("num_compressed:Q", title="components"), *numbers]
     points = named("points").mark_circle(size=9, opacity=0.3, color=FAINT, clip=True, aria=False)
-    line = named("path").mark_line(color=PALETTE[0], strokeWidth=2, point=alt.OverlayMarkDef(size=22, color=PALETTE[0]))
+    line = named("path").mark_line(
+        color=PLAN_COLOUR, strokeWidth=2, point=alt.OverlayMarkDef(size=22, color=PLAN_COLOUR)
+    )
     held_out = named("held_out").encode(x=at_x, y=at_y, tooltip=[alt.Tooltip("name:N", title="held out"), *numbers])
-    whose = alt.condition("datum.label === 'plan'", alt.value(PALETTE[0]), alt.value(PALETTE[5]))
     layers = [
         points.encode(x=at_x, y=at_y, tooltip=edge),
         line.encode(x=at_x, y=at_y, order="step:Q", tooltip=[alt.Tooltip("step:Q"), *edge]),
-        held_out.encode(color=whose).mark_point(shape="diamond", size=90, filled=True, opacity=1),
-        _beside(held_out.transform_filter("datum.label != 'plan'"), "right", PALETTE[5]),
-        _beside(held_out.transform_filter("datum.label == 'plan'"), "left", PALETTE[0]),
+        held_out.encode(color=alt.Color("colour:N", scale=None)).mark_point(
+            shape="diamond", size=90, filled=True, opacity=1
+        ),
+        _beside(held_out.transform_filter("datum.label != 'plan'"), "right"),
+        _beside(held_out.transform_filter("datum.label == 'plan'"), "left"),
     ]
     description = f"{title_of(metric)} of every candidate against {x_title}"
     return sized(alt.layer(*layers), PLOT_HEIGHT, description)
 
 
-def _beside(points: Any, align: Literal["left", "right"], colour: str) -> Any:
-    """Names of points, in their colour, on the side where there is room."""
+def _beside(points: Any, align: Literal["left", "right"]) -> Any:
+    """Names of points, on the side where there is room."""
     dx = -9 if align == "right" else 9
-    return points.mark_text(align=align, dx=dx, dy=-4, fontSize=11, color=colour).encode(text="name:N")
+    return points.mark_text(align=align, dx=dx, dy=-4, fontSize=11).encode(text="name:N")
+
+
+def held_out_figures(facts: RunFacts) -> list[Figure]:
+    """The plan and uniform ones by size and quality on held-out prompts, each uniform one in its scheme's colour."""
+    rows = [row | _labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
+    found = []
+    for metric in facts.metrics:
+        shown = [row for row in rows if row.get(metric) is not None]
+        if len(shown) < 2:
+            continue
+        shown = _named_apart(shown, metric)
+        values = [row[metric] for row in shown]
+        logarithmic = metric in ("kl", "sdt") and min(values) > 0
+        scale = alt.Scale(type="log", padding=18) if logarithmic else alt.Scale(zero=False, padding=18)
+        name = f"sizes-{metric}"
+        at_x = alt.X(
+            "bits:Q",
+            title="bits per weight",
+            scale=alt.Scale(zero=False, padding=45),
+            axis=alt.Axis(grid=False, format="~g", tickCount=6),
+        )
+        axis = metric_axis(metric, values, logarithmic)
+        base = named(name).encode(
+            x=at_x,
+            y=alt.Y(f"{metric}:Q", title=title_of(metric), scale=scale, axis=axis),
+            tooltip=[
+                alt.Tooltip("name:N", title="plan"),
+                alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
+                alt.Tooltip(f"{metric}:Q", title=metric.upper(), format=".4~g"),
+            ],
+        )
+        whose = alt.Shape("whose:N", scale=alt.Scale(domain=["this plan", "other"], range=["diamond", "circle"]))
+        chart = alt.layer(
+            base.mark_point(filled=True, opacity=1, size=110).encode(
+                color=alt.Color("colour:N", scale=None), shape=whose.legend(None)
+            ),
+            base.transform_filter("datum.named").mark_text(dy=-13, fontSize=11, aria=False).encode(text="name:N"),
+        )
+        description = f"{title_of(metric)} of plans on held-out prompts, against bits per weight"
+        found.append(Figure("sizes", name, sized(chart, 260, description), {name: shown}, metric.upper()))
+    return found
+
+
+def _named_apart(rows: Sequence[Row], metric: str) -> list[Row]:
+    """Rows of which those are `named` whose names do not lie on another's: the plan, and of others about as large as
+    each other the best."""
+    higher = metric in METRICS and METRICS[metric].higher_is_better
+    ordered = sorted(rows, key=lambda row: (row["whose"] != "this plan", -row[metric] if higher else row[metric]))
+    span = max(row["bits"] for row in rows) - min(row["bits"] for row in rows)
+    taken: list[float] = []
+    found = []
+    for row in ordered:
+        named_here = row["whose"] == "this plan" or all(abs(row["bits"] - at) >= span / 8 for at in taken)
+        taken += [row["bits"]] if named_here else []
+        found.append({**row, "named": named_here})
+    return found
+
+
+def _labelled(label: str) -> Row:
+    """How a validated plan is drawn: its name, its colour, and the dashes of a line; the same wherever it is."""
+    kind, _, scheme = label.partition(":")
+    is_scheme = kind.startswith("uniform") and bool(scheme)
+    colour = colour_of(scheme) if is_scheme else PLAN_COLOUR if label == "plan" else FAINT
+    return {"name": plan_name(label), "colour": colour, "whose": "this plan" if label == "plan" else "other"}
 
 
 def survival_figures(facts: RunFacts) -> list[Figure]:
     if not facts.survival:
         return []
-    rows = [{**row, "label": plan_name(row["label"])} for row in facts.survival]
+    rows = [{**row, **_labelled(row["label"]), "label": plan_name(row["label"])} for row in facts.survival]
     return [Figure("divergence", "survival", survival(rows, "survival"), {"survival": rows})]
 
 
 def survival(rows: Sequence[Row], name: str) -> Any:
+    """Lines in the colours of their rows, where they have any, and each in dashes of its own."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    legend = alt.Legend(title=None, orient="bottom", columns=3, symbolSize=300)
+    own = {row["label"]: row["colour"] for row in rows if "colour" in row}
+    palette = [own.get(label, RUN_COLOURS[at % len(RUN_COLOURS)]) for at, label in enumerate(labels)]
+    legend = alt.Legend(title=None, orient="bottom", columns=3, symbolSize=300, labelLimit=220)
     chart = (
         named(name)
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
-            x=alt.X("token:Q", title="tokens generated", scale=alt.Scale(nice=False)),
+            x=alt.X("token:Q", title="tokens generated", scale=alt.Scale(nice=False), axis=counts()),
             y=alt.Y("same:Q", title="texts still the base model's", axis=alt.Axis(format="%")),
-            color=alt.Color("label:N", sort=labels, legend=legend),
+            color=alt.Color("label:N", sort=labels, scale=alt.Scale(domain=labels, range=palette), legend=legend),
+            strokeDash=alt.StrokeDash(
+                "label:N",
+                sort=labels,
+                scale=alt.Scale(domain=labels, range=[DASHES[at % len(DASHES)] for at in range(len(labels))]),
+                legend=legend,
+            ),
             tooltip=[
                 alt.Tooltip("label:N", title="plan"),
                 alt.Tooltip("token:Q", title="after token"),
@@ -107,8 +198,10 @@ def interaction_figures(facts: RunFacts) -> list[Figure]:
         return []
     metric = facts.sums[0]["metric"]
     sums = [row for row in facts.sums if row["sum"] > 0 and row["measured"] > 0]
-    if not sums:
+    if len({(row["sum"], row["measured"]) for row in sums}) < _FEWEST_POINTS:
         return []
+    sizes = {row["num_compressed"] for row in sums}
+    shade = alt.Color("num_compressed:Q", legend=ramp_legend("components compressed"))
     values = [row[key] for row in sums for key in ("sum", "measured")]
     low, high = min(values), max(values)
     scale, axis = alt.Scale(type="log", domain=[low, high], nice=False), decades(values)
@@ -118,7 +211,7 @@ def interaction_figures(facts: RunFacts) -> list[Figure]:
         .encode(
             x=alt.X("sum:Q", title=f"sum of its components' {metric.upper()}, each alone", scale=scale, axis=axis),
             y=alt.Y("measured:Q", title=f"measured {title_of(metric)}", scale=scale, axis=axis),
-            color=alt.Color("num_compressed:Q", legend=ramp_legend("components compressed")),
+            color=shade if len(sizes) > 1 else alt.value(PALETTE[0]),
             tooltip=[
                 alt.Tooltip("num_compressed:Q", title="components"),
                 alt.Tooltip("sum:Q", title="sum of parts", format=".3~g"),
@@ -151,7 +244,7 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
     values = [row[metric] for row in rows]
     logarithmic = metric != "fdt" and min(values) > 0
     scale = alt.Scale(type="log", nice=False, padding=12) if logarithmic else alt.Scale(zero=False)
-    axis = decades(values) if logarithmic else alt.Axis()
+    axis = metric_axis(metric, values, logarithmic)
     whose = ["this run", "another run", "uniform plan"]
     x = alt.X(
         "bits:Q",
@@ -165,9 +258,10 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
         y=y,
         color=alt.Color(
             "whose:N",
-            scale=alt.Scale(domain=whose, range=[PALETTE[0], PALETTE[1], FAINT]),
+            scale=alt.Scale(domain=whose, range=[PLAN_COLOUR, PALETTE[1], FAINT]),
             legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1),
         ),
+        shape=alt.Shape("whose:N", scale=alt.Scale(domain=whose, range=["diamond", "square", "circle"])),
         tooltip=[
             alt.Tooltip("name:N", title="plan"),
             alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),

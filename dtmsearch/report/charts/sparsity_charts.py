@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtmsearch.report.charts.drawing import PALETTE, ROW_HEIGHT, Figure, named, ramp_legend, sized, title_of
+from dtmsearch.report.charts.drawing import PLAN_COLOUR, ROW_HEIGHT, Figure, counts, named, ramp_legend, sized, title_of
 from dtmsearch.report.charts.heatmaps import layers_by_kinds, plan_cells
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import RunFacts, kinds_of
@@ -35,7 +35,7 @@ def sparsity_figures(facts: RunFacts) -> list[Figure]:
 def _rounds(metric: str) -> Any:
     chart = (
         named("path")
-        .mark_line(color=PALETTE[0], strokeWidth=2, point=alt.OverlayMarkDef(size=40, color=PALETTE[0]))
+        .mark_line(color=PLAN_COLOUR, strokeWidth=2, point=alt.OverlayMarkDef(size=40, color=PLAN_COLOUR))
         .encode(
             x=alt.X("sparsity:Q", title="sparsity after the round", axis=alt.Axis(format="%", grid=False)),
             y=alt.Y(f"{metric}:Q", title=title_of(metric), scale=alt.Scale(zero=False)),
@@ -55,9 +55,10 @@ def _losses() -> Any:
         named("losses")
         .mark_line(strokeWidth=1.2, aria=False)
         .encode(
-            x=alt.X("step:Q", title="training step", axis=alt.Axis(grid=False)),
+            x=alt.X("step:Q", title="training step", axis=counts()),
             y=alt.Y("loss:Q", title="training loss (nats a token)", scale=alt.Scale(zero=False)),
             color=alt.Color("round:N", legend=alt.Legend(title=None, orient="bottom")),
+            strokeDash=alt.StrokeDash("round:N", legend=alt.Legend(title=None, orient="bottom")),
             tooltip=[alt.Tooltip("round:N"), alt.Tooltip("step:Q"), alt.Tooltip("loss:Q", format=".4~g")],
         )
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtmsearch.report.charts.drawing import FAINT, PALETTE, Figure, named, sized
+from dtmsearch.report.charts.drawing import FAINT, PALETTE, PLAN_COLOUR, Figure, counts, named, sized
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import RunFacts
 
@@ -13,10 +13,10 @@ def tree_figures(facts: RunFacts) -> list[Figure]:
     fates = ["chosen", "kept", "dropped"]
     colour = alt.Color(
         "fate:N",
-        scale=alt.Scale(domain=fates, range=[PALETTE[0], PALETTE[1], FAINT]),
+        scale=alt.Scale(domain=fates, range=[PLAN_COLOUR, PALETTE[0], FAINT]),
         legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1, symbolSize=60),
     )
-    x = alt.X("step:Q", title="round", scale=alt.Scale(nice=False, padding=10), axis=alt.Axis(grid=False))
+    x = alt.X("step:Q", title="round", scale=alt.Scale(nice=False, padding=10), axis=counts())
     lowest = max(row["rank"] for row in facts.nodes)
     ranks = [step * 10**power for power in range(6) for step in (1, 2, 5) if step * 10**power <= lowest]
     y = alt.Y(
@@ -35,11 +35,14 @@ def tree_figures(facts: RunFacts) -> list[Figure]:
         alt.Tooltip("plan_id:N", title="plan"),
     ]
     nodes = named("nodes").encode(x=x, y=y, color=colour, tooltip=tooltip)
+    shape = alt.Shape("fate:N", scale=alt.Scale(domain=fates, range=["diamond", "square", "circle"]))
     edges = named("edges").mark_rule(strokeWidth=1.2, clip=True, aria=False)
     zoomable = alt.layer(
         nodes.transform_filter("datum.fate == 'dropped'").mark_circle(size=10, opacity=0.4, clip=True, aria=False),
         edges.encode(x=x, y=y, x2="step2:Q", y2="rank2:Q", color=colour),
-        nodes.transform_filter("datum.fate != 'dropped'").mark_circle(size=32, opacity=1, clip=True, aria=False),
+        nodes.transform_filter("datum.fate != 'dropped'")
+        .mark_point(filled=True, size=36, opacity=1, clip=True, aria=False)
+        .encode(shape=shape),
     ).add_params(alt.selection_interval(bind="scales", name="zoom"))
     chart = sized(zoomable, 340, "The tree of plans: rounds by rank, kept plans joined")
     return [Figure("tree", "tree", chart, {"nodes": facts.nodes, "edges": facts.edges})]

@@ -25,6 +25,7 @@ from dtmsearch.report.facts.plan_facts import components_of, plan_rows_of, sensi
 from dtmsearch.report.facts.rows import (
     MOST_POINTS,
     Row,
+    bits_of,
     column_of,
     damage,
     interval,
@@ -33,12 +34,15 @@ from dtmsearch.report.facts.rows import (
     plain,
     spread,
 )
+from dtmsearch.report.facts.spending import difference_of, recipe_command, spending_of, suffering_of, uses_of
+from dtmsearch.report.facts.story import Story, story_of
 from dtmsearch.store.codecs import tables
 from dtmsearch.store.store import ResultStore
 
 __all__ = [
     "Row",
     "RunFacts",
+    "bits_of",
     "ceiling_of",
     "column_of",
     "damage",
@@ -46,7 +50,10 @@ __all__ = [
     "interval",
     "kinds_of",
     "per_prompt",
+    "recipe_command",
+    "spending_of",
     "spread",
+    "suffering_of",
 ]
 
 
@@ -59,9 +66,10 @@ class RunFacts:
     (component, layer, kind, num_weights), `sensitivity` (component and scheme with each metric's value when compressed
     alone), `plan_rows` (the final plan, or the leader so far, dense components included), `points` (candidates that
     are drawn, of `num_points`), `path` (decisions), `uniform` (plans on held-out prompts), `survival` (share of
-    prompts that have not diverged by a token), `sums` (a plan's damage beside that of its parts), `nodes` and `edges`
-    (the tree of kept and dropped plans), `texts` (how both models go on from prompts), `losses` (of trainings under
-    masks, step by step), `sweep` (plans of all runs on the same held-out prompts; empty with one run).
+    prompts that have not diverged by a token), `story` (of a search by prices or probes), `uses` (exports that the plan
+    allows), `difference` (from uniform, in a sentence), `sums` (a plan's damage beside that of its parts), `nodes` and
+    `edges` (the tree of kept and dropped plans), `texts` (how both models go on from prompts), `losses` (of
+    trainings under masks, step by step), `sweep` (plans of all runs on the same held-out prompts; empty with one run).
     """
 
     summary: RunSummary
@@ -90,10 +98,22 @@ class RunFacts:
     losses: list[Row]
     sweep: list[Row]
     cost: Cost
+    story: Story
+    uses: list[Row]
+    difference: str | None
 
     @property
     def title(self) -> str:
         return self.summary.run
+
+    @property
+    def alone(self) -> list[Row]:
+        """What every component costs alone: as measured, else as priced."""
+        return self.sensitivity or self.story.prices
+
+    @property
+    def is_by_prices(self) -> bool:
+        return bool(self.story.prices)
 
 
 def gather(store: ResultStore, run: str) -> RunFacts:
@@ -141,4 +161,7 @@ def gather(store: ResultStore, run: str) -> RunFacts:
         losses=losses_of(store, record),
         sweep=sweep_of(store, record),
         cost=cost_of(candidates, summary),
+        story=story_of(store, record, candidates, components, ceiling),
+        uses=uses_of(record, summary, plan_rows, store.url),
+        difference=difference_of(plan_rows, summary) if summary.final_plan_id else None,
     )

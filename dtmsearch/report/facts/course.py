@@ -77,7 +77,8 @@ def path_of(complete: pa.Table, steps: Sequence[Any], metrics: Sequence[str]) ->
 
 def tree_of(complete: pa.Table, rank_by: str, chosen: Sequence[str]) -> tuple[list[Row], list[Row], int]:
     """Nodes by round and rank within it, edges between kept plans, and how many dropped plans there are."""
-    rows = complete.filter(pc.is_valid(complete["step"]))
+    # Plans that are chosen as a whole extend no other.
+    rows = complete.filter(pc.and_(pc.is_valid(complete["step"]), pc.is_valid(complete["perturbation"])))
     columns = ["step", "plan_id", "parent_plan_id", "perturbation", "num_compressed", column_of(rank_by)]
     parents = set(rows["parent_plan_id"].to_pylist())
     on_path = set(chosen)

@@ -14,6 +14,7 @@ from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.metrics import value_limits
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.statistics import PairedDifference, mean_interval
 
 Row = dict[str, Any]
@@ -86,3 +87,12 @@ def damage(metric: str, value: float, ceiling: int | None) -> float:
 def interval(values: Sequence[float], metric: str, ceiling: int | None) -> PairedDifference:
     """A mean of a metric over prompts with its 95% interval; `ceiling` is the continuations' length."""
     return mean_interval(np.asarray(values, np.float64), _INTERVAL_SEED, value_limits(metric, ceiling))
+
+
+# Schemes are ordered by their bits per weight over a matrix of this shape, unquantized weights having 16.
+_LARGE, _DENSE_BITS = (4096, 4096), 16
+
+
+def bits_of(scheme: str) -> float:
+    """Bits per weight over a large matrix. Raises `ValueError` for an unknown scheme."""
+    return parse_scheme(scheme).stored_bits(_LARGE, _DENSE_BITS) / math.prod(_LARGE)

@@ -19,6 +19,7 @@
       background: "transparent",
       font: "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif",
       view: { stroke: null },
+      text: { fill: colour("--soft"), color: colour("--soft") },
       axis: { ...text, gridColor: colour("--line"), domainColor: colour("--line"), tickColor: colour("--line"),
         labelFontSize: 11, titleFontSize: 12, gridOpacity: 0.7 },
       legend: { ...text, labelFontSize: 11, titleFontSize: 11 },
@@ -31,10 +32,22 @@
     };
   };
 
+  // As many columns of a legend as there is room for beside each other.
+  const fit = (part, width) => {
+    if (part === null || typeof part !== "object") return;
+    const labels = part.scale?.domain;
+    if (part.legend?.columns && Array.isArray(labels)) {
+      const longest = Math.max(...labels.map((label) => String(label).length));
+      part.legend.columns = Math.max(1, Math.min(part.legend.columns, Math.floor(width / (40 + 6.6 * longest))));
+    }
+    Object.values(part).forEach((inner) => fit(inner, width));
+  };
+
   const draw = async (element) => {
     const name = element.dataset.figure;
     drawn.get(name)?.finalize();
     const spec = { ...structuredClone(data.figures[name]), datasets };
+    fit(data.figures[name] && spec.encoding ? spec.encoding : spec.layer, element.clientWidth);
     const options = { renderer: "svg", actions: false, config: theme(), tooltip: { theme: "custom" } };
     const result = await vegaEmbed(element, spec, options);
     drawn.set(name, result);
@@ -105,6 +118,20 @@
     });
     filter();
   }
+
+  // A table that is wider than its place says so.
+  const hint = () => {
+    for (const wide of document.querySelectorAll(".wide"))
+      wide.classList.toggle("overflows", wide.scrollWidth > wide.clientWidth + 1);
+  };
+  for (const wide of document.querySelectorAll(".wide")) {
+    const said = document.createElement("p");
+    said.className = "hint";
+    said.textContent = "Scroll the table sideways for its other columns.";
+    wide.after(said);
+  }
+  addEventListener("resize", hint);
+  hint();
 
   dark.addEventListener("change", () => draw_shown(true));
   draw_shown(false);
