@@ -364,8 +364,8 @@ def main(
                 rows.append(bench.uniform_row(case, spaces[case.name][0]))
             rows.append(bench.run(case, name, seed, *spaces[case.name]))
             print(_line(rows[-1]), flush=True)
-            _write(out, rows, [], left_out)
-    _write(out, rows, bench.compare(rows), left_out)
+            _write(out, model.name, rows, [], left_out)
+    _write(out, model.name, rows, bench.compare(rows), left_out)
     _print_table(rows, left_out)
 
 
@@ -378,9 +378,9 @@ def _space(bench: Bench, case: Case) -> SearchSpace:
     return space(case.budget(space(Budget())))
 
 
-def _write(out: Path, rows: Sequence[Row], comparisons: list[dict[str, Any]], left_out: list[str]) -> None:
+def _write(out: Path, model: str, rows: Sequence[Row], comparisons: list[dict[str, Any]], left_out: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    content = {"rows": [asdict(row) for row in rows], "comparisons": comparisons, "left_out": left_out}
+    content = {"model": model, "rows": [asdict(row) for row in rows], "comparisons": comparisons, "left_out": left_out}
     (out / "search_quality.json").write_text(json.dumps(content, indent=1))
 
 

@@ -30,6 +30,9 @@ def main(folders: tuple[Path, ...], plot: Path | None) -> None:
     contents = [json.loads((folder / "search_quality.json").read_text()) for folder in folders]
     rows = [row for content in contents for row in content["rows"]]
     comparisons = [each for content in contents for each in content["comparisons"]]
+    for content in contents:  # cases of several models are told apart
+        for each in (*content["rows"], *content["comparisons"]):
+            each["case"] = f"{content.get('model', '')} {each['case']}".strip()
     groups: dict[tuple[str, str], Rows] = {}
     for row in rows:
         groups.setdefault((row["case"], row["strategy"]), []).append(row)

@@ -51,9 +51,10 @@ def foretold(file: Path, **changes: Any) -> Estimate:
 
 @pytest.mark.parametrize(
     ("strategy", "within"),
-    [("probe", 1.0), ("greedy", 1.2), ("sensitivity", 1.1), ("knapsack", 1.0), ("auto", 2.0)],
+    [("probe", 1.0), ("greedy", 1.2), ("sensitivity", 1.1), ("knapsack", 1.0), ("auto", 8.0)],
 )
 def test_evaluations_are_those_that_the_search_makes(strategy: str, within: float, tmp_path: Path) -> None:
+    # A first slope tells `auto` whether there is anything to gain by rounds: with random weights there is not.
     stop = {"share": 0.4} if strategy in ("probe", "greedy") else {"bits_per_weight": 6.5}
     search = {"strategy": strategy, "schemes": ["int4-channel", "int8-channel"], "stop": stop}
     search |= {} if strategy == "probe" else {"rank_by": "kl"}

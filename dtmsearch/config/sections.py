@@ -181,7 +181,7 @@ class AutoSection(Section):
     """Prompts that all rounds may forward together, counted once for every plan."""
     polish_prompts: int = Field(default=3_000, ge=0)
     """Prompts that all swaps may forward together."""
-    swap_prompts: int = Field(default=1_200, ge=0)
+    swap_prompts: int = Field(default=0, ge=0)
     """The same where prices can be had, and plans cost more than these say."""
 
 

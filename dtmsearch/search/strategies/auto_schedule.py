@@ -45,7 +45,7 @@ class Effort:
     plans: int = 8
     correction_prompts: int = 4_000
     polish_prompts: int = 3_000
-    swap_prompts: int = 1_200
+    swap_prompts: int = 0
     finalists: int = 3
 
 
