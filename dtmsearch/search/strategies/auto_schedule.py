@@ -147,5 +147,5 @@ class PricedSchedule(Schedule):
         """Whether prices hold is not known before."""
         first = self.correction_round(0)
         yield 1 + self.num_rivals, HELD_AGAINST
-        yield len(self.rounds()) // 2 * (1 + self.num_steps[0]), first.plans_on[1] - first.plans_on[0]
+        yield len(self.rounds()) // 3 * (1 + self.num_steps[0]), first.plans_on[1] - first.plans_on[0]
         yield 1, 2 * HELD_AGAINST
