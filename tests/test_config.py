@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from fakes import request_for, run_search, toy_components
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from solving import errors_of
 from stores import run_record
 
-from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse, recorded
+from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse, recorded, texts
 from dtmsearch.config.sections import BUILT_IN_STRATEGIES, USED_BY
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.errors import UserError
@@ -329,3 +331,41 @@ def test_every_key_of_a_search_file_has_a_description() -> None:
     sections = {"": schema, **schema["$defs"]}
     keys = {f"{name}.{key}": value for name, part in sections.items() for key, value in part["properties"].items()}
     assert [key for key, value in keys.items() if not value.get("description")] == []
+
+
+# Texts as people have them.
+
+
+def documents(tmp_path: Path, name: str, content: bytes) -> list[str]:
+    (tmp_path / name).write_bytes(content)
+    return texts.read_files(parse(TEXT, "search.yaml", tmp_path), [name])
+
+
+def test_each_row_of_json_lines_is_a_document(tmp_path: Path) -> None:
+    assert documents(tmp_path, "a.jsonl", b'{"text": "one"}\n\n{"text": "two", "id": 7}\n') == ["one", "two"]
+
+
+def test_each_row_of_a_parquet_file_is_a_document(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": ["one", None, "two"]}), tmp_path / "made.parquet")
+    content = (tmp_path / "made.parquet").read_bytes()
+    assert documents(tmp_path, "a.parquet", content) == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_says_the_same_in_every_encoding_with_a_mark(tmp_path: Path, encoding: str) -> None:
+    assert documents(tmp_path, "a.txt", "Grüße, 世界".encode(encoding)) == ["Grüße, 世界"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"\x7fELF\x02\x01\x01\x00\x00", "is no text: it holds zero bytes"),
+        ("a.txt", "text".encode("utf-16-le"), "UTF-16 without a byte order mark"),
+        ("a.jsonl", b'{"text": "one"}\n{"text"', "line 2 of .*a.jsonl is no JSON"),
+        ("a.jsonl", b'{"body": "one"}', "line 1 of .*a.jsonl has no text in a field 'text': its fields are 'body'"),
+        ("a.parquet", b"PAR1 or not", "no Parquet file, or a damaged one"),
+    ],
+)
+def test_what_holds_no_text_is_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        documents(tmp_path, name, content)

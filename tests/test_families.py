@@ -11,7 +11,7 @@ import families_of_models
 import pytest
 import torch
 from exports import in_process, measured_plan
-from tiny import VOCABULARY, in_stages, values, with_reference, write_model
+from tiny import VOCABULARY, in_stages, values, with_reference, write_model, write_tokenizer
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -258,3 +258,45 @@ FORWARDS = {
 def test_a_family_measures_as_plain_code_does(name: str) -> None:
     found = families_of_models.check(name, exports=False)
     assert (found["cuts"], found["ok"], found["right"]) == (FORWARDS[name], True, True)
+
+
+def written(name: str, folder: Path) -> Path:
+    families_of_models.tiny_model(name).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["dbrx", "jetmoe", "hrm_text"])
+def test_what_the_files_hold_in_another_form_is_exported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    check = (
+        measured_plan(written(name, tmp_path / "model"), tmp_path / "store", "int4-g8")
+        .export("dense", tmp_path / "out")
+        .check
+    )
+    assert check is not None and check.equal and check.sdt_measured > 0
+
+
+def test_linear_layers_of_a_mixture_are_packed_beside_its_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader of quantized models would look for packed experts where it puts them together."""
+    in_process(monkeypatch)
+    path = write_model(tmp_path / "model", FAMILIES["mixtral"].config)
+    names = [c.name for c in read_manifest(ModelSpec(str(path), dtype="float32")).components if c.kind in LINEAR]
+    plan = measured_plan(path, tmp_path / "store", dict.fromkeys(names, "int4-channel"))
+    check = plan.export("compressed-tensors", tmp_path / "out").check
+    assert check is not None and check.equal and check.sdt_measured > 0
+
+
+def test_tensors_that_the_model_keeps_in_32_bits_stay_so(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = written("deepseek_v3", tmp_path / "model")
+    plan = measured_plan(path, tmp_path / "store", "int8-channel", dtype="bfloat16")
+    plan.export("dense", tmp_path / "out", check=False)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.rpartition(".")[2] for name, tensor in after.items() if tensor.dtype == torch.float32} == {
+        "e_score_correction_bias"
+    }

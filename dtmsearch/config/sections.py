@@ -63,7 +63,8 @@ class DatasetSection(Section):
 
 class PromptsSection(Section):
     files: tuple[str, ...] = ()
-    """Text files, or patterns such as docs/*.txt; each file is a document. .gz and .zst are decompressed."""
+    """Text files, or patterns such as docs/*.txt; each file is a document, of .jsonl and .parquet files each row's
+    text. .gz and .zst are decompressed."""
     dataset: DatasetSection | None = None
     """A dataset instead of files."""
     count: int = Field(default=100, ge=1)

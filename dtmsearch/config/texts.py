@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,18 @@ _CHARACTERS_PER_TOKEN = 12
 _GROWTH = 2
 # Of one text, decompressed: a file of a few kilobytes may stand for terabytes.
 _MOST_BYTES, _PIECE_BYTES = 1 << 30, 16 << 20
+# Where rows of files have their text.
+_COLUMN = "text"
+# How files of other encodings begin; the longer mark first, which begins as the shorter does.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Text holds no zero byte; a binary file has one soon.
+_LOOKED_AT = 1 << 20
 
 
 def check_model(file: SearchFile) -> None:
@@ -105,11 +118,71 @@ def growing(file: SearchFile, prompts: PromptsSection) -> Iterator[list[str]]:
 
 
 def read_files(file: SearchFile, names: Sequence[str]) -> list[str]:
-    """The documents that a search file names, each file one; what ends in `.zst` or `.gz` is decompressed."""
-    return [_text(path) for path in paths(file, names)]
+    """The documents that a search file names: each file one, but each row of `.jsonl` and `.parquet` files; what ends
+    in `.zst` or `.gz` is decompressed."""
+    return [document for path in paths(file, names) for document in _documents(path)]
 
 
-def _text(path: Path) -> str:
+def _documents(path: Path) -> list[str]:
+    name = path.name.lower().removesuffix(".zst").removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return _column(path)
+    text = _decoded(path, _content(path))
+    return _rows_of_json(path, text) if name.endswith((".jsonl", ".ndjson")) else [text]
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    """Text by its byte order mark, else as UTF-8, in which bytes that are none are U+FFFD. Raises `UserError` for what
+    is no text."""
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return content.decode(encoding, errors="replace")
+    if b"\0" in content[:_LOOKED_AT]:
+        raise UserError(
+            f"{path} is no text: it holds zero bytes, as binary files do, or UTF-16 without a byte order mark. Give "
+            "plain text in UTF-8, .jsonl or .parquet"
+        )
+    return content.decode(encoding="utf-8", errors="replace")
+
+
+def _rows_of_json(path: Path, text: str) -> list[str]:
+    """The texts of a file with an object on each line. Raises `UserError` naming the line that has none."""
+    found: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise UserError(f"line {number} of {path} is no JSON: a .jsonl file has an object on each line") from None
+        value = row.get(_COLUMN) if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            fields = f"its fields are {shown(', '.join(map(str, row)))}" if isinstance(row, dict) else "it is no object"
+            raise UserError(f"line {number} of {path} has no text in a field {_COLUMN!r}: {fields}")
+        found.append(value)
+    return found
+
+
+def _column(path: Path) -> list[str]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            kind = file.schema_arrow.field(_COLUMN).type if _COLUMN in names else None
+            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise UserError(
+                    f"{path} has no text in a column {_COLUMN!r}: its columns are {shown(', '.join(names))}"
+                )
+            values = file.read([_COLUMN])[_COLUMN].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"cannot read {path}: it is no Parquet file, or a damaged one ({reason})") from None
+    return [value for value in values if value is not None]
+
+
+def _content(path: Path) -> bytes:
     """Raises `UserError` for a file that cannot be read, is damaged, or holds more text than prompts are cut from."""
     import pyarrow as pa
 
@@ -124,7 +197,7 @@ def _text(path: Path) -> str:
         raise UserError(f"cannot read the text {path}: it is damaged, or not to be read by you ({reason})") from None
     if size > _MOST_BYTES:
         raise UserError(f"the text {path} is longer than {_MOST_BYTES >> 30} GiB: give a part of it")
-    return b"".join(pieces).decode(encoding="utf-8", errors="replace")
+    return b"".join(pieces)
 
 
 def text_files(file: SearchFile, prompts: PromptsSection) -> list[Path]:

@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
+from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import DENSE
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.modules.compat import is_ignored, kept_in_float32, tied_parameters
+from dtmsearch.model.modules.loading import empty_model
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,36 @@ class Job:
     weights_id: str = ""
 
     def __post_init__(self) -> None:
-        missing = [name for name in self.plan.schemes if name not in self._places]
-        if missing:
+        if not self.unplaced:
+            self._check_trained()
+
+    @cached_property
+    def unplaced(self) -> tuple[str, ...]:
+        """Components of the plan that no tensor of the files holds as it is, for transformers puts them together in a
+        way of its own when it loads them."""
+        return tuple(name for name in self.plan.schemes if name not in self._places)
+
+    def require_places(self) -> None:
+        """Raises `UserError` for a plan with such components."""
+        if self.unplaced:
             raise UserError(
-                f"the files of {self.manifest.model} hold no tensor for {missing[0]} and {len(missing) - 1} others: "
-                "transformers puts them together in a way that is not known here"
+                f"the files of {self.manifest.model} hold no tensor for {self.unplaced[0]} and "
+                f"{len(self.unplaced) - 1} others: transformers puts them together when it loads them, and this "
+                "format is written from the files. `dense` holds them"
             )
-        self._check_trained()
+
+    @cached_property
+    def empty(self) -> Any:
+        """The model without weights, as transformers builds it."""
+        return empty_model(self.folder, ModelSpec(str(self.folder), dtype="float32"))
+
+    @cached_property
+    def _float32(self) -> frozenset[str]:
+        return kept_in_float32(self.empty, self.dtype) if self.dtype.itemsize < 4 else frozenset()
+
+    def dtype_of(self, tensor: str) -> torch.dtype:
+        """The dtype of a floating-point tensor in the model that was measured: of some, 32 bits."""
+        return torch.float32 if any(part in tensor for part in self._float32) else self.dtype
 
     def _check_trained(self) -> None:
         shapes = self._trained_shapes
@@ -77,6 +104,20 @@ class Job:
             c for c in (*self.manifest.components, *routers) if f"{c.name}.weight" in self.shapes and not c.transposed
         ]
         return tuple(c.name for c in (*own, *after))
+
+    @cached_property
+    def unquantized(self) -> tuple[str, ...]:
+        """All linear layers that the plan leaves as they are, by the names that a loader sees: those of the model, its
+        towers and its head included, what routes tokens, and layers in the files that the model's class leaves out."""
+        model = [name for name, module in self.empty.named_modules() if isinstance(module, nn.Linear)]
+        further = [
+            name.removesuffix(".weight")
+            for name, shape in self.shapes.items()
+            if len(shape) == 2 and name.endswith(".weight") and is_ignored(self.empty, name)
+        ]
+        tied = {name.removesuffix(".weight") for name in tied_parameters(self.empty)}
+        names = dict.fromkeys((*self.linear, *(name for name in model if name not in tied), *further))
+        return tuple(name for name in names if name not in self.plan.schemes)
 
     @cached_property
     def _places(self) -> dict[str, tuple[str, ...]]:
@@ -167,7 +208,7 @@ class Job:
         # A file stays mapped, and its pages in memory, as long as it is open: so it is opened for each.
         with safe_open(path, framework="pt") as file:
             found: Tensor = file.get_tensor(name)
-        return found.to(self.device, self.dtype if found.is_floating_point() else None)
+        return found.to(self.device, self.dtype_of(tensor) if found.is_floating_point() else None)
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -182,7 +223,12 @@ class Job:
         """Bits of all tensors by the plan's arithmetic: components under their schemes, the rest in the dtype."""
         width = self.dtype.itemsize * 8
         bits = sum(
-            _count(shape) * (width if self.dtypes[name] in DTYPE_BITS else _INTEGER_BITS[self.dtypes[name]])
+            _count(shape)
+            * (
+                8 * self.dtype_of(name).itemsize
+                if self.dtypes[name] in DTYPE_BITS
+                else _INTEGER_BITS[self.dtypes[name]]
+            )
             for name, shape in self.shapes.items()
         )
         for name, scheme in self.plan.parsed.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +73,31 @@ def write_quantized(
     folder: Path,
     parts_of: Callable[[Component, Tensor], tuple[Mapping[str, Tensor], Mapping[str, int]]],
     quantization_config: dict[str, Any],
+    tensors: Iterable[tuple[str, Component | None, Tensor]] | None = None,
 ) -> Written:
     """The job's checkpoint with every component in parts. `parts_of` a component and its weight gives its tensors by
-    the ending of their names, and what they hold beyond the plan's arithmetic, in bits."""
+    the ending of their names, and what they hold beyond the plan's arithmetic, in bits. `tensors`: other ones than the
+    checkpoint's, those of components by the names of their modules in the files."""
     writer = ShardWriter(folder, job)
     extra: Counter[str] = Counter()
-    for name, tensor in job.tensors():
-        component = job.component(name)
+    for name, component, tensor in _told_apart(job) if tensors is None else tensors:
         if component is None:
             writer.add(name, tensor)
             continue
         parts, more = parts_of(component, tensor)
         for ending, part in parts.items():
-            writer.add(f"{component.name}.{ending}", part)
+            writer.add(f"{name}.{ending}", part)
         extra.update(more)
     files = writer.close()
     copy_other_files(job, folder, quantization_config)
     return Written(files, writer.tensor_bytes, {what: bits for what, bits in extra.items() if bits})
+
+
+def _told_apart(job: Job) -> Iterator[tuple[str, Component | None, Tensor]]:
+    """The checkpoint's tensors; those of the plan's components by the names of these."""
+    for name, tensor in job.tensors():
+        component = job.component(name)
+        yield (name if component is None else component.name), component, tensor
 
 
 def copy_other_files(job: Job, folder: Path, quantization_config: dict[str, Any] | None = None) -> None:

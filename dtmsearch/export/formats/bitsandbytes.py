@@ -38,6 +38,7 @@ def write_modules(job: Job, folder: Path) -> Written:
         return parts, _extra_bits(job, component, parts)
 
     written = write_quantized(job, folder, parts_of, _quantization_config(job))
+    job.require_places()
     in_4_bits = any(scheme not in OUTLIER_THRESHOLD for _, scheme in job.plan.entries)
     return replace(written, notes=(*written.notes, _REPACKED)) if in_4_bits else written
 

@@ -7,6 +7,7 @@ What stands in the files is the search's own rounding: codes are packed as they 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dtmsearch.core.schemes import SCALE_BITS, Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
+from dtmsearch.export.loaded import merges_experts, unmerged_tensors
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.rounding import Codes
 from dtmsearch.model.modules.compat import packed_to_int32
@@ -32,12 +34,23 @@ def write_packed(job: Job, folder: Path) -> Written:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise UserError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
     check_packed(job)
+    merged = job.runtime == "transformers" and merges_experts(job)
+    if not merged:
+        job.require_places()
 
     def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
         codes = component_codes(job, component, weight)
         return _parts(job, component, codes), _extra_bits(job, component, codes)
 
-    return write_quantized(job, folder, parts_of, _quantization_config(job))
+    return write_quantized(job, folder, parts_of, _quantization_config(job), _unmerged(job) if merged else None)
+
+
+def _unmerged(job: Job) -> Iterator[tuple[str, Component | None, Tensor]]:
+    """The tensors of a mixture of experts, whose stacks stay whole."""
+    for own, name, tensor in unmerged_tensors(job):
+        module = own.removesuffix(".weight")
+        component = job.manifest.by_name[module] if module in job.plan.schemes else None
+        yield (name.removesuffix(".weight") if component else name), component, tensor
 
 
 def check_packed(job: Job) -> None:
@@ -112,7 +125,7 @@ def _quantization_config(job: Job) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": [name for name in job.linear if name not in job.plan.schemes],
+        "ignore": list(job.unquantized),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from dtmsearch.core.holders import dense_obstacle
 from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
+from dtmsearch.export.loaded import dense_tensors
 from dtmsearch.export.writer import ShardWriter, copy_other_files
 
 
@@ -17,7 +18,8 @@ def write_dense(job: Job, folder: Path) -> Written:
     if more:
         raise refuse("dense", "these schemes round activations as well; `bitsandbytes` holds them", more)
     writer = ShardWriter(folder, job)
-    for name, tensor in job.rewritten(lambda component, weight: component_dense(job, component, weight)):
+    tensors = dense_tensors(job) if job.unplaced else job.rewritten(lambda c, weight: component_dense(job, c, weight))
+    for name, tensor in tensors:
         writer.add(name, tensor)
     files = writer.close()
     copy_other_files(job, folder)

@@ -33,6 +33,7 @@ def write_evopress(job: Job, folder: Path) -> Written:
     if job.trained is not None:
         why = "its database holds components only, but norms and biases were trained with them; `dense` holds all"
         raise refuse("evopress", why, [f"trained weights {job.weights_id}"])
+    job.require_places()
     levels = levels_of(sorted({DENSE, *job.schemes, *(scheme for _, scheme in job.plan.entries)}))
     (folder / LEVELS).write_text(json.dumps(levels, indent=2) + "\n", encoding="utf-8")
     names = [c.name for c in job.manifest.components]

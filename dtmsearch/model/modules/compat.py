@@ -5,6 +5,7 @@ a release has broken.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,6 +140,28 @@ def path_of(model: Any) -> str:
 def loaded_by(auto: Any, config: Any) -> Any:
     """The class of models that one of transformers' automatic classes has for a configuration; None where none."""
     return auto._model_mapping.get(type(config), None)
+
+
+def kept_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Parts of the names of parameters that stay in 32 bits where the model is loaded in `dtype`."""
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else set()
+    return frozenset(kept | set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else kept)
+
+
+def names_in_files(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of a model's parameters -> by those that they have in its checkpoints, put together or taken
+    apart as there."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return reverted
+
+
+def is_ignored(model: Any, name: str) -> bool:
+    """Whether a model's class leaves out a tensor of its checkpoints, as it does with layers that predict further
+    tokens."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def is_custom_code(kind: type) -> bool:
@@ -292,6 +315,10 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("transformers.cache_utils.StaticCache", "generate without copying the cache"),
     ForeignName("transformers.PretrainedConfig._attn_implementation", "tell a model object's attention"),
     ForeignName("transformers.PretrainedConfig._name_or_path", "name a model object", _config("_name_or_path")),
+    ForeignName("transformers.PreTrainedModel._keep_in_fp32_modules_strict", "export what stays in 32 bits"),
+    ForeignName("transformers.PreTrainedModel._keep_in_fp32_modules", "export what stays in 32 bits"),
+    ForeignName("transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected", "export layers that are not run"),
+    ForeignName("transformers.core_model_loading.revert_weight_conversion", "name an export's tensors"),
     ForeignName("transformers.PreTrainedModel.all_tied_weights_keys", "load an export's tied weights", _tied),
     ForeignName("transformers.PreTrainedModel.activation_checkpointing_enable", "train in less memory", _checkpointing),
     ForeignName("transformers.utils.hub.TRANSFORMERS_DYNAMIC_MODULE_NAME", "tell custom code", _dynamic_modules),

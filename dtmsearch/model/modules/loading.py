@@ -119,6 +119,12 @@ def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices:
     return result
 
 
+def model_as_loaded(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a folder as transformers loads it, in the host's memory, in `dtype`."""
+    kind = loader(AutoConfig.from_pretrained(folder))
+    return kind.from_pretrained(folder, dtype=dtype, device_map={"": "cpu"}, use_safetensors=True)
+
+
 def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     """The module tree without weights."""
     with _explained("model", folder), torch.device("meta"):
