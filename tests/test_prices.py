@@ -231,6 +231,23 @@ def test_a_search_by_prices_alone_ends_with_a_plan_and_goes_on_from_what_is_pric
     assert results.table("prices").num_rows == len(results.table("components")) * 2 * 2
 
 
+def test_another_run_takes_no_price_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"strategy": "fisher", "schemes": ["int3-channel", "int4-channel"], "fisher": {"samples": 40}}
+    run_here(tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 4.5}}), tmp_path / "store")
+
+    def never(model: Replica, request: PriceRequest) -> PriceBlock:
+        raise AssertionError("these are priced")
+
+    monkeypatch.setattr(Replica, "price", never)
+    # Another budget, and of the schemes one: what is recorded are products of single options.
+    search |= {"schemes": ["int4-channel"], "stop": {"bits_per_weight": 5.0}}
+    run_here(tiny_search(tmp_path, run="other", search=search), tmp_path / "store")
+    results = ResultStore(tmp_path / "store")
+    own, taken = results.table("prices", run="other"), results.table("prices", run="tiny")
+    assert set(own["block_tokens"].to_pylist()) == {0} and own.num_rows == taken.num_rows / 2
+    assert {run.status for run in results.runs()} == {"finished"}
+
+
 def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
     search = {"strategy": "fisher", "schemes": ["int3-channel", "int4-channel"], "fisher": {"samples": 40}}
     path = tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 4.5}})

@@ -24,7 +24,7 @@ from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EvalFailure, Outcome, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import FloatArray, PriceRequest
+from dtmsearch.core.prices import FloatArray, PriceBlock, PriceRequest
 from dtmsearch.core.records import (
     ComponentRecord,
     EvaluationRecord,
@@ -443,11 +443,17 @@ class RunWriter:
         return self._elsewhere.find(request_ids)
 
     def price_block(self, request: PriceRequest) -> FloatArray | None:
-        """The products of a request, if this run has recorded them for just its samples."""
+        """The products of a request, if they are recorded for just its samples. Those of another run of the store are
+        recorded as this run's, too, for no tokens."""
         where = (pc.field("price_id") == request.id) & (pc.field("first_sample") == request.samples[0])
-        rows = self._segments.read("prices", [self._key], where=where)
-        blocks = price_tables.blocks_of(rows)
-        return price_tables.recorded(blocks.get(request.samples[0], {}), request)
+        for keys in ([self._key], None):
+            blocks = price_tables.blocks_of(self._segments.read("prices", keys, where=where))
+            found = price_tables.recorded(blocks.get(request.samples[0], {}), request)
+            if found is not None:
+                if keys is None:
+                    self.add([PriceBlock(request, found, 0, 0.0)])
+                return found
+        return None
 
     def put_plan(self, plan: Plan) -> None:
         """Record a plan that may not have been evaluated."""
