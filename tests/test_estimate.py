@@ -98,6 +98,19 @@ def test_held_out_evaluations_are_those_that_the_search_makes(search: dict[str, 
     assert abs(module._validated_prompts(loaded, space, 6) - made) <= 3, made
 
 
+def test_prices_are_counted_a_backward_pass_as_two(tmp_path: Path) -> None:
+    search = {"strategy": "fisher", "rank_by": "kl", "schemes": ["int4-channel", "int8-channel"]}
+    stop = {"bits_per_weight": 6.5}
+    less, more = (
+        foretold(tiny_search(tmp_path, search=search | {"fisher": {"samples": count}, "stop": stop}))
+        for count in (40, 50)
+    )
+    assert more.evaluations == less.evaluations
+    assert more.tokens - less.tokens == 10 * 3 * 22
+    assert more.operations > less.operations
+    assert more.search_seconds > less.search_seconds
+
+
 def test_a_probe_costs_its_layers_and_heads(tmp_path: Path) -> None:
     file = tiny_search(tmp_path, search={"strategy": "probe", "schemes": ["int8-channel"]})
     found = foretold(file)

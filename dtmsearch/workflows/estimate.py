@@ -17,7 +17,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import PriceKind, priced_schemes
+from dtmsearch.core.prices import PASSES, PriceKind, priced_schemes
 from dtmsearch.search.baselines import rivals_of_size
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
@@ -80,17 +80,20 @@ def estimate(
         references += file.min_fdt_prompts.count
     streams = 2 if any("text" in METRICS[name].needs for name in extra) else 1
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
-    tokens = round(evaluations * prompts_each * streams * row_tokens)
+    # A backward pass is counted as two forward ones, through all layers.
+    priced = expected.priced * row_tokens
+    tokens = round(evaluations * prompts_each * streams * row_tokens) + priced
+    pricing_seconds = expected.priced * _with_head(speed, speed.layers_seconds, ())
     weights = sum(c.num_weights for c in manifest.components)
     return Estimate(
         evaluations=evaluations,
         tokens=tokens,
-        operations=2.0 * weights * share * tokens,
+        operations=2.0 * weights * (share * (tokens - priced) + priced),
         replicas=replicas,
         memory_bytes=speed.memory_bytes,
         states_kept=speed.states_kept,
         evaluation_seconds=each,
-        search_seconds=evaluations * each / replicas,
+        search_seconds=(evaluations * each + pricing_seconds) / replicas,
         nodes_per_replica=where.nodes_per_replica,
         other_seconds=references * speed.generation_seconds + validated * whole / replicas,
         training_seconds=_training_seconds(file, _with_head(speed, speed.layers_seconds, ()) / row_tokens),
@@ -155,19 +158,25 @@ def _with_head(speed: Speed, layers: float, extra_metrics: tuple[str, ...]) -> f
 @dataclass(frozen=True)
 class _Expected:
     """`evaluations` that a search asks for; the prompts that one of them runs over and the share of the layers, on
-    average; the share of them that are plans of many components, which no parent of theirs holds."""
+    average; the share of them that are plans of many components, which no parent of theirs holds; the prompts that
+    prices forward, slopes of rounds left out, for whether there are any measurements say."""
 
     evaluations: int
     prompts_each: float
     share_of_layers: float
     share_of_plans: float = 0.0
+    priced: int = 0
 
 
 def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> _Expected:
     # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
     nominal = {(c.name, s.name): 4.0 ** -(s.bits or 2) for c in space.components for s in space.parsed}
 
+    priced = 0
+
     def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
+        nonlocal priced
+        priced += PASSES[kind] * (samples[1] - samples[0])
         schemes = priced_schemes(kind, space.schemes)
         one = [[nominal.get((c.name, s), 0.0) ** 0.5 for s in schemes] for c in space.components]
         return np.full((samples[1] - samples[0], len(one), len(schemes)), one, np.float32)
@@ -187,4 +196,4 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> 
         alone = sum(ask.request.prompts[1] - ask.request.prompts[0] for ask in asks)
         share = (alone * share + (prompts - alone) * (1.0 + share) / 2.0) / prompts
         plans = (1.0 - len(asks) / evaluations) / 2.0
-    return _Expected(evaluations, prompts / evaluations, share, plans)
+    return _Expected(evaluations, prompts / evaluations, share, plans, priced)
