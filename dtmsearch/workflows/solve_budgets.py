@@ -28,8 +28,10 @@ from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.lookup import stored_file
 
 _DTYPES = {16: "bfloat16", 32: "float32"}
-# Where no plan was measured the logarithm of measured over predicted KL is off by so much (docs/search-quality.md).
-_UNMEASURED = 0.2
+# The logarithm of measured over predicted KL where no plan was measured: what it comes to for small damage, by how much
+# it grows with predicted KL (what second order does not see), at most, and its spread about that
+# (docs/search-quality.md).
+_CHOSEN, _BEYOND, _MOST_BEYOND, _UNMEASURED = 0.05, 1.15, 1.2, 0.15
 _NORMAL_95 = 1.96
 
 
@@ -150,13 +152,19 @@ def _options_of(choices: Choices, plan: Plan) -> tuple[int, ...] | None:
 
 
 def _ratio_at(ratios: Sequence[tuple[float, float]], at: float) -> tuple[float, float]:
-    """The log ratio to expect where `at` is predicted, and its standard deviation: that of measured plans, the nearer
-    in log predicted KL the more they count."""
+    """The log ratio to expect where `at` is predicted, and its standard deviation: by what measured plans are off the
+    usual one, the nearer in log predicted KL the more they count."""
+    usual = _usual_ratio(at)
     if not ratios or at <= 0.0:
-        return 0.0, _UNMEASURED
+        return usual, _UNMEASURED
     distance = np.array([abs(predicted - math.log(at)) for predicted, _ in ratios])
-    values = np.array([ratio for _, ratio in ratios])
+    values = np.array([ratio - _usual_ratio(math.exp(predicted)) for predicted, ratio in ratios])
     weights = np.exp(-distance)
     mean = float((weights * values).sum() / weights.sum())
     scatter = float((weights * (values - mean) ** 2).sum() / weights.sum())
-    return mean, math.sqrt(scatter + (_UNMEASURED**2) * min(1.0, float(distance.min()) + 1.0 / len(ratios)))
+    return usual + mean, math.sqrt(scatter + (_UNMEASURED**2) * min(1.0, float(distance.min()) + 1.0 / len(ratios)))
+
+
+def _usual_ratio(predicted: float) -> float:
+    """The log ratio to expect before anything is measured."""
+    return _CHOSEN + min(_BEYOND * predicted, _MOST_BEYOND)
