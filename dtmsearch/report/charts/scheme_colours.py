@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from dtmsearch.core.schemes import DENSE, DROP, Scheme, parse_scheme
+from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
 from dtmsearch.report.charts.drawing import DENSE_COLOUR
 from dtmsearch.report.facts import bits_of
 
@@ -26,7 +26,7 @@ _GPTQ, _BITSANDBYTES, _PRUNED, _OTHER, _ASYMMETRIC = 305.0, 60.0, 15.0, 100.0, 1
 def colour_of(scheme: str) -> str:
     """`#rrggbb`; grey for what is not compressed. Raises `ValueError` for an unknown scheme."""
     parsed = parse_scheme(scheme)
-    if parsed.name == DENSE:
+    if parsed.is_unquantized:
         return DENSE_COLOUR
     place = (min(max(bits_of(scheme), _FEWEST), _MOST) - _FEWEST) / (_MOST - _FEWEST)
     return _hex(_LIGHTEST + place * (_DARKEST - _LIGHTEST), _CHROMA, _hue(parsed))
@@ -50,10 +50,12 @@ def colours(schemes: Iterable[str]) -> Mapping[str, str]:
 
 
 def _hue(scheme: Scheme) -> float:
-    if scheme.family in ("pruning", "pair", DROP):
+    if scheme.pruning is not None or scheme.is_dropped:
         return _PRUNED
-    hue = {"gptq": _GPTQ, "bitsandbytes": _BITSANDBYTES}.get(scheme.family)
-    hue = _HUES.get(scheme.granularity, _OTHER) if hue is None else hue
+    if scheme.needs_hessians:
+        hue = _GPTQ
+    else:
+        hue = _BITSANDBYTES if scheme.kind.as_module else _HUES.get(scheme.granularity, _OTHER)
     return hue + (_ASYMMETRIC if scheme.asymmetric else 0.0)
 
 
