@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import fakes
 import numpy as np
@@ -11,11 +12,15 @@ from fakes import CONTINUATION_TOKENS, MODE, FakeEvaluator, toy_components, toy_
 
 from dtmsearch.core.evaluation import Continuation, EvalRequest, Reference, Writing
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.prices import PriceBlock, PriceKind, PriceRequest
 from dtmsearch.core.records import ContinuationRecord, RunRecord
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.search.loop import measure, search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.priced import Fisher
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.validate import validation_plans
 
@@ -40,6 +45,7 @@ def make_run(
     failing: bool = False,
     schemes: tuple[str, ...] = SCHEMES,
     num_layers: int = NUM_LAYERS,
+    message: str = HOSTILE,
 ) -> ResultStore:
     """A recorded run; one that is not finished has neither plan nor validation."""
     store = ResultStore(folder)
@@ -73,7 +79,59 @@ def make_run(
                 created_at=1.7e9,
                 finished_at=1.7e9 + 60 if finished else None,
                 version="0.1.0",
-                message=HOSTILE if status == "failed" else None,
+                message=message if status == "failed" else None,
+            )
+        )
+    return store
+
+
+def make_priced_run(folder: Path, run: str = "priced", num_samples: int = 32) -> ResultStore:
+    """A finished search by prices, whose options' products are drawn from their names."""
+    store = ResultStore(folder)
+    schemes = ("int2-channel", "int4-channel", "int8-channel")
+    references = [reference("search", NUM_LAYERS), reference("held out", NUM_LAYERS)]
+    manifest, components = toy_manifest(NUM_LAYERS), toy_components(NUM_LAYERS)
+    names = tuple(component.name for component in components)
+    with store.writer(run) as writer:
+        writer.put_components(manifest, components)
+        for one in references:
+            writer.share(one)
+
+        def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+            random = np.random.default_rng(0)
+            scale = np.array([[4.0 - parse_scheme(scheme).bits / 3 for scheme in schemes] for _ in names])
+            products = random.normal(size=(samples[1] - samples[0], len(names), len(schemes))) * scale
+            asked = PriceRequest(references[0].id, samples, names, schemes, kind=kind, around=around)
+            writer.add([PriceBlock(asked, products.astype(np.float32), 640, 2.0)])
+            return products.astype(np.float32)
+
+        space = SearchSpace(components, schemes, budget=Budget(bits_per_weight=5.0))
+        task = Task(
+            space,
+            lambda plan, parent: request(plan, references[0], parent),
+            rank_by="kl",
+            continuation_tokens=CONTINUATION_TOKENS,
+        )
+        strategy = Fisher(task, take, num_samples)
+        plan = search(strategy, FakeEvaluator(fakes.evaluate, per_poll=8), writer, Silent())
+        assert plan is not None
+        plans = validation_plans(space, plan)
+        requests = {label: request(other, references[1]) for label, other in plans.items()}
+        measure(requests, FakeEvaluator(fakes.evaluate, per_poll=8), writer, "validation")
+        search_section = {"strategy": "fisher", "rank_by": "kl", "stop": {"bits_per_weight": 5.0}}
+        writer.put_run(
+            RunRecord(
+                run=run,
+                status="finished",
+                config=yaml.safe_dump({"run": run, "model": {"path": "toy"}, "search": search_section}),
+                config_folder="/",
+                manifest_id=manifest.id,
+                reference_id=references[0].id,
+                validation_reference_id=references[1].id,
+                final_plan_id=plan.id,
+                created_at=1.7e9,
+                finished_at=1.7e9 + 60,
+                version="0.1.0",
             )
         )
     return store

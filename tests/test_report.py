@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from reported import HOSTILE, NUM_LAYERS, SCHEMES, make_run
+from reported import HOSTILE, NUM_LAYERS, SCHEMES, make_priced_run, make_run
 
+from dtmsearch.analysis.summary import runs_overview, summarize_run
 from dtmsearch.cli import main
+from dtmsearch.console.text import overview_text, run_text
 from dtmsearch.report.charts import figures, save
-from dtmsearch.report.comparison import held_out_differences, plan_differences, sentence
-from dtmsearch.report.facts import RunFacts, gather, per_prompt, spread
+from dtmsearch.report.charts.scheme_colours import by_bits, colour_of, ink_on
+from dtmsearch.report.comparison import compared, held_out_differences, plan_differences, sentence
+from dtmsearch.report.facts import RunFacts, gather, per_prompt, spending_of, spread, suffering_of
 from dtmsearch.report.writing import page
 from dtmsearch.store.store import ResultStore
 
@@ -209,3 +212,162 @@ def test_a_pruned_plan_shows_what_each_component_loses(tmp_path: Path) -> None:
 
 def test_a_run_that_prunes_nothing_and_stands_alone_has_no_sections_for_it(html: str) -> None:
     assert "What was pruned" not in html and "Beside the store" not in html
+
+
+# Schemes.
+
+
+def lightness(colour: str) -> float:
+    """Relative luminance of `#rrggbb` (WCAG 2.1)."""
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+@pytest.mark.parametrize("form", ["int{}-g32", "int{}-channel", "gptq-int{}-g128"])
+def test_the_fewer_bits_a_scheme_has_the_lighter_it_is(form: str) -> None:
+    found = [lightness(colour_of(form.format(bits))) for bits in range(2, 9)]
+    assert found == sorted(found, reverse=True) and found[0] > 2 * found[-1]
+
+
+def test_schemes_of_as_many_bits_have_colours_of_their_own() -> None:
+    schemes = ["int4-g32", "int4-g32-asym", "int4-channel", "int4-tensor", "gptq-int4-g32", "nf4"]
+    assert len({colour_of(scheme) for scheme in schemes}) == len(schemes)
+
+
+@pytest.mark.parametrize("scheme", ["dense", "int2-g32", "int4-channel", "int8-g32", "nf4", "magnitude-0.5", "drop"])
+def test_a_schemes_character_can_be_read_on_its_colour(scheme: str) -> None:
+    low, high = sorted((lightness(colour_of(scheme)), lightness(ink_on(scheme))))
+    assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def colours_in(part: Any) -> dict[str, str]:
+    """Scheme -> colour, of every scale and every row in a chart that names schemes."""
+    found: dict[str, str] = {}
+    if isinstance(part, dict):
+        domain, shades = part.get("domain"), part.get("range")
+        if isinstance(domain, list) and isinstance(shades, list):
+            found |= {str(name).split()[-1]: shade for name, shade in zip(domain, shades, strict=True)}
+        for inner in part.values():
+            found |= colours_in(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            found |= colours_in(inner)
+    return found
+
+
+def test_a_scheme_has_one_colour_on_every_chart_of_both_pages(pair: tuple[RunFacts, RunFacts]) -> None:
+    charts = [figure.chart.to_dict() for figure in [*figures(pair[0]), *compared(*pair)]]
+    coloured = [colours_in(chart["encoding"] if "encoding" in chart else chart["layer"]) for chart in charts]
+    found = [shades["int8-channel"] for shades in coloured if "#" in str(shades.get("int8-channel"))]
+    assert len(found) >= 4 and set(found) == {colour_of("int8-channel")}
+
+
+def test_a_legend_of_schemes_goes_from_many_bits_to_few() -> None:
+    assert by_bits(["int2-g32", "int8-g32", "dense", "int4-g32"]) == ["dense", "int8-g32", "int4-g32", "int2-g32"]
+
+
+def test_cells_of_a_plan_name_their_scheme_by_a_character(facts: RunFacts) -> None:
+    (plan,) = [figure for figure in figures(facts) if figure.name == "plan"]
+    shown = {row["scheme"]: row["character"] for row in plan.data["plan"]}
+    assert shown["dense"] == "." and shown["int8-channel"] == "8"
+
+
+def test_tokens_are_counted_by_whole_numbers(facts: RunFacts) -> None:
+    (chart,) = [figure.chart.to_dict() for figure in figures(facts) if figure.name == "survival"]
+    assert chart["encoding"]["x"]["axis"]["tickMinStep"] == 1 and chart["encoding"]["x"]["axis"]["format"] == ",d"
+
+
+# A search by prices.
+
+
+@pytest.fixture(scope="module")
+def priced(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFacts, str]:
+    store = make_priced_run(tmp_path_factory.mktemp("priced"))
+    found = gather(store, "priced")
+    return found, page(store, found, figures(found))
+
+
+def test_every_option_has_a_price_with_its_standard_error(priced: tuple[RunFacts, str]) -> None:
+    facts, _ = priced
+    assert len(facts.story.prices) == NUM_LAYERS * 3 * 3 and facts.story.samples == 32
+    assert all(0.0 < row["error"] < row["kl"] for row in facts.story.prices)
+
+
+def test_a_plans_price_is_half_the_mean_square_of_its_options_products_summed(tmp_path: Path) -> None:
+    store = make_priced_run(tmp_path)
+    facts = gather(store, "priced")
+    rows = store.table("prices", ["component", "scheme", "products"], "priced").to_pylist()
+    products = {(row["component"], row["scheme"]): np.array(row["products"], np.float64) for row in rows}
+    plan = facts.summary.final_plan
+    assert plan is not None and facts.ceiling is not None
+    total = np.sum([products[entry] for entry in plan.entries], axis=0)
+    (found,) = [row["predicted"] for row in facts.story.foreseen if row["plan_id"] == plan.id]
+    assert found == pytest.approx(np.square(total).mean() / (2 * facts.ceiling))
+
+
+def test_a_search_by_prices_tells_its_own_story_and_draws_no_beam(priced: tuple[RunFacts, str]) -> None:
+    facts, text = priced
+    places = {figure.section for figure in figures(facts)}
+    assert {"prices", "plan", "spending", "sizes"} <= places and not {"course", "tree", "interaction"} & places
+    assert "How the plan was found" in text and "The course of the search" not in text
+
+
+def test_stages_say_what_was_asked_of_the_model(priced: tuple[RunFacts, str]) -> None:
+    first, *others = priced[0].story.stages
+    assert (first["what"], first["number"], first["tokens"]) == ("prices of all options", 32, 640)
+    assert sum(stage["number"] for stage in others) == priced[0].num_points
+
+
+def test_what_layers_spend_adds_up_to_the_plans_bits(priced: tuple[RunFacts, str]) -> None:
+    facts = priced[0]
+    weights = {row["layer"]: 0 for row in facts.plan_rows}
+    for row in facts.plan_rows:
+        weights[row["layer"]] += row["num_weights"]
+    spent = sum(row["bits"] * weights[row["layer"]] for row in spending_of(facts.plan_rows, "layer"))
+    assert spent / sum(weights.values()) == pytest.approx(facts.summary.bits_per_weight)
+
+
+def test_what_layers_suffer_is_one_on_average_over_weights(priced: tuple[RunFacts, str]) -> None:
+    facts = priced[0]
+    scheme, rows = suffering_of(facts.alone, "kl", facts.ceiling, "kind")
+    weights = {row["kind"]: 0 for row in facts.components}
+    for row in facts.components:
+        weights[row["kind"]] += row["num_weights"]
+    mean = sum(row["times"] * weights[row["kind"]] for row in rows) / sum(weights.values())
+    assert scheme == "int2-channel" and mean == pytest.approx(1.0)
+
+
+# How to use it, and what failed.
+
+
+def test_a_page_says_which_exports_the_plan_allows_and_how_large_they_are(priced: tuple[RunFacts, str]) -> None:
+    facts, text = priced
+    possible = [use for use in facts.uses if use["obstacle"] is None]
+    assert [use["command"].split(" --out")[0] for use in possible] == [
+        "dtmsearch export priced --to compressed-tensors",
+        "dtmsearch export priced --to dense",
+    ]
+    assert possible[0]["size_mb"] < possible[1]["size_mb"] == pytest.approx(facts.dense_size_mb)
+    assert all(use["command"] in text for use in possible) and "Not for vLLM: its kernels read 4 and 8 bits." in text
+
+
+LOST = (
+    "5 replicas in a row did not start; the last: The actor died unexpectedly before finishing this task.\n"
+    f"The actor died because its node has died. Node Id: {'c8f8e3b1a2d4' * 4}"
+)
+
+
+def test_a_failed_run_says_what_failed_wherever_it_is_shown(tmp_path: Path) -> None:
+    store = make_run(tmp_path, status="failed", message=LOST)
+    found = gather(store, "toy")
+    headline = "5 replicas in a row did not start; the last: the machine was lost"
+    text = page(store, found, figures(found))
+    assert f"This run failed: {headline}." in text and f"<dt>failures</dt><dd>{headline}" in text
+    assert headline in run_text(summarize_run(store, "toy"))
+    listed = overview_text(runs_overview(store))
+    assert headline in listed and "c8f8e3b1a2d4" not in listed
+
+
+def test_the_tokens_before_a_divergence_are_in_sight_with_their_blanks(html: str) -> None:
+    assert "base model, around the divergence" in html and '<i class="sp"> </i>' in html

@@ -159,3 +159,33 @@ def test_it_fits_and_can_be_read_by_everybody(page: Page, width: int, theme: str
     problems = [(v["id"], [node["html"] for node in v["nodes"]][:3]) for v in found["violations"]]
     overflow = page.run("return document.documentElement.scrollWidth - window.innerWidth")
     assert (problems, overflow <= 0) == ([], True)
+
+
+# Texts in charts that do not lie within their chart, in pixels beyond it.
+_CUT = """
+return [...document.querySelectorAll('.chart')].filter(chart => chart.closest('[hidden]') === null).flatMap(chart => {
+  const box = chart.querySelector('svg').getBoundingClientRect();
+  return [...chart.querySelectorAll('svg text')].filter(text => {
+    const own = text.getBoundingClientRect();
+    return own.width && (own.left < box.left - 1 || own.right > box.right + 1 || own.bottom > box.bottom + 1);
+  }).map(text => `${chart.dataset.figure}: ${text.textContent}`);
+})
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_no_text_of_a_chart_is_cut(page: Page, width: int) -> None:
+    page.show(width)
+    assert page.run(_CUT) == []
+
+
+def test_a_table_that_is_wider_than_its_place_says_that_it_scrolls(page: Page) -> None:
+    page.show(390)
+    assert page.find("#held-out .hint").is_displayed()
+    assert page.run("const t = document.querySelector('#held-out .wide'); return t.scrollWidth > t.clientWidth")
+
+
+def test_blanks_are_seen_and_copied_as_they_are(shown: Page) -> None:
+    blank = "document.querySelector('pre.prompt i.sp')"
+    assert shown.run(f"return {blank}.textContent") == " "
+    assert "radial-gradient" in shown.run(f"return getComputedStyle({blank}).backgroundImage")

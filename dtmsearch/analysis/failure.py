@@ -1,4 +1,4 @@
-"""Why a run failed, as its user says it: what went wrong first, addresses of machines and processes left out."""
+"""Why a run failed, as its user says it: what went wrong first, ids of machines and processes left out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST = 240
 _ID = r"\b[0-9a-f]{24,}\b"
 _NOISE = re.compile(
     rf"\(?\b(?:on )?(?:the )?(?:node|actor|worker|task|job)(?:[ _-]?ids?)?[:= ]*{_ID}\)?"
-    rf"|\(?\b(?:ip|pid|node_ip|namespace|class_name)\s*[:=]\s*[^\s,)]*\)?|{_ID}|\b\d{{1,3}}(?:\.\d{{1,3}}){{3}}(?::\d+)?\b",
+    rf"|\(?\b(?:ip|pid|node_ip|namespace|class_name)\s*[:=]\s*[^\s,)]*\)?|{_ID}",
     re.IGNORECASE,
 )
 # What Ray and torch say, first match first -> what it means to somebody who knows neither.
@@ -34,7 +34,7 @@ _KINDS = {
 
 def headline(message: str) -> str:
     """What failed, in one line: the sentence of ours that a message begins with, and what its cause means; of a longer
-    one the first lines. No ids or addresses of nodes and processes, which the run's log holds."""
+    one the first lines. No ids of nodes and processes, which the run's log holds."""
     first, mark, cause = message.partition("; the last: ")
     meaning = next((words for pattern, words in _MEANINGS if re.search(pattern, cause or message, re.I)), None)
     if mark:
@@ -53,7 +53,7 @@ def _telling(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without ids and addresses, shortened at a word."""
+    """Without ids, shortened at a word."""
     cleaned = re.sub(r"\s+([,.;:)])", r"\1", re.sub(r"\s{2,}", " ", _NOISE.sub("", text))).strip(" ,;:")
     if len(cleaned) <= _LONGEST:
         return cleaned

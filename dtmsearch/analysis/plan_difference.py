@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from dtmsearch.analysis.format import components as counted_components
 
+# Within this part of each other, bits are about as many: a zero point more or less.
+_ABOUT = 0.05
 # Kinds and layers that a sentence names.
 _MOST_NAMED = 3
 _Name = TypeVar("_Name", int, str)
@@ -30,17 +32,17 @@ def difference_from_uniform(parts: Sequence[Part], scheme: str) -> str:
     same = sum(part.scheme == scheme for part in parts)
     if same == len(parts):
         return f"It is {scheme} everywhere."
-    more = [part for part in parts if part.scheme != scheme and part.bits > part.uniform_bits]
-    fewer = [part for part in parts if part.scheme != scheme and part.bits < part.uniform_bits]
+    more = [part for part in parts if part.bits > part.uniform_bits * (1 + _ABOUT)]
+    fewer = [part for part in parts if part.bits < part.uniform_bits * (1 - _ABOUT)]
     beside = len(parts) - same - len(more) - len(fewer)
     said = [
-        f"{counted_components(len(group))} {'has' if len(group) == 1 else 'have'} {word} bits ({_where(group, parts)})"
+        f"{len(group)} {'has' if len(group) == 1 else 'have'} {word} bits ({_where(group, parts)})"
         for group, word in ((more, "more"), (fewer, "fewer"))
         if group
     ]
-    said += [f"{counted_components(beside)} as many of another scheme"] if beside else []
+    said += [f"{beside} about as many by another scheme"] if beside else []
     said += [f"{same} the same scheme"] if same else []
-    return f"Beside {scheme} everywhere, of {counted_components(len(parts))} {_joined(said)}."
+    return f"Beside {scheme} everywhere, of its {counted_components(len(parts))} {_joined(said)}."
 
 
 def _where(group: Sequence[Part], parts: Sequence[Part]) -> str:

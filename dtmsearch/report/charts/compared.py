@@ -75,7 +75,7 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
                     "bits:Q",
                     title="bits per weight",
                     scale=alt.Scale(reverse=True, zero=False, nice=False, padding=8),
-                    axis=alt.Axis(format="~g", grid=False, tickCount=8),
+                    axis=alt.Axis(format="~f", grid=False, tickCount=8),
                 ),
                 y=alt.Y(f"{metric}:Q", title=title_of(metric), scale=scale, axis=axis),
                 color=alt.Color(

@@ -8,6 +8,7 @@ from dtmsearch.report.facts import RunFacts
 
 # Fewer points than this are told in words.
 _FEWEST = 3
+_WIDE = 8
 
 
 def foreseen_figures(facts: RunFacts) -> list[Figure]:
@@ -20,7 +21,10 @@ def foreseen_figures(facts: RunFacts) -> list[Figure]:
         return []
     values = [row[f"{kind}_{end}"] for row in rows for kind in ("predicted", "measured") for end in ("low", "high")]
     low, high = min(values), max(values)
-    scale, axis = alt.Scale(type="log", domain=[low, high], nice=False), decades(values)
+    # Within less than a decade a logarithmic axis has a tick or two.
+    is_wide = high > _WIDE * low
+    scale = alt.Scale(type="log" if is_wide else "linear", domain=[low, high], nice=False)
+    axis = decades(values) if is_wide else alt.Axis(format="~f", tickCount=6)
     x = alt.X("predicted:Q", title="KL by prices (nats a token)", scale=scale, axis=axis)
     y = alt.Y("measured:Q", title="KL measured (nats a token)", scale=scale, axis=axis)
     whose = ["this plan", "another plan"]

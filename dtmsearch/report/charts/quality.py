@@ -55,7 +55,7 @@ def _goes_somewhere(facts: RunFacts) -> bool:
 def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     # Bits fall as a search goes on: its time runs from left to right in either picture.
     x_scale = alt.Scale(reverse=x == "bits", zero=False, nice=False, padding=8)
-    x_axis = alt.Axis(format="%" if x == "share" else "~g", grid=False, tickCount=8)
+    x_axis = alt.Axis(format="%" if x == "share" else "~f", grid=False, tickCount=8)
     at_x = alt.X(f"{x}:Q", title=x_title, scale=x_scale, axis=x_axis)
     shown = (*facts.points, *facts.path, *(row for row in facts.uniform if row["label"] != "base"))
     values = [row[metric] for row in shown if row.get(metric) is not None]
@@ -110,7 +110,7 @@ def held_out_figures(facts: RunFacts) -> list[Figure]:
             "bits:Q",
             title="bits per weight",
             scale=alt.Scale(zero=False, padding=45),
-            axis=alt.Axis(grid=False, format="~g", tickCount=6),
+            axis=alt.Axis(grid=False, format="~f", tickCount=6),
         )
         axis = metric_axis(metric, values, logarithmic)
         base = named(name).encode(
@@ -127,11 +127,16 @@ def held_out_figures(facts: RunFacts) -> list[Figure]:
             base.mark_point(filled=True, opacity=1, size=110).encode(
                 color=alt.Color("colour:N", scale=None), shape=whose.legend(None)
             ),
-            base.transform_filter("datum.named").mark_text(dy=-13, fontSize=11, aria=False).encode(text="name:N"),
+            _name(base.transform_filter("datum.named && datum.label !== 'plan'"), -13),
+            _name(base.transform_filter("datum.label === 'plan'"), 15),
         )
         description = f"{title_of(metric)} of plans on held-out prompts, against bits per weight"
         found.append(Figure("sizes", name, sized(chart, 260, description), {name: shown}, metric.upper()))
     return found
+
+
+def _name(points: Any, dy: int) -> Any:
+    return points.mark_text(dy=dy, fontSize=11, aria=False).encode(text="name:N")
 
 
 def _named_apart(rows: Sequence[Row], metric: str) -> list[Row]:
@@ -143,10 +148,11 @@ def _named_apart(rows: Sequence[Row], metric: str) -> list[Row]:
     taken: list[float] = []
     found = []
     for row in ordered:
-        named_here = row["whose"] == "this plan" or all(abs(row["bits"] - at) >= span / 8 for at in taken)
-        taken += [row["bits"]] if named_here else []
+        is_plan = row["whose"] == "this plan"  # its name stands below it, those of others above
+        named_here = is_plan or all(abs(row["bits"] - at) >= span / 8 for at in taken)
+        taken += [row["bits"]] if named_here and not is_plan else []
         found.append({**row, "named": named_here})
-    return found
+    return found[::-1]  # the plan is drawn last, on top
 
 
 def _labelled(label: str) -> Row:
@@ -250,7 +256,7 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
         "bits:Q",
         title="bits per weight",
         scale=alt.Scale(zero=False, nice=False, padding=12),
-        axis=alt.Axis(grid=False, format="~g", tickCount=8),
+        axis=alt.Axis(grid=False, format="~f", tickCount=8),
     )
     y = alt.Y(f"{metric}:Q", title=title_of(metric), scale=scale, axis=axis)
     points = named("sweep").encode(

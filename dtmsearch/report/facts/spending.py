@@ -31,6 +31,7 @@ def spending_of(plan_rows: Sequence[Row], by: str) -> list[Row]:
         {
             by: group,
             "scheme": scheme,
+            "width": bits_of(scheme),
             "bits": number / weights[group],
             "share": shares[group, scheme] / weights[group],
             "group_bits": whole[group] / weights[group],
