@@ -21,6 +21,7 @@ from dtmsearch.errors import UserError
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.compat import is_ignored, kept_in_float32, tied_parameters
 from dtmsearch.model.modules.loading import empty_model
+from dtmsearch.model.modules.matrices import sliced_matrices
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,19 @@ class Job:
         return {name: dtype for path in weight_files(self.folder) for name, (dtype, _) in read_header(path).items()}
 
     @cached_property
+    def _merged(self) -> frozenset[str]:
+        """Experts that transformers keeps in stacks, though the files may hold each by itself."""
+        return frozenset() if self.runtime == "vllm" else frozenset(sliced_matrices(self.empty))
+
+    @cached_property
     def linear(self) -> tuple[str, ...]:
         """The linear layers of the model that are tensors of their own: its components, routers, and an untied head."""
         after = [c for c in self.manifest.others if c.layer == self.manifest.num_layers and min(c.shape) > 1]
         routers = [self.manifest.by_name[name] for name in self.manifest.routers]
         own = [
-            c for c in (*self.manifest.components, *routers) if f"{c.name}.weight" in self.shapes and not c.transposed
+            c
+            for c in (*self.manifest.components, *routers)
+            if f"{c.name}.weight" in self.shapes and not c.transposed and c.name not in self._merged
         ]
         return tuple(c.name for c in (*own, *after))
 
