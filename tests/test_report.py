@@ -371,3 +371,19 @@ def test_a_failed_run_says_what_failed_wherever_it_is_shown(tmp_path: Path) -> N
 
 def test_the_tokens_before_a_divergence_are_in_sight_with_their_blanks(html: str) -> None:
     assert "base model, around the divergence" in html and '<i class="sp"> </i>' in html
+
+
+def test_where_two_plans_differ_is_told_without_colour(pair: tuple[RunFacts, RunFacts]) -> None:
+    (chart,) = [figure for figure in compared(*pair) if figure.name == "plans"]
+    signs = {row["choice"]: row["sign"] for row in chart.data["choices"]}
+    assert signs["the same scheme"] == "=" and signs["only in further"] == "2"
+
+
+def test_a_run_without_held_out_values_has_no_layer_for_them(tmp_path: Path) -> None:
+    found = gather(make_run(tmp_path, status="failed"), "toy")
+    courses = [str(figure.chart.to_dict()) for figure in figures(found) if figure.section == "course"]
+    assert courses and not any("held_out" in chart for chart in courses)
+
+
+def test_a_search_that_failed_before_its_plan_says_so(tmp_path: Path) -> None:
+    assert summarize_run(make_run(tmp_path, status="failed"), "toy").verdict.startswith("The search failed before")

@@ -241,6 +241,8 @@ def _held_out_text(store: ResultStore, record: RunRecord) -> str | None:
 def _without_plan(record: RunRecord) -> str:
     if record.status == "finished":
         return "This strategy chooses no plan; its ranking is the run's rows of the table steps."
+    if record.status == "failed":
+        return "The search failed before it came to a plan."
     return "The search has not come to a plan yet."
 
 

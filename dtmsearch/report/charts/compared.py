@@ -17,11 +17,13 @@ from dtmsearch.report.charts.drawing import (
     sized,
     title_of,
 )
-from dtmsearch.report.charts.heatmaps import layers_by_kinds, scheme_map
+from dtmsearch.report.charts.heatmaps import MOST_LAYERS_WRITTEN, layers_by_kinds, scheme_map
 from dtmsearch.report.charts.quality import survival
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import Row, kinds_of
 
+# What a cell says without colour: left out of both, alike, different, in the first run only, in the second only.
+_SIGNS = (".", "=", "~", "1", "2")
 # Fewer sizes than this make no course.
 _FEWEST_SIZES = 3
 
@@ -38,18 +40,27 @@ def compared_plans(
         for at, (run, own) in enumerate(zip(runs, plans, strict=True))
     ]
     choices = ["dense in both", "the same scheme", "different schemes", *(f"only in {run}" for run in runs)]
-    scale = alt.Scale(domain=choices, range=[DENSE_COLOUR, PALETTE[4], PALETTE[2], *RUN_COLOURS[:2]])
     kinds = kinds_of(rows)
-    cells = list({(row["layer"], row["kind"]): row for row in rows}.values())
-    chart = layers_by_kinds("choices", cells, kinds).encode(
-        color=alt.Color("choice:N", scale=scale, legend=alt.Legend(title=None, orient="bottom", columns=3)),
-        tooltip=[
-            alt.Tooltip("component:N"),
-            alt.Tooltip("scheme:N", title=runs[0]),
-            alt.Tooltip("other_scheme:N", title=runs[1]),
-        ],
+    signs = dict(zip(choices, _SIGNS, strict=True))
+    cells = [
+        {**row, "sign": signs[row["choice"]], "said": f"{signs[row['choice']]}  {row['choice']}"}
+        for row in {(row["layer"], row["kind"]): row for row in rows}.values()
+    ]
+    scale = alt.Scale(
+        domain=[f"{sign}  {choice}" for choice, sign in signs.items()],
+        range=[DENSE_COLOUR, PALETTE[4], PALETTE[2], *RUN_COLOURS[:2]],
     )
+    tooltip = [
+        alt.Tooltip("component:N"),
+        alt.Tooltip("scheme:N", title=runs[0]),
+        alt.Tooltip("other_scheme:N", title=runs[1]),
+    ]
+    colour = alt.Color("said:N", scale=scale, legend=alt.Legend(title=None, orient="bottom", columns=3))
+    chart = layers_by_kinds("choices", cells, kinds).encode(color=colour, tooltip=tooltip)
     description = "Heat map of layers by kinds: where the two plans choose alike"
+    if len({cell["layer"] for cell in cells}) <= MOST_LAYERS_WRITTEN:
+        written = layers_by_kinds("choices", cells, kinds).mark_text(fontSize=11, aria=False)
+        chart = chart + written.encode(text="sign:N", color=alt.value("#000000"), tooltip=tooltip)
     choices_map = sized(chart, ROW_HEIGHT * len(kinds), description)
     return [Figure("plans", "plans", choices_map, {"choices": cells}, "both"), *each]
 
@@ -65,7 +76,7 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
         values = [row[metric] for row in rows if row.get(metric) is not None]
         logarithmic = metric in ("kl", "sdt") and bool(values) and min(values) > 0
         scale = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(zero=False)
-        legend = alt.Legend(title=None, orient="bottom", symbolSize=300)
+        legend = alt.Legend(title=None, orient="bottom", symbolSize=300, symbolType="stroke")
         axis = metric_axis(metric, values, logarithmic)
         chart = (
             named("paths")

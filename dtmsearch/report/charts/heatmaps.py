@@ -25,7 +25,7 @@ from dtmsearch.report.facts import Row, RunFacts, damage, kinds_of
 # Up to this many schemes have colours of their own; more are drawn by their bits.
 _MOST_COLOURS = 12
 # Characters are written into cells while there are no more layers than have room for them on a phone.
-_MOST_LAYERS_WRITTEN = 36
+MOST_LAYERS_WRITTEN = 36
 
 
 def schemes_of(sensitivity: Sequence[Row]) -> list[str]:
@@ -199,7 +199,7 @@ def scheme_map(section: str, name: str, plan_rows: Sequence[Row], description: s
     cells = _marked(cells)
     rectangles = layers_by_kinds(name, cells, kinds)
     chart = rectangles.encode(color=_marked_colour(cells), tooltip=tooltip)
-    if len({cell["layer"] for cell in cells}) <= _MOST_LAYERS_WRITTEN:
+    if len({cell["layer"] for cell in cells}) <= MOST_LAYERS_WRITTEN:
         written = rectangles.mark_text(fontSize=11, aria=False, cursor="pointer")
         chart = chart + written.encode(text="character:N", color=alt.Color("ink:N", scale=None), tooltip=tooltip)
     return Figure(section, name, sized(chart, ROW_HEIGHT * len(kinds), description), {name: cells}, choice)

@@ -77,12 +77,15 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     layers = [
         points.encode(x=at_x, y=at_y, tooltip=edge),
         line.encode(x=at_x, y=at_y, order="step:Q", tooltip=[alt.Tooltip("step:Q"), *edge]),
-        held_out.encode(color=alt.Color("colour:N", scale=None)).mark_point(
-            shape="diamond", size=90, filled=True, opacity=1
-        ),
-        _beside(held_out.transform_filter("datum.label != 'plan'"), "right"),
-        _beside(held_out.transform_filter("datum.label == 'plan'"), "left"),
     ]
+    if facts.uniform:
+        layers += [
+            held_out.encode(color=alt.Color("colour:N", scale=None)).mark_point(
+                shape="diamond", size=90, filled=True, opacity=1
+            ),
+            _beside(held_out.transform_filter("datum.label != 'plan'"), "right"),
+            _beside(held_out.transform_filter("datum.label == 'plan'"), "left"),
+        ]
     description = f"{title_of(metric)} of every candidate against {x_title}"
     return sized(alt.layer(*layers), PLOT_HEIGHT, description)
 
