@@ -252,7 +252,7 @@ def test_answers_of_sql_are_shown(form: str, tmp_path: Path, capsys: pytest.Capt
 
 def test_a_file_of_answers_holds_them_as_they_are(tmp_path: Path) -> None:
     out = tmp_path / "answer.csv"
-    main(["query", "SELECT chr(27) AS x", "--store", str(tmp_path / "store"), "--format", "csv", "--out", str(out)])
+    main(["query", "SELECT chr(27) AS x", "--store", str(tmp_path), "--format", "csv", "--out", str(out)])
     assert out.read_text() == "x\n\x1b\n"
 
 
