@@ -45,7 +45,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class Machines:
-    """Two nodes of a Ray cluster: a head and a worker, one replica's processors each."""
+    """Two nodes of a Ray cluster: a head and a worker, one replica's CPUs each."""
 
     def __init__(self) -> None:
         self._cluster: Any = None

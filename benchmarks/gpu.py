@@ -82,7 +82,7 @@ def disagreement() -> float:
 
 
 def pool_of(shape: str, gpus: int) -> ReplicaPool:
-    """A replica a GPU; with none, one on the processor."""
+    """A replica a GPU; with none, one on the CPU."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     spec = ModelSpec(shape, dtype="bfloat16", compile="always" if gpus else "never")
     settings = PoolSettings(replicas=gpus or 1, gpus_per_replica=1.0 if gpus else None)
@@ -195,7 +195,7 @@ class Spans:
 @main.command()
 @click.option("--shape", default="llama2-7b", type=click.Choice(list(SHAPES)))
 @click.option("--prompts", default=128, show_default=True)
-@click.option("--gpus", default=1, show_default=True, help="0: a replica on the processor.")
+@click.option("--gpus", default=1, show_default=True, help="0: a replica on the CPU.")
 @click.option("--width", default=3, show_default=True)
 @click.option("--expand", default=16, show_default=True, help="How many children a plan has after the first round.")
 @click.option("--seconds", default=120.0, show_default=True, help="The search ends with the evaluation then under way.")

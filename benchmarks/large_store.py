@@ -119,7 +119,7 @@ def plan_rows(rng: np.random.Generator, ids: pa.Array, depth: int) -> pa.Table:
 
 
 def write_store(folder: Path, num_evaluations: int, runs: int, prompts: int, depth: int) -> None:
-    """A process for each processor, for it takes minutes; what a run holds follows from its number."""
+    """A process for each CPU, for it takes minutes; what a run holds follows from its number."""
     ResultStore(folder).create()
     arguments = [(folder, number, num_evaluations // runs, prompts, depth) for number in range(runs)]
     with Pool() as processes:
@@ -165,7 +165,7 @@ _QUESTIONS: dict[str, Callable[[ResultStore], Iterator[str]]] = {
 
 
 def answer(question: str, folder: str) -> None:
-    """In a process of its own: seconds, those of processor time, most memory in bytes, and what came out, as JSON."""
+    """In a process of its own: seconds, those of CPU time, most memory in bytes, and what came out, as JSON."""
     started_at, cpu_started_at = time.perf_counter(), time.process_time()
     (found,) = _QUESTIONS[question](ResultStore(folder))
     seconds, cpu = time.perf_counter() - started_at, time.process_time() - cpu_started_at
@@ -195,7 +195,7 @@ def main(num_evaluations: int, runs: int, prompts: int, depth: int, store: Path 
                 click.echo(f"  {question:<24} failed: {done.stderr.strip().splitlines()[-1]}")
                 continue
             seconds, cpu, memory, found = json.loads(done.stdout)
-            click.echo(f"  {question:<24}{seconds:>8.2f} s, processor {cpu:>6.2f} s{memory / 1e9:>8.2f} GB   {found}")
+            click.echo(f"  {question:<24}{seconds:>8.2f} s, CPU {cpu:>6.2f} s{memory / 1e9:>8.2f} GB   {found}")
     finally:
         if store is None:
             shutil.rmtree(folder)

@@ -4,8 +4,8 @@
 
 A beam over 224 components through the real pool, the real Ray and the real store. The pool sees 512 replicas; a few
 processes answer for all of them, each call after as long as a replica would have taken: in proportion to the layers
-that must run, `--evaluation-ms` on average. Canaries are sent as always. What counts is the driver's own processor time
-for each result: what it could do in a second if it had a processor for itself.
+that must run, `--evaluation-ms` on average. Canaries are sent as always. What counts is the driver's own CPU time
+for each result: what it could do in a second if it had a CPU for itself.
 """
 
 from __future__ import annotations
@@ -172,11 +172,11 @@ def main(replicas: int, processes: int, evaluation_ms: float, rounds: int, width
             search(beam, pool, writer, Silent())
         elapsed, cpu = time.perf_counter() - started_at, time.process_time() - cpu_started_at
         number = ResultStore(folder).table("evaluations", ["evaluation_id"]).num_rows
-    click.echo(f"{replicas} replicas, {number} results in {elapsed:.1f} s, {number / elapsed:.0f} a second")
+    click.echo(f"{replicas} replicas, {number} results in {elapsed:.1f} s, {number / elapsed:.0f} per second")
     click.echo(
         f"{sent['calls']} calls and {sent['canaries']} canaries sent, {number / sent['calls']:.1f} results a call"
     )
-    click.echo(f"driver: {cpu:.1f} s of processor time, {number / cpu:.0f} results for each second of it")
+    click.echo(f"driver: {cpu:.1f} s of CPU time, {number / cpu:.0f} results for each second of it")
     ray.shutdown()
 
 

@@ -4,7 +4,7 @@
 
 A beam search over 224 components through the real pool and the real store, in which only the replicas' work is
 replaced by sleeping, so that a few cores host many. It begins when all replicas have started. A replica's time runs
-from its first recorded evaluation to its last, the waits between rounds included. The driver's own processor time is
+from its first recorded evaluation to its last, the waits between rounds included. The driver's own CPU time is
 given beside it: what it has left is room for more replicas.
 """
 

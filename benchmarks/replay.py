@@ -104,7 +104,7 @@ def main(outcomes: int, width: int, prompts: int) -> None:
     seconds, cpu_seconds = time.perf_counter() - started_at, time.process_time() - cpu_started_at
     click.echo(
         f"{len(recorded.outcomes)} outcomes of {prompts} prompts replayed to depth {beam.step} in {seconds:.2f} s "
-        f"({cpu_seconds:.2f} s of processor time)"
+        f"({cpu_seconds:.2f} s of CPU time)"
     )
 
 

@@ -6,7 +6,7 @@
 MODEL is a folder, or a shape of `shapes.py` with random weights (and random text). The plain loop compresses a
 component, runs the whole model as transformers gives it, compares the logits of all positions that matter with the
 reference, and puts the component back. The floor is the matrix products alone, of the layers from the changed one
-upward and of the head where continuations are predicted, at the rate of a large matrix product. On a processor the
+upward and of the head where continuations are predicted, at the rate of a large matrix product. On a CPU the
 three take turns, a layer each (the replica gets its components together, as in a search), so that what else the
 machine does falls on all alike; on a GPU the replica gets the probe whole, and of the plain loop a sample is
 extrapolated. Continuations are the text's own: the same work as with the model's, without generating them.
@@ -194,7 +194,7 @@ def one_after_the_other(probe: Probe, components: Sequence[Component], plain_eve
 @click.option("--prompt-tokens", default=100, show_default=True)
 @click.option("--continuation-tokens", default=100, show_default=True)
 @click.option("--scheme", "schemes", multiple=True, default=("int8-channel",), show_default=True)
-@click.option("--dtype", help="float32 on a processor, bfloat16 on a GPU unless given.")
+@click.option("--dtype", help="float32 on a CPU, bfloat16 on a GPU unless given.")
 @click.option("--batch-tokens", default=0, show_default=True, help="0: the replica's choice.")
 @click.option("--every", default=1, show_default=True, help="Take every Nth component.")
 @click.option("--plain-every", default=1, show_default=True, help="On a GPU: the plain loop takes every Nth of these.")
@@ -223,9 +223,7 @@ def main(
 def report(probe: Probe, times: Times, num_components: int, num_compared: int) -> None:
     reference, replica = probe.reference, probe.replica
     choices = num_compared * reference.continuation.size
-    device = (
-        torch.cuda.get_device_name() if probe.device.type == "cuda" else f"{torch.get_num_threads()} processor threads"
-    )
+    device = torch.cuda.get_device_name() if probe.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     click.echo(
         f"{num_components} components, {reference.num_prompts} prompts x ({reference.prompt_tokens} + "
         f"{reference.continuation_tokens}), {probe.scheme}, {replica.mode}, {device}, {times.rate / 1e12:.3g} TFLOP/s; "

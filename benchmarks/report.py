@@ -37,12 +37,10 @@ def main(evaluations: int, prompts: int, components: int, store: Path | None) ->
             with results.writer("benchmark") as writer:
                 writer.put_run(RunRecord(**{**_RECORD.__dict__, "manifest_id": manifest_id}))
         page = folder.with_suffix(".html")
-        start, processor = time.perf_counter(), time.process_time()
+        start, cpu = time.perf_counter(), time.process_time()
         write_report(ResultStore(folder), "benchmark", page)
-        seconds, busy = time.perf_counter() - start, time.process_time() - processor
-        print(
-            f"{evaluations:,} evaluations of {components} components: {seconds:.1f} s ({busy:.1f} s of processor time)"
-        )
+        seconds, busy = time.perf_counter() - start, time.process_time() - cpu
+        print(f"{evaluations:,} evaluations of {components} components: {seconds:.1f} s ({busy:.1f} s of CPU time)")
         print(f"page of {page.stat().st_size / 1e6:.2f} MB")
         page.unlink()
     finally:

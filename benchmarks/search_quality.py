@@ -33,7 +33,7 @@ from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.evolution import LocalSettings, Stages
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
@@ -98,7 +98,7 @@ _SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "spdy": ("spdy", SolverSettings()),
     "evolution-100": ("evolution", SolverSettings(evolution=Stages(generations=100))),
     "evolution-400": ("evolution", SolverSettings(evolution=Stages(generations=400))),
-    "local": ("local", SolverSettings(local=Switching(rounds=60))),
+    "local": ("local", SolverSettings(local=LocalSettings(rounds=60))),
 }
 
 

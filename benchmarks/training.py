@@ -1,4 +1,4 @@
-"""Training under masks against a plain accelerate loop on the same model, rows and optimiser: tokens a second, memory.
+"""Training under masks against a plain accelerate loop on the same model, rows and optimiser: speed and memory.
 
 `python benchmarks/training.py MODEL TEXT [--precision float32] [--random LAYERSxWIDTH] [--pairs N] [--steps N]`
 
@@ -294,11 +294,11 @@ def main() -> None:
             torch.cuda.empty_cache()
     if given.json:
         given.json.write_text(json.dumps(everything))
-    device = torch.cuda.get_device_name() if _DEVICE == "cuda" else f"{torch.get_num_threads()} threads of a processor"
+    device = torch.cuda.get_device_name() if _DEVICE == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     print(
         f"\n{given.batch_tokens:,} tokens a step in rows of {_SEQUENCE[_DEVICE]}, {device}, torch {torch.__version__}"
     )
-    print(f"| model | loop | tokens a second | peak memory, MiB | waits in {_STEPS_BETWEEN_LOOKS} steps |")
+    print(f"| model | loop | tokens per second | peak memory, MiB | waits in {_STEPS_BETWEEN_LOOKS} steps |")
     print("|---|---|---|---|---|", *lines, sep="\n")
 
 

@@ -103,7 +103,7 @@ def virtual_pool(
             "ray": VirtualRay(clock),
             "time": clock,
             "start_host": start_host,
-            "Room": lambda *_: SimpleNamespace(wanted=replicas, count_again=lambda: None),
+            "WantedReplicas": lambda *_: SimpleNamespace(wanted=replicas, count_again=lambda: None),
             "Patience": lambda _: SimpleNamespace(note=lambda *_: None),
         },
         "services": {"ray": VirtualRay(clock)},

@@ -62,7 +62,7 @@ class Ended:
 
 def environment() -> dict[str, str]:
     offline = {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
-    # Several processes share few processors here: a thread that waits by spinning would take them from the others.
+    # Several processes share few CPUs here: a thread that waits by spinning would take them from the others.
     return os.environ | offline | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 
 

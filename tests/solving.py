@@ -19,7 +19,7 @@ from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.evolution import LocalSettings, Stages
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
@@ -31,7 +31,7 @@ SMALL = SolverSettings(
     fisher_samples=8,
     spdy=SpdySearch(starts=6, generations=3, children=3, prompts=4),
     evolution=Stages(generations=6, children=4, prompts=(2, 4), survivors=(2,)),
-    local=Switching(rounds=5, children=6, prompts=4),
+    local=LocalSettings(rounds=5, children=6, prompts=4),
 )
 
 

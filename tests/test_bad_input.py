@@ -30,7 +30,7 @@ from dtmsearch.store.store import ResultStore
 
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
-# More than processors, for a process that starts Ray waits a good deal.
+# More than CPUs, for a process that starts Ray waits a good deal.
 _AT_ONCE = 3
 
 Command = Callable[[Path], list[str | Path]]

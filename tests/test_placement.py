@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dtmsearch.cluster import placement, pool
-from dtmsearch.cluster.placement import Node, Patience, Room, Share, share_of, waiting_line
+from dtmsearch.cluster.placement import Node, Patience, Share, WantedReplicas, share_of, waiting_line
 from dtmsearch.cluster.pool_settings import PoolSettings
 
 
@@ -86,7 +86,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
 
 
 def test_as_many_replicas_are_wanted_as_nodes_have_room_for(nodes: list[Node]) -> None:
-    room = Room(Share(0.0, 1.0), replicas=0)
+    room = WantedReplicas(Share(0.0, 1.0), replicas=0)
     before = room.wanted
     nodes += cpus(3.0)
     room.count_again()
@@ -94,11 +94,11 @@ def test_as_many_replicas_are_wanted_as_nodes_have_room_for(nodes: list[Node]) -
 
 
 def test_one_replica_is_wanted_where_there_is_no_room_yet(nodes: list[Node]) -> None:
-    assert Room(Share(4.0, 1.0), replicas=0).wanted == 1
+    assert WantedReplicas(Share(4.0, 1.0), replicas=0).wanted == 1
 
 
 def test_a_given_number_of_replicas_is_wanted_whatever_is_there(nodes: list[Node]) -> None:
-    assert Room(Share(0.0, 1.0), replicas=7).wanted == 7
+    assert WantedReplicas(Share(0.0, 1.0), replicas=7).wanted == 7
 
 
 def test_nothing_is_said_of_a_short_wait(nodes: list[Node]) -> None:

@@ -1,4 +1,4 @@
-"""Training under masks where accelerate cuts parameters up (FSDP), in a world of one process on a processor.
+"""Training under masks where accelerate cuts parameters up (FSDP), in a world of one process on a CPU.
 
 accelerate itself takes FSDP for accelerators only; the fixture tells it otherwise.
 """

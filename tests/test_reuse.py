@@ -17,7 +17,7 @@ from tiny import llama_config, replica, values, with_reference, write_model
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings, StatesKept
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.model.forward import activation_cache as stream_module
-from dtmsearch.model.forward.activation_cache import Room
+from dtmsearch.model.forward.activation_cache import CacheMemory
 from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
@@ -71,7 +71,7 @@ def test_without_room_for_outputs_nothing_changes(folder: Path, monkeypatch: pyt
     reference = with_reference(model)
     requests = probe(model, reference.id)
     roomy = [values(o) for o in model.evaluate(requests)]
-    monkeypatch.setattr(stream_module.Room, "on", lambda *_: Room.none())
+    monkeypatch.setattr(stream_module.CacheMemory, "on", lambda *_: CacheMemory.none())
     poor = kept(folder, "auto")
     poor.use(reference)
     assert [values(o) for o in poor.evaluate(requests)] == roomy
@@ -83,7 +83,7 @@ def test_room_for_one_batch_of_outputs_changes_no_bit(folder: Path, monkeypatch:
     requests = probe(model, reference.id)
     roomy = [values(o) for o in model.evaluate(requests)]
     one_batch = model._reuse.bytes_of(0, 50, 4)
-    monkeypatch.setattr(stream_module.Room, "on", lambda *_: Room(0.0, 0.0, one_batch))
+    monkeypatch.setattr(stream_module.CacheMemory, "on", lambda *_: CacheMemory(0.0, 0.0, one_batch))
     poor = kept(folder, "auto")
     poor.use(reference)
     assert [values(o) for o in poor.evaluate(requests)] == roomy

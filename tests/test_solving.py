@@ -41,10 +41,10 @@ from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.solver.neighbours import promising
-from dtmsearch.search.solver.posterior import Belief, Spread
+from dtmsearch.search.solver.posterior import Posterior, Spread
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import Switching
+from dtmsearch.search.strategies.evolution import LocalSettings
 from dtmsearch.search.strategies.solver_based import _settled
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
@@ -73,7 +73,7 @@ def test_where_damages_add_up_the_plan_is_the_best_there_is(name: str, budget: B
 
 
 def test_a_local_search_to_its_end_finds_the_best_plan_of_units_alike() -> None:
-    everything = Switching(rounds=10_000, children=40, prompts=8)
+    everything = LocalSettings(rounds=10_000, children=40, prompts=8)
     plan = run_search(strategy("local", space_with(BUDGET), local=everything), FakeEvaluator(additive))
     assert plan is not None
     assert additive_damage(plan) == pytest.approx(additive_damage(best_by_trying(BUDGET)))
@@ -125,14 +125,14 @@ def test_the_most_promising_switches_are_those_of_least_mean_less_deviation() ->
     damages = [np.array([0.0, *np.sort(random.random(len(LEVELS)))[::-1]]) for _ in choices.units]
     errors = [np.array([0.0, *(4.0**-bits for bits in range(2, 7))])] * len(damages)
     names = [["dense", *["int"] * len(LEVELS)]] * len(damages)
-    belief = Belief.of(damages, errors, names, Spread(0.3, 0.2, 0.1, 0.1))
+    posterior = Posterior.of(damages, errors, names, Spread(0.3, 0.2, 0.1, 0.1))
     leader = choices.solve([damage[::-1] for damage in damages]).options
     options = product(*(range(len(schemes)) for schemes in choices.schemes))
     near = [o for o in options if 0 < sum(a != b for a, b in zip(o, leader, strict=True)) <= 2 and choices.meets(o)]
-    believed = belief.differences(near, leader)
+    believed = posterior.differences(near, leader)
     order = np.argsort(believed.means - np.sqrt(believed.variances))
-    assert promising(choices, belief, leader, {leader}, 5) == [near[at] for at in order[:5]]
-    assert promising(choices, belief, leader, {leader, near[order[0]]}, 1) == [near[order[1]]]
+    assert promising(choices, posterior, leader, {leader}, 5) == [near[at] for at in order[:5]]
+    assert promising(choices, posterior, leader, {leader, near[order[0]]}, 1) == [near[order[1]]]
 
 
 def test_switches_find_what_sums_over_units_do_not_see() -> None:
@@ -323,7 +323,7 @@ def test_a_local_search_ends_only_when_no_switch_is_better_on_all_prompts() -> N
         found = additive(request)
         return replace(found, kl=np.where(np.arange(*request.prompts) < 2, -found.kl, 9 * found.kl).astype(np.float32))
 
-    searching = Switching(rounds=10_000, children=40, prompts=2)
+    searching = LocalSettings(rounds=10_000, children=40, prompts=2)
     plan = run_search(strategy("local", space_with(BUDGET), local=searching), FakeEvaluator(misleading))
     assert plan is not None
     assert additive_damage(plan) == pytest.approx(additive_damage(best_by_trying(BUDGET)))

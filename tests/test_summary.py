@@ -87,7 +87,7 @@ def test_the_verdict_speaks_the_metric_that_the_search_ranks_by(tmp_path: Path) 
     write(tmp_path, *records, run=replace(RECORD, config="search: {rank_by: kl}"))
     found = summarize_run(ResultStore(tmp_path), "run")
     assert (found.rank_by, found.rival) == ("kl", "uniform:int4-g32")
-    assert "has a KL of 0.500 nats a token: worse than" in found.verdict
+    assert "has a KL of 0.500 nats per token: worse than" in found.verdict
 
 
 def test_a_failed_plan_makes_no_claim(tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ def test_a_progress_line_tells_evaluations_rate_and_time_left() -> None:
     plain = PlainProgress(out, clock=lambda: now[0])
     now[0] = 6.0
     plain.on_progress(some_progress())
-    assert out.getvalue() == "step 3: 30 evaluations (10 from the store), 4 in flight, 2.0 a second, about 35 s left\n"
+    assert (
+        out.getvalue() == "step 3: 30 evaluations (10 from the store), 4 in flight, 2.0 per second, about 35 s left\n"
+    )
 
 
 def test_before_the_first_outcome_a_progress_line_tells_no_rate() -> None:

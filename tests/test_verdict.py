@@ -65,7 +65,7 @@ def test_a_rival_that_could_not_be_measured_is_the_last_choice() -> None:
 )
 def test_the_verdict_is_in_the_metric_that_ranks_with_fdt_beside_it(kl: float, words: str) -> None:
     said = verdict([PLAN, rival("int5-channel", 5.21, kl=kl)], "kl")
-    assert f"has a KL of 0.1560 nats a token: {words} the best uniform plan" in said
+    assert f"has a KL of 0.1560 nats per token: {words} the best uniform plan" in said
     assert (
         "its FDT of 15.0 is not distinguishable from 15.0 (difference +0.4 tokens, 95% interval -0.6 to +1.4)" in said
     )

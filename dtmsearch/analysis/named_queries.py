@@ -55,7 +55,7 @@ ORDER BY bits_per_weight""",
         ),
         Question(
             "sensitivity",
-            "Components by what compressing each of them alone costs, the dearest first.",
+            "Components by what compressing each of them alone costs, the most costly first.",
             """\
 SELECT component, scheme, fdt_mean, sdt_mean, dppl, kl
 FROM evaluations

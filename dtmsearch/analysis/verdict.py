@@ -28,7 +28,7 @@ _RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
 @dataclass(frozen=True)
 class ValidationRow:
     """A plan on the held-out prompts. The differences are the final plan minus this one, paired over prompts: in
-    tokens for fdt and sdt, in nats a token for kl and for perplexities (of their logarithms); None for the final plan
+    tokens for fdt and sdt, in nats per token for kl and for perplexities (of their logarithms); None for the final plan
     itself and where either was not measured."""
 
     label: str
@@ -90,9 +90,9 @@ class _Shown:
 _SHOWN = {
     "fdt": _Shown("FDT", "first diverges after {} tokens on average", "tokens", ".1f", ".1f"),
     "sdt": _Shown("SDT", "has an SDT of {} tokens a prompt", "tokens", ".2f", ".2f"),
-    "kl": _Shown("KL", "has a KL of {} nats a token", "nats a token", ".4f", ".4f"),
-    "dppl": _Shown("DPPL", "has a DPPL of {}", "nats a token", ".4f", ".4f"),
-    "ppl": _Shown("PPL", "has a PPL of {}", "nats a token", ".4g", ".4f"),
+    "kl": _Shown("KL", "has a KL of {} nats per token", "nats per token", ".4f", ".4f"),
+    "dppl": _Shown("DPPL", "has a DPPL of {}", "nats per token", ".4f", ".4f"),
+    "ppl": _Shown("PPL", "has a PPL of {}", "nats per token", ".4g", ".4f"),
 }
 
 

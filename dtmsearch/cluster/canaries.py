@@ -48,7 +48,7 @@ class Canaries:
         return not len(work.real) and any(work.is_waited_for(call.requests) for call in member.unverified)
 
     def next_check(self, member: ReplicaHandle) -> Check:
-        """Of the plan that the replica holds, if it is known what comes out, and else of the dense model."""
+        """Of the plan that the replica holds, if it is known what comes out, and else of the unquantized model."""
         last = member.last_request
         assert last is not None, "a canary verifies something"
         reference = self._references[last.reference_id]

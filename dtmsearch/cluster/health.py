@@ -1,7 +1,7 @@
 """When a replica is given up: it takes too long, or its canary says that its numbers are wrong. Pure.
 
-A canary is the plan that a replica holds, or the dense model, measured anew on a few prompts. What comes out must be
-what is known of that plan: from evaluations that were verified, and from the replica's own earlier canaries.
+A canary is the plan that a replica holds, or the unquantized model, measured anew on a few prompts. What comes out
+must be what is known of that plan: from evaluations that were verified, and from the replica's own earlier canaries.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Record:
 
     def keep(self, check: Check, found: Sample, now: float, seconds: float) -> None:
         if len(check.plan):
-            # Replicas come back to the dense model, but not to parents of the past.
+            # Replicas come back to the unquantized model, but not to parents of the past.
             self.samples = {key: sample for key, sample in self.samples.items() if key[0] == Plan().id}
         self.samples[check.key] = found
         self.verified_at, self.seconds = now, seconds

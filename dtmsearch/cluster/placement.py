@@ -1,6 +1,6 @@
 """How much of a cluster a replica takes, how many replicas it has room for, and what they wait for.
 
-Counts node by node, because a replica, or each of its parts, lies on one: two nodes of four processors have no room for
+Counts node by node, because a replica, or each of its parts, lies on one: two nodes of four CPUs have no room for
 a replica of eight.
 Knows resources, nothing of what replicas do.
 """
@@ -73,8 +73,8 @@ def share_of(
     cpus_per_replica: float | None,
     nodes_per_replica: int = 1,
 ) -> Share:
-    """The share of each replica, of each of its nodes. Without a wish: a GPU where there are any, and a processor for
-    each stage; on processors alone, as many as the wanted replicas leave each, one if their number is not given
+    """The share of each replica, of each of its nodes. Without a wish: a GPU where there are any, and a CPU for
+    each stage; on CPUs alone, as many as the wanted replicas leave each, one if their number is not given
     (`replicas` 0)."""
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     num_gpus = gpus_per_replica if gpus_per_replica is not None else (1.0 if gpus else 0.0)
@@ -97,7 +97,7 @@ def alive_nodes() -> list[Node]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-class Room:
+class WantedReplicas:
     """How many replicas of a share there shall be: `replicas` of them or, for 0, as many as the nodes that are there
     have room for, counted again as they come and go. Never none, so that a cluster that grows on demand grows."""
 

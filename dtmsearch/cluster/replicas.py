@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from dtmsearch.cluster.actor import give_back, start_host
 from dtmsearch.cluster.canaries import WrongNumbers, not_the_replicas
 from dtmsearch.cluster.health import tolerated_share
-from dtmsearch.cluster.placement import Patience, Room, Share
+from dtmsearch.cluster.placement import Patience, Share, WantedReplicas
 from dtmsearch.cluster.ray_compat import died_with_its_node
 from dtmsearch.cluster.replica_handle import ReplicaHandle
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
@@ -39,7 +39,7 @@ class ReplicaSet:
         on_lost: Callable[[ReplicaHandle, Exception, str], None],
     ) -> None:
         self._replica_class, self._spec, self._settings, self._share = replica_class, spec, settings, share
-        self._room, self._patience = Room(share, replicas), Patience(share)
+        self._room, self._patience = WantedReplicas(share, replicas), Patience(share)
         self._on_note, self._on_lost = on_note, on_lost
         self.members: list[ReplicaHandle] = []
         self.references: dict[str, Reference] = {}

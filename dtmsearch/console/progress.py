@@ -191,5 +191,5 @@ def progress_line(progress: Progress) -> str:
         return f"step {progress.step}: {progress.in_flight} evaluations under way{recorded}, none has arrived yet"
     return (
         f"step {progress.step}: {progress.evaluations} evaluations{recorded}, {progress.in_flight} in flight, "
-        f"{progress.evaluations_per_second:.1f} a second{left}"
+        f"{progress.evaluations_per_second:.1f} per second{left}"
     )

@@ -35,8 +35,8 @@ _MICROSECONDS = 1_000_000
 
 @dataclass(frozen=True)
 class Glance:
-    """What the store shows of a run at a moment. `rate` in evaluations a second of late, `reached` the part of the way
-    to the rule that ends the search, None where size does not tell. `is_over`: nobody works on the run any more."""
+    """What the store shows of a run at a moment. `rate` in evaluations per second of late, `reached` the part of the
+    way to the rule that ends the search, None where size does not tell. `is_over`: nobody works on the run any more."""
 
     run: str
     status: str
@@ -191,4 +191,4 @@ def _effort(found: Glance) -> str:
     failed = f", {found.failures} failed" if found.failures else ""
     since = "" if found.last_at is None else f", the last {duration(time.time() - found.last_at)} ago"
     replicas = f"{found.replicas} replica{'' if found.replicas == 1 else 's'}"
-    return f"{found.evaluations} evaluations{failed} on {replicas}, {found.rate:.1f} a second{since}"
+    return f"{found.evaluations} evaluations{failed} on {replicas}, {found.rate:.1f} per second{since}"

@@ -53,7 +53,7 @@ class ReplicaSettings:
     """How a replica runs; none of it changes what it answers, beyond the noise of batch shapes.
 
     `batch_tokens` bounds the tokens of one forward batch (0: chosen by device), `num_devices` spreads the model over
-    several GPUs, `num_threads` bounds the processor threads (0: torch's choice), `states` says where hidden states of
+    several GPUs, `num_threads` bounds the CPU threads (0: torch's choice), `states` says where hidden states of
     the parent plan are kept (`auto`: by the memory there is), `weights_folder` where trained weights are found. A model
     of several stages is cut at its layers, and a process has one of them, the `stage`-th.
     """

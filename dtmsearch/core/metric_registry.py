@@ -227,7 +227,7 @@ for _metric in (
         can_be_summed=True,
         limits=_from_zero,
         title="KL",
-        unit="nats a token",
+        unit="nats per token",
     ),
 ):
     METRICS.add(_metric.name, _metric)

@@ -86,7 +86,7 @@ class SearchSpace:
         return Plan.uniform(self.components, scheme)
 
     def progress(self, plan: Plan) -> float:
-        """How much of the way from the dense model to the end of the search a plan has come; 1 and above: all of it."""
+        """How much of the way from the unquantized model to the search's end a plan has come; 1 and above: all of it."""
         size, dense, budget = self.size(plan), self._dense_size, self.budget
         ways = [] if budget.limits_size else [size.num_compressed / len(self.components)]
         for reached, wanted in ((size.share, budget.share), (size.sparsity, budget.sparsity)):
@@ -135,8 +135,8 @@ class SearchSpace:
 
     @cached_property
     def expected_steps(self) -> float:
-        """Perturbations from the dense model to the end of the search, each taken as an average one; by the expected
-        course where the budget counts bits."""
+        """Perturbations from the unquantized model to the end of the search, each taken as an average one; by the
+        expected course where the budget counts bits."""
         if self.budget.limits_size:
             return len(self.expected_course)
         uniform = [self.progress(self.uniform(scheme)) for scheme in self.schemes]

@@ -18,7 +18,7 @@ from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.additive import SpdySearch
 from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import Stages, Switching
+from dtmsearch.search.strategies.evolution import LocalSettings, Stages
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings
@@ -158,7 +158,7 @@ def _solver_settings(file: SearchFile, errors: WeightErrors | None, take: TakePr
         knapsack_prompts=section.knapsack.prompts,
         spdy=SpdySearch(**section.spdy.model_dump()),
         evolution=Stages(**section.evolution.model_dump()),
-        local=Switching(**section.local.model_dump()),
+        local=LocalSettings(**section.local.model_dump()),
         errors=errors,
         take=take,
     )

@@ -46,7 +46,7 @@ def examine(store: str) -> list[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         check_python,
         check_packages,
-        check_processors,
+        check_cpus,
         check_memory,
         check_gpus,
         check_bitsandbytes,
@@ -91,13 +91,13 @@ def package(name: str, wanted: str) -> Finding:
     return Finding(name, "ok", version)
 
 
-def num_processors() -> int:
+def num_cpus() -> int:
     """Cores that processes here may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_processors() -> Iterator[Finding]:
-    cores = num_processors()
+def check_cpus() -> Iterator[Finding]:
+    cores = num_cpus()
     if cores > 1:
         yield Finding("CPU cores", "ok", str(cores))
     else:

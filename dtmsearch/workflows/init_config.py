@@ -19,7 +19,7 @@ _GIB = 1 << 30
 _REPLICA_FACTOR, _GPU_OVERHEAD_BYTES = 1.2, 2 * _GIB
 # Windows of the paper; a model that reads less gets half of what it reads for each.
 _PROMPT_TOKENS = 100
-# Prompts to search with on a processor and on a GPU.
+# Prompts to search with on a CPU and on a GPU.
 _COUNTS = {"cpu": 32, "cuda": 256}
 _VALIDATION_FACTOR = 4
 # Inputs that share a scale, where they divide every matrix's: exports of uneven groups are refused.
@@ -103,7 +103,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def this_machine() -> Machine:
-    from dtmsearch.workflows.doctor import available_memory, num_processors
+    from dtmsearch.workflows.doctor import available_memory, num_cpus
 
     try:
         import torch
@@ -112,7 +112,7 @@ def this_machine() -> Machine:
         gpu_bytes = tuple(torch.cuda.mem_get_info(index)[1] for index in gpus)
     except ImportError:  # a head node may do without torch
         gpu_bytes = ()
-    return Machine(gpu_bytes, available_memory(), num_processors())
+    return Machine(gpu_bytes, available_memory(), num_cpus())
 
 
 def propose(model: ModelFacts, machine: Machine, prompts: str, held_out: str, cost: str | None = None) -> str:

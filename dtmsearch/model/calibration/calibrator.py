@@ -1,7 +1,7 @@
 """A replica's calibrations: it gathers their statistics, solves what schemes need solved, and says how far schemes move
 weights.
 
-Works on the dense model, to which it brings the replica back where that is needed. Knows nothing of evaluations.
+Works on the unquantized model, to which it brings the replica back where that is needed. Knows nothing of evaluations.
 """
 
 from __future__ import annotations

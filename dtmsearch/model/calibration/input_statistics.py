@@ -1,4 +1,4 @@
-"""What the dense model's components read over calibration text: mean squares of their inputs, and Hessians X^T X.
+"""What the unquantized model's components read over calibration text: mean squares of their inputs, and Hessians X^T X.
 
 Hooks on the components as the model's own code calls them. Components that are handed the same tensor share what is
 gathered over it. Knows nothing of schemes; the model must stand dense, with its layers eager, while it works.
@@ -73,7 +73,7 @@ def _products(rows: Tensor) -> Tensor:
 
 
 class Gatherer:
-    """Runs `tokens` [rows, length], in batches of `rows_in_batch`, through the dense model.
+    """Runs `tokens` [rows, length], in batches of `rows_in_batch`, through the unquantized model.
 
     Layers are gone through upwards, with the text's states carried from one to the next: from the tokens or, where the
     model's first layers are not here, from `entry`, the text's states [rows, length, hidden] at the first that is.

@@ -20,7 +20,7 @@ from dtmsearch.core.evaluation import StatesKept
 from dtmsearch.model.forward.layer_reuse import Outputs, Reuse
 from dtmsearch.model.forward.partial import Below, Body, State
 
-# On a processor what is kept may take this part of the model's weights, but need not be less than some megabytes.
+# On a CPU what is kept may take this part of the model's weights, but need not be less than some megabytes.
 _PROCESSOR_SHARE, _PROCESSOR_BYTES = 0.02, 48 << 20
 # The part of a GPU's free memory for states, and for outputs of one layer's components; the part of the host's.
 _STATES_SHARE, _OUTPUTS_SHARE, _HOST_SHARE = 0.6, 0.25, 0.5
@@ -29,7 +29,7 @@ _LEAST_SPARED = 0.1
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheMemory:
     """Memory, in bytes, for what is kept of a parent's pass: states beside the model, states in the host's memory,
     and outputs of one layer's components."""
 
@@ -38,22 +38,22 @@ class Room:
     outputs: float
 
     @staticmethod
-    def none() -> Room:
-        return Room(0.0, 0.0, 0.0)
+    def none() -> CacheMemory:
+        return CacheMemory(0.0, 0.0, 0.0)
 
     @staticmethod
-    def on(device: torch.device, weight_bytes: int) -> Room:
+    def on(device: torch.device, weight_bytes: int) -> CacheMemory:
         """What a replica may take now, beyond weights and activations."""
         if device.type != "cuda":
             room = max(_PROCESSOR_BYTES, _PROCESSOR_SHARE * weight_bytes)
-            return Room(room, 0.0, room)
+            return CacheMemory(room, 0.0, room)
         # What the allocator holds and nothing uses is free too.
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         free -= torch.cuda.memory_allocated(device)
-        return Room(_STATES_SHARE * free, _HOST_SHARE * psutil.virtual_memory().available, _OUTPUTS_SHARE * free)
+        return CacheMemory(_STATES_SHARE * free, _HOST_SHARE * psutil.virtual_memory().available, _OUTPUTS_SHARE * free)
 
 
-class Stream:
+class ActivationCache:
     """Rows [prompts, tokens] in batches of `rows_in_batch`, whose head inputs are wanted from position
     `targets_from` - 1 up to the last but one.
 
@@ -61,7 +61,7 @@ class Stream:
     """
 
     def __init__(
-        self, body: Body, reuse: Reuse, tokens: Tensor, targets_from: int, rows_in_batch: int, room: Room,
+        self, body: Body, reuse: Reuse, tokens: Tensor, targets_from: int, rows_in_batch: int, room: CacheMemory,
         kept: StatesKept = "auto",
     ) -> None:  # fmt: skip
         self.tokens, self.targets_from = tokens, targets_from

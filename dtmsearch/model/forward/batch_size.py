@@ -10,7 +10,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# Tokens of a forward batch unless the settings say otherwise: on a processor what its cache likes, on a GPU what
+# Tokens of a forward batch unless the settings say otherwise: on a CPU what its cache likes, on a GPU what
 # keeps its matrix products busy.
 _TOKENS = {"cpu": 1_600, "cuda": 25_600}
 _T = TypeVar("_T")

@@ -16,7 +16,7 @@ from dtmsearch.model.modules.matrices import sliced_matrices
 def routed_tokens(body: Body, batches: Iterable[Tensor]) -> dict[str, int]:
     """Component -> tokens that were routed to its expert, for every matrix of an expert, over batches [rows, tokens].
 
-    Must run under `torch.inference_mode`, on the dense model.
+    Must run under `torch.inference_mode`, on the unquantized model.
     """
     with counting(body.model) as found:
         for batch in batches:

@@ -19,7 +19,7 @@ from dtmsearch.core.metric_registry import Metric
 from dtmsearch.errors import UserError
 from dtmsearch.model.forward.partial import Body
 
-# Logits of a chunk: what a processor multiplies fast and still has near, what a GPU fills its units with.
+# Logits of a chunk: what a CPU multiplies fast and still has near, what a GPU fills its units with.
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
@@ -145,7 +145,7 @@ def _diverged(scores: Tensor, targets: Tensor, never: Tensor) -> Tensor:
     """Whether the largest allowed of `scores` [rows, vocabulary], the first among equals, is at another place than the
     target's. Overwrites `scores`.
 
-    The largest of all others is found in a tenth of the time that `argmax` takes on a processor.
+    The largest of all others is found in a tenth of the time that `argmax` takes on a CPU.
     """
     wanted = targets.unsqueeze(1)
     scores.index_fill_(1, never.nonzero().squeeze(1), -torch.inf)  # a mask takes longer than all the rest

@@ -24,7 +24,7 @@ _numbers = count()
 
 @torch.library.custom_op("dtmsearch::component", mutates_args=())
 def _component(values: Tensor, number: Tensor, out_features: int) -> Tensor:
-    """What the module in slot `number` (an integer tensor on the processor: no constant of the graph) makes of
+    """What the module in slot `number` (an integer tensor on the CPU: no constant of the graph) makes of
     `values`."""
     module = _slots[int(number)].module
     output: Tensor = module(values)

@@ -79,7 +79,7 @@ def _has_packed_zeros(folder: Path) -> bool:
 
 
 def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
-    """A folder of compressed-tensors as a dense model, by that library's own decompression."""
+    """A folder of compressed-tensors as an unquantized model, by that library's own decompression."""
     from compressed_tensors.quantization import QuantizationConfig
 
     config = AutoConfig.from_pretrained(folder)

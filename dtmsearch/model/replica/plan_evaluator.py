@@ -32,7 +32,7 @@ from dtmsearch.core.metric_registry import METRICS, Metric, perplexity, share_of
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.variant import BASE, Variant
 from dtmsearch.model.calibration.calibrator import AnyCalibrator
-from dtmsearch.model.forward.activation_cache import Room, Stream
+from dtmsearch.model.forward.activation_cache import ActivationCache, CacheMemory
 from dtmsearch.model.forward.batch_size import Batches, is_out_of_memory
 from dtmsearch.model.forward.head_metrics import Divergence, Scores, compare, fetch
 from dtmsearch.model.forward.layer_reuse import Reuse
@@ -95,11 +95,11 @@ class PlanEvaluator:
     @property
     def states_kept(self) -> StatesKept:
         """Where the states of parents are kept for the prompts in use; what the bench says while there are none."""
-        return next((stream.kept for stream in self._streams()), self._bench.states)
+        return next((stream.kept for stream in self._caches()), self._bench.states)
 
     def kept_for(self, tokens: IntArray, targets_from: int) -> StatesKept:
         """Where they would be kept for other rows."""
-        return self._stream(tokens, targets_from).kept
+        return self._cache(tokens, targets_from).kept
 
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         """An outcome for each request, in the order of the requests."""
@@ -135,7 +135,7 @@ class PlanEvaluator:
         loaded = self.references[reference_id]
         rows = slice(0, num_prompts)
         self._bench.become(Variant(plan))
-        stream = self._stream(greedy(loaded.reference, rows), loaded.reference.prompt_tokens)
+        stream = self._cache(greedy(loaded.reference, rows), loaded.reference.prompt_tokens)
         with self._bench.standing.eagerly():
             found = fetch(
                 self._bench.batches.halving(lambda: self._measure(stream.head_inputs(0, ()), stream.targets_from, None))
@@ -194,7 +194,7 @@ class PlanEvaluator:
     def _score(self, loaded: Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
         """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
         other requests leave this parent there too."""
-        loaded.set_range(request.prompts, self._stream)
+        loaded.set_range(request.prompts, self._cache)
         asked = [METRICS[name] for name in request.extra_metrics]
         names = ["continuation"] + (["text"] if any("text" in metric.needs for metric in asked) else [])
         with_base = any(metric.needs_base for metric in asked)
@@ -210,14 +210,14 @@ class PlanEvaluator:
         self._stand(request.variant.under(request.parent))
         changed = request.plan.diff(request.parent).keys()
         for name in names:
-            loaded.streams[name].carry(boundary)
+            loaded.caches[name].carry(boundary)
             if shared:
-                loaded.streams[name].look_ahead(boundary)
+                loaded.caches[name].look_ahead(boundary)
         with standing.weights.perturbed(request.plan):
             return {
                 name: self._measure(
-                    loaded.streams[name].head_inputs(boundary, changed),
-                    loaded.streams[name].targets_from,
+                    loaded.caches[name].head_inputs(boundary, changed),
+                    loaded.caches[name].targets_from,
                     loaded.base_hidden if name == "continuation" and with_base else None,
                     own if name == "continuation" else (),
                 )
@@ -238,25 +238,27 @@ class PlanEvaluator:
         """Have the model under a variant, and keep of states what it shares with the one that they are of."""
         above = variant.first_difference(self._states_of, self._bench.manifest)
         if above is not None:
-            for stream in self._streams():
+            for stream in self._caches():
                 stream.forget(above)
         self._states_of = variant
         self._bench.become(variant)
 
-    def _streams(self) -> list[Stream]:
-        return [stream for loaded in self.references.values() for stream in loaded.streams.values()]
+    def _caches(self) -> list[ActivationCache]:
+        return [stream for loaded in self.references.values() for stream in loaded.caches.values()]
 
-    def _stream(self, tokens: IntArray, targets_from: int) -> Stream:
+    def _cache(self, tokens: IntArray, targets_from: int) -> ActivationCache:
         bench = self._bench
         on_device = torch.from_numpy(tokens).long().to(self._body.input_device)
-        room = Room.on(self._body.input_device, bench.weight_bytes) if bench.batches.roomy else Room.none()
+        room = (
+            CacheMemory.on(self._body.input_device, bench.weight_bytes) if bench.batches.roomy else CacheMemory.none()
+        )
         rows = bench.batches.rows(tokens.shape[1])
-        return Stream(self._body, bench.reuse, on_device, targets_from, rows, room, bench.states)
+        return ActivationCache(self._body, bench.reuse, on_device, targets_from, rows, room, bench.states)
 
     def _base_hidden(self, loaded: Loaded) -> list[Tensor]:
         """The base model's inputs of the head, kept to compare distributions with."""
         self._stand(BASE)
-        return [hidden.clone() for _, hidden in loaded.streams["continuation"].head_inputs(0, ())]
+        return [hidden.clone() for _, hidden in loaded.caches["continuation"].head_inputs(0, ())]
 
     def _measure(
         self,

@@ -137,7 +137,7 @@ class Pricer:
         ]
         if now is None or not rounds:
             return Change(rounds, None, runs, modules)
-        # A processor multiplies 32 bits fastest; sums are of 32 bits at least either way.
+        # A CPU multiplies 32 bits fastest; sums are of 32 bits at least either way.
         dtype = own.dtype if own.is_cuda or own.dtype == torch.float64 else torch.float32
         changes = torch.empty(len(rounds), own.numel(), dtype=dtype, device=own.device)
         for row, at in zip(changes, rounds, strict=True):

@@ -43,7 +43,7 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     wanted = recipe.precision
     if wanted == "auto":
         wanted = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-    # On processors accelerate joins the other processes only when told that there is nothing else.
+    # On CPUs accelerate joins the other processes only when told that there is nothing else.
     accelerator = Accelerator(
         mixed_precision="bf16" if wanted == "bfloat16" else "no", cpu=not torch.cuda.is_available()
     )
@@ -129,7 +129,7 @@ class Learner:
         self._masks.check(what)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is trained, whole and on the processor, in the first process; nothing in the others. All must ask."""
+        """What is trained, whole and on the CPU, in the first process; nothing in the others. All must ask."""
         model: dict[str, Any] = get_model_state_dict(self._model, options=_WHOLE)
         return {name: model[name] for name in self._trained} if self._accelerator.is_main_process else {}
 
@@ -159,7 +159,7 @@ class Learner:
         set_optimizer_state_dict(self._model, self._bare_optimizer, optimizer, options=options)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The model's and the optimiser's state, whole and on the processor, from all processes."""
+        """The model's and the optimiser's state, whole and on the CPU, from all processes."""
         return get_state_dict(self._model, self._bare_optimizer, options=_WHOLE)
 
     @property

@@ -26,7 +26,7 @@ from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
 
-# Replaced weights in the processor's memory after which the heap is trimmed, which takes milliseconds.
+# Replaced weights in the CPU's memory after which the heap is trimmed, which takes milliseconds.
 _MOST_UNTRIMMED_BYTES = 1 << 25
 
 
@@ -65,7 +65,7 @@ class Checkpoint:
         return self._tensor(name)
 
     def map_apart(self, model: nn.Module) -> None:
-        """Give every weight on the processor a mapping of its file for itself.
+        """Give every weight on the CPU a mapping of its file for itself.
 
         The loader maps a file once for all its weights, and memory holds the whole as long as one of them is in use.
         """

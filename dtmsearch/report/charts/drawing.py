@@ -23,7 +23,7 @@ _TITLES = {
     "sdt": "SDT (divergent tokens a prompt)",
     "dppl": "DPPL (perplexity on the base model's text)",
     "ppl": "PPL (perplexity on human text)",
-    "kl": "KL (nats a token)",
+    "kl": "KL (nats per token)",
 }
 ROW_HEIGHT = 22
 PLOT_HEIGHT = 300

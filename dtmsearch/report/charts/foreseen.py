@@ -25,8 +25,8 @@ def foreseen_figures(facts: RunFacts) -> list[Figure]:
     is_wide = high > _WIDE * low
     scale = alt.Scale(type="log" if is_wide else "linear", domain=[low, high], nice=False)
     axis = decades(values) if is_wide else alt.Axis(format="~f", tickCount=6)
-    x = alt.X("predicted:Q", title="KL by prices (nats a token)", scale=scale, axis=axis)
-    y = alt.Y("measured:Q", title="KL measured (nats a token)", scale=scale, axis=axis)
+    x = alt.X("predicted:Q", title="KL by prices (nats per token)", scale=scale, axis=axis)
+    y = alt.Y("measured:Q", title="KL measured (nats per token)", scale=scale, axis=axis)
     whose = ["this plan", "another plan"]
     colour = alt.Color(
         "whose:N",

@@ -56,7 +56,7 @@ def _losses() -> Any:
         .mark_line(strokeWidth=1.2, aria=False)
         .encode(
             x=alt.X("step:Q", title="training step", axis=counts()),
-            y=alt.Y("loss:Q", title="training loss (nats a token)", scale=alt.Scale(zero=False)),
+            y=alt.Y("loss:Q", title="training loss (nats per token)", scale=alt.Scale(zero=False)),
             color=alt.Color("round:N", legend=alt.Legend(title=None, orient="bottom")),
             strokeDash=alt.StrokeDash("round:N", legend=alt.Legend(title=None, orient="bottom")),
             tooltip=[alt.Tooltip("round:N"), alt.Tooltip("step:Q"), alt.Tooltip("loss:Q", format=".4~g")],

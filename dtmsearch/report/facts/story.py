@@ -28,7 +28,7 @@ _Z95 = 1.96
 @dataclass(frozen=True)
 class Story:
     """`prices`: a row an option (component, scheme, `kl`, its standard error `error`), of `samples`. `foreseen`: a row
-    a measured plan (`predicted` and `measured` KL in nats a token, each with `_low` and `_high`, a 95% interval).
+    a measured plan (`predicted` and `measured` KL in nats per token, each with `_low` and `_high`, a 95% interval).
     `stages`: what was asked of the model, in order."""
 
     prices: list[Row]

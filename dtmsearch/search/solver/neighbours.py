@@ -1,4 +1,4 @@
-"""The switches of a choice (one unit moved, or one to fewer and another to more) that by a belief may gain most."""
+"""The switches of a choice (one unit moved, or one to fewer and another to more) that by a posterior may gain most."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.search.solver.choices import Choices, Options
-from dtmsearch.search.solver.posterior import Belief
+from dtmsearch.search.solver.posterior import Posterior
 
 Floats = NDArray[np.float64]
 
@@ -17,13 +17,13 @@ _MOST_MOVES = 1_500
 
 
 def promising(
-    choices: Choices, belief: Belief, leader: Options, tried: Collection[Options], count: int
+    choices: Choices, posterior: Posterior, leader: Options, tried: Collection[Options], count: int
 ) -> list[Options]:
     """Up to `count` switches within the budget that were not tried, those first whose believed difference to the leader
     less its standard deviation is least."""
-    known = ((u, k) for u, k in _moves(choices, leader) if np.isfinite(belief.damages[u][k]))
+    known = ((u, k) for u, k in _moves(choices, leader) if np.isfinite(posterior.damages[u][k]))
     moves = [(-1, 0), *known]  # the first moves nothing: single moves are pairs with it
-    believed = belief.differences([leader, *(moved(leader, *move) for move in moves[1:])], leader)
+    believed = posterior.differences([leader, *(moved(leader, *move) for move in moves[1:])], leader)
     means, own = believed.means, believed.variances
     variance = own[:, None] + own[None, :] + 2.0 * believed.covariance
     value = means[:, None] + means[None, :] - np.sqrt(np.maximum(variance, 0.0))

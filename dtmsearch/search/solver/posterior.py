@@ -61,7 +61,7 @@ class Differences(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Belief:
+class Posterior:
     """`damages[u]` [options] as predicted by the law. `features[u]` [options, the unit's weights] times normal weights
     is by how much each is off, beside `common` times them all. `rows` [observations, all weights], `residuals` and
     `variances` [observations] are what was observed: differences between choices less what the law predicts."""
@@ -77,14 +77,14 @@ class Belief:
     @staticmethod
     def of(
         damages: Sequence[Floats], errors: Sequence[Floats], families: Sequence[Sequence[str]], spread: Spread
-    ) -> Belief:
+    ) -> Posterior:
         """Nothing observed yet. `families[u]` names an option's family, `errors[u]` [options] are the law's."""
         features = tuple(
             np.nan_to_num(damage, posinf=0.0)[:, None] * _deviations(error, names, spread)
             for damage, error, names in zip(damages, errors, families, strict=True)
         )
         rows = np.zeros((0, 1 + sum(table.shape[1] for table in features)))
-        return Belief(tuple(damages), features, spread.common, spread.interaction, rows, np.zeros(0), np.zeros(0))
+        return Posterior(tuple(damages), features, spread.common, spread.interaction, rows, np.zeros(0), np.zeros(0))
 
     @cached_property
     def mean(self) -> Floats:
@@ -108,8 +108,8 @@ class Belief:
         return Differences(predicted + rows @ self.mean, covariance, interactions)
 
     def estimates(self, choices: Sequence[Options], other: Options, seen: Sequence[Measured | None]) -> Floats:
-        """The damages of choices less that of another, by belief and by own measurement where there is one, each by its
-        precision: [choices]."""
+        """The damages of choices less that of another, by posterior and by own measurement where there is one, each by
+        its precision: [choices]."""
         believed = self.differences(choices, other)
         found = believed.means.copy()
         for at, (measured, variance) in enumerate(zip(seen, believed.variances, strict=True)):
@@ -118,8 +118,8 @@ class Belief:
                 found[at] = measured[0] if share == 1.0 else (1.0 - share) * found[at] + share * measured[0]
         return found
 
-    def observed(self, choices: Sequence[Options], other: Options, seen: Sequence[Measured]) -> Belief:
-        """The belief after the differences between choices and another were measured. What failed teaches nothing."""
+    def observed(self, choices: Sequence[Options], other: Options, seen: Sequence[Measured]) -> Posterior:
+        """The posterior after differences between choices and another were measured. What failed teaches nothing."""
         known = [at for at, (value, _) in enumerate(seen) if np.isfinite(value)]
         rows, predicted, interactions = self._compared([choices[at] for at in known], other)
         values, variances = np.array([seen[at] for at in known]).reshape(-1, 2).T
@@ -131,23 +131,23 @@ class Belief:
         )
 
     def surprise(self, choices: Sequence[Options], other: Options, seen: Sequence[Measured]) -> float:
-        """By how many times its variance the belief is off what was measured, less what measuring itself adds (method
-        of moments); 1 where nothing was in doubt."""
+        """By how many times its variance the posterior is off what was measured, less what measuring itself adds
+        (method of moments); 1 where nothing was in doubt."""
         believed = self.differences(choices, other)
         values, noise = np.array(seen).reshape(-1, 2).T
         known = np.isfinite(values)
         expected = float(np.diag(believed.covariance)[known].sum())
         return float((np.square(values - believed.means) - noise)[known].sum()) / expected if expected > 0.0 else 1.0
 
-    def scaled(self, factor: float) -> Belief:
-        """With so many times the variance. For a belief that has observed nothing."""
+    def scaled(self, factor: float) -> Posterior:
+        """With so many times the variance. For a posterior that has observed nothing."""
         assert not len(self.rows), "what was observed was weighed by the variance"
         spread = float(np.sqrt(factor))
         features = tuple(table * spread for table in self.features)
         return replace(self, features=features, common=self.common * spread, interaction=self.interaction * spread)
 
     def sample(self, random: np.random.Generator) -> Floats:
-        """Weights drawn from the belief."""
+        """Weights drawn from the posterior."""
         weights = random.standard_normal(self.rows.shape[1])
         noise = np.sqrt(self.variances) * random.standard_normal(len(self.variances))
         return weights + self._given(self.residuals - self.rows @ weights - noise)

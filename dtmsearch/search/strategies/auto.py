@@ -2,7 +2,7 @@
 
 1. Every unit alone under one scheme of each family, on few prompts: what all schemes cost, by the law.
 2. The solver's plan within the budget.
-3. Rounds of correction around the plan that leads: units moved alone, and whole plans drawn from the belief; each
+3. Rounds of correction around the plan that leads: units moved alone, and whole plans drawn from the posterior; each
    measured difference corrects it. They go on as long as they pay, each on more prompts than the last.
 4. Switches of the plan that leads (a unit to another scheme, or two), those first that may gain most: what sums over
    units do not see shows here. They are judged by KL: other metrics hardly tell plans so near to each other apart.
@@ -25,7 +25,7 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import WeightErrors, expected_fdt, family_of, predicted, probings, unit_errors
 from dtmsearch.search.solver.neighbours import moved, promising
-from dtmsearch.search.solver.posterior import Belief, Spread
+from dtmsearch.search.solver.posterior import Posterior, Spread
 from dtmsearch.search.strategies.auto_schedule import SIZE_STEP, CorrectionRound, Effort, Lot, ProbedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
 from dtmsearch.search.strategies.solver_based import Solver, paired, probe_noise
@@ -39,9 +39,9 @@ _SPREAD = Spread(common=0.5, family=0.15, option=0.2, interaction=0.15)
 _LADDER_STEP = 0.01
 # Divergent tokens over the square root of KL where nothing was measured yet; the search's own measurements decide.
 _DIVERGENT_SHARE = 0.28
-# Another round follows if by the belief the leading plan's damage is still further from the least than this part of it.
+# Another round follows if by the posterior the leading plan's damage is still further from the least than this part.
 _WORTHWHILE = 0.005
-# A belief's variance is put right by no more than these factors at once.
+# A posterior's variance is put right by no more than these factors at once.
 _SURPRISE = (1.0, 16.0)
 
 
@@ -62,44 +62,44 @@ class Auto(Solver):
         return ProbedSchedule(self._effort, len(self._choices.units), self.num_prompts, len(self._rivals()))
 
     def script(self) -> Script:
-        belief = yield from self._probe()
+        posterior = yield from self._probe()
         if self._min_fdt is not None:
-            yield from self._smallest(belief, self._min_fdt)
+            yield from self._smallest(posterior, self._min_fdt)
             return
-        first = leader = self._solve(belief.tables())
+        first = leader = self._solve(posterior.tables())
         self._best = self._choices.plan(leader)
         pool = [leader]
         for each in self._schedule.rounds():
-            belief, good, regret = yield from self._correct(belief, leader, each)
+            posterior, good, regret = yield from self._correct(posterior, leader, each)
             leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
             if regret < _WORTHWHILE:
                 break
-        better = yield from self._polish(belief, leader, self._effort.polish_prompts)
+        better = yield from self._polish(posterior, leader, self._effort.polish_prompts)
         pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
         yield from self._told_apart([*pool[: self._effort.finalists], first])
 
     def _polish(
-        self, belief: Belief, leader: Options, most_prompts: int, patience: int | None = None
+        self, posterior: Posterior, leader: Options, most_prompts: int, patience: int | None = None
     ) -> Part[list[Options]]:
-        """What switches lead to, the last first: of those that by the belief may gain most a lot is measured each time,
-        which teaches the belief, and the best leads from there on if it is believed to gain. It ends after `patience`
-        lots in which none did."""
+        """What switches lead to, the last first: of those that by the posterior may gain most a lot is measured each
+        time, which teaches the posterior, and the best leads from there on if it is believed to gain. It ends after
+        `patience` lots in which none did."""
         leaders, tried = [leader], {leader}
         failures = 0
         for prompts in self._schedule.swap_lots(most_prompts):
-            field = promising(self._choices, belief, leader, tried, self._effort.plans)
+            field = promising(self._choices, posterior, leader, tried, self._effort.plans)
             if not field or failures == patience:
                 break
             base, *answers = yield from self._measured([leader, *field], prompts, self._choices.plan(leader))
             if len(tried) == 1:
                 self._lead(leader, base)
             seen = [paired(answer, base, "kl") for answer in answers]
-            estimates = belief.estimates(field, leader, seen)
-            belief = belief.observed(field, leader, seen)
+            estimates = posterior.estimates(field, leader, seen)
+            posterior = posterior.observed(field, leader, seen)
             tried.update(field)
             at = int(np.argmin(estimates))
             mean, variance = seen[at]
-            # A belief that was found wrong must not lead against what was measured.
+            # A posterior that was found wrong must not lead against what was measured.
             gains = estimates[at] < 0.0 and (patience is None or mean + math.sqrt(variance) < 0.0)
             failures = 0 if gains else failures + 1
             if gains:
@@ -107,10 +107,10 @@ class Auto(Solver):
                 leaders.insert(0, leader)
         return leaders
 
-    def _smallest(self, belief: Belief, min_fdt: float) -> Script:
+    def _smallest(self, posterior: Posterior, min_fdt: float) -> Script:
         """The plan of the budget if it keeps a mean FDT of `min_fdt` on all prompts, else the smallest that does: sizes
         are halved between one that keeps it and one that does not."""
-        tables = belief.tables()
+        tables = posterior.tables()
         if self._choices.space.budget != Budget():
             asked = self._solve(tables)
             (answer,) = yield from self._measured([asked], self._first(self.num_prompts))
@@ -165,8 +165,8 @@ class Auto(Solver):
         probes = [(num_probed, self._effort.probe_prompts)] if num_probed else []
         return [*probes, self._schedule.halvings()]
 
-    def _probe(self) -> Part[Belief]:
-        """Sensitivities, and the belief that they make."""
+    def _probe(self) -> Part[Posterior]:
+        """Sensitivities, and the posterior that they make."""
         probed = probings(self._choices, self._errors)
         self._foresee(*self._usual(len(probed)))
         answers = yield from self._alone(probed, self._first(self._effort.probe_prompts))
@@ -174,53 +174,58 @@ class Auto(Solver):
         tables = predicted(self._choices, self._errors, probed, damages)
         families = [[family_of(scheme) for scheme in schemes] for schemes in self._choices.schemes]
         own = float(np.hypot(_SPREAD.family, min(probe_noise(answers), 1.0)))
-        return Belief.of(tables, self._errors, families, replace(_SPREAD, family=own))
+        return Posterior.of(tables, self._errors, families, replace(_SPREAD, family=own))
 
     def _correct(
-        self, belief: Belief, leader: Options, each: CorrectionRound
-    ) -> Part[tuple[Belief, list[Options], float]]:
-        """A round of correction: (belief; candidates, the best first; the leader's expected regret)."""
-        belief = yield from self._learn_by_moves(belief, leader, each)
+        self, posterior: Posterior, leader: Options, each: CorrectionRound
+    ) -> Part[tuple[Posterior, list[Options], float]]:
+        """A round of correction: (posterior; candidates, the best first; the leader's expected regret)."""
+        posterior = yield from self._learn_by_moves(posterior, leader, each)
         random = self._random(each.number)
-        tables = [belief.tables(), *(belief.tables(belief.sample(random)) for _ in range(self._effort.plans - 1))]
+        tables = [
+            posterior.tables(),
+            *(posterior.tables(posterior.sample(random)) for _ in range(self._effort.plans - 1)),
+        ]
         drawn = [self._solve(each) for each in tables]
         regret = _regret(leader, drawn, tables)
         candidates = [options for options in dict.fromkeys(drawn) if options != leader]
         if not candidates:
-            return belief, [leader], regret
+            return posterior, [leader], regret
         base, *answers = yield from self._measured([leader, *candidates], each.plans_on, self._choices.plan(leader))
         seen = [paired(answer, base, "kl") for answer in answers]
-        belief = belief.observed(candidates, leader, seen)
-        field = list(dict.fromkeys([self._solve(belief.tables()), leader, *candidates]))
+        posterior = posterior.observed(candidates, leader, seen)
+        field = list(dict.fromkeys([self._solve(posterior.tables()), leader, *candidates]))
         measured = {leader: (0.0, 0.0)} | dict(zip(candidates, seen, strict=True))
-        estimates = belief.estimates(field, leader, [measured.get(options) for options in field])
+        estimates = posterior.estimates(field, leader, [measured.get(options) for options in field])
         order = [field[at] for at in np.argsort(estimates, kind="stable")]
-        return belief, order, regret
+        return posterior, order, regret
 
-    def _learn_by_moves(self, belief: Belief, leader: Options, each: CorrectionRound) -> Part[Belief]:
-        """The belief after units were moved alone around the leader."""
+    def _learn_by_moves(self, posterior: Posterior, leader: Options, each: CorrectionRound) -> Part[Posterior]:
+        """The posterior after units were moved alone around the leader."""
         # Every time other prompts: what was learnt on some must not be confirmed by the same.
         (base,) = yield from self._measured([leader], each.learns_on)
         self._lead(leader, base)
-        moves = self._doubtful(belief, leader, each.num_moves)
+        moves = self._doubtful(posterior, leader, each.num_moves)
         answers = yield from self._moves(leader, moves, each.learns_on)
         neighbours = [moved(leader, *move) for move in moves]
         differences = [paired(answer, base, "kl") for answer in answers]
         if each.number == 0:
-            belief = belief.scaled(float(np.clip(belief.surprise(neighbours, leader, differences), *_SURPRISE)))
-        return belief.observed(neighbours, leader, differences)
+            posterior = posterior.scaled(
+                float(np.clip(posterior.surprise(neighbours, leader, differences), *_SURPRISE))
+            )
+        return posterior.observed(neighbours, leader, differences)
 
-    def _doubtful(self, belief: Belief, leader: Options, number: int) -> list[tuple[int, int]]:
+    def _doubtful(self, posterior: Posterior, leader: Options, number: int) -> list[tuple[int, int]]:
         """So many (unit, option) to move alone: those whose damage is most in doubt."""
-        moves = [(unit, self._telling(belief, leader, unit)) for unit in range(len(leader))]
-        doubt = belief.differences([moved(leader, *move) for move in moves], leader).variances
+        moves = [(unit, self._telling(posterior, leader, unit)) for unit in range(len(leader))]
+        doubt = posterior.differences([moved(leader, *move) for move in moves], leader).variances
         most = np.argsort(-doubt, kind="stable")[:number]
         return [moves[at] for at in sorted(most.tolist())]
 
-    def _telling(self, belief: Belief, leader: Options, unit: int) -> int:
+    def _telling(self, posterior: Posterior, leader: Options, unit: int) -> int:
         """The option whose measurement tells most about a unit: the next one that costs fewer bits, else more."""
         errors, now = self._errors[unit], leader[unit]
-        known = [k for k in range(len(errors)) if np.isfinite(belief.damages[unit][k])]
+        known = [k for k in range(len(errors)) if np.isfinite(posterior.damages[unit][k])]
         worse = [k for k in known if errors[k] > errors[now]]
         better = [k for k in known if errors[k] < errors[now]]
         if worse:
@@ -230,7 +235,7 @@ class Auto(Solver):
 
 def _regret(leader: Options, best: Sequence[Options], tables: Sequence[Sequence[Floats]]) -> float:
     """By what part of its damage a plan is expected to miss the least, for damages [options] of each unit drawn from
-    the belief and the best plan under each: the expected value of perfect information (Raiffa and Schlaifer, Applied
+    the posterior and the best plan under each: the expected value of perfect information (Raiffa and Schlaifer, Applied
     Statistical Decision Theory, 1961), which no further measuring can exceed."""
     damage = sum(_damage(leader, each) for each in tables)
     least = sum(_damage(options, each) for options, each in zip(best, tables, strict=True))

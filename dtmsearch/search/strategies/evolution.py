@@ -39,7 +39,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Switching:
+class LocalSettings:
     """Rounds of a local search, the switches tried in each, and the prompts that they are first measured on."""
 
     rounds: int = 100
@@ -118,7 +118,7 @@ class Local(Solver):
     the leader has no better switch, or after the rounds of its settings.
     """
 
-    def __init__(self, task: Task, switching: Switching = Switching(), start: Options | None = None) -> None:
+    def __init__(self, task: Task, switching: LocalSettings = LocalSettings(), start: Options | None = None) -> None:
         super().__init__(task)
         self._switching = switching
         self._start = start or self._largest_start()

@@ -27,7 +27,7 @@ from dtmsearch.core.schemes import DENSE
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import family_of
 from dtmsearch.search.solver.fisher_form import Forces, Prices, expected_gain
-from dtmsearch.search.solver.posterior import Belief, Spread
+from dtmsearch.search.solver.posterior import Posterior, Spread
 from dtmsearch.search.strategies.auto import Auto
 from dtmsearch.search.strategies.auto_schedule import HELD_AGAINST, CorrectionRound, Effort, PricedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, losses, mean_loss
@@ -90,7 +90,7 @@ class PricedAuto(Auto):
         self._foresee(*self._usual(0))
         self._take_prices()
         if self._min_fdt is not None:
-            yield from self._smallest(self._belief(), self._min_fdt)
+            yield from self._smallest(self._posterior(), self._min_fdt)
             return
         tables = list(self._form.damages())
         first, answer = yield from self._measurable(tables, self._first(HELD_AGAINST))
@@ -121,7 +121,7 @@ class PricedAuto(Auto):
                 break
         # Where prices do not hold, slopes do not see everything either.
         switched = 0 if holds else self._effort.swap_prompts
-        better_ones = yield from self._polish(self._belief(), leader, switched, _PATIENCE)
+        better_ones = yield from self._polish(self._posterior(), leader, switched, _PATIENCE)
         pool = list(dict.fromkeys((*better_ones, *pool)))
         # Leaders before the last differ too little from it to be told apart for what that would cost.
         yield from self._told_apart([*pool[: max(self._effort.finalists - 2, 1)], first])
@@ -202,7 +202,7 @@ class PricedAuto(Auto):
         self._lead(candidates[at], answers[at])
         return candidates[at], total * mean_loss(answers[at], "kl") / mean_loss(base, "kl")
 
-    def _belief(self) -> Belief:
+    def _posterior(self) -> Posterior:
         """What is believed of options by their prices alone."""
         families = [[family_of(scheme) for scheme in schemes] for schemes in self._choices.schemes]
         relative = np.concatenate(
@@ -212,7 +212,7 @@ class PricedAuto(Auto):
             ]
         )
         own = float(np.hypot(_SPREAD.family, min(float(np.nanmedian(relative)), 1.0)))
-        return Belief.of(self._allowed(self._errors), self._errors, families, replace(_SPREAD, family=own))
+        return Posterior.of(self._allowed(self._errors), self._errors, families, replace(_SPREAD, family=own))
 
     def _allowed(self, damages: Sequence[Floats]) -> list[Floats]:
         """Damages, infinite for options that cannot be measured."""

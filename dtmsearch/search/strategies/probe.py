@@ -1,4 +1,4 @@
-"""The probe: every perturbation of the dense model alone, ranked. It measures sensitivities and chooses no plan."""
+"""The probe: every perturbation of the base model alone, ranked. It measures sensitivities and chooses no plan."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from dtmsearch.search.strategies.additive import Knapsack, Spdy, SpdySearch
 from dtmsearch.search.strategies.auto import Auto
 from dtmsearch.search.strategies.auto_schedule import Effort
 from dtmsearch.search.strategies.beam import Beam
-from dtmsearch.search.strategies.evolution import Evolution, Local, Stages, Switching
+from dtmsearch.search.strategies.evolution import Evolution, Local, LocalSettings, Stages
 from dtmsearch.search.strategies.lazy import Lazy
 from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
@@ -32,7 +32,7 @@ class SolverSettings:
     knapsack_prompts: int = 256
     spdy: SpdySearch = field(default_factory=SpdySearch)
     evolution: Stages = field(default_factory=Stages)
-    local: Switching = field(default_factory=Switching)
+    local: LocalSettings = field(default_factory=LocalSettings)
     fisher_samples: int = 512
     errors: WeightErrors | None = None
     take: TakePrices | None = None
