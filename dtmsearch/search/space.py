@@ -86,7 +86,7 @@ class SearchSpace:
         return Plan.uniform(self.components, scheme)
 
     def progress(self, plan: Plan) -> float:
-        """How much of the way from the unquantized model to the search's end a plan has come; 1 and above: all of it."""
+        """How much of the way from the unquantized model to the search's end a plan has come; from 1 on all of it."""
         size, dense, budget = self.size(plan), self._dense_size, self.budget
         ways = [] if budget.limits_size else [size.num_compressed / len(self.components)]
         for reached, wanted in ((size.share, budget.share), (size.sparsity, budget.sparsity)):
