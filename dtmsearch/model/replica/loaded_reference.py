@@ -15,7 +15,8 @@ from dtmsearch.model.forward.activation_cache import ActivationCache
 @dataclass
 class Loaded:
     """A reference, and its activation caches for the range of prompts in use: `continuation` (prompts and the base
-    model's own continuations of them) and `text`. `base_hidden`: the base model's inputs of the head, a batch at a time."""
+    model's own continuations of them) and `text`. `base_hidden`: the base model's inputs of the head, a
+    batch at a time."""
 
     reference: Reference
     prompts: tuple[int, int] | None = None
