@@ -11,14 +11,18 @@ import torch
 from exports import RUN, Measured, in_process, measure_here, measured_plan
 from safetensors.torch import load_file
 from tiny import llama_config, write_model
-from transformers import Qwen2MoeConfig
+from transformers import GPT2Config, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.holders import holders_of
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import ExportFailed, UserError
+from dtmsearch.export.formats.bitsandbytes import check_modules
+from dtmsearch.export.formats.compressed_tensors import check_packed
+from dtmsearch.export.job import Job
 from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.exported import decompressed_model
 from dtmsearch.workflows import export_check
 from dtmsearch.workflows.export import Exported, export
@@ -119,6 +123,39 @@ def test_files_take_what_is_told_of_a_plan_before_it_is_written(mixed: Measured,
     held = {each.holder: each for each in holders_of(Plan.of(MIXED), components, 32, 32)}
     told = held["compressed-tensors (transformers)"].bits_per_weight
     assert told == (counted + sum(bits for what, bits in extra.items() if what != "shapes")) / num_weights
+
+
+TRANSPOSED = GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+STACKED = Qwen3MoeConfig(
+    vocab_size=258, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=2, head_dim=8,
+    num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [TRANSPOSED, STACKED], ids=["transposed", "stacked"])
+def test_what_is_told_of_a_component_before_it_is_written_is_what_the_exports_say(
+    config: PretrainedConfig, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path, config)
+    manifest = read_manifest(ModelSpec(str(folder)))
+    components = (*manifest.components, manifest.others[0])
+    exports = [
+        ("compressed-tensors (vllm)", "int4-channel", check_packed, "vllm"),
+        ("compressed-tensors (transformers)", "int4-channel", check_packed, "transformers"),
+        ("bitsandbytes (transformers)", "w8a8", check_modules, "transformers"),
+    ]
+    told, said = set(), set()
+    for component in components:
+        for holder, scheme, check, runtime in exports:
+            plan = Plan.of({component.name: scheme})
+            held = {each.holder: each for each in holders_of(plan, [component], 32, 32)}[holder]
+            told |= {(component.name, holder)} if held.obstacle == "it stores linear layers only" else set()
+            try:
+                check(Job(folder, manifest, plan, torch.float32, torch.device("cpu"), runtime=runtime))
+            except UserError as error:
+                assert "it stores linear layers only" in str(error)
+                said.add((component.name, holder))
+    assert told == said and len(said) > 3
 
 
 def test_schemes_that_are_no_integers_are_refused_by_name(tmp_path: Path) -> None:

@@ -219,3 +219,11 @@ def test_segments_from_before_a_column_was_added_are_read_with_nulls_in_it(tmp_p
     rows = opened_again.table("evaluations")
     assert rows["weights_id"].null_count == len(rows) and rows.drop_columns(["weights_id"]).equals(before)
     assert opened_again.notes == []
+
+
+def test_components_from_before_it_was_written_how_the_model_keeps_them_are_read(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for path in (tmp_path / "components").rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["transposed", "stacked"]), path, write_page_checksum=True)
+    found = tables.components_of(ResultStore(tmp_path).table("components"))
+    assert found and not any(component.transposed or component.stacked for component in found)

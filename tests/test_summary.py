@@ -214,6 +214,17 @@ def test_a_run_says_whether_its_plan_can_be_written_at_its_size(tmp_path: Path) 
     assert said is not None and said.startswith("no export writes it at its size, 3.30 bits per weight")
 
 
+@pytest.mark.parametrize("kept", [{"transposed": True}, {"stacked": True}], ids=str)
+def test_an_export_of_linear_layers_is_not_told_to_write_what_is_none(tmp_path: Path, kept: dict[str, bool]) -> None:
+    components = tuple(replace(component, **kept) for component in toy_components())
+    with ResultStore(tmp_path).writer(RECORD.run) as writer:
+        writer.put_run(RECORD)
+        writer.put_components(replace(toy_manifest(), components=components), components)
+        writer.append([measured(PLAN, "plan", 50)])
+    said = summarize_run(ResultStore(tmp_path), RECORD.run).written
+    assert said is not None and "compressed-tensors (transformers)" not in said
+
+
 def test_evaluations_are_those_of_the_search_and_failures_count_by_kind(tmp_path: Path) -> None:
     plans = [Plan.of({c.name: "nf4"}) for c in toy_components()[:3]]
     asked = [request(plan, SEARCH) for plan in plans]

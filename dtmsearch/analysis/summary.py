@@ -37,7 +37,7 @@ from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.core.windows import num_touching
 from dtmsearch.errors import UserError
 from dtmsearch.store.codecs.evaluations import others_of, summary_of
-from dtmsearch.store.codecs.tables import step_records
+from dtmsearch.store.codecs.tables import COMPONENT_COLUMNS, components_of, step_records
 from dtmsearch.store.schemas import OTHER_COLUMNS, SUMMARY_COLUMNS
 from dtmsearch.store.store import ResultStore
 
@@ -187,12 +187,9 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
 
 def _components(store: ResultStore, record: RunRecord) -> list[tuple[Component, int]]:
     """The components of a run's model, each with the bits of a weight of the base model."""
-    columns = ["component", "layer", "kind", "rows", "cols", "dense_bits"]
-    rows = store.table("components", columns, where=pc.field("manifest_id") == record.manifest_id).to_pylist()
-    return [
-        (Component(row["component"], row["layer"], row["kind"], (row["rows"], row["cols"])), row["dense_bits"])
-        for row in rows
-    ]
+    columns = [*COMPONENT_COLUMNS, "dense_bits"]
+    found = store.table("components", columns, where=pc.field("manifest_id") == record.manifest_id)
+    return list(zip(components_of(found), found["dense_bits"].to_pylist(), strict=True))
 
 
 def _written(record: RunRecord, plan: Plan | None, components: Sequence[tuple[Component, int]]) -> str | None:

@@ -38,7 +38,8 @@ class Component:
 
     `name` is the path of its module, `layer` the index of its layer (-1 before the layers, the number of layers
     after them), `kind` its role inside the layer (`q`, `down`, ...), `shape` its rows (outputs) and columns (inputs).
-    `transposed`: the model keeps it as columns by rows.
+    `transposed`: the model keeps it as columns by rows. `stacked`: it lies with others, of other experts, in one
+    parameter of the model.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Component:
     kind: str
     shape: tuple[int, int]
     transposed: bool = False
+    stacked: bool = False
 
     @property
     def num_weights(self) -> int:

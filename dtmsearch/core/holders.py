@@ -29,11 +29,16 @@ def _nothing_together(plan: Plan, components: Sequence[Component]) -> str | None
     return None
 
 
+def _any_place(component: Component) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Holder:
     """An export format, for an engine that loads it.
 
-    `obstacle` says why a matrix [rows, cols] cannot be written under a scheme, None where it can. `file_bits` are the
+    `obstacle` says why a matrix [rows, cols] cannot be written under a scheme, None where it can; `misplaced` why a
+    component cannot be under any, for how the model keeps it. `file_bits` are the
     bits of a matrix in the files, by scheme, shape, bits of an unquantized weight and of a stored scale. `together`
     says why one model cannot hold what each of its matrices could.
     """
@@ -43,10 +48,29 @@ class Holder:
     obstacle: Callable[[Scheme, Shape], str | None]
     file_bits: Callable[[Scheme, Shape, int, int], int]
     together: Callable[[Plan, Sequence[Component]], str | None] = _nothing_together
+    misplaced: Callable[[Component], str | None] = _any_place
 
     @property
     def name(self) -> str:
         return f"{self.export} ({self.engine})"
+
+
+LINEAR_ONLY = "it stores linear layers only"
+
+
+def _not_linear(component: Component) -> str | None:
+    """Of embeddings and of modules that keep the transpose (GPT-2's Conv1D), as the files name them."""
+    return LINEAR_ONLY if component.transposed or component.layer < 0 else None
+
+
+def _not_linear_in_files(component: Component) -> str | None:
+    """Also of gate and up in one matrix of an expert: files that hold each expert by itself hold these apart."""
+    return LINEAR_ONLY if component.stacked and component.kind == "gate_up" else _not_linear(component)
+
+
+def _not_linear_in_transformers(component: Component) -> str | None:
+    """Also of experts in one parameter, which the files may hold each by itself."""
+    return LINEAR_ONLY if component.stacked else _not_linear(component)
 
 
 def dense_obstacle(scheme: Scheme, shape: Shape) -> str | None:
@@ -140,9 +164,15 @@ def _vllm_together(plan: Plan, components: Sequence[Component]) -> str | None:
 
 
 HOLDERS: list[Holder] = [
-    Holder("compressed-tensors", "vllm", vllm_obstacle, _packed_bits("vllm"), _vllm_together),
-    Holder("compressed-tensors", "transformers", packed_obstacle, _packed_bits("transformers")),
-    Holder("bitsandbytes", "transformers", bitsandbytes_obstacle, _bitsandbytes_bits, _bitsandbytes_together),
+    Holder("compressed-tensors", "vllm", vllm_obstacle, _packed_bits("vllm"), _vllm_together, _not_linear_in_files),
+    Holder(
+        *("compressed-tensors", "transformers", packed_obstacle, _packed_bits("transformers")),
+        misplaced=_not_linear_in_transformers,
+    ),
+    Holder(
+        *("bitsandbytes", "transformers", bitsandbytes_obstacle, _bitsandbytes_bits, _bitsandbytes_together),
+        misplaced=_not_linear_in_transformers,
+    ),
     Holder("dense", "any", dense_obstacle, _dense_bits),
 ]
 
@@ -214,7 +244,8 @@ def _held(
     dense_bits: int,
     scale_bits: int,
 ) -> Held:
-    obstacles = Counter(why for c, scheme in parts if (why := holder.obstacle(scheme, c.shape)) is not None)
+    found = (holder.obstacle(scheme, c.shape) or holder.misplaced(c) for c, scheme in parts)
+    obstacles = Counter(why for why in found if why is not None)
     why = next(iter(obstacles), None) or holder.together(plan, components)
     if why is not None:
         return Held(holder.name, None, False, why)

@@ -43,6 +43,7 @@ RUNS = _schema(
         ("min_fdt_reference_id", pa.string()),
     ],
 )
+# `transposed` and `stacked` say how the model keeps the matrix (`core.components.Component`).
 COMPONENTS = _schema(
     "components",
     [
@@ -55,6 +56,8 @@ COMPONENTS = _schema(
         ("cols", pa.int64()),
         ("num_weights", pa.int64()),
         ("dense_bits", pa.int32()),
+        ("transposed", pa.bool_()),
+        ("stacked", pa.bool_()),
     ],
 )
 # `suppressed`, `opening` and `tokenizer` are the reference's generation rules (`core.evaluation.GenerationRules`).
@@ -288,6 +291,7 @@ ADDED: dict[str, frozenset[str]] = {
     "evaluations": frozenset(
         {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS, *OTHER_COLUMNS}
     ),
+    "components": frozenset({"transposed", "stacked"}),
     "prompts": frozenset({"opening", "tokenizer"}),
     "weight_errors": frozenset({"scheme_version"}),
     "runs": frozenset(

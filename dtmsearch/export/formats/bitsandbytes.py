@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.holders import bitsandbytes_kinds, bitsandbytes_obstacle
+from dtmsearch.core.holders import LINEAR_ONLY, bitsandbytes_kinds, bitsandbytes_obstacle
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.bitsandbytes_layers import OUTLIER_THRESHOLD, compressed_module
@@ -52,7 +52,7 @@ def check_modules(job: Job) -> None:
         raise refuse(NAME, next(reason for reason in why.values() if reason), foreign)
     other = [name for name in job.plan.schemes if name not in job.linear]
     if other:
-        raise refuse(NAME, "it stores linear layers only", other)
+        raise refuse(NAME, LINEAR_ONLY, other)
     by_kind = bitsandbytes_kinds(job.plan)
     if len(by_kind) > 1:
         rarest = min(by_kind.values(), key=len)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.holders import is_packed, packed_obstacle, packing_bits, vllm_obstacle
+from dtmsearch.core.holders import LINEAR_ONLY, is_packed, packed_obstacle, packing_bits, vllm_obstacle
 from dtmsearch.core.schemes import SCALE_BITS, Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
@@ -65,7 +65,7 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
     """Why a component cannot be written, if so."""
     obstacle = (vllm_obstacle if job.runtime == "vllm" else packed_obstacle)(scheme, component.shape)
     if obstacle is None and (component.transposed or component.name not in job.linear):
-        return "it stores linear layers only"
+        return LINEAR_ONLY
     if obstacle is None and job.runtime == "vllm" and component.name in job.manifest.routers:
         return "it builds what routes tokens to experts, or weighs one, without quantization"
     return obstacle

@@ -112,7 +112,9 @@ def _decoder(model: Any) -> nn.Module:
 def components_of(model: nn.Module) -> tuple[Component, ...]:
     """The weight matrices inside the layers, in model order, but for those that route."""
     return tuple(
-        Component(matrix.name, layer, kind_of(matrix.name), matrix.shape, matrix.transposed)
+        Component(
+            matrix.name, layer, kind_of(matrix.name), matrix.shape, matrix.transposed, stacked=matrix.slice is not None
+        )
         for layer, matrix in _in_layers(model)
         if not matrix.routes
     )

@@ -81,13 +81,23 @@ def components_table(manifest: ModelManifest, components: Sequence[Component]) -
         "cols": [c.shape[1] for c in components],
         "num_weights": [c.num_weights for c in components],
         "dense_bits": [manifest.dense_bits] * len(components),
+        "transposed": [c.transposed for c in components],
+        "stacked": [c.stacked for c in components],
     }
     return from_columns(COMPONENTS, columns)
 
 
+COMPONENT_COLUMNS = ("component", "layer", "kind", "rows", "cols", "transposed", "stacked")
+
+
 def components_of(table: pa.Table) -> tuple[Component, ...]:
-    rows = table.select(["component", "layer", "kind", "rows", "cols"]).to_pylist()
-    return tuple(Component(r["component"], r["layer"], r["kind"], (r["rows"], r["cols"])) for r in rows)
+    """How the model keeps them is not known of rows from before there were columns for it: as linear layers."""
+    return tuple(
+        Component(
+            r["component"], r["layer"], r["kind"], (r["rows"], r["cols"]), bool(r["transposed"]), bool(r["stacked"])
+        )
+        for r in table.select(COMPONENT_COLUMNS).to_pylist()
+    )
 
 
 def prompts_table(reference: Reference) -> pa.Table:
