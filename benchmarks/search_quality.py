@@ -26,14 +26,19 @@ from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.prices import PriceKind, PriceRequest, priced_schemes
 from dtmsearch.core.statistics import paired_difference
+from dtmsearch.core.strategy_settings import (
+    AutoSettings,
+    EvolutionSettings,
+    FisherSettings,
+    KnapsackSettings,
+    LocalSettings,
+)
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import LocalSettings, Stages
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
@@ -89,15 +94,15 @@ CASES = (
 # Names of the table -> strategy and settings.
 _SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "fisher": ("fisher", SolverSettings()),
-    "fisher-64": ("fisher", SolverSettings(fisher_samples=64)),
+    "fisher-64": ("fisher", SolverSettings(fisher=FisherSettings(64))),
     "sensitivity": ("sensitivity", SolverSettings()),
     "auto": ("auto", SolverSettings()),
-    "auto-long": ("auto", SolverSettings(auto=Effort(probe_prompts=16, prompts=64, correction_prompts=50_000))),
+    "auto-long": ("auto", SolverSettings(auto=AutoSettings(probe_prompts=16, prompts=64, correction_prompts=50_000))),
     "lazy-greedy": ("lazy_greedy", SolverSettings()),
-    "knapsack-64": ("knapsack", SolverSettings(knapsack_prompts=64)),
+    "knapsack-64": ("knapsack", SolverSettings(knapsack=KnapsackSettings(64))),
     "spdy": ("spdy", SolverSettings()),
-    "evolution-100": ("evolution", SolverSettings(evolution=Stages(generations=100))),
-    "evolution-400": ("evolution", SolverSettings(evolution=Stages(generations=400))),
+    "evolution-100": ("evolution", SolverSettings(evolution=EvolutionSettings(generations=100))),
+    "evolution-400": ("evolution", SolverSettings(evolution=EvolutionSettings(generations=400))),
     "local": ("local", SolverSettings(local=LocalSettings(rounds=60))),
 }
 

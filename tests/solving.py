@@ -15,22 +15,27 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.prices import PriceKind, priced_schemes
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.strategy_settings import (
+    AutoSettings,
+    EvolutionSettings,
+    FisherSettings,
+    KnapsackSettings,
+    LocalSettings,
+    SpdySettings,
+)
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.additive import SpdySearch
-from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import LocalSettings, Stages
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 LEVELS = tuple(f"int{bits}-channel" for bits in range(2, 7))
 STRATEGIES = ("knapsack", "fisher", "sensitivity", "auto", "auto by prices", "spdy", "evolution", "local")
 SMALL = SolverSettings(
-    auto=Effort(probe_prompts=2, samples=4, slopes=2, rounds=2, prompts=4, plans=4),
-    knapsack_prompts=4,
-    fisher_samples=8,
-    spdy=SpdySearch(starts=6, generations=3, children=3, prompts=4),
-    evolution=Stages(generations=6, children=4, prompts=(2, 4), survivors=(2,)),
+    auto=AutoSettings(probe_prompts=2, samples=4, slopes=2, rounds=2, prompts=4, plans=4),
+    knapsack=KnapsackSettings(4),
+    fisher=FisherSettings(8),
+    spdy=SpdySettings(starts=6, generations=3, children=3, prompts=4),
+    evolution=EvolutionSettings(generations=6, children=4, prompts=(2, 4), survivors=(2,)),
     local=LocalSettings(rounds=5, children=6, prompts=4),
 )
 

@@ -6,9 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from dtmsearch.search.strategies.auto_schedule import Effort, PricedSchedule, ProbedSchedule, Schedule
+from dtmsearch.core.strategy_settings import AutoSettings
+from dtmsearch.search.strategies.auto_schedule import PricedSchedule, ProbedSchedule, Schedule
 
-EFFORT = Effort(prompts=16, plans=8, correction_prompts=2_000)
+EFFORT = AutoSettings(prompts=16, plans=8, correction_prompts=2_000)
 SCHEDULES = [ProbedSchedule(EFFORT, 84, 1_000, 2), PricedSchedule(EFFORT, 84, 1_000, 2, num_steps=(4, 8))]
 
 
@@ -45,6 +46,6 @@ def test_each_round_that_probes_takes_twice_the_prompts_of_the_last() -> None:
 
 
 def test_what_is_foreseen_of_a_round_is_what_it_measures() -> None:
-    schedule = ProbedSchedule(Effort(correction_prompts=100_000), 84, 1_000, 2)
+    schedule = ProbedSchedule(AutoSettings(correction_prompts=100_000), 84, 1_000, 2)
     foreseen = list(schedule.usual(num_probed=84))[1:3]
     assert foreseen == [(each.num_measured, each.cost // each.num_measured) for each in schedule.rounds()[:2]]

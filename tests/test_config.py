@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from stores import run_record
 from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse, recorded, texts
 from dtmsearch.config.sections import BUILT_IN_STRATEGIES, USED_BY
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.strategy_settings import AutoSettings
 from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
@@ -296,11 +299,28 @@ def test_a_key_of_other_strategies_is_an_error_that_names_them(strategy: str, ke
 
 
 def test_every_key_that_only_some_strategies_use_is_one_of_the_files() -> None:
-    sections = {"": SearchSection, **{name: type(getattr(read().search, name)) for name in ("auto",)}}
-    for key, users in USED_BY.items():
-        parent, _, last = key.rpartition(".")
-        assert last in sections[parent].model_fields
-        assert set(users) <= set(BUILT_IN_STRATEGIES)
+    known = {*SearchSection.model_fields, *(f"auto.{field.name}" for field in dataclasses.fields(AutoSettings))}
+    assert set(USED_BY) <= known
+    assert {user for users in USED_BY.values() for user in users} <= set(BUILT_IN_STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("search.auto.sample=3", "unknown key 'search.auto.sample'; did you mean 'search.auto.samples'?"),
+        ("search.auto.plans=0", "search.auto.plans: Input should be greater than or equal to 1, got 0"),
+        (f"search.auto.rounds={2**60}", f"rounds is larger than {2**53}"),
+    ],
+)
+def test_a_strategys_settings_are_checked_as_every_section_is(change: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        read(TEXT, "search.strategy=auto", "search.width=null", change)
+
+
+def test_what_a_file_says_of_a_strategy_is_what_its_constructor_takes() -> None:
+    assert read(TEXT, "search.strategy=auto", "search.width=null", "search.auto.plans=3").search.auto == AutoSettings(
+        plans=3
+    )
 
 
 def test_a_key_set_to_null_is_left_out() -> None:

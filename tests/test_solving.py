@@ -36,6 +36,7 @@ from solving import (
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.strategy_settings import AutoSettings, LocalSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.protocols import Strategy
@@ -43,8 +44,6 @@ from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.solver.neighbours import promising
 from dtmsearch.search.solver.posterior import Posterior, Spread
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import LocalSettings
 from dtmsearch.search.strategies.solver_based import _settled
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
@@ -93,7 +92,7 @@ def test_correction_goes_on_while_much_is_in_doubt() -> None:
 
     def rounds(answer: Callable[[EvalRequest], EvalResult]) -> int:
         log = MemoryLog()
-        effort = Effort(probe_prompts=2, rounds=12, prompts=2, plans=6, polish_prompts=0)
+        effort = AutoSettings(probe_prompts=2, rounds=12, prompts=2, plans=6, polish_prompts=0)
         run_search(strategy("auto", space_with(BUDGET, equal_components(16)), auto=effort), FakeEvaluator(answer), log)
         # A plan that leads is decided on once a round, and once more at the end.
         return len(log.steps) - 1
@@ -109,7 +108,7 @@ def test_correction_forwards_no_more_prompts_than_it_may() -> None:
             asked.append(request)
             return additive(request)
 
-        effort = Effort(2, rounds=5, prompts=2, plans=3, correction_prompts=corrected, polish_prompts=polished)
+        effort = AutoSettings(2, rounds=5, prompts=2, plans=3, correction_prompts=corrected, polish_prompts=polished)
         run_search(strategy("auto", space_with(BUDGET, equal_components(16)), auto=effort), FakeEvaluator(answer))
         return sum(end - first for first, end in (request.prompts for request in asked))
 
@@ -147,7 +146,7 @@ def test_switches_find_what_sums_over_units_do_not_see() -> None:
         return replace(found, kl=None if found.kl is None else (found.kl + together(request.plan)).astype(np.float32))
 
     def loss(polish_prompts: int) -> float:
-        effort = Effort(probe_prompts=2, rounds=1, prompts=2, plans=3, polish_prompts=polish_prompts)
+        effort = AutoSettings(probe_prompts=2, rounds=1, prompts=2, plans=3, polish_prompts=polish_prompts)
         space = space_with(Budget(bits_per_weight=3.5), equal_components(16))
         plan = run_search(strategy("auto", space, auto=effort), FakeEvaluator(answer))
         assert plan is not None

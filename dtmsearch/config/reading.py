@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
         where = ".".join(
             str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))
         )
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"unknown key {shown(where)}{_nearest_key(problem['loc'], root)}")
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing")
@@ -165,6 +166,8 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         for inner in (field.annotation, *typing.get_args(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 keys += _known_keys(inner, f"{prefix}{name}.")
+            elif is_dataclass(inner):
+                keys += [f"{prefix}{name}.{each.name}" for each in fields(inner)]
     return keys
 
 

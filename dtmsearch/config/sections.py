@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from dtmsearch.core import plugins
 from dtmsearch.core.calibration import Through
@@ -13,11 +22,18 @@ from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.records import RUN_NAME
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.strategy_settings import (
+    LARGEST,
+    AutoSettings,
+    EvolutionSettings,
+    FisherSettings,
+    KnapsackSettings,
+    LocalSettings,
+    SpdySettings,
+)
 
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
 Seed = Annotated[int, Field(ge=0)]
-# Whole numbers up to here are the same as floats, and fit into every table.
-_LARGEST = 2**53
 
 
 class Section(BaseModel):
@@ -27,8 +43,8 @@ class Section(BaseModel):
     def _exact_as_floats(self) -> Self:
         for name in type(self).model_fields:
             value = getattr(self, name)
-            if isinstance(value, int) and abs(value) > _LARGEST:
-                raise ValueError(f"{name} is larger than {_LARGEST}")
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{name} is larger than {LARGEST}")
         return self
 
 
@@ -159,84 +175,6 @@ class StopSection(Section):
         return Budget(self.share, self.components, self.bits_per_weight, self.sparsity, self.size_mb)
 
 
-class AutoSection(Section):
-    """How much `auto` measures: prompts of a unit's probe, where prices cannot be had; else samples of the prices, and
-    prompts of a slope; rounds of correction at most, the prompts of the first (each
-    takes twice as many as the one before), the plans drawn in each and the swaps tried at once; and the prompts that
-    all rounds together, and all swaps, may forward (a prompt once for every plan measured on it). `sensitivity`
-    takes the probe from here."""
-
-    probe_prompts: int = Field(default=4, ge=1)
-    """Prompts on which each component is measured alone."""
-    samples: int = Field(default=192, ge=2)
-    """Samples of the prices that a search begins with, where these can be had."""
-    slopes: int = Field(default=48, ge=2)
-    """Prompts of a slope, where prices can be had."""
-    rounds: int = Field(default=6, ge=0)
-    """Rounds of correction at most."""
-    prompts: int = Field(default=16, ge=1)
-    """Prompts of the first round; each further one takes twice as many."""
-    plans: int = Field(default=8, ge=1)
-    """Plans drawn in a round, and swaps tried at once."""
-    correction_prompts: int = Field(default=4_000, ge=0)
-    """Prompts that all rounds may forward together, counted once for every plan."""
-    polish_prompts: int = Field(default=3_000, ge=0)
-    """Prompts that all swaps may forward together."""
-    swap_prompts: int = Field(default=0, ge=0)
-    """The same where prices can be had, and plans cost more than these say."""
-
-
-class FisherSection(Section):
-    samples: int = Field(default=512, ge=2)
-    """Samples of the prices: a backward pass each."""
-
-
-class KnapsackSection(Section):
-    prompts: int = Field(default=256, ge=1)
-    """Prompts on which each component is measured alone under each scheme."""
-
-
-class SpdySection(Section):
-    starts: int = Field(default=100, ge=1)
-    """Random starts."""
-    generations: int = Field(default=20, ge=0)
-    """Generations of mutation."""
-    children: int = Field(default=16, ge=1)
-    """Children of a generation."""
-    prompts: int = Field(default=32, ge=1)
-    """Prompts that each is measured on."""
-
-
-class EvolutionSection(Section):
-    """`prompts` of each stage of selection; `survivors` of all but the last, which leaves one."""
-
-    generations: int = Field(default=400, ge=1)
-    """Generations."""
-    children: int = Field(default=16, ge=1)
-    """Children of a generation."""
-    prompts: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(8, 32, 64), min_length=1)
-    """Prompts of each stage of selection."""
-    survivors: tuple[Annotated[int, Field(ge=1)], ...] = (4, 2)
-    """How many each stage but the last keeps; the last keeps one."""
-
-    @model_validator(mode="after")
-    def _a_stage_each(self) -> EvolutionSection:
-        if len(self.survivors) != len(self.prompts) - 1:
-            raise ValueError(f"survivors: {len(self.prompts)} stages have {len(self.prompts) - 1} between them")
-        return self
-
-
-class LocalSection(Section):
-    """`children` are the swaps of a round, `prompts` what they are first measured on."""
-
-    rounds: int = Field(default=100, ge=1)
-    """Rounds at most."""
-    children: int = Field(default=16, ge=1)
-    """Swaps tried in a round."""
-    prompts: int = Field(default=32, ge=1)
-    """Prompts that they are first measured on."""
-
-
 class RecoverySection(Section):
     """Training after a round of pruning: `masked_steps` with what is pruned held at zero, then `unmasked_steps`."""
 
@@ -355,6 +293,13 @@ MetricName = Annotated[
 ]
 
 
+def _is_given(search: Mapping[str, Any], key: str) -> bool:
+    """Whether a `search` section has a key, `a.b` within a section."""
+    parent, _, last = key.rpartition(".")
+    section = search.get(parent) if parent else search
+    return isinstance(section, Mapping) and last in section
+
+
 class SearchSection(Section):
     strategy: StrategyName = "beam"
     """How plans are chosen."""
@@ -386,17 +331,17 @@ class SearchSection(Section):
     """Tie what engines such as vLLM fuse: q, k, v and gate, up."""
     stop: StopSection = StopSection()
     """When the search ends."""
-    auto: AutoSection = AutoSection()
+    auto: AutoSettings = AutoSettings()
     """Effort of auto and sensitivity."""
-    fisher: FisherSection = FisherSection()
+    fisher: FisherSettings = FisherSettings()
     """Effort of fisher."""
-    knapsack: KnapsackSection = KnapsackSection()
+    knapsack: KnapsackSettings = KnapsackSettings()
     """Effort of knapsack."""
-    spdy: SpdySection = SpdySection()
+    spdy: SpdySettings = SpdySettings()
     """Effort of spdy."""
-    evolution: EvolutionSection = EvolutionSection()
+    evolution: EvolutionSettings = EvolutionSettings()
     """Effort of evolution."""
-    local: LocalSection = LocalSection()
+    local: LocalSettings = LocalSettings()
     """Effort of local."""
     rounds: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """sparsity: percentage points that each round adds."""
@@ -423,24 +368,21 @@ class SearchSection(Section):
             raise ValueError("a scheme stands there twice")
         return names
 
-    @model_validator(mode="after")
-    def _only_keys_that_the_strategy_uses(self) -> SearchSection:
-        others = [key for key, users in USED_BY.items() if self.strategy not in users and self._is_set(key)]
-        if self.strategy not in BUILT_IN_STRATEGIES:
-            return self
+    @model_validator(mode="wrap")
+    @classmethod
+    def _only_keys_that_the_strategy_uses(cls, given: Any, made_of: ModelWrapValidatorHandler[Self]) -> Self:
+        made = made_of(given)
+        if made.strategy not in BUILT_IN_STRATEGIES or not isinstance(given, Mapping):
+            return made
+        others = [key for key, users in USED_BY.items() if made.strategy not in users and _is_given(given, key)]
         whole = [key for key in others if key.partition(".")[0] not in others or "." not in key]
         if whole:
             used = "; ".join(f"search.{key} is a key of {', '.join(USED_BY[key])}" for key in whole)
             raise ValueError(
-                f"search.strategy: {self.strategy} does not use every key that is given: {used}. Take such a strategy, "
+                f"search.strategy: {made.strategy} does not use every key that is given: {used}. Take such a strategy, "
                 f"or leave the key out (--set search.{whole[0]}=null)"
             )
-        return self
-
-    def _is_set(self, key: str) -> bool:
-        parent, _, last = key.rpartition(".")
-        section: Section = getattr(self, parent) if parent else self
-        return last in section.model_fields_set and (not parent or parent in self.model_fields_set)
+        return made
 
     @model_validator(mode="after")
     def _what_the_strategy_needs(self) -> SearchSection:

@@ -16,9 +16,6 @@ from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.solver.pruned_shares import Errors
 from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.additive import SpdySearch
-from dtmsearch.search.strategies.auto_schedule import Effort
-from dtmsearch.search.strategies.evolution import LocalSettings, Stages
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings
@@ -153,12 +150,12 @@ def _request_factory(file: SearchFile, reference_id: str, calibration_id: str) -
 def _solver_settings(file: SearchFile, errors: WeightErrors | None, take: TakePrices | None) -> SolverSettings:
     section = file.search
     return SolverSettings(
-        auto=Effort(**section.auto.model_dump()),
-        fisher_samples=section.fisher.samples,
-        knapsack_prompts=section.knapsack.prompts,
-        spdy=SpdySearch(**section.spdy.model_dump()),
-        evolution=Stages(**section.evolution.model_dump()),
-        local=LocalSettings(**section.local.model_dump()),
+        auto=section.auto,
+        fisher=section.fisher,
+        knapsack=section.knapsack,
+        spdy=section.spdy,
+        evolution=section.evolution,
+        local=section.local,
         errors=errors,
         take=take,
     )

@@ -10,28 +10,30 @@ measuring the plans that they lead to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.metric_registry import METRICS
+from dtmsearch.core.strategy_settings import KnapsackSettings, SpdySettings
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import Probing, WeightErrors, unit_errors
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
 from dtmsearch.search.strategies.solver_based import Solver
 from dtmsearch.search.strategies.task import Task
 
+# The part of the coefficients that a first generation draws anew; it falls to a single one.
+_SHARE = 0.1
+
 Floats = NDArray[np.float64]
 
 
 class Knapsack(Solver):
-    """Every unit under every scheme alone, on `prompts` prompts."""
+    """Every unit under every scheme alone."""
 
-    def __init__(self, task: Task, prompts: int = 256) -> None:
+    def __init__(self, task: Task, settings: KnapsackSettings = KnapsackSettings()) -> None:
         super().__init__(task)
-        self._prompts = prompts
+        self._prompts = settings.prompts
         self._summed = task.rank_by if METRICS[task.rank_by].can_be_summed else "kl"
 
     def script(self) -> Script:
@@ -51,22 +53,10 @@ class Knapsack(Solver):
         yield from self._final([found])
 
 
-@dataclass(frozen=True)
-class SpdySearch:
-    """Coefficients drawn to begin with; then `generations` of `children` that draw some of the best one's anew, a
-    share that falls from `share` to a single one; prompts that a plan is measured on."""
-
-    starts: int = 100
-    generations: int = 20
-    children: int = 16
-    share: float = 0.1
-    prompts: int = 32
-
-
 class Spdy(Solver):
     """Coefficients are drawn evenly from 0 to 1, as published."""
 
-    def __init__(self, task: Task, errors: WeightErrors, settings: SpdySearch = SpdySearch()) -> None:
+    def __init__(self, task: Task, errors: WeightErrors, settings: SpdySettings = SpdySettings()) -> None:
         super().__init__(task)
         self._errors = unit_errors(self._choices, errors)
         self._settings = settings
@@ -80,7 +70,7 @@ class Spdy(Solver):
         self._lead(self._solution(best), answer)
         for generation in range(settings.generations):
             left = 1.0 - generation / settings.generations
-            changed = max(1, round(settings.share * units * left))
+            changed = max(1, round(_SHARE * units * left))
             children = [self._child(best, changed, generation, index) for index in range(settings.children)]
             child, value, answer = yield from self._try(children)
             self._foresee(((settings.generations - generation - 1) * settings.children, settings.prompts), last)

@@ -22,11 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.strategy_settings import AutoSettings
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import WeightErrors, expected_fdt, family_of, predicted, probings, unit_errors
 from dtmsearch.search.solver.neighbours import moved, promising
 from dtmsearch.search.solver.posterior import Posterior, Spread
-from dtmsearch.search.strategies.auto_schedule import SIZE_STEP, CorrectionRound, Effort, Lot, ProbedSchedule, Schedule
+from dtmsearch.search.strategies.auto_schedule import (
+    FINALISTS,
+    SIZE_STEP,
+    CorrectionRound,
+    Lot,
+    ProbedSchedule,
+    Schedule,
+)
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
 from dtmsearch.search.strategies.solver_based import Solver, paired, probe_noise
 from dtmsearch.search.strategies.task import Task
@@ -48,7 +56,7 @@ _SURPRISE = (1.0, 16.0)
 class Auto(Solver):
     """See the module. `errors` are those of every component under every scheme of the search."""
 
-    def __init__(self, task: Task, errors: WeightErrors | None, effort: Effort = Effort()) -> None:
+    def __init__(self, task: Task, errors: WeightErrors | None, effort: AutoSettings = AutoSettings()) -> None:
         super().__init__(task)
         self._min_fdt, self._length = task.min_fdt, task.continuation_tokens
         self._smallest_found: tuple[Sequence[Floats], Options] | None = None
@@ -75,8 +83,8 @@ class Auto(Solver):
             if regret < _WORTHWHILE:
                 break
         better = yield from self._polish(posterior, leader, self._effort.polish_prompts)
-        pool = list(dict.fromkeys((*better[: self._effort.finalists - 1], *pool)))
-        yield from self._told_apart([*pool[: self._effort.finalists], first])
+        pool = list(dict.fromkeys((*better[: FINALISTS - 1], *pool)))
+        yield from self._told_apart([*pool[:FINALISTS], first])
 
     def _polish(
         self, posterior: Posterior, leader: Options, most_prompts: int, patience: int | None = None

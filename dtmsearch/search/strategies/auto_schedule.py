@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dtmsearch.core.prices import PASSES
+from dtmsearch.core.strategy_settings import AutoSettings
 
 # Of how many units one is moved alone: in the first round, and later.
 _DOUBTED = (2, 4)
@@ -21,32 +22,14 @@ _USUAL_ROUNDS = 2
 _MEASURED_ON = 2
 # Prompts on which the plan that prices lead to is held against them.
 HELD_AGAINST = 64
+# Plans of the last comparison, which takes as many prompts as tell them apart.
+FINALISTS = 3
 # Where the smallest plan is sought, sizes are told apart down to this part of them.
 SIZE_STEP = 0.005
 
 # Trials that are foreseen, and the prompts of each.
 Lot = tuple[int, int]
 Stretch = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured: prompts of a probe; samples of the prices and prompts of a slope, where these can be had;
-    rounds of correction at most, the first one's prompts, plans drawn in each and switches tried at once; prompts that
-    all rounds together, and all switches, may forward (a prompt once for every plan measured on it), of switches the
-    second number where prices can be had; plans of the last comparison, which takes as many prompts as tell them
-    apart."""
-
-    probe_prompts: int = 4
-    samples: int = 192
-    slopes: int = 48
-    rounds: int = 6
-    prompts: int = 16
-    plans: int = 8
-    correction_prompts: int = 4_000
-    polish_prompts: int = 3_000
-    swap_prompts: int = 0
-    finalists: int = 3
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ class CorrectionRound:
 class Schedule(ABC):
     """A search over so many units and prompts, whose plans have so many rivals."""
 
-    effort: Effort
+    effort: AutoSettings
     num_units: int
     num_prompts: int
     num_rivals: int

@@ -10,12 +10,12 @@ are selected in stages, few left at each and more prompts; the leader goes only 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from dtmsearch.core.evaluation import Outcome
+from dtmsearch.core.strategy_settings import EvolutionSettings, LocalSettings
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.strategies.generator import Part, Script, mean_loss
 from dtmsearch.search.strategies.solver_based import Solver, paired
@@ -27,30 +27,12 @@ _MOST_TRIES = 100
 _MOST_MOVES = 1_000
 
 
-@dataclass(frozen=True)
-class Stages:
-    """`generations` of `children`; the prompts of a candidate at each stage, and how many go on from all
-    but the last, which leaves one."""
-
-    generations: int = 400
-    children: int = 16
-    prompts: tuple[int, ...] = (8, 32, 64)
-    survivors: tuple[int, ...] = (4, 2)
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """Rounds of a local search, the switches tried in each, and the prompts that they are first measured on."""
-
-    rounds: int = 100
-    children: int = 16
-    prompts: int = 32
-
-
 class Evolution(Solver):
     """Starts from the largest uniform plan of the budget, or from `start`."""
 
-    def __init__(self, task: Task, stages: Stages = Stages(), start: Options | None = None) -> None:
+    def __init__(
+        self, task: Task, stages: EvolutionSettings = EvolutionSettings(), start: Options | None = None
+    ) -> None:
         super().__init__(task)
         self._stages = stages
         self._start = start or self._largest_start()

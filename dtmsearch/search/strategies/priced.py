@@ -24,12 +24,13 @@ from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import DENSE
+from dtmsearch.core.strategy_settings import AutoSettings, FisherSettings
 from dtmsearch.search.solver.choices import Options
 from dtmsearch.search.solver.damage_model import family_of
 from dtmsearch.search.solver.fisher_form import Forces, Prices, expected_gain
 from dtmsearch.search.solver.posterior import Posterior, Spread
 from dtmsearch.search.strategies.auto import Auto
-from dtmsearch.search.strategies.auto_schedule import HELD_AGAINST, CorrectionRound, Effort, PricedSchedule, Schedule
+from dtmsearch.search.strategies.auto_schedule import FINALISTS, HELD_AGAINST, CorrectionRound, PricedSchedule, Schedule
 from dtmsearch.search.strategies.generator import Part, Script, losses, mean_loss
 from dtmsearch.search.strategies.solver_based import Solver, paired
 from dtmsearch.search.strategies.task import Task
@@ -56,9 +57,9 @@ _MOST_FAILURES, _PATIENCE = 2, 2
 class Fisher(Solver):
     """See the module."""
 
-    def __init__(self, task: Task, take: TakePrices | None, samples: int = 512) -> None:
+    def __init__(self, task: Task, take: TakePrices | None, settings: FisherSettings = FisherSettings()) -> None:
         super().__init__(task)
-        self._price, self._samples, self._length = take, samples, task.continuation_tokens
+        self._price, self._samples, self._length = take, settings.samples, task.continuation_tokens
 
     def script(self) -> Script:
         self._foresee((1 + len(self._rivals()), self.num_prompts))
@@ -75,7 +76,7 @@ class Fisher(Solver):
 class PricedAuto(Auto):
     """See the module."""
 
-    def __init__(self, task: Task, take: TakePrices, effort: Effort = Effort()) -> None:
+    def __init__(self, task: Task, take: TakePrices, effort: AutoSettings = AutoSettings()) -> None:
         super().__init__(task, None, effort)
         self._price = take
         self._products: NDArray[np.float32] | None = None
@@ -124,7 +125,7 @@ class PricedAuto(Auto):
         better_ones = yield from self._polish(self._posterior(), leader, switched, _PATIENCE)
         pool = list(dict.fromkeys((*better_ones, *pool)))
         # Leaders before the last differ too little from it to be told apart for what that would cost.
-        yield from self._told_apart([*pool[: max(self._effort.finalists - 2, 1)], first])
+        yield from self._told_apart([*pool[: max(FINALISTS - 2, 1)], first])
 
     def _take_prices(self) -> None:
         """Prices from as many samples as the effort says, beside those that were taken."""

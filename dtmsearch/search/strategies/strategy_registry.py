@@ -7,14 +7,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dtmsearch.core import plugins
+from dtmsearch.core.strategy_settings import (
+    AutoSettings,
+    EvolutionSettings,
+    FisherSettings,
+    KnapsackSettings,
+    LocalSettings,
+    SpdySettings,
+)
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.additive import Knapsack, Spdy, SpdySearch
+from dtmsearch.search.strategies.additive import Knapsack, Spdy
 from dtmsearch.search.strategies.auto import Auto
-from dtmsearch.search.strategies.auto_schedule import Effort
 from dtmsearch.search.strategies.beam import Beam
-from dtmsearch.search.strategies.evolution import Evolution, Local, LocalSettings, Stages
+from dtmsearch.search.strategies.evolution import Evolution, Local
 from dtmsearch.search.strategies.lazy import Lazy
 from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
@@ -28,12 +35,12 @@ class SolverSettings:
     """What the strategies around the solver are given: how much each measures, and what is known without measuring: the
     weight errors, or by what prices are taken."""
 
-    auto: Effort = field(default_factory=Effort)
-    knapsack_prompts: int = 256
-    spdy: SpdySearch = field(default_factory=SpdySearch)
-    evolution: Stages = field(default_factory=Stages)
+    auto: AutoSettings = field(default_factory=AutoSettings)
+    fisher: FisherSettings = field(default_factory=FisherSettings)
+    knapsack: KnapsackSettings = field(default_factory=KnapsackSettings)
+    spdy: SpdySettings = field(default_factory=SpdySettings)
+    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
-    fisher_samples: int = 512
     errors: WeightErrors | None = None
     take: TakePrices | None = None
 
@@ -93,7 +100,7 @@ def _lazy(inputs: StrategyInputs, width: int) -> Lazy:
     return Lazy(inputs.space, inputs.request_for, *how)
 
 
-def _by_errors(inputs: StrategyInputs, effort: Effort) -> Auto:
+def _by_errors(inputs: StrategyInputs, effort: AutoSettings) -> Auto:
     return Auto(inputs, inputs.solver.errors or {}, effort)
 
 
@@ -108,12 +115,12 @@ STRATEGIES.add("beam", StrategyType(lambda i: _beam(i, i.width)))
 STRATEGIES.add("lazy_greedy", StrategyType(lambda i: _lazy(i, 1)))
 STRATEGIES.add("lazy_beam", StrategyType(lambda i: _lazy(i, i.width)))
 STRATEGIES.add("auto", StrategyType(_auto, needs_errors=True, takes_prices=True))
-STRATEGIES.add("fisher", StrategyType(lambda i: Fisher(i, i.solver.take, i.solver.fisher_samples), takes_prices=True))
+STRATEGIES.add("fisher", StrategyType(lambda i: Fisher(i, i.solver.take, i.solver.fisher), takes_prices=True))
 STRATEGIES.add(
     "sensitivity",
     StrategyType(lambda i: _by_errors(i, replace(i.solver.auto, rounds=0, polish_prompts=0)), needs_errors=True),
 )
-STRATEGIES.add("knapsack", StrategyType(lambda i: Knapsack(i, i.solver.knapsack_prompts)))
+STRATEGIES.add("knapsack", StrategyType(lambda i: Knapsack(i, i.solver.knapsack)))
 STRATEGIES.add("evolution", StrategyType(lambda i: Evolution(i, i.solver.evolution)))
 STRATEGIES.add("local", StrategyType(lambda i: Local(i, i.solver.local)))
 STRATEGIES.add(

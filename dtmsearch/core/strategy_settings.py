@@ -1,0 +1,132 @@
+"""What the strategies around the solver may be told: their sections of a search file, and arguments of their
+constructors. Defaults and limits stand here alone.
+
+Plain dataclasses, because a search needs no pydantic; `config` has pydantic check them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+# Whole numbers up to here are the same as floats, and fit into every table.
+LARGEST = 2**53
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A limit of a whole number, which pydantic finds in its annotation."""
+
+    least: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return handler(source) | {"ge": self.least}
+
+
+Some = Annotated[int, AtLeast(1)]
+SomeOrNone = Annotated[int, AtLeast(0)]
+Several = Annotated[int, AtLeast(2)]
+
+
+class StrategySettings:
+    """A section of a search file: unknown keys are errors, and the text under a key describes it. Raises `ValueError`
+    for a number that floats cannot tell from its neighbours."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{name} is larger than {LARGEST}")
+
+
+@dataclass(frozen=True)
+class AutoSettings(StrategySettings):
+    """How much `auto` measures: prompts of a unit's probe, where prices cannot be had; else samples of the prices, and
+    prompts of a slope; rounds of correction at most, the prompts of the first (each takes twice as many as the one
+    before), the plans drawn in each and the swaps tried at once; and the prompts that all rounds together, and all
+    swaps, may forward (a prompt once for every plan measured on it). `sensitivity` takes the probe from here."""
+
+    probe_prompts: Some = 4
+    """Prompts on which each component is measured alone."""
+    samples: Several = 192
+    """Samples of the prices that a search begins with, where these can be had."""
+    slopes: Several = 48
+    """Prompts of a slope, where prices can be had."""
+    rounds: SomeOrNone = 6
+    """Rounds of correction at most."""
+    prompts: Some = 16
+    """Prompts of the first round; each further one takes twice as many."""
+    plans: Some = 8
+    """Plans drawn in a round, and swaps tried at once."""
+    correction_prompts: SomeOrNone = 4_000
+    """Prompts that all rounds may forward together, counted once for every plan."""
+    polish_prompts: SomeOrNone = 3_000
+    """Prompts that all swaps may forward together."""
+    swap_prompts: SomeOrNone = 0
+    """The same where prices can be had, and plans cost more than these say."""
+
+
+@dataclass(frozen=True)
+class FisherSettings(StrategySettings):
+    """How much `fisher` measures."""
+
+    samples: Several = 512
+    """Samples of the prices: a backward pass each."""
+
+
+@dataclass(frozen=True)
+class KnapsackSettings(StrategySettings):
+    """How much `knapsack` measures."""
+
+    prompts: Some = 256
+    """Prompts on which each component is measured alone under each scheme."""
+
+
+@dataclass(frozen=True)
+class SpdySettings(StrategySettings):
+    """Coefficients drawn to begin with; then `generations` of `children` that draw some of the best one's anew."""
+
+    starts: Some = 100
+    """Random starts."""
+    generations: SomeOrNone = 20
+    """Generations of mutation."""
+    children: Some = 16
+    """Children of a generation."""
+    prompts: Some = 32
+    """Prompts that each is measured on."""
+
+
+@dataclass(frozen=True)
+class EvolutionSettings(StrategySettings):
+    """`prompts` of each stage of selection; `survivors` of all but the last, which leaves one. Raises `ValueError`
+    where these are not as many as they must be."""
+
+    generations: Some = 400
+    """Generations."""
+    children: Some = 16
+    """Children of a generation."""
+    prompts: tuple[Some, ...] = (8, 32, 64)
+    """Prompts of each stage of selection."""
+    survivors: tuple[Some, ...] = (4, 2)
+    """How many each stage but the last keeps; the last keeps one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompts:
+            raise ValueError("prompts: a stage of selection at least is wanted, got none")
+        if len(self.survivors) != len(self.prompts) - 1:
+            raise ValueError(f"survivors: {len(self.prompts)} stages have {len(self.prompts) - 1} between them")
+
+
+@dataclass(frozen=True)
+class LocalSettings(StrategySettings):
+    """Rounds of a local search, the swaps tried in each, and the prompts that they are first measured on."""
+
+    rounds: Some = 100
+    """Rounds at most."""
+    children: Some = 16
+    """Swaps tried in a round."""
+    prompts: Some = 32
+    """Prompts that they are first measured on."""
