@@ -15,6 +15,7 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.prices import PriceBlock, PriceKind, PriceRequest
 from dtmsearch.core.records import ContinuationRecord, RunRecord
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.strategy_settings import FisherSettings
 from dtmsearch.search.loop import measure, search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
@@ -112,7 +113,7 @@ def make_priced_run(folder: Path, run: str = "priced", num_samples: int = 32) ->
             rank_by="kl",
             continuation_tokens=CONTINUATION_TOKENS,
         )
-        strategy = Fisher(task, take, num_samples)
+        strategy = Fisher(task, take, FisherSettings(num_samples))
         plan = search(strategy, FakeEvaluator(fakes.evaluate, per_poll=8), writer, Silent())
         assert plan is not None
         plans = validation_plans(space, plan)

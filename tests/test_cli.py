@@ -359,7 +359,9 @@ def test_the_demo_ends_with_three_commands_to_go_on_with(
     assert following.count(str(tmp_path)) == 3  # the report's, the export's, and where the store is
 
 
-@pytest.mark.parametrize(("options", "in_process"), [([], True), (["--replicas", "2"], False)])
+@pytest.mark.parametrize(
+    ("options", "in_process"), [([], True), (["--replicas", "2"], False), (["--cpus-per-replica", "1"], False)]
+)
 def test_the_demo_needs_no_ray_unless_asked(options: list[str], in_process: bool, replace_run: Any) -> None:
     seen: list[Where] = []
 
@@ -518,6 +520,11 @@ def test_a_store_that_was_named_and_is_not_there_is_an_error(
 ) -> None:
     assert main([*verb, "--store", str(tmp_path / "mistyped")]) == 2
     assert "there is no store" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_looked_at_is_a_users_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--store", "x" * 5_000]) == 2
+    assert "raceback" not in capsys.readouterr().err
 
 
 def test_anything_but_a_select_is_a_usage_error(tmp_path: Path) -> None:

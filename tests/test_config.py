@@ -317,6 +317,13 @@ def test_a_strategys_settings_are_checked_as_every_section_is(change: str, said:
         read(TEXT, "search.strategy=auto", "search.width=null", change)
 
 
+def test_a_size_that_pruning_reaches_in_small_matrices_is_not_refused() -> None:
+    # 768 x 768 under it takes 0.68 bits per weight; in the largest, where a weight's place takes more, 1.02.
+    schemes = "search.schemes=[int2-channel+magnitude-0.97]"
+    file = read(TEXT, "search.strategy=auto", "search.width=null", schemes, "search.stop={bits_per_weight: 0.9}")
+    assert file.search.stop.bits_per_weight == 0.9
+
+
 def test_what_a_file_says_of_a_strategy_is_what_its_constructor_takes() -> None:
     assert read(TEXT, "search.strategy=auto", "search.width=null", "search.auto.plans=3").search.auto == AutoSettings(
         plans=3
@@ -389,3 +396,9 @@ def test_a_text_says_the_same_in_every_encoding_with_a_mark(tmp_path: Path, enco
 def test_what_holds_no_text_is_refused(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     with pytest.raises(UserError, match=said):
         documents(tmp_path, name, content)
+
+
+def test_what_else_ends_lines_may_stand_in_a_string_of_json(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one\u2028line"}\r\n{"text": "and\u0085one"}\n', encoding="utf-8")
+    file = parse(TEXT.replace("text.txt", "rows.jsonl"), "search.yaml", tmp_path)
+    assert texts.read_files(file, ("rows.jsonl",)) == ["one\u2028line", "and\u0085one"]

@@ -37,6 +37,11 @@ def test_ids_of_nodes_are_left_out_of_any_message_and_addresses_stay() -> None:
     assert headline(f"no answer from 10.0.0.7:6379 (node {NODE}) in 60 s") == "no answer from 10.0.0.7:6379 in 60 s"
 
 
+def test_words_that_hold_oom_are_no_lack_of_memory_and_ids_of_ours_stay() -> None:
+    message = f"run 'b' began with another model: manifest {'0eb5' * 8}, now at models/bloom-560m"
+    assert headline(message) == message
+
+
 def test_kinds_of_failed_evaluations_have_words() -> None:
     assert failed_evaluations({"replica_lost": 1, "nonfinite": 2}) == [
         "1 plan given up, since replica after replica was lost over it",

@@ -198,8 +198,8 @@ def test_a_verdict_speaks_of_the_metric_that_a_search_ranked_by() -> None:
 
     rows = [row("plan", 0.9, None), row("uniform:int4-g32", 0.8, PairedDifference(0.1, 0.05, 0.15, 0.95))]
     said = verdict(rows, "top5", 100)
-    assert "has a top-5 agreement of 0.9000: better than the best uniform plan" in said
-    assert "+0.1000 [+0.0500, +0.1500]" in validation_table(rows, "top5")
+    assert "has a top-5 agreement of 0.900: better than the best uniform plan" in said
+    assert "+0.100 [+0.050, +0.150]" in validation_table(rows, "top5")
 
 
 @pytest.mark.usefixtures("top5")

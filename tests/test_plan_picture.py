@@ -32,6 +32,11 @@ def test_schemes_of_the_same_bits_have_letters() -> None:
     assert len(set(symbols.values())) == 4 and rows[1] == f"q      {symbols['int4-g32']}{symbols['nf4']}"
 
 
+def test_a_scheme_of_a_package_that_is_not_here_has_a_letter() -> None:
+    plan = Plan.of({"layers.0.q": "ternary-g64"})
+    assert plan_picture(plan, components(2), 80).splitlines()[1] == "q      a."
+
+
 def test_more_layers_than_the_window_are_cut_into_parts() -> None:
     lines = plan_picture(Plan.of({"layers.0.q": "int4-g32"}), components(30), 24).splitlines()
     assert [line for line in lines if line.startswith("layer")] == ["layer  0         10", "layer  17 20"]

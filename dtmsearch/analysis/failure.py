@@ -10,15 +10,17 @@ from dtmsearch.analysis.format import counted
 _LONGEST = 240
 # Ids of Ray's nodes, actors, workers and tasks, and of our runs.
 _ID = r"\b[0-9a-f]{24,}\b"
+# Those that need no word before them: ours are shorter.
+_WIDE_ID = r"\b[0-9a-f]{40,}\b"
 _NOISE = re.compile(
     rf"\(?\b(?:on )?(?:the )?(?:node|actor|worker|task|job)(?:[ _-]?ids?)?[:= ]*{_ID}\)?"
-    rf"|\(?\b(?:ip|pid|node_ip|namespace|class_name)\s*[:=]\s*[^\s,)]*\)?|{_ID}",
+    rf"|\(?\b(?:ip|pid|node_ip|namespace|class_name)\s*[:=]\s*[^\s,)]*\)?|{_WIDE_ID}",
     re.IGNORECASE,
 )
 # What Ray and torch say, first match first -> what it means to somebody who knows neither.
 _MEANINGS = (
     (r"CUDA out of memory|out of memory on .*GPU", "a GPU had not enough memory for the model and a batch"),
-    (r"OutOfMemory|out of memory|OOM|memory pressure|running low on memory", "a machine had not enough memory"),
+    (r"OutOfMemory|out of memory|\bOOM\b|memory pressure|running low on memory", "a machine had not enough memory"),
     (r"its node has died|node (?:was )?(?:died|preempted|terminated|removed)|NodeDied", "the machine was lost"),
     (r"actor died|ActorDied|actor is dead|worker died|SYSTEM_ERROR|connection error code 2", "the process died"),
     (r"ActorUnavailable|actor .*unavailable", "the process did not answer any more"),

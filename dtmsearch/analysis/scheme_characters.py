@@ -25,6 +25,10 @@ def scheme_characters(schemes: Iterable[str]) -> Mapping[str, str]:
 
 
 def _bits(scheme: str) -> int | None:
-    """The digit of a scheme that rounds to fewer than ten bits."""
-    bits = parse_scheme(scheme).bits
+    """The digit of a scheme that rounds to fewer than ten bits; None of others, and of one of a package that is not
+    installed here."""
+    try:
+        bits = parse_scheme(scheme).bits
+    except ValueError:
+        return None
     return bits if 0 < bits < 10 else None

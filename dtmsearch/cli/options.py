@@ -137,6 +137,10 @@ def open_store(store: str) -> ResultStore:
     # Not through dtmsearch.workflows.run, which loads Ray: reading a store takes no cluster.
     from dtmsearch.store.store import ResultStore
 
-    if store != DEFAULT_STORE and "://" not in store and not Path(store).exists():
+    try:
+        is_there = store == DEFAULT_STORE or "://" in store or Path(store).exists()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--store {store}: {error}") from None
+    if not is_there:
         raise UserError(f"there is no store {store}; --store names the folder or bucket that the search was run with")
     return ResultStore(store, on_note=say)

@@ -36,9 +36,14 @@ def init_verb(model: str, prompts: str, validation: str, out: Path | None, force
     facts, machine = read_model(model), this_machine()
     if Path(facts.path).is_dir():
         from dtmsearch.core.evaluation import ModelSpec
+        from dtmsearch.errors import UserError
         from dtmsearch.workflows.check_search import model_lines
 
-        for line in model_lines(ModelSpec(facts.path)):
+        try:
+            lines = model_lines(ModelSpec(facts.path))
+        except UserError as error:  # such as code of its own, which the search file must allow first
+            lines = [f"the model was not looked into: {error}"]
+        for line in lines:
             say(line)
     texts = {"--prompts": prompts, "--validation": validation}
     missing = {option: path for option, path in texts.items() if not Path(path).is_file()}

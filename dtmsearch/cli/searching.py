@@ -37,8 +37,9 @@ def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
     """
     from dtmsearch.workflows.run import demo
 
-    if not (where["address"] or where["replicas"]):
-        where["in_process"] = True
+    where["in_process"] = not any(
+        where[name] for name in ("address", "replicas", "gpus_per_replica", "cpus_per_replica", "nodes_per_replica")
+    )
     with resumable("dtmsearch demo" + store_argument(store)), observing(quiet) as observer:
         summary = demo(store, where_of(**where), observer)
     _show_run(summary, store, form)

@@ -115,10 +115,6 @@ class WantedReplicas:
             self._count_again_at = time.monotonic() + _COUNT_SECONDS
         return self._counted
 
-    @property
-    def is_elastic(self) -> bool:
-        return not self._replicas
-
     def count_again(self) -> None:
         """A node may be gone: do not trust the last count."""
         self._count_again_at = 0.0

@@ -233,9 +233,11 @@ _WIDEST_BITS, _NARROWEST_BITS = 32, 8
 
 
 def _least_bits(scheme: str) -> float:
-    """Stored bits per weight that a scheme takes of the largest matrix: of no other it takes fewer."""
-    shape = (1 << 12, 1 << 20)
-    return parse_scheme(scheme).stored_bits(shape, _NARROWEST_BITS) / (shape[0] * shape[1])
+    """A bound from below of the stored bits per weight of a scheme: those of a huge matrix, without what says where its
+    weights were pruned, which takes less in small ones."""
+    shape, parsed = (1 << 12, 1 << 20), parse_scheme(scheme)
+    mask = 0 if parsed.pruning is None or parsed.own is not None else parsed.pruning.mask_bits(shape)
+    return (parsed.stored_bits(shape, _NARROWEST_BITS) - mask) / (shape[0] * shape[1])
 
 
 def _known_strategy(name: str) -> str:

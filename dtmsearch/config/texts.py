@@ -148,7 +148,7 @@ def _decoded(path: Path, content: bytes) -> str:
 def _rows_of_json(path: Path, text: str) -> list[str]:
     """The texts of a file with an object on each line. Raises `UserError` naming the line that has none."""
     found: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # strings may hold what else ends lines
         if not line.strip():
             continue
         try:

@@ -79,7 +79,7 @@ def _fitted(names: Sequence[str], cells: Sequence[Sequence[str]], window: int) -
     lines = [_line(_wrapped(names[:kept], widths), widths, right), "-" * _width(widths)]
     lines += [_line(_wrapped(row[:kept], widths), widths, right) for row in cells]
     if kept < len(names):
-        lines.append(f"(not shown in this width: {', '.join(names[kept:])})")
+        lines += _lines(f"(not shown in this width: {', '.join(names[kept:])})", window)
     return "\n".join(lines)
 
 

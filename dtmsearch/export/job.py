@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import DENSE
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.compat import is_ignored, kept_in_float32, tied_parameters
@@ -30,7 +29,8 @@ class Job:
 
     `runtime` is what shall load it, where a format has several. `compressor` makes a component's weights out of its
     own; it has what calibrated schemes need. `schemes` are those of the search, beyond the plan's. `trained` is a file
-    of weights that stand in the place of the checkpoint's own, `weights_id` names them.
+    of weights that stand in the place of the checkpoint's own, `weights_id` names them. `trust_remote_code` runs code
+    that comes with the model.
     """
 
     folder: Path
@@ -42,6 +42,7 @@ class Job:
     runtime: str = "transformers"
     compressor: Compressor = field(default_factory=Compressor)
     schemes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
     trained: Path | None = None
     weights_id: str = ""
 
@@ -67,7 +68,8 @@ class Job:
     @cached_property
     def empty(self) -> Any:
         """The model without weights, as transformers builds it."""
-        return empty_model(self.folder, ModelSpec(str(self.folder), dtype="float32"))
+        spec = ModelSpec(str(self.folder), dtype="float32", trust_remote_code=self.trust_remote_code)
+        return empty_model(self.folder, spec)
 
     @cached_property
     def _float32(self) -> frozenset[str]:
@@ -270,10 +272,6 @@ def refuse(format_name: str, reason: str, offending: Sequence[str]) -> UserError
     """The error of a plan that a format cannot hold, with every component in its way."""
     lines = "".join(f"\n  {line}" for line in offending)
     return UserError(f"{format_name} cannot hold this plan: {reason}{lines}")
-
-
-def compressed_schemes(plan: Plan) -> dict[str, str]:
-    return {name: scheme for name, scheme in plan.schemes.items() if scheme != DENSE}
 
 
 def _with_matrix(tensor: Tensor, component: Component, rewrite: Callable[[Component, Tensor], Tensor]) -> Tensor:

@@ -199,7 +199,7 @@ STATISTICS = _schema(
         ("mean_squares", _FLOATS),
     ],
 )
-# Components under schemes that took solving for, as `plans.calibration.PackedMatrix` says.
+# Components under schemes that took solving for, as `core.calibration.PackedMatrix` says.
 MATRICES = _schema(
     "matrices",
     [
@@ -233,7 +233,7 @@ TRAININGS = _schema(
         ("losses", _FLOATS),
     ],
 )
-# What a run knew of schemes without measuring them, as `plans.calibration.WeightError` says.
+# What a run knew of schemes without measuring them, as `core.calibration.WeightError` says.
 # `scheme_version` is what the error was measured by, as canonical JSON: the versions of the scheme's arithmetic
 # (`core.plan.versions_of`) and, where inputs weigh it, that of the calibration.
 WEIGHT_ERRORS = _schema(

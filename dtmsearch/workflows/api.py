@@ -216,8 +216,10 @@ def resume(
     return Run(opened, name, running.resume(name, opened, where, observer, evaluator))
 
 
-def demo(store: StoreLike = DEFAULT_STORE, where: Where = Where(), observer: Observer | None = None) -> Run:
-    """A whole search of the model inside the package."""
+def demo(
+    store: StoreLike = DEFAULT_STORE, where: Where = Where(in_process=True), observer: Observer | None = None
+) -> Run:
+    """A whole search of the model inside the package, in this process unless `where` says otherwise."""
     opened = open_store(store)
     found = running.demo(opened, where, observer)
     return Run(opened, found.run, found)

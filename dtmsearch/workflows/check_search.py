@@ -4,11 +4,15 @@ headers of the weights opened, the space of the search laid out."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dtmsearch.config import RecoverySection, SearchFile, texts
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import text_lines
+
+if TYPE_CHECKING:
+    from dtmsearch.model.modules.discovery import Survey
 
 
 def check_search(file: SearchFile) -> list[str]:
@@ -19,8 +23,11 @@ def check_search(file: SearchFile) -> list[str]:
     spec = file.model_spec
     lines: list[str] = []
     if Path(spec.path).is_dir():
-        lines = model_lines(spec)
-        _check_with_model(file, spec)
+        from dtmsearch.model.modules.discovery import survey
+
+        found = survey(spec)
+        lines = _lines_of(found)
+        _check_with_model(file, spec, found)
     else:
         _read_all(file)
     return [*lines, *text_lines(file)]
@@ -31,7 +38,10 @@ def model_lines(spec: ModelSpec) -> list[str]:
     `UserError` for one that cannot be searched."""
     from dtmsearch.model.modules.discovery import survey
 
-    found = survey(spec)
+    return _lines_of(survey(spec))
+
+
+def _lines_of(found: Survey) -> list[str]:
     number = len(found.manifest.components)
     line = f"the model: {number:,} components in {found.manifest.num_layers} layers"
     if not found.untried:
@@ -46,12 +56,10 @@ def _read_all(file: SearchFile) -> None:
             texts.read(file, section)
 
 
-def _check_with_model(file: SearchFile, spec: ModelSpec) -> None:
-    from dtmsearch.model.modules.discovery import survey
+def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> None:
     from dtmsearch.model.modules.loading import load_tokenizer
     from dtmsearch.model.replica.prompts import Cutter
 
-    found = survey(spec)
     space = space_of(file, found.manifest)
     tokenizer = load_tokenizer(Path(spec.path), spec)
     if any(scheme.needs_calibration for scheme in space.parsed):

@@ -168,6 +168,7 @@ def _job(found: Source, runtime: str, results: ResultStore) -> Job:
         schemes=() if found.file is None else found.file.search.schemes,
         trained=found.trained,
         weights_id=found.weights_id,
+        trust_remote_code=found.spec.trust_remote_code,
     )
 
 

@@ -162,9 +162,10 @@ def _limits(folder: Path) -> tuple[int | None, int | None]:
     """How many tokens the model of a folder reads at most, and how many it knows, where its configuration says so."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = content.get("text_config", content)  # a model of images and text has one for its text
+        limits = [text.get(key) for key in ("max_position_embeddings", "vocab_size")]
+    except (OSError, ValueError, AttributeError):
         return None, None
-    limits = [content.get(key) for key in ("max_position_embeddings", "vocab_size")]
     context, num_embeddings = (limit if isinstance(limit, int) else None for limit in limits)
     return context, num_embeddings
 

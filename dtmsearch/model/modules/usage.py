@@ -198,10 +198,6 @@ class _Watching:
             found |= more
 
 
-def _side_of(shape: Sequence[int], size: int, not_this: int) -> int | None:
-    return next((side for side, own in enumerate(shape) if side != not_this and own == size), None)
-
-
 class _Operations(Operations):
     """Notes every operation, and answers what only values could: all experts are hit, every mask holds somewhere."""
 

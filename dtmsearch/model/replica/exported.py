@@ -61,8 +61,13 @@ def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.de
     """As a user loads it; but unless it shall be `repacked`, bitsandbytes is kept from rounding the scales of its 4-bit
     weights once more, which it does on CPUs with AVX512-BF16, as the search kept it. Each sequence runs by itself where
     LLM.int8() would take outliers of the others in its batch for its own."""
-    model = loader(AutoConfig.from_pretrained(folder)).from_pretrained(
-        folder, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention, device_map=str(device)
+    trust = spec.trust_remote_code
+    model = loader(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).from_pretrained(
+        folder,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attention,
+        device_map=str(device),
+        trust_remote_code=trust,
     )
     for module in model.modules():
         if not repacked:

@@ -157,11 +157,6 @@ def _mixed(first: Sequence[float], last: Sequence[float], weights: Sequence[floa
     return tuple(low + (high - low) * part for low, high in zip(first, last, strict=True))
 
 
-def uniform_allocation(current: Sequence[float], share: float) -> Allocation:
-    """What brings every component to `share`; nothing where one is beyond it."""
-    return Allocation(tuple(max(share - now, 0.0) for now in current))
-
-
 def owl_allocation(
     outliers: Sequence[float], weights: Sequence[float], current: Sequence[float], target: float, spread: float = 0.08
 ) -> Allocation:

@@ -153,8 +153,8 @@ class Lazy(TreeSearch):
         """Give the children that count an answer: all in the first round, then the head of the queue."""
         if not self._decisions:
             yield from self._measure(children)
-            if self._rank_by in ("ppl", "dppl"):
-                # The dense model's own perplexity is not measured: no child can be told from it by less than the least.
+            if self._rank_by not in ("fdt", "sdt", "kl"):
+                # The base model's own value is not measured: no child can be told from it by less than the least.
                 self._kept = [(Plan(), min(map(self._loss, children)))]
             self._learn(children, drifting=False)
             return
