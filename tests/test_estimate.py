@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from tiny import replica
 from dtmsearch.config import load
 from dtmsearch.console.text import estimate_text
 from dtmsearch.core.evaluation import Speed
+from dtmsearch.errors import UserError
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import estimate as module
@@ -109,6 +111,29 @@ def test_prices_are_counted_a_backward_pass_as_two(tmp_path: Path) -> None:
     assert more.tokens - less.tokens == 10 * 3 * 22
     assert more.operations > less.operations
     assert more.search_seconds > less.search_seconds
+
+
+class Unpriceable(Two):
+    def unpriceable(self, components: Sequence[str]) -> str:
+        return "the model's layers lie in several processes"
+
+
+def foretold_without_prices(file: Path) -> Estimate:
+    return estimate(load(str(file)), evaluator=lambda *opening: cast(ModelEvaluator, Unpriceable(*opening)))
+
+
+def test_where_prices_cannot_be_had_auto_is_foretold_to_probe(tmp_path: Path) -> None:
+    search = {"strategy": "auto", "rank_by": "kl", "schemes": ["int4-channel", "int8-channel"]}
+    file = tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 6.5}})
+    components = len(replica(tmp_path / "model").manifest().components)
+    assert foretold(file).evaluations < components <= foretold_without_prices(file).evaluations
+
+
+def test_a_dry_run_refuses_prices_that_cannot_be_had_as_the_search_does(tmp_path: Path) -> None:
+    search = {"strategy": "fisher", "rank_by": "kl", "schemes": ["int4-channel", "int8-channel"]}
+    file = tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 6.5}})
+    with pytest.raises(UserError, match=r"several processes\. Use auto or sensitivity"):
+        foretold_without_prices(file)
 
 
 def test_a_probe_costs_its_layers_and_heads(tmp_path: Path) -> None:

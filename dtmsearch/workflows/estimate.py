@@ -25,6 +25,7 @@ from dtmsearch.search.strategies.generator import Procedure
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.workflows.build import extra_metrics_of, space_of, strategy_of
 from dtmsearch.workflows.session import OpenEvaluator, pool_for
+from dtmsearch.workflows.take_prices import missing_prices
 
 # So many plans are tested where one is to be shown to keep an FDT.
 _USUAL_RUNGS = 12
@@ -63,10 +64,11 @@ def estimate(
         manifest = pool.manifest()
         start_seconds = time.monotonic() - started
         space = space_of(file, manifest)
+        by_prices = _takes_prices(file) and not missing_prices(file.search.strategy, space, pool)
         speed = pool.measure_speed(prompts.count, prompts.prompt_tokens, prompts.continuation_tokens)
         replicas = pool.num_replicas
     extra = extra_metrics_of(file)
-    expected = _expected(file, space, manifest)
+    expected = _expected(file, space, manifest, by_prices)
     evaluations, prompts_each, share = expected.evaluations, expected.prompts_each, expected.share_of_layers
     each = prompts_each * candidate_seconds(speed, share, manifest.num_layers, extra)
     each += speed.compress_seconds * expected.share_of_plans
@@ -168,7 +170,11 @@ class _Expected:
     priced: int = 0
 
 
-def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> _Expected:
+def _takes_prices(file: SearchFile) -> bool:
+    return file.search.strategy != "sparsity" and STRATEGIES[file.search.strategy].takes_prices
+
+
+def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest, by_prices: bool) -> _Expected:
     # How much is asked for hardly depends on the errors of weights: those of a model like any other do.
     nominal = {(c.name, s.name): 4.0 ** -(s.bits or 2) for c in space.components for s in space.parsed}
 
@@ -182,8 +188,7 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest) -> 
         return np.full((samples[1] - samples[0], len(one), len(schemes)), one, np.float32)
 
     sparsity = file.search.strategy == "sparsity"  # which is put together apart from the others
-    prices = take if not sparsity and STRATEGIES[file.search.strategy].takes_prices else None
-    strategy = strategy_of(file, space, reference_id="", errors=nominal, take=prices)
+    strategy = strategy_of(file, space, reference_id="", errors=nominal, take=take if by_prices else None)
     asks = strategy.ask()
     layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]
     share = sum(layers) / (len(layers) * manifest.num_layers) if layers else 1.0

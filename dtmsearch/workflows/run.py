@@ -38,7 +38,7 @@ from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
 from dtmsearch.workflows.lookup import StoreLike, begun, check_continuable, open_store, stored_file
 from dtmsearch.workflows.recover import Recovering
 from dtmsearch.workflows.session import OpenEvaluator, Session, opened
-from dtmsearch.workflows.take_prices import TakingPrices
+from dtmsearch.workflows.take_prices import TakingPrices, missing_prices
 from dtmsearch.workflows.text_windows import (
     Cut,
     cut_held_out,
@@ -329,10 +329,8 @@ def searching(session: Session, reference: Reference, calibrating: Calibrating, 
 
 def _taking_prices(session: Session, reference: Reference, calibration_id: str) -> TakingPrices | None:
     """What takes prices; None where they cannot be had and the strategy does without. Raises `UserError`."""
-    problem = session.pool.unpriceable([component.name for component in session.space.components])
     name = session.file.search.strategy
-    if problem and not STRATEGIES[name].needs_errors:
-        raise UserError(f"strategy: {name} needs prices, which cannot be had: {problem}. Use auto or sensitivity")
+    problem = missing_prices(name, session.space, session.pool)
     if problem:
         session.note(f"{name} probes components one by one, for prices cannot be had: {problem}")
         return None

@@ -11,12 +11,23 @@ from numpy.typing import NDArray
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind, PriceRequest, priced_schemes
-from dtmsearch.errors import SearchStopped
+from dtmsearch.errors import SearchStopped, UserError
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.workflows.session import Session
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
 _BLOCK_SAMPLES = {"cpu": 32, "cuda": 192}
+
+
+def missing_prices(strategy: str, space: SearchSpace, pool: ModelEvaluator) -> str:
+    """Why a strategy that takes prices goes without them; empty where they can be had. Raises `UserError` for one that
+    cannot go without."""
+    problem = pool.unpriceable([component.name for component in space.components])
+    if problem and not STRATEGIES[strategy].needs_errors:
+        raise UserError(f"strategy: {strategy} needs prices, which cannot be had: {problem}. Use auto or sensitivity")
+    return problem
 
 
 class TakingPrices:
