@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
     """Search the small model in the package, in this process.
 
-    From start to a plan that is measured on held-out text, in half a minute. With --replicas or --address on Ray.
+    From start to a plan that is measured on held-out text, in about a minute. With --replicas or --address on Ray.
     """
     from dtmsearch.workflows.run import demo
 
