@@ -306,3 +306,49 @@ def test_auto_killed_while_it_takes_prices_ends_as_if_it_had_not_been(
     (whole,), (again,) = ResultStore(tmp_path / "whole").runs(), ResultStore(tmp_path / "killed").runs()
     assert whole.status == again.status == "finished"
     assert whole.final_plan_id == again.final_plan_id
+
+
+def stopped_auto(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int, priced: bool) -> Path:
+    """A search by `auto` that was stopped after so many calls of its replica, with prices or without."""
+    effort = {"samples": 40, "slopes": 4, "prompts": 2}
+    search = {"strategy": "auto", "rank_by": "kl", "schemes": ["int3-channel", "int4-channel"], "auto": effort}
+    path = tiny_search(folder, search=search | {"stop": {"bits_per_weight": 3.6}})
+    name = "price" if priced else "evaluate"
+    own, calls = getattr(Replica, name), iter(range(1, 1000))
+
+    def stopping(model: Replica, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return own(model, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SearchStopped):
+        patch.setattr(Replica, name, stopping)
+        if not priced:
+            patch.setattr(Replica, "unpriceable", in_processes)
+        run_here(path, folder / "store")
+    return path
+
+
+def in_processes(model: Replica, components: Sequence[str]) -> str:
+    return "its layers lie in several processes"
+
+
+def test_a_run_begun_with_prices_is_not_continued_by_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stopped_auto(tmp_path, monkeypatch, after=2, priced=True)
+    monkeypatch.setattr(Replica, "unpriceable", in_processes)
+    with pytest.raises(UserError, match="'tiny' was begun with prices, which cannot be had now: its layers lie"):
+        run_here(path, tmp_path / "store")
+
+
+def test_a_run_begun_by_probes_is_continued_by_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stopped_auto(tmp_path, monkeypatch, after=3, priced=False)
+    run_here(path, tmp_path / "store")
+    results = ResultStore(tmp_path / "store")
+    assert [run.status for run in results.runs()] == ["finished"]
+    assert results.table("prices").num_rows == 0
+
+
+def test_a_run_that_was_stopped_before_it_probed_takes_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stopped_auto(tmp_path, monkeypatch, after=1, priced=False)
+    run_here(path, tmp_path / "store")
+    assert ResultStore(tmp_path / "store").table("prices").num_rows > 0

@@ -328,13 +328,29 @@ def searching(session: Session, reference: Reference, calibrating: Calibrating, 
 
 
 def _taking_prices(session: Session, reference: Reference, calibration_id: str) -> TakingPrices | None:
-    """What takes prices; None where they cannot be had and the strategy does without. Raises `UserError`."""
-    name = session.file.search.strategy
+    """What takes prices; None where they cannot be had and the strategy does without, as it began. Raises `UserError`
+    for a run that began with prices and cannot go on with them: by probes it would decide otherwise."""
+    name, run = session.file.search.strategy, session.file.run
     problem = missing_prices(name, session.space, session.pool)
+    priced = _has_rows(session, "prices")
+    if problem and priced:
+        raise UserError(
+            f"run {run!r} was begun with prices, which cannot be had now: {problem}. Continue it with each replica in "
+            f"one process (without --nodes-per-replica), or search anew under another name (--set run={run}-2)"
+        )
     if problem:
         session.note(f"{name} probes components one by one, for prices cannot be had: {problem}")
         return None
+    # Weights' errors are what it knows without prices: a run that has lost its prices takes them again.
+    if not priced and _has_rows(session, "weight_errors") and _has_rows(session, "evaluations"):
+        session.note(f"{name} goes on by probes, as run {run!r} was begun, though prices can be had now")
+        return None
     return TakingPrices(session, session.space, reference, calibration_id)
+
+
+def _has_rows(session: Session, table: str) -> bool:
+    """Whether the run has rows in a table."""
+    return bool(session.store.table(table, ["run"], session.file.run).num_rows)
 
 
 def rare_experts(routed: Mapping[str, int]) -> str:
