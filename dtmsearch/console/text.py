@@ -292,7 +292,10 @@ def estimate_text(estimate: Estimate) -> str:
         [
             _line("search", f"about {estimate.evaluations:,} evaluations, {estimate.tokens / 1e6:,.1f} million tokens"),
             _line("work", f"{estimate.operations / 1e12:,.1f} TFLOP in matrix products, shared prefixes left out"),
-            _line("memory", f"{estimate.memory_bytes / 2**30:.2f} GiB a replica{nodes}, {estimate.replicas} replicas"),
+            _line(
+                "memory",
+                f"{estimate.memory_bytes / 2**30:.2f} GiB a replica{nodes}, {counted(estimate.replicas, 'replica')}",
+            ),
             _line("prefixes", _STATES_KEPT[estimate.states_kept]),
             _line("rate", f"{estimate.evaluation_seconds:.3g} s an evaluation, as timed here, by all replicas at once"),
             _line("time", f"{duration(estimate.search_seconds)} of search"),

@@ -152,7 +152,7 @@ validation:             # held out: other text than above
   count: {count * _VALIDATION_FACTOR}
 
 search:
-  strategy: auto        # measures each component once and solves for the rest; beam is the paper's, and slower
+  strategy: auto        # prices each option by backward passes, solves, and measures around the plan; beam is slower
   rank_by: kl           # or fdt, sdt, dppl, ppl
   schemes: [int8-channel, int4-{scales}, int3-{scales}]{uneven}
   components: {{include: ["*"], exclude: []}}      # by name or kind, such as q, k, v, o, gate, up, down
