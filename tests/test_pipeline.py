@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import families_of_models
 import pytest
 from tiny import TEXT, in_stages, llama_config, replica, values, with_reference, write_model
+from transformers import AutoConfig
 
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import EvalRequest, Reference
 from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
 from dtmsearch.model.pipeline_parallel.stage import cut
 from dtmsearch.model.replica.replica import Replica
 
@@ -128,3 +131,27 @@ def test_statistics_and_solved_matrices_are_alike(calibrated: list[tuple[Replica
 def test_memory_is_that_of_all_stages(whole: tuple[Replica, Reference], staged: tuple[Replica, Reference]) -> None:
     one, other = [model.measure_speed(2, 4, 4).memory_bytes for model, _ in (whole, staged)]
     assert other > one  # by what lies outside the layers, which every stage has
+
+
+def deep(family: str, folder: Path) -> Path:
+    """A tiny model of four layers."""
+    default = AutoConfig.for_model(family)
+    settings = families_of_models.tiny_settings(default, families_of_models.SPECIAL.get(family, {}))
+    settings["num_hidden_layers"] = 4
+    for key in ("layer_types", "mlp_layer_types"):
+        if key in settings:
+            settings[key] = (list(settings[key]) * 4)[:4]
+    return write_model(folder, AutoConfig.for_model(family, **settings))
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("zaya", "a pass that starts at layer 1 is not the same"),
+        ("hrm_text", "its layers run several times"),
+        ("jamba", "with a cache in each stage it does not generate its own tokens"),
+    ],
+)
+def test_a_model_that_stages_would_change_is_refused_at_the_start(family: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"cannot be cut into stages: {why}"):
+        in_stages(deep(family, tmp_path), 2)

@@ -170,11 +170,8 @@ class Body:
         """Find out, on two prompts of random tokens, where a pass may be cut: where one that starts there gives what
         the whole model gives, bit by bit; whether the head may be run by itself; and which cache gives its own tokens.
         """
-        generator = torch.Generator().manual_seed(0)
-        shape = 2, 2, _PROVED_TOKENS
-        prompts = torch.randint(1, max(2, self.vocabulary_size - 1), shape, generator=generator).to(self.input_device)
         with torch.inference_mode():
-            tokens, others = prompts
+            tokens, others = self.random_prompts()
             logits = self.model(input_ids=tokens, use_cache=False).logits
             self.head_apart = self._proves(lambda: _alike(self._logits_apart(tokens), logits))
             whole = self.run(tokens)
@@ -184,6 +181,12 @@ class Body:
             self._new_cache = self._proved_cache(tokens, logits)
         if len(self.cuts) <= self.num_layers:
             log.warning("%s", self.how_it_runs())
+
+    def random_prompts(self) -> Tensor:
+        """Two batches of two prompts on which things are proved, the same at every start."""
+        generator = torch.Generator().manual_seed(0)
+        shape = 2, 2, _PROVED_TOKENS
+        return torch.randint(1, max(2, self.vocabulary_size - 1), shape, generator=generator).to(self.input_device)
 
     def how_it_runs(self) -> str:
         """Where the model's passes may start, for a person; empty where they may at every layer."""
@@ -249,20 +252,23 @@ class Body:
     def _proved_cache(self, tokens: Tensor, logits: Tensor) -> Callable[[int], Cache | None] | None:
         """What makes the cache to generate with: ours, which does not grow; else (a function that gives none) the
         model's own; None where it is to have none. Tokens generated with it are the whole model's best, or near to."""
-        prompts = tokens[:, : _PROVED_TOKENS // 2]
-
-        def works() -> bool:
-            found = self.generate(prompts, _PROVED_TOKENS // 2, ())
-            rows = torch.cat([prompts, found], dim=1)
-            own = self.model(input_ids=rows, use_cache=False).logits[:, prompts.shape[1] - 1 : -1].float()
-            chosen = own.gather(2, found.unsqueeze(2)).squeeze(2)
-            return bool((own.amax(2) - chosen <= _TIE * own.std(2)).all())
-
         for make in (self.new_cache, lambda length: None):
             self._new_cache = make
-            if self._proves(works):
+            if self._proves(lambda: self.generates_own(tokens)):
                 return make
         return None
+
+    def generates_own(self, tokens: Tensor) -> bool:
+        """Whether what is generated from the first half of `tokens` are the best tokens of single passes, or near."""
+        prompts = tokens[:, : _PROVED_TOKENS // 2]
+        found = self.generate(prompts, _PROVED_TOKENS // 2, ())
+        own = self._whole_logits(torch.cat([prompts, found], dim=1))[:, prompts.shape[1] - 1 : -1].float()
+        chosen = own.gather(2, found.unsqueeze(2)).squeeze(2)
+        return bool((own.amax(2) - chosen <= _TIE * own.std(2)).all())
+
+    def _whole_logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
 
     @property
     def num_layers(self) -> int:
@@ -389,7 +395,8 @@ class Body:
         return _state_of(found[0])
 
     def boundaries(self, tokens: Tensor) -> list[Tensor]:
-        """The states at all boundaries from the first layer's input to the last one's output, [layers + 1]."""
+        """The states at all boundaries from the first layer's input to the last one's output, [layers + 1]; more where
+        layers run several times."""
         found: list[Tensor] = []
 
         def note(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:

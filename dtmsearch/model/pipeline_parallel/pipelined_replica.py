@@ -19,6 +19,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings, Speed
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme, solved_pairs
+from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import AnyCalibrator, Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.compress.compressor import Fetch
@@ -85,6 +86,45 @@ class PipelineBody(Body):
         self._remotes = remotes
         # While one batch is in the last stage, others are in those before.
         self.passes_ahead = len(remotes)
+
+    def check_cuts(self) -> None:
+        """Raises `UserError` for a model that cannot be cut into stages, as far as this stage's layers tell: they run
+        once in a pass, and each gives from the state below it alone, bit by bit, what it gives in the pass."""
+        with torch.inference_mode():
+            tokens, others = self.random_prompts()
+            with self._only(self.own.start, self.own.stop):
+                states = self.boundaries(tokens)
+                self.run(others)  # lest layers find what they left of the same tokens
+            # Of the stand-ins for the other layers nothing is noted.
+            if len(states) != self.own.stop + 1:
+                raise self._uncuttable("its layers run several times")
+            for start in range(1, self.own.stop):
+                found = self.through(states[start], start, start + 1, lambda: self.run(tokens))
+                if not torch.equal(found, states[start + 1]):
+                    raise self._uncuttable(f"a pass that starts at layer {start} is not the same")
+
+    def check_cache(self) -> None:
+        """Raises `UserError` for a model that does not generate its own tokens with the stages' caches."""
+        try:
+            with torch.inference_mode():
+                right, why = self.generates_own(self.random_prompts()[0]), "other tokens than those of single passes"
+        except UserError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # what the model's code makes of a cache
+            right, why = False, f"{type(error).__name__}: {error}"
+        if not right:
+            raise self._uncuttable(f"with a cache in each stage it does not generate its own tokens ({why})")
+
+    def _whole_logits(self, tokens: Tensor) -> Tensor:
+        hidden = self.finish(tokens, None, 0)
+        with self.head_only():
+            return self.logits(hidden.reshape(-1, hidden.shape[-1])).reshape(*tokens.shape, -1)
+
+    def _uncuttable(self, why: str) -> UserError:
+        return UserError(
+            f"{type(self.model).__name__} cannot be cut into stages: {why}. Give each replica one process (without "
+            "--nodes-per-replica), whose GPUs --gpus-per-replica says"
+        )
 
     def advance(self, tokens: Tensor, state: State | None, start: int, stop: int) -> State:
         here = self.own.stop
@@ -425,7 +465,10 @@ class PipelineReplica(Replica):
         return LoadedModel(part.model, tokenizer, part.manifest, part.checkpoint, fingerprint)
 
     def _make_body(self, model: Any) -> Body:
-        return PipelineBody(model, self._own, self._remotes)
+        body = PipelineBody(model, self._own, self._remotes)
+        body.check_cuts()
+        body.check_cache()
+        return body
 
     def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
         device = self._body.input_device
