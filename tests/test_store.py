@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from contracts import ResultLogContract, ids, make_record, make_records, make_request, make_step
 from fakes import MODE, REFERENCE_ID, MemoryLog, toy_components, toy_manifest
@@ -21,7 +22,7 @@ from dtmsearch.errors import StoreError, StoreFull, StoreReadOnly
 from dtmsearch.search.protocols import ResultLog
 from dtmsearch.store import locks
 from dtmsearch.store.files import Folder
-from dtmsearch.store.schemas import FORMAT_VERSION, MODE_COLUMNS
+from dtmsearch.store.schemas import FORMAT_VERSION, MODE_COLUMNS, SCHEMAS, fits
 from dtmsearch.store.store import ResultStore
 
 
@@ -151,6 +152,57 @@ def test_a_store_of_format_1_is_read_and_goes_on(tmp_path: Path) -> None:
     assert again == columns["evaluation_id"][:2]
     assert columns["extra_metrics"] == [None, None, ["kl", "ppl"]]
     assert results.notes == []
+
+
+# Columns of every table as the first format had them.
+FORMAT_1_COLUMNS = {
+    "runs": """
+        run status config config_folder manifest_id reference_id validation_reference_id final_plan_id
+        created_at finished_at version message continue_command
+    """,
+    "components": """
+        manifest_id model component layer kind rows cols num_weights dense_bits
+    """,
+    "prompts": """
+        reference_id manifest_id mode prompt tokens continuation human_continuation base_agreement
+        disagreements suppressed
+    """,
+    "evaluations": """
+        run step evaluation_id plan_id parent_plan_id weights_id perturbation component scheme purpose label
+        reused_from reference_id status message num_compressed share bits_per_weight num_prompts fdt_mean
+        fdt_p25 fdt_p50 fdt_p75 sdt_mean dppl ppl kl fdt sdt dppl_list ppl_list kl_list tokens wall_seconds
+        replica node attempts finished_at version
+    """,
+    "plans": """
+        plan_id component scheme stored_bits num_weights
+    """,
+    "steps": """
+        run step plan_id perturbation score num_compressed share bits_per_weight sparsity evaluations
+        wall_seconds
+    """,
+    "statistics": """
+        calibration_id manifest_id component mean_squares
+    """,
+    "matrices": """
+        calibration_id component scheme rows cols bits block scale_dtype codes scales zeros mask
+    """,
+    "weight_errors": """
+        run component scheme plain weighted_by_inputs weighted_by_hessian
+    """,
+    "continuations": """
+        run reference_id plan_id prompt prompt_text base_tokens base_pieces base_margins own_tokens
+        own_pieces own_margins
+    """,
+    "trainings": """
+        run round training_id plan_id from_weights_id weights_id steps tokens wall_seconds losses
+    """,
+}
+
+
+@pytest.mark.parametrize("table", FORMAT_1_COLUMNS)
+def test_every_table_of_format_1_is_one_of_todays(table: str) -> None:
+    names = FORMAT_1_COLUMNS[table].split()
+    assert fits(table, pa.schema([SCHEMAS[table].field(name) for name in names]))
 
 
 def test_an_older_dtmsearch_is_kept_from_a_store_that_this_one_has_written_to(tmp_path: Path) -> None:

@@ -303,6 +303,7 @@ ADDED: dict[str, frozenset[str]] = {
             "search_text",
             "held_out_text",
             "choice_reference_id",
+            "min_fdt_reference_id",
         }
     ),
 }
