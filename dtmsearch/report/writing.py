@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.resources import files
@@ -52,6 +53,7 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "alone_in": facts.rank_by if facts.sensitivity else "kl",
         "failed": _failed(facts),
         "recipe": recipe_command(summary.run, store.url),
+        "resume": f"dtmsearch resume {shlex.quote(summary.run)} --store {shlex.quote(store.url)}",
         "vanished": [row["component"] for row in facts.plan_rows if row["pruned"] == 1.0],
         "texts": [_side_by_side(row) for row in facts.texts],
         "titles": {metric: title_of(metric) for metric in facts.metrics},
