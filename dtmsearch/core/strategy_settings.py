@@ -24,9 +24,9 @@ class AtLeast:
         return handler(source) | {"ge": self.least}
 
 
-Some = Annotated[int, AtLeast(1)]
-SomeOrNone = Annotated[int, AtLeast(0)]
-Several = Annotated[int, AtLeast(2)]
+Positive = Annotated[int, AtLeast(1)]
+NonNegative = Annotated[int, AtLeast(0)]
+TwoOrMore = Annotated[int, AtLeast(2)]
 
 
 class StrategySettings:
@@ -48,23 +48,23 @@ class AutoSettings(StrategySettings):
     before), the plans drawn in each and the swaps tried at once; and the prompts that all rounds together, and all
     swaps, may forward (a prompt once for every plan measured on it). `sensitivity` takes the probe from here."""
 
-    probe_prompts: Some = 4
+    probe_prompts: Positive = 4
     """Prompts on which each component is measured alone."""
-    samples: Several = 192
+    samples: TwoOrMore = 192
     """Samples of the prices that a search begins with, where these can be had."""
-    slopes: Several = 48
+    slopes: TwoOrMore = 48
     """Prompts of a slope, where prices can be had."""
-    rounds: SomeOrNone = 6
+    rounds: NonNegative = 6
     """Rounds of correction at most."""
-    prompts: Some = 16
+    prompts: Positive = 16
     """Prompts of the first round; each further one takes twice as many."""
-    plans: Some = 8
+    plans: Positive = 8
     """Plans drawn in a round, and swaps tried at once."""
-    correction_prompts: SomeOrNone = 4_000
+    correction_prompts: NonNegative = 4_000
     """Prompts that all rounds may forward together, counted once for every plan."""
-    polish_prompts: SomeOrNone = 3_000
+    polish_prompts: NonNegative = 3_000
     """Prompts that all swaps may forward together."""
-    swap_prompts: SomeOrNone = 0
+    swap_prompts: NonNegative = 0
     """The same where prices can be had, and plans cost more than these say."""
 
 
@@ -72,7 +72,7 @@ class AutoSettings(StrategySettings):
 class FisherSettings(StrategySettings):
     """How much `fisher` measures."""
 
-    samples: Several = 512
+    samples: TwoOrMore = 512
     """Samples of the prices: a backward pass each."""
 
 
@@ -80,7 +80,7 @@ class FisherSettings(StrategySettings):
 class KnapsackSettings(StrategySettings):
     """How much `knapsack` measures."""
 
-    prompts: Some = 256
+    prompts: Positive = 256
     """Prompts on which each component is measured alone under each scheme."""
 
 
@@ -88,13 +88,13 @@ class KnapsackSettings(StrategySettings):
 class SpdySettings(StrategySettings):
     """Coefficients drawn to begin with; then `generations` of `children` that draw some of the best one's anew."""
 
-    starts: Some = 100
+    starts: Positive = 100
     """Random starts."""
-    generations: SomeOrNone = 20
+    generations: NonNegative = 20
     """Generations of mutation."""
-    children: Some = 16
+    children: Positive = 16
     """Children of a generation."""
-    prompts: Some = 32
+    prompts: Positive = 32
     """Prompts that each is measured on."""
 
 
@@ -103,13 +103,13 @@ class EvolutionSettings(StrategySettings):
     """`prompts` of each stage of selection; `survivors` of all but the last, which leaves one. Raises `ValueError`
     where these are not as many as they must be."""
 
-    generations: Some = 400
+    generations: Positive = 400
     """Generations."""
-    children: Some = 16
+    children: Positive = 16
     """Children of a generation."""
-    prompts: tuple[Some, ...] = (8, 32, 64)
+    prompts: tuple[Positive, ...] = (8, 32, 64)
     """Prompts of each stage of selection."""
-    survivors: tuple[Some, ...] = (4, 2)
+    survivors: tuple[Positive, ...] = (4, 2)
     """How many each stage but the last keeps; the last keeps one."""
 
     def __post_init__(self) -> None:
@@ -124,9 +124,9 @@ class EvolutionSettings(StrategySettings):
 class LocalSettings(StrategySettings):
     """Rounds of a local search, the swaps tried in each, and the prompts that they are first measured on."""
 
-    rounds: Some = 100
+    rounds: Positive = 100
     """Rounds at most."""
-    children: Some = 16
+    children: Positive = 16
     """Swaps tried in a round."""
-    prompts: Some = 32
+    prompts: Positive = 32
     """Prompts that they are first measured on."""

@@ -100,23 +100,23 @@ class Local(Solver):
     the leader has no better switch, or after the rounds of its settings.
     """
 
-    def __init__(self, task: Task, switching: LocalSettings = LocalSettings(), start: Options | None = None) -> None:
+    def __init__(self, task: Task, settings: LocalSettings = LocalSettings(), start: Options | None = None) -> None:
         super().__init__(task)
-        self._switching = switching
+        self._settings = settings
         self._start = start or self._largest_start()
 
     def script(self) -> Script:
-        most, size = self._switching.rounds, self._switching.children
-        everything, few = self._first(self.num_prompts), self._first(self._switching.prompts)
+        most, size = self._settings.rounds, self._settings.children
+        everything, few = self._first(self.num_prompts), self._first(self._settings.prompts)
         leader = self._start
-        self._foresee((1, self.num_prompts), (most * (size + 1), self._switching.prompts))
+        self._foresee((1, self.num_prompts), (most * (size + 1), self._settings.prompts))
         (answer,) = yield from self._measured([leader], everything)
         self._lead(leader, answer)
         untried, doubtful = self._switches(leader, 0), list[tuple[float, Options]]()
         for number in range(1, most + 1):
             field = list(islice(untried, size))
             if field:
-                self._foresee(((most - number + 1) * (size + 1), self._switching.prompts))
+                self._foresee(((most - number + 1) * (size + 1), self._settings.prompts))
                 base, *answers = yield from self._measured([leader, *field], few, self._choices.plan(leader))
                 values = [paired(each, base, self._rank_by)[0] for each in answers]
                 screened = sorted(zip(values, field, strict=True), key=lambda pair: pair[0])
