@@ -39,8 +39,6 @@ class ShapedReplica(replica.Replica):
         finally:
             torch.set_default_dtype(before)
         model.requires_grad_(False)
-        layers_name, layers = find_layers(model)
-        manifest = ModelManifest(
-            spec.path, None, spec.dtype, len(layers), spec.path, components_of(layers_name, layers)
-        )
+        _, layers = find_layers(model)
+        manifest = ModelManifest(spec.path, None, spec.dtype, len(layers), spec.path, components_of(model))
         return replica.LoadedModel(model, SimpleNamespace(eos_token_id=None), manifest, Checkpoint([]), "")
