@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import datetime
 import decimal
+import fractions
 import io
 import json
 import math
@@ -23,6 +24,8 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if isinstance(value, decimal.Decimal):
         return plain(int(value) if value == value.to_integral_value() else float(value))
+    if isinstance(value, fractions.Fraction):
+        return float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
@@ -32,6 +35,12 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
+
+
+def size_in_words(bits_per_weight: float, active_bits_per_weight: float | None) -> str:
+    """A plan's size for a person; of a mixture of experts also what a token reads."""
+    active = "" if active_bits_per_weight is None else f", {active_bits_per_weight:.2f} of those that a token reads"
+    return f"{bits_per_weight:.2f} bits per weight{active}"
 
 
 def values_of(column: Any) -> list[Any]:

@@ -45,7 +45,17 @@ from dtmsearch.store.store import ResultStore
 _INTERVAL_SEED = 0
 _VALIDATION_COLUMNS = [
     *("label", "plan_id", "weights_id", "purpose", "reference_id", "status", "message"),
-    *("num_compressed", "bits_per_weight", "share", "fdt", "sdt", "kl_list", "dppl_list", "ppl_list"),
+    *(
+        "num_compressed",
+        "bits_per_weight",
+        "active_bits_per_weight",
+        "share",
+        "fdt",
+        "sdt",
+        "kl_list",
+        "dppl_list",
+        "ppl_list",
+    ),
     *("fdt_unmasked", "sdt_unmasked"),
     *OTHER_COLUMNS,
     *SUMMARY_COLUMNS,
@@ -62,6 +72,7 @@ class RunSummary:
     failures included; `failures` counts them by kind. `wall_seconds` is the search's own time over all its sessions
     up to its last decision, None before the first. `verdict` says how the plan does on held-out prompts, in the metric
     that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size.
+    `active_bits_per_weight` is what a token reads of a mixture of experts, None of other models.
     `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
     from and how many repeat a text, None where the run's version did not record it; `min_fdt` what was asked and found
     of an FDT to be kept. `written` says by which export the final plan can be written at its counted size. `components`
@@ -100,6 +111,7 @@ class RunSummary:
     rival: str | None = None
     noise: NoiseFloor | None = None
     written: str | None = None
+    active_bits_per_weight: float | None = None
     components: tuple[Component, ...] = ()
 
 
@@ -168,6 +180,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         num_compressed=None if size is None else size.num_compressed,
         share=None if size is None else size.share,
         bits_per_weight=None if size is None else size.bits_per_weight,
+        active_bits_per_weight=None if size is None else size.active_bits_per_weight,
         wall_seconds=steps[-1].wall_seconds if steps else None,
         created_at=record.created_at,
         finished_at=record.finished_at,
@@ -219,7 +232,8 @@ def _verdict(
 ) -> str:
     if record.final_plan_id is None:
         return _without_plan(record)
-    said = verdict(rows, rank_by, None if reference is None else reference.continuation_tokens, rival)
+    length = None if reference is None else reference.continuation_tokens
+    said = verdict(rows, rank_by, length, rival, _counts_active(record))
     return said if noise is None else f"{said} {noise_sentence(noise)}"
 
 
@@ -306,19 +320,26 @@ class _Measured:
     per_prompt: Mapping[str, NDArray[np.generic]]
 
 
+def _counts_active(record: RunRecord) -> bool:
+    """Whether a run's budget counts the bits that a token reads, and none that are stored."""
+    stop = section_of(record.config, "search").get("stop")
+    stop = stop if isinstance(stop, dict) else {}
+    return bool(stop.get("active_bits_per_weight")) and not (stop.get("bits_per_weight") or stop.get("size_mb"))
+
+
 def _rival(store: ResultStore, record: RunRecord, rows: Sequence[ValidationRow], rank_by: str) -> ValidationRow | None:
     """The best uniform plan of at most the plan's size, by the prompts to choose by where the run had any: the best by
     the prompts that are reported would look better than it is."""
     plan = next((row for row in rows if row.label == PLAN), None)
     if plan is None or record.choice_reference_id is None:
-        return rival_of(rows, rank_by)
+        return rival_of(rows, rank_by, _counts_active(record))
     where = (pc.field("reference_id") == record.choice_reference_id) & (pc.field("purpose") == "choice")
     found = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where).to_pylist()
     chosen_by = [_validation_row(_Measured(row, row["label"], {}), None, None) for row in found]
     others = [row for row in chosen_by if row.plan_id != plan.plan_id]
-    best = rival_of([plan, *(row for row in others if row.label != PLAN)], rank_by)
+    best = rival_of([plan, *(row for row in others if row.label != PLAN)], rank_by, _counts_active(record))
     reported = None if best is None else next((row for row in rows if row.plan_id == best.plan_id), None)
-    return reported or rival_of(rows, rank_by)
+    return reported or rival_of(rows, rank_by, _counts_active(record))
 
 
 @dataclass(frozen=True)
@@ -402,6 +423,7 @@ def _validation_row(measured: _Measured, plan: _Measured | None, reference: _Hel
         plan_id=row["plan_id"],
         num_compressed=row["num_compressed"],
         bits_per_weight=row["bits_per_weight"],
+        active_bits_per_weight=row["active_bits_per_weight"],
         share=row["share"],
         summary=summary_of(dict(row)) if ok else None,
         failure=None if ok else f"{row['status']}: {row['message']}",

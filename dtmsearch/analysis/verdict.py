@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
 
-from dtmsearch.analysis.format import counted, interval_decimals
+from dtmsearch.analysis.format import counted, interval_decimals, size_in_words
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import LARGER
@@ -29,7 +29,8 @@ _RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
 class ValidationRow:
     """A plan on the held-out prompts. The differences are the final plan minus this one, paired over prompts: in
     tokens for fdt and sdt, in nats per token for kl and for perplexities (of their logarithms); None for the final plan
-    itself and where either was not measured."""
+    itself and where either was not measured. `active_bits_per_weight` is what a token reads of a mixture of experts,
+    None of other models."""
 
     label: str
     plan_id: str
@@ -44,6 +45,13 @@ class ValidationRow:
     dppl_vs_plan: PairedDifference | None = None
     ppl_vs_plan: PairedDifference | None = None
     others_vs_plan: Mapping[str, PairedDifference | None] = field(default_factory=dict, hash=False)
+    active_bits_per_weight: float | None = None
+
+    def counted_bits(self, active: bool) -> float:
+        """Bits per weight that plans are compared by: all, or where it is known what a token reads."""
+        return (
+            self.bits_per_weight if not active or self.active_bits_per_weight is None else self.active_bits_per_weight
+        )
 
     def vs_plan(self, metric: str) -> PairedDifference | None:
         found: PairedDifference | None = getattr(self, f"{metric}_vs_plan", None)
@@ -122,19 +130,18 @@ def _number(value: float | None, metric: str, spec: str | None = None) -> str:
     return "-" if value is None else format(value, spec or METRICS[metric].digits)
 
 
-def rival_of(rows: Sequence[ValidationRow], rank_by: str) -> ValidationRow | None:
+def rival_of(rows: Sequence[ValidationRow], rank_by: str, active: bool = False) -> ValidationRow | None:
     """The best uniform plan in `rank_by` that stores at most the plan's bits and 1%; one that could not be measured
-    only where none could; None where there is none of that size."""
+    only where none could; None where there is none of that size. `active`: by the bits that a token reads."""
     plan = next((row for row in rows if row.label == PLAN), None)
     if plan is None:
         return None
-    small = [
-        row for row in rows if row.uniform_scheme is not None and row.bits_per_weight <= LARGER * plan.bits_per_weight
-    ]
+    most = LARGER * plan.counted_bits(active)
+    small = [row for row in rows if row.uniform_scheme is not None and row.counted_bits(active) <= most]
     measured = [row for row in small if _value(row, rank_by) is not None]
     if measured:
         return min(measured, key=lambda row: _rank(row, rank_by))
-    return max(small, key=lambda row: row.bits_per_weight, default=None)
+    return max(small, key=lambda row: row.counted_bits(active), default=None)
 
 
 def _value(row: ValidationRow, metric: str) -> float | None:
@@ -170,9 +177,11 @@ def verdict(
     rank_by: str = "fdt",
     continuation_tokens: int | None = None,
     rival: ValidationRow | None = None,
+    active: bool = False,
 ) -> str:
     """How the final plan does on held-out prompts, in the metric that the search ranked by, against the best uniform
-    plan of at most its size (`rival`, by default the best on these prompts); FDT beside it."""
+    plan of at most its size (`rival`, by default the best on these prompts); FDT beside it. `active`: sizes are
+    the bits that a token reads."""
     plan = next((row for row in rows if row.label == PLAN), None)
     if plan is None:
         return "The plan was not measured on held-out prompts, so nothing is said of how good it is."
@@ -183,7 +192,7 @@ def verdict(
     metric = rank_by if _value(plan, rank_by) is not None else "fdt"
     said = [
         *([] if ruined is None else [f"The plan is unusable ({ruined}, FDT {plan.summary.fdt_mean:.1f})."]),
-        _against(plan, rival or rival_of(rows, metric), metric, base, continuation_tokens),
+        _against(plan, rival or rival_of(rows, metric, active), metric, base, continuation_tokens, active),
     ]
     instead = next((row for row in rows if row.label == FOUND), None)
     if instead is not None:
@@ -197,21 +206,22 @@ def _against(
     metric: str,
     base: ValidationRow | None,
     continuation_tokens: int | None,
+    active: bool,
 ) -> str:
     assert plan.summary is not None
+    of_its_size = "that has a token read at most as many bits" if active else "of at most its size"
     difference = None if rival is None else rival.vs_plan(metric)
     spec, own = _value_spec(difference, metric), _value(plan, metric)
     found = (
         f"On {counted(plan.summary.num_prompts, 'held-out prompt')} the plan "
-        f"({plan.bits_per_weight:.2f} bits per weight) {'-' if own is None else _shown(metric).said(own, spec)}"
+        f"({size_in_words(plan.bits_per_weight, plan.active_bits_per_weight)}) "
+        f"{'-' if own is None else _shown(metric).said(own, spec)}"
     )
     fdt = "" if metric == "fdt" else f" (FDT {plan.summary.fdt_mean:.1f})"
     if rival is None:
-        return (
-            f"{found}{fdt}; no uniform plan of at most its size was measured, so it is called neither better nor worse."
-        )
+        return f"{found}{fdt}; no uniform plan {of_its_size} was measured, so it is called neither better nor worse."
     other = (
-        f"the best uniform plan of at most its size, {rival.uniform_scheme} ({rival.bits_per_weight:.2f} bits"
+        f"the best uniform plan {of_its_size}, {rival.uniform_scheme} ({_size_of_rival(rival)}"
         f"{', unusable' if unusable(rival, base, continuation_tokens) else ''})"
     )
     if rival.summary is None or difference is None:
@@ -222,6 +232,11 @@ def _against(
         f"{found}: {_comparison(difference, metric)} {other}, with {value} ({_interval(difference, metric)})"
         f"{_beside(plan, rival, metric)}{_dissent(rival, metric)}."
     )
+
+
+def _size_of_rival(rival: ValidationRow) -> str:
+    active = rival.active_bits_per_weight
+    return f"{rival.bits_per_weight:.2f} bits{'' if active is None else f', {active:.2f} read by a token'}"
 
 
 def _comparison(difference: PairedDifference, metric: str) -> str:

@@ -168,8 +168,12 @@ def parse(
 
 def recorded(record: RunRecord) -> SearchFile:
     """The search file that a run was started from. An older dtmsearch wrote out every strategy's keys, and let keys
-    stand that its own did not use."""
-    return parse(record.config, f"the search file of run {record.run}", Path(record.config_folder), beside=None)
+    stand that its own did not use; one that knew no `experts` tied none."""
+    source = f"the search file of run {record.run}"
+    content = read_yaml(record.config, source)
+    if isinstance(search := content.get("search"), dict):
+        search.setdefault("experts", "expert")
+    return from_mapping(content, source, Path(record.config_folder), beside=None)
 
 
 def from_mapping(

@@ -18,6 +18,7 @@ from pydantic import (
 
 from dtmsearch.core import plugins
 from dtmsearch.core.calibration import Through
+from dtmsearch.core.components import Experts
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.records import RUN_NAME
@@ -159,6 +160,9 @@ class StopSection(Section):
     """This share of the weights is pruned."""
     size_mb: float | None = Field(default=None, gt=0)
     """The plan's stored size is at most this many megabytes (10^6 bytes)."""
+    active_bits_per_weight: float | None = Field(default=None, gt=0)
+    """Of a mixture of experts: the stored bits that a token reads are at most this for each weight that it reads, an
+    expert's counted by the share of the experts that a token is given to. Elsewhere the same as bits_per_weight."""
     min_fdt: float | None = Field(default=None, ge=0)
     """The smallest plan whose mean FDT is shown to be at least this many tokens, on prompts that the search did not
     see."""
@@ -172,7 +176,8 @@ class StopSection(Section):
 
     @property
     def budget(self) -> Budget:
-        return Budget(self.share, self.components, self.bits_per_weight, self.sparsity, self.size_mb)
+        sizes = self.bits_per_weight, self.sparsity, self.size_mb, self.active_bits_per_weight
+        return Budget(self.share, self.components, *sizes)
 
 
 class RecoverySection(Section):
@@ -331,6 +336,9 @@ class SearchSection(Section):
     """Kinds in a layer that must share a scheme, such as [[q, k, v], [gate, up]]."""
     fused: bool = False
     """Tie what engines such as vLLM fuse: q, k, v and gate, up."""
+    experts: Experts = "layer"
+    """Of a mixture of experts: layer, all matrices of all experts of a layer share a scheme, as engines run them;
+    expert, each is chosen a scheme for, which no engine runs."""
     stop: StopSection = StopSection()
     """When the search ends."""
     auto: AutoSettings = AutoSettings()
@@ -407,20 +415,21 @@ class SearchSection(Section):
     @model_validator(mode="after")
     def _bits_that_can_be_come_to(self) -> SearchSection:
         """What is known without the model: with it, the search's space says more exactly."""
-        wanted = self.stop.bits_per_weight
-        if wanted is None or not self.schemes:
-            return self
-        if wanted >= _WIDEST_BITS:
-            raise ValueError(
-                f"stop.bits_per_weight: {wanted:g} asks for nothing, since no model's weights have more than "
-                f"{_WIDEST_BITS} bits; give a smaller number"
-            )
-        least, scheme = min((_least_bits(name), name) for name in self.schemes)
-        if wanted < least:
-            raise ValueError(
-                f"stop.bits_per_weight: {wanted:g} is out of reach of these schemes; the least is {least:g} bits per "
-                f"weight, of {scheme}"
-            )
+        for rule in ("bits_per_weight", "active_bits_per_weight"):
+            wanted: float | None = getattr(self.stop, rule)
+            if wanted is None or not self.schemes:
+                continue
+            if wanted >= _WIDEST_BITS:
+                raise ValueError(
+                    f"stop.{rule}: {wanted:g} asks for nothing, since no model's weights have more than "
+                    f"{_WIDEST_BITS} bits; give a smaller number"
+                )
+            least, scheme = min((_least_bits(name), name) for name in self.schemes)
+            if wanted < least:
+                raise ValueError(
+                    f"stop.{rule}: {wanted:g} is out of reach of these schemes; the least is {least:g} bits per "
+                    f"weight, of {scheme}"
+                )
         return self
 
     @property

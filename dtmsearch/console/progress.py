@@ -22,6 +22,7 @@ from rich.text import Text
 
 from dtmsearch.analysis.format import components, duration, plain
 from dtmsearch.console.printing import print_shown, styled
+from dtmsearch.core.plan import Perturbation
 from dtmsearch.search.protocols import Decision, Observer, Progress
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _PLAIN_SECONDS = 5.0
 _RECENT_DECISIONS = 5
 _REFRESHES_PER_SECOND = 4
 _BAR_WIDTH = 40
+# So many tied components are named, and of more, as of a mixture's experts, how many there are.
+_MOST_NAMED = 6
 
 
 @contextmanager
@@ -174,9 +177,15 @@ def share_of_weights(decision: Decision | None) -> str:
     )
 
 
+def _edge(perturbation: Perturbation) -> str:
+    if len(perturbation.tied) < _MOST_NAMED:
+        return str(perturbation)
+    return f"{perturbation.component} and {len(perturbation.tied)} tied to it={perturbation.scheme}"
+
+
 def decision_line(decision: Decision) -> str:
     """One line for a decision: its depth, the edge, and what the plan amounts to."""
-    edge = "chosen as a whole" if decision.perturbation is None else str(decision.perturbation)
+    edge = "chosen as a whole" if decision.perturbation is None else _edge(decision.perturbation)
     size = decision.size
     return (
         f"step {decision.step}: {edge}  [{components(size.num_compressed)}, {size.share:.1%} of weights, "

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.failure import headline
-from dtmsearch.analysis.format import components, counted, duration, plain, with_interval
+from dtmsearch.analysis.format import components, counted, duration, plain, size_in_words, with_interval
 from dtmsearch.console.plan_picture import plan_picture
 from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Plan, PlanSize
 from dtmsearch.core.statistics import PairedDifference
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def _plan_lines(summary: RunSummary) -> list[str]:
         return []
     lines = [_line("plan", summary.final_plan_id)]
     if summary.share is not None and summary.bits_per_weight is not None:
-        lines.append(_line("size", _size(summary.num_compressed, summary.share, summary.bits_per_weight)))
+        bits = summary.bits_per_weight, summary.active_bits_per_weight
+        lines.append(_line("size", _size(summary.num_compressed, summary.share, *bits)))
     if summary.final_plan is not None:
         lines.append(_line("schemes", _schemes(summary.final_plan)))
     lines += [_line("files", summary.written)] if summary.written else []
@@ -167,8 +168,14 @@ def _held_larger(facts: SchemeFacts) -> str:
     return ", ".join(f"{held.holder}: {held.bits_per_weight:.2f}" for held in larger) or "-"
 
 
-def _size(num_compressed: int | None, share: float, bits_per_weight: float) -> str:
-    return f"{components(num_compressed)}, {share:.1%} of weights compressed, {bits_per_weight:.2f} bits per weight"
+def _size(num_compressed: int | None, share: float, bits_per_weight: float, active: float | None = None) -> str:
+    bits = size_in_words(bits_per_weight, active)
+    return f"{components(num_compressed)}, {share:.1%} of weights compressed, {bits}"
+
+
+def _size_of(size: PlanSize) -> str:
+    active = size.active_bits_per_weight if size.is_of_mixture else None
+    return _size(size.num_compressed, size.share, size.bits_per_weight, active)
 
 
 # A plan of more schemes than this is summed up; the query that is printed lists them.
@@ -188,8 +195,11 @@ def validation_table(rows: Sequence[ValidationRow], rank_by: str = "fdt") -> str
     the metric that the search ranks by, and of FDT. The metric that the search ranks by comes first."""
     compared = tuple(dict.fromkeys((rank_by, "fdt")))
     others = [name for name in _METRIC_COLUMNS if name.lower() not in compared]
-    columns = ["plan", "bits", *(name for metric in compared for name in (metric.upper(), _ahead_title(metric)))]
-    return table([*columns, *others, "share", "components"], [_validation_cells(row, compared, others) for row in rows])
+    mixed = any(row.active_bits_per_weight is not None for row in rows)
+    figures = (name for metric in compared for name in (metric.upper(), _ahead_title(metric)))
+    columns = ["plan", "bits", *(["bits read"] if mixed else []), *figures]
+    cells = [_validation_cells(row, compared, others, mixed) for row in rows]
+    return table([*columns, *others, "share", "components"], cells)
 
 
 def _ahead_title(metric: str) -> str:
@@ -200,9 +210,11 @@ def _ahead_title(metric: str) -> str:
     return f"plan's {title} {'ahead' if found.higher_is_better else 'more'} by"
 
 
-def _validation_cells(row: ValidationRow, compared: Sequence[str], others: Sequence[str]) -> list[object]:
+def _validation_cells(row: ValidationRow, compared: Sequence[str], others: Sequence[str], mixed: bool) -> list[object]:
     share = f"{row.share:.1%}"
     cells: list[object] = [row.uniform_scheme or row.label, f"{row.bits_per_weight:.2f}"]
+    active = row.active_bits_per_weight
+    cells += [None if active is None else f"{active:.2f}"] if mixed else []
     if row.summary is None:
         unmeasured = [None] * (2 * len(compared) - 2 + len(others))
         return [*cells, None, row.failure, *unmeasured, share, row.num_compressed]
@@ -262,7 +274,7 @@ def measurement_text(measurement: PlanMeasurement) -> str:
     lines = [
         f"{measurement.label} on {counted(measurement.num_prompts, 'prompt')}",
         _line("plan", measurement.plan.id),
-        _line("size", f"{_size(size.num_compressed, size.share, size.bits_per_weight)}, {size.size_mb:.1f} MB"),
+        _line("size", f"{_size_of(size)}, {size.size_mb:.1f} MB"),
         _line("schemes", _schemes(measurement.plan)),
         "",
     ]
@@ -310,6 +322,7 @@ def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:
     """A measurement for JSON: its plan as component -> scheme, its size with what follows from it."""
     size = measurement.size
     derived = {"share": size.share, "bits_per_weight": size.bits_per_weight, "size_mb": size.size_mb}
+    derived |= {"active_bits_per_weight": size.active_bits_per_weight} if size.is_of_mixture else {}
     values: dict[str, Any] = plain(measurement)
     return values | {"plan_id": measurement.plan.id, "plan": measurement.plan.schemes, "size": values["size"] | derived}
 
@@ -322,7 +335,7 @@ def exported_text(result: Exported) -> str:
     lines = [
         f"{result.format} in {result.folder}",
         _line("plan", result.plan.id),
-        _line("size", _size(size.num_compressed, size.share, size.bits_per_weight)),
+        _line("size", _size_of(size)),
         _line("files", f"{len(result.files)} with {sum(result.files.values()):,} bytes"),
     ]
     lines += [_line("weights", f"trained, {result.weights_id}")] if result.weights_id else []

@@ -108,6 +108,10 @@ def _reached(record: RunRecord, steps: tuple[StepRecord, ...], unquantized: tupl
         if stop.get(rule) and num_bits > stop[rule] * bits:
             gone = num_bits - last.bits_per_weight * num_weights
             parts.append(gone / (num_bits - stop[rule] * bits))
+    wanted = stop.get("active_bits_per_weight")
+    if wanted and last.active_bits_per_weight is not None and num_bits > wanted * num_weights:
+        own = num_bits / num_weights
+        parts.append((own - last.active_bits_per_weight) / (own - wanted))
     return min(1.0, max(parts)) if parts else None
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from dtmsearch.core.identity import file_digest, identity
 from dtmsearch.core.user_files import MOST_BYTES, check_regular, is_file, parse_json, read_text, shown
@@ -28,6 +29,9 @@ _SAFETENSORS_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+# What of a mixture's experts must share a scheme: all that stand in a layer, or nothing.
+Experts = Literal["layer", "expert"]
+_ALL = Fraction(1)
 # What of config.json changes no logit.
 _CONFIG_NOISE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures"}
 
@@ -39,7 +43,8 @@ class Component:
     `name` is the path of its module, `layer` the index of its layer (-1 before the layers, the number of layers
     after them), `kind` its role inside the layer (`q`, `down`, ...), `shape` its rows (outputs) and columns (inputs).
     `transposed`: the model keeps it as columns by rows. `stacked`: it lies with others, of other experts, in one
-    parameter of the model.
+    parameter of the model. Of an expert's matrix `mixture` is the path of the module that chooses among the experts,
+    `num_experts` how many there are, and `experts_per_token` how many of them a token is given to; else "", 0 and 0.
     """
 
     name: str
@@ -48,10 +53,18 @@ class Component:
     shape: tuple[int, int]
     transposed: bool = False
     stacked: bool = False
+    mixture: str = ""
+    num_experts: int = 0
+    experts_per_token: int = 0
 
     @property
     def num_weights(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def read_share(self) -> Fraction:
+        """The share of tokens that read it: of an expert's matrix that of the experts which a token is given to."""
+        return Fraction(self.experts_per_token, self.num_experts) if self.mixture else _ALL
 
 
 @dataclass(frozen=True)

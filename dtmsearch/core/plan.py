@@ -6,7 +6,8 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import starmap
 from typing import Any
@@ -122,7 +123,9 @@ class PlanSize:
     """What a plan amounts to over the components of a search.
 
     `share` is the part of their weights that lies in compressed components; `bits_per_weight` counts scales and zero
-    points; `sparsity` is the part of their weights that is zero by the plan.
+    points; `sparsity` is the part of their weights that is zero by the plan. `read_bits` and `read_weights` are what a
+    token reads of the stored bits and the weights: an expert's counted by the share of the experts that it is given to;
+    None where no component is an expert's, and a token reads all.
     """
 
     num_compressed: int
@@ -130,6 +133,8 @@ class PlanSize:
     compressed_weights: int
     stored_bits: int
     pruned_weights: int = 0
+    read_bits: Fraction | None = None
+    read_weights: Fraction | None = None
 
     @property
     def share(self) -> float:
@@ -138,6 +143,26 @@ class PlanSize:
     @property
     def bits_per_weight(self) -> float:
         return self.stored_bits / self.num_weights
+
+    @property
+    def is_of_mixture(self) -> bool:
+        """Whether some of the components are experts', of which a token reads a part."""
+        return self.read_bits is not None
+
+    @property
+    def active_bits(self) -> Fraction:
+        """Stored bits that a token reads."""
+        return Fraction(self.stored_bits) if self.read_bits is None else self.read_bits
+
+    @property
+    def active_weights(self) -> Fraction:
+        """Weights that a token reads."""
+        return Fraction(self.num_weights) if self.read_weights is None else self.read_weights
+
+    @property
+    def active_bits_per_weight(self) -> float:
+        """Stored bits of the weights that a token reads, for each of them."""
+        return float(self.active_bits / self.active_weights)
 
     @property
     def sparsity(self) -> float:
@@ -158,15 +183,28 @@ def versions_of(schemes: Iterable[str]) -> dict[str, int | str]:
 def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> PlanSize:
     """Size of a plan over `components`; what the plan says of other components is left out."""
     num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = 0
+    of_experts: dict[tuple[int, int], tuple[int, int]] = {}
     for component in components:
         scheme = plan.scheme(component.name)
         num_weights += component.num_weights
-        stored_bits += scheme.stored_bits(component.shape, dense_bits)
+        bits = scheme.stored_bits(component.shape, dense_bits)
+        stored_bits += bits
+        if component.mixture:
+            routing = component.experts_per_token, component.num_experts
+            own_bits, own_weights = of_experts.get(routing, (0, 0))
+            of_experts[routing] = own_bits + bits, own_weights + component.num_weights
         if not scheme.is_unquantized:
             num_compressed += 1
             compressed_weights += component.num_weights
             pruned_weights += scheme.pruned_weights(component.shape)
-    return PlanSize(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights)
+    size = PlanSize(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights)
+    if not of_experts:
+        return size
+    read_bits, read_weights = Fraction(stored_bits), Fraction(num_weights)
+    for (chosen, number), (bits, weights) in of_experts.items():
+        unread = Fraction(number - chosen, number)
+        read_bits, read_weights = read_bits - unread * bits, read_weights - unread * weights
+    return replace(size, read_bits=read_bits, read_weights=read_weights)
 
 
 @dataclass(frozen=True)
@@ -178,6 +216,7 @@ class Budget:
     bits_per_weight: float | None = None
     sparsity: float | None = None
     size_mb: float | None = None
+    active_bits_per_weight: float | None = None
 
     def reached(self, size: PlanSize) -> bool:
         """True once any of the rules is met."""
@@ -187,12 +226,28 @@ class Budget:
             or (self.bits_per_weight is not None and size.bits_per_weight <= self.bits_per_weight)
             or (self.sparsity is not None and size.sparsity >= self.sparsity)
             or (self.size_mb is not None and size.size_mb <= self.size_mb)
+            or (self.active_bits_per_weight is not None and size.active_bits_per_weight <= self.active_bits_per_weight)
         )
 
     @property
     def limits_size(self) -> bool:
         """True when the budget counts bits, so that a component may be compressed further in a later step."""
+        return self.stores_less or self.reads_less
+
+    @property
+    def stores_less(self) -> bool:
+        """True when stored bits are counted."""
         return self.bits_per_weight is not None or self.size_mb is not None
+
+    @property
+    def reads_less(self) -> bool:
+        """True when the bits that a token reads are counted, and stored ones are not."""
+        return self.active_bits_per_weight is not None and not self.stores_less
+
+    def counted_bits(self, size: PlanSize) -> Fraction:
+        """The bits by which plans are held against others of their size: those that a token reads where the budget
+        counts these, else all that are stored."""
+        return size.active_bits if self.reads_less else Fraction(size.stored_bits)
 
 
 def plan_to_json(plan: Plan, manifest: ModelManifest, weights_id: str = "") -> str:

@@ -56,6 +56,7 @@ class StepRecord:
     """A decision: the plan that leads after round `step`, how it came from its parent, and what it amounts to.
 
     `score` is the value of the metric that ranks; `evaluations` and `wall_seconds` count from the start of the search.
+    `active_bits_per_weight` is what a token reads of a mixture of experts, None of other models.
     """
 
     step: int
@@ -68,6 +69,7 @@ class StepRecord:
     sparsity: float
     evaluations: int
     wall_seconds: float
+    active_bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def card_text(card: Card) -> str:
     counts = Counter(scheme for _, scheme in card.plan.entries).most_common()
     schemes = [f"| `{scheme}` | {number} |" for scheme, number in counts]
     size = card.size
+    active = f", {size.active_bits_per_weight:.3f} of those that a token reads" if size.is_of_mixture else ""
     lines = [
         "---",
         f"base_model: {card.base_model}",
@@ -45,7 +46,7 @@ def card_text(card: Card) -> str:
         "## Plan",
         "",
         f"{size.num_compressed} components compressed, {size.share:.1%} of the searched weights, "
-        f"{size.bits_per_weight:.3f} bits per weight; plan `{card.plan.id}`.",
+        f"{size.bits_per_weight:.3f} bits per weight{active}; plan `{card.plan.id}`.",
         "",
         "| scheme | components |",
         "|---|---|",

@@ -183,6 +183,9 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         dense = facts.components[0]["dense_bits"] if facts.components else 16
         tiles.append((f"{summary.share:.1%}", "of the weights compressed", components(summary.num_compressed)))
         tiles.append((f"{summary.bits_per_weight:.2f}", "bits per weight", f"{dense} in the base model"))
+        active = summary.active_bits_per_weight
+        if active is not None:
+            tiles.append((f"{active:.2f}", "bits per weight that a token reads", f"{dense} in the base model"))
     if facts.size_mb is not None and facts.dense_size_mb is not None:
         beside = f"{facts.dense_size_mb:.3g} MB in the base model"
         tiles.append((f"{facts.size_mb:.3g} MB", "of searched components", beside))

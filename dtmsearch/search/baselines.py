@@ -29,23 +29,28 @@ _FEW_DIVERGENT = 100
 
 def uniform_rivals(space: SearchSpace, plan: Plan) -> list[str]:
     """Schemes whose uniform plans may be the best known of at most the plan's size: of every line of the families that
-    the search uses (`core.schemes.family_lines`) the least compressed one that stores at most 1% more than the plan."""
-    return rivals_of_size(space, space.size(plan).stored_bits)
+    the search uses (`core.schemes.family_lines`) the least compressed one that stores at most 1% more than the plan;
+    where the budget counts the bits that a token reads, one that has it read at most 1% more."""
+    return rivals_of_size(space, float(space.budget.counted_bits(space.size(plan))))
 
 
-def rivals_of_size(space: SearchSpace, stored_bits: float) -> list[str]:
-    """`uniform_rivals` of a plan that stores so many bits."""
-    shapes = Counter(component.shape for component in space.components)
-    longest = max(cols for _, cols in shapes)
-    most = LARGER * stored_bits
+def rivals_of_size(space: SearchSpace, counted_bits: float) -> list[str]:
+    """`uniform_rivals` of a plan of so many of the bits that the budget counts."""
+    active = space.budget.reads_less
+    shapes = Counter((component.shape, component.read_share if active else 1) for component in space.components)
+    longest = max(cols for (_, cols), _ in shapes)
+    most = LARGER * counted_bits
 
-    def bits(scheme: str) -> int:
+    def bits(scheme: str) -> float:
         parsed = parse_scheme(scheme)
-        return sum(number * parsed.stored_bits(shape, space.dense_bits) for shape, number in shapes.items())
+        sizes = (
+            read * number * parsed.stored_bits(shape, space.dense_bits) for (shape, read), number in shapes.items()
+        )
+        return float(sum(sizes))
 
     families = []
     for lines in family_lines(space.parsed).values():
-        found: dict[str, int] = {}
+        found: dict[str, float] = {}
         for line in lines:
             # A group as long as a row is a row.
             if (of_line := parse_scheme(line[0])).granularity == "group" and of_line.group_size >= longest:
@@ -66,7 +71,8 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     if scheme in space.schemes:
         return True
     kin = {sibling for named in space.parsed for sibling in named.kind.siblings(named)}
-    gap = abs(space.size(other).stored_bits / max(1, space.size(plan).stored_bits) - 1.0)
+    count = space.budget.counted_bits
+    gap = abs(float(count(space.size(other))) / max(1.0, float(count(space.size(plan)))) - 1.0)
     return scheme in kin and gap <= _SAME_SIZE
 
 
@@ -75,11 +81,12 @@ def best_rival(
 ) -> str | None:
     """The label of the best measured one in `metric` of the uniform plans among `plans` that store at most 1% more than
     `plan`, one of them; None where there is none."""
-    most = LARGER * space.size(plans["plan"]).stored_bits
+    count = space.budget.counted_bits
+    most = LARGER * float(count(space.size(plans["plan"])))
     keys = {
         label: rank_key(summarize(outcome), metric)
         for label, other in plans.items()
-        if label != "plan" and _is_uniform(space, other) and space.size(other).stored_bits <= most
+        if label != "plan" and _is_uniform(space, other) and count(space.size(other)) <= most
         if isinstance(outcome := outcomes.get(label), EvalResult)
     }
     return min(keys, key=lambda label: keys[label], default=None)
@@ -150,7 +157,8 @@ def divergent_share(result: EvalResult, length: int) -> float | None:
 def _fits(space: SearchSpace, size: PlanSize, plan_size: PlanSize) -> bool:
     """Whether a size is at most the plan's, and within the budget if the plan's is."""
     within = space.budget.reached(size) or not space.budget.reached(plan_size)
-    return within and size.stored_bits <= plan_size.stored_bits
+    count = space.budget.counted_bits
+    return within and count(size) <= count(plan_size)
 
 
 def _is_uniform(space: SearchSpace, plan: Plan) -> bool:

@@ -101,4 +101,5 @@ def _step_record(decision: Decision, evaluations: int, wall_seconds: float) -> S
         sparsity=decision.size.sparsity,
         evaluations=evaluations,
         wall_seconds=wall_seconds,
+        active_bits_per_weight=decision.size.active_bits_per_weight if decision.size.is_of_mixture else None,
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from math import ceil
 
-from dtmsearch.core.components import Component
+from dtmsearch.core.components import Component, Experts
 from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
 from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
 from dtmsearch.errors import UserError
@@ -40,7 +41,8 @@ class SearchSpace:
 
     `components` in model order, `schemes` in the order in which they are tried. An entry of a `tied` group is a kind
     (components of that group's kinds in the same parent module change together) or a component's full name (the named
-    components of the group change together). `dense_bits` is the size of an uncompressed weight.
+    components of the group change together). `experts`: with `layer` all matrices of all experts of a mixture change
+    together, as engines run them. `dense_bits` is the size of an uncompressed weight.
 
     Raises `UserError` for tied names that match nothing, a component in two groups, and a budget out of reach.
     """
@@ -50,6 +52,7 @@ class SearchSpace:
     tied: tuple[tuple[str, ...], ...] = ()
     dense_bits: int = 16
     budget: Budget = field(default_factory=Budget)
+    experts: Experts = "layer"
 
     def __post_init__(self) -> None:
         _check_budget(self.budget, self.units)
@@ -98,6 +101,9 @@ class SearchSpace:
             )
         if budget.size_mb:
             ways.append((dense.size_mb - size.size_mb) / (dense.size_mb - budget.size_mb))
+        if budget.active_bits_per_weight:
+            own = dense.active_bits_per_weight
+            ways.append((own - size.active_bits_per_weight) / (own - budget.active_bits_per_weight))
         return max(ways)
 
     @cached_property
@@ -131,6 +137,8 @@ class SearchSpace:
             limits.append(budget.bits_per_weight * self._dense_size.num_weights)
         if budget.size_mb is not None:
             limits.append(budget.size_mb * 8e6)
+        if budget.active_bits_per_weight is not None:  # what is read, taken for what is stored
+            limits.append(budget.active_bits_per_weight * self._dense_size.num_weights)
         return max(limits)
 
     @cached_property
@@ -144,15 +152,15 @@ class SearchSpace:
         return len(self.units) * len(useful) / sum(useful)
 
     @property
-    def expected_stored_bits(self) -> float:
-        """What the plan at the end of the search will store about: as much of every scheme alone as ends the search,
-        on average over the schemes."""
-        dense = self._dense_size.stored_bits
+    def expected_bits(self) -> float:
+        """What the plan at the end of the search will come to about, in the bits that the budget counts: as much of
+        every scheme alone as ends the search, on average over the schemes."""
+        dense = float(self.budget.counted_bits(self._dense_size))
         ends = []
         for scheme in self.schemes:
             uniform = self.uniform(scheme)
             if (progress := self.progress(uniform)) > 0:
-                ends.append(dense - (dense - self.size(uniform).stored_bits) / max(progress, 1.0))
+                ends.append(dense - (dense - float(self.budget.counted_bits(self.size(uniform)))) / max(progress, 1.0))
         return sum(ends) / len(ends)
 
     @cached_property
@@ -162,7 +170,7 @@ class SearchSpace:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """What is chosen a scheme for: components alone or tied together, in model order."""
-        partners = _tied_sets(self.components, self.tied)
+        partners = _tied_sets(self.components, self.tied, self.experts)
         units: list[Unit] = []
         seen: set[str] = set()
         for component in self.components:
@@ -195,7 +203,7 @@ def _course(unit: Unit) -> list[tuple[float, int, int]]:
 
 
 def _tied_sets(
-    components: tuple[Component, ...], tied: tuple[tuple[str, ...], ...]
+    components: tuple[Component, ...], tied: tuple[tuple[str, ...], ...], experts: Experts
 ) -> dict[str, tuple[Component, ...]]:
     """Name of a tied component -> all that change with it, itself included, in model order."""
     names = {c.name for c in components}
@@ -215,7 +223,24 @@ def _tied_sets(
             # Components that are named are tied with each other wherever they lie.
             parent = None if component.name in group else component.name.rpartition(".")[0]
             sets.setdefault((number, parent), []).append(component)
-    return {component.name: tuple(together) for together in sets.values() for component in together}
+    found = {component.name: tuple(together) for together in sets.values() for component in together}
+    return found if experts == "expert" else _with_mixtures(components, found)
+
+
+def _with_mixtures(
+    components: tuple[Component, ...], tied: dict[str, tuple[Component, ...]]
+) -> dict[str, tuple[Component, ...]]:
+    """The same sets, those of a mixture's experts put together with all other experts of it."""
+    names: dict[str, set[str]] = {}
+    for component in components:
+        if component.mixture:
+            partners = tied.get(component.name, (component,))
+            names.setdefault(component.mixture, set()).update(c.name for c in partners)
+    found = dict(tied)
+    for mixture in names.values():
+        together = tuple(c for c in components if c.name in mixture)
+        found |= dict.fromkeys((c.name for c in together), together)
+    return found
 
 
 def _unknown_tied(entry: str, names: Iterable[str], kinds: Iterable[str]) -> str:
@@ -237,6 +262,8 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
         compressed_weights=sum(max(size.compressed_weights for size in sizes) for sizes in choices),
         stored_bits=sum(min(size.stored_bits for size in sizes) for sizes in choices),
         pruned_weights=sum(max(size.pruned_weights for size in sizes) for sizes in choices),
+        read_bits=sum((min(size.active_bits for size in sizes) for sizes in choices), Fraction(0)),
+        read_weights=sum((sizes[0].active_weights for sizes in choices), Fraction(0)),
     )
     for rule, bound, most in (
         ("share", extreme.share, True),
@@ -244,6 +271,7 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
         ("bits_per_weight", extreme.bits_per_weight, False),
         ("sparsity", extreme.sparsity, True),
         ("size_mb", extreme.size_mb, False),
+        ("active_bits_per_weight", extreme.active_bits_per_weight, False),
     ):
         wanted: float | None = getattr(budget, rule)
         if wanted is not None and (bound < wanted if most else bound > wanted):

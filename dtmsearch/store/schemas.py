@@ -43,7 +43,7 @@ RUNS = _schema(
         ("min_fdt_reference_id", pa.string()),
     ],
 )
-# `transposed` and `stacked` say how the model keeps the matrix (`core.components.Component`).
+# From `transposed` on: how the model keeps the matrix, and what chooses an expert's (`core.components.Component`).
 COMPONENTS = _schema(
     "components",
     [
@@ -58,6 +58,9 @@ COMPONENTS = _schema(
         ("dense_bits", pa.int32()),
         ("transposed", pa.bool_()),
         ("stacked", pa.bool_()),
+        ("mixture", CODED),
+        ("num_experts", pa.int32()),
+        ("experts_per_token", pa.int32()),
     ],
 )
 # `suppressed`, `opening` and `tokenizer` are the reference's generation rules (`core.evaluation.GenerationRules`).
@@ -115,6 +118,7 @@ EVALUATIONS = _schema(
         ("num_compressed", pa.int32()),
         ("share", pa.float64()),
         ("bits_per_weight", pa.float64()),
+        ("active_bits_per_weight", pa.float64()),
         ("num_prompts", pa.int32()),
         ("fdt_mean", pa.float64()),
         ("fdt_p25", pa.float64()),
@@ -184,6 +188,7 @@ STEPS = _schema(
         ("num_compressed", pa.int32()),
         ("share", pa.float64()),
         ("bits_per_weight", pa.float64()),
+        ("active_bits_per_weight", pa.float64()),
         ("sparsity", pa.float64()),
         ("evaluations", pa.int64()),
         ("wall_seconds", pa.float64()),
@@ -290,8 +295,10 @@ UNMASKED_COLUMNS = ("fdt_unmasked_mean", "sdt_unmasked_mean", "fdt_unmasked", "s
 ADDED: dict[str, frozenset[str]] = {
     "evaluations": frozenset(
         {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS, *OTHER_COLUMNS}
+        | {"active_bits_per_weight"}
     ),
-    "components": frozenset({"transposed", "stacked"}),
+    "components": frozenset({"transposed", "stacked", "mixture", "num_experts", "experts_per_token"}),
+    "steps": frozenset({"active_bits_per_weight"}),
     "prompts": frozenset({"opening", "tokenizer"}),
     "weight_errors": frozenset({"scheme_version"}),
     "runs": frozenset(

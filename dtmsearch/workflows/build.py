@@ -35,9 +35,14 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
         tied=(*section.tied, *(_fused_kinds(components) if section.fused else ())),
         dense_bits=manifest.dense_bits,
         budget=Budget() if sparsity else section.stop.budget,
+        experts=section.experts,
     )
     whole = space.size(Plan())
-    for rule, own in (("bits_per_weight", whole.bits_per_weight), ("size_mb", whole.size_mb)):
+    for rule, own in (
+        ("bits_per_weight", whole.bits_per_weight),
+        ("size_mb", whole.size_mb),
+        ("active_bits_per_weight", whole.active_bits_per_weight),
+    ):
         wanted: float | None = getattr(section.stop, rule)
         if wanted is not None and wanted >= own:
             raise UserError(

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from dtmsearch import config
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile, texts
@@ -71,6 +73,10 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
         return None
     # As this version writes it: a key that came later stands there with its default.
     before = config.recorded(previous)
+    if "experts" not in config.section_of(previous.config, "search") and not _has_experts(results, previous):
+        # What was not known there ties nothing here.
+        search = before.search.model_copy(update={"experts": file.search.experts})
+        before = before.model_copy(update={"search": search})
     changes = config.difference(before.to_yaml(), file.to_yaml())
     if changes:
         lines = "\n  ".join(changes)
@@ -79,6 +85,13 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
             f"Give this search a name of its own (run: {file.run}-2, or --set run={file.run}-2), or undo the change"
         )
     return previous
+
+
+def _has_experts(results: ResultStore, record: RunRecord) -> bool:
+    """Whether a run's model is a mixture, as far as its rows tell, which may be older than their columns for it."""
+    where = pc.field("manifest_id") == record.manifest_id
+    rows = results.table("components", ["component", "stacked"], where=where).to_pylist()
+    return any(row["stacked"] or ".experts." in row["component"] for row in rows)
 
 
 def check_plan_argument(plan: str, results: ResultStore) -> None:

@@ -20,7 +20,7 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.fingerprints import custom_code
 from dtmsearch.model.modules.loading import check_tensors, checkpoint_folder, empty_model
-from dtmsearch.model.modules.matrices import Matrix, found_in, known_usage, matrices_of
+from dtmsearch.model.modules.matrices import Matrix, Mixture, found_in, known_usage, matrices_of, mixtures_of
 
 _KIND_ENDINGS = ("_proj", "_weight", "_layer")
 # Without its ending it would say nothing.
@@ -111,13 +111,16 @@ def _decoder(model: Any) -> nn.Module:
 
 def components_of(model: nn.Module) -> tuple[Component, ...]:
     """The weight matrices inside the layers, in model order, but for those that route."""
-    return tuple(
-        Component(
-            matrix.name, layer, kind_of(matrix.name), matrix.shape, matrix.transposed, stacked=matrix.slice is not None
+    mixtures = mixtures_of(model)
+
+    def component(layer: int, matrix: Matrix) -> Component:
+        own = mixtures.get(matrix.name, Mixture("", 0, 0))
+        return Component(
+            *(matrix.name, layer, kind_of(matrix.name), matrix.shape, matrix.transposed, matrix.slice is not None),
+            *(own.name, own.num_experts, own.experts_per_token),
         )
-        for layer, matrix in _in_layers(model)
-        if not matrix.routes
-    )
+
+    return tuple(component(layer, matrix) for layer, matrix in _in_layers(model) if not matrix.routes)
 
 
 def routers_of(model: nn.Module) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ _OTHERWISE = {
 # By the class and the configuration of a model: it is asked for at every loading.
 _known: dict[str, Usage] = {}
 _MOST_KNOWN = 8
+# How configurations call the experts of a token.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,61 @@ def _by_expert(matrices: Sequence[Matrix]) -> Iterator[Matrix]:
 
 def _owner(matrix: Matrix) -> str:
     return matrix.slice.parameter.rpartition(".")[0] if matrix.slice else ""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What chooses among experts: the path of its module, among how many, and how many it gives a token to."""
+
+    name: str
+    num_experts: int
+    experts_per_token: int
+
+
+def mixtures_of(model: nn.Module) -> dict[str, Mixture]:
+    """The matrices of experts, by name, each with the mixture that it belongs to: the innermost module around it in
+    which something chooses. Those that several tokens share, or all, belong to none."""
+    usage = known_usage(model)
+    routing = {_pattern(name): name for name, use in usage.uses.items() if use.routes}
+    placed: dict[str, tuple[str, str, int]] = {}
+    indices: dict[tuple[str, str], set[int]] = {}
+    for matrix in found_in(model, usage).matrices:
+        own = matrix.slice.parameter if matrix.slice else f"{matrix.name}.weight"
+        block = None if matrix.routes else next(
+            (b for b in _blocks(_pattern(own)) if any(router.startswith(b) for router in routing)), None
+        )  # fmt: skip
+        if block is None:
+            continue
+        depth = block.count(".")
+        mixture, rest = ".".join(own.split(".")[:depth]), own.split(".")[depth:]
+        numbers = [part for part in rest if part.isdigit()]
+        if matrix.slice is not None:
+            placed[matrix.name] = mixture, block, matrix.slice.count
+        elif numbers:  # a module of its own for each expert
+            placed[matrix.name] = mixture, block, 0
+            indices.setdefault((mixture, _pattern(own)), set()).add(int(numbers[0]))
+    counts = {mixture: len(found) for (mixture, _), found in indices.items()}
+    found: dict[str, Mixture] = {}
+    for name, (mixture, block, number) in placed.items():
+        number = number or counts[mixture]
+        chosen, among = _choice(
+            model, usage, [r for pattern, r in routing.items() if pattern.startswith(block)], number
+        )
+        found[name] = Mixture(mixture, among, chosen)
+    return found
+
+
+def _choice(model: Any, usage: Usage, routers: Sequence[str], num_experts: int) -> tuple[int, int]:
+    """How many experts a token is given to, of how many: by what the pass has chosen, else by the configuration; all
+    where neither tells. Some may be none that hold weights (LongCat's)."""
+    known = (usage.chosen.get(router) for router in routers)
+    fitting = [choice for choice in known if choice is not None and choice[1] >= num_experts]
+    if fitting:
+        return fitting[0]
+    config = model.config.get_text_config()
+    named = (getattr(config, key, None) for key in _EXPERTS_PER_TOKEN)
+    chosen = next((number for number in named if isinstance(number, int) and number > 0), num_experts)
+    return min(chosen, num_experts), num_experts
 
 
 class StackedMatrix(nn.Module):

@@ -55,11 +55,12 @@ class Use:
 @dataclass(frozen=True)
 class Usage:
     """Parameter -> its use. `other` are parameters that the pass has touched otherwise, by the operation that did;
-    `failed` says why there was no pass."""
+    `failed` says why there was no pass. `chosen`: of what chooses among experts, (for a token, of how many)."""
 
     uses: Mapping[str, Use]
     other: Mapping[str, str]
     failed: str = ""
+    chosen: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class _Watching:
     readers: dict[str, set[str]] = field(default_factory=dict)
     """Parameter -> parameters whose products read what flows from its own."""
     held: list[Tensor] = field(default_factory=list)
+    largest: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Parameter -> (how many, of how many) of each choice of the largest of its products."""
 
     def note(self, name: str, arguments: Sequence[Any], made: Any) -> None:
         tensors = [t for t in leaves_of(list(arguments)) if isinstance(t, Tensor)]
@@ -101,6 +104,7 @@ class _Watching:
             if name not in _MEETINGS:
                 flows = flows.union(*(self.flows.get(storage_of(t), frozenset()) for t in tensors))
             self._touch(name, tensors, outputs)
+            self._choose(name, flows, tensors, outputs)
         tokens = any(storage_of(t) in self.of_tokens for t in tensors)
         for output in outputs:
             key = storage_of(output)
@@ -111,6 +115,17 @@ class _Watching:
             elif flows:
                 self.flows[key] = self.flows.get(key, frozenset()) | flows
             self.held.append(output)
+
+    def _choose(self, name: str, flows: frozenset[str], tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        indices = next((o for o in outputs if o.dtype in _WHOLE_NUMBERS), None)
+        if name == "topk" and indices is not None and indices.ndim:
+            for parameter in flows:
+                self.largest.setdefault(parameter, []).append((int(indices.shape[-1]), int(tensors[0].shape[-1])))
+
+    def choices(self) -> dict[str, tuple[int, int]]:
+        """How many a router chooses for a token, of how many. Of several choices that among most counts: groups of
+        experts are chosen before."""
+        return {name: max(each, key=lambda choice: choice[1]) for name, each in self.largest.items()}
 
     def _touch(self, name: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Parameters pass on through copies and gathers; views share their storage. All else uses them otherwise."""
@@ -287,4 +302,4 @@ def usage_of(model: nn.Module) -> Usage:
     }
     other = {name: what for name, what in watching.other.items() if name not in uses}
     other |= dict.fromkeys(watching.both_ways, "products along either side")
-    return Usage(uses, other, failed)
+    return Usage(uses, other, failed, watching.choices())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, floor
+from math import ceil, floor, lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,21 @@ class Choices:
         self.schemes = tuple((DENSE, *(edge.scheme for edge in unit.edges)) for unit in self.units)
         self.bits = self._costs(lambda size: size.stored_bits)
 
+    @cached_property
+    def _parts(self) -> int:
+        """Into how many parts a bit is divided, so that what tokens read of it is a whole number of them."""
+        return lcm(*(component.num_experts for component in self.space.components if component.mixture))
+
+    @cached_property
+    def active_bits(self) -> tuple[Ints, ...]:
+        """What a token reads of the bits of every option, in `_parts` of a bit."""
+        return self._costs(lambda size: int(size.active_bits * self._parts))
+
+    @property
+    def counted(self) -> tuple[Ints, ...]:
+        """The bits that the budget counts: `active_bits`, or else those that are stored."""
+        return self.active_bits if self.space.budget.reads_less else self.bits
+
     def _costs(self, cost: Callable[[PlanSize], int]) -> tuple[Ints, ...]:
         return tuple(
             np.array([cost(unit.sizes[scheme]) for scheme in schemes], np.int64)
@@ -60,6 +75,9 @@ class Choices:
         ):
             if wanted is not None:
                 rules.append(Rule(name, self.bits, _most(wanted, scale)))
+        if budget.active_bits_per_weight is not None:
+            whole = float(size.active_weights * self._parts)
+            rules.append(Rule("active_bits_per_weight", self.active_bits, _most(budget.active_bits_per_weight, whole)))
         counted: tuple[tuple[str, float | None, Callable[[PlanSize], int], int], ...] = (
             ("sparsity", budget.sparsity, lambda s: s.pruned_weights, size.num_weights),
             ("share", budget.share, lambda s: s.compressed_weights, size.num_weights),

@@ -50,13 +50,13 @@ class Solver(Procedure):
         """The uniform plan of the budget that stores most, or where none fits, what fits with the fewest bits cut."""
         uniforms = self._choices.uniforms()
         if uniforms:
-            return max(uniforms, key=lambda options: self._choices.cost(self._choices.bits, options))
+            return max(uniforms, key=lambda options: self._choices.cost(self._choices.counted, options))
         cut = [np.square(1.0 - bits / bits[0]) * bits[0] for bits in self._choices.bits]
         return self._solve(cut)
 
     def _rivals(self) -> list[Options]:
         """The uniform plans of the budget to which no other is near in size and larger: those worth measuring."""
-        cost = [(self._choices.cost(self._choices.bits, options), options) for options in self._choices.uniforms()]
+        cost = [(self._choices.cost(self._choices.counted, options), options) for options in self._choices.uniforms()]
         most = max((bits for bits, _ in cost), default=0)
         return [options for bits, options in cost if bits >= _NEAR * most]
 

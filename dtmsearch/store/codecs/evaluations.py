@@ -56,6 +56,7 @@ def evaluations_table(
         "num_compressed": [f.num_compressed for f in figures],
         "share": [f.share for f in figures],
         "bits_per_weight": [f.bits_per_weight for f in figures],
+        "active_bits_per_weight": [f.active_bits_per_weight for f in figures],
         "fdt": lists([None if r is None else r.fdt for r in results], pa.int32()),
         "sdt": lists([None if r is None else r.sdt for r in results], pa.int32()),
         "dppl_list": lists([None if r is None else r.dppl for r in results], pa.float32()),

@@ -16,14 +16,19 @@ from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.store.codecs.columns import coded, from_columns
 from dtmsearch.store.schemas import PLANS
 
+# Of a (component, scheme) pair: their codes, stored bits, weights, whether it is searched, experts chosen of how many.
+_NUMBERS = 7
+
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """What a plan amounts to over the search's components, as `plans.plan.PlanSize` counts it."""
+    """What a plan amounts to over the search's components, as `core.plan.PlanSize` counts it.
+    `active_bits_per_weight` is None where no component is an expert's."""
 
     num_compressed: int
     share: float
     bits_per_weight: float
+    active_bits_per_weight: float | None = None
 
 
 class PlanRows:
@@ -34,15 +39,17 @@ class PlanRows:
         self._manifest = manifest
         self._searched = frozenset(c.name for c in searched)
         self._total_weights = sum(c.num_weights for c in searched)
+        self._mixed = any(c.mixture for c in searched)
+        self._read_weights = float(sum(c.num_weights * c.read_share for c in searched))
         self._number_of_pair: dict[tuple[str, str], int] = {}
         self._component_codes: dict[str, int] = {}
         self._scheme_codes: dict[str, int] = {}
-        self._pair_rows: list[tuple[int, int, int, int, int]] = []
-        self._pairs = np.empty((0, 5), np.int64)
+        self._pair_rows: list[tuple[int, ...]] = []
+        self._pairs = np.empty((0, _NUMBERS), np.int64)
 
     def table(self, plans: Sequence[Plan]) -> pa.Table:
         numbers, lengths = self._numbers(plans)
-        component, scheme, stored_bits, num_weights, _ = self._pairs[numbers].T
+        component, scheme, stored_bits, num_weights = self._pairs[numbers].T[:4]
         plan_codes = np.repeat(np.arange(len(plans), dtype=np.int32), lengths)
         columns = {
             "plan_id": coded(plan_codes, [p.id for p in plans]),
@@ -55,17 +62,31 @@ class PlanRows:
 
     def figures(self, plans: Sequence[Plan]) -> list[PlanFigures]:
         numbers, lengths = self._numbers(plans)
-        _, _, stored_bits, num_weights, searched = self._pairs[numbers].T
+        _, _, stored_bits, num_weights, searched, chosen, experts = self._pairs[numbers].T
         owner = np.repeat(np.arange(len(plans)), lengths)
         dense_bits = self._manifest.dense_bits
         counts, weights, saved = np.zeros((3, len(plans)), np.int64)
         np.add.at(counts, owner, searched)
         np.add.at(weights, owner, searched * num_weights)
         np.add.at(saved, owner, searched * (num_weights * dense_bits - stored_bits))
+        active = self._active(
+            owner, searched * (num_weights * dense_bits - stored_bits) * (chosen / experts), len(plans)
+        )
         return [
-            PlanFigures(c, w / self._total_weights, (self._total_weights * dense_bits - s) / self._total_weights)
-            for c, w, s in zip(counts.tolist(), weights.tolist(), saved.tolist(), strict=True)
+            PlanFigures(c, w / self._total_weights, (self._total_weights * dense_bits - s) / self._total_weights, a)
+            for c, w, s, a in zip(counts.tolist(), weights.tolist(), saved.tolist(), active, strict=True)
         ]
+
+    def _active(
+        self, owner: NDArray[np.int64], unread_bits: NDArray[np.float64], number: int
+    ) -> Sequence[float | None]:
+        """Bits per weight that a token reads of each plan, by the bits that it need not read of each pair."""
+        if not self._mixed:
+            return [None] * number
+        saved = np.zeros(number)
+        np.add.at(saved, owner, unread_bits)
+        found: list[float | None] = (self._manifest.dense_bits - saved / self._read_weights).tolist()
+        return found
 
     def _numbers(self, plans: Sequence[Plan]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The pair numbers of all entries of all plans, one plan after the other, and each plan's length."""
@@ -76,7 +97,7 @@ class PlanRows:
             for entry in dict.fromkeys(entries):
                 if entry not in self._number_of_pair:
                     self._learn(entry)
-            self._pairs = np.array(self._pair_rows, np.int64).reshape(-1, 5)
+            self._pairs = np.array(self._pair_rows, np.int64).reshape(-1, _NUMBERS)
             return self._numbers(plans)
         return np.array(numbers, np.int64), np.array([len(plan) for plan in plans], np.int64)
 
@@ -95,6 +116,7 @@ class PlanRows:
                 stored_bits,
                 component.num_weights,
                 int(name in self._searched),
+                *((component.experts_per_token, component.num_experts) if component.mixture else (1, 1)),
             )
         )
 

@@ -83,18 +83,25 @@ def components_table(manifest: ModelManifest, components: Sequence[Component]) -
         "dense_bits": [manifest.dense_bits] * len(components),
         "transposed": [c.transposed for c in components],
         "stacked": [c.stacked for c in components],
+        "mixture": [c.mixture or None for c in components],
+        "num_experts": [c.num_experts or None for c in components],
+        "experts_per_token": [c.experts_per_token or None for c in components],
     }
     return from_columns(COMPONENTS, columns)
 
 
-COMPONENT_COLUMNS = ("component", "layer", "kind", "rows", "cols", "transposed", "stacked")
+COMPONENT_COLUMNS = (
+    *("component", "layer", "kind", "rows", "cols", "transposed", "stacked"),
+    *("mixture", "num_experts", "experts_per_token"),
+)
 
 
 def components_of(table: pa.Table) -> tuple[Component, ...]:
     """How the model keeps them is not known of rows from before there were columns for it: as linear layers."""
     return tuple(
         Component(
-            r["component"], r["layer"], r["kind"], (r["rows"], r["cols"]), bool(r["transposed"]), bool(r["stacked"])
+            *(r["component"], r["layer"], r["kind"], (r["rows"], r["cols"]), bool(r["transposed"]), bool(r["stacked"])),
+            *(r["mixture"] or "", r["num_experts"] or 0, r["experts_per_token"] or 0),
         )
         for r in table.select(COMPONENT_COLUMNS).to_pylist()
     )
