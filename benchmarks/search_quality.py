@@ -40,7 +40,7 @@ from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.search.solver.damage_model import WeightErrors
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.priced import TakePrices
-from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.strategy_registry import STRATEGIES, SolverSettings, make_strategy
 
 CONTINUATION = 100  # tokens, and as many of a prompt, unless said
 HELD_OUT_SEED = 1_000
@@ -95,6 +95,8 @@ CASES = (
 _SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "fisher": ("fisher", SolverSettings()),
     "fisher-64": ("fisher", SolverSettings(fisher=FisherSettings(64))),
+    "squared-gradients": ("squared_gradients", SolverSettings(fisher=FisherSettings(64))),
+    "gradient-changes": ("gradient_changes", SolverSettings(fisher=FisherSettings(64))),
     "sensitivity": ("sensitivity", SolverSettings()),
     "auto": ("auto", SolverSettings()),
     "auto-long": ("auto", SolverSettings(auto=AutoSettings(probe_prompts=16, prompts=64, correction_prompts=50_000))),
@@ -253,7 +255,7 @@ class Bench:
             return self.named(EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent))
 
         counter = Counter(self.replica, 2 * self.continuation)
-        if strategy_name in ("fisher", "auto"):
+        if STRATEGIES[strategy_name].takes_prices:
             settings = replace(settings, take=self._taking(case, reference, counter, seed))
         strategy = make_strategy(
             strategy_name, space, request_for, "kl", solver=replace(settings, errors=errors), seed=seed,

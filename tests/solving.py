@@ -29,7 +29,8 @@ from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 
 LEVELS = tuple(f"int{bits}-channel" for bits in range(2, 7))
-STRATEGIES = ("knapsack", "fisher", "sensitivity", "auto", "auto by prices", "spdy", "evolution", "local")
+BY_PRICES = ("fisher", "squared_gradients", "gradient_changes")
+STRATEGIES = ("knapsack", *BY_PRICES, "sensitivity", "auto", "auto by prices", "spdy", "evolution", "local")
 SMALL = SolverSettings(
     auto=AutoSettings(probe_prompts=2, samples=4, slopes=2, rounds=2, prompts=4, plans=4),
     knapsack=KnapsackSettings(4),
@@ -68,7 +69,8 @@ def additive(request: EvalRequest) -> EvalResult:
 
 
 def take_from(space: SearchSpace) -> TakePrices:
-    """Prices of that model: products whose mean squares are the damages, and slopes of a KL that is a sum."""
+    """Prices of that model: products whose mean squares are the damages, slopes of a KL that is a sum, and scores that
+    are the damages."""
 
     def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
         schemes = priced_schemes(kind, space.schemes)
@@ -81,7 +83,8 @@ def take_from(space: SearchSpace) -> TakePrices:
                     now = np.sqrt(additive_damage(Plan.of({component.name: around.scheme_of(component.name)})))
                     fisher = sign * np.sqrt(2 * CONTINUATION_TOKENS) * root
                     slope = CONTINUATION_TOKENS * 2 * now * (root - now)
-                    found[at, row, column] = fisher if kind == "fisher" else slope
+                    scores = {"squared": root**2, "changes": now**2}
+                    found[at, row, column] = {"fisher": fisher, "slope": slope, **scores}[kind]
         return found
 
     return take
@@ -96,7 +99,7 @@ def space_with(budget: Budget, components: tuple[Component, ...] | None = None, 
 
 
 def strategy(name: str, space: SearchSpace, settings: SolverSettings = SMALL, **changes: Any) -> Strategy:
-    name, priced = ("auto", True) if name == "auto by prices" else (name, name == "fisher")
+    name, priced = ("auto", True) if name == "auto by prices" else (name, name in BY_PRICES)
     take = take_from(space) if priced else None
     settings = replace(settings, errors=errors_of(space), take=take, **changes)
     return make_strategy(

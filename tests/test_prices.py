@@ -13,6 +13,7 @@ import pytest
 import torch
 from inprocess import run_here
 from processes import tiny_search
+from solving import BY_PRICES
 from tiny import in_stages, replica, with_reference, write_model
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PretrainedConfig
 
@@ -93,6 +94,41 @@ def test_the_mean_square_of_a_product_is_twice_the_kl_of_a_small_change(folder: 
             (outcome,) = model.evaluate([EvalRequest(plan, reference.id, (0, 4), ("kl",))])
             measured = float(np.mean(outcome.kl))  # type: ignore[union-attr, arg-type]
             assert measured == pytest.approx(squares.mean(axis=0)[at, column], abs=4 * error[at, column])
+
+
+def score_by_autograd(folder: Path, reference: Reference, component: str, around: str, scheme: str) -> float:
+    """The score of the first prompt, from a plain model's own gradients: `squared` of `scheme` around the base model,
+    `changes` of what `around` has changed."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    module = model.get_submodule(component)
+    weight = module.weight.detach().clone()
+    change = round_weight(weight, parse_scheme(around or scheme)) - weight
+    if around:
+        module.weight.data.add_(change)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    module.register_forward_hook(lambda _, args, output: seen.append((args[0].detach(), output)))
+    tokens = torch.tensor(np.concatenate([reference.text[0, : reference.prompt_tokens], reference.continuation[0]]))
+    logits = model(tokens.long()[None]).logits[0, reference.prompt_tokens - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, tokens[reference.prompt_tokens :].long(), reduction="sum")
+    ((inputs, output),) = seen
+    of_output, of_weight = torch.autograd.grad(loss, (output, module.weight))
+    if around:
+        return float((of_weight * change).abs().sum())
+    return float((of_output * torch.nn.functional.linear(inputs, change)).square().sum())
+
+
+@pytest.mark.parametrize("component", [UP, Q, DOWN])
+def test_scores_of_the_research_group_are_those_of_plain_gradients(folder: Path, component: str) -> None:
+    model = in_64_bits(folder)
+    reference = with_reference(model)
+    squared = model.price(PriceRequest(reference.id, (0, 3), (component,), SCHEMES, kind="squared")).products
+    wanted = [score_by_autograd(folder, reference, component, "", scheme) for scheme in SCHEMES]
+    assert squared[0, 0] == pytest.approx(wanted, rel=1e-5)
+    plan = Plan.of({component: SCHEMES[1]})
+    request = PriceRequest(reference.id, (0, 3), (component,), ("dense",), kind="changes", around=plan)
+    assert model.price(request).products[0, 0] == pytest.approx(
+        score_by_autograd(folder, reference, component, SCHEMES[1], ""), rel=1e-5
+    )
 
 
 def test_a_price_is_the_same_whatever_was_measured_before(folder: Path) -> None:
@@ -221,9 +257,10 @@ def test_a_replica_in_stages_has_no_prices_and_it_says_so(folder: Path) -> None:
     assert "several processes" in in_stages(folder, 2).unpriceable([UP])
 
 
-def test_a_search_by_prices_alone_ends_with_a_plan_and_goes_on_from_what_is_priced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", BY_PRICES)
+def test_a_search_by_prices_alone_ends_with_a_plan(strategy: str, tmp_path: Path) -> None:
     effort = {"search__width": None, "search__fisher": {"samples": 40}}
-    path = tiny_search(tmp_path, search__strategy="fisher", search__schemes=["int3-channel", "int4-channel"],
+    path = tiny_search(tmp_path, search__strategy=strategy, search__schemes=["int3-channel", "int4-channel"],
                        search__stop={"bits_per_weight": 4.5}, **effort)  # fmt: skip
     run_here(path, tmp_path / "store")
     results = ResultStore(tmp_path / "store")

@@ -20,6 +20,7 @@ from fakes import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from solving import (
+    BY_PRICES,
     LEVELS,
     SMALL,
     STRATEGIES,
@@ -65,7 +66,7 @@ def best_by_trying(budget: Budget) -> Plan:
     return min((p for p in plans if budget.reached(space.size(p))), key=additive_damage)
 
 
-@pytest.mark.parametrize("name", ["knapsack", "fisher", "sensitivity", "auto", "auto by prices"])
+@pytest.mark.parametrize("name", ["knapsack", *BY_PRICES, "sensitivity", "auto", "auto by prices"])
 @pytest.mark.parametrize("budget", [BUDGET, Budget(size_mb=0.00831), Budget(share=0.6), Budget(components=4)])
 def test_where_damages_add_up_the_plan_is_the_best_there_is(name: str, budget: Budget) -> None:
     assert additive_damage(found(name, budget)) == pytest.approx(additive_damage(best_by_trying(budget)))

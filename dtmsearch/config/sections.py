@@ -144,7 +144,10 @@ class ComponentsSection(Section):
 
 
 # Strategies that do not ask how much of the FDT a plan keeps.
-_KEEP_TO_SIZES = ("probe", "knapsack", "fisher", "spdy", "evolution", "local", "sparsity")
+_KEEP_TO_SIZES = (
+    *("probe", "knapsack", "fisher", "squared_gradients", "gradient_changes", "spdy", "evolution", "local"),
+    "sparsity",
+)
 
 
 class StopSection(Section):
@@ -229,7 +232,7 @@ class RecoverySection(Section):
 # The strategies of this package, which `dtmsearch.search.strategies` registers under these names, and `sparsity`.
 BUILT_IN_STRATEGIES = (
     *("probe", "greedy", "beam", "lazy_greedy", "lazy_beam", "knapsack", "sensitivity", "auto", "fisher", "spdy"),
-    *("evolution", "local", "sparsity"),
+    *("evolution", "local", "squared_gradients", "gradient_changes", "sparsity"),
 )
 
 
@@ -267,7 +270,8 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "auto": ("auto", "sensitivity"),
     **dict.fromkeys(("auto.samples", "auto.slopes", "auto.rounds", "auto.plans"), _AUTO),
     **dict.fromkeys(("auto.correction_prompts", "auto.polish_prompts"), _AUTO),
-    **{name: (name,) for name in ("fisher", "knapsack", "spdy", "evolution", "local")},
+    "fisher": ("fisher", "squared_gradients", "gradient_changes"),
+    **{name: (name,) for name in ("knapsack", "spdy", "evolution", "local")},
     **dict.fromkeys(("rounds", "allocate", "prune", "probe_points", "probe_every", "cap", "recovery"), _SPARSITY),
 }
 

@@ -24,15 +24,18 @@ PRICES_VERSION = 1
 
 FloatArray = NDArray[np.float32]
 # `fisher`: labels drawn from the model; `slope`: the gradient of KL(base || model) itself, which vanishes at the base.
-PriceKind = Literal["fisher", "slope"]
+# The others are scores of the research group, of the log loss of a sample's own tokens, and no inner products:
+# `squared`, the sum of (gradient x change of the output)^2 over a component's outputs; `changes`, the sum of
+# |gradient x change| over its weights (of what rounds activations, over its outputs).
+PriceKind = Literal["fisher", "slope", "squared", "changes"]
 # Forward passes that a sample costs, a backward one counted as two; a slope needs the base model's distribution too.
-PASSES: dict[PriceKind, int] = {"fisher": 3, "slope": 4}
+PASSES: dict[PriceKind, int] = {"fisher": 3, "slope": 4, "squared": 3, "changes": 3}
 
 
 def priced_schemes(kind: PriceKind, schemes: tuple[str, ...]) -> tuple[str, ...]:
     """The schemes whose products a search with `schemes` takes: of a slope dense first, for what a plan holds stands
-    in its place there."""
-    return (DENSE, *schemes) if kind == "slope" else schemes
+    in its place there; of `changes` dense alone, for a component is scored by what its own scheme has changed."""
+    return {"slope": (DENSE, *schemes), "changes": (DENSE,)}.get(kind, schemes)
 
 
 @dataclass(frozen=True)

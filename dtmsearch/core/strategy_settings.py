@@ -70,7 +70,7 @@ class AutoSettings(StrategySettings):
 
 @dataclass(frozen=True)
 class FisherSettings(StrategySettings):
-    """How much `fisher` measures."""
+    """How much `fisher` measures, and each score of gradients of the research group."""
 
     samples: TwoOrMore = 512
     """Samples of the prices: a backward pass each."""

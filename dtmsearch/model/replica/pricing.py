@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import FloatArray, PriceRequest
+from dtmsearch.core.prices import FloatArray, PriceKind, PriceRequest
 from dtmsearch.core.schemes import Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import AnyCalibrator
@@ -214,7 +214,7 @@ def _products(
                         sums[component] = calls[0][1].new_zeros(len(tokens), len(request.schemes), dtype=torch.float32)
                     part = sums[component][at * rows : at * rows + len(batch)]
                     for call, gradient in calls:
-                        _add(part, call, gradient, changes[component])
+                        _add(part, call, gradient, changes[component], request.kind)
         for component, products in sums.items():
             found[:, place[component]] = products.cpu().numpy()
         del changes
@@ -236,6 +236,7 @@ def _of_head(
         hidden = body.finish(tokens, leaf, body.num_layers)[:, targets_from - 1 : -1]
         rows = hidden.reshape(-1, hidden.shape[-1])
         base_rows = None if base_hidden is None else base_hidden.reshape(rows.shape)
+        targets = tokens[:, targets_from:].reshape(-1)
         drawn = _drawn(request, first_sample, len(tokens), hidden.shape[1])
         wanted = torch.from_numpy(drawn).to(rows.device).reshape(-1)
         total = torch.zeros_like(rows)
@@ -249,7 +250,8 @@ def _of_head(
                     if base_rows is not None:
                         own -= body.logits(base_rows[at : at + chunk]).to(own.dtype).softmax(dim=1)
                     else:
-                        labels = _labels(own, wanted[at : at + chunk])
+                        draws = request.kind == "fisher"
+                        labels = _labels(own, wanted[at : at + chunk]) if draws else targets[at : at + chunk]
                         own[torch.arange(len(own), device=own.device), labels] -= 1.0
                 (total[at : at + chunk],) = torch.autograd.grad(logits, part, own.to(logits.dtype))
         (gradient,) = torch.autograd.grad(rows, leaf, total)
@@ -316,23 +318,36 @@ def _watching(modules: Mapping[str, nn.Module], calls: list[tuple[str, Seen]]) -
             hook.remove()
 
 
-def _add(part: Tensor, call: Seen, gradient: Tensor, change: Change) -> None:
+# What a score of a kind sums over a component's outputs or weights.
+_SUMMED: dict[PriceKind, Callable[[Tensor], Tensor]] = {"squared": Tensor.square, "changes": Tensor.abs}
+
+
+def _add(part: Tensor, call: Seen, gradient: Tensor, change: Change, kind: PriceKind) -> None:
     """Add a call's products to `part` [prompts, schemes]."""
-    if change.weights is not None:
-        part[:, list(change.at)] += _with_weights(call.inputs, gradient, change.weights).float()
+    summed = _SUMMED.get(kind, lambda values: values)
+
+    def at_outputs(moved: Tensor) -> Tensor:
+        return summed(gradient.float() * moved.float()).sum(dim=(1, 2))
+
+    if change.weights is not None and kind == "squared":
+        for at, weight in zip(change.at, change.weights, strict=True):
+            moved = call.inputs.to(weight.dtype) @ weight.reshape(gradient.shape[2], call.inputs.shape[2]).t()
+            part[:, at] += at_outputs(moved)
+    elif change.weights is not None:
+        part[:, list(change.at)] += _with_weights(call.inputs, gradient, summed(change.weights), summed).float()
     for at, module in zip(change.modules_at, change.modules, strict=True):
-        moved = module(call.inputs).float() - call.output.float()
-        part[:, at] += (gradient.float() * moved).sum(dim=(1, 2))
+        part[:, at] += at_outputs(module(call.inputs).float() - call.output.float())
 
 
-def _with_weights(inputs: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
-    """Inner products [prompts, schemes] of prompts' weight gradients with changes of the weights, in float32."""
+def _with_weights(inputs: Tensor, gradient: Tensor, weights: Tensor, of_gradient: Callable[[Tensor], Tensor]) -> Tensor:
+    """Inner products [prompts, schemes] of what is made `of_gradient` of prompts' weight gradients with changes of the
+    weights, in float32."""
     size = inputs.shape[2] * gradient.shape[2]
     together = _PROMPTS_TOGETHER[inputs.device.type]
     chunk = max(1, _MOST_VALUES[inputs.device.type] // size)
     chunk -= chunk % together if chunk > together else 0
     found = []
     for x, d in zip(inputs.split(chunk), gradient.split(chunk), strict=True):
-        own = torch.bmm(d.to(weights.dtype).transpose(1, 2), x.to(weights.dtype))
+        own = of_gradient(torch.bmm(d.to(weights.dtype).transpose(1, 2), x.to(weights.dtype)))
         found.append((weights @ own.reshape(len(x), -1).t()).t())
     return torch.cat(found)

@@ -140,6 +140,14 @@ def _spanned(name: str, mean: float, error: float) -> Row:
     return {name: mean, f"{name}_low": low, f"{name}_high": mean + _Z95 * error}
 
 
+_TAKEN = {
+    "fisher": "prices of all options",
+    "slope": "slopes of KL",
+    "squared": "scores of squared gradients",
+    "changes": "scores of gradients times changes",
+}
+
+
 def _price_stages(blocks: pa.Table) -> list[Row]:
     """What was taken by backward passes, around which plan."""
     taken: dict[tuple[str, str], dict[int, Row]] = {}
@@ -147,7 +155,7 @@ def _price_stages(blocks: pa.Table) -> list[Row]:
         taken.setdefault((row["kind"], row["around_plan_id"]), {})[row["first_sample"]] = row
     return [
         {
-            "what": "prices of all options" if kind == "fisher" else "slopes of KL",
+            "what": _TAKEN[kind],
             "around": "the base model" if around == DENSE_PLAN else f"plan {around[:8]}",
             "number": sum(len(row["products"]) for row in parts.values()),
             "unit": "samples",

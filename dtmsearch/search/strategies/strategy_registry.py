@@ -22,6 +22,7 @@ from dtmsearch.search.strategies.additive import Knapsack, Spdy
 from dtmsearch.search.strategies.auto import Auto
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.evolution import Evolution, Local
+from dtmsearch.search.strategies.gradient_scores import GradientChanges, SquaredGradients
 from dtmsearch.search.strategies.lazy import Lazy
 from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
@@ -116,6 +117,12 @@ STRATEGIES.add("lazy_greedy", StrategyType(lambda i: _lazy(i, 1)))
 STRATEGIES.add("lazy_beam", StrategyType(lambda i: _lazy(i, i.width)))
 STRATEGIES.add("auto", StrategyType(_auto, needs_errors=True, takes_prices=True))
 STRATEGIES.add("fisher", StrategyType(lambda i: Fisher(i, i.solver.take, i.solver.fisher), takes_prices=True))
+STRATEGIES.add(
+    "squared_gradients", StrategyType(lambda i: SquaredGradients(i, i.solver.take, i.solver.fisher), takes_prices=True)
+)
+STRATEGIES.add(
+    "gradient_changes", StrategyType(lambda i: GradientChanges(i, i.solver.take, i.solver.fisher), takes_prices=True)
+)
 STRATEGIES.add(
     "sensitivity",
     StrategyType(lambda i: _by_errors(i, replace(i.solver.auto, rounds=0, polish_prompts=0)), needs_errors=True),
