@@ -58,8 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         module = getattr(item, "module", None)
         if module is not None and not any(item.get_closest_marker(kind) for kind in KINDS):
-            kind = found.setdefault(module, kind_of(module))
-            item.add_marker(getattr(pytest.mark, kind))
+            if module not in found:
+                found[module] = kind_of(module)
+            item.add_marker(getattr(pytest.mark, found[module]))
 
 
 def pytest_collection_finish() -> None:

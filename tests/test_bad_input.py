@@ -175,7 +175,10 @@ AT_ONCE_KNOWN = {
 
 
 @pytest.mark.parametrize("name", AT_ONCE_KNOWN)
-def test_a_mistake_is_said_at_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_said_before_ray_starts(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
     case = AT_ONCE_KNOWN[name]
     code = main([*map(str, case.command(tmp_path)), "--store", str(tmp_path / "store")])
     said = capsys.readouterr().err

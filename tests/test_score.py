@@ -9,6 +9,8 @@ import pytest
 from exports import RUN, Measured, measured_plan
 from tiny import write_model
 
+from dtmsearch.errors import UserError
+from dtmsearch.workflows import score as score_module
 from dtmsearch.workflows.score import Asked, TaskScore, _compared, answer_of, base_model_of, score
 
 # The harness and what it loads warn of much that is not ours.
@@ -92,6 +94,14 @@ def test_a_metric_of_degrees_has_no_flips() -> None:
 
 def test_the_answer_to_a_choice_is_the_likeliest() -> None:
     assert answer_of({"filtered_resps": [(-4.0, False), (-1.0, False), (-2.0, False)]}) == 1
+
+
+def test_a_run_that_is_not_there_is_said_before_the_harness_reads_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_module, "_tasks", lambda asked: pytest.fail("tasks were read"))
+    with pytest.raises(UserError, match="no run of the store"):
+        score("nobody", Asked(("arc_easy",)), str(tmp_path / "store"))
 
 
 def test_a_folder_without_a_card_has_no_base_model(tmp_path: Path) -> None:

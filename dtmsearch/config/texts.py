@@ -6,7 +6,9 @@ import codecs
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
 from dtmsearch.core.components import weight_files
@@ -83,12 +85,14 @@ def _vocabulary_size(folder: Path) -> int | None:
 
 
 def check_readable(file: SearchFile) -> None:
-    """Raises `UserError` for a text file of the search file that is not there."""
-    for section in (file.prompts, file.validation_prompts, file.calibration_text):
-        if section is not None:
-            text_files(file, section)
+    """Raises `UserError` for a text file of the search file that is not there, or whose beginning cannot be read."""
+    sections = (file.prompts, file.validation_prompts, file.calibration_text)
+    found = [path for section in sections if section is not None for path in text_files(file, section)]
     if file.search.recovery is not None:
-        paths(file, file.search.recovery.files)
+        found += paths(file, file.search.recovery.files)
+    for path in dict.fromkeys(found):
+        with _opened(path) as stream:
+            stream.read(_LOOKED_AT)
 
 
 def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
@@ -184,20 +188,27 @@ def _column(path: Path) -> list[str]:
 
 def _content(path: Path) -> bytes:
     """Raises `UserError` for a file that cannot be read, is damaged, or holds more text than prompts are cut from."""
+    with _opened(path) as stream:
+        pieces, size = [], 0
+        while size <= _MOST_BYTES and (piece := stream.read(_PIECE_BYTES)):
+            pieces.append(piece)
+            size += len(piece)
+    if size > _MOST_BYTES:
+        raise UserError(f"the text {path} is longer than {_MOST_BYTES >> 30} GiB: give a part of it")
+    return b"".join(pieces)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file's content, decompressed. Raises `UserError` where it cannot be read or is damaged, in the block too."""
     import pyarrow as pa
 
     try:
         with pa.input_stream(str(path)) as stream:  # which tells the compression by the name
-            pieces, size = [], 0
-            while size <= _MOST_BYTES and (piece := stream.read(_PIECE_BYTES)):
-                pieces.append(piece)
-                size += len(piece)
+            yield stream
     except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot read the text {path}: it is damaged, or not to be read by you ({reason})") from None
-    if size > _MOST_BYTES:
-        raise UserError(f"the text {path} is longer than {_MOST_BYTES >> 30} GiB: give a part of it")
-    return b"".join(pieces)
 
 
 def text_files(file: SearchFile, prompts: PromptsSection) -> list[Path]:

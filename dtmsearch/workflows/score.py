@@ -23,9 +23,11 @@ import yaml
 
 from dtmsearch.core.components import read_model_config
 from dtmsearch.core.statistics import PairedDifference, paired_difference
+from dtmsearch.core.user_files import is_folder
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.export import export
+from dtmsearch.workflows.export_source import find
 
 # Intervals are made with the same weights every time.
 _INTERVAL_SEED = 0
@@ -79,14 +81,15 @@ def score(
 ) -> list[TaskScore]:
     """Score a run's plan, or a folder that was exported, beside its base model.
 
-    `base` is where the base model lies, if not where the run or the folder's README says. Raises `UserError` for a
-    task that the harness does not have, and where the harness is missing.
+    `base` is where the base model lies, if not where the run or the folder's README says. Raises `UserError` for what
+    is neither folder nor plan, for a task that the harness does not have, and where the harness is missing.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("score needs an extra: pip install 'dtmsearch[eval]'")
+    _check(source, store, base)
     manager = _tasks(asked)
     with ExitStack() as stack:
-        if Path(source).is_dir():
+        if is_folder(Path(source)):
             folder = source
         else:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dtmsearch-score-"))
@@ -98,6 +101,14 @@ def score(
         say("asking the compressed model")
         after = _answers(folder, asked, dtype, manager)
     return [row for task in before for row in _compared(task, before[task], after[task])]
+
+
+def _check(source: str, store: str, base: str | None) -> None:
+    """What is no plan, or of no known model, is said before the harness reads its thousands of tasks."""
+    if not is_folder(Path(source)):
+        find(source, ResultStore(store), base)
+    elif base is None:
+        base_model_of(Path(source))
 
 
 def _exported(run: str, store: str, base: str | None, out: str, say: Callable[[str], None]) -> str:
