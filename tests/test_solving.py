@@ -39,8 +39,9 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import AutoSettings, LocalSettings
 from dtmsearch.errors import SearchFailed
+from dtmsearch.search.loop import search
 from dtmsearch.search.min_fdt import ladder_of
-from dtmsearch.search.protocols import Strategy
+from dtmsearch.search.protocols import Progress, Silent, Strategy
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.solver.neighbours import promising
 from dtmsearch.search.solver.posterior import Posterior, Spread
@@ -242,6 +243,34 @@ def test_what_cannot_be_measured_is_not_chosen(name: str) -> None:
 def test_a_search_of_which_nothing_can_be_measured_says_so() -> None:
     with pytest.raises(SearchFailed, match="without what cannot be measured"):
         run_search(strategy("auto", space_with(BUDGET)), FakeEvaluator(failing({"layers": "nonfinite"})))
+
+
+@pytest.mark.parametrize("name", ["auto", "auto by prices"])
+def test_who_watches_sees_the_stage_and_the_best_plan_beside_the_best_uniform_one(name: str) -> None:
+    class Watching(Silent):
+        def __init__(self) -> None:
+            self.progress: list[Progress] = []
+
+        def on_progress(self, progress: Progress) -> None:
+            self.progress.append(progress)
+
+    # By budget int4 everywhere is the rival; every prompt of the fake answers alike.
+    space, watching = space_with(Budget(bits_per_weight=4.6)), Watching()
+    plan = search(strategy(name, space), FakeEvaluator(additive), MemoryLog(), watching)
+    assert plan is not None
+    stages = {each.stage for each in watching.progress}
+    # Where damages add up, prices hold, and there is nothing to correct.
+    assert stages >= {"last comparison", "first plan by prices" if name == "auto by prices" else "round 1 of at most 2"}
+    against = watching.progress[-1].against_uniform
+    assert against is not None and against.metric == "kl" and against.scheme == "int4-channel"
+    uniform = space.uniform("int4-channel")
+    assert (against.plan, against.uniform) == pytest.approx([kl_of(plan), kl_of(uniform)])
+
+
+def kl_of(plan: Plan) -> float:
+    outcome = additive(replace(request_for(plan, Plan()), extra_metrics=("kl",)))
+    assert outcome.kl is not None
+    return float(outcome.kl.mean())
 
 
 def test_uniform_is_the_answer_where_nothing_is_better() -> None:

@@ -11,6 +11,7 @@ from fakes import toy_components, toy_manifest
 
 from dtmsearch.analysis.pareto_runs import candidates
 from dtmsearch.analysis.summary import RunSummary, runs_overview, summarize_run
+from dtmsearch.console.text import overview_text, run_text
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Reference
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.numeric_mode import NumericMode
@@ -259,6 +260,30 @@ def test_overview_shows_the_last_decision(tmp_path: Path) -> None:
     (line,) = runs_overview(ResultStore(tmp_path))
     assert (line.run, line.status, line.model, line.num_evaluations) == ("run", "finished", "toy", 1)
     assert (line.last_step, line.share, line.bits_per_weight, line.score, line.fdt) == (1, 0.25, 12.0, 90.0, 55.0)
+
+
+def test_overview_names_the_value_on_held_out_prompts_beside_that_of_the_search(tmp_path: Path) -> None:
+    records = [
+        record(PLAN, None, result(request(PLAN, SEARCH), 55, kl=0.25), "search"),
+        measured(PLAN, "plan", 60, kl=0.5),
+    ]
+    write(
+        tmp_path, *records, run=replace(RECORD, config="search: {rank_by: kl}"), steps=(replace(step(0), score=0.25),)
+    )
+    (line,) = runs_overview(ResultStore(tmp_path))
+    assert (line.rank_by, line.score, line.held_out) == ("kl", 0.25, pytest.approx(0.5))
+    shown = overview_text([line])
+    assert "KL 0.2500" in shown and "KL 0.5000" in shown
+
+
+def test_the_verdict_in_brief_is_one_sentence_with_its_interval(tmp_path: Path) -> None:
+    small = Plan.uniform(toy_components(), "int4-g32")
+    records = measured(PLAN, "plan", 60, kl=0.5), measured(small, "uniform:int4-g32", 50, kl=0.25)
+    write(tmp_path, *records, run=replace(RECORD, config="search: {rank_by: kl}"))
+    found = summarize_run(ResultStore(tmp_path), "run")
+    assert found.verdict.startswith(found.verdict_in_brief.rstrip(".").split("; its FDT")[0])
+    assert "95% interval" in found.verdict_in_brief and "its FDT of" not in found.verdict_in_brief
+    assert found.verdict_in_brief in run_text(found) and found.verdict in run_text(found, long=True)
 
 
 def test_overview_of_a_run_that_has_decided_nothing_leaves_it_open(tmp_path: Path) -> None:

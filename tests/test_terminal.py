@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from dtmsearch.console.progress import (
     LiveProgress,
     PlainProgress,
     QuietProgress,
+    decision_line,
     done_share,
     progress_line,
     watching,
@@ -27,7 +29,7 @@ from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
 from dtmsearch.logs import json_lines
-from dtmsearch.search.protocols import Decision, Progress
+from dtmsearch.search.protocols import AgainstUniform, Decision, Progress
 
 
 class Screen(io.StringIO):
@@ -81,6 +83,48 @@ def test_a_progress_line_tells_evaluations_rate_and_time_left() -> None:
     assert (
         out.getvalue() == "step 3: 30 evaluations (10 from the store), 4 in flight, 2.0 per second, about 35 s left\n"
     )
+
+
+@pytest.mark.parametrize(("rate", "said"), [(0.04, ", 25 s each"), (0.5, ", 2 s each"), (1.0, ", 1.0 per second")])
+def test_a_slow_rate_is_told_by_what_one_evaluation_takes(rate: float, said: str) -> None:
+    assert said in progress_line(some_progress(rate=rate))
+
+
+def test_no_rate_is_told_where_nothing_was_measured() -> None:
+    assert progress_line(some_progress(rate=0.0)) == (
+        "step 3: 30 evaluations (10 from the store), 4 in flight, about 35 s left"
+    )
+
+
+def test_a_progress_line_tells_the_stage_and_the_best_against_uniform_in_the_metric_that_ranks() -> None:
+    against = AgainstUniform("kl", 0.03351, "int4-g32", 0.0698)
+    progress = replace(some_progress(), stage="round 2 of at most 6", against_uniform=against)
+    assert progress_line(progress) == (
+        "round 2 of at most 6: 30 evaluations (10 from the store), 4 in flight, 2.0 per second, about 35 s left; "
+        "KL 0.03351 on the search's prompts, int4-g32 everywhere 0.0698"
+    )
+
+
+def test_a_decision_is_told_in_the_metric_that_ranks() -> None:
+    decision = replace(a_decision(), metric="kl", score=0.03351)
+    assert "bits per weight, KL 0.03351]" in decision_line(decision)
+
+
+def test_a_stage_is_told_once_and_how_far_it_is_every_five_seconds() -> None:
+    out, now = io.StringIO(), [0.0]
+    plain = PlainProgress(out, clock=lambda: now[0])
+    for done in range(8):
+        plain.on_stage("prices", f"{done} of 8 samples" if done else "")
+        now[0] += 1.0
+    assert out.getvalue() == "after 0 s: prices\nafter 5 s: prices, 5 of 8 samples\n"
+
+
+def test_the_live_view_shows_a_stage_until_there_is_progress() -> None:
+    live = LiveProgress()
+    live.on_stage("loading the model", "1 of 2")
+    assert "loading the model, 1 of 2, 0 s so far" in str(live.render())
+    live.on_progress(some_progress())
+    assert live.stage is None
 
 
 def test_before_the_first_outcome_a_progress_line_tells_no_rate() -> None:

@@ -38,7 +38,9 @@ def screens(monkeypatch: pytest.MonkeyPatch) -> str:
     """What `ls` and the table of a run's held-out values look like at every width."""
     runs = [
         RunOverview(
-            "llama2-7b-4bit", "finished", False, "meta-llama/Llama-2-7b-hf", 1834, 11, 1.0, 4.5, 0.021, 36.41, 0
+            *("llama2-7b-4bit", "finished", False, "meta-llama/Llama-2-7b-hf", 1834, 11, 1.0, 4.5, 0.021, 36.41, 0),
+            rank_by="kl",
+            held_out=0.0213,
         ),
         RunOverview(
             "smollm2-nightly-2026-11-27", "running", False, "models/smollm2", 96, None, None, None, None, None, 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -71,7 +72,8 @@ class RunSummary:
     submitted to a cluster, where it was submitted. `num_evaluations` are those of the search, its
     failures included; `failures` counts them by kind. `wall_seconds` is the search's own time over all its sessions
     up to its last decision, None before the first. `verdict` says how the plan does on held-out prompts, in the metric
-    that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size.
+    that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size;
+    `verdict_in_brief` is the one sentence of it that says most.
     `active_bits_per_weight` is what a token reads of a mixture of experts, None of other models.
     `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
     from and how many repeat a text, None where the run's version did not record it; `min_fdt` what was asked and found
@@ -113,12 +115,14 @@ class RunSummary:
     written: str | None = None
     active_bits_per_weight: float | None = None
     components: tuple[Component, ...] = ()
+    verdict_in_brief: str = ""
 
 
 @dataclass(frozen=True)
 class RunOverview:
-    """A line about a run. `score` is its last decision's value of the metric that it ranks by; `fdt` that decision's
-    mean FDT on the search's prompts; `failed` what ended a failed run, in a line."""
+    """A line about a run. `score` is its last decision's value of the metric that it ranks by, `rank_by`, on the
+    search's prompts; `fdt` that decision's mean FDT there; `held_out` the final plan's value of `rank_by` on held-out
+    prompts; `failed` what ended a failed run, in a line."""
 
     run: str
     status: RunStatus | Literal["incomplete"]
@@ -132,6 +136,8 @@ class RunOverview:
     fdt: float | None
     created_at: float
     failed: str | None = None
+    rank_by: str = "fdt"
+    held_out: float | None = None
 
 
 def record_of(store: ResultStore, run: str) -> RunRecord:
@@ -152,8 +158,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
     reference = _HeldOut.of(store, record.validation_reference_id)
     measured = _measured(store, record)
     rows = _validation_rows(measured, reference)
-    rank_by = str(section_of(record.config, "search").get("rank_by", "fdt"))
-    rank_by = rank_by if rank_by in METRICS else "fdt"
+    rank_by = _rank_by(record)
     rival = _rival(store, record, rows, rank_by)
     noise = _noise(measured, reference)
     plan_row = next((row for row in rows if row.label == PLAN), None)
@@ -186,6 +191,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         finished_at=record.finished_at,
         validation=rows,
         verdict=_verdict(record, rows, rank_by, rival, reference, noise),
+        verdict_in_brief=_verdict(record, rows, rank_by, rival, reference, None, brief=True),
         missing=missing,
         search_text=record.search_text,
         held_out_text=_held_out_text(store, record),
@@ -196,6 +202,12 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         components=tuple(component for component, _ in components),
         min_fdt=kept_fdt(store, record, plan_row.summary.fdt_mean if plan_row and plan_row.summary else None),
     )
+
+
+def _rank_by(record: RunRecord) -> str:
+    """The metric that a run's search ranks by; FDT for one that is not known here."""
+    rank_by = str(section_of(record.config, "search").get("rank_by", "fdt"))
+    return rank_by if rank_by in METRICS else "fdt"
 
 
 def _components(store: ResultStore, record: RunRecord) -> list[tuple[Component, int]]:
@@ -229,11 +241,12 @@ def _verdict(
     rival: ValidationRow | None,
     reference: _HeldOut | None,
     noise: NoiseFloor | None,
+    brief: bool = False,
 ) -> str:
     if record.final_plan_id is None:
         return _without_plan(record)
     length = None if reference is None else reference.continuation_tokens
-    said = verdict(rows, rank_by, length, rival, _counts_active(record))
+    said = verdict(rows, rank_by, length, rival, _counts_active(record), brief)
     return said if noise is None else f"{said} {noise_sentence(noise)}"
 
 
@@ -279,7 +292,23 @@ def _overview(store: ResultStore, record: RunRecord, models: Mapping[str | None,
         fdt=None if last is None else _fdt_of(store, record, last.plan_id),
         created_at=record.created_at,
         failed=headline(record.message) if record.status == "failed" and record.message else None,
+        rank_by=_rank_by(record),
+        held_out=_held_out_value(store, record),
     )
+
+
+def _held_out_value(store: ResultStore, record: RunRecord) -> float | None:
+    """The final plan's value on the held-out prompts that are reported, in the metric that the search ranks by."""
+    if record.final_plan_id is None or record.validation_reference_id is None:
+        return None
+    where = (pc.field("reference_id") == record.validation_reference_id) & (pc.field("plan_id") == record.final_plan_id)
+    columns = ["weights_id", "status", *OTHER_COLUMNS, *SUMMARY_COLUMNS]
+    over = store.weights_id(record.run) or None
+    for row in store.table("evaluations", columns, record.run, where).to_pylist():
+        if row["weights_id"] == over and row["status"] == "ok":
+            with suppress(ValueError):  # not measured of this plan
+                return summary_of(row).value(_rank_by(record))
+    return None
 
 
 def _is_interrupted(store: ResultStore, record: RunRecord) -> bool:

@@ -178,10 +178,11 @@ def verdict(
     continuation_tokens: int | None = None,
     rival: ValidationRow | None = None,
     active: bool = False,
+    brief: bool = False,
 ) -> str:
     """How the final plan does on held-out prompts, in the metric that the search ranked by, against the best uniform
     plan of at most its size (`rival`, by default the best on these prompts); FDT beside it. `active`: sizes are
-    the bits that a token reads."""
+    the bits that a token reads. `brief`: the one sentence of it that says most."""
     plan = next((row for row in rows if row.label == PLAN), None)
     if plan is None:
         return "The plan was not measured on held-out prompts, so nothing is said of how good it is."
@@ -190,10 +191,13 @@ def verdict(
     base = next((row for row in rows if row.label == BASE), None)
     ruined = unusable(plan, base, continuation_tokens)
     metric = rank_by if _value(plan, rank_by) is not None else "fdt"
-    said = [
-        *([] if ruined is None else [f"The plan is unusable ({ruined}, FDT {plan.summary.fdt_mean:.1f})."]),
-        _against(plan, rival or rival_of(rows, metric, active), metric, base, continuation_tokens, active),
-    ]
+    said = [] if ruined is None else [f"The plan is unusable ({ruined}, FDT {plan.summary.fdt_mean:.1f})."]
+    if brief and said:
+        return said[0]
+    found = rival or rival_of(rows, metric, active)
+    said.append(_against(plan, found, metric, base, continuation_tokens, active, brief))
+    if brief:
+        return said[0]
     instead = next((row for row in rows if row.label == FOUND), None)
     if instead is not None:
         said.append(f"It is a uniform plan: what the search found did no better ({_figures(instead, metric)}).")
@@ -207,6 +211,7 @@ def _against(
     base: ValidationRow | None,
     continuation_tokens: int | None,
     active: bool,
+    brief: bool,
 ) -> str:
     assert plan.summary is not None
     of_its_size = "that has a token read at most as many bits" if active else "of at most its size"
@@ -230,7 +235,7 @@ def _against(
     value = _number(_value(rival, metric), metric, spec)
     return (
         f"{found}: {_comparison(difference, metric)} {other}, with {value} ({_interval(difference, metric)})"
-        f"{_beside(plan, rival, metric)}{_dissent(rival, metric)}."
+        f"{'' if brief else _beside(plan, rival, metric)}{_dissent(rival, metric)}."
     )
 
 

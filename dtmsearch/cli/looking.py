@@ -31,13 +31,14 @@ def ls_verb(store: str, form: str) -> None:
 @cli.command("status", epilog=examples("dtmsearch status my-run", "dtmsearch status my-run --format json"))
 @click.argument("name", metavar="RUN", shell_complete=complete_run)
 @store_option
+@click.option("--long", "long", is_flag=True, help="All that there is to say of the plan: FDT beside, and noise.")
 @format_option("table", "json")
-def status_verb(name: str, store: str, form: str) -> None:
+def status_verb(name: str, store: str, form: str, long: bool) -> None:
     """Say how far a run is and what it found."""
     from dtmsearch.analysis.summary import summarize_run
     from dtmsearch.console.text import run_text, run_values
 
-    show(summarize_run(open_store(store), name), form, run_text, run_values)
+    show(summarize_run(open_store(store), name), form, lambda found: run_text(found, long), run_values)
 
 
 @cli.command("watch", epilog=examples("dtmsearch watch my-run", "dtmsearch watch my-run --store s3://bucket/store"))

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dtmsearch.cluster import versions as pins
 from dtmsearch.cluster.placement import Share
 from dtmsearch.core.calibration import PackedMatrix
+from dtmsearch.core.collection import uncollected
 from dtmsearch.core.evaluation import ModelSpec, Reference, ReplicaSettings
 
 
@@ -40,12 +41,14 @@ class _Host:
         # Threads that wait for each other spinning, as is the default, bring a busy machine to a standstill.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         module, _, name = self._replica_class.partition(":")
-        replica = getattr(importlib.import_module(module), name)
-        loading = [
-            other.load.remote(spec, replace(settings, stage=stage)) for stage, other in enumerate(self._others, start=1)
-        ]
-        peers = [_Peer(other, loaded) for other, loaded in zip(self._others, loading, strict=True)]
-        self._replica = replica(spec, settings, self._name, socket.gethostname(), *([peers] if peers else []))
+        with uncollected():
+            replica = getattr(importlib.import_module(module), name)
+            loading = [
+                other.load.remote(spec, replace(settings, stage=stage))
+                for stage, other in enumerate(self._others, start=1)
+            ]
+            peers = [_Peer(other, loaded) for other, loaded in zip(self._others, loading, strict=True)]
+            self._replica = replica(spec, settings, self._name, socket.gethostname(), *([peers] if peers else []))
         return self.where()
 
     def take(self, *references: Reference) -> float:

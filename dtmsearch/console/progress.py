@@ -20,7 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtmsearch.analysis.format import components, duration, plain
+from dtmsearch.analysis.format import components, counted, duration, plain
+from dtmsearch.analysis.metric_text import metric_number, metric_value
 from dtmsearch.console.printing import print_shown, styled
 from dtmsearch.core.plan import Perturbation
 from dtmsearch.search.protocols import Decision, Observer, Progress
@@ -68,6 +69,9 @@ class QuietProgress:
     def on_decision(self, decision: Decision, replayed: bool) -> None:
         pass
 
+    def on_stage(self, text: str, done: str = "") -> None:
+        pass
+
     def on_note(self, text: str) -> None:
         print_shown(text, self.stream)
 
@@ -91,17 +95,22 @@ class LoggedProgress:
         measured = {"size": plain(decision.size), "summary": plain(decision.summary)}
         log.info("decision", extra=values | measured | {"replayed": replayed})
 
+    def on_stage(self, text: str, done: str = "") -> None:
+        log.info("stage", extra={"stage": text, "done": done})
+
     def on_note(self, text: str) -> None:
         log.warning(text)
 
 
 class PlainProgress(QuietProgress):
-    """A line for each new decision, one for all replayed ones together, and a progress line now and then."""
+    """A line for each stage and each new decision, one for all replayed decisions together, and a line now and then
+    that says how far it is."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream)
         self.clock = clock
-        self.last_line_at = clock()
+        self.started_at = self.last_line_at = clock()
+        self.stage = ""
         self.last_replayed: Decision | None = None
 
     def on_progress(self, progress: Progress) -> None:
@@ -115,6 +124,12 @@ class PlainProgress(QuietProgress):
             return
         self._say_replayed()
         self._say(decision_line(decision))
+
+    def on_stage(self, text: str, done: str = "") -> None:
+        if text != self.stage or self.clock() - self.last_line_at >= _PLAIN_SECONDS:
+            self.stage = text
+            after = duration(self.clock() - self.started_at)
+            self._say(f"after {after}: {text}{f', {done}' if done else ''}")
 
     def _say_replayed(self) -> None:
         if self.last_replayed is not None:
@@ -133,10 +148,15 @@ class LiveProgress:
         self.say: Callable[[str], None] = lambda text: None
         self.progress: Progress | None = None
         self.started_at = time.monotonic()
+        self.stage: tuple[str, float] | None = None
         self.recent: deque[Decision] = deque(maxlen=_RECENT_DECISIONS)
 
     def on_progress(self, progress: Progress) -> None:
-        self.progress = progress
+        self.progress, self.stage = progress, None
+
+    def on_stage(self, text: str, done: str = "") -> None:
+        said = f"{text}, {done}" if done else text
+        self.stage = said, time.monotonic() if self.stage is None else self.stage[1]
 
     def on_decision(self, decision: Decision, replayed: bool) -> None:
         self.recent.append(decision)
@@ -145,9 +165,14 @@ class LiveProgress:
         self.say(text)
 
     def render(self) -> Group | Text:
+        now = time.monotonic()
+        text, since = self.stage or ("starting", self.started_at)
+        stage = styled(f"{text}, {duration(now - since)} so far", no_wrap=True, overflow="ellipsis")
         if self.progress is None:
-            return styled(f"starting: loading the model, {duration(time.monotonic() - self.started_at)} so far")
+            return stage
         lines = [styled(decision_line(d), style="dim", no_wrap=True, overflow="ellipsis") for d in self.recent]
+        if self.stage is not None:
+            return Group(*lines, stage)
         done = done_share(self.progress)
         bar = ProgressBar(total=1.0, completed=done or 0.0, width=_BAR_WIDTH, pulse=done is None)
         status = styled(progress_line(self.progress), no_wrap=True, overflow="ellipsis")
@@ -172,7 +197,7 @@ def share_of_weights(decision: Decision | None) -> str:
     if decision is None:
         return "nothing compressed yet"
     return (
-        f"{decision.size.share:.1%} of weights compressed, FDT {decision.summary.fdt_mean:.1f}, "
+        f"{decision.size.share:.1%} of weights compressed, {_score(decision)}, "
         f"{decision.size.bits_per_weight:.2f} bits per weight"
     )
 
@@ -189,16 +214,39 @@ def decision_line(decision: Decision) -> str:
     size = decision.size
     return (
         f"step {decision.step}: {edge}  [{components(size.num_compressed)}, {size.share:.1%} of weights, "
-        f"{size.bits_per_weight:.2f} bits per weight, FDT {decision.summary.fdt_mean:.1f}]"
+        f"{size.bits_per_weight:.2f} bits per weight, {_score(decision)}]"
     )
+
+
+def _score(decision: Decision) -> str:
+    """A decision's value in the metric that its search ranks by."""
+    return metric_value(decision.metric, decision.score)
 
 
 def progress_line(progress: Progress) -> str:
     recorded = f" ({progress.replayed} from the store)" if progress.replayed else ""
+    stage = progress.stage or f"step {progress.step}"
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
     if progress.evaluations == progress.replayed and progress.in_flight:
-        return f"step {progress.step}: {progress.in_flight} evaluations under way{recorded}, none has arrived yet"
+        begun = counted(progress.in_flight, "evaluation")
+        return f"{stage}: {begun} under way{recorded}, none has arrived yet{_compared(progress)}"
     return (
-        f"step {progress.step}: {progress.evaluations} evaluations{recorded}, {progress.in_flight} in flight, "
-        f"{progress.evaluations_per_second:.1f} per second{left}"
+        f"{stage}: {counted(progress.evaluations, 'evaluation')}{recorded}, {progress.in_flight} in flight"
+        f"{pace(progress.evaluations_per_second)}{left}{_compared(progress)}"
     )
+
+
+def pace(per_second: float) -> str:
+    """How quickly evaluations come, in the unit in which that is a number above one; empty where none has come."""
+    if per_second <= 0.0:
+        return ""
+    return f", {per_second:.1f} per second" if per_second >= 1.0 else f", {duration(1.0 / per_second)} each"
+
+
+def _compared(progress: Progress) -> str:
+    """The best so far against uniform, in the metric that ranks."""
+    found = progress.against_uniform
+    if found is None:
+        return ""
+    plan, uniform = metric_value(found.metric, found.plan), metric_number(found.metric, found.uniform)
+    return f"; {plan} on the search's prompts, {found.scheme} everywhere {uniform}"

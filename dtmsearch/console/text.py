@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.failure import headline
 from dtmsearch.analysis.format import components, counted, duration, plain, size_in_words, with_interval
+from dtmsearch.analysis.metric_text import metric_value
 from dtmsearch.console.plan_picture import plan_picture
 from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metric_registry import METRICS
@@ -51,8 +52,8 @@ _STATES_KEPT = {
 }
 
 
-def run_text(summary: RunSummary) -> str:
-    """Everything that the store knows of a run."""
+def run_text(summary: RunSummary, long: bool = False) -> str:
+    """What the store knows of a run. Its verdict is a sentence, `long` all that there is to say of it."""
     lines = [f"run {summary.run}: {_status(summary)}"]
     lines += [_message(summary.status, summary.message)] if summary.message else []
     lines.append(_line("model", summary.model or "not read yet"))
@@ -61,9 +62,9 @@ def run_text(summary: RunSummary) -> str:
     lines += [_line("held out", summary.held_out_text)] if summary.held_out_text else []
     if summary.last_step is not None:
         step = summary.last_step
-        lines.append(
-            _line("last step", f"{step.step}: {step.perturbation or 'chosen as a whole'}, score {step.score:.4g}")
-        )
+        value = metric_value(summary.rank_by, step.score, with_unit=True)
+        choice = step.perturbation or "chosen as a whole"
+        lines.append(_line("last step", f"{step.step}: {choice}, {value} on the search's prompts"))
     lines += _plan_lines(summary)
     lines += [_line("min_fdt", str(summary.min_fdt))] if summary.min_fdt else []
     if summary.final_plan is not None:
@@ -71,7 +72,7 @@ def run_text(summary: RunSummary) -> str:
         lines += ["", textwrap.indent(picture, "  ")] if picture else []
     if summary.validation:
         lines += ["", "On held-out prompts:", validation_table(summary.validation, summary.rank_by)]
-    return "\n".join([*lines, "", summary.verdict])
+    return "\n".join([*lines, "", summary.verdict if long else summary.verdict_in_brief or summary.verdict])
 
 
 def run_values(summary: RunSummary) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def _ahead(difference: PairedDifference | None, digits: int) -> str:
 
 
 def overview_text(runs: Sequence[RunOverview]) -> str:
-    columns = ["run", "status", "bits", "FDT in search", "created", "evaluations", "model", "share", "step"]
+    columns = ["run", "status", "bits", "held out", "in search", "created", "evaluations", "model", "share", "step"]
     rows = [_overview_cells(run) for run in runs]
     if any(run.failed is not None for run in runs):
         columns.insert(2, "what failed")
@@ -252,7 +253,8 @@ def _overview_cells(run: RunOverview) -> list[object]:
         run.run,
         "interrupted" if run.interrupted else run.status,
         None if run.bits_per_weight is None else f"{run.bits_per_weight:.2f}",
-        run.fdt,
+        None if run.held_out is None else metric_value(run.rank_by, run.held_out),
+        None if run.score is None else metric_value(run.rank_by, run.score),
         _local_time(run.created_at),
         run.num_evaluations,
         run.model,

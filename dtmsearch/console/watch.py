@@ -19,9 +19,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from dtmsearch.analysis.format import duration, number
+from dtmsearch.analysis.metric_text import metric_value
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import section_of
 from dtmsearch.console.printing import print_shown, styled
+from dtmsearch.console.progress import pace
 from dtmsearch.core.records import RunRecord, StepRecord
 from dtmsearch.store.codecs.tables import step_records
 from dtmsearch.store.store import ResultStore
@@ -161,9 +163,10 @@ def line_of(found: Glance) -> str:
     if not found.steps:
         return f"{found.run}: {found.status}, {found.evaluations} evaluations{failed}, no decision yet"
     step = found.steps[-1]
+    value = metric_value(found.rank_by.lower(), step.score)
     return (
         f"{found.run}: {found.status}, step {step.step}, {found.evaluations} evaluations{failed}, "
-        f"{step.share:.1%} of weights, {step.bits_per_weight:.2f} bits per weight, {found.rank_by} {number(step.score)}"
+        f"{step.share:.1%} of weights, {step.bits_per_weight:.2f} bits per weight, {value} on the search's prompts"
     )
 
 
@@ -195,4 +198,4 @@ def _effort(found: Glance) -> str:
     failed = f", {found.failures} failed" if found.failures else ""
     since = "" if found.last_at is None else f", the last {duration(time.time() - found.last_at)} ago"
     replicas = f"{found.replicas} replica{'' if found.replicas == 1 else 's'}"
-    return f"{found.evaluations} evaluations{failed} on {replicas}, {found.rate:.1f} per second{since}"
+    return f"{found.evaluations} evaluations{failed} on {replicas}{pace(found.rate)}{since}"

@@ -21,6 +21,7 @@ from dtmsearch.search.protocols import (
     Observer,
     Progress,
     ResultLog,
+    Staged,
     Strategy,
     Trainer,
     Training,
@@ -114,6 +115,8 @@ class _Loop:
             in_flight=len(self.under_way) + len(self.evaluator),
             evaluations_per_second=self.work.num_measured / elapsed if elapsed > 0 else 0.0,
             seconds_left=self._seconds_left(),
+            stage=self.strategy.stage if isinstance(self.strategy, Staged) else "",
+            against_uniform=self.strategy.against_uniform if isinstance(self.strategy, Staged) else None,
         )
 
     def _seconds_left(self) -> float | None:
@@ -170,8 +173,10 @@ def measure(
     log: ResultLog,
     purpose: Purpose,
     stop_requested: Callable[[], bool] = lambda: False,
+    on_answers: Callable[[int, int], None] = lambda answered, asked: None,
 ) -> dict[str, Outcome]:
-    """Measure named requests outside a search, what is recorded already from the records. Keeps the names."""
+    """Measure named requests outside a search, what is recorded already from the records. Keeps the names. `on_answers`
+    hears, as they come, how many of all are answered."""
     labels = {request.id: name for name, request in requests.items()}
     known = {outcome.request_id: outcome for outcome in log.replay() if outcome.request_id in labels}
     missing = {r.id: r for r in requests.values() if r.id not in known}
@@ -190,6 +195,8 @@ def measure(
         arrived = {o.request_id: o for o in evaluator.poll(_POLL_SECONDS) if o.request_id in missing}
         log.append([record_of(Ask(missing.pop(i)), o, purpose, label=labels[i]) for i, o in arrived.items()])
         known |= arrived
+        if arrived:
+            on_answers(len(requests) - len(missing), len(requests))
     return {name: known[request.id] for name, request in requests.items()}
 
 

@@ -44,7 +44,7 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a strategy concluded from a complete round."""
+    """What a strategy concluded from a complete round; `score` is the plan's value in `metric`, by which it ranks."""
 
     step: int
     plan: Plan
@@ -52,6 +52,7 @@ class Decision:
     score: float
     size: PlanSize
     summary: Summary
+    metric: str = "fdt"
 
 
 class Strategy(Protocol):
@@ -91,6 +92,30 @@ class Remarking(Protocol):
 
 def remarks_of(strategy: Strategy) -> Sequence[str]:
     return strategy.remarks if isinstance(strategy, Remarking) else ()
+
+
+@dataclass(frozen=True)
+class AgainstUniform:
+    """The best plan that a search has measured beside the best uniform one within the budget, on the same of its own
+    prompts: their values in `metric`."""
+
+    metric: str
+    plan: float
+    scheme: str
+    uniform: float
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A strategy that says where it is."""
+
+    @property
+    def stage(self) -> str:
+        """What it does now, in a few words; empty where a number of the step says it all."""
+
+    @property
+    def against_uniform(self) -> AgainstUniform | None:
+        """None while there is nothing to compare."""
 
 
 @runtime_checkable
@@ -166,7 +191,8 @@ class ResultLog(Protocol):
 @dataclass(frozen=True)
 class Progress:
     """How far a search is. `evaluations` counts those answered, recorded ones included; rates are of this session;
-    `seconds_left` is None where nothing is known yet."""
+    `seconds_left` is None where nothing is known yet. `stage` and `against_uniform` are those of a `Staged`
+    strategy."""
 
     step: int
     decision: Decision | None
@@ -175,6 +201,8 @@ class Progress:
     in_flight: int
     evaluations_per_second: float
     seconds_left: float | None
+    stage: str = ""
+    against_uniform: AgainstUniform | None = None
 
 
 class Observer(Protocol):
@@ -186,6 +214,19 @@ class Observer(Protocol):
 
     def on_note(self, text: str) -> None:
         """A line worth knowing: a replica was replaced, a damaged segment was set aside."""
+
+
+@runtime_checkable
+class StageObserver(Protocol):
+    """An observer that hears also what goes on beside evaluations: what is loaded, made, priced."""
+
+    def on_stage(self, text: str, done: str = "") -> None:
+        """`text` begins, or goes on: then `done` says how far it is."""
+
+
+def tell_stage(observer: Observer, text: str, done: str = "") -> None:
+    if isinstance(observer, StageObserver):
+        observer.on_stage(text, done)
 
 
 class Silent:

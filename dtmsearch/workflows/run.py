@@ -286,7 +286,6 @@ class _Run:
         return plan, remarks_of(strategy), ladder_of(strategy)
 
     def _validate(self, session: Session, plan: Plan, held_out: Cut, calibrating: Calibrating) -> None:
-        session.note("measuring the plan and uniform plans on held-out prompts")
         is_chosen = is_anything_chosen(session.file, session.space, plan, self._milestones)
         choice, reference = self._held_out_references(session, held_out, is_chosen)
         validation = Validation(session, session.space, choice, reference, self._milestones)

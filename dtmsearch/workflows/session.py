@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
+from dtmsearch.analysis.format import counted
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.collection import uncollected
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     EXTRA_METRICS,
@@ -27,11 +29,18 @@ from dtmsearch.core.variant import Variant
 from dtmsearch.errors import UserError
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import measure
-from dtmsearch.search.protocols import Observer
+from dtmsearch.search.protocols import Observer, tell_stage
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import Cut
+
+# What is being done while plans are measured, by what they are measured for.
+_MEASURING: dict[Purpose, str] = {
+    "choice": "choosing among the plan and uniform plans on held-out prompts",
+    "validation": "measuring the plan and uniform plans on held-out prompts",
+    "evaluate": "measuring",
+}
 
 # What opens the side that has the model, for a search file and where it runs.
 OpenEvaluator = Callable[[SearchFile, Where], ModelEvaluator]
@@ -58,13 +67,19 @@ class Session:
     def note(self, text: str) -> None:
         self.observer.on_note(text)
 
+    def stage(self, text: str, done: str = "") -> None:
+        tell_stage(self.observer, text, done)
+
     def reference(self, cut: Cut) -> Reference:
         """The reference of prompts, from the store if any run has made it before. Says how the prompts differ from the
         text that they are cut from."""
         prompts, wanted_id = cut
         for note in prompts.notes:
             self.note(note)
-        reference = self.store.reference(wanted_id) or self.writer.share(self.pool.make_reference(prompts))
+        reference = self.store.reference(wanted_id)
+        if reference is None:
+            self.stage(f"the unquantized model continues {counted(len(prompts.tokens), 'prompt')}")
+            reference = self.writer.share(self.pool.make_reference(prompts))
         check_agreement(reference)  # of one that an earlier version recorded
         return reference
 
@@ -79,7 +94,13 @@ class Session:
 
     def measure(self, requests: Mapping[str, EvalRequest], purpose: Purpose) -> dict[str, Outcome]:
         """Measure named requests outside a search. Raises `SearchStopped` when that is wished."""
-        return measure(requests, self.pool, self.writer, purpose, self.stop_requested)
+        text = _MEASURING.get(purpose, "measuring")
+
+        def heard(answered: int, asked: int) -> None:
+            self.stage(text, f"{answered} of {asked} plans")
+
+        self.stage(text)
+        return measure(requests, self.pool, self.writer, purpose, self.stop_requested, heard)
 
 
 @contextmanager
@@ -113,10 +134,14 @@ def pool_for(
         texts.check_model(file)
         texts.check_vocabulary(file)
     if where.in_process:
-        from dtmsearch.model.replica.local_replicas import LocalReplicas
-
         settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
-        return cast(ModelEvaluator, LocalReplicas(file.model_spec, settings))  # its replica answers the rest
+        with uncollected():
+            tell_stage(observer, "loading PyTorch and transformers")
+            from dtmsearch.model.replica.local_replicas import LocalReplicas
+
+            tell_stage(observer, f"loading the model, {file.model.path}")
+            return cast(ModelEvaluator, LocalReplicas(file.model_spec, settings))  # its replica answers the rest
+    tell_stage(observer, "starting Ray and its replicas")
     from dtmsearch.cluster.pool import ReplicaPool
 
     return ReplicaPool(file.model_spec, where, observer.on_note, run=file.run)

@@ -19,6 +19,10 @@ from dtmsearch.workflows.session import Session
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
 _BLOCK_SAMPLES = {"cpu": 32, "cuda": 192}
+_STAGES: dict[PriceKind, str] = {
+    "fisher": "prices of all options from backward passes",
+    "slope": "what the rest of the leading plan does to each option, from backward passes",
+}
 
 
 def missing_prices(strategy: str, space: SearchSpace, pool: ModelEvaluator) -> str:
@@ -45,9 +49,14 @@ class TakingPrices:
         requests = [self._request(kind, around, part) for part in self._parts(samples)]
         found = {request: self._session.writer.price_block(request) for request in requests}
         missing = [request for request, products in found.items() if products is None]
+        text, priced = _STAGES[kind], sum(request.samples[1] - request.samples[0] for request in found)
+        done = priced - sum(request.samples[1] - request.samples[0] for request in missing)
+        self._session.stage(text)
         for block in self._session.pool.price_blocks(missing):
             self._session.writer.add([block])
             found[block.request] = block.products
+            done += block.request.samples[1] - block.request.samples[0]
+            self._session.stage(text, f"{done} of {priced} samples")
             if self._session.stop_requested():
                 raise SearchStopped("stopped as asked; what was priced is recorded")
         return np.concatenate([products for products in found.values() if products is not None])

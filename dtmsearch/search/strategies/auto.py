@@ -70,6 +70,7 @@ class Auto(Solver):
         return ProbedSchedule(self._effort, len(self._choices.units), self.num_prompts, len(self._rivals()))
 
     def script(self) -> Script:
+        self.stage = "probing components alone"
         posterior = yield from self._probe()
         if self._min_fdt is not None:
             yield from self._smallest(posterior, self._min_fdt)
@@ -77,7 +78,9 @@ class Auto(Solver):
         first = leader = self._solve(posterior.tables())
         self._best = self._choices.plan(leader)
         pool = [leader]
-        for each in self._schedule.rounds():
+        rounds = self._schedule.rounds()
+        for each in rounds:
+            self.stage = f"round {each.number + 1} of at most {len(rounds)}"
             posterior, good, regret = yield from self._correct(posterior, leader, each)
             leader, pool = good[0], list(dict.fromkeys((*good, *pool)))
             if regret < _WORTHWHILE:
@@ -92,6 +95,7 @@ class Auto(Solver):
         """What switches lead to, the last first: of those that by the posterior may gain most a lot is measured each
         time, which teaches the posterior, and the best leads from there on if it is believed to gain. It ends after
         `patience` lots in which none did."""
+        self.stage = "swaps"
         leaders, tried = [leader], {leader}
         failures = 0
         for prompts in self._schedule.swap_lots(most_prompts):
@@ -118,6 +122,7 @@ class Auto(Solver):
     def _smallest(self, posterior: Posterior, min_fdt: float) -> Script:
         """The plan of the budget if it keeps a mean FDT of `min_fdt` on all prompts, else the smallest that does: sizes
         are halved between one that keeps it and one that does not."""
+        self.stage = "smallest plan that keeps min_fdt"
         tables = posterior.tables()
         if self._choices.space.budget != Budget():
             asked = self._solve(tables)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dtmsearch.core.plan import Plan
-from dtmsearch.search.protocols import Decision
+from dtmsearch.search.protocols import AgainstUniform, Decision
 
 
 class Course:
@@ -15,6 +15,8 @@ class Course:
         self._decisions: list[Decision] = []
         self._best: Plan | None = None
         self._done = False
+        self.stage = ""
+        self.against_uniform: AgainstUniform | None = None
 
     @property
     def done(self) -> bool:

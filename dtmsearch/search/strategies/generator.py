@@ -175,7 +175,7 @@ class Procedure(Course, ABC):
             raise SearchFailed(f"the plan that leads cannot be measured ({answer.kind}): {answer.message}")
         summary = summarize(answer)
         size, score = self._space.size(plan), summary.value(metric)
-        self._decisions.append(Decision(self.step, plan, perturbation, score, size, summary))
+        self._decisions.append(Decision(self.step, plan, perturbation, score, size, summary, metric))
         self._best = plan
 
 

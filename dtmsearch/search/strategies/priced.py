@@ -94,6 +94,7 @@ class PricedAuto(Auto):
             yield from self._smallest(self._posterior(), self._min_fdt)
             return
         tables = list(self._form.damages())
+        self.stage = "first plan by prices"
         first, answer = yield from self._measurable(tables, self._first(HELD_AGAINST))
         self._barred = [~np.isfinite(table) for table in tables]
         field, answers = [first, *self._rivals()], [answer]
@@ -105,7 +106,9 @@ class PricedAuto(Auto):
         leader, total, holds = field[at], values[at], self._prices_hold(first, answer)
         self._lead(leader, answers[at])
         pool, forces, failures, sharpened = [leader], Forces.none(self._form), 0, False
-        for each in self._schedule.rounds():
+        rounds = self._schedule.rounds()
+        for each in rounds:
+            self.stage = f"round {each.number + 1} of at most {len(rounds)}"
             forces, steps = self._steps(forces, leader, total, holds, each)
             if not steps:
                 if sharpened or not holds or not self._in_doubt():

@@ -50,4 +50,5 @@ class Probe:
     def _conclude(self) -> None:
         for rank, (candidate, summary) in enumerate(self._round.ranked(self._rank_by)):
             size, score = self._space.size(candidate.plan), summary.value(self._rank_by)
-            self._decisions.append(Decision(rank, candidate.plan, candidate.perturbation, score, size, summary))
+            edge = candidate.perturbation
+            self._decisions.append(Decision(rank, candidate.plan, edge, score, size, summary, self._rank_by))

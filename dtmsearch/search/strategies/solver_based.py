@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import EvalFailure, EvalResult, Outcome, combine
+from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.errors import SearchFailed
+from dtmsearch.search.protocols import AgainstUniform
 from dtmsearch.search.solver.choices import Choices, Options
 from dtmsearch.search.solver.damage_model import Probing
 from dtmsearch.search.solver.knapsack import Infeasible
@@ -37,6 +40,8 @@ class Solver(Procedure):
         self._choices = Choices(task.space)
         uniforms = self._choices.uniforms()
         self._best = self._choices.plan(uniforms[0]) if uniforms else None
+        # What was measured as a whole, by prompts: (loss, value) in the metric that ranks.
+        self._values: dict[tuple[int, int], dict[Options, tuple[float, float]]] = {}
 
     def _solve(self, damages: Sequence[Floats]) -> Options:
         """The options of least total damage within the budget. Raises `SearchFailed` when what could be measured
@@ -69,6 +74,7 @@ class Solver(Procedure):
 
     def _alone(self, probed: Sequence[Probing], prompts: tuple[int, int]) -> Part[Sequence[Outcome]]:
         """Units measured alone, each under one option."""
+        self.stage = self.stage or "probing components alone"
         edges = [self._choices.perturbation(probing.unit, probing.option) for probing in probed]
         return (yield [Trial(DENSE_PLAN.with_(edge), prompts, DENSE_PLAN, edge) for edge in edges])
 
@@ -83,7 +89,25 @@ class Solver(Procedure):
     def _measured(
         self, candidates: Sequence[Options], prompts: tuple[int, int], parent: Plan = DENSE_PLAN
     ) -> Part[Sequence[Outcome]]:
-        return (yield [Trial(self._choices.plan(options), prompts, parent) for options in candidates])
+        answers = yield [Trial(self._choices.plan(options), prompts, parent) for options in candidates]
+        self._hold_against_uniform(candidates, answers, prompts)
+        return answers
+
+    def _hold_against_uniform(
+        self, candidates: Sequence[Options], answers: Sequence[Outcome], prompts: tuple[int, int]
+    ) -> None:
+        """Note the best candidate and the best uniform plan that were measured on the same prompts, for who watches."""
+        known = self._values.setdefault(prompts, {})
+        for options, answer in zip(candidates, answers, strict=True):
+            if isinstance(answer, EvalResult):
+                known[options] = mean_loss(answer, self._rank_by), summarize(answer).value(self._rank_by)
+        rivals = set(self._rivals())
+        found, uniform = ([o for o in known if (o in rivals) == given] for given in (False, True))
+        if found and uniform:
+            plan, rival = (min(each, key=lambda options: known[options][0]) for each in (found, uniform))
+            schemes = self._choices.plan(rival).schemes.values()
+            named = next((s for s in schemes if s != DENSE), DENSE)
+            self.against_uniform = AgainstUniform(self._rank_by, known[plan][1], named, known[rival][1])
 
     def _lead(self, leader: Options, answer: Outcome) -> None:
         self._conclude(self._choices.plan(leader), answer, self._rank_by)
@@ -93,6 +117,7 @@ class Solver(Procedure):
 
         The largest uniform plan of the budget is among them.
         """
+        self.stage = "last comparison"
         field = list(dict.fromkeys((*candidates, *self._rivals())))
         answers = yield from self._measured(field, self._first(prompts or self.num_prompts))
         values = [(mean_loss(answer, self._rank_by), mean_loss(answer, "kl")) for answer in answers]
@@ -119,6 +144,7 @@ class Solver(Procedure):
     def _told_apart(self, candidates: Sequence[Options]) -> Part[Options]:
         """As `_final`, on as many prompts as tell the plans apart: twice as many each time, until all but one are worse
         with certainty or differ from the best by next to nothing. The same prompts are measured once."""
+        self.stage = "last comparison"
         field = list(dict.fromkeys((*candidates, *self._rivals())))
         parts: dict[Options, list[Outcome]] = {options: [] for options in field}
         start, end = 0, min(_TOLD_FIRST, self.num_prompts)

@@ -28,6 +28,6 @@ class TreeSearch(Course):
         """The round's decision; the leader's size."""
         size, score = self._space.size(leader.plan), summary.value(self._rank_by)
         step = len(self._decisions)
-        self._decisions.append(Decision(step, leader.plan, leader.perturbation, score, size, summary))
+        self._decisions.append(Decision(step, leader.plan, leader.perturbation, score, size, summary, self._rank_by))
         self._best = leader.plan
         return size
