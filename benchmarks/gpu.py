@@ -32,11 +32,13 @@ from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, PromptTokens, Reference, ReplicaSettings
 from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 
 PROMPT, CONTINUATION = 100, 100
@@ -224,7 +226,7 @@ def beam(shape: str, prompts: int, gpus: int, width: int, expand: int, seconds: 
             return EvalRequest(plan, reference.id, (0, prompts), (), parent)
 
         space = SearchSpace(manifest.components, ("int8-channel",))
-        strategy = Beam(space, request_for, width=width, expand=expand)
+        strategy = Beam(Task(space, request_for), TreeSettings(width=width, expand=expand))
         with Utilisation() as utilisation:
             search(strategy, replicas, writer, Silent(), limit_seconds=seconds)
         say("the search is over")

@@ -20,19 +20,20 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.statistics import paired_difference
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import remarks_of
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy
 
 # label -> strategy and its settings
-SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "greedy": ("greedy", {}),
-    "greedy, racing at 0.99": ("greedy", {"confidence": 0.99}),
-    "lazy, one a step": ("lazy_greedy", {"expand": 1}),
-    "lazy, 0.2% audited": ("lazy_greedy", {"expand": 1, "audit": 0.002}),
-    "lazy until it holds": ("lazy_greedy", {}),
-    "the same, 5% audited": ("lazy_greedy", {"audit": 0.05}),
+SEARCHES: dict[str, tuple[str, TreeSettings]] = {
+    "greedy": ("greedy", TreeSettings()),
+    "greedy, racing at 0.99": ("greedy", TreeSettings(confidence=0.99)),
+    "lazy, one a step": ("lazy_greedy", TreeSettings(expand=1, audit=0.0)),
+    "lazy, 0.2% audited": ("lazy_greedy", TreeSettings(expand=1, audit=0.002)),
+    "lazy until it holds": ("lazy_greedy", TreeSettings(audit=0.0)),
+    "the same, 5% audited": ("lazy_greedy", TreeSettings(audit=0.05)),
 }
 
 
@@ -71,7 +72,7 @@ def main(
     full: EvalResult | None = None
     all_prompts = 0
     for label, (name, settings) in SEARCHES.items():
-        strategy = make_strategy(name, space, request_for, rank_by, min_fdt=None, continuation_tokens=100, **settings)
+        strategy = make_strategy(name, space, request_for, rank_by, continuation_tokens=100, tree=settings)
         evaluator, quiet = Measuring(replica), Forgetful()
         started_at = time.perf_counter()
         plan = search(strategy, evaluator, quiet, quiet)

@@ -45,10 +45,12 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 
 _LAYERS = 32
@@ -166,7 +168,7 @@ def main(replicas: int, processes: int, evaluation_ms: float, rounds: int, width
         pool.wait_until_ready()
         writer.put_components(manifest, manifest.components)
         space = SearchSpace(manifest.components, ("int8-channel",), budget=Budget(components=rounds))
-        beam = Beam(space, request_of, width=width)
+        beam = Beam(Task(space, request_of), TreeSettings(width=width))
         started_at, cpu_started_at = time.perf_counter(), time.process_time()
         with counting(pool) as sent:
             search(beam, pool, writer, Silent())

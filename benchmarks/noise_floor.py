@@ -19,10 +19,12 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Refere
 from dtmsearch.core.metrics import difference_limits
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.statistics import paired_difference
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.loop import search
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 
 
 def reference(replica: Replica, path: str, count: int, tokens: int) -> Reference:
@@ -89,7 +91,7 @@ def main() -> None:
     make = partial(
         EvalRequest, reference_id=calibration.id, prompts=(0, calibration.num_prompts), extra_metrics=("kl",)
     )
-    greedy = Beam(space, lambda plan, parent: make(plan, parent=parent), "kl", 1)
+    greedy = Beam(Task(space, lambda plan, parent: make(plan, parent=parent), "kl"), TreeSettings(width=1))
     evaluator = Measuring(replica)
     plan = search(greedy, evaluator, Forgetful(), Forgetful(), guess_share=0.0)
     assert plan is not None

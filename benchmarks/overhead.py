@@ -26,10 +26,12 @@ from dtmsearch.cluster.pool import ReplicaPool
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 
 _LAYERS = 32
@@ -60,7 +62,7 @@ def measure_load(num_replicas: int, seconds: float, evaluation_seconds: float, w
         manifest = pool.manifest()
         pool.wait_until_ready()
         writer.put_components(manifest, manifest.components)
-        beam = Beam(SearchSpace(manifest.components, ("int8-channel",)), request_for, width=width)
+        beam = Beam(Task(SearchSpace(manifest.components, ("int8-channel",)), request_for), TreeSettings(width=width))
         started_at, cpu_started_at = time.perf_counter(), time.process_time()
         search(beam, pool, writer, Silent(), limit_seconds=seconds)
         elapsed, cpu = time.perf_counter() - started_at, time.process_time() - cpu_started_at

@@ -19,11 +19,13 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchStopped
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -86,7 +88,7 @@ def make_beam(width: int, num_prompts: int) -> Beam:
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
         return EvalRequest(plan, "reference", (0, num_prompts), (), parent)
 
-    return Beam(SearchSpace(components, ("int8-channel",)), request_for, width=width)
+    return Beam(Task(SearchSpace(components, ("int8-channel",)), request_for), TreeSettings(width=width))
 
 
 @click.command()

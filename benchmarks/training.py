@@ -98,6 +98,7 @@ def ours(setting: Setting) -> Step:
     from dtmsearch.model.training.train_loop import Loop, Training
 
     recipe = Recipe(
+        files=("text.txt",),
         masked_steps=10**6,
         unmasked_steps=0,
         batch_tokens=setting.batch_tokens,

@@ -30,10 +30,12 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcom
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 
 _KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 _PROMPTS = 128
@@ -158,7 +160,9 @@ def measure_use(
         pool.manifest()
         pool.use(reference)
         started_at = clock.now
-        plan = search(Beam(space, request_for, width=width), pool, log, Noting(), guess_share=guess_share)
+        plan = search(
+            Beam(Task(space, request_for), TreeSettings(width=width)), pool, log, Noting(), guess_share=guess_share
+        )
     assert plan is not None
     held = replicas * (clock.now - started_at)
     return Use(

@@ -12,10 +12,12 @@ from pathlib import Path
 from fakes import MemoryLog, readable_tree, request_for, run_search, toy_components
 
 from dtmsearch.core.plan import Budget
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.probe import Probe
+from dtmsearch.search.strategies.task import Task
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -24,19 +26,20 @@ def beam_to_bits() -> Strategy:
     space = SearchSpace(
         toy_components(), ("int8-channel", "int4-g32"), (("q", "k"),), budget=Budget(bits_per_weight=7.0)
     )
-    return Beam(space, request_for, "kl", width=2)
+    return Beam(Task(space, request_for, "kl"), TreeSettings(width=2))
 
 
 CASES: dict[str, Callable[[], Strategy]] = {
-    "greedy": lambda: Beam(SearchSpace(toy_components(), ("nf4",)), request_for, width=1),
+    "greedy": lambda: Beam(Task(SearchSpace(toy_components(), ("nf4",)), request_for), TreeSettings(width=1)),
     "beam": lambda: Beam(
-        SearchSpace(toy_components(), ("int8-channel", "int4-channel"), budget=Budget(share=0.6)), request_for, width=2
+        Task(SearchSpace(toy_components(), ("int8-channel", "int4-channel"), budget=Budget(share=0.6)), request_for),
+        TreeSettings(width=2),
     ),
     "beam-expand": lambda: Beam(
-        SearchSpace(toy_components(), ("int4-channel",)), request_for, "dppl", width=2, expand=2
+        Task(SearchSpace(toy_components(), ("int4-channel",)), request_for, "dppl"), TreeSettings(width=2, expand=2)
     ),
     "beam-tied-bits": beam_to_bits,
-    "probe": lambda: Probe(SearchSpace(toy_components(), ("int8-channel", "int4-channel")), request_for, "sdt"),
+    "probe": lambda: Probe(Task(SearchSpace(toy_components(), ("int8-channel", "int4-channel")), request_for, "sdt")),
 }
 
 

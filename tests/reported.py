@@ -15,7 +15,7 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.prices import PriceBlock, PriceKind, PriceRequest
 from dtmsearch.core.records import ContinuationRecord, RunRecord
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.core.strategy_settings import FisherSettings
+from dtmsearch.core.strategy_settings import FisherSettings, TreeSettings
 from dtmsearch.search.loop import measure, search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
@@ -58,7 +58,9 @@ def make_run(
         for one in references:
             writer.share(one)
         space = SearchSpace(components, schemes, budget=Budget(share=share))
-        beam = Beam(space, lambda plan, parent: request(plan, references[0], parent), "kl", width)
+        beam = Beam(
+            Task(space, lambda plan, parent: request(plan, references[0], parent), "kl"), TreeSettings(width=width)
+        )
         answers = fakes.failing({"layers.1.mlp": "nonfinite"}) if failing else fakes.evaluate
         plan = search(beam, FakeEvaluator(answers, per_poll=8), writer, Silent())
         assert plan is not None

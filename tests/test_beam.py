@@ -19,9 +19,11 @@ from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome
 from dtmsearch.core.metric_registry import BUILT_IN
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 
 
 def literal_beam(space: SearchSpace, metric: str, width: int) -> list[Plan]:
@@ -55,53 +57,56 @@ def test_the_leaders_are_those_of_a_literal_beam_search(
     metric: str, width: int, schemes: list[str], tied: tuple[tuple[str, ...], ...], budget: Budget
 ) -> None:
     space = SearchSpace(toy_components(), tuple(schemes), tied, budget=budget)
-    beam = Beam(space, request_for, metric, width)
+    beam = Beam(Task(space, request_for, metric), TreeSettings(width=width))
     run_search(beam)
     assert [decision.plan for decision in beam.decisions] == literal_beam(space, metric, width)
 
 
 def test_the_search_ends_as_soon_as_the_leader_meets_the_budget() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=3)), request_for)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=3)), request_for))
     run_search(beam)
     assert [decision.size.num_compressed for decision in beam.decisions] == [1, 2, 3]
 
 
 def test_without_a_budget_everything_is_compressed() -> None:
     space = SearchSpace(toy_components(), ("nf4",))
-    assert run_search(Beam(space, request_for)) == space.uniform("nf4")
+    assert run_search(Beam(Task(space, request_for))) == space.uniform("nf4")
 
 
 def test_a_budget_that_the_dense_model_meets_asks_for_nothing() -> None:
     evaluator = FakeEvaluator()
-    run_search(Beam(SearchSpace(toy_components(), ("nf4",), budget=Budget(size_mb=1.0)), request_for), evaluator)
+    run_search(Beam(Task(SearchSpace(toy_components(), ("nf4",), budget=Budget(size_mb=1.0)), request_for)), evaluator)
     assert evaluator.evaluated == []
 
 
 def test_a_budget_that_the_dense_model_meets_gives_the_dense_plan() -> None:
-    assert run_search(Beam(SearchSpace(toy_components(), ("nf4",), budget=Budget(size_mb=1.0)), request_for)) == Plan()
+    assert (
+        run_search(Beam(Task(SearchSpace(toy_components(), ("nf4",), budget=Budget(size_mb=1.0)), request_for)))
+        == Plan()
+    )
 
 
 def test_below_min_fdt_the_last_plan_above_it_is_the_best() -> None:
     space = SearchSpace(toy_components(), ("nf4",))
-    unbounded, bounded = Beam(space, request_for), Beam(space, request_for, min_fdt=60.0)
+    unbounded, bounded = Beam(Task(space, request_for)), Beam(Task(space, request_for, min_fdt=60.0))
     run_search(unbounded)
     above = [decision.plan for decision in unbounded.decisions if decision.summary.fdt_mean >= 60.0]
     assert run_search(bounded) == above[-1]
 
 
 def test_no_decision_is_recorded_for_a_leader_below_min_fdt() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4",)), request_for, min_fdt=60.0)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",)), request_for, min_fdt=60.0))
     run_search(beam)
     assert min(decision.summary.fdt_mean for decision in beam.decisions) >= 60.0
 
 
 def test_when_every_first_step_falls_below_min_fdt_the_dense_plan_is_the_best() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4",)), request_for, min_fdt=float(CONTINUATION_TOKENS))
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",)), request_for, min_fdt=float(CONTINUATION_TOKENS)))
     assert run_search(beam) == Plan()
 
 
 def test_a_plan_that_several_parents_lead_to_is_asked_once_with_the_best_ranked_one() -> None:
-    beam = Beam(SearchSpace(toy_components(1), ("nf4",)), request_for, width=2)
+    beam = Beam(Task(SearchSpace(toy_components(1), ("nf4",)), request_for), TreeSettings(width=2))
     for ask in beam.ask():
         beam.tell(ask.request.id, evaluate(ask.request))
     leader = beam.decisions[0].plan
@@ -111,18 +116,18 @@ def test_a_plan_that_several_parents_lead_to_is_asked_once_with_the_best_ranked_
 def test_no_request_is_asked_twice_even_where_rounds_share_plans() -> None:
     evaluator = FakeEvaluator()
     space = SearchSpace(toy_components(), ("int8-channel", "int4-channel"), budget=Budget(bits_per_weight=5.0))
-    run_search(Beam(space, request_for, width=4), evaluator)
+    run_search(Beam(Task(space, request_for), TreeSettings(width=4)), evaluator)
     assert len(evaluator.evaluated) == len(set(evaluator.evaluated))
 
 
 def test_the_first_round_measures_everything_whatever_is_expanded() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4", "int8-channel")), request_for, expand=1)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4", "int8-channel")), request_for), TreeSettings(expand=1))
     assert len(beam.ask()) == 12
 
 
 def test_expanding_one_perturbation_follows_the_latest_known_ranking() -> None:
     space = SearchSpace(toy_components(), ("nf4",))
-    beam = Beam(space, request_for, width=1, expand=1)
+    beam = Beam(Task(space, request_for), TreeSettings(width=1, expand=1))
     first = beam.ask()
     by_fdt = sorted(first, key=lambda ask: -evaluate(ask.request).fdt.mean())
     for ask in first:
@@ -133,13 +138,13 @@ def test_expanding_one_perturbation_follows_the_latest_known_ranking() -> None:
 def test_a_failed_candidate_is_left_out_of_the_ranking() -> None:
     components = toy_components()
     space = SearchSpace(components, ("nf4",), budget=Budget(components=5))
-    plan = run_search(Beam(space, request_for), FakeEvaluator(failing({"0.mlp": "nonfinite"})))
+    plan = run_search(Beam(Task(space, request_for)), FakeEvaluator(failing({"0.mlp": "nonfinite"})))
     assert plan is not None
     assert set(plan.schemes) == {c.name for c in components} - {"model.layers.0.mlp.up_proj"}
 
 
 def test_a_perturbation_that_failed_ranks_behind_those_that_were_measured() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4",)), request_for, width=1, expand=4)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",)), request_for), TreeSettings(width=1, expand=4))
     answer = failing({"0.mlp": "nonfinite"})
     for ask in beam.ask():
         beam.tell(ask.request.id, answer(ask.request))
@@ -147,7 +152,7 @@ def test_a_perturbation_that_failed_ranks_behind_those_that_were_measured() -> N
 
 
 def test_when_all_candidates_fail_the_search_says_how_often_and_why() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4",)), request_for)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",)), request_for))
     evaluator = FakeEvaluator(failing({"attn": "nonfinite", "mlp": "out_of_memory"}))
     with pytest.raises(
         SearchFailed,
@@ -160,13 +165,13 @@ def test_a_later_round_in_which_all_fail_ends_the_search_by_name() -> None:
     def answer(request: EvalRequest) -> Outcome:
         return EvalFailure(request.id, "replica_lost", "gone") if len(request.plan) == 2 else evaluate(request)
 
-    beam = Beam(SearchSpace(toy_components(1), ("nf4",)), request_for)
+    beam = Beam(Task(SearchSpace(toy_components(1), ("nf4",)), request_for))
     with pytest.raises(SearchFailed, match="round 1"):
         run_search(beam, FakeEvaluator(answer))
 
 
 def test_the_expected_evaluations_of_an_untied_search_are_exact_for_width_one() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4",)), request_for, width=1)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",)), request_for), TreeSettings(width=1))
     assert beam.expected_evaluations() == 6 + 5 + 4 + 3 + 2 + 1
 
 
@@ -175,7 +180,10 @@ def test_the_expected_evaluations_of_an_untied_search_are_exact_for_width_one() 
 @pytest.mark.parametrize("expand", ["all", 3])
 def test_the_expected_evaluations_come_to_those_made(width: int, budget: Budget, expand: int) -> None:
     log, evaluator = MemoryLog(), FakeEvaluator()
-    beam = Beam(SearchSpace(toy_components(4), ("int8-channel",), budget=budget), request_for, "fdt", width, expand)
+    beam = Beam(
+        Task(SearchSpace(toy_components(4), ("int8-channel",), budget=budget), request_for, "fdt"),
+        TreeSettings(width=width, expand=expand),
+    )
     early = beam.expected_evaluations()
     run_search(beam, evaluator, log)
     made = len(evaluator.evaluated)

@@ -17,9 +17,11 @@ from test_store import opened, replayed
 from werkzeug.serving import make_server
 
 from dtmsearch.core.plan import Budget
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import RunLocked, StoreError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.store import locks
 from dtmsearch.store.files import open_folder
 from dtmsearch.store.store import ResultStore
@@ -153,7 +155,10 @@ def test_a_write_that_hangs_is_tried_again(url: str, faulty: Faulty) -> None:
 
 def test_a_search_through_rejected_writes_ends_with_the_undisturbed_plan(url: str, faulty: Faulty) -> None:
     def beam() -> Beam:
-        return Beam(SearchSpace(toy_components(), ("int4-channel",), budget=Budget(components=2)), request_for, width=1)
+        return Beam(
+            Task(SearchSpace(toy_components(), ("int4-channel",), budget=Budget(components=2)), request_for),
+            TreeSettings(width=1),
+        )
 
     undisturbed = MemoryLog()
     expected = run_search(beam(), FakeEvaluator(per_poll=8), undisturbed)

@@ -61,7 +61,6 @@ def write_job(training: Training, folder: Path) -> Path:
         "config_folder": str(folder),
         "base": None,
         "weights_folder": str(training.weights_folder),
-        "files": ["text.txt"],
         "recipe": asdict(_RECIPE),
     }
     (training.folder / JOB_FILE).write_text(json.dumps(job))

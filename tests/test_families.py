@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import families_of_models
 import pytest
@@ -28,6 +27,7 @@ from transformers import (
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchStopped
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.replica import Replica
@@ -183,8 +183,7 @@ def _searched(running: tuple[Replica, Reference], store: Path, stop_after: int |
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
         return EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent)
 
-    options: dict[str, Any] = {"rank_by": "sdt", "width": 2, "expand": 2, "min_fdt": None}
-    strategy = make_strategy("beam", space, request_for, **options)
+    strategy = make_strategy("beam", space, request_for, "sdt", tree=TreeSettings(width=2, expand=2))
     with ResultStore(store).writer("run") as writer:
         writer.put_components(manifest, space.components)
         stop = (lambda: len(set(writer.replay())) >= stop_after) if stop_after is not None else (lambda: False)

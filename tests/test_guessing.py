@@ -11,6 +11,7 @@ from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, evaluate, reque
 
 from dtmsearch.core.evaluation import EvalRequest, Outcome
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.eta import Workload
 from dtmsearch.search.memory import Memory
 from dtmsearch.search.protocols import Strategy
@@ -18,6 +19,7 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.speculation import Speculating
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.probe import Probe
+from dtmsearch.search.strategies.task import Task
 
 
 class Idling(FakeEvaluator):
@@ -53,7 +55,7 @@ class Idling(FakeEvaluator):
 
 def beam(width: int = 3, budget: Budget = Budget(share=0.7)) -> Beam:
     space = SearchSpace(toy_components(4), ("int4-g32", "int8-channel"), budget=budget)
-    return Beam(space, request_for, width=width)
+    return Beam(Task(space, request_for), TreeSettings(width=width))
 
 
 def steps_of(log: MemoryLog) -> list[tuple[object, ...]]:
@@ -173,6 +175,6 @@ def test_a_guess_that_comes_before_it_is_asked_for_is_written_and_held_and_given
 
 def test_around_a_strategy_that_cannot_guess_requests_pass_through() -> None:
     request = request_for(beam().ask()[0].request.plan, Plan())
-    evaluator, memory = speculating(Probe(SearchSpace(toy_components(), ("nf4",)), request_for), MemoryLog())
+    evaluator, memory = speculating(Probe(Task(SearchSpace(toy_components(), ("nf4",)), request_for)), MemoryLog())
     evaluator.submit([request])
     assert ([outcome.request_id for outcome in evaluator.poll(0.0)], len(memory)) == ([request.id], 0)

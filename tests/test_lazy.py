@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from fakes import (
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.lazy import Lazy
+from dtmsearch.search.strategies.task import Task
 
 BUDGETS = [Budget(), Budget(components=7), Budget(bits_per_weight=6.0)]
 
@@ -31,9 +34,16 @@ def space(budget: Budget = Budget(), num_layers: int = 4) -> SearchSpace:
     return SearchSpace(toy_components(num_layers), ("int8-channel", "nf4"), budget=budget)
 
 
-def lazy(width: int = 1, budget: Budget = Budget(), metric: str = "kl", **settings: float) -> Lazy:
-    settings = {"continuation_tokens": CONTINUATION_TOKENS} | settings
-    return Lazy(space(budget), request_for, metric, width, **settings)  # type: ignore[arg-type]
+def lazy(
+    width: int = 1,
+    budget: Budget = Budget(),
+    metric: str = "kl",
+    audit: float = 0.0,
+    expand: Literal["all"] | int = "all",
+    min_fdt: float | None = None,
+) -> Lazy:
+    task = Task(space(budget), request_for, metric, min_fdt, CONTINUATION_TOKENS)
+    return Lazy(task, TreeSettings(width=width, expand=expand, audit=audit))
 
 
 def leaders(search: Lazy | Beam, evaluator: FakeEvaluator | None = None, log: MemoryLog | None = None) -> list[str]:
@@ -52,7 +62,7 @@ def additive(request: EvalRequest) -> EvalResult:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("width", [1, 3])
 def test_where_damages_add_up_lazy_decides_as_the_beam(width: int, budget: Budget) -> None:
-    beam = Beam(space(budget), request_for, "kl", width)
+    beam = Beam(Task(space(budget), request_for, "kl"), TreeSettings(width=width))
     assert leaders(lazy(width, budget), FakeEvaluator(additive)) == leaders(beam, FakeEvaluator(additive))
 
 
@@ -83,14 +93,14 @@ def test_where_damages_interact_lazy_measures_more_and_says_that_the_order_was_w
 
 @pytest.mark.parametrize("metric", ["fdt", "sdt", "dppl", "ppl", "kl"])
 def test_every_metric_is_lazy_to_the_end(metric: str) -> None:
-    search, beam = lazy(metric=metric), Beam(space(), request_for, metric, 1)
+    search, beam = lazy(metric=metric), Beam(Task(space(), request_for, metric), TreeSettings(width=1))
     leaders(search), leaders(beam)
     assert search.best is not None and beam.best is not None
     assert len(search.best) == len(beam.best)
 
 
 def test_an_audit_of_everything_is_the_beam() -> None:
-    beam = Beam(space(Budget(components=6)), request_for, "kl", 2)
+    beam = Beam(Task(space(Budget(components=6)), request_for, "kl"), TreeSettings(width=2))
     assert leaders(lazy(2, Budget(components=6), audit=1.0)) == leaders(beam)
 
 

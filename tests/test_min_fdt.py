@@ -22,11 +22,13 @@ from dtmsearch.console.text import run_text
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import Values, lower_bound
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.core.windows import num_touching
 from dtmsearch.search.min_fdt import ladder_of, smallest_that_keeps
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.keep_fdt import KeptPlan, keep_fdt
 from dtmsearch.workflows.session import Session
@@ -105,7 +107,7 @@ def test_plans_that_fall_below_seldom_count_as_keeping_it() -> None:
 
 
 def test_a_ladder_ends_at_the_best_and_begins_at_the_first_decision() -> None:
-    beam = Beam(SearchSpace(toy_components(), ("nf4",)), request_for, "fdt", 2, min_fdt=40.0)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",)), request_for, "fdt", min_fdt=40.0), TreeSettings(width=2))
     best = run_search(beam)
     ladder = ladder_of(beam)
     assert (ladder[0], ladder[-1]) == (beam.decisions[0].plan, best)

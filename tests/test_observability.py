@@ -17,10 +17,12 @@ from dtmsearch.cluster.prometheus import Metrics
 from dtmsearch.console.progress import LoggedProgress
 from dtmsearch.core.evaluation import EvalFailure, Provenance
 from dtmsearch.core.plan import Budget
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.logs import json_lines, naming
 from dtmsearch.search.protocols import Progress
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
+from dtmsearch.search.strategies.task import Task
 
 LOG = logging.getLogger("dtmsearch.test")
 
@@ -58,7 +60,9 @@ def test_the_log_is_as_before_after_the_block() -> None:
 
 def test_a_decision_is_a_line_with_its_plan_and_its_values() -> None:
     stream = io.StringIO()
-    beam = Beam(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=1)), request_for, width=1)
+    beam = Beam(
+        Task(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=1)), request_for), TreeSettings(width=1)
+    )
     run_search(beam)
     with json_lines(stream):
         LoggedProgress().on_decision(beam.decisions[0], replayed=False)

@@ -9,10 +9,12 @@ from fakes import FakeEvaluator, Killed, KilledAfter, MemoryLog, chance, damage,
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.core.plan import Budget, Perturbation, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.racing import Racing, block_ends
+from dtmsearch.search.strategies.task import Task
 
 NUM_PROMPTS = 200
 TOKENS = 100
@@ -43,7 +45,7 @@ def beam(
     if confidence is not None:
         racing = Racing(metric, width, confidence, TOKENS, remember=budget.limits_size)
     space = SearchSpace(toy_components(3), tuple(schemes), budget=budget)
-    return Beam(space, request_for, metric, width, racing=racing)
+    return Beam(Task(space, request_for, metric), TreeSettings(width=width), racing=racing)
 
 
 def leaders(search: Beam, evaluator: FakeEvaluator | None = None, log: MemoryLog | None = None) -> list[str]:

@@ -21,7 +21,7 @@ from dtmsearch.model.training.train_loop import Training, TrainingDiverged, Trai
 from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, pack_masks, unpack_masks
 
 PRUNED = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
-RECIPE = Recipe(masked_steps=6, unmasked_steps=0, batch_tokens=64, sequence_tokens=16, lr=1e-2, checkpoint_steps=2)
+RECIPE = Recipe(("text.txt",), 6, 0, batch_tokens=64, sequence_tokens=16, lr=1e-2, checkpoint_steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_wa
         (tmp_path / "whole").mkdir(exist_ok=True)
         (tmp_path / "whole" / name).write_bytes((folder / name).read_bytes())
     whole = Training(file.model_spec, tmp_path / "whole", tmp_path / "weights")
-    undisturbed = train(whole, texts.read_files(file, job["files"]), Recipe(**job["recipe"]))
+    undisturbed = train(whole, texts.read_files(file, job["recipe"]["files"]), Recipe(**job["recipe"]))
     assert (0 < stopped_at < 20, weights_id) == (True, undisturbed["weights_id"])
 
 

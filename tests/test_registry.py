@@ -73,5 +73,5 @@ def test_a_built_in_strategy_takes_no_options() -> None:
 
 
 def test_a_strategy_can_be_added_in_a_script() -> None:
-    STRATEGIES.add("in-a-script", StrategyType(lambda inputs: Probe(inputs.space, inputs.request_for)))
+    STRATEGIES.add("in-a-script", StrategyType(Probe))
     assert "in-a-script" in list(STRATEGIES)

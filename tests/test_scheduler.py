@@ -25,18 +25,20 @@ from hypothesis import strategies as st
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchStopped
 from dtmsearch.search.loop import InProcess, SearchStalled, measure, search
 from dtmsearch.search.protocols import Ask, Decision, Progress, Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.probe import Probe
+from dtmsearch.search.strategies.task import Task
 
 
 def small_beam() -> Beam:
     """Three components, two schemes, bits counted: 2 of 4 rounds share plans with the one before."""
     space = SearchSpace(toy_components(1), ("int8-channel", "int4-channel"), budget=Budget(bits_per_weight=5.5))
-    return Beam(space, request_for, width=2)
+    return Beam(Task(space, request_for), TreeSettings(width=2))
 
 
 def decided(log: MemoryLog) -> list[tuple[int, str, str | None, float, int]]:
@@ -130,8 +132,8 @@ def test_a_finished_search_run_again_records_nothing() -> None:
 
 def test_recorded_failures_are_not_evaluated_again() -> None:
     log, evaluator = MemoryLog(), FakeEvaluator()
-    beam = Beam(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=5)), request_for)
-    again = Beam(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=5)), request_for)
+    beam = Beam(Task(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=5)), request_for))
+    again = Beam(Task(SearchSpace(toy_components(), ("nf4",), budget=Budget(components=5)), request_for))
     run_search(beam, FakeEvaluator(failing({"0.mlp": "nonfinite"})), log)
     run_search(again, evaluator, log)
     assert evaluator.evaluated == []
@@ -146,7 +148,9 @@ def test_an_outcome_that_could_not_be_written_is_not_told() -> None:
             super().tell(request_id, outcome)
 
     with pytest.raises(Killed):
-        run_search(Listening(SearchSpace(toy_components(), ("nf4",)), request_for), log=KilledAfter(MemoryLog(), 3))
+        run_search(
+            Listening(Task(SearchSpace(toy_components(), ("nf4",)), request_for)), log=KilledAfter(MemoryLog(), 3)
+        )
     assert len(told) == 3
 
 
@@ -159,7 +163,7 @@ def test_every_outcome_is_written_before_it_is_told() -> None:
                 unwritten.append(request_id)
             super().tell(request_id, outcome)
 
-    run_search(Checking(SearchSpace(toy_components(), ("nf4",)), request_for), log=log)
+    run_search(Checking(Task(SearchSpace(toy_components(), ("nf4",)), request_for)), log=log)
     assert unwritten == []
 
 
@@ -192,7 +196,7 @@ def test_nothing_in_flight_nothing_to_ask_and_not_done_is_an_error() -> None:
             return []
 
     with pytest.raises(SearchStalled, match="round 0"):
-        run_search(Quiet(SearchSpace(toy_components(), ("nf4",)), request_for))
+        run_search(Quiet(Task(SearchSpace(toy_components(), ("nf4",)), request_for)))
 
 
 def test_a_strategy_that_forgets_its_last_round_stalls_rather_than_ends() -> None:
@@ -201,7 +205,7 @@ def test_a_strategy_that_forgets_its_last_round_stalls_rather_than_ends() -> Non
             return super().ask() if self.step < 2 else []
 
     with pytest.raises(SearchStalled, match="round 2"):
-        run_search(Forgetting(SearchSpace(toy_components(), ("nf4",)), request_for))
+        run_search(Forgetting(Task(SearchSpace(toy_components(), ("nf4",)), request_for)))
 
 
 def test_a_stop_request_stops_the_search() -> None:
@@ -302,7 +306,7 @@ def test_records_that_contradict_recorded_decisions_are_an_error() -> None:
 
 def test_a_record_names_the_round_that_asked_and_the_edge() -> None:
     log = MemoryLog()
-    run_search(Beam(SearchSpace(toy_components(1), ("nf4",)), request_for, width=1), log=log)
+    run_search(Beam(Task(SearchSpace(toy_components(1), ("nf4",)), request_for), TreeSettings(width=1)), log=log)
     assert [(record.step, record.perturbation) for record in log.records][:4] == [
         (0, "model.layers.0.self_attn.q_proj=nf4"),
         (0, "model.layers.0.self_attn.k_proj=nf4"),
@@ -361,7 +365,7 @@ class Waits:
 def time_left(polls: int, cost_of: Callable[[EvalRequest], float]) -> list[float | None]:
     """What is said to be left of a probe of six components, second by second."""
     waits, watching = Waits(polls), Watching()
-    probe = Probe(SearchSpace(toy_components(), ("nf4",)), request_for)
+    probe = Probe(Task(SearchSpace(toy_components(), ("nf4",)), request_for))
     with patch("dtmsearch.search.eta.time", waits):
         search(probe, waits, MemoryLog(), watching, cost_of=cost_of)
     return [progress.seconds_left for progress in watching.progress]

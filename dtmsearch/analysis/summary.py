@@ -35,6 +35,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
 from dtmsearch.core.schemes import SCALE_BITS
 from dtmsearch.core.statistics import PairedDifference, paired_difference
+from dtmsearch.core.strategy_settings import RANK_BY
 from dtmsearch.core.windows import num_touching
 from dtmsearch.errors import UserError
 from dtmsearch.store.codecs.evaluations import others_of, summary_of
@@ -109,7 +110,7 @@ class RunSummary:
     min_fdt: KeptFdt | None = None
     already_complete: bool = False
     missing: tuple[str, ...] = ()
-    rank_by: str = "fdt"
+    rank_by: str = RANK_BY
     rival: str | None = None
     noise: NoiseFloor | None = None
     written: str | None = None

@@ -15,6 +15,7 @@ from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import LARGER
 from dtmsearch.core.statistics import PairedDifference
+from dtmsearch.core.strategy_settings import RANK_BY
 
 PLAN, BASE = "plan", "base"
 # What the search came to, where a uniform plan did as well and is the plan instead.
@@ -174,7 +175,7 @@ def unusable(row: ValidationRow, base: ValidationRow | None, continuation_tokens
 
 def verdict(
     rows: Sequence[ValidationRow],
-    rank_by: str = "fdt",
+    rank_by: str = RANK_BY,
     continuation_tokens: int | None = None,
     rival: ValidationRow | None = None,
     active: bool = False,

@@ -107,7 +107,7 @@ class Services:
         self._replicas.use(reference)
 
     def cut_calibration(
-        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = "base"
+        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = Calibration.through
     ) -> Calibration:
         """See `dtmsearch.model.replica.replica.Replica.cut_calibration`."""
         calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed, through)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import PrivateAttr, ValidationError, model_validator
+from pydantic import PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from dtmsearch.config.reading import MOST_BYTES, explain, flatten, override_key, read_yaml
 from dtmsearch.config.sections import (
@@ -20,7 +21,6 @@ from dtmsearch.config.sections import (
     DatasetSection,
     ModelSection,
     PromptsSection,
-    RecoverySection,
     RunName,
     SearchSection,
     Section,
@@ -32,13 +32,13 @@ from dtmsearch.core.calibration import Through
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.metric_registry import BUILT_IN, is_metric_name
 from dtmsearch.core.records import RunRecord
+from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
 
 __all__ = [
     "DatasetSection",
     "PromptsSection",
-    "RecoverySection",
     "RunName",
     "SearchFile",
     "SearchSection",
@@ -197,17 +197,17 @@ def from_mapping(
     return file
 
 
-def recovery_of(file: SearchFile, overrides: Sequence[str]) -> RecoverySection:
+def recovery_of(file: SearchFile, overrides: Sequence[str]) -> RecoverySettings:
     """How to train a model of a search file: as its `search.recovery` says, with overrides such as `lr=0.0003`."""
-    content: dict[str, Any] = {} if file.search.recovery is None else file.search.recovery.model_dump(mode="json")
+    content: dict[str, Any] = {} if file.search.recovery is None else asdict(file.search.recovery)
     for override in overrides:
         override_key(content, override)
     if not content.get("files"):
         raise UserError("recover needs a training text: --set 'files=[train.txt]'")
     try:
-        return RecoverySection.model_validate(content)
+        return TypeAdapter(RecoverySettings).validate_python(content)
     except ValidationError as error:
-        raise UserError("\n".join(f"recovery: {line}" for line in explain(error, RecoverySection))) from None
+        raise UserError("\n".join(f"recovery: {line}" for line in explain(error, RecoverySettings))) from None
 
 
 def difference(old: str, new: str) -> list[str]:

@@ -127,7 +127,7 @@ def override_key(content: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+def explain(error: ValidationError, root: type) -> list[str]:
     """What is wrong with a section `root`, a line a problem; an unknown key with the known one nearest to it."""
     lines = []
     for problem in error.errors():
@@ -146,7 +146,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     return lines
 
 
-def _nearest_key(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
+def _nearest_key(location: tuple[int | str, ...], root: type) -> str:
     """'; did you mean ...' with the known key nearest to an unknown one, of its own section if any is close there."""
     prefix, key = ".".join(map(str, location[:-1])), str(location[-1])
     known = _known_keys(root)
@@ -159,15 +159,17 @@ def _nearest_key(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     return f"; known keys there are {', '.join(k.rpartition('.')[2] for k in here)}"
 
 
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def _known_keys(section: type, prefix: str = "") -> list[str]:
+    """Keys of a section and of those in it; none where it is a value."""
+    if is_dataclass(section):
+        return [prefix + field.name for field in fields(section)]
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return []
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
         for inner in (field.annotation, *typing.get_args(field.annotation)):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                keys += _known_keys(inner, f"{prefix}{name}.")
-            elif is_dataclass(inner):
-                keys += [f"{prefix}{name}.{each.name}" for each in fields(inner)]
+            keys += _known_keys(inner, f"{prefix}{name}.")
     return keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,21 +18,35 @@ from pydantic import (
 )
 
 from dtmsearch.core import plugins
-from dtmsearch.core.calibration import Through
+from dtmsearch.core.calibration import Calibration, Through
 from dtmsearch.core.components import Experts
+from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
+from dtmsearch.core.numeric_mode import ATTENTION, DTYPE, SCALE_DTYPE
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.records import RUN_NAME
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import (
     LARGEST,
+    RANK_BY,
+    Allocate,
     AutoSettings,
     EvolutionSettings,
     FisherSettings,
     KnapsackSettings,
     LocalSettings,
+    NonNegativeFloat,
+    Part,
+    Positive,
+    PositiveFloat,
+    PositivePart,
+    Prune,
+    PruningSettings,
     SpdySettings,
+    TreeSettings,
+    Within,
 )
+from dtmsearch.core.training_settings import RecoverySettings
 
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
 Seed = Annotated[int, Field(ge=0)]
@@ -55,15 +70,15 @@ class ModelSection(Section):
     folder."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "float16", "bfloat16"] = DTYPE
     """The dtype that the model computes in."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = ATTENTION
     """transformers' attention implementation."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = ModelSpec.trust_remote_code
     """Run Python code that comes with the model. It runs with all your rights."""
-    compile: Literal["auto", "always", "never"] = "auto"
+    compile: Literal["auto", "always", "never"] = ModelSpec.compile
     """Compile layers with torch.compile; auto: on GPUs, for models at least 1,024 wide."""
-    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = SCALE_DTYPE
     """The dtype that scales of rounded weights are stored in. vLLM keeps them in the model's."""
 
 
@@ -131,7 +146,7 @@ class CalibrationSection(Section):
     """Tokens of a row."""
     seed: Seed | None = None
     """Draws the rows."""
-    through: Through = "base"
+    through: Through = Calibration.through
     """What the text has passed where GPTQ and SparseGPT solve for a layer: the layers below as the base model has them,
     or compressed by the same scheme, which helps uniform plans more than those of several schemes."""
 
@@ -181,52 +196,6 @@ class StopSection(Section):
     def budget(self) -> Budget:
         sizes = self.bits_per_weight, self.sparsity, self.size_mb, self.active_bits_per_weight
         return Budget(self.share, self.components, *sizes)
-
-
-class RecoverySection(Section):
-    """Training after a round of pruning: `masked_steps` with what is pruned held at zero, then `unmasked_steps`."""
-
-    files: tuple[str, ...] = Field(min_length=1)
-    """Training text."""
-    masked_steps: int = Field(default=450, ge=0)
-    """Steps with what is pruned held at zero."""
-    unmasked_steps: int = Field(default=50, ge=0)
-    """Steps after that without the masks."""
-    batch_tokens: int = Field(default=65_536, ge=1)
-    """Tokens of an optimiser step."""
-    sequence_tokens: int = Field(default=512, ge=2)
-    """Tokens of a sequence."""
-    lr: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of AdamW."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    warmup_steps: int = Field(default=10, ge=0)
-    """Steps in which the learning rate rises."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's weight decay."""
-    clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the gradient."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of forward and backward passes; auto: bfloat16 on GPUs."""
-    accumulate: int = Field(default=1, ge=1)
-    """Parts that a batch is computed in."""
-    checkpointing: bool = False
-    """Compute activations again in the backward pass, to save memory."""
-    checkpoint_steps: int = Field(default=100, ge=1)
-    """Steps between checkpoints."""
-    distill: float = Field(default=0.0, ge=0, le=1)
-    """Share of the loss that is distilled from the base model's logits."""
-
-    @model_validator(mode="after")
-    def _some_steps(self) -> RecoverySection:
-        if self.masked_steps + self.unmasked_steps == 0:
-            raise ValueError("masked_steps and unmasked_steps are both 0: leave recovery out to train nothing")
-        if self.batch_tokens < self.sequence_tokens * self.accumulate:
-            raise ValueError(
-                f"batch_tokens {self.batch_tokens} is less than {self.accumulate} x sequence_tokens "
-                f"{self.sequence_tokens}: every part of an accumulated batch holds a sequence at least"
-            )
-        return self
 
 
 # The strategies of this package, which `dtmsearch.search.strategies` registers under these names, and `sparsity`.
@@ -314,22 +283,22 @@ def _is_given(search: Mapping[str, Any], key: str) -> bool:
 class SearchSection(Section):
     strategy: StrategyName = "beam"
     """How plans are chosen."""
-    rank_by: MetricName = "fdt"
+    rank_by: MetricName = RANK_BY
     """The metric that decides: fdt, sdt, dppl, ppl, kl, or one of another package."""
     metrics: tuple[MetricName, ...] = ()
     """Metrics that are measured beside it, of every candidate and on held-out prompts, where kl and ppl always are."""
-    width: int = Field(default=10, ge=1)
+    width: Positive = TreeSettings.width
     """beam, lazy_beam: plans kept at each depth."""
-    expand: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    expand: Literal["all"] | Positive = TreeSettings.expand
     """Children measured for each kept plan; all, or so many of the most promising."""
-    confidence: float = Field(default=1.0, gt=0, le=1)
+    confidence: PositivePart = TreeSettings.confidence
     """greedy, beam: candidates leave a round early with this probability of not being among its best; 1: every
     candidate is measured on every prompt."""
-    indifference: float = Field(default=0.0, ge=0)
+    indifference: NonNegativeFloat = TreeSettings.indifference
     """With a confidence below 1: candidates leave that cannot be better by more than this, in the metric's unit."""
     options: dict[str, Any] = {}
     """Settings of a strategy that another package has registered."""
-    audit: float = Field(default=0.002, ge=0, le=1)
+    audit: Part = TreeSettings.audit
     """lazy_greedy, lazy_beam: share of the skipped children that is measured all the same, to tell how often the order
     was wrong."""
     schemes: tuple[str, ...] = ()
@@ -357,19 +326,19 @@ class SearchSection(Section):
     """Effort of evolution."""
     local: LocalSettings = LocalSettings()
     """Effort of local."""
-    rounds: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    rounds: tuple[PositiveFloat, ...] = ()
     """sparsity: percentage points that each round adds."""
-    allocate: Literal["sensitivity", "knapsack", "fdt75", "fdt_mean", "sdt", "kl", "owl", "uniform"] = "sensitivity"
+    allocate: Allocate = PruningSettings.allocate
     """sparsity: how a round's points are divided among components."""
-    prune: Literal["magnitude", "wanda", "sparsegpt", "random"] = "magnitude"
+    prune: Prune = PruningSettings.prune
     """sparsity: which weights of a component go first."""
-    probe_points: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    probe_points: tuple[PositiveFloat, ...] = PruningSettings.probe_points
     """sparsity: added shares at which each component is probed."""
-    probe_every: float = Field(default=25.0, gt=0, le=100)
+    probe_every: Annotated[float, Within(gt=0, le=100)] = PruningSettings.probe_every
     """sparsity: percentage points after which components are probed again within a round."""
-    cap: float = Field(default=1.0, gt=0, le=1)
+    cap: PositivePart = PruningSettings.cap
     """sparsity: most that may be pruned of a component."""
-    recovery: RecoverySection | None = None
+    recovery: RecoverySettings | None = None
     """sparsity: training after every round."""
 
     @field_validator("schemes")
@@ -435,6 +404,16 @@ class SearchSection(Section):
                     f"weight, of {scheme}"
                 )
         return self
+
+    @property
+    def tree(self) -> TreeSettings:
+        """What is said of the tree searches."""
+        return TreeSettings(**{field.name: getattr(self, field.name) for field in fields(TreeSettings)})
+
+    @property
+    def pruning(self) -> PruningSettings:
+        """What is said of `sparsity`, but for its rounds."""
+        return PruningSettings(**{field.name: getattr(self, field.name) for field in fields(PruningSettings)})
 
     @property
     def pruning_rounds(self) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan, PlanSize
 from dtmsearch.core.statistics import PairedDifference
+from dtmsearch.core.strategy_settings import RANK_BY
 
 if TYPE_CHECKING:
     from dtmsearch.analysis.pareto_runs import Candidate
@@ -191,7 +192,7 @@ def _schemes(plan: Plan) -> str:
     return ", ".join(f"{number} x {scheme}" for scheme, number in counts) or "all dense"
 
 
-def validation_table(rows: Sequence[ValidationRow], rank_by: str = "fdt") -> str:
+def validation_table(rows: Sequence[ValidationRow], rank_by: str = RANK_BY) -> str:
     """The final plan beside uniform ones; `ahead` is its value minus theirs, paired over prompts, with the interval: of
     the metric that the search ranks by, and of FDT. The metric that the search ranks by comes first."""
     compared = tuple(dict.fromkeys((rank_by, "fdt")))

@@ -36,7 +36,9 @@ class Calibration:
     through: Through = "base"
 
 
-def calibration_id(manifest_id: str, mode: NumericMode, tokens: NDArray[np.int32], through: Through = "base") -> str:
+def calibration_id(
+    manifest_id: str, mode: NumericMode, tokens: NDArray[np.int32], through: Through = Calibration.through
+) -> str:
     """Identity of a calibration: what determines every statistic gathered over it, and every matrix solved by it."""
     own = {"manifest": manifest_id, "mode": str(mode), "tokens": tokens.tolist(), "calibration": CALIBRATION_VERSION}
     return identity(own if through == "base" else own | {"through": through})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.identity import canonical, identity, identity_of_text
 from dtmsearch.core.metric_registry import metric_versions
-from dtmsearch.core.numeric_mode import NumericMode
+from dtmsearch.core.numeric_mode import ATTENTION, DTYPE, SCALE_DTYPE, NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.variant import Variant
 from dtmsearch.core.windows import Supply
@@ -41,11 +41,11 @@ class ModelSpec:
 
     path: str
     revision: str | None = None
-    dtype: str = "bfloat16"
-    attention: str = "sdpa"
+    dtype: str = DTYPE
+    attention: str = ATTENTION
     trust_remote_code: bool = False
     compile: Literal["auto", "always", "never"] = "auto"
-    scale_dtype: str = "float32"
+    scale_dtype: str = SCALE_DTYPE
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+# What a model computes in where nothing is said.
+DTYPE: Final = "bfloat16"
+ATTENTION: Final = "sdpa"
+SCALE_DTYPE: Final = "float32"
 
 _WAYS = {"eager": False, "compiled": True}
 _SCALES = "-scales"
@@ -20,7 +26,7 @@ class NumericMode:
     device: str
     attention: str
     compiled: bool = False
-    scale_dtype: str = "float32"
+    scale_dtype: str = SCALE_DTYPE
 
     def __str__(self) -> str:
         """`float32/cpu/sdpa/eager`, with `/float16-scales` where scales are not float32. Identities hold this text."""

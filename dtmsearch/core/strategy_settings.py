@@ -1,5 +1,5 @@
-"""What the strategies around the solver may be told: their sections of a search file, and arguments of their
-constructors. Defaults and limits stand here alone.
+"""What strategies may be told: sections and keys of a search file, and arguments of their constructors. Defaults and
+limits stand here alone.
 
 Plain dataclasses, because a search needs no pydantic; `config` has pydantic check them as they are.
 """
@@ -8,37 +8,90 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 # Whole numbers up to here are the same as floats, and fit into every table.
 LARGEST = 2**53
 
 
-@dataclass(frozen=True)
-class AtLeast:
-    """A limit of a whole number, which pydantic finds in its annotation."""
+# The metric that ranks where nothing is said.
+RANK_BY: Final = "fdt"
 
-    least: int
+
+@dataclass(frozen=True)
+class Within:
+    """Limits that pydantic finds in an annotation: of a number (`ge` and `le` belong to what is allowed, `gt` does not)
+    or of a list's length."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    min_length: int | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return handler(source) | {"ge": self.least}
+        return handler(source) | {name: limit for name, limit in vars(self).items() if limit is not None}
 
 
-Positive = Annotated[int, AtLeast(1)]
-NonNegative = Annotated[int, AtLeast(0)]
-TwoOrMore = Annotated[int, AtLeast(2)]
+Positive = Annotated[int, Within(ge=1)]
+NonNegative = Annotated[int, Within(ge=0)]
+TwoOrMore = Annotated[int, Within(ge=2)]
+PositiveFloat = Annotated[float, Within(gt=0)]
+NonNegativeFloat = Annotated[float, Within(ge=0)]
+# A part of a whole, nothing and all of it among them; one that is more than nothing.
+Part = Annotated[float, Within(ge=0, le=1)]
+PositivePart = Annotated[float, Within(gt=0, le=1)]
 
 
 class StrategySettings:
     """A section of a search file: unknown keys are errors, and the text under a key describes it. Raises `ValueError`
     for a number that floats cannot tell from its neighbours."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+        "allow_inf_nan": False,
+    }
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, int) and abs(value) > LARGEST:
                 raise ValueError(f"{name} is larger than {LARGEST}")
+
+
+@dataclass(frozen=True)
+class TreeSettings(StrategySettings):
+    """How greedy and beam, lazy or not, go down the tree of plans: keys of `search` itself."""
+
+    width: Positive = 10
+    """Plans kept at each depth."""
+    expand: Literal["all"] | Positive = "all"
+    """Children measured for each plan kept: all, or so many of the most promising."""
+    confidence: PositivePart = 1.0
+    """Candidates leave a round early with this probability of not being among its best; 1: none does."""
+    indifference: NonNegativeFloat = 0.0
+    """By how much more than this a candidate would have to be better to stay, in the metric's unit."""
+    audit: Part = 0.002
+    """Share of what lazy searches skip that is measured all the same."""
+
+
+Allocate = Literal["sensitivity", "knapsack", "fdt75", "fdt_mean", "sdt", "kl", "owl", "uniform"]
+Prune = Literal["magnitude", "wanda", "sparsegpt", "random"]
+
+
+@dataclass(frozen=True)
+class PruningSettings(StrategySettings):
+    """How `sparsity` goes through its rounds: keys of `search` itself."""
+
+    allocate: Allocate = "sensitivity"
+    """How a round's points are divided among components."""
+    prune: Prune = "magnitude"
+    """Which weights of a component go first."""
+    probe_points: tuple[PositiveFloat, ...] = ()
+    """Added shares at which each component is probed; empty: the allocation's own."""
+    probe_every: Annotated[float, Within(gt=0, le=100)] = 25.0
+    """Percentage points after which components are probed again within a round."""
+    cap: PositivePart = 1.0
+    """The most that may be pruned of a component."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Job:
     runtime: str = "transformers"
     compressor: Compressor = field(default_factory=Compressor)
     schemes: tuple[str, ...] = ()
-    trust_remote_code: bool = False
+    trust_remote_code: bool = ModelSpec.trust_remote_code
     trained: Path | None = None
     weights_id: str = ""
 

@@ -72,7 +72,7 @@ class ModelEvaluator(Evaluator, Protocol):
     # Calibration.
 
     def cut_calibration(
-        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = "base"
+        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = Calibration.through
     ) -> Calibration: ...
 
     def gather_statistics(self, calibration: Calibration) -> InputStatistics: ...

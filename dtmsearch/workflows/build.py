@@ -20,6 +20,7 @@ from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.schemas import EVALUATIONS
 
 
@@ -86,16 +87,7 @@ def _of_packages(metrics: Collection[str]) -> list[str]:
 def sparsity_of(file: SearchFile) -> SparsitySettings:
     """What the sparsity search of a file is."""
     section = file.search
-    return SparsitySettings(
-        rounds=section.pruning_rounds,
-        allocate=section.allocate,
-        prune=section.prune,
-        probe_points=section.probe_points,
-        probe_every=section.probe_every,
-        cap=section.cap,
-        continuation_tokens=file.prompts.continuation_tokens,
-        trains=section.recovery is not None,
-    )
+    return SparsitySettings(**vars(section.pruning), rounds=section.pruning_rounds, trains=section.recovery is not None)
 
 
 def sparsity_search_of(
@@ -107,8 +99,9 @@ def sparsity_search_of(
     calibration_id: str = "",
 ) -> Sparsity:
     """The sparsity search of a file, with what is known of the weights."""
-    request_for = _request_factory(file, reference_id, calibration_id)
-    return Sparsity(space, request_for, sparsity_of(file), file.search.rank_by, errors, outliers)
+    request_for, tokens = _request_factory(file, reference_id, calibration_id), file.prompts.continuation_tokens
+    task = Task(space, request_for, file.search.rank_by, continuation_tokens=tokens)
+    return Sparsity(task, sparsity_of(file), errors, outliers)
 
 
 def strategy_of(
@@ -130,13 +123,9 @@ def strategy_of(
         space,
         _request_factory(file, reference_id, calibration_id),
         rank_by=section.rank_by,
-        width=section.width,
-        expand=section.expand,
         min_fdt=section.stop.min_fdt,
-        confidence=section.confidence,
-        indifference=section.indifference,
         continuation_tokens=file.prompts.continuation_tokens,
-        audit=section.audit,
+        tree=section.tree,
         options=section.options,
         seed=file.seed,
         solver=_solver_settings(file, errors, take),

@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dtmsearch.config import RecoverySection, SearchFile, texts
+from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import text_lines
 
@@ -71,9 +72,9 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> None:
         _check_recovery(file, file.search.recovery, tokenizer)
 
 
-def _check_recovery(file: SearchFile, section: RecoverySection, tokenizer: object) -> None:
+def _check_recovery(file: SearchFile, section: RecoverySettings, tokenizer: object) -> None:
     from dtmsearch.model.training.batches import check_batch, tokenized
     from dtmsearch.model.training.recipe import Recipe
 
-    recipe = Recipe(**section.model_dump(exclude={"files"}))
+    recipe = Recipe(**vars(section))
     check_batch(recipe, len(tokenized(texts.read_files(file, section.files), tokenizer, recipe.sequence_tokens)))

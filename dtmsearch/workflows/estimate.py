@@ -135,7 +135,7 @@ def _training_seconds(file: SearchFile, forward_seconds: float) -> float:
     if section is None or file.search.strategy != "sparsity":
         return 0.0
     passes = 3.0 + section.checkpointing + (section.distill > 0.0)
-    tokens = (section.masked_steps + section.unmasked_steps) * section.batch_tokens
+    tokens = section.num_steps * section.batch_tokens
     return len(file.search.pruning_rounds) * tokens * passes * forward_seconds
 
 

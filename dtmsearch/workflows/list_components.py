@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 
 # Bytes of a weight in the width that sizes are told in.
@@ -58,7 +59,7 @@ class ModelComponents:
     untried: str
 
 
-def list_components(model: str, trust_remote_code: bool = False) -> ModelComponents:
+def list_components(model: str, trust_remote_code: bool = ModelSpec.trust_remote_code) -> ModelComponents:
     """The components of a model: a folder, its config.json alone, or a hub id. Raises `UserError`."""
     from dtmsearch.model.modules.discovery import components_of, find_layers
     from dtmsearch.model.modules.loading import described_model

@@ -8,14 +8,16 @@ checkpoints, and another run that wants the same finds the weights.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dtmsearch.config import RecoverySection, texts
+from dtmsearch.config import texts
 from dtmsearch.core.identity import identity
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
+from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import RecoveryDiverged, SearchStopped, UserError
 from dtmsearch.model.training.main import FAILURE_FILE, JOB_FILE, LOG_FILE, STOPPED
@@ -30,7 +32,7 @@ _VERSION = 2
 class Recovering:
     """Answers the trainings of a run: a `dtmsearch.search.protocols.Trainer`."""
 
-    def __init__(self, session: Session, recovery: RecoverySection, calibration_id: str = "") -> None:
+    def __init__(self, session: Session, recovery: RecoverySettings, calibration_id: str = "") -> None:
         store = session.store
         if not isinstance(store.folder, LocalFolder):
             raise UserError(
@@ -74,7 +76,7 @@ class Recovering:
         return str(result["weights_id"])
 
     def _training_id(self, plan: Plan, weights_id: str) -> str:
-        settings = self._recovery.model_dump(mode="json", exclude={"files", "checkpoint_steps"})
+        settings = {k: v for k, v in asdict(self._recovery).items() if k not in ("files", "checkpoint_steps")}
         calibrated = self._calibration_id if plan.needs_calibration else ""
         model = [self._session.manifest.id, self._session.file.model.dtype, plan.id, weights_id, calibrated]
         return identity([*model, settings, self._text_digest, self._session.file.seed, _VERSION])
@@ -83,14 +85,12 @@ class Recovering:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "masks.safetensors").exists():  # it is written last
             self._session.pool.save_pruned(Variant(plan, weights_id, self._calibration_id), str(folder))
-        recipe = self._recovery.model_dump(mode="json", exclude={"files"}) | {"seed": self._session.file.seed}
         job = {
             "config": self._session.file.to_yaml(),
             "config_folder": str(self._session.file.folder.absolute()),
             "base": str(self._weights / f"{weights_id}.safetensors") if weights_id else None,
             "weights_folder": str(self._weights),
-            "files": list(self._recovery.files),
-            "recipe": recipe,
+            "recipe": asdict(self._recovery) | {"seed": self._session.file.seed},
         }
         (folder / JOB_FILE).write_text(json.dumps(job, indent=1), encoding="utf-8")
 

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dtmsearch.analysis.format import counted
-from dtmsearch.config import PromptsSection, RecoverySection, SearchFile, texts
+from dtmsearch.config import PromptsSection, SearchFile, texts
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import IntArray, PromptTokens
+from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.core.windows import SHARED_RUN, TooLittleText, num_repeats, taken
 from dtmsearch.errors import UserError
 
@@ -55,7 +56,7 @@ def cut_held_out(
 
 
 def training_text(
-    file: SearchFile, recovery: RecoverySection | None, tokenized: Callable[[list[str]], list[IntArray]]
+    file: SearchFile, recovery: RecoverySettings | None, tokenized: Callable[[list[str]], list[IntArray]]
 ) -> list[IntArray]:
     """The documents [1, tokens] that a recovery trains on, by `Replica.tokenized` of any replica."""
     return [] if recovery is None else tokenized(texts.read_files(file, recovery.files))

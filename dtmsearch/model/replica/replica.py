@@ -268,7 +268,7 @@ class Replica:
     # Calibration.
 
     def cut_calibration(
-        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = "base"
+        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = Calibration.through
     ) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
         return self._references.calibration(self._references.cutter.calibration(texts, count, tokens, seed), through)

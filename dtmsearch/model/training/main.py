@@ -71,7 +71,8 @@ def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
     base = None if content["base"] is None else Path(content["base"])
     training = Training(file.model_spec, job.parent, Path(content["weights_folder"]), base)
     try:
-        train(training, texts.read_files(file, content["files"]), Recipe(**content["recipe"]), stopping.requested)
+        recipe = Recipe(**content["recipe"])
+        train(training, texts.read_files(file, recipe.files), recipe, stopping.requested)
     except TrainingStopped:
         return STOPPED
     except (TrainingDiverged, UserError) as error:  # in every process alike

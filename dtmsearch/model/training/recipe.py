@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
+from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.errors import UserError
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a model trains: `masked_steps` with what is pruned held at zero, then `unmasked_steps` without. A step takes
-    `batch_tokens` in rows of `sequence_tokens`, in `accumulate` parts. `lr` follows `schedule` after a linear warm-up.
-    `clip` bounds the norm of the gradient. `distill` is the weight of KL to the base model's distributions beside the
-    loss on the text. `checkpoint_steps` lie between checkpoints."""
+class Recipe(RecoverySettings):
+    """How a model trains: its settings, and the `seed` that batches are drawn by. A step takes `batch_tokens` in rows
+    of `sequence_tokens`, in `accumulate` parts. `lr` follows `schedule` after a linear warm-up. `clip` bounds the norm
+    of the gradient. `distill` is the weight of KL to the base model's distributions beside the loss on the text.
+    `checkpoint_steps` lie between checkpoints."""
 
-    masked_steps: int
-    unmasked_steps: int
-    batch_tokens: int
-    sequence_tokens: int
-    lr: float
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 10
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    accumulate: int = 1
-    checkpointing: bool = False
-    checkpoint_steps: int = 100
-    distill: float = 0.0
     seed: int = 0
-
-    @property
-    def num_steps(self) -> int:
-        return self.masked_steps + self.unmasked_steps
 
     @property
     def rows(self) -> int:

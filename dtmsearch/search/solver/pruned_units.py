@@ -10,6 +10,7 @@ from math import floor
 from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Perturbation
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
+from dtmsearch.core.strategy_settings import PruningSettings
 from dtmsearch.search.space import SearchSpace
 
 # A scheme says the share that it prunes to so many digits.
@@ -57,7 +58,7 @@ def share_of(scheme: str) -> float:
 
 
 def fitted_schemes(
-    shares: Sequence[float], units: Sequence[PrunedUnit], prune: str, wanted: int, cap: float = 1.0
+    shares: Sequence[float], units: Sequence[PrunedUnit], prune: str, wanted: int, cap: float = PruningSettings.cap
 ) -> list[str]:
     """Schemes nearest to shares, none above `cap`, that together prune no more than `wanted` weights, and less by no
     more than a step of one unit: a weight in every row where rows are pruned alike, elsewhere one weight or one of a

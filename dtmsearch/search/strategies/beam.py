@@ -7,15 +7,15 @@ the order of the answers changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.protocols import Ask
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.racing import RacedRound, Racing
-from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, Round
+from dtmsearch.search.strategies.rounds import Answer, Candidate, Round
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.search.strategies.tree_search import TreeSearch
 
 
@@ -30,18 +30,10 @@ class Beam(TreeSearch):
     one, candidates leave a round as soon as they cannot be among its best.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        rank_by: str = "fdt",
-        width: int = 10,
-        expand: Literal["all"] | int = "all",
-        min_fdt: float | None = None,
-        racing: Racing | None = None,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, width, min_fdt)
-        self._expand, self._racing = expand, racing
+    def __init__(self, task: Task, settings: TreeSettings = TreeSettings(), racing: Racing | None = None) -> None:
+        super().__init__(task, settings)
+        space, request_for = task.space, task.request_for
+        self._expand, self._racing = settings.expand, racing
         self._kept = [Plan()]
         self._latest_rank: dict[Perturbation, int] = {}
         # Where a component may be compressed more than once, rounds can share plans. Each is asked for once.

@@ -13,16 +13,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
 
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.protocols import Ask
-from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.rounds import Answer, Candidate, RequestFactory, Round, all_failed, distinct_candidates
+from dtmsearch.search.strategies.rounds import Answer, Candidate, Round, all_failed, distinct_candidates
+from dtmsearch.search.strategies.task import Task
 from dtmsearch.search.strategies.tree_search import TreeSearch
 
 # A perturbation adds less where much is damaged already, or more: how fast what was seen of that is believed.
@@ -57,33 +57,22 @@ class Lazy(TreeSearch):
     """Keeps the `width` best plans of every round, as `Beam` does, but measures few children.
 
     `expand` bounds how many children a round measures for each plan kept; `audit` is the share of the others that is
-    measured all the same, drawn by `seed`. What an audit finds is used. `continuation_tokens` is the FDT of the dense
-    model.
+    measured all the same, drawn by the task's `seed`. What an audit finds is used. The task's `continuation_tokens` are
+    the FDT of the unquantized model.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        request_for: RequestFactory,
-        rank_by: str = "fdt",
-        width: int = 1,
-        expand: Literal["all"] | int = "all",
-        min_fdt: float | None = None,
-        audit: float = 0.0,
-        seed: int = 0,
-        continuation_tokens: int = 0,
-    ) -> None:
-        super().__init__(space, request_for, rank_by, width, min_fdt)
-        self._expand = inf if expand == "all" else expand
-        self._audit, self._seed = audit, seed
-        self._kept = [(Plan(), -float(continuation_tokens) if rank_by == "fdt" else 0.0)]
+    def __init__(self, task: Task, settings: TreeSettings = TreeSettings()) -> None:
+        super().__init__(task, settings)
+        self._expand = inf if settings.expand == "all" else settings.expand
+        self._audit, self._seed = settings.audit, task.seed
+        self._kept = [(Plan(), -float(task.continuation_tokens) if task.rank_by == "fdt" else 0.0)]
         self._stale: dict[tuple[str, str], _Stale] = {}
         self._drift = 1.0
         self._known: dict[str, Answer] = {}
         self._queue: list[Candidate] = []
         self._num_asked = 0
         self.count = LazyCount()
-        self._round = Round(0, (), request_for)
+        self._round = Round(0, (), task.request_for)
         self._course = self._search()
         self._go_on()
 

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.search.protocols import Ask, Decision
-from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.rounds import RequestFactory, Round
+from dtmsearch.search.strategies.rounds import Round
+from dtmsearch.search.strategies.task import Task
 
 
 class Probe:
     """One round over all perturbations; a decision for each that could be measured, in order of rank."""
 
-    def __init__(self, space: SearchSpace, request_for: RequestFactory, rank_by: str = "fdt") -> None:
-        self._space = space
-        self._rank_by = rank_by
-        self._round = Round(0, ((Plan(), edge) for edge in space.perturbations(Plan())), request_for)
+    def __init__(self, task: Task) -> None:
+        self._space, self._rank_by = task.space, task.rank_by
+        self._round = Round(0, ((Plan(), edge) for edge in task.space.perturbations(Plan())), task.request_for)
         self._decisions: list[Decision] = []
 
     @property

@@ -19,6 +19,7 @@ from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outc
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key, summarize
 from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.errors import SearchFailed, UserError
 from dtmsearch.search.protocols import Ask
 from dtmsearch.search.solver.sequential_test import Values, log_evidence_above
@@ -93,7 +94,7 @@ class Racing:
         confidence: float,
         continuation_tokens: int,
         remember: bool = False,
-        indifference: float = 0.0,
+        indifference: float = TreeSettings.indifference,
     ) -> None:
         loss_of = METRICS[metric].loss_from_zero(continuation_tokens)
         if loss_of is None:

@@ -16,39 +16,32 @@ from math import ceil, floor
 from dtmsearch.core.evaluation import EvalFailure, EvalResult
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.strategy_settings import PruningSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.protocols import TrainRequest
 from dtmsearch.search.solver.allocation import Allocation
 from dtmsearch.search.solver.pruned_shares import RANKINGS, Errors, Probed, ShareAllocation
 from dtmsearch.search.solver.pruned_units import SHARE_DIGITS, fitted_schemes, scheme_name, share_of, units_of
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Part, Procedure, Script, Trial
-from dtmsearch.search.strategies.rounds import RequestFactory
+from dtmsearch.search.strategies.task import Task
 
 # The published probes, as multiples of what a round adds, and those of the error model, as shares of what is left.
 PUBLISHED_PROBES = (0.5, 1.5)
 MODEL_PROBES = (0.5, 0.85)
 
 
-@dataclass(frozen=True)
-class SparsitySettings:
+@dataclass(frozen=True, kw_only=True)
+class SparsitySettings(PruningSettings):
     """What a sparsity search is.
 
-    `rounds`: percentage points that each adds. `allocate`: a statistic of the threshold allocation (`fdt75` as
-    published, `fdt_mean`, `sdt`, `kl`), `sensitivity` or `knapsack` (least sum of KL damages, with the error model or
-    without), `owl` or `uniform`. `prune`: the saliency. `probe_points`: empty for the allocation's own.
-    `probe_every`: `sensitivity` allocates no more points than these before it probes again, over what it has
-    allocated. `cap`: the most that any component is pruned. `continuation_tokens` is the most that FDT can be.
-    `trains`: whether the model of every round is trained.
+    `rounds`: percentage points that each adds. `trains`: whether the model of every round is trained. `allocate`: a
+    statistic of the threshold allocation (`fdt75` as published, `fdt_mean`, `sdt`, `kl`), `sensitivity` or `knapsack`
+    (least sum of KL damages, with the error model or without), `owl` or `uniform`. `prune`: the saliency.
+    `probe_points`: empty for the allocation's own. `probe_every`: `sensitivity` allocates no more points than these
+    before it probes again, over what it has allocated. `cap`: the most that any component is pruned.
     """
 
     rounds: tuple[float, ...]
-    allocate: str = "sensitivity"
-    prune: str = "magnitude"
-    probe_points: tuple[float, ...] = ()
-    probe_every: float = 25.0
-    cap: float = 1.0
-    continuation_tokens: int = 100
     trains: bool = False
 
     @cached_property
@@ -113,17 +106,15 @@ class Sparsity(Procedure):
 
     def __init__(
         self,
-        space: SearchSpace,
-        request_for: RequestFactory,
+        task: Task,
         settings: SparsitySettings,
-        rank_by: str = "fdt",
         errors: Errors | None = None,
         outliers: Mapping[int, float] | None = None,
     ) -> None:
-        super().__init__(space, request_for)
-        self._settings, self._rank_by = settings, rank_by
-        self._units = units_of(space)
-        limits = settings.cap, settings.continuation_tokens
+        super().__init__(task.space, task.request_for)
+        self._settings, self._rank_by = settings, task.rank_by
+        self._units = units_of(task.space)
+        limits = settings.cap, task.continuation_tokens
         self._allocation = ShareAllocation(settings.allocate, self._units, *limits, errors, outliers)
         self.remarks: list[str] = []
         self.milestones: list[Milestone] = []

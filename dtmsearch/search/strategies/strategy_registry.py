@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from dtmsearch.core import plugins
 from dtmsearch.core.strategy_settings import (
+    RANK_BY,
     AutoSettings,
     EvolutionSettings,
     FisherSettings,
     KnapsackSettings,
     LocalSettings,
     SpdySettings,
+    TreeSettings,
 )
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
@@ -50,15 +52,11 @@ class SolverSettings:
 class StrategyInputs(Task):
     """What a strategy is made of: its task, and what else a search file says; each takes what it has a use for.
 
-    `options` is the search file's `search.options`, for strategies of other packages; `solver` what the built-in ones
-    around the solver are given.
+    `tree` says how those go that search down the tree of plans, `solver` what those around the solver are given;
+    `options` is the search file's `search.options`, for strategies of other packages.
     """
 
-    width: int = 10
-    expand: Literal["all"] | int = "all"
-    confidence: float = 1.0
-    indifference: float = 0.0
-    audit: float = 0.0
+    tree: TreeSettings = field(default_factory=TreeSettings)
     solver: SolverSettings = SolverSettings()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -79,26 +77,20 @@ STRATEGIES: plugins.Registry[StrategyType] = plugins.Registry(plugins.STRATEGIES
 
 
 def make_strategy(
-    name: str, space: SearchSpace, request_for: RequestFactory, rank_by: str = "fdt", **settings: Any
+    name: str, space: SearchSpace, request_for: RequestFactory, rank_by: str = RANK_BY, **settings: Any
 ) -> Strategy:
     """A strategy at its start. `settings` are fields of `StrategyInputs`. Raises `UserError` for an unknown name."""
     return STRATEGIES[name].make(StrategyInputs(space, request_for, rank_by, **settings))
 
 
-def _beam(inputs: StrategyInputs, width: int) -> Beam:
+def _beam(inputs: StrategyInputs, settings: TreeSettings) -> Beam:
     racing = None
-    if inputs.confidence < 1.0:
+    if settings.confidence < 1.0:
         # Where a component may be compressed more than once, rounds can share plans.
         remember = inputs.space.budget.limits_size
-        racing = Racing(
-            *(inputs.rank_by, width, inputs.confidence, inputs.continuation_tokens, remember, inputs.indifference)
-        )
-    return Beam(inputs.space, inputs.request_for, inputs.rank_by, width, inputs.expand, inputs.min_fdt, racing)
-
-
-def _lazy(inputs: StrategyInputs, width: int) -> Lazy:
-    how = inputs.rank_by, width, inputs.expand, inputs.min_fdt, inputs.audit, inputs.seed, inputs.continuation_tokens
-    return Lazy(inputs.space, inputs.request_for, *how)
+        how = settings.confidence, inputs.continuation_tokens, remember, settings.indifference
+        racing = Racing(inputs.rank_by, settings.width, *how)
+    return Beam(inputs, settings, racing)
 
 
 def _by_errors(inputs: StrategyInputs, effort: AutoSettings) -> Auto:
@@ -110,11 +102,11 @@ def _auto(inputs: StrategyInputs) -> Strategy:
     return _by_errors(inputs, effort) if take is None else PricedAuto(inputs, take, effort)
 
 
-STRATEGIES.add("probe", StrategyType(lambda i: Probe(i.space, i.request_for, i.rank_by), only_measures=True))
-STRATEGIES.add("greedy", StrategyType(lambda i: _beam(i, 1)))
-STRATEGIES.add("beam", StrategyType(lambda i: _beam(i, i.width)))
-STRATEGIES.add("lazy_greedy", StrategyType(lambda i: _lazy(i, 1)))
-STRATEGIES.add("lazy_beam", StrategyType(lambda i: _lazy(i, i.width)))
+STRATEGIES.add("probe", StrategyType(Probe, only_measures=True))
+STRATEGIES.add("greedy", StrategyType(lambda i: _beam(i, replace(i.tree, width=1))))
+STRATEGIES.add("beam", StrategyType(lambda i: _beam(i, i.tree)))
+STRATEGIES.add("lazy_greedy", StrategyType(lambda i: Lazy(i, replace(i.tree, width=1))))
+STRATEGIES.add("lazy_beam", StrategyType(lambda i: Lazy(i, i.tree)))
 STRATEGIES.add("auto", StrategyType(_auto, needs_errors=True, takes_prices=True))
 STRATEGIES.add("fisher", StrategyType(lambda i: Fisher(i, i.solver.take, i.solver.fisher), takes_prices=True))
 STRATEGIES.add(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtmsearch.core.strategy_settings import RANK_BY
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.rounds import RequestFactory
 
@@ -16,7 +17,7 @@ class Task:
 
     space: SearchSpace
     request_for: RequestFactory
-    rank_by: str = "fdt"
+    rank_by: str = RANK_BY
     min_fdt: float | None = None
     continuation_tokens: int = 0
     seed: int = 0

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import PlanSize
+from dtmsearch.core.strategy_settings import TreeSettings
 from dtmsearch.search.protocols import Decision
-from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.base import Course
-from dtmsearch.search.strategies.rounds import Candidate, RequestFactory
+from dtmsearch.search.strategies.rounds import Candidate
+from dtmsearch.search.strategies.task import Task
 
 
 class TreeSearch(Course):
-    """Keeps the `width` best plans of every round by `rank_by`. It ends where the leader meets the budget, or where the
-    leader's mean FDT falls below `min_fdt`: then the decision before it stands."""
+    """Keeps the `width` best plans of every round by the metric that ranks. It ends where the leader meets the budget,
+    or where the leader's mean FDT falls below the task's `min_fdt`: then the decision before it stands."""
 
-    def __init__(
-        self, space: SearchSpace, request_for: RequestFactory, rank_by: str, width: int, min_fdt: float | None
-    ) -> None:
+    def __init__(self, task: Task, settings: TreeSettings) -> None:
         super().__init__()
-        self._space, self._request_for = space, request_for
-        self._rank_by, self._width, self._min_fdt = rank_by, width, min_fdt
+        self._space, self._request_for = task.space, task.request_for
+        self._rank_by, self._width, self._min_fdt = task.rank_by, settings.width, task.min_fdt
 
     def _falls_below(self, leader: Summary) -> bool:
         return self._min_fdt is not None and leader.fdt_mean < self._min_fdt
