@@ -2,7 +2,7 @@
 
 search-file.md and search-file.schema.json from the search file's sections, store.md's tables from the store's schemas,
 cli.md from the command line, api.md from the public API's signatures and docstrings, architecture.svg from the
-package's imports.
+package's imports; in architecture.md the line of every link to the code.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def pages() -> dict[str, str]:
         "cli.md": cli_page(),
         "api.md": api_page(),
         "architecture.svg": architecture_picture(),
+        "architecture.md": with_lines((DOCS / "architecture.md").read_text(encoding="utf-8")),
     }
 
 
@@ -189,6 +190,33 @@ def _signature(member: Any) -> str:
         return re.sub(r"PoolSettings\([^()]*\)", "Where()", text)
     except ValueError:
         return ""
+
+
+# Links to lines of the code.
+
+_TO_CODE = re.compile(r"\[`(?P<path>[\w/]+\.py)` `(?P<name>[\w.]+)`\]\([^)]*\)")
+
+
+def with_lines(text: str) -> str:
+    """A page whose links to the code, [`path.py` `Class.method`](...), lead to the lines where their names are defined.
+    Raises `ValueError` for a name that is nowhere in its file."""
+    return _TO_CODE.sub(lambda link: f"{link[0].partition('(')[0]}({_place(link['path'], link['name'])})", text)
+
+
+def _place(path: str, name: str) -> str:
+    node: ast.AST = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        inner = [each for each in getattr(node, "body", ()) if part in _names(each)]
+        if not inner:
+            raise ValueError(f"docs/architecture.md: {path} has no {name}")
+        node = inner[0]
+    return f"../{PACKAGE.name}/{path}#L{getattr(node, 'lineno', 1)}"
+
+
+def _names(node: ast.AST) -> list[str]:
+    """What a statement of a module or class gives a name."""
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+    return [getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))]
 
 
 # The picture of the package.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,18 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "plugins").glob("*/*.py")), ids=lambda path: path.stem)
 def test_the_examples_of_extending_are_the_packages_that_are_tested(path: Path) -> None:
     assert path.read_text(encoding="utf-8").rstrip() in (DOCS / "extending.md").read_text(encoding="utf-8")
+
+
+def test_the_walk_of_a_scheme_s_name_has_under_ten_steps_each_a_link_to_its_line() -> None:
+    _, _, rest = (DOCS / "architecture.md").read_text(encoding="utf-8").partition("## Where does my scheme name go?")
+    steps = re.findall(r"^\d+\. .*$", rest.partition("\n## ")[0], re.MULTILINE)
+    links = [re.findall(r"\.(\w+)`\]\(\.\./([\w/.]+)#L(\d+)\)|`(\w+)`\]\(\.\./([\w/.]+)#L(\d+)\)", s) for s in steps]
+    assert 0 < len(steps) < 10 and all(links)
+    for method, *at_method, function, path, line in (link for step in links for link in step):
+        path, line = at_method if method else (path, line)
+        assert (method or function) in (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+
+
+def test_a_link_to_a_name_that_is_gone_is_an_error(generate: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"core/schemes.py has no parse_no_scheme"):
+        generate.with_lines("[`core/schemes.py` `parse_no_scheme`](../dtmsearch/core/schemes.py#L1)")
