@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from dtmsearch.search.solver.knapsack import Infeasible, Solution, solve
 
@@ -57,6 +58,24 @@ def test_what_it_finds_among_many_schemes_is_proven(num_units: int) -> None:
     losses = [random.lognormal() * 4.0**-bits * random.lognormal(0, 0.1, len(bits)) for _ in sizes]
     found = solve(losses, costs, int(sizes.sum() * 3.7))
     assert found.loss <= found.bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_highs_finds_no_better_solution(seed: int) -> None:
+    """An integer programme of a zero or a one for every option, solved by another's code."""
+    random = np.random.default_rng(seed)
+    num_units, num_options = 40, 8
+    costs = random.integers(1, 2_000, (num_units, num_options))
+    losses = random.lognormal(size=(num_units, 1)) * 3.0 ** (-costs / 300) * random.lognormal(0, 0.5, costs.shape)
+    capacity = int(costs.min(axis=1).sum() * 2.5)
+    one_each = np.kron(np.eye(num_units), np.ones(num_options))
+    rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(costs.reshape(1, -1), ub=capacity)]
+    options = {"mip_rel_gap": 0.0}
+    oracle = milp(
+        losses.ravel(), integrality=np.ones(costs.size), bounds=Bounds(0, 1), constraints=rules, options=options
+    )
+    assert oracle.success
+    assert solve(list(losses), list(costs), capacity).loss == pytest.approx(oracle.fun, rel=1e-6)
 
 
 def test_an_option_without_a_finite_loss_is_never_taken() -> None:

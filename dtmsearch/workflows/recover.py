@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtmsearch.config import texts
-from dtmsearch.core.identity import identity
+from dtmsearch.core.identity import file_digest, identity
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import TrainingRecord
 from dtmsearch.core.training_settings import RecoverySettings
@@ -116,5 +116,5 @@ def _failure(folder: Path, code: int) -> Exception:
 def _digest(paths: list[Path]) -> str:
     whole = sha256()
     for path in paths:
-        whole.update(sha256(path.read_bytes()).digest())
+        whole.update(bytes.fromhex(file_digest(path)))
     return whole.hexdigest()[:32]

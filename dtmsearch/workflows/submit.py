@@ -23,6 +23,7 @@ import dtmsearch
 from dtmsearch.cluster import versions as pins
 from dtmsearch.cluster.jobs import Job, Jobs, Order
 from dtmsearch.config import PromptsSection, SearchFile, load, texts
+from dtmsearch.core.identity import file_digest
 from dtmsearch.core.records import CONTINUE_VARIABLE
 from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
@@ -253,5 +254,5 @@ def _fingerprint(file: SearchFile, parcel: Parcel) -> str:
     """Tells searches apart by what they are, their texts included."""
     digest = hashlib.sha256(file.to_yaml().encode())
     for path in sorted(parcel.files):
-        digest.update(path.encode() + b"\0" + hashlib.sha256(parcel.files[path].read_bytes()).digest())
+        digest.update(path.encode() + b"\0" + bytes.fromhex(file_digest(parcel.files[path])))
     return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ elementwise passes. Ties go by position, the earlier ones first.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ def random_keys(shape: tuple[int, ...], name: str, device: torch.device) -> Tens
     """Keys that follow from a position and `name` alone, the same on every device: mixed as by Chris Wellon's
     `lowbias32`, each with a seed of its own."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    keys = torch.arange(int(np.prod(shape)), device=device).add_(seed)
+    keys = torch.arange(math.prod(shape), device=device).add_(seed)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         keys.bitwise_xor_(keys >> shift).mul_(factor).bitwise_and_(0xFFFFFFFF)
     return (keys >> 1).to(torch.int32).reshape(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,7 +64,7 @@ def unpack_masks(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="np") as file:
         for name, text in sorted((file.metadata() or {}).items()):
             shape = tuple(json.loads(text))
-            bits = np.unpackbits(file.get_tensor(name), count=int(np.prod(shape)))
+            bits = np.unpackbits(file.get_tensor(name), count=math.prod(shape))
             masks[name] = torch.from_numpy(bits.reshape(shape).astype(np.bool_))
     return masks
 
