@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tiny import DEMO_MODEL
 
 from dtmsearch.cli import cli, main
 from dtmsearch.config import json_schema, load, parse
-from dtmsearch.workflows.init_config import Machine, ModelFacts, propose, read_model
+from dtmsearch.workflows.init_config import Machine, ModelFacts, Text, propose, read_model
 
 GIB = 1 << 30
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -25,7 +27,7 @@ LARGE = ModelFacts("/models/large", "LlamaForCausalLM", 80, 70_000_000_000, "bfl
 
 
 def proposed(model: ModelFacts, machine: Machine) -> str:
-    return propose(model, machine, "calibration.txt", "validation.txt")
+    return propose(model, machine, Text("calibration.txt"), Text("validation.txt")).text
 
 
 def test_a_models_facts_come_from_its_headers() -> None:
@@ -61,17 +63,17 @@ def test_a_model_with_a_short_context_gets_short_windows() -> None:
 
 
 def test_a_model_that_groups_do_not_divide_gets_schemes_that_can_be_exported() -> None:
-    uneven = ModelFacts("/models/uneven", "LlamaForCausalLM", 5, 260_000, "float32", 512, groups_divide=False)
+    uneven = ModelFacts("/models/uneven", "LlamaForCausalLM", 5, 260_000, "float32", 512, largest_group=0)
     file = parse(proposed(uneven, Machine((), GIB, 1)), "proposed", Path())
-    assert file.search.schemes == ("int8-channel", "int4-channel", "int3-channel")
+    assert file.search.schemes == ("int8-channel", "int6-channel", "int4-channel", "int3-channel")
 
 
-def test_headers_say_whether_groups_divide_every_matrix(tmp_path: Path) -> None:
+def test_headers_say_which_groups_divide_every_matrix(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
-    for inputs, divide in ((64, True), (172, False)):
+    for inputs, largest in ((64, 64), (172, 0), (768, 256)):
         save_file({"down.weight": torch.zeros(64, inputs), "norm.weight": torch.zeros(7)}, weights)
-        assert read_model(str(tmp_path)).groups_divide is divide
+        assert read_model(str(tmp_path)).largest_group == largest
 
 
 def test_init_prints_a_search_file_and_nothing_else(
@@ -96,6 +98,56 @@ def test_init_says_which_texts_to_bring(tmp_path: Path, monkeypatch: pytest.Monk
     assert main(["init", str(DEMO_MODEL), "--prompts", "mine.txt"]) == 0
     said = capsys.readouterr().err
     assert "'validation.txt'" in said and "--validation" in said and "--prompts" not in said
+
+
+def test_texts_under_usual_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "test.parquet"):
+        (tmp_path / name).write_text("text")
+    assert main(["init", str(DEMO_MODEL), "--quick"]) == 0
+    said = capsys.readouterr()
+    file = parse(said.out, "stdout", tmp_path)
+    assert file.prompts.files == ("train.jsonl",) and "bring" not in said.err.lower()
+
+
+def test_for_a_text_that_is_not_there_a_data_set_can_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(DEMO_MODEL), "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    with_dataset = "\n".join(line.replace("  # dataset:", "  dataset:") for line in lines if "TO BRING" not in line)
+    file = parse(with_dataset, "stdout", tmp_path)
+    assert file.prompts.dataset is not None and file.prompts.dataset.column == "text"
+
+
+def test_init_ends_with_the_whole_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", str(DEMO_MODEL), "--quick", "--for", "vllm", "--out", "mine.yaml"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[-4:] == [
+        "next:",
+        "  dtmsearch validate mine.yaml",
+        "  dtmsearch run mine.yaml --in-process",
+        "  dtmsearch export model --to compressed-tensors --runtime vllm --out model-vllm",
+    ]
+
+
+def test_on_a_busy_machine_and_in_haste_init_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.getloadavg = lambda: (999.0, 0.0, 0.0)\n"
+        "from dtmsearch.cli import main\n"
+        f"assert main(['init', {str(DEMO_MODEL)!r}]) == 0 == main(['init', {str(DEMO_MODEL)!r}, '--quick'])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "this machine is busy, so only headers are read" in done.stderr
+
+
+def test_code_of_its_own_is_left_for_the_user_to_allow() -> None:
+    own = ModelFacts("/models/own", "OwnForCausalLM", 2, 1_000, "float32", 64, own_code=True)
+    assert "# trust_remote_code: true" in proposed(own, Machine((), GIB, 1))
 
 
 def test_a_search_file_in_another_folder_names_the_texts_of_this_one(

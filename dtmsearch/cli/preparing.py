@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,30 +14,65 @@ from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import print_text, say, show
 from dtmsearch.errors import FAILED
 
+if TYPE_CHECKING:
+    from dtmsearch.workflows.engines import EngineName
+
 
 @cli.command(
     "init",
     epilog=examples(
         "dtmsearch init models/llama > search.yaml",
+        "dtmsearch init models/llama --for vllm --bits 5 --out search.yaml",
         "dtmsearch init meta-llama/Llama-2-7b-hf --prompts mine.txt --validation held-out.txt --out search.yaml",
     ),
 )
 @click.argument("model")
-@click.option("--prompts", default="calibration.txt", show_default=True, help="Text to search with.")
-@click.option("--validation", default="validation.txt", show_default=True, help="Other text, to judge the plan by.")
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(["transformers", "vllm", "llama.cpp"]),
+    default="transformers",
+    show_default=True,
+    help="What shall run the compressed model: decides schemes, ties, and the export.",
+)
+@click.option(
+    "--bits",
+    type=click.FloatRange(2, 8),
+    help="Most bits per weight on average, scales included; as suits the engine if not given (4.5, for vllm 5).",
+)
+@click.option("--prompts", help="Text to search with, if not calibration.txt, .jsonl or .parquet, or train.*.")
+@click.option("--validation", help="Other text, to judge the plan by, if not validation.* or test.*")
 @click.option("--out", type=NewPath(dir_okay=False), help="File to write instead of stdout.")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
-def init_verb(model: str, prompts: str, validation: str, out: Path | None, force: bool) -> None:
+@click.option("--quick", is_flag=True, help="Read headers alone: the model's code is not run to see its components.")
+@click.option("--time", "timed", is_flag=True, help="Time the model, as a dry run does, and write what it will cost.")
+def init_verb(
+    model: str,
+    engine: EngineName,
+    bits: float | None,
+    prompts: str | None,
+    validation: str | None,
+    out: Path | None,
+    force: bool,
+    quick: bool,
+    timed: bool,
+) -> None:
     """Write a commented search file for MODEL, a folder or a hub id.
 
-    It fits the model and this machine, and says what the search will cost if its texts are there.
+    It fits the model, this machine and the engine that shall run the plan. Ends with the commands to go on with.
     """
-    from dtmsearch.workflows.init_config import propose, read_model, this_machine
+    from dtmsearch.workflows.engines import ENGINES
+    from dtmsearch.workflows.init_config import find_texts, propose, read_model, this_machine
 
     if out is not None and out.exists() and not force:
         raise click.UsageError(f"{out} is there already; give another --out, or --force")
+    if quick and timed:
+        raise click.UsageError("--quick reads headers alone, so it cannot --time the model")
     facts, machine = read_model(model), this_machine()
-    if Path(facts.path).is_dir():
+    if not quick and machine.is_busy:
+        say("this machine is busy, so only headers are read; `dtmsearch validate` runs the model's code")
+    elif Path(facts.path).is_dir() and not quick:
+        say("running the model's code without its weights, some seconds (--quick leaves this out) ...")
         from dtmsearch.core.evaluation import ModelSpec
         from dtmsearch.errors import UserError
         from dtmsearch.workflows.check_search import model_lines
@@ -45,21 +83,34 @@ def init_verb(model: str, prompts: str, validation: str, out: Path | None, force
             lines = [f"the model was not looked into: {error}"]
         for line in lines:
             say(line)
-    texts = {"--prompts": prompts, "--validation": validation}
-    missing = {option: path for option, path in texts.items() if not Path(path).is_file()}
+    texts = find_texts(prompts, validation, Path.cwd())
     if out is not None and out.absolute().parent != Path.cwd():
         # A search file's paths start at its own folder, those of a command line where the command is given.
-        prompts, validation = (str(Path(path).expanduser().absolute()) for path in (prompts, validation))
-    text = propose(facts, machine, prompts, validation)
-    if not missing:
-        text = propose(facts, machine, prompts, validation, _cost_of(text))
-    if out is None:
-        print_text(text, end="")
+        search_text, held_out = (replace(text, name=str(Path(text.name).expanduser().absolute())) for text in texts)
     else:
-        out.write_text(text, encoding="utf-8")
+        search_text, held_out = texts
+    file = "search.yaml" if out is None else shlex.quote(str(out))
+    proposal = propose(facts, machine, search_text, held_out, engine, bits, None, file)
+    missing = {o: t.name for o, t in zip(("--prompts", "--validation"), texts, strict=True) if not t.is_there}
+    if timed and missing:
+        say("it is not timed, since its texts are not there")
+    elif timed:
+        cost = _cost_of(proposal.text)
+        proposal = propose(facts, machine, search_text, held_out, engine, bits, cost, file)
+    if out is None:
+        print_text(proposal.text, end="")
+    else:
+        out.write_text(proposal.text, encoding="utf-8")
         print_text(str(out))
+    if proposal.note:
+        say(f"note: {proposal.note}")
     for option, path in missing.items():
-        say(f"there is no text {path!r} yet, which the search file names: bring it, or give another {option}")
+        say(
+            f"there is no text {path!r} yet, which the search file names: bring it, give another {option}, or put a "
+            "data set section in its place, of which the file has an example"
+        )
+    say(f"next:\n  dtmsearch validate {file}\n  dtmsearch run {file}{proposal.options}")
+    say(f"  dtmsearch export {proposal.run} {ENGINES[engine].export} --out {proposal.run}-{engine}")
 
 
 def _cost_of(text: str) -> str | None:
@@ -68,7 +119,7 @@ def _cost_of(text: str) -> str | None:
     from dtmsearch.console.text import estimate_text
     from dtmsearch.workflows.estimate import estimate
 
-    say("timing a replica of the model ...")
+    say("timing a replica of the model, which takes a minute or more where others use the machine ...")
     try:
         return estimate_text(estimate(parse(text, "the new search file", Path.cwd())))
     except (ValueError, RuntimeError) as error:

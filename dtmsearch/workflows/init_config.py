@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dtmsearch.core.components import checkpoint_dtype, read_header, read_model_config, weight_files
 from dtmsearch.errors import UserError
+from dtmsearch.workflows.engines import ENGINES, EngineName, menu
 
 _GIB = 1 << 30
 # Beside its weights a replica takes activations, and on a GPU the libraries' own memory.
@@ -22,8 +25,15 @@ _PROMPT_TOKENS = 100
 # Prompts to search with on a CPU and on a GPU.
 _COUNTS = {"cpu": 32, "cuda": 256}
 _VALIDATION_FACTOR = 4
-# Inputs that share a scale, where they divide every matrix's: exports of uneven groups are refused.
-_GROUP = 32
+# Groups of inputs that share a scale: exports refuse those that do not divide every matrix's inputs.
+_GROUPS = (256, 128, 64, 32)
+# Models of fewer weights start faster in one process than Ray does.
+_SMALL_WEIGHTS = 500_000_000
+# So many processes for each core make what takes seconds take minutes.
+_BUSY = 2.0
+# Names under which people keep the two texts, with each of the endings that are read.
+_SEARCH_NAMES, _HELD_OUT_NAMES = ("calibration", "train"), ("validation", "valid", "held-out", "test")
+_ENDINGS = (".txt", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,12 @@ class Machine:
     gpu_bytes: tuple[int, ...]
     memory_bytes: int | None
     cores: int
+    load: float = 0.0
+    """How many processes wanted a core in the last minute, on average."""
+
+    @property
+    def is_busy(self) -> bool:
+        return self.load > _BUSY * self.cores
 
     @property
     def device(self) -> str:
@@ -49,8 +65,10 @@ class ModelFacts:
     num_weights: int
     dtype: str
     context: int | None
-    groups_divide: bool = True
-    """Whether groups of 32 divide the inputs of every matrix."""
+    largest_group: int = _GROUPS[0]
+    """Of groups of 256, 128, 64 and 32 inputs the largest that divides those of every matrix; 0 where none does."""
+    own_code: bool = False
+    """Whether Python code comes with it."""
 
     @property
     def weight_bytes(self) -> int:
@@ -74,7 +92,8 @@ def read_model(path: str) -> ModelFacts:
         num_weights=sum(_product(shape) for shape in shapes),
         dtype=checkpoint_dtype(files),
         context=text.get("max_position_embeddings"),
-        groups_divide=all(shape[-1] % _GROUP == 0 for shape in shapes if len(shape) > 1),
+        largest_group=_largest_group(shapes),
+        own_code="auto_map" in config,
     )
 
 
@@ -95,6 +114,11 @@ def _folder(path: str) -> Path:
         ) from None
 
 
+def _largest_group(shapes: Sequence[tuple[int, ...]]) -> int:
+    inputs = [shape[-1] for shape in shapes if len(shape) > 1]
+    return next((group for group in _GROUPS if all(number % group == 0 for number in inputs)), 0)
+
+
 def _product(shape: tuple[int, ...]) -> int:
     number = 1
     for size in shape:
@@ -105,6 +129,8 @@ def _product(shape: tuple[int, ...]) -> int:
 def this_machine() -> Machine:
     from dtmsearch.workflows.doctor import available_memory, num_cpus
 
+    if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():  # torch takes seconds to load
+        return Machine((), available_memory(), num_cpus(), os.getloadavg()[0])
     try:
         import torch
 
@@ -112,54 +138,116 @@ def this_machine() -> Machine:
         gpu_bytes = tuple(torch.cuda.mem_get_info(index)[1] for index in gpus)
     except ImportError:  # a head node may do without torch
         gpu_bytes = ()
-    return Machine(gpu_bytes, available_memory(), num_cpus())
+    return Machine(gpu_bytes, available_memory(), num_cpus(), os.getloadavg()[0])
 
 
-def propose(model: ModelFacts, machine: Machine, prompts: str, held_out: str, cost: str | None = None) -> str:
-    """The text of a search file over two texts; `cost` are the lines of its estimate.
+@dataclass(frozen=True)
+class Text:
+    """One of a search's two texts: the `name` that the search file gives it, and whether it `is_there`."""
+
+    name: str
+    is_there: bool = True
+
+
+def find_texts(prompts: str | None, held_out: str | None, folder: Path) -> tuple[Text, Text]:
+    """The texts that are asked for, or else those that lie in a folder under the usual names."""
+    return _find(prompts, _SEARCH_NAMES, folder), _find(held_out, _HELD_OUT_NAMES, folder)
+
+
+def _find(asked: str | None, names: Sequence[str], folder: Path) -> Text:
+    if asked is not None:
+        return Text(asked, (folder / Path(asked).expanduser()).is_file())
+    usual = [f"{name}{ending}" for name in names for ending in _ENDINGS]
+    found = next((name for name in usual if (folder / name).is_file()), None)
+    return Text(usual[0], False) if found is None else Text(found)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The text of a search file, its run's name, the options with which `dtmsearch run` fits this machine, and what a
+    person should know, empty where there is nothing."""
+
+    text: str
+    run: str
+    options: str
+    note: str
+
+
+def propose(
+    model: ModelFacts,
+    machine: Machine,
+    prompts: Text,
+    held_out: Text,
+    engine: EngineName = "transformers",
+    bits: float | None = None,
+    cost: str | None = None,
+    out: str = "FILE",
+) -> Proposal:
+    """A search file over two texts, for an engine and within so many bits per weight (None: what suits the engine);
+    `cost` are the lines of its estimate, `out` is what the file is called.
 
     Raises `UserError` when the model fits into no memory here.
     """
+    wants = ENGINES[engine]
     dtype = model.dtype if machine.gpu_bytes else "float32"
     need = model.num_weights * (4 if dtype == "float32" else 2) * _REPLICA_FACTOR
     where = _where(machine, need)
     window = min(_PROMPT_TOKENS, (model.context or 2 * _PROMPT_TOKENS) // 2)
     count = _COUNTS[machine.device]
-    scales = f"g{_GROUP}" if model.groups_divide else "channel"
-    uneven = (
-        "" if model.groups_divide else f"      # {_GROUP} does not divide all inputs: groups of it are not exported"
-    )
+    offered = menu(engine, bits, model.largest_group)
+    options = where.options
+    if not machine.gpu_bytes and model.num_weights < _SMALL_WEIGHTS:
+        options = " --in-process"  # a small model starts faster without Ray
+    run = run_name(model.path)
+    own_code = "\n  # trust_remote_code: true      # Python code comes with it: allow it if you trust its author"
+    fused = "\n  fused: true           # q, k, v and gate, up share a scheme: the engine runs them as one matrix each"
+    scales = "float16" if model.dtype == "float16" else "bfloat16"
     layers = "" if model.num_layers is None else f", {model.num_layers} layers"
-    return f"""\
+    text = f"""\
 # {model.architecture}{layers}, {_millions(model.num_weights)} million weights in {model.dtype}.
 # {where.comment}
-{_cost_comment(cost)}
-# To run it: dtmsearch run FILE{where.options}
-run: {run_name(model.path)}      # a name inside the store
+{_cost_comment(cost, out)}
+# To run it: dtmsearch run {out}{options}
+# For {engine}: dtmsearch export {run} {ENGINES[engine].export} --out {run}-{engine}
+run: {run}      # a name inside the store
 
 model:
   path: {json.dumps(model.path)}
   dtype: {dtype}      # of the computation{"" if machine.gpu_bytes else ": CPUs are slow in 16 bits"}
+  scale_dtype: {scales}      # scales as the export stores them{own_code if model.own_code else ""}
 
 prompts:                # where candidates are measured: text like what you serve
-  files: [{json.dumps(prompts)}]
+{_text_lines(prompts, "train")}
   count: {count}            # more prompts tell smaller differences apart, and take as much longer
   prompt_tokens: {window}
   continuation_tokens: {window}
 
 validation:             # held out: other text than above
-  files: [{json.dumps(held_out)}]
+{_text_lines(held_out, "test")}
   count: {count * _VALIDATION_FACTOR}
 
 search:
   strategy: auto        # prices each option by backward passes, solves, and measures around the plan; beam is slower
   rank_by: kl           # or fdt, sdt, dppl, ppl
-  schemes: [int8-channel, int4-{scales}, int3-{scales}]{uneven}
+  schemes: [{", ".join(offered.schemes)}]      # what an export for {engine} holds{fused if wants.fused else ""}
   components: {{include: ["*"], exclude: []}}      # by name or kind, such as q, k, v, o, gate, up, down
-  stop: {{bits_per_weight: 4.5}}      # or share, components, sparsity, size_mb, min_fdt, seconds
+  stop: {{bits_per_weight: {offered.bits_per_weight:g}}}      # or share, components, sparsity, size_mb, min_fdt
 
 seed: 0
 """
+    return Proposal(text, run, options, offered.note)
+
+
+def _text_lines(text: Text, split: str) -> str:
+    """The lines that name a text; of one that is not there also what to bring in its place."""
+    line = f"  files: [{json.dumps(text.name)}]"
+    if text.is_there:
+        return line
+    dataset = f"{{path: Salesforce/wikitext, name: wikitext-2-raw-v1, split: {split}, column: text}}"
+    return (
+        f"{line}      # TO BRING: a text, .jsonl or .parquet file of some 100 kB; or instead of this line\n"
+        f"  # dataset: {dataset}"
+    )
 
 
 @dataclass(frozen=True)
@@ -208,9 +296,9 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:,.0f}" if number >= 10_000_000 else f"{number / 1e6:.2g}"
 
 
-def _cost_comment(cost: str | None) -> str:
+def _cost_comment(cost: str | None, out: str) -> str:
     if cost is None:
-        return "# What it will cost, once its texts are there: dtmsearch run FILE --dry-run"
+        return f"# What it will cost, once its texts are there: dtmsearch run {out} --dry-run"
     return "\n".join(["# What it will cost, as timed on this machine:", *(f"#{line}" for line in cost.splitlines())])
 
 
