@@ -65,6 +65,7 @@ MAY_LOAD: dict[str, set[str]] = {
         "accelerate",
         "bitsandbytes",
         "compressed_tensors",
+        "gguf",
         "safetensors",
         "huggingface_hub",
         "numpy",

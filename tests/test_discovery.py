@@ -203,11 +203,11 @@ def test_layers_that_share_their_weights_are_searched_once() -> None:
     assert kinds_of("zamba")["q"] == 1
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_only_said_to_be_quantized_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="quantized by gptq, but its files hold no such weights"):
         manifest_of(tmp_path)
 
 

@@ -27,8 +27,8 @@ from dtmsearch.analysis.verdict import (
     verdict,
 )
 from dtmsearch.config import section_of
-from dtmsearch.core.components import Component
-from dtmsearch.core.holders import size_sentence
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.holders import is_larger_than_source, size_sentence, source_sentence
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.metrics import difference_limits
 from dtmsearch.core.plan import Plan
@@ -78,8 +78,9 @@ class RunSummary:
     `active_bits_per_weight` is what a token reads of a mixture of experts, None of other models.
     `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
     from and how many repeat a text, None where the run's version did not record it; `min_fdt` what was asked and found
-    of an FDT to be kept. `written` says by which export the final plan can be written at its counted size. `components`
-    are all that the model has, in the model's order.
+    of an FDT to be kept. `written` says by which export the final plan can be written at its counted size; `source`,
+    where the base model comes quantized, says how large it is beside the plan, `source_format` in which format it
+    comes. `components` are all that the model has, in the model's order.
     """
 
     run: str
@@ -115,6 +116,8 @@ class RunSummary:
     noise: NoiseFloor | None = None
     written: str | None = None
     active_bits_per_weight: float | None = None
+    source: str | None = None
+    source_format: str = ""
     components: tuple[Component, ...] = ()
     verdict_in_brief: str = ""
 
@@ -167,6 +170,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
     size = plan_row or chosen_at
     plan = None if record.final_plan_id is None else store.plan(record.final_plan_id, run)
     components = _components(store, record)
+    source = _source(store, record, plan, components)
     return RunSummary(
         run=run,
         status="incomplete" if missing else record.status,
@@ -191,7 +195,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         created_at=record.created_at,
         finished_at=record.finished_at,
         validation=rows,
-        verdict=_verdict(record, rows, rank_by, rival, reference, noise),
+        verdict=_verdict(record, rows, rank_by, rival, reference, noise, source=source),
         verdict_in_brief=_verdict(record, rows, rank_by, rival, reference, None, brief=True),
         missing=missing,
         search_text=record.search_text,
@@ -199,7 +203,9 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         rank_by=rank_by,
         rival=None if rival is None else rival.label,
         noise=noise,
-        written=_written(record, plan, components),
+        written=_written(store, record, plan, components),
+        source=source,
+        source_format=source_of(store, record),
         components=tuple(component for component, _ in components),
         min_fdt=kept_fdt(store, record, plan_row.summary.fdt_mean if plan_row and plan_row.summary else None),
     )
@@ -218,14 +224,48 @@ def _components(store: ResultStore, record: RunRecord) -> list[tuple[Component, 
     return list(zip(components_of(found), found["dense_bits"].to_pylist(), strict=True))
 
 
-def _written(record: RunRecord, plan: Plan | None, components: Sequence[tuple[Component, int]]) -> str | None:
+def _written(
+    store: ResultStore, record: RunRecord, plan: Plan | None, components: Sequence[tuple[Component, int]]
+) -> str | None:
     """By which export the final plan can be written at its counted size, in words."""
     if plan is None or not plan.entries or not components:
         return None
     try:
-        return size_sentence(plan, [component for component, _ in components], components[0][1], scale_bits_of(record))
+        parts = [component for component, _ in components]
+        return size_sentence(plan, parts, components[0][1], scale_bits_of(record), source_of(store, record))
     except ValueError:  # a scheme that is not known here
         return None
+
+
+def source_of(store: ResultStore, record: RunRecord) -> str:
+    """The format that a run's base model comes in, where that is quantized; else empty."""
+    found = store.table("components", ["source"], where=pc.field("manifest_id") == record.manifest_id)
+    return next((source for source in found["source"].to_pylist() if source), "")
+
+
+def _source(
+    store: ResultStore, record: RunRecord, plan: Plan | None, components: Sequence[tuple[Component, int]]
+) -> str | None:
+    """The format and size of a base model that comes quantized, over the components of the search, in words."""
+    says = source_of(store, record)
+    if not says:
+        return None
+    try:
+        return source_sentence(
+            plan, _searched(record, [component for component, _ in components]), components[0][1], says
+        )
+    except ValueError:  # a scheme that is not known here
+        return None
+
+
+def _searched(record: RunRecord, components: Sequence[Component]) -> Sequence[Component]:
+    """Those that a run searches."""
+    section = section_of(record.config, "search").get("components") or {}
+    manifest = ModelManifest("", None, "bfloat16", 0, "", tuple(components))
+    try:
+        return manifest.select(tuple(section.get("include") or ("*",)), tuple(section.get("exclude") or ()))
+    except (ValueError, AttributeError, TypeError):  # of a file of other times
+        return components
 
 
 def scale_bits_of(record: RunRecord) -> int:
@@ -243,11 +283,14 @@ def _verdict(
     reference: _HeldOut | None,
     noise: NoiseFloor | None,
     brief: bool = False,
+    source: str | None = None,
 ) -> str:
     if record.final_plan_id is None:
         return _without_plan(record)
     length = None if reference is None else reference.continuation_tokens
     said = verdict(rows, rank_by, length, rival, _counts_active(record), brief)
+    if source is not None and is_larger_than_source(source):
+        said = f"{said} {source}."
     return said if noise is None else f"{said} {noise_sentence(noise)}"
 
 

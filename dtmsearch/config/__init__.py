@@ -29,6 +29,7 @@ from dtmsearch.config.sections import (
     leave_out_unused,
 )
 from dtmsearch.core.calibration import Through
+from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.metric_registry import BUILT_IN, is_metric_name
 from dtmsearch.core.records import RunRecord
@@ -133,7 +134,7 @@ class SearchFile(Section):
     def model_spec(self) -> ModelSpec:
         """What replicas load. A path that names no folder here is left as it stands: a hub id."""
         folder = self.resolve(self.model.path)
-        path = str(folder.resolve()) if folder.is_dir() else self.model.path
+        path = str(folder.resolve()) if folder.is_dir() or is_gguf(folder) else self.model.path
         section = self.model
         options = (
             *(section.dtype, section.attention, section.trust_remote_code, section.compile),

@@ -213,6 +213,8 @@ def _least_bits(scheme: str) -> float:
     """A bound from below of the stored bits per weight of a scheme: those of a huge matrix, without what says where its
     weights were pruned, which takes less in small ones."""
     shape, parsed = (1 << 12, 1 << 20), parse_scheme(scheme)
+    if parsed.is_source:
+        return 0.0  # as the base model's files say
     mask = 0 if parsed.pruning is None or parsed.own is not None else parsed.pruning.mask_bits(shape)
     return (parsed.stored_bits(shape, _NARROWEST_BITS) - mask) / (shape[0] * shape[1])
 

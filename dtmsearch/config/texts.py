@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
-from dtmsearch.core.components import weight_files
+from dtmsearch.core.components import is_gguf, weight_files
 from dtmsearch.core.user_files import shown
 from dtmsearch.core.vocabulary import check_known
 from dtmsearch.errors import UserError
@@ -43,6 +43,8 @@ def check_model(file: SearchFile) -> None:
     path to nothing. A hub id passes."""
     path = file.model.path
     folder = file.resolve(path)
+    if is_gguf(folder):
+        return
     looks_local = path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
     if folder.is_dir() or looks_local:
         weight_files(folder)

@@ -126,6 +126,7 @@ def _plan_lines(summary: RunSummary) -> list[str]:
     if summary.final_plan is not None:
         lines.append(_line("schemes", _schemes(summary.final_plan)))
     lines += [_line("files", summary.written)] if summary.written else []
+    lines += [_line("source", summary.source)] if summary.source else []
     return lines
 
 

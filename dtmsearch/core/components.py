@@ -45,6 +45,7 @@ class Component:
     `transposed`: the model keeps it as columns by rows. `stacked`: it lies with others, of other experts, in one
     parameter of the model. Of an expert's matrix `mixture` is the path of the module that chooses among the experts,
     `num_experts` how many there are, and `experts_per_token` how many of them a token is given to; else "", 0 and 0.
+    `source_bits` are those that it takes in a base model that comes quantized, 0 where it is not quantized there.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Component:
     mixture: str = ""
     num_experts: int = 0
     experts_per_token: int = 0
+    source_bits: int = 0
 
     @property
     def num_weights(self) -> int:
@@ -74,7 +76,8 @@ class ModelManifest:
     `components` are the matrices inside the layers, in model order; `others` the embeddings, norms, routers and the
     head, which a search includes only by name. `routers` names the linear layers that choose among experts, or weigh
     one, which published checkpoints and engines keep unquantized. `dtype` is that of the checkpoint's weights. `id`
-    follows the content of the weights' files and the configuration, not the folder.
+    follows the content of the weights' files and the configuration, not the folder. `source` describes the format of a
+    base model that comes quantized; `dtype` is then that which it is unquantized to.
     """
 
     model: str
@@ -85,6 +88,7 @@ class ModelManifest:
     components: tuple[Component, ...]
     others: tuple[Component, ...] = field(default=())
     routers: tuple[str, ...] = field(default=())
+    source: str = ""
 
     @property
     def id(self) -> str:
@@ -223,6 +227,11 @@ def _check_entries(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         if entry.exists() and not entry.is_dir():
             check_regular(entry, "model's file")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file."""
+    return path.suffix.lower() == ".gguf" and is_file(path)
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def tied_plan(plan: Plan, groups: Sequence[Sequence[Component]], dense_bits: int
     for group in groups:
 
         def bits(scheme: Scheme, group: Sequence[Component] = group) -> int:
-            return sum(scheme.stored_bits(c.shape, dense_bits) for c in group)
+            return sum(scheme.bits_of(c, dense_bits) for c in group)
 
         choices = sorted({plan.scheme(c.name) for c in group}, key=lambda scheme: scheme.name)
         chosen = max(choices, key=bits) if widest else min(choices, key=bits)

@@ -108,8 +108,34 @@ def _bitsandbytes_together(plan: Plan, components: Sequence[Component]) -> str |
     return None
 
 
+# Of `ModelManifest.source`: formats whose folders may hold layers that are not quantized beside those that are.
+_BESIDE_OTHERS = ("FP8", "compressed-tensors")
+
+
+def source_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    """Of the format that the base model comes in: it keeps what is not changed, and has the rest unquantized."""
+    return dense_obstacle(scheme, shape)
+
+
+def _source_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) -> int:
+    return shape[0] * shape[1] * dense_bits
+
+
+def source_refusal(source: str, plan: Plan) -> str | None:
+    """Why the format that a base model comes in (`ModelManifest.source`) cannot hold a plan, None where it can."""
+    if not source:
+        return "the base model does not come quantized"
+    if source.startswith("GGUF"):
+        return "GGUF files are not written"
+    if source.startswith(_BESIDE_OTHERS) or all(scheme.is_source for scheme in plan.parsed.values()):
+        return None
+    return f"{source} is written as a whole only, without other layers beside it"
+
+
 def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """Of compressed-tensors' packed integers, as transformers loads them."""
+    if scheme.is_source:
+        return "it stores what it rounds itself; the export `source` keeps the base model's own bytes"
     if not scheme.kind.on_grid and not scheme.is_unquantized:
         return "it stores integers with a scale for a tensor, a row or a group; `dense` takes the others"
     if scheme.granularity == "group" and shape[1] % scheme.group_size:
@@ -174,6 +200,7 @@ HOLDERS: list[Holder] = [
         misplaced=_not_linear_in_transformers,
     ),
     Holder("dense", "any", dense_obstacle, _dense_bits),
+    Holder("source", "what loads the base model", source_obstacle, _source_bits),
 ]
 
 
@@ -215,7 +242,10 @@ def scheme_facts(name: str, shape: Shape = (4096, 4096), dense_bits: int = 16, s
     scheme = parse_scheme(name)
     component = Component(name="matrix", layer=0, kind="o", shape=shape)
     plan, counted = Plan.of({component.name: name}), scheme.stored_bits(shape, dense_bits)
-    held = tuple(_held(h, plan, [component], [(component, scheme)], counted, dense_bits, scale_bits) for h in HOLDERS)
+    parts = [(component, scheme)]
+    held = tuple(
+        _held(h, plan, [component], parts, counted, dense_bits, scale_bits, "") for h in HOLDERS if h.export != "source"
+    )
     return SchemeFacts(name, scheme.family, shape, counted / component.num_weights, needs_of(scheme), held)
 
 
@@ -226,13 +256,16 @@ def needs_of(scheme: Scheme) -> str:
     return "calibration text (mean squares of inputs)" if scheme.needs_calibration else "nothing"
 
 
-def holders_of(plan: Plan, components: Iterable[Component], dense_bits: int, scale_bits: int) -> list[Held]:
-    """How each holder has the compressed components of a plan, the unquantized ones left aside."""
+def holders_of(
+    plan: Plan, components: Iterable[Component], dense_bits: int, scale_bits: int, source: str = ""
+) -> list[Held]:
+    """How each holder has the compressed components of a plan, the unquantized ones left aside; `source` is the format
+    that the base model comes in, where that is quantized."""
     components = list(components)
     by_name = {component.name: component for component in components}
     parts = [(by_name[name], scheme) for name, scheme in plan.parsed.items() if name in by_name]
-    counted = sum(scheme.stored_bits(component.shape, dense_bits) for component, scheme in parts)
-    return [_held(holder, plan, components, parts, counted, dense_bits, scale_bits) for holder in HOLDERS]
+    counted = sum(scheme.bits_of(component, dense_bits) for component, scheme in parts)
+    return [_held(holder, plan, components, parts, counted, dense_bits, scale_bits, source) for holder in HOLDERS]
 
 
 def _held(
@@ -243,29 +276,64 @@ def _held(
     counted: int,
     dense_bits: int,
     scale_bits: int,
+    source: str,
 ) -> Held:
     found = (holder.obstacle(scheme, c.shape) or holder.misplaced(c) for c, scheme in parts)
     obstacles = Counter(why for why in found if why is not None)
     why = next(iter(obstacles), None) or holder.together(plan, components)
+    if holder.export == "source":
+        why = source_refusal(source, plan) or why
     if why is not None:
         return Held(holder.name, None, False, why)
-    bits = sum(holder.file_bits(scheme, component.shape, dense_bits, scale_bits) for component, scheme in parts)
+    bits = sum(_file_bits(holder, component, scheme, dense_bits, scale_bits) for component, scheme in parts)
     num_weights = sum(component.num_weights for component, _ in parts)
     return Held(holder.name, bits / max(num_weights, 1), bits <= counted * (1 + SIZE_TOLERANCE))
 
 
-def size_sentence(plan: Plan, components: Iterable[Component], dense_bits: int, scale_bits: int) -> str:
+def _file_bits(holder: Holder, component: Component, scheme: Scheme, dense_bits: int, scale_bits: int) -> int:
+    if scheme.is_source and holder.export == "source":
+        return scheme.bits_of(component, dense_bits)
+    return holder.file_bits(scheme, component.shape, dense_bits, scale_bits)
+
+
+# Ends the sentence on a plan that is no gain.
+_LARGER = ": the plan is larger than what it was made from"
+
+
+def is_larger_than_source(sentence: str) -> bool:
+    """Whether `source_sentence` has said so of a plan."""
+    return sentence.endswith(_LARGER)
+
+
+def source_sentence(plan: Plan | None, components: Iterable[Component], dense_bits: int, source: str) -> str | None:
+    """What the base model's own files take, where it comes quantized, beside a plan over the same components; in words
+    for a person."""
+    components = list(components)
+    if not source or not components:
+        return None
+    weights = sum(component.num_weights for component in components)
+    own = sum(component.source_bits or component.num_weights * dense_bits for component in components) / weights
+    said = f"{source}: the source itself stores {own:.2f} bits per weight"
+    if plan is None:
+        return said
+    bits = sum(plan.scheme(c.name).bits_of(c, dense_bits) for c in components) / weights
+    return f"{said}, the plan {bits:.2f}{_LARGER if bits > own else ''}"
+
+
+def size_sentence(
+    plan: Plan, components: Iterable[Component], dense_bits: int, scale_bits: int, source: str = ""
+) -> str:
     """Whether a plan can be written at its counted size, and by which export; in words for a person."""
     components = list(components)
     compressed = [component for component in components if component.name in plan.schemes]
     if not compressed:
         return "nothing is compressed"
-    held = holders_of(plan, components, dense_bits, scale_bits)
+    held = holders_of(plan, components, dense_bits, scale_bits, source)
     at_size = [each.holder for each in held if each.at_size]
     if at_size:
         return f"written at its size by {', '.join(at_size)}"
     num_weights = sum(component.num_weights for component in compressed)
-    bits = sum(plan.scheme(c.name).stored_bits(c.shape, dense_bits) for c in compressed) / num_weights
+    bits = sum(plan.scheme(c.name).bits_of(c, dense_bits) for c in compressed) / num_weights
     larger = [f"{each.holder} takes {each.bits_per_weight:.2f}" for each in held if each.bits_per_weight is not None]
     remedy = ""
     if scale_bits > SCALE_BITS and any(h.at_size for h in holders_of(plan, components, dense_bits, SCALE_BITS)):

@@ -187,7 +187,7 @@ def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> P
     for component in components:
         scheme = plan.scheme(component.name)
         num_weights += component.num_weights
-        bits = scheme.stored_bits(component.shape, dense_bits)
+        bits = scheme.bits_of(component, dense_bits)
         stored_bits += bits
         if component.mixture:
             routing = component.experts_per_token, component.num_experts

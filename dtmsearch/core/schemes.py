@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import ceil
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from dtmsearch.core import plugins
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
 DROP = "drop"
+SOURCE = "source"
 # Of a scale as it is stored: in a model's 16 bits, but bitsandbytes' modules keep theirs in float32.
 SCALE_BITS = 16
 BITSANDBYTES_SCALE_BITS = 32
@@ -86,6 +87,16 @@ def _index_bits(count: int) -> int:
     return (count - 1).bit_length()
 
 
+class StoredSomewhere(Protocol):
+    """A component, by what its size follows from."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def source_bits(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A parsed scheme.
@@ -133,6 +144,11 @@ class Scheme:
     def is_unquantized(self) -> bool:
         """Whether it leaves a component as it is."""
         return self.name == DENSE
+
+    @property
+    def is_source(self) -> bool:
+        """Whether it leaves a component as it is, and stores it as the base model's own files do."""
+        return self.name == SOURCE
 
     @property
     def is_dropped(self) -> bool:
@@ -199,6 +215,13 @@ class Scheme:
         mask_bits = 0 if self.pruning is None else self.pruning.mask_bits(shape)
         per_scale = self.scale_bits + (self.bits if self.asymmetric else 0)
         return kept * (self.bits or dense_bits) + self.num_scales(shape) * per_scale + mask_bits
+
+    def bits_of(self, component: StoredSomewhere, dense_bits: int) -> int:
+        """Bits that a component takes under the scheme: `stored_bits` of its shape or, under `source`, what it takes in
+        the base model's own files."""
+        if self.is_source and component.source_bits:
+            return component.source_bits
+        return self.stored_bits(component.shape, dense_bits)
 
 
 Shape = tuple[int, int]
@@ -294,6 +317,10 @@ def _parsed(name: str) -> Scheme | None:
 
 def _unquantized(name: str) -> Scheme | None:
     return Scheme(name, name, 0, "none") if name == DENSE else None
+
+
+def _as_stored(name: str) -> Scheme | None:
+    return Scheme(name, name, 0, "none") if name == SOURCE else None
 
 
 def _dropped(name: str) -> Scheme | None:
@@ -508,6 +535,7 @@ for _family in (
         uniform_lines=_rounding_lines,
     ),
     SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
+    SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
 ):
     register(_family)
 UNQUANTIZED = parse_scheme(DENSE)

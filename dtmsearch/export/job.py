@@ -21,6 +21,8 @@ from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.compat import is_ignored, kept_in_float32, tied_parameters
 from dtmsearch.model.modules.loading import empty_model
 from dtmsearch.model.modules.matrices import sliced_matrices
+from dtmsearch.model.modules.tensor_names import tensor_of, tensors_of
+from dtmsearch.model.sources.unquantized import StoredCheckpoint, record_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ class Job:
         """The model without weights, as transformers builds it."""
         spec = ModelSpec(str(self.folder), dtype="float32", trust_remote_code=self.trust_remote_code)
         return empty_model(self.folder, spec)
+
+    @cached_property
+    def stored(self) -> StoredCheckpoint | None:
+        """The base model's own files, where it comes quantized in safetensors."""
+        record = record_of(self.folder) if self.manifest.source else None
+        return None if record is None or record.method == "gguf" else StoredCheckpoint(Path(record.path))
 
     @cached_property
     def _float32(self) -> frozenset[str]:
@@ -132,7 +140,7 @@ class Job:
     @cached_property
     def _places(self) -> dict[str, tuple[str, ...]]:
         """The tensors that hold a component of the plan, by its name; several are one above the other."""
-        found = {name: self._tensors_of(name) for name in self.plan.schemes}
+        found = {name: self.tensors_of(name) for name in self.plan.schemes}
         return {name: tensors for name, tensors in found.items() if tensors}
 
     @cached_property
@@ -148,25 +156,11 @@ class Job:
         return {self._tensor_of(parameter): parameter for parameter in self._trained_shapes}
 
     def _tensor_of(self, parameter: str) -> str:
-        """The name in the files of a parameter that is a tensor there; its own name where there is none."""
-        below_base = parameter.partition(".")[2]
-        # Saved without the head, the files lack the name of what is below it.
-        return below_base if parameter not in self.shapes and below_base in self.shapes else parameter
+        return tensor_of(parameter, self.shapes)
 
-    def _tensors_of(self, component: str) -> tuple[str, ...]:
-        whole = self._tensor_of(f"{component}.weight")
-        if whole in self.shapes:
-            return (whole,)
-        experts, _, rest = component.rpartition(".experts.")
-        expert, _, stack = rest.partition(".")
-        if f"{experts}.experts.{stack}" in self.shapes:
-            return (f"{experts}.experts.{stack}",)
-        for parent in (experts, *(f"{experts.rpartition('.')[0]}.{other}" for other in _EXPERTS_ELSEWHERE)):
-            for parts in _EXPERT_PARTS.get(stack, ()):
-                tensors = tuple(f"{parent}.experts.{expert}.{part}.weight" for part in parts)
-                if all(tensor in self.shapes for tensor in tensors):
-                    return tensors
-        return ()
+    def tensors_of(self, component: str) -> tuple[str, ...]:
+        """The tensors of the folder that hold a component; none where they hold it in another form."""
+        return tensors_of(component, self.shapes)
 
     @cached_property
     def _components(self) -> dict[str, list[str]]:
@@ -204,7 +198,7 @@ class Job:
 
     def matrix(self, component: Component) -> Tensor:
         """A component's own weights [outputs, inputs]."""
-        matrix = torch.cat([self.read(part) for part in self._tensors_of(component.name)])
+        matrix = torch.cat([self.read(part) for part in self.tensors_of(component.name)])
         if matrix.ndim == 3:
             matrix = matrix[int(component.name.split(".")[-2])]
         return matrix.t().contiguous() if component.transposed else matrix
@@ -243,7 +237,7 @@ class Job:
         )
         for name, scheme in self.plan.parsed.items():
             component = self.manifest.by_name[name]
-            bits += scheme.stored_bits(component.shape, width) - component.num_weights * width
+            bits += scheme.bits_of(component, width) - component.num_weights * width
         return bits
 
     @property
@@ -287,14 +281,6 @@ def _with_matrix(tensor: Tensor, component: Component, rewrite: Callable[[Compon
     return tensor
 
 
-# How files name the parts of a stacked matrix of one expert, above each other, and the module that holds the experts
-# where it is not the model's: the families that transformers puts together when it loads them.
-_EXPERT_PARTS = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "up_proj": (("up_proj",), ("w3",)),
-    "down_proj": (("down_proj",), ("w2",)),
-}
-_EXPERTS_ELSEWHERE = ("block_sparse_moe", "feed_forward")
 _INTEGER_BITS = {"I8": 8, "U8": 8, "BOOL": 8, "I16": 16, "I32": 32, "I64": 64}
 
 

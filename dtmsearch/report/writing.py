@@ -182,7 +182,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     if summary.share is not None and summary.bits_per_weight is not None:
         dense = facts.components[0]["dense_bits"] if facts.components else 16
         tiles.append((f"{summary.share:.1%}", "of the weights compressed", components(summary.num_compressed)))
-        tiles.append((f"{summary.bits_per_weight:.2f}", "bits per weight", f"{dense} in the base model"))
+        tiles.append((f"{summary.bits_per_weight:.2f}", "bits per weight", _beside(facts, dense)))
         active = summary.active_bits_per_weight
         if active is not None:
             tiles.append((f"{active:.2f}", "bits per weight that a token reads", f"{dense} in the base model"))
@@ -196,6 +196,15 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
             beside = "" if other is None or rival is None else f"{plan_name(rival.label)}: {other:.3g}"
             tiles.append((f"{value:.3g}", f"{metric.upper()}, held out", beside))
     return tiles
+
+
+def _beside(facts: RunFacts, dense: int) -> str:
+    """What a weight of the searched components takes in the base model, and in the source that this comes from."""
+    if not facts.summary.source:
+        return f"{dense} in the base model"
+    weights = sum(row["num_weights"] for row in facts.components)
+    own = sum(row["source_bits"] or row["num_weights"] * dense for row in facts.components) / weights
+    return f"{own:.2f} in the source, {dense} unquantized"
 
 
 def _value(row: ValidationRow | None, metric: str) -> float | None:

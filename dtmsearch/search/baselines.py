@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain, zip_longest
 
 from dtmsearch.core.evaluation import EvalResult, Outcome
@@ -37,14 +38,15 @@ def uniform_rivals(space: SearchSpace, plan: Plan) -> list[str]:
 def rivals_of_size(space: SearchSpace, counted_bits: float) -> list[str]:
     """`uniform_rivals` of a plan of so many of the bits that the budget counts."""
     active = space.budget.reads_less
-    shapes = Counter((component.shape, component.read_share if active else 1) for component in space.components)
-    longest = max(cols for (_, cols), _ in shapes)
+    kinds = Counter((replace(c, name="", layer=0, kind="", mixture=""), c.read_share) for c in space.components)
+    longest = max(component.shape[1] for component, _ in kinds)
     most = LARGER * counted_bits
 
     def bits(scheme: str) -> float:
         parsed = parse_scheme(scheme)
         sizes = (
-            read * number * parsed.stored_bits(shape, space.dense_bits) for (shape, read), number in shapes.items()
+            (read if active else 1) * number * parsed.bits_of(component, space.dense_bits)
+            for (component, read), number in kinds.items()
         )
         return float(sum(sizes))
 

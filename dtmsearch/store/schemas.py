@@ -43,7 +43,8 @@ RUNS = _schema(
         ("min_fdt_reference_id", pa.string()),
     ],
 )
-# From `transposed` on: how the model keeps the matrix, and what chooses an expert's (`core.components.Component`).
+# From `transposed` on: how the model keeps the matrix, what chooses an expert's, and what it takes where the base model
+# comes quantized (`core.components.Component`); `source` describes the format that the base model comes in.
 COMPONENTS = _schema(
     "components",
     [
@@ -61,6 +62,8 @@ COMPONENTS = _schema(
         ("mixture", CODED),
         ("num_experts", pa.int32()),
         ("experts_per_token", pa.int32()),
+        ("source_bits", pa.int64()),
+        ("source", CODED),
     ],
 )
 # `suppressed`, `opening` and `tokenizer` are the reference's generation rules (`core.evaluation.GenerationRules`).
@@ -297,7 +300,8 @@ ADDED: dict[str, frozenset[str]] = {
         {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS, *OTHER_COLUMNS}
         | {"active_bits_per_weight"}
     ),
-    "components": frozenset({"transposed", "stacked", "mixture", "num_experts", "experts_per_token"}),
+    "components": frozenset({"transposed", "stacked", "mixture", "num_experts", "experts_per_token"})
+    | {"source_bits", "source"},
     "steps": frozenset({"active_bits_per_weight"}),
     "prompts": frozenset({"opening", "tokenizer"}),
     "weight_errors": frozenset({"scheme_version"}),

@@ -10,6 +10,7 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest
 from dtmsearch.core.fusion import FUSED_KINDS
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.solver.damage_model import WeightErrors
@@ -30,6 +31,11 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
     section = file.search
     sparsity = section.strategy == "sparsity"  # its rounds say when it ends, and its end is what is uniform
     components = manifest.select(section.components.include, section.components.exclude)
+    if not manifest.source and any(parse_scheme(name).is_source for name in section.schemes):
+        raise UserError(
+            f"search.schemes: source keeps a component as a quantized base model stores it, but {manifest.model} does "
+            "not come quantized: leave it out, for what a plan does not name stays as it is"
+        )
     space = SearchSpace(
         components=components,
         schemes=(scheme_name(section.prune, sum(section.pruning_rounds) / 100),) if sparsity else section.schemes,

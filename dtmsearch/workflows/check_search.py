@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.workflows.build import space_of
@@ -23,7 +24,7 @@ def check_search(file: SearchFile) -> list[str]:
     texts.check_model(file)
     spec = file.model_spec
     lines: list[str] = []
-    if Path(spec.path).is_dir():
+    if Path(spec.path).is_dir() or is_gguf(Path(spec.path)):
         from dtmsearch.model.modules.discovery import survey
 
         found = survey(spec)
@@ -45,6 +46,8 @@ def model_lines(spec: ModelSpec) -> list[str]:
 def _lines_of(found: Survey) -> list[str]:
     number = len(found.manifest.components)
     line = f"the model: {number:,} components in {found.manifest.num_layers} layers"
+    if found.manifest.source:
+        line += f", from {found.manifest.source}, unquantized to {found.manifest.dtype}"
     if not found.untried:
         return [f"{line}; its code ran over a few tokens, without weights"]
     return [f"{line}, told by classes: its code did not run over a few tokens without weights ({found.untried[:300]})"]
@@ -58,11 +61,11 @@ def _read_all(file: SearchFile) -> None:
 
 
 def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> None:
-    from dtmsearch.model.modules.loading import load_tokenizer
+    from dtmsearch.model.modules.loading import load_tokenizer, tokenizer_folder
     from dtmsearch.model.replica.prompts import Cutter
 
     space = space_of(file, found.manifest)
-    tokenizer = load_tokenizer(Path(spec.path), spec)
+    tokenizer = load_tokenizer(tokenizer_folder(spec), spec)
     if any(scheme.needs_calibration for scheme in space.parsed):
         section = file.calibration_text
         tokens = section.prompt_tokens + section.continuation_tokens

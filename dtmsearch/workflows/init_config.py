@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtmsearch.core.components import checkpoint_dtype, read_header, read_model_config, weight_files
+from dtmsearch.core.components import checkpoint_dtype, is_gguf, read_header, read_model_config, weight_files
 from dtmsearch.errors import UserError
 from dtmsearch.workflows.engines import ENGINES, EngineName, menu
 
@@ -77,16 +77,14 @@ class ModelFacts:
 
 def read_model(path: str) -> ModelFacts:
     """The facts of the checkpoint in a local folder. Raises `UserError` when there is none that can be read."""
-    folder = _folder(path)
+    folder = _unquantized(_folder(path))
     files = weight_files(folder)
     config = read_model_config(folder)
-    if "quantization_config" in config:
-        raise UserError(f"{path} is quantized already: a search starts from 16- or 32-bit weights")
     text = config.get("text_config", config)
     text = text if isinstance(text, dict) else config
     shapes = [shape for file in files for _, shape in read_header(file).values()]
     return ModelFacts(
-        path=str(folder.resolve()) if Path(path).expanduser().is_dir() else path,
+        path=str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path,
         architecture=next(iter(config.get("architectures") or ()), config.get("model_type", "unknown")),
         num_layers=text.get("num_hidden_layers"),
         num_weights=sum(_product(shape) for shape in shapes),
@@ -100,7 +98,7 @@ def read_model(path: str) -> ModelFacts:
 def _folder(path: str) -> Path:
     """Where a model lies: the folder itself, or what the hub's client has fetched of a hub id."""
     folder = Path(path).expanduser()
-    if folder.is_dir() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    if folder.is_dir() or is_gguf(folder) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -117,6 +115,20 @@ def _folder(path: str) -> Path:
 def _largest_group(shapes: Sequence[tuple[int, ...]]) -> int:
     inputs = [shape[-1] for shape in shapes if len(shape) > 1]
     return next((group for group in _GROUPS if all(number % group == 0 for number in inputs)), 0)
+
+
+def _unquantized(folder: Path) -> Path:
+    """A folder of the unquantized names and shapes of a model that comes quantized; of any other the folder itself."""
+    if not is_gguf(folder):
+        weight_files(folder)
+        config = read_model_config(folder)
+        text = config.get("text_config")
+        if "quantization_config" not in config | (text if isinstance(text, dict) else {}):
+            return folder
+    from dtmsearch.core.evaluation import ModelSpec
+    from dtmsearch.model.modules.loading import described_checkpoint
+
+    return described_checkpoint(ModelSpec(str(folder)))
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -71,7 +71,9 @@ def _manifest(results: ResultStore, record: RunRecord) -> ModelManifest:
     components = tuple(dict.fromkeys(components_of(rows)))
     layers = 1 + max(component.layer for component in components)
     dtype = _DTYPES.get(first["dense_bits"], "float32")
-    return ModelManifest(first["model"], None, dtype, layers, str(record.manifest_id), components)
+    return ModelManifest(
+        first["model"], None, dtype, layers, str(record.manifest_id), components, source=first["source"] or ""
+    )
 
 
 def _products(

@@ -15,6 +15,7 @@ import numpy as np
 from dtmsearch.analysis.format import counted
 from dtmsearch.config import PromptsSection, SearchFile, texts
 from dtmsearch.core.calibration import Calibration
+from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.core.windows import SHARED_RUN, TooLittleText, num_repeats, taken
@@ -128,11 +129,12 @@ def text_lines(file: SearchFile) -> list[str]:
     """What a run will say of its texts, by the model's tokenizer alone: where its prompts come from, and how many
     repeat a text. Raises `UserError` where a text does not hold enough."""
     folder = Path(file.model_spec.path)
-    if not folder.is_dir():
+    if not (folder.is_dir() or is_gguf(folder)):
         return [f"prompts: not looked at, since the tokenizer of {file.model.path} is not in a folder here"]
-    from dtmsearch.model.modules.loading import load_tokenizer
+    from dtmsearch.model.modules.loading import load_tokenizer, tokenizer_folder
     from dtmsearch.model.replica.prompts import Cutter
 
+    folder = tokenizer_folder(file.model_spec)
     cutter = Cutter(load_tokenizer(folder, file.model_spec), file.model_spec.path, *_limits(folder))
 
     def cut_prompts(*arguments: Any) -> Cut:

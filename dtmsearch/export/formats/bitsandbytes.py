@@ -78,7 +78,7 @@ def _extra_bits(job: Job, component: Component, parts: dict[str, Tensor]) -> dic
     """What the files hold of a component beyond the plan's arithmetic: tables."""
     scheme = job.plan.scheme(component.name)
     written = sum(8 * part.numel() * part.element_size() for part in parts.values())
-    other = written - scheme.stored_bits(component.shape, 8 * job.dtype.itemsize)
+    other = written - scheme.bits_of(component, 8 * job.dtype.itemsize)
     return {"tables of codes and their descriptions": other}
 
 

@@ -7,7 +7,8 @@ What stands in the files is the search's own rounding: codes are packed as they 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dtmsearch.export.loaded import merges_experts, unmerged_tensors
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.rounding import Codes
 from dtmsearch.model.modules.compat import packed_to_int32
+from dtmsearch.model.sources.library_formats import group_of
 
 NAME = "compressed-tensors"
 _SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole bytes", "padding to words of 32 bits"
@@ -38,7 +40,11 @@ def write_packed(job: Job, folder: Path) -> Written:
     if not merged:
         job.require_places()
 
-    def parts_of(component: Component, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def parts_of(component: Component, weight: Tensor) -> tuple[Mapping[str, Tensor], dict[str, int]]:
+        if job.plan.scheme(component.name).is_source:
+            kept = _kept(job, component)
+            bits = 8 * sum(part.numel() * part.element_size() for part in kept.values())
+            return kept, {"shapes": bits - component.source_bits}
         codes = component_codes(job, component, weight)
         return _parts(job, component, codes), _extra_bits(job, component, codes)
 
@@ -61,8 +67,20 @@ def check_packed(job: Job) -> None:
         raise refuse(NAME, f"not for --runtime {job.runtime}", offending)
 
 
+def _kept(job: Job, component: Component) -> dict[str, Tensor]:
+    """What the base model's own files hold of a component, by the ending of their names."""
+    assert job.stored is not None
+    weight = next(weight for weight in job.stored.weights if weight.name in job.tensors_of(component.name))
+    return {part.rpartition(".")[2]: job.stored.read(part) for part in weight.parts}
+
+
 def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
     """Why a component cannot be written, if so."""
+    if scheme.is_source:
+        is_ours = job.stored is not None and job.stored.settings.get("quant_method") == NAME and component.source_bits
+        if is_ours and len(job.tensors_of(component.name)) == 1 and component.name in job.linear:
+            return None
+        return f"the base model comes as {job.manifest.source}, whose bytes {NAME} does not hold"
     obstacle = (vllm_obstacle if job.runtime == "vllm" else packed_obstacle)(scheme, component.shape)
     if obstacle is None and (component.transposed or component.name not in job.linear):
         return LINEAR_ONLY
@@ -107,8 +125,15 @@ def _extra_bits(job: Job, component: Component, codes: Codes) -> dict[str, int]:
 def _quantization_config(job: Job) -> dict[str, Any]:
     """One group of modules for each scheme; what is in none is ignored by name."""
     by_scheme: dict[Scheme, list[str]] = {}
+    own: dict[str, dict[str, Any]] = {}  # the base model's own groups, by their content
     for name, scheme in job.plan.parsed.items():
-        by_scheme.setdefault(scheme, []).append(name)
+        if scheme.is_source:
+            assert job.stored is not None
+            group = group_of(name, job.stored.settings)
+            assert group is not None
+            own.setdefault(json.dumps(group, sort_keys=True), group | {"targets": []})["targets"].append(name)
+        else:
+            by_scheme.setdefault(scheme, []).append(name)
     groups = {
         f"group_{number}": {
             "targets": names,
@@ -119,7 +144,8 @@ def _quantization_config(job: Job) -> dict[str, Any]:
         }
         for number, (scheme, names) in enumerate(by_scheme.items())
     }
-    formats = {_format(job, scheme) for scheme in by_scheme}
+    groups |= {f"group_{len(groups) + number}": group for number, group in enumerate(own.values())}
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",

@@ -9,6 +9,7 @@ from pathlib import Path
 from dtmsearch.core import plugins
 from dtmsearch.core.plan import plan_to_json
 from dtmsearch.errors import UserError
+from dtmsearch.export.formats.as_source import write_as_source
 from dtmsearch.export.formats.bitsandbytes import write_modules
 from dtmsearch.export.formats.compressed_tensors import write_packed
 from dtmsearch.export.formats.dense import write_dense
@@ -64,6 +65,7 @@ for _format in (
     Format("dense", write_dense, "anything that loads a Hugging Face checkpoint", is_model=True),
     Format("bitsandbytes", write_modules, "transformers with bitsandbytes", is_model=True),
     Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
+    Format("source", write_as_source, "what loads the base model", is_model=True),
     Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False),
     Format("evopress", write_evopress, "EvoPress's search", is_model=False),
 ):

@@ -86,10 +86,15 @@ class Compressor:
         return self._mean_squares[component]
 
     def compress(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
-        """`weight` [rows, cols] under any scheme but bitsandbytes', in its own dtype.
+        """`weight` [rows, cols] under any scheme but bitsandbytes', in its own dtype; never `weight` itself, which what
+        is made of it may be written over.
 
         Raises `ValueError` for what is not calibrated, or not solved.
         """
+        found = self._compressed(component, weight, scheme)
+        return found.clone() if found.data_ptr() == weight.data_ptr() else found
+
+    def _compressed(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         if scheme.own is not None and scheme.own.make is not None:
             return self._made(component, weight, scheme, scheme.own.make)
         if scheme.is_dropped:

@@ -164,6 +164,23 @@ def is_ignored(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
+def mxfp4_values(blocks: Tensor, scales: Tensor) -> Tensor:
+    """What MXFP4 blocks [experts, outputs, groups, bytes] with their scales stand for, [experts, inputs, outputs] in
+    float32, as transformers' own quantizer has it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    values: Tensor = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    return values
+
+
+def gguf_settings() -> Any:
+    """What tells transformers to unpack a GGUF file while it loads it. Releases before 5.20 do so anyway."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)
+    return None if kind is None else kind(dequantize=True)
+
+
 def is_custom_code(kind: type) -> bool:
     """Whether a class comes with a checkpoint."""
     return kind.__module__.startswith(_CUSTOM_CODE)
@@ -221,6 +238,14 @@ def repacks_4bit() -> bool:
     from bitsandbytes import functional
 
     return bool(functional.has_avx512bf16())
+
+
+def restored_4bit(codes: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The weights of 4-bit codes, by the tensors that stand beside them in a checkpoint."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    weights: Tensor = dequantize_4bit(codes, QuantState.from_dict(state, codes.device))
+    return weights
 
 
 # compressed-tensors
@@ -324,6 +349,8 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("transformers.utils.hub.TRANSFORMERS_DYNAMIC_MODULE_NAME", "tell custom code", _dynamic_modules),
     ForeignName("transformers.LoadStateDictInfo.conversion_errors", "say what a checkpoint lacks", _conversion_errors),
     ForeignName("transformers.AutoModelForImageTextToText._model_mapping", "load wrapped models", _model_mapping),
+    ForeignName("transformers.integrations.mxfp4.convert_moe_packed_tensors", "read sources in MXFP4"),
+    ForeignName("transformers.GgufConfig", "read GGUF files"),
     ForeignName("accelerate.commands.config.config_args.default_config_file", "see whether trainings are spread"),
     ForeignName("accelerate.commands.launch", "start a training in several processes"),
     ForeignName("accelerate.utils.fsdp2_canonicalize_names", "find parameters under FSDP"),
@@ -331,6 +358,7 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("accelerate.utils.recursively_apply", "send states between stages"),
     ForeignName("bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu", "measure what the file holds", _repacks),
     ForeignName("bitsandbytes.functional.has_avx512bf16", "tell CPUs that pack 4-bit weights anew"),
+    ForeignName("bitsandbytes.functional.QuantState.from_dict", "read sources in 4 bits of bitsandbytes"),
     ForeignName("compressed_tensors.compressors.pack_quantized.helpers.pack_to_int32", "pack codes for an export"),
     ForeignName("compressed_tensors.compressors.BaseCompressor.get_value_from_registry", "check an export"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,14 +14,16 @@ from dtmsearch.core.components import (
     ModelManifest,
     checkpoint_dtype,
     content_hash,
-    read_model_config,
+    read_header,
     weight_files,
 )
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.fingerprints import custom_code
-from dtmsearch.model.modules.loading import check_tensors, checkpoint_folder, empty_model
+from dtmsearch.model.modules.loading import check_tensors, described_checkpoint, empty_model, own_folder
 from dtmsearch.model.modules.matrices import Matrix, Mixture, found_in, known_usage, matrices_of, mixtures_of
+from dtmsearch.model.modules.tensor_names import tensors_of
+from dtmsearch.model.sources.unquantized import SourceRecord, is_quantized, record_of, source_hash
 
 _KIND_ENDINGS = ("_proj", "_weight", "_layer")
 # Without its ending it would say nothing.
@@ -41,17 +44,19 @@ class Survey:
 
 
 def read_manifest(spec: ModelSpec) -> ModelManifest:
-    """The manifest of a model. Raises `UserError` when it is missing, pickled, quantized already, or has no layers."""
+    """The manifest of a model. Raises `UserError` when it is missing, pickled, quantized in a way that is not known
+    here, or has no layers."""
     found = survey(spec)
-    folder = checkpoint_folder(spec)
+    folder = own_folder(spec)
+    if is_quantized(folder):
+        return replace(found.manifest, content_hash=source_hash(folder, found.code))
     return replace(found.manifest, content_hash=content_hash(folder, weight_files(folder), found.code))
 
 
 def survey(spec: ModelSpec) -> Survey:
     """What the headers of the weights and the configuration say of a model. Raises `UserError` as `read_manifest`."""
-    folder = checkpoint_folder(spec)
-    if "quantization_config" in read_model_config(folder):
-        raise UserError(f"{spec.path} is quantized already: a search starts from 16- or 32-bit weights")
+    folder = described_checkpoint(spec)
+    source = record_of(folder) if is_quantized(own_folder(spec)) else None
     model = empty_model(folder, spec)
     layers_name, layers = find_layers(model)
     components = components_of(model)
@@ -64,12 +69,13 @@ def survey(spec: ModelSpec) -> Survey:
     manifest = ModelManifest(
         model=spec.path,
         revision=spec.revision,
-        dtype=checkpoint_dtype(files),
+        dtype=checkpoint_dtype(files) if source is None else source.dtype,
         num_layers=len(layers),
         content_hash="",
-        components=components,
-        others=other_components(model),
+        components=_as_in(source, folder, components),
+        others=_as_in(source, folder, other_components(model)),
         routers=routers_of(model),
+        source="" if source is None else source.says,
     )
     config: Any = model.config
     inside: Any = model
@@ -78,6 +84,22 @@ def survey(spec: ModelSpec) -> Survey:
     untried = known_usage(model).failed
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Survey(manifest, context, num_embeddings, code, untried)
+
+
+def _as_in(source: SourceRecord | None, folder: Path, components: tuple[Component, ...]) -> tuple[Component, ...]:
+    """Components with the bits that they take in a quantized source."""
+    if source is None:
+        return components
+    shapes = {name: shape for file in weight_files(folder) for name, (_, shape) in read_header(file).items()}
+
+    def bits(component: Component) -> int:
+        tensors = tensors_of(component.name, shapes)
+        if not tensors or any(tensor not in source.bits for tensor in tensors):
+            return 0
+        among = shapes[tensors[0]][0] if len(shapes[tensors[0]]) > 2 else 1
+        return sum(source.bits[tensor] for tensor in tensors) // among
+
+    return tuple(replace(component, source_bits=bits(component)) for component in components)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

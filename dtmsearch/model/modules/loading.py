@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dtmsearch.core.components import read_header, weight_files
+from dtmsearch.core.components import is_gguf, read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compat import loaded_by, unconverted_parameters
+from dtmsearch.model.sources.unquantized import described_folder, is_quantized, unquantized_folder
 
 # Of what transformers says, in an error.
 _LONGEST_REASON = 500
@@ -34,11 +35,27 @@ _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def checkpoint_folder(spec: ModelSpec) -> Path:
-    """The folder that holds the model's files, fetched from the hub where `spec.path` is no folder.
+    """The folder that holds the model's files, fetched from the hub where `spec.path` is no folder; of a model that
+    comes quantized, the folder of its unquantized weights (`model.sources.unquantized`).
 
     Raises `UserError` when there is no such model, or its weights are not safetensors.
     """
+    folder = own_folder(spec)
+    return unquantized_folder(folder, spec.dtype, loader) if is_quantized(folder) else folder
+
+
+def described_checkpoint(spec: ModelSpec) -> Path:
+    """As `checkpoint_folder`, for what asks for names and shapes only: of a quantized model it is a folder without
+    values, which takes neither the time nor the room of the unquantized one."""
+    folder = own_folder(spec)
+    return described_folder(folder, spec.dtype, loader) if is_quantized(folder) else folder
+
+
+def own_folder(spec: ModelSpec) -> Path:
+    """The model's own folder, or GGUF file, fetched from the hub where `spec.path` is neither. Raises `UserError`."""
     folder = Path(spec.path)
+    if is_gguf(folder):
+        return folder
     if not folder.is_dir():
         folder = _fetch(spec)
     weight_files(folder)
@@ -80,6 +97,12 @@ def _explained(what: str, folder: Path) -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def tokenizer_folder(spec: ModelSpec) -> Path:
+    """Where the tokenizer's files lie, of a model on this machine."""
+    folder = Path(spec.path)
+    return checkpoint_folder(spec) if is_gguf(folder) else folder
 
 
 def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:

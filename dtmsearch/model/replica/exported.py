@@ -62,8 +62,13 @@ def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.de
     weights once more, which it does on CPUs with AVX512-BF16, as the search kept it. Each sequence runs by itself where
     LLM.int8() would take outliers of the others in its batch for its own."""
     trust = spec.trust_remote_code
-    model = loader(AutoConfig.from_pretrained(folder, trust_remote_code=trust)).from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") == "fp8":  # kernels for FP8 would round activations, too
+        quantization["dequantize"] = True
+    model = loader(config).from_pretrained(
         folder,
+        config=config,
         dtype=getattr(torch, spec.dtype),
         attn_implementation=spec.attention,
         device_map=str(device),

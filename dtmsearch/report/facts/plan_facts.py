@@ -20,7 +20,7 @@ _MOST_SUMS = 800
 def components_of(store: ResultStore, record: RunRecord) -> list[Row]:
     if record.manifest_id is None:
         return []
-    columns = ["component", "layer", "kind", "rows", "cols", "num_weights", "dense_bits"]
+    columns = ["component", "layer", "kind", "rows", "cols", "num_weights", "dense_bits", "source_bits"]
     rows = store.table("components", columns, record.run, pc.field("manifest_id") == record.manifest_id).to_pylist()
     return list({row["component"]: row for row in rows}.values())
 

@@ -10,7 +10,7 @@ from dtmsearch.analysis.plan_difference import Part, difference_from_uniform
 from dtmsearch.analysis.summary import RunSummary, scale_bits_of
 from dtmsearch.core.holders import HOLDERS, holders_of
 from dtmsearch.core.records import RunRecord
-from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
 from dtmsearch.report.facts.rows import Row, bits_of, damage
 
 
@@ -81,11 +81,18 @@ def difference_of(plan_rows: Sequence[Row], summary: RunSummary) -> str | None:
             kind=row["kind"],
             scheme=row["scheme"],
             bits=row["bits"],
-            uniform_bits=parsed.stored_bits((row["rows"], row["cols"]), row["dense_bits"]) / row["num_weights"],
+            uniform_bits=_uniform_bits(parsed, row),
         )
         for row in plan_rows
     ]
     return difference_from_uniform(parts, uniform)
+
+
+def _uniform_bits(scheme: Scheme, row: Row) -> float:
+    """Bits per weight of a component's row under another scheme."""
+    if scheme.is_source and row.get("source_bits"):
+        return float(row["source_bits"] / row["num_weights"])
+    return scheme.stored_bits((row["rows"], row["cols"]), row["dense_bits"]) / float(row["num_weights"])
 
 
 def uses_of(record: RunRecord, summary: RunSummary, plan_rows: Sequence[Row], store_url: str) -> list[Row]:
@@ -99,7 +106,10 @@ def uses_of(record: RunRecord, summary: RunSummary, plan_rows: Sequence[Row], st
     compressed = sum(component.num_weights for component in chosen)
     rest = sum(row["num_weights"] for row in plan_rows) - compressed
     rows = []
-    for holder, held in zip(HOLDERS, holders_of(plan, summary.components, dense_bits, scale_bits), strict=True):
+    found = holders_of(plan, summary.components, dense_bits, scale_bits, summary.source_format)
+    for holder, held in zip(HOLDERS, found, strict=True):
+        if holder.export == "source" and not summary.source_format:
+            continue
         size = None
         if held.bits_per_weight is not None:
             size = (held.bits_per_weight * compressed + rest * dense_bits) / 8e6
@@ -124,6 +134,8 @@ def _as_offered(row: Row) -> tuple[bool, bool, float]:
 def _loaded_by(export: str, engine: str) -> str:
     if engine == "any":
         return "anything that loads a Hugging Face checkpoint"
+    if export == "source":
+        return engine
     return {"vllm": "vLLM"}.get(engine, f"{engine} with {export}")
 
 

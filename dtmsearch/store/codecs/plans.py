@@ -107,7 +107,7 @@ class PlanRows:
         if component is None:
             raise ValueError(f"the plan names {name!r}, which {self._manifest.model} does not have")
         assert scheme != DENSE, "plans leave dense components out"
-        stored_bits = parse_scheme(scheme).stored_bits(component.shape, self._manifest.dense_bits)
+        stored_bits = parse_scheme(scheme).bits_of(component, self._manifest.dense_bits)
         self._number_of_pair[entry] = len(self._pair_rows)
         self._pair_rows.append(
             (
