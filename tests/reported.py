@@ -121,12 +121,15 @@ def make_priced_run(folder: Path, run: str = "priced", num_samples: int = 32) ->
         plans = validation_plans(space, plan)
         requests = {label: request(other, references[1]) for label, other in plans.items()}
         measure(requests, FakeEvaluator(fakes.evaluate, per_poll=8), writer, "validation")
-        search_section = {"strategy": "fisher", "rank_by": "kl", "stop": {"bits_per_weight": 5.0}}
+        stop = {"bits_per_weight": 5.0}
+        search_section = {"strategy": "fisher", "rank_by": "kl", "schemes": list(schemes), "stop": stop}
+        prompts = {"files": ["text"], "count": NUM_PROMPTS, "continuation_tokens": CONTINUATION_TOKENS}
+        config = {"run": run, "model": {"path": "toy"}, "prompts": prompts, "search": search_section}
         writer.put_run(
             RunRecord(
                 run=run,
                 status="finished",
-                config=yaml.safe_dump({"run": run, "model": {"path": "toy"}, "search": search_section}),
+                config=yaml.safe_dump(config),
                 config_folder="/",
                 manifest_id=manifest.id,
                 reference_id=references[0].id,

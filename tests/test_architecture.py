@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"errors", "core", "model"},
     "cluster": {"errors", "core", "model"},  # of the model only names: torch and Ray never meet in one file
     "workflows": {"errors", "logs", "core", "config", "search", "store", "analysis", "model", "export", "cluster"},
-    "report": {"errors", "core", "config", "store", "analysis"},
+    "report": {"errors", "core", "config", "store", "analysis", "workflows"},
     "console": {"errors", "core", "config", "search", "store", "analysis", "workflows"},
     "cli": {
         "errors",

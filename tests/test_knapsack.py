@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from dtmsearch.search.solver.knapsack import Infeasible, Solution, solve
+from dtmsearch.search.solver.knapsack import Infeasible, Solution, front, solve
 
 OPTION = st.tuples(st.integers(0, 40).map(lambda n: n / 8), st.integers(0, 30))
 UNITS = st.lists(st.lists(OPTION, min_size=1, max_size=5), min_size=1, max_size=5)
@@ -90,3 +90,19 @@ def test_units_that_do_not_fit_are_infeasible() -> None:
 def test_a_unit_without_options_is_infeasible() -> None:
     with pytest.raises(Infeasible, match="no option"):
         solved([[(np.nan, 0)]], 6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(UNITS)
+def test_every_choice_of_the_front_is_the_best_of_its_cost(units: list[list[tuple[float, int]]]) -> None:
+    losses = [np.array([loss for loss, _ in unit]) for unit in units]
+    costs = [np.array([cost for _, cost in unit], np.int64) for unit in units]
+    found = front(losses, costs)
+    chosen = [[unit[k] for unit, k in zip(units, options, strict=True)] for options in found]
+    sizes = [sum(cost for _, cost in choice) for choice in chosen]
+    kept = [sum(loss for loss, _ in choice) for choice in chosen]
+    assert kept == [pytest.approx(least_loss(units, size), abs=1e-12) for size in sizes]
+    # From the smallest size that there is to the best of all.
+    assert sizes[0] == sum(min(cost for _, cost in unit) for unit in units)
+    assert kept[-1] == pytest.approx(sum(min(loss for loss, _ in unit) for unit in units), abs=1e-12)
+    assert sizes == sorted(sizes)

@@ -29,7 +29,7 @@ from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.session import Session
-from dtmsearch.workflows.solve_budgets import _ratio_at, solve_budgets
+from dtmsearch.workflows.solve_budgets import _ratio_at, predicted_front, solve_budgets
 from dtmsearch.workflows.take_prices import TakingPrices
 
 UP, Q, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"
@@ -314,6 +314,14 @@ def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
     assert small.bits_per_weight <= 4.0
     assert small.kl_low < small.kl < small.kl_high
     assert small.kl > again.kl
+    front = predicted_front(results, "tiny")
+    sizes, values = [plan.bits_per_weight for plan in front.front], [plan.kl for plan in front.front]
+    assert sizes == sorted(sizes) and values == sorted(values, reverse=True)
+    ends = front.uniform["int3-channel"], front.uniform["int4-channel"]
+    assert (front.front[0], front.front[-1].bits_per_weight) == (ends[0], ends[1].bits_per_weight)
+    # What `solve` finds at one of its sizes is that plan.
+    (solved,) = solve_budgets(results, "tiny", [sizes[1]])
+    assert solved.kl == pytest.approx(values[1])
 
 
 @pytest.mark.parametrize("bits", [float("nan"), float("inf"), 0.0, -1.0])

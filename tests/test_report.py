@@ -313,6 +313,26 @@ def test_a_search_by_prices_tells_its_own_story_and_draws_no_beam(priced: tuple[
     assert "How the plan was found" in text and "The course of the search" not in text
 
 
+def test_the_predicted_front_falls_with_size_and_has_the_plans_on_it(priced: tuple[RunFacts, str]) -> None:
+    facts, text = priced
+    (chart,) = [figure for figure in figures(facts) if figure.name == "front"]
+    front, plans = chart.data["front"], chart.data["front-plans"]
+    bits, values = [row["bits"] for row in front], [row["kl"] for row in front]
+    assert bits == sorted(bits) and values == sorted(values, reverse=True)
+    assert all(row["kl_low"] < row["kl"] < row["kl_high"] for row in front)
+    # From the smallest uniform plan to about the largest (more bits are not better everywhere), each foreseen too.
+    assert bits[0] == pytest.approx(2.25) and 8.0 < bits[-1] <= 8.25
+    foreseen = {row["name"]: row["bits"] for row in plans if row["series"] == "uniform, foreseen"}
+    assert foreseen == {f"uniform int{n}-channel": pytest.approx(n + 0.25) for n in (2, 4, 8)}
+    (own,) = [row for row in plans if row["series"] == "this plan, held out"]
+    assert own["bits"] == pytest.approx(facts.summary.bits_per_weight)
+    assert "dtmsearch solve priced --bits BITS" in text
+
+
+def test_a_run_without_prices_has_no_front(facts: RunFacts) -> None:
+    assert facts.story.front == [] and "front" not in {figure.section for figure in figures(facts)}
+
+
 def test_stages_say_what_was_asked_of_the_model(priced: tuple[RunFacts, str]) -> None:
     first, *others = priced[0].story.stages
     assert (first["what"], first["number"], first["tokens"]) == ("prices of all options", 32, 640)

@@ -54,6 +54,7 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "failed": _failed(facts),
         "recipe": recipe_command(summary.run, store.url),
         "resume": f"dtmsearch resume {shlex.quote(summary.run)} --store {shlex.quote(store.url)}",
+        "solve": f"dtmsearch solve {shlex.quote(summary.run)} --bits BITS --store {shlex.quote(store.url)}",
         "vanished": [row["component"] for row in facts.plan_rows if row["pruned"] == 1.0],
         "texts": [_side_by_side(row) for row in facts.texts],
         "titles": {metric: title_of(metric) for metric in facts.metrics},

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan, plan_to_json
 from dtmsearch.core.records import RunRecord
 from dtmsearch.errors import UserError
-from dtmsearch.search.solver.choices import Choices
+from dtmsearch.search.solver.choices import Choices, Options
 from dtmsearch.search.solver.fisher_form import Prices
-from dtmsearch.search.solver.knapsack import Infeasible
+from dtmsearch.search.solver.knapsack import Infeasible, front
 from dtmsearch.store.codecs import price_blocks
 from dtmsearch.store.codecs.tables import components_of
 from dtmsearch.store.store import ResultStore
@@ -50,16 +51,88 @@ class SolvedPlan:
     plan: str
 
 
+@dataclass(frozen=True)
+class ForeseenPlan:
+    """A plan's stored bits per weight, and the KL in nats per token that prices foresee of it, with a 95% interval."""
+
+    bits_per_weight: float
+    kl: float
+    kl_low: float
+    kl_high: float
+
+
+@dataclass(frozen=True)
+class PredictedFront:
+    """What prices foresee over all sizes: the best plans (`front`, from few bits to many, at most as many as were asked
+    for) and the uniform ones (`uniform`, by scheme). `compared_with` measured plans put the predictions right."""
+
+    front: list[ForeseenPlan]
+    uniform: dict[str, ForeseenPlan]
+    compared_with: int
+
+
 def solve_budgets(results: ResultStore, run: str, bits: Sequence[float]) -> list[SolvedPlan]:
     """Plans for budgets in stored bits per weight, in the order asked for. Raises `UserError` for a run without prices,
     for what is no budget, and for one out of reach."""
     for each in bits:
         if not (math.isfinite(each) and each > 0.0):
             raise UserError(f"got {each:g} stored bits per weight; a positive number is wanted, such as 3.5")
+    foresight = _foresight(results, run)
+    return [_solved(foresight, each) for each in bits]
+
+
+def predicted_front(results: ResultStore, run: str, up_to: float = 0.0, most: int = 60) -> PredictedFront:
+    """What a run's prices foresee of the best plan of every size: from the smallest that its schemes allow up to the
+    largest uniform plan's, or to `up_to` bits per weight if that is more. Raises `UserError` for a run without prices.
+    """
+    foresight = _foresight(results, run)
+    choices = foresight.choices
+    every = {scheme: choices.uniform(scheme) for scheme in choices.space.schemes}
+    uniform = {scheme: foresight.of(options) for scheme, options in every.items() if options is not None}
+    up_to = max(up_to, *(plan.bits_per_weight for plan in uniform.values()))
+    found = front(foresight.prices.damages(), choices.bits)
+    bits = np.array([foresight.bits(options) for options in found])
+    shown = np.flatnonzero(bits <= up_to + 1e-9)
+    wanted = np.linspace(bits[0], bits[shown[-1]], min(most, len(shown)))
+    kept = dict.fromkeys(int(np.argmin(np.abs(bits - each))) for each in wanted)
+    return PredictedFront([foresight.of(found[at]) for at in kept], uniform, len(foresight.ratios))
+
+
+@dataclass(frozen=True, eq=False)
+class _Foresight:
+    """What is known of the plans of a run that has taken prices. `ratios` as `_ratios` has them."""
+
+    manifest: ModelManifest
+    file: SearchFile
+    choices: Choices
+    prices: Prices
+    ratios: list[tuple[float, float]]
+
+    def bits(self, options: Options) -> float:
+        """Stored bits per weight."""
+        return self.choices.cost(self.choices.bits, options) / self._num_weights
+
+    @cached_property
+    def _num_weights(self) -> int:
+        return self.choices.space.size(Plan()).num_weights
+
+    def of(self, options: Options) -> ForeseenPlan:
+        predicted = self.prices.additive(options)
+        ratio, spread = _ratio_at(self.ratios, predicted.mean)
+        error = math.hypot(spread, predicted.error / max(predicted.mean, 1e-12))
+        kl = predicted.mean * math.exp(ratio)
+        low, high = kl * math.exp(-_NORMAL_95 * error), kl * math.exp(_NORMAL_95 * error)
+        return ForeseenPlan(self.bits(options), kl, low, high)
+
+
+def _foresight(results: ResultStore, run: str) -> _Foresight:
+    """Raises `UserError` for a run without prices."""
     record, file = record_of(results, run), stored_file(results, run)
     manifest = _manifest(results, record)
-    products = _products(results, record, file, manifest)
-    return [_solved(results, record, file, manifest, products, each) for each in bits]
+    names, products = _products(results, record, file, manifest)
+    choices = Choices(space_of(file, manifest))
+    prices = Prices.of(choices, names, file.search.schemes, products, file.prompts.continuation_tokens)
+    return _Foresight(manifest, file, choices, prices, _ratios(results, record, choices, prices))
 
 
 def _manifest(results: ResultStore, record: RunRecord) -> ModelManifest:
@@ -94,32 +167,25 @@ def _products(
     return names, np.concatenate([np.array(part).transpose(2, 0, 1) for part in parts])
 
 
-def _solved(
-    results: ResultStore,
-    record: RunRecord,
-    file: SearchFile,
-    manifest: ModelManifest,
-    priced: tuple[list[str], Any],
-    bits: float,
-) -> SolvedPlan:
-    names, products = priced
-    stop = StopSection(bits_per_weight=bits)
-    asked = file.model_copy(update={"search": file.search.model_copy(update={"stop": stop})})
-    choices = Choices(space_of(asked, manifest))
-    prices = Prices.of(choices, names, file.search.schemes, products, file.prompts.continuation_tokens)
+def _solved(foresight: _Foresight, bits: float) -> SolvedPlan:
+    section, manifest = foresight.file.search, foresight.manifest
+    asked = section.model_copy(update={"stop": StopSection(bits_per_weight=bits)})
+    choices = Choices(space_of(foresight.file.model_copy(update={"search": asked}), manifest))
     try:
-        options = choices.solve(prices.damages()).options
+        options = choices.solve(foresight.prices.damages()).options
     except Infeasible:
         raise UserError(f"{bits:g} bits per weight are out of reach of this run's schemes") from None
-    plan, predicted = choices.plan(options), prices.additive(options)
-    ratios = _ratios(results, record, choices, prices)
-    ratio, spread = _ratio_at(ratios, predicted.mean)
-    error = math.hypot(spread, predicted.error / max(predicted.mean, 1e-12))
-    kl = predicted.mean * math.exp(ratio)
-    low, high = kl * math.exp(-_NORMAL_95 * error), kl * math.exp(_NORMAL_95 * error)
-    size = choices.space.size(plan)
-    text = plan_to_json(plan, manifest)
-    return SolvedPlan(bits, size.bits_per_weight, kl, low, high, len(ratios), plan.id, text)
+    found, plan = foresight.of(options), choices.plan(options)
+    return SolvedPlan(
+        bits_asked=bits,
+        bits_per_weight=found.bits_per_weight,
+        kl=found.kl,
+        kl_low=found.kl_low,
+        kl_high=found.kl_high,
+        compared_with=len(foresight.ratios),
+        plan_id=plan.id,
+        plan=plan_to_json(plan, manifest),
+    )
 
 
 def _ratios(results: ResultStore, record: RunRecord, choices: Choices, prices: Prices) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dtmsearch.report.charts.bits_spent import spending_figures
 from dtmsearch.report.charts.drawing import Figure, plan_name, save, title_of
 from dtmsearch.report.charts.foreseen import foreseen_figures
+from dtmsearch.report.charts.front import front_figures
 from dtmsearch.report.charts.heatmaps import plan_figures, price_figures, schemes_of, sensitivity_figures
 from dtmsearch.report.charts.quality import (
     course_figures,
@@ -28,6 +29,7 @@ def figures(facts: RunFacts) -> list[Figure]:
     found += price_figures(facts)
     found += plan_figures(facts)
     found += spending_figures(facts)
+    found += front_figures(facts)
     found += foreseen_figures(facts)
     found += course_figures(facts)
     found += survival_figures(facts)

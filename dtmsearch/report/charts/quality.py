@@ -36,7 +36,7 @@ _FEWEST_POINTS = 3
 def course_figures(facts: RunFacts) -> list[Figure]:
     if not _goes_somewhere(facts):
         return []
-    held_out = [row | _labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
+    held_out = [row | labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
     data = {"points": facts.points, "path": facts.path, "held_out": held_out}
     found = []
     for metric in facts.metrics:
@@ -98,13 +98,13 @@ def _beside(points: Any, align: Literal["left", "right"]) -> Any:
 
 def held_out_figures(facts: RunFacts) -> list[Figure]:
     """The plan and uniform ones by size and quality on held-out prompts, each uniform one in its scheme's colour."""
-    rows = [row | _labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
+    rows = [row | labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
     found = []
     for metric in facts.metrics:
         shown = [row for row in rows if row.get(metric) is not None]
         if len(shown) < 2:
             continue
-        shown = _named_apart(shown, metric)
+        shown = named_apart(shown, metric)
         values = [row[metric] for row in shown]
         logarithmic = metric in ("kl", "sdt") and min(values) > 0
         scale = alt.Scale(type="log", padding=18) if logarithmic else alt.Scale(zero=False, padding=18)
@@ -130,19 +130,19 @@ def held_out_figures(facts: RunFacts) -> list[Figure]:
             base.mark_point(filled=True, opacity=1, size=110).encode(
                 color=alt.Color("colour:N", scale=None), shape=whose.legend(None)
             ),
-            _name(base.transform_filter("datum.named && datum.label !== 'plan'"), -13),
-            _name(base.transform_filter("datum.label === 'plan'"), 15),
+            written(base.transform_filter("datum.named && datum.label !== 'plan'"), -13),
+            written(base.transform_filter("datum.label === 'plan'"), 15),
         )
         description = f"{title_of(metric)} of plans on held-out prompts, against bits per weight"
         found.append(Figure("sizes", name, sized(chart, 260, description), {name: shown}, metric.upper()))
     return found
 
 
-def _name(points: Any, dy: int) -> Any:
+def written(points: Any, dy: int) -> Any:
     return points.mark_text(dy=dy, fontSize=11, aria=False).encode(text="name:N")
 
 
-def _named_apart(rows: Sequence[Row], metric: str) -> list[Row]:
+def named_apart(rows: Sequence[Row], metric: str) -> list[Row]:
     """Rows of which those are `named` whose names do not lie on another's: the plan, and of others about as large as
     each other the best."""
     higher = metric in METRICS and METRICS[metric].higher_is_better
@@ -158,7 +158,7 @@ def _named_apart(rows: Sequence[Row], metric: str) -> list[Row]:
     return found[::-1]  # the plan is drawn last, on top
 
 
-def _labelled(label: str) -> Row:
+def labelled(label: str) -> Row:
     """How a validated plan is drawn: its name, its colour, and the dashes of a line; the same wherever it is."""
     kind, _, scheme = label.partition(":")
     is_scheme = kind.startswith("uniform") and bool(scheme)
@@ -169,7 +169,7 @@ def _labelled(label: str) -> Row:
 def survival_figures(facts: RunFacts) -> list[Figure]:
     if not facts.survival:
         return []
-    rows = [{**row, **_labelled(row["label"]), "label": plan_name(row["label"])} for row in facts.survival]
+    rows = [{**row, **labelled(row["label"]), "label": plan_name(row["label"])} for row in facts.survival]
     return [Figure("divergence", "survival", survival(rows, "survival"), {"survival": rows})]
 
 

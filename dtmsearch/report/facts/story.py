@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dtmsearch.core.records import RunRecord
+from dtmsearch.errors import UserError
 from dtmsearch.report.facts.rows import DENSE_PLAN, Row
 from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.solve_budgets import ForeseenPlan, predicted_front
 
 Floats = NDArray[np.float64]
 # Plans that are shown as foreseen and measured, at most.
@@ -29,12 +31,16 @@ _Z95 = 1.96
 class Story:
     """`prices`: a row an option (component, scheme, `kl`, its standard error `error`), of `samples`. `foreseen`: a row
     a measured plan (`predicted` and `measured` KL in nats per token, each with `_low` and `_high`, a 95% interval).
-    `stages`: what was asked of the model, in order."""
+    `stages`: what was asked of the model, in order. `front`: what is foreseen of the best plan of every size, put right
+    by the plans that were measured (`bits`, `kl`, `kl_low`, `kl_high`), `uniform` the same of uniform plans (and
+    `scheme`)."""
 
     prices: list[Row]
     samples: int
     foreseen: list[Row]
     stages: list[Row]
+    front: list[Row]
+    uniform: list[Row]
 
     @property
     def median_error(self) -> float | None:
@@ -61,7 +67,23 @@ def story_of(
     samples = len(next(iter(products.values()), ()))
     prices = _prices(products, components, positions) if positions and samples > 1 else []
     foreseen = _foreseen(store, record, candidates, products, positions) if prices and positions else []
-    return Story(prices, samples, foreseen, _price_stages(blocks) + _measured_stages(store, record, candidates))
+    stages = _price_stages(blocks) + _measured_stages(store, record, candidates)
+    front, uniform = _front(store, record, foreseen) if prices else ([], [])
+    return Story(prices, samples, foreseen, stages, front, uniform)
+
+
+def _front(store: ResultStore, record: RunRecord, foreseen: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The predicted front and the uniform plans beside it; nothing where the search file can no longer be read."""
+    try:
+        found = predicted_front(store, record.run, max((row["bits"] for row in foreseen), default=0.0))
+    except UserError:
+        return [], []
+    uniform = [{"scheme": scheme, **_foreseen_row(plan)} for scheme, plan in found.uniform.items()]
+    return [_foreseen_row(plan) for plan in found.front], uniform
+
+
+def _foreseen_row(plan: ForeseenPlan) -> Row:
+    return {"bits": plan.bits_per_weight, "kl": plan.kl, "kl_low": plan.kl_low, "kl_high": plan.kl_high}
 
 
 def _products(blocks: pa.Table) -> dict[tuple[str, str], Floats]:

@@ -71,6 +71,24 @@ def solve(losses: Sequence[Floats], costs: Sequence[Ints], capacity: int) -> Sol
     )
 
 
+def front(losses: Sequence[Floats], costs: Sequence[Ints]) -> list[tuple[int, ...]]:
+    """The choices on the lower convex hull of all choices' costs and losses, from the cheapest on, each an option of
+    one unit from the one before: none of its cost or less has a smaller loss."""
+    units = [_undominated(np.asarray(loss, np.float64), cost) for loss, cost in zip(losses, costs, strict=True)]
+    picked = [int(unit.index[0]) for unit in units]
+    moves: list[tuple[float, int, int]] = []
+    for u, unit in enumerate(units):
+        hull = _lower_hull(unit)
+        slopes = (unit.losses[hull[:-1]] - unit.losses[hull[1:]]) / np.diff(unit.costs[hull])
+        moves += [(-float(slope), u, int(unit.index[k])) for slope, k in zip(slopes, hull[1:], strict=True)]
+    found = [tuple(picked)]
+    # Sorting keeps the moves of a unit in order: along a hull they gain ever less.
+    for _, u, option in sorted(moves, key=lambda move: move[0]):
+        picked[u] = option
+        found.append(tuple(picked))
+    return found
+
+
 def _undominated(losses: Floats, costs: Ints) -> _Unit:
     order = np.lexsort((losses, costs))
     order = order[np.isfinite(losses[order])]
