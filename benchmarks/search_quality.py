@@ -92,7 +92,7 @@ CASES = (
     Case("bits-4-g128", _LEVELS_128[1:], "int4-g128"),
 )
 # Names of the table -> strategy and settings.
-_SETTINGS: dict[str, tuple[str, SolverSettings]] = {
+SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "fisher": ("fisher", SolverSettings()),
     "fisher-64": ("fisher", SolverSettings(fisher=FisherSettings(64))),
     "squared-gradients": ("squared_gradients", SolverSettings(fisher=FisherSettings(64))),
@@ -249,13 +249,14 @@ class Bench:
 
     def run(self, case: Case, name: str, seed: int, space: SearchSpace, errors: WeightErrors) -> Row:
         reference = self.reference(seed)
-        strategy_name, settings = _SETTINGS[name]
+        strategy_name, settings = SETTINGS[name]
 
         def request_for(plan: Plan, parent: Plan) -> EvalRequest:
             return self.named(EvalRequest(plan, reference.id, (0, reference.num_prompts), (), parent))
 
         counter = Counter(self.replica, 2 * self.continuation)
-        if STRATEGIES[strategy_name].takes_prices:
+        components = [component.name for component in space.components]
+        if STRATEGIES[strategy_name].takes_prices and not self.replica.unpriceable(components):
             settings = replace(settings, take=self._taking(case, reference, counter, seed))
         strategy = make_strategy(
             strategy_name, space, request_for, "kl", solver=replace(settings, errors=errors), seed=seed,

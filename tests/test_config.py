@@ -246,7 +246,7 @@ def test_the_difference_shows_sections_that_only_one_file_has() -> None:
     assert "validation.count: unset -> 4" in difference(bare.to_yaml(), read().to_yaml())
 
 
-@pytest.mark.parametrize("name", sorted(set(BUILT_IN_STRATEGIES) - {"sparsity"}))
+@pytest.mark.parametrize("name", sorted(set(BUILT_IN_STRATEGIES) - {"sparsity", "mc_moe"}))
 def test_every_strategy_that_a_file_may_name_can_be_made(name: str) -> None:
     space = SearchSpace(toy_components(), ("nf4",))
     options = len(space.components), len(space.schemes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,21 +13,29 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from fakes import toy_manifest
-from families_of_models import empty_tiny_model
+from families_of_models import empty_tiny_model, tiny_model
+from inprocess import run_here
+from solving import request_for
 from stores import run_record
 from test_verdict import PLAN, rival
+from tiny import TEXT, TRAINING, replica, write_tokenizer
 
 from dtmsearch import config
 from dtmsearch.analysis.verdict import rival_of, verdict
 from dtmsearch.config.sections import StopSection
+from dtmsearch.core.calibration import ExpertUse
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.strategy_settings import McMoeSettings
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import components_of
 from dtmsearch.search.baselines import rivals_of_size, uniform_rivals
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.mc_moe import mc_moe_plan
+from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import lookup
@@ -218,3 +228,133 @@ def test_a_budget_of_what_a_token_reads_that_asks_for_nothing_is_refused() -> No
 def test_a_search_of_what_a_token_reads_counts_no_stored_bits() -> None:
     assert StopSection(active_bits_per_weight=3).budget.reads_less
     assert not StopSection(active_bits_per_weight=3, size_mb=5).budget.reads_less
+
+
+# --- MC-MoE ---
+
+
+def uses_of(components: tuple[Component, ...], given: dict[int, int]) -> list[ExpertUse]:
+    """Expert `n` is given to so many tokens, with weights alike; a bit less costs twice the error."""
+    found = []
+    for mixture_name, expert in dict.fromkeys((c.mixture, c.expert) for c in components if c.mixture):
+        for bits in (2, 4, 8):
+            tokens = given[expert]
+            use = ExpertUse(mixture_name, expert, f"int{bits}-channel", tokens, 100, tokens / 200, 2.0**-bits)
+            found.append(use)
+    return found
+
+
+def test_experts_that_are_used_most_have_most_bits() -> None:
+    components = mixture(2, 4, 1)
+    space = SearchSpace(components, LEVELS, budget=Budget(bits_per_weight=5.0), experts="expert")
+    plan = mc_moe_plan(space, uses_of(components, {0: 90, 1: 60, 2: 5, 3: 1}), McMoeSettings())
+    bits = {c.expert: plan.scheme(c.name).bits for c in components if c.mixture}
+    assert bits[0] > bits[3] and sorted(bits.values(), reverse=True) == list(bits.values())
+    assert {plan.scheme_of(c.name) for c in components if not c.mixture} == {"int4-channel"}
+    assert space.budget.reached(space.size(plan))
+
+
+def test_the_matrices_of_an_expert_have_one_width_and_layers_the_same_mean() -> None:
+    components = mixture(3, 4, 1)
+    space = SearchSpace(components, LEVELS, budget=Budget(active_bits_per_weight=5.0), experts="expert")
+    plan = mc_moe_plan(space, uses_of(components, {0: 4, 1: 3, 2: 2, 3: 1}), McMoeSettings())
+    for one in components[1:]:
+        assert (
+            one.expert < 0
+            or len({plan.scheme_of(c.name) for c in components if c.mixture and c.expert == one.expert}) == 1
+        )
+    assert space.budget.reached(space.size(plan))
+
+
+def test_what_is_no_experts_goes_below_four_bits_where_experts_would_have_too_few() -> None:
+    components = mixture(2, 4, 1)
+    space = SearchSpace(components, LEVELS, budget=Budget(active_bits_per_weight=3.3), experts="expert")
+    plan = mc_moe_plan(space, uses_of(components, dict.fromkeys(range(4), 1)), McMoeSettings())
+    assert {plan.scheme_of(c.name) for c in components if not c.mixture} == {"int2-channel"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"experts": "layer"}, "set search.experts: expert"),
+        ({"budget": Budget(share=0.5)}, "keeps to bits"),
+        ({"components": mixture()[:1]}, "none of these components is an expert's"),
+    ],
+)
+def test_mc_moe_says_what_it_needs(changes: dict[str, Any], said: str) -> None:
+    keys: dict[str, Any] = {"components": mixture(), "experts": "expert", "budget": Budget(bits_per_weight=5)}
+    space = SearchSpace(schemes=LEVELS, **keys | changes)
+    with pytest.raises(UserError, match=said):
+        make_strategy("mc_moe", space, request_for, "kl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of four experts, of which a token is given to two."""
+    place = tmp_path_factory.mktemp("mixture")
+    tiny_model("qwen3_moe").save_pretrained(place)
+    return write_tokenizer(place)
+
+
+def test_the_use_of_an_expert_is_that_of_plain_code(folder: Path) -> None:
+    """Its tokens and weights by the router alone, and the change of the mixture's output over all tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = replica(folder)
+    calibration = model.cut_calibration([TEXT], 4, 32, 0)
+    model.use_calibration(calibration)
+    name = "model.layers.1.mlp.experts.2"
+    (use,) = model.expert_uses([f"{name}.gate_up_proj", f"{name}.down_proj"], ["int3-channel"], calibration.id)
+
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    block, seen = plain.model.layers[1].mlp, []
+    block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    tokens = torch.from_numpy(calibration.tokens).long()
+    with torch.inference_mode():
+        plain(input_ids=tokens, use_cache=False)
+        (inputs, before) = seen.pop()
+        _, weights, chosen = block.gate(inputs.reshape(-1, inputs.shape[-1]))
+        for stack in (block.experts.gate_up_proj, block.experts.down_proj):
+            scale = stack[2].abs().amax(1, keepdim=True) / 3.5
+            stack[2] = (stack[2] / scale).round().clamp(-4, 3) * scale
+        after = block(inputs)
+    assert (use.tokens, use.num_tokens) == (int((chosen == 2).sum()), tokens.numel())
+    assert use.routing_weight == pytest.approx(float(weights[chosen == 2].sum()) / tokens.numel(), rel=1e-5)
+    assert use.error == pytest.approx(float((after - before).norm()), rel=1e-4)
+
+
+def test_a_search_by_mc_moe_is_recorded_and_replayed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    section = {"strategy": "mc_moe", "experts": "expert", "rank_by": "kl", "schemes": list(LEVELS)}
+    file = {
+        "run": "r", "model": {"path": str(folder), "dtype": "float32"},
+        "prompts": {"files": ["text.txt"], "count": 6, "prompt_tokens": 8, "continuation_tokens": 8},
+        "search": section | {"stop": {"active_bits_per_weight": 4.6}},
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(file))
+    summary = run_here(tmp_path / "search.yaml", tmp_path / "store")
+    assert summary.active_bits_per_weight is not None and summary.active_bits_per_weight <= 4.6
+    results = ResultStore(tmp_path / "store")
+    rows = results.table("expert_uses", run="r").to_pylist()
+    assert len(rows) == 2 * 4 * len(LEVELS) and {row["num_tokens"] for row in rows} == {6 * 16}
+    assert run_here(tmp_path / "search.yaml", tmp_path / "store").already_complete
+
+
+def test_the_benchmark_of_a_mixture_trains_one_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarks = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    (tmp_path / "text.txt").write_text(TEXT * 2)
+    (tmp_path / "train.txt").write_text(TRAINING)
+    write_tokenizer(tmp_path / "tokenizer")
+    texts = [str(tmp_path / "train.txt"), str(tmp_path / "text.txt"), str(tmp_path / "text.txt")]
+    sizes = {"train-steps": 3, "train-rows": 4, "train-tokens": 32, "prompts": 8, "held-out-prompts": 8, "tokens": 8}
+    options = {"tokenizer": tmp_path / "tokenizer", "out": tmp_path / "out", "cases": 3, "strategy": "sensitivity"}
+    given = [f"--{name}={value}" for name, value in (sizes | options).items()]
+    ran = CliRunner().invoke(importlib.import_module("mixture").main, [*texts, *given, "--toy"])
+    assert ran.exit_code == 0, ran.output
+    rows = json.loads((tmp_path / "out" / "mixture.json").read_text())
+    kinds = ["uniform int3-g32-asym", "mc_moe", "tied", "untied"]
+    assert [(row["budget"], row["plan_of"]) for row in rows] == [(b, k) for b in ("stored", "active") for k in kinds]
+    for budget in ("stored", "active"):
+        sizes_of = [row[budget] for row in rows if row["budget"] == budget]
+        assert all(size <= sizes_of[0] for size in sizes_of)

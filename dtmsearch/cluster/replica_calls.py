@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from dtmsearch.cluster.outstanding import MAX_ATTEMPTS
 from dtmsearch.cluster.replica_handle import ReplicaHandle
 from dtmsearch.cluster.replicas import ReplicaSet, cause_of, is_loss
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, Through, WeightError
+from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     Continuation,
@@ -124,6 +124,11 @@ class Services:
         """See `dtmsearch.model.replica.replica.Replica.weight_errors`."""
         errors: list[WeightError] = self._ask_one("weight_errors", components, schemes, calibration_id, by_hessian)
         return errors
+
+    def expert_uses(self, components: Sequence[str], schemes: Sequence[str], calibration_id: str) -> list[ExpertUse]:
+        """See `dtmsearch.model.replica.replica.Replica.expert_uses`."""
+        uses: list[ExpertUse] = self._ask_one("expert_uses", components, schemes, calibration_id)
+        return uses
 
     def outlier_shares(self, calibration_id: str) -> dict[int, float]:
         """See `dtmsearch.model.replica.replica.Replica.outlier_shares`."""

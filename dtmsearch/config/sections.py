@@ -35,6 +35,7 @@ from dtmsearch.core.strategy_settings import (
     FisherSettings,
     KnapsackSettings,
     LocalSettings,
+    McMoeSettings,
     NonNegativeFloat,
     Part,
     Positive,
@@ -161,7 +162,7 @@ class ComponentsSection(Section):
 # Strategies that do not ask how much of the FDT a plan keeps.
 _KEEP_TO_SIZES = (
     *("probe", "knapsack", "fisher", "squared_gradients", "gradient_changes", "spdy", "evolution", "local"),
-    "sparsity",
+    *("mc_moe", "sparsity"),
 )
 
 
@@ -201,7 +202,7 @@ class StopSection(Section):
 # The strategies of this package, which `dtmsearch.search.strategies` registers under these names, and `sparsity`.
 BUILT_IN_STRATEGIES = (
     *("probe", "greedy", "beam", "lazy_greedy", "lazy_beam", "knapsack", "sensitivity", "auto", "fisher", "spdy"),
-    *("evolution", "local", "squared_gradients", "gradient_changes", "sparsity"),
+    *("evolution", "local", "squared_gradients", "gradient_changes", "mc_moe", "sparsity"),
 )
 
 
@@ -242,7 +243,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("auto.samples", "auto.slopes", "auto.rounds", "auto.plans"), _AUTO),
     **dict.fromkeys(("auto.correction_prompts", "auto.polish_prompts"), _AUTO),
     "fisher": ("fisher", "squared_gradients", "gradient_changes"),
-    **{name: (name,) for name in ("knapsack", "spdy", "evolution", "local")},
+    **{name: (name,) for name in ("knapsack", "spdy", "evolution", "local", "mc_moe")},
     **dict.fromkeys(("rounds", "allocate", "prune", "probe_points", "probe_every", "cap", "recovery"), _SPARSITY),
 }
 
@@ -328,6 +329,8 @@ class SearchSection(Section):
     """Effort of evolution."""
     local: LocalSettings = LocalSettings()
     """Effort of local."""
+    mc_moe: McMoeSettings = McMoeSettings()
+    """What mc_moe weighs."""
     rounds: tuple[PositiveFloat, ...] = ()
     """sparsity: percentage points that each round adds."""
     allocate: Allocate = PruningSettings.allocate

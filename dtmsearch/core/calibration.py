@@ -79,6 +79,24 @@ class PackedMatrix:
 
 
 @dataclass(frozen=True)
+class ExpertUse:
+    """How a text uses an expert of a mixture, and what a scheme does there.
+
+    Of `num_tokens` it is given `tokens`; `routing_weight` is the mean over all of them, 0 for one that it is not given.
+    `error` is the Frobenius norm of the change of the mixture's output over the text when this expert alone is under
+    the scheme.
+    """
+
+    mixture: str
+    expert: int
+    scheme: str
+    tokens: int
+    num_tokens: int
+    routing_weight: float
+    error: float
+
+
+@dataclass(frozen=True)
 class WeightError:
     """How far a scheme moves a component's weights W by D, relative and squared: `plain` |D|^2 / |W|^2, `weighted_by
     inputs` the same with every column times the mean square of its input, `weighted_by_hessian` tr(D H D^T) /

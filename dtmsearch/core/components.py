@@ -64,6 +64,12 @@ class Component:
         return self.shape[0] * self.shape[1]
 
     @property
+    def expert(self) -> int:
+        """The number of the expert that it belongs to; -1 where it belongs to none."""
+        parts = self.name[len(self.mixture) + 1 :].split(".") if self.mixture else []
+        return next((int(part) for part in parts if part.isdigit()), -1)
+
+    @property
     def read_share(self) -> Fraction:
         """The share of tokens that read it: of an expert's matrix that of the experts which a token is given to."""
         return Fraction(self.experts_per_token, self.num_experts) if self.mixture else _ALL

@@ -6,6 +6,7 @@ Plain dataclasses, because a search needs no pydantic; `config` has pydantic che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -171,6 +172,26 @@ class EvolutionSettings(StrategySettings):
             raise ValueError("prompts: a stage of selection at least is wanted, got none")
         if len(self.survivors) != len(self.prompts) - 1:
             raise ValueError(f"survivors: {len(self.prompts)} stages have {len(self.prompts) - 1} between them")
+
+
+@dataclass(frozen=True)
+class McMoeSettings(StrategySettings):
+    """What an expert's importance and the error of a scheme count. Raises `ValueError` for an exponent below 0."""
+
+    alpha: float = 1.0
+    """Exponent of the share of choices that fall on an expert."""
+    beta: float = 1.5
+    """Exponent of its share of the routing weight."""
+    gamma: float = 2.0
+    """Exponent of the error of the mixture's output."""
+    others: str = ""
+    """The scheme of what is no expert's; where it is not given, that of the search which is nearest to 4 bits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "beta", "gamma"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is an exponent of at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

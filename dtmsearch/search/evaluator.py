@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, Through, WeightError
+from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Continuation, GenerationRules, IntArray, PromptTokens, Reference, Speed
 from dtmsearch.core.numeric_mode import NumericMode
@@ -82,6 +82,10 @@ class ModelEvaluator(Evaluator, Protocol):
     def weight_errors(
         self, components: Sequence[str], schemes: Sequence[str], calibration_id: str = "", by_hessian: bool = False
     ) -> list[WeightError]: ...
+
+    def expert_uses(
+        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str
+    ) -> list[ExpertUse]: ...
 
     def outlier_shares(self, calibration_id: str) -> dict[int, float]: ...
 

@@ -256,6 +256,21 @@ WEIGHT_ERRORS = _schema(
         ("scheme_version", CODED),
     ],
 )
+# How calibration text uses the experts of mixtures, and what a scheme does there (`core.calibration.ExpertUse`).
+EXPERT_USES = _schema(
+    "expert_uses",
+    [
+        ("run", CODED),
+        ("mixture", CODED),
+        ("expert", pa.int32()),
+        ("scheme", CODED),
+        ("tokens", pa.int64()),
+        ("num_tokens", pa.int64()),
+        ("routing_weight", pa.float64()),
+        ("error", pa.float64()),
+        ("versions", pa.string()),
+    ],
+)
 # Products of samples with an option, as `core.prices` says; `products` runs over the samples of a block, the first of
 # which is `first_sample`. `block_tokens` and `wall_seconds` are those of the whole block, the same in all of its rows.
 PRICES = _schema(
@@ -287,6 +302,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "statistics": STATISTICS,
     "matrices": MATRICES,
     "weight_errors": WEIGHT_ERRORS,
+    "expert_uses": EXPERT_USES,
     "continuations": CONTINUATIONS,
     "trainings": TRAININGS,
     "prices": PRICES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from dtmsearch.config import SearchFile
+from dtmsearch.core.calibration import ExpertUse
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, EvalRequest
 from dtmsearch.core.fusion import FUSED_KINDS
@@ -117,10 +118,12 @@ def strategy_of(
     errors: WeightErrors | None = None,
     calibration_id: str = "",
     take: TakePrices | None = None,
+    uses: Sequence[ExpertUse] = (),
 ) -> Strategy:
     """The strategy of a search file, which asks for evaluations against a reference of the file's prompts. `errors`
     are what some strategies (`needs_errors`) know of schemes without measuring them; `calibration_id` names the text by
-    which calibrated schemes are calibrated; `take` takes prices for strategies that want them (`takes_prices`)."""
+    which calibrated schemes are calibrated; `take` takes prices for strategies that want them (`takes_prices`), `uses`
+    are told to those that want to know how text uses experts (`needs_uses`)."""
     section = file.search
     if section.strategy == "sparsity":
         return sparsity_search_of(file, space, reference_id, calibration_id=calibration_id)
@@ -134,7 +137,7 @@ def strategy_of(
         tree=section.tree,
         options=section.options,
         seed=file.seed,
-        solver=_solver_settings(file, errors, take),
+        solver=_solver_settings(file, errors, take, uses),
     )
 
 
@@ -147,7 +150,9 @@ def _request_factory(file: SearchFile, reference_id: str, calibration_id: str) -
     return request_for
 
 
-def _solver_settings(file: SearchFile, errors: WeightErrors | None, take: TakePrices | None) -> SolverSettings:
+def _solver_settings(
+    file: SearchFile, errors: WeightErrors | None, take: TakePrices | None, uses: Sequence[ExpertUse]
+) -> SolverSettings:
     section = file.search
     return SolverSettings(
         auto=section.auto,
@@ -156,6 +161,8 @@ def _solver_settings(file: SearchFile, errors: WeightErrors | None, take: TakePr
         spdy=section.spdy,
         evolution=section.evolution,
         local=section.local,
+        mc_moe=section.mc_moe,
         errors=errors,
         take=take,
+        uses=uses,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-from dtmsearch.core.calibration import Calibration, PackedMatrix, WeightError
+from dtmsearch.core.calibration import Calibration, ExpertUse, PackedMatrix, WeightError
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
@@ -84,6 +84,19 @@ class Calibrating:
             self._writer.add(found)
             known = {(error.component, error.scheme): error for error in found}
         return known
+
+    def expert_uses(self, components: Sequence[Component], schemes: Sequence[str]) -> list[ExpertUse]:
+        """How the calibration's text uses the experts among these components, and what each scheme does there; as the
+        run has recorded it, for what a strategy decides by them, a replay decides by them again."""
+        experts = [component for component in components if component.mixture]
+        wanted = {(component.mixture, component.expert, scheme) for component in experts for scheme in schemes}
+        known = self._writer.read(ExpertUse)
+        if wanted - {(use.mixture, use.expert, use.scheme) for use in known}:
+            self.for_schemes(experts, schemes)
+            found = self._pool.expert_uses([c.name for c in experts], list(schemes), self.id)
+            self._writer.add(found)
+            return found
+        return [use for use in known if (use.mixture, use.expert, use.scheme) in wanted]
 
     def pruning_errors(self, components: Sequence[Component]) -> dict[str, list[tuple[float, float]]] | None:
         """What a sparsity search that models damages knows of the weights: component -> (pruned share, relative

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.calibration import ExpertUse
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
 from dtmsearch.core.metric_registry import METRICS
@@ -188,7 +189,13 @@ def _expected(file: SearchFile, space: SearchSpace, manifest: ModelManifest, by_
         return np.full((samples[1] - samples[0], len(one), len(schemes)), one, np.float32)
 
     sparsity = file.search.strategy == "sparsity"  # which is put together apart from the others
-    strategy = strategy_of(file, space, reference_id="", errors=nominal, take=take if by_prices else None)
+    uses = [
+        ExpertUse(c.mixture, c.expert, s.name, 1, 1, 1.0, nominal[c.name, s.name])
+        for c in space.components
+        for s in space.parsed
+        if c.mixture
+    ]
+    strategy = strategy_of(file, space, "", nominal, take=take if by_prices else None, uses=uses)
     asks = strategy.ask()
     layers = [manifest.num_layers - first_changed_layer(ask.request, manifest) for ask in asks]
     share = sum(layers) / (len(layers) * manifest.num_layers) if layers else 1.0

@@ -323,7 +323,8 @@ def searching(session: Session, reference: Reference, calibrating: Calibrating, 
     kind = STRATEGIES[search.strategy]
     take = _taking_prices(session, reference, calibration_id) if kind.takes_prices else None
     known_errors = calibrating.errors(space.components, space.schemes) if kind.needs_errors and take is None else None
-    return strategy_of(session.file, space, reference.id, known_errors, calibration_id, take)
+    uses = calibrating.expert_uses(space.components, space.schemes) if kind.needs_uses else ()
+    return strategy_of(session.file, space, reference.id, known_errors, calibration_id, take, uses)
 
 
 def _taking_prices(session: Session, reference: Reference, calibration_id: str) -> TakingPrices | None:

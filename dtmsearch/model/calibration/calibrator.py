@@ -13,11 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme, parse_scheme, solved_pairs
 from dtmsearch.errors import UserError
+from dtmsearch.model.calibration.expert_use import expert_uses
 from dtmsearch.model.calibration.input_statistics import Gatherer, SharedHessian
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module, restored_weight
 from dtmsearch.model.compress.compressor import Fetch
@@ -325,6 +326,12 @@ class Calibrator:
                 hessian if component in hessian_of else None,
             )
             self._errors[calibration_id, component, name, by_hessian] = error
+
+    def expert_uses(self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str) -> list[ExpertUse]:
+        """See `dtmsearch.model.calibration.expert_use.expert_uses`, of a calibration's text on the base model."""
+        held = [self._manifest.by_name[name] for name in components]
+        with self._standing.on_base(), self._standing.eagerly():
+            return expert_uses(self._gatherer(self.known(calibration_id)), self._weights, held, schemes)
 
     def _squares(self, component: str, calibration_id: str) -> Tensor | None:
         known = calibration_id and component in self._statistics[calibration_id].mean_squares

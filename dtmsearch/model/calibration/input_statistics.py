@@ -121,6 +121,31 @@ class Gatherer:
             if gathered.sums is not None and gathered.num_tokens
         ]
 
+    def module(self, name: str) -> nn.Module:
+        """A module of the model."""
+        found: nn.Module = self._body.model.get_submodule(name)
+        return found
+
+    def calls(self, layer: int, modules: Sequence[str]) -> dict[str, list[list[Any]]]:
+        """The arguments of every call of some modules of a layer, batch by batch; the text goes on to the next layer
+        with it."""
+        self.advance(layer)
+        found: dict[str, list[list[Any]]] = {name: [] for name in modules}
+
+        def noting(name: str) -> Any:
+            def note(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+                found[name].append([*arguments, *named.values()])
+
+            return note
+
+        handles = [self.module(n).register_forward_pre_hook(noting(n), with_kwargs=True) for n in found]
+        try:
+            self._pass(layer, _Inputs(hessians=False))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
     def advance(self, layer: int) -> None:
         """Take the text to the input of a layer, through the layers below as they stand now."""
         if layer < self._boundary:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, Through, WeightError
+from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.evaluation import (
     Continuation,
@@ -311,6 +311,15 @@ class Replica:
         return self._batches.halving(
             lambda: self._calibrator.weight_errors(components, parsed, calibration_id, by_hessian)
         )
+
+    @torch.inference_mode()
+    def expert_uses(self, components: Sequence[str], schemes: Sequence[str], calibration_id: str) -> list[ExpertUse]:
+        """How a calibration's text uses the experts among some components, and what each scheme does there. Raises
+        `UserError` for a mixture whose calls do not tell which experts a token is given to."""
+        parsed = [parse_scheme(scheme) for scheme in schemes]
+        if not isinstance(self._calibrator, Calibrator):
+            raise UserError("how text uses experts cannot be told of a model in stages: use --nodes-per-replica 1")
+        return self._calibrator.expert_uses(components, parsed, calibration_id)
 
     @torch.inference_mode()
     def outlier_shares(self, calibration_id: str, multiple: float = 5.0) -> dict[int, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dtmsearch.core import plugins
+from dtmsearch.core.calibration import ExpertUse
 from dtmsearch.core.strategy_settings import (
     RANK_BY,
     AutoSettings,
@@ -14,6 +15,7 @@ from dtmsearch.core.strategy_settings import (
     FisherSettings,
     KnapsackSettings,
     LocalSettings,
+    McMoeSettings,
     SpdySettings,
     TreeSettings,
 )
@@ -26,6 +28,7 @@ from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.evolution import Evolution, Local
 from dtmsearch.search.strategies.gradient_scores import GradientChanges, SquaredGradients
 from dtmsearch.search.strategies.lazy import Lazy
+from dtmsearch.search.strategies.mc_moe import McMoe
 from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
 from dtmsearch.search.strategies.racing import Racing
@@ -36,7 +39,7 @@ from dtmsearch.search.strategies.task import Task
 @dataclass(frozen=True)
 class SolverSettings:
     """What the strategies around the solver are given: how much each measures, and what is known without measuring: the
-    weight errors, or by what prices are taken."""
+    weight errors, by what prices are taken, or how text uses experts."""
 
     auto: AutoSettings = field(default_factory=AutoSettings)
     fisher: FisherSettings = field(default_factory=FisherSettings)
@@ -44,8 +47,10 @@ class SolverSettings:
     spdy: SpdySettings = field(default_factory=SpdySettings)
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
+    mc_moe: McMoeSettings = field(default_factory=McMoeSettings)
     errors: WeightErrors | None = None
     take: TakePrices | None = None
+    uses: Sequence[ExpertUse] = ()
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,13 @@ class StrategyInputs(Task):
 class StrategyType:
     """A strategy by its name: how it is made (at its start: replay brings it to where a search was), whether it needs
     the weight errors of every component under every scheme, and whether it takes prices. One with both takes prices
-    where they can be had, and needs the errors elsewhere. One that `only_measures` ends without a plan."""
+    where they can be had, and needs the errors elsewhere. One that `needs_uses` is told how text uses experts; one that
+    `only_measures` ends without a plan."""
 
     make: Callable[[StrategyInputs], Strategy]
     needs_errors: bool = False
     takes_prices: bool = False
+    needs_uses: bool = False
     only_measures: bool = False
 
 
@@ -126,3 +133,4 @@ STRATEGIES.add(
     "spdy",
     StrategyType(lambda i: Spdy(i, i.solver.errors or {}, i.solver.spdy), needs_errors=True),
 )
+STRATEGIES.add("mc_moe", StrategyType(lambda i: McMoe(i, i.solver.uses, i.solver.mc_moe), needs_uses=True))

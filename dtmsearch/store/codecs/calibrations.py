@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.core.calibration import CALIBRATION_VERSION, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import CALIBRATION_VERSION, ExpertUse, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.plan import versions_of
 from dtmsearch.core.records import StatisticsRecord
 from dtmsearch.store.codecs.columns import arrays, coded_constant, from_columns, lists
-from dtmsearch.store.schemas import MATRICES, STATISTICS, WEIGHT_ERRORS
+from dtmsearch.store.schemas import EXPERT_USES, MATRICES, STATISTICS, WEIGHT_ERRORS
 
 
 def weight_errors_table(run: str, errors: Sequence[WeightError]) -> pa.Table:
@@ -39,6 +39,26 @@ def _measured_by(error: WeightError) -> str:
     if error.weighted_by_inputs is not None:
         versions |= {"calibration": CALIBRATION_VERSION}
     return json.dumps(versions, sort_keys=True)
+
+
+def expert_uses_table(run: str, uses: Sequence[ExpertUse]) -> pa.Table:
+    columns: dict[str, Any] = {n: [getattr(use, n) for use in uses] for n in _USE_COLUMNS}
+    columns |= {"run": coded_constant(run, len(uses)), "versions": [_versions_of(use.scheme) for use in uses]}
+    return from_columns(EXPERT_USES, columns)
+
+
+def expert_uses_of(table: pa.Table) -> list[ExpertUse]:
+    """The uses in rows, but those of another version of a scheme or of the calibration."""
+    rows = table.to_pylist()
+    uses = [ExpertUse(**{name: row[name] for name in _USE_COLUMNS}) for row in rows]
+    return [use for use, row in zip(uses, rows, strict=True) if row["versions"] == _versions_of(use.scheme)]
+
+
+_USE_COLUMNS = tuple(name for name in EXPERT_USES.names if name not in ("run", "versions"))
+
+
+def _versions_of(scheme: str) -> str:
+    return json.dumps(versions_of([scheme]) | {"calibration": CALIBRATION_VERSION}, sort_keys=True)
 
 
 def statistics_table(record: StatisticsRecord) -> pa.Table:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 import dtmsearch
-from dtmsearch.core.calibration import PackedMatrix, WeightError
+from dtmsearch.core.calibration import ExpertUse, PackedMatrix, WeightError
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.prices import PriceBlock
 from dtmsearch.core.records import (
@@ -86,6 +86,7 @@ CODECS: dict[type, Codec[Any]] = {
         key=lambda record: (record.reference_id, record.plan_id),
     ),
     WeightError: Codec("weight_errors", calibrations.weight_errors_table, calibrations.weight_errors_of),
+    ExpertUse: Codec("expert_uses", calibrations.expert_uses_table, calibrations.expert_uses_of),
     PriceBlock: Codec(
         "prices",
         lambda run, blocks: pa.concat_tables(
