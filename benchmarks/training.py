@@ -84,7 +84,7 @@ def prepare(setting: Setting) -> None:
     folder = setting.scratch / "training"
     folder.mkdir()
     spec = ModelSpec(str(setting.model))
-    own = dict(load_model(setting.model, spec, torch.device(_DEVICE), 1).named_parameters())
+    own = dict(load_model(setting.model, spec, torch.device(_DEVICE)).named_parameters())
     weights = {f"{c.name}.weight": own[f"{c.name}.weight"].detach() for c in read_manifest(spec).components}
     kept = {name.removesuffix(".weight"): w.abs() > w.abs().flatten()[:100_000].median() for name, w in weights.items()}
     save_file({n: (w * kept[n.removesuffix(".weight")]).cpu() for n, w in weights.items()}, folder / START_FILE)

@@ -120,7 +120,7 @@ def test_an_expert_that_cannot_be_put_together_is_named(
 def test_loading_refuses_what_it_would_fill_at_random(tmp_path: Path) -> None:
     folder = with_tensors(tmp_path, lambda tensors: tensors.pop(f"{LAST}.weight"))
     with pytest.raises(UserError, match=rf"misses {LAST}\.weight"):
-        load_model(folder, ModelSpec(str(folder), dtype="float32"), torch.device("cpu"), 1)
+        load_model(folder, ModelSpec(str(folder), dtype="float32"), torch.device("cpu"))
 
 
 def test_what_transformers_declares_ignorable_is_no_mistake(tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ class ActivationCache:
     def _at(self, boundary: int) -> list[State | None]:
         if boundary == 0:
             return [None] * len(self.batches)
-        device = self._body.input_device
-        return [state.to(device, non_blocking=True) for state in self._states[boundary]]
+        device = self._body.device_of(boundary)
+        return [_from_host(state, device) for state in self._states[boundary]]
 
     def _keep(self, boundary: int, states: list[State], sweeping_from: int | None = None) -> None:
         if self.kept == "sweep":
@@ -159,8 +159,8 @@ class ActivationCache:
         elif self.kept == "host":
             made_on = {state.device for state in map(_tensor_of, states) if state is not None and state.is_cuda}
             states = [_to_host(state) for state in states]
-            # Copies are ordered with what their own GPU does next, but these are read by the first layer's.
-            for device in made_on - {self._body.input_device}:
+            # Copies are ordered with what their own GPU does next, but these are read by the next layer's.
+            for device in made_on - {self._body.device_of(boundary)}:
                 torch.cuda.current_stream(device).synchronize()
         self._states[boundary] = states
 
@@ -172,6 +172,11 @@ def _of_layer(outputs: Outputs | None, layer: int) -> Outputs | None:
 def _tensor_of(state: State) -> Tensor | None:
     held = state.state if isinstance(state, Below) else state
     return held if isinstance(held, Tensor) else None
+
+
+def _from_host(state: State, device: torch.device) -> State:
+    held = _tensor_of(state)
+    return state if held is None or held.is_cuda else state.to(device, non_blocking=True)
 
 
 def _to_host(state: State) -> State:

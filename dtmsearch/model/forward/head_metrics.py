@@ -17,6 +17,7 @@ from torch import Tensor
 from dtmsearch.core.evaluation import FloatArray
 from dtmsearch.core.metric_registry import Metric
 from dtmsearch.errors import UserError
+from dtmsearch.model.forward.gpu_hops import moved
 from dtmsearch.model.forward.partial import Body
 
 # Logits of a chunk: what a CPU multiplies fast and still has near, what a GPU fills its units with.
@@ -101,10 +102,11 @@ def compare(
         for at in range(0, len(rows), chunk):
             part = slice(at, at + chunk)
             logits = body.logits(rows[part])
+            wanted = moved(wanted, logits.device)
             base_logits = None if base_rows is None else body.logits(base_rows[part])
             for metric in metrics:
                 own[metric.name].append(_at_positions(metric, logits, base_logits, wanted[part]))
-            scored = score(logits, wanted[part].to(logits.device), base_logits, never)
+            scored = score(logits, wanted[part], base_logits, never)
             for column, values in zip((diverged, nll, kl), scored, strict=True):
                 column.append(values)
     found = Scores(
@@ -120,7 +122,7 @@ def _at_positions(metric: Metric, logits: Tensor, base_logits: Tensor | None, ta
     """What a metric of its own kind makes of a chunk, in 32 bits. Raises `UserError` where that is not a number for
     each position."""
     assert metric.at_positions is not None and base_logits is not None
-    values = metric.at_positions(logits, base_logits, targets.to(logits.device))
+    values = metric.at_positions(logits, base_logits, targets)
     if not isinstance(values, Tensor) or values.shape != targets.shape:
         found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise UserError(f"metric {metric.name} made {found} of {len(targets)} positions, wanted a tensor of as many")

@@ -263,7 +263,7 @@ class Body:
         prompts = tokens[:, : _PROVED_TOKENS // 2]
         found = self.generate(prompts, _PROVED_TOKENS // 2, ())
         own = self._whole_logits(torch.cat([prompts, found], dim=1))[:, prompts.shape[1] - 1 : -1].float()
-        chosen = own.gather(2, found.unsqueeze(2)).squeeze(2)
+        chosen = own.gather(2, found.to(own.device).unsqueeze(2)).squeeze(2)
         return bool((own.amax(2) - chosen <= _TIE * own.std(2)).all())
 
     def _whole_logits(self, tokens: Tensor) -> Tensor:
@@ -321,6 +321,16 @@ class Body:
     def input_device(self) -> torch.device:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer lies; of one that is not here, or above the last, where passes begin."""
+        weights = next(self._real[layer].parameters(), None) if layer < self.num_layers else None
+        return self.input_device if weights is None or weights.is_meta else weights.device
+
+    @property
+    def num_devices(self) -> int:
+        """On how many devices the layers lie."""
+        return len({self.device_of(layer) for layer in range(self.num_layers)})
 
     def run(self, tokens: Tensor) -> Tensor:
         """The head's input, at every token, through whatever stands in the layers' places; of a head that cannot be

@@ -122,8 +122,8 @@ def loader(config: Any) -> Any:
     return AutoModelForImageTextToText if causal is None or named == wrapped.__name__ else AutoModelForCausalLM
 
 
-def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices: int) -> nn.Module:
-    """The model in evaluation mode on `device`, or spread over the first `num_devices` GPUs by accelerate."""
+def load_model(folder: Path, spec: ModelSpec, placed: torch.device | Mapping[str, int] | str) -> nn.Module:
+    """The model in evaluation mode: on a device, or spread over GPUs as `placed` says, by accelerate."""
     transformers_logging.disable_progress_bar()
     if spec.trust_remote_code:
         log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
@@ -133,7 +133,7 @@ def load_model(folder: Path, spec: ModelSpec, device: torch.device, num_devices:
             folder,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
-            device_map="balanced" if num_devices > 1 else {"": str(device)},
+            device_map={"": str(placed)} if isinstance(placed, torch.device) else placed,
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
         )

@@ -99,7 +99,7 @@ def load_part(spec: ModelSpec, settings: ReplicaSettings, device: torch.device) 
     folder = checkpoint_folder(spec)
     manifest = read_manifest(spec)
     layers = cut(manifest.num_layers, settings.num_stages)[settings.stage]
-    model = load_model(folder, spec, torch.device("cpu"), 1)
+    model = load_model(folder, spec, torch.device("cpu"))
     for index, layer in enumerate(find_layers(model)[1]):
         if index not in layers:
             layer.to("meta")

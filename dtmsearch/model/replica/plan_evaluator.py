@@ -8,6 +8,7 @@ model is loaded, how references come about, or who asks.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -79,6 +80,7 @@ class PlanEvaluator:
     def __init__(self, bench: Bench, name: str, node: str) -> None:
         self._bench, self._body = bench, bench.standing.body
         self._name, self._node, self._versions = name, node, canonical(versions())
+        self._ahead = self._body.num_devices
         self.references: dict[str, Loaded] = {}
         self._states_of = BASE
         self._place_before: _Place | None = None
@@ -104,20 +106,21 @@ class PlanEvaluator:
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         """An outcome for each request, in the order of the requests."""
         outcomes: dict[int, Outcome] = {}
-        launched: tuple[int, Launched] | None = None
+        launched: deque[tuple[int, Launched]] = deque()
         self._solve_ahead(requests)
         self._finished_at = time.perf_counter()
         places = [self._place(request) for request in requests]
         for index in sorted(range(len(requests)), key=places.__getitem__):
-            # The next is on its way before the last is waited for, so that a GPU never waits for us.
+            # The next is on its way before the last is waited for, so that a GPU never waits for us; of a model over
+            # several GPUs as many as these work on at once.
             shared = places.count(places[index]) > 1 or places[index] == self._place_before
-            following = index, self._launch(requests[index], shared)
+            launched.append((index, self._launch(requests[index], shared)))
             self._place_before = places[index]
-            if launched is not None:
-                outcomes[launched[0]] = self._finish(launched[1])
-            launched = following
-        if launched is not None:
-            outcomes[launched[0]] = self._finish(launched[1])
+            if len(launched) > self._ahead:
+                first, request = launched.popleft()
+                outcomes[first] = self._finish(request)
+        for first, request in launched:
+            outcomes[first] = self._finish(request)
         return [outcomes[i] for i in range(len(requests))]
 
     def divergence_of_base(self, loaded: Loaded) -> Divergence:

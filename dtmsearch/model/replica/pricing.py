@@ -236,7 +236,7 @@ def _of_head(
         hidden = body.finish(tokens, leaf, body.num_layers)[:, targets_from - 1 : -1]
         rows = hidden.reshape(-1, hidden.shape[-1])
         base_rows = None if base_hidden is None else base_hidden.reshape(rows.shape)
-        targets = tokens[:, targets_from:].reshape(-1)
+        targets = tokens[:, targets_from:].to(rows.device).reshape(-1)
         drawn = _drawn(request, first_sample, len(tokens), hidden.shape[1])
         wanted = torch.from_numpy(drawn).to(rows.device).reshape(-1)
         total = torch.zeros_like(rows)

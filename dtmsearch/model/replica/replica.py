@@ -60,6 +60,7 @@ from dtmsearch.model.replica.loaded_reference import greedy
 from dtmsearch.model.replica.plan_evaluator import Bench, PlanEvaluator
 from dtmsearch.model.replica.pricing import Pricer
 from dtmsearch.model.replica.reference_maker import ReferenceMaker
+from dtmsearch.model.replica.spread_model import load_spread_model
 from dtmsearch.model.replica.timing import measured_speed
 from dtmsearch.model.weights.applied import Checkpoint, Weights
 from dtmsearch.model.weights.standing import Standing
@@ -136,7 +137,10 @@ class Replica:
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         folder = checkpoint_folder(spec)
         manifest = read_manifest(spec)
-        model = load_model(folder, spec, self._device, settings.num_devices)
+        many = settings.num_devices > 1
+        model = (
+            load_spread_model(folder, spec, settings.num_devices) if many else load_model(folder, spec, self._device)
+        )
         checkpoint = Checkpoint(weight_files(folder))
         checkpoint.map_apart(model)
         tokenizer = load_tokenizer(folder, spec)

@@ -74,13 +74,13 @@ class Learner:
     ) -> None:
         self._accelerator, self._recipe = accelerator, recipe
         device = accelerator.device
-        model = load_model(source, replace(spec, dtype="float32"), device, 1)
+        model = load_model(source, replace(spec, dtype="float32"), device)
         _make_trainable(model)
         for path in over:
             _overlay(model, path)
         if recipe.checkpointing:
             keep_no_activations(model)
-        self._teacher = load_model(source, spec, device, 1) if recipe.distill else None
+        self._teacher = load_model(source, spec, device) if recipe.distill else None
         optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=True)
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         # Asked for now: cut up between devices, they are others than before.
