@@ -162,11 +162,25 @@ AT_ONCE_KNOWN = {
         run(search__stop={"bits_per_weight": 2}), 2, ("stop.bits_per_weight: 2", "out of reach", "the least")
     ),
     "a damaged text": Case(with_text("text.zst", b"(\xb5/\xfd nothing of the kind"), 2, ("text.zst",)),
+    "an empty text": Case(with_text("none.txt", b" \n\n"), 2, ("none.txt is empty", "give one that")),
+    "a binary file": Case(
+        with_text("b.txt", b"\x7fELF\x02\x01\x01\0\0"), 2, ("b.txt is no text: it holds zero bytes",)
+    ),
+    "UTF-16 without a mark": Case(
+        with_text("u.txt", ("def f(): pass\n" * 400).encode("utf-16-le")), 2, ("UTF-16 without a byte order mark",)
+    ),
+    "rows of JSON under another name": Case(
+        with_text("rows.txt", b'{"text": "def f(): return 1"}\n' * 400), 2, ("an object of JSON on each line", ".jsonl")
+    ),
+    "a table that is none": Case(with_text("rows.parquet", b"PAR1"), 2, ("it is no Parquet file, or a damaged one",)),
+    "a text that is too short": Case(
+        run(prompts__count=5000), 2, ("asks for 5000 prompts of 10 + 12 tokens", "is too short: give more text")
+    ),
     "prompts that are not there": Case(run(prompts__files=["none.txt"]), 2, ("no prompt file 'none.txt'",)),
     "a newer store": Case(in_a_newer_store, 4, ("format version 99", "reads up to version")),
     "a plan that is nothing": Case(evaluate("nothing"), 2, ("'nothing' is no file, no run of this store",)),
     "a scheme that is none": Case(evaluate("uniform:int8"), 2, ("unknown scheme 'int8'", "the nearest is")),
-    "a run that is not there": Case(lambda folder: ["resume", "nobody"], 2, ("no run 'nobody' in the store",)),
+    "a store that is not there": Case(lambda folder: ["resume", "nobody"], 2, ("there is no store",)),
     "code that came with the model": Case(
         run(model={"path": "./nowhere", "trust_remote_code": True}), 2, ("WARNING: TRUST_REMOTE_CODE IS ON",)
     ),
@@ -189,9 +203,15 @@ def test_a_mistake_is_said_before_ray_starts(
 OF_THE_FILE = [
     name
     for name in AT_ONCE_KNOWN
-    if name not in ("a newer store", "a plan that is nothing", "a scheme that is none", "a run that is not there")
+    if name not in ("a newer store", "a plan that is nothing", "a scheme that is none", "a store that is not there")
     if name not in ("code that came with the model", "a cluster that is not there")
 ]
+
+
+def test_a_text_that_is_none_leaves_nothing_in_the_store(tmp_path: Path) -> None:
+    file = with_text("none.txt", b"")(tmp_path)[1]
+    assert main(["run", str(file), "--store", str(tmp_path / "store")]) == 2
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("name", OF_THE_FILE)
@@ -284,7 +304,7 @@ def search_of_an_overflowing_model(folder: Path) -> list[str | Path]:
 
 
 PROCESSES = {
-    "too little text": Case(run(prompts__count=5000), 2, ("asks for 5000 prompts of 10 + 12 tokens", "holds 592")),
+    "too little text": Case(run(prompts__count=600), 2, ("asks for 600 prompts of 10 + 12 tokens", "holds 592")),
     "GPUs where there are none": Case(
         run("--gpus-per-replica", "1000"), 2, ("asks for 1000 GPUs, but this machine has",)
     ),

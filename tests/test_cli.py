@@ -627,6 +627,40 @@ def test_an_output_that_cannot_be_written_is_said_before_any_work(
     assert "cannot be written: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "run", "--to", "gguf", "--out", "new"], ["there are json, dense,", "did you mean gguf-recipe?"]),
+        (["statsu", "run"], ["No such command 'statsu'", "'status'", "`dtmsearch --help`"]),
+        (["run"], ["Missing argument 'FILE'", "`dtmsearch run --help`"]),
+        (["run", "a.yaml", "--replicas", "many"], ["'--replicas'", "many", "`dtmsearch run --help`"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_that_says_what_there_is(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert [word for word in words if word not in said] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "run", "--to", "json", "--out", "new"],
+        ["score", "run", "--tasks", "arc_easy"],
+        ["recover", "run"],
+        ["resume", "run"],
+    ],
+)
+def test_a_mistyped_store_is_said_before_anything_is_loaded(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--store", str(tmp_path / "dtm-stroe")]) == 2
+    assert "there is no store" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
 def test_an_infinite_time_is_text(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sql = "SELECT 'infinity'::TIMESTAMP AS late, '-infinity'::DATE AS early"

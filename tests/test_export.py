@@ -19,7 +19,7 @@ from dtmsearch.core.plan import plan_from_json
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.format_registry import FORMATS
-from dtmsearch.export.job import Written
+from dtmsearch.export.job import Written, refuse
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.workflows.export import export, publish, resolve, verify, write
 from dtmsearch.workflows.export_check import check_bytes
@@ -133,6 +133,31 @@ def test_sizes_reported_are_bytes_of_files(mixed: Measured, tmp_path: Path) -> N
     files = mixed.export("dense", tmp_path / "out", check=False).files
     on_disk = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir() if path.name != "README.md"}
     assert dict(files) == on_disk
+
+
+def test_a_json_export_to_a_file_is_a_plan_file(mixed: Measured, tmp_path: Path) -> None:
+    found = mixed.export("json", tmp_path / "plan.json")
+    assert Path(found.folder) == tmp_path / "plan.json" and list(found.files) == ["plan.json"]
+    text = (tmp_path / "plan.json").read_text()
+    assert plan_from_json(text, mixed.manifest, "plan.json") == mixed.plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_an_interrupted_export_leaves_nothing_behind(
+    mixed: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dtmsearch.workflows.export.measured", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mixed.export("dense", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_names_a_few_components_and_how_many_more_there_are() -> None:
+    said = str(refuse("dense", "no", [f"layers.{n}: w8a8" for n in range(9)]))
+    assert said.splitlines()[-1] == "  and 4 more" and len(said.splitlines()) == 7
 
 
 def test_a_json_export_is_the_plan(mixed: Measured, tmp_path: Path) -> None:

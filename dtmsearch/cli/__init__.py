@@ -28,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return cli.main(arguments, prog_name="dtmsearch", standalone_mode=False) or 0
     except click.ClickException as error:
+        if isinstance(error, click.UsageError) and not isinstance(error, click.exceptions.NoArgsIsHelpError):
+            verb = "dtmsearch" if error.ctx is None else error.ctx.command_path
+            message = " ".join(error.format_message().split()).rstrip(".")
+            say(f"error: {message} (`{verb} --help` says what there is)")
+            return error.exit_code
         shown = io.StringIO()
         error.show(file=shown)
         say(shown.getvalue().rstrip("\n"))

@@ -133,14 +133,20 @@ def examples(*lines: str) -> str:
 
 
 def open_store(store: str) -> ResultStore:
-    """The store that a verb reads. Raises `UserError` for a folder that was named and is not there: it is mistyped."""
+    """The store that a verb reads. Raises `UserError` as `check_store` does."""
     # Not through dtmsearch.workflows.run, which loads Ray: reading a store takes no cluster.
     from dtmsearch.store.store import ResultStore
 
+    check_store(store)
+    return ResultStore(store, on_note=say)
+
+
+def check_store(store: str) -> None:
+    """Raises `UserError` for a folder that was named as a store that there should be, and is not there: it is
+    mistyped."""
     try:
         is_there = store == DEFAULT_STORE or "://" in store or Path(store).exists()
     except (OSError, ValueError) as error:
         raise UserError(f"--store {store}: {error}") from None
     if not is_there:
         raise UserError(f"there is no store {store}; --store names the folder or bucket that the search was run with")
-    return ResultStore(store, on_note=say)

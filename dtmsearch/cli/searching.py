@@ -9,6 +9,7 @@ import click
 
 from dtmsearch.cli.driving import observing, resumable, where_of
 from dtmsearch.cli.options import (
+    check_store,
     complete_run,
     examples,
     format_option,
@@ -102,6 +103,7 @@ def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> 
 
     Nothing that is recorded is measured again.
     """
+    check_store(store)
     from dtmsearch.workflows.run import resume
 
     with resumable(resume_command(name, store)), observing(quiet) as observer:

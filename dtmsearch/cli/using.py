@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dtmsearch.cli.driving import observing, resumable, where_of
-from dtmsearch.cli.options import NewPath, examples, format_option, set_option, store_option, where_options
+from dtmsearch.cli.options import NewPath, check_store, examples, format_option, set_option, store_option, where_options
 from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import say, show
 from dtmsearch.errors import FAILED
@@ -23,9 +24,13 @@ class _ExportFormat(click.Choice[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from dtmsearch.core import plugins
 
-        if value in self.choices or value not in plugins.plugin_names(plugins.FORMATS):
-            return super().convert(value, param, ctx)
-        return str(value)
+        others = plugins.plugin_names(plugins.FORMATS)
+        if value in self.choices or value in others:
+            return str(value)
+        known = [*self.choices, *others]
+        near = [name for name in known if str(value).lower() in name] or difflib.get_close_matches(str(value), known)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return self.fail(f"there is no format {value!r}; there are {', '.join(known)}{meant}", param, ctx)
 
 
 @cli.command(
@@ -80,6 +85,8 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
     What the plan prunes stays zero. The same command goes on with a training that was stopped.
     """
     from dtmsearch.console.text import recovered_text
+
+    check_store(store)
     from dtmsearch.workflows.run import recover
 
     with resumable("run the same command again"), observing(quiet) as observer:
@@ -129,7 +136,9 @@ def export_verb(
     A model is loaded again in a fresh process and measured: FDT and SDT as recorded, or the export fails.
     """
     from dtmsearch.console.text import exported_text, exported_values
-    from dtmsearch.workflows.export import export
+
+    check_store(store)
+    from dtmsearch.workflows.export import export  # which loads torch
 
     result = export(
         source,
@@ -181,6 +190,8 @@ def score_verb(
     Differences are paired over the same questions; flips are answers that went from right to wrong or back.
     """
     from dtmsearch.console.text import scores_text
+
+    check_store(store)
     from dtmsearch.workflows.score import Asked, score
 
     asked = Asked(tuple(task.strip() for task in tasks.split(",")), include, limit, fewshot, batch_size)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
 from dtmsearch.core.components import is_gguf, weight_files
@@ -26,6 +27,8 @@ _GROWTH = 2
 _MOST_BYTES, _PIECE_BYTES = 1 << 30, 16 << 20
 # Where rows of files have their text.
 _COLUMN = "text"
+# So many lines show whether a text is rows of JSON under another name.
+_FIRST_LINES = 5
 # How files of other encodings begin; the longer mark first, which begins as the shorter does.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -87,14 +90,53 @@ def _vocabulary_size(folder: Path) -> int | None:
 
 
 def check_readable(file: SearchFile) -> None:
-    """Raises `UserError` for a text file of the search file that is not there, or whose beginning cannot be read."""
-    sections = (file.prompts, file.validation_prompts, file.calibration_text)
-    found = [path for section in sections if section is not None for path in text_files(file, section)]
+    """Raises `UserError` for a text file of the search file that is not there, whose beginning is no text or cannot be
+    read, or that is so short that no tokenizer could make its prompts of it."""
+    sections = {"prompts": file.prompts, "validation": file.validation_prompts, "calibration": file.calibration_text}
+    found = {name: text_files(file, section) for name, section in sections.items() if section is not None}
     if file.search.recovery is not None:
-        found += paths(file, file.search.recovery.files)
-    for path in dict.fromkeys(found):
-        with _opened(path) as stream:
-            stream.read(_LOOKED_AT)
+        found["recovery"] = paths(file, file.search.recovery.files)
+    most_tokens = {path: _most_tokens(path) for path in dict.fromkeys(path for own in found.values() for path in own)}
+    for name, section in sections.items():
+        if section is not None and section.dataset is None:
+            _check_length(name, section, {path: most_tokens[path] for path in found[name]})
+
+
+def _most_tokens(path: Path) -> float:
+    """How many tokens a text can have at most, by its beginning: one for each byte. Raises `UserError` for what is no
+    text."""
+    if _is_parquet(path):
+        _check_column(path)
+        return math.inf  # its bytes are packed
+    with _opened(path) as stream:
+        beginning = stream.read(_LOOKED_AT)
+    text = _decoded(path, beginning)
+    if not text.strip():
+        raise UserError(f"the text {path} is empty: give one that holds text like what the model is to write")
+    if not _is_rows_of_json(path) and _looks_like_rows_of_json(text):
+        raise UserError(f"{path} has an object of JSON on each line: name it .jsonl, and its texts are what is read")
+    return len(beginning) + 1 if len(beginning) < _LOOKED_AT else math.inf
+
+
+def _looks_like_rows_of_json(text: str) -> bool:
+    """Whether the first lines are objects that have a text."""
+    try:
+        rows = [json.loads(line) for line in text.split("\n")[:_FIRST_LINES] if line.strip()]
+    except ValueError:
+        return False
+    return all(isinstance(row, dict) and isinstance(row.get(_COLUMN), str) for row in rows)
+
+
+def _check_length(name: str, section: PromptsSection, most_tokens: Mapping[Path, float]) -> None:
+    # The first token of a window may be one that the tokenizer puts there.
+    wanted = section.count * (section.prompt_tokens + section.continuation_tokens - 1)
+    if sum(most_tokens.values()) < wanted:
+        files = ", ".join(shown(path.name) for path in most_tokens)
+        raise UserError(
+            f"{name}.count asks for {section.count} prompts of {section.prompt_tokens} + {section.continuation_tokens} "
+            f"tokens, for which {files} is too short: give more text, or a smaller count, prompt_tokens or "
+            "continuation_tokens"
+        )
 
 
 def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
@@ -130,11 +172,22 @@ def read_files(file: SearchFile, names: Sequence[str]) -> list[str]:
 
 
 def _documents(path: Path) -> list[str]:
-    name = path.name.lower().removesuffix(".zst").removesuffix(".gz")
-    if name.endswith(".parquet"):
+    if _is_parquet(path):
         return _column(path)
     text = _decoded(path, _content(path))
-    return _rows_of_json(path, text) if name.endswith((".jsonl", ".ndjson")) else [text]
+    return _rows_of_json(path, text) if _is_rows_of_json(path) else [text]
+
+
+def _name(path: Path) -> str:
+    return path.name.lower().removesuffix(".zst").removesuffix(".gz")
+
+
+def _is_parquet(path: Path) -> bool:
+    return _name(path).endswith(".parquet")
+
+
+def _is_rows_of_json(path: Path) -> bool:
+    return _name(path).endswith((".jsonl", ".ndjson"))
 
 
 def _decoded(path: Path, content: bytes) -> str:
@@ -169,7 +222,21 @@ def _rows_of_json(path: Path, text: str) -> list[str]:
     return found
 
 
+def _check_column(path: Path) -> None:
+    """Raises `UserError` for what is no Parquet file with a column of text, by its end alone."""
+    with _text_column(path):
+        pass
+
+
 def _column(path: Path) -> list[str]:
+    with _text_column(path) as file:
+        values = file.read([_COLUMN])[_COLUMN].to_pylist()
+    return [value for value in values if value is not None]
+
+
+@contextmanager
+def _text_column(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile` that has the column of texts."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -181,11 +248,10 @@ def _column(path: Path) -> list[str]:
                 raise UserError(
                     f"{path} has no text in a column {_COLUMN!r}: its columns are {shown(', '.join(names))}"
                 )
-            values = file.read([_COLUMN])[_COLUMN].to_pylist()
+            yield file
     except (OSError, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot read {path}: it is no Parquet file, or a damaged one ({reason})") from None
-    return [value for value in values if value is not None]
 
 
 def _content(path: Path) -> bytes:

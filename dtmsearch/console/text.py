@@ -301,13 +301,21 @@ def recovered_text(recovered: RecoveredModel) -> str:
     return f"{head}\n\n{table(['training', *_METRIC_COLUMNS], rows)}\n{export}"
 
 
+def _tokens(number: int) -> str:
+    return f"{number / 1e6:,.1f} million tokens" if number >= 10**6 else f"{number:,} tokens"
+
+
+def _operations(number: float) -> str:
+    return f"{number / 1e12:,.1f} TFLOP" if number >= 1e12 else f"{number / 1e9:,.2g} GFLOP"
+
+
 def estimate_text(estimate: Estimate) -> str:
     """What a search will cost."""
     nodes = f" on {estimate.nodes_per_replica} nodes" if estimate.nodes_per_replica > 1 else ""
     return "\n".join(
         [
-            _line("search", f"about {estimate.evaluations:,} evaluations, {estimate.tokens / 1e6:,.1f} million tokens"),
-            _line("work", f"{estimate.operations / 1e12:,.1f} TFLOP in matrix products, shared prefixes left out"),
+            _line("search", f"about {estimate.evaluations:,} evaluations, {_tokens(estimate.tokens)}"),
+            _line("work", f"{_operations(estimate.operations)} in matrix products, shared prefixes left out"),
             _line(
                 "memory",
                 f"{estimate.memory_bytes / 2**30:.2f} GiB a replica{nodes}, {counted(estimate.replicas, 'replica')}",

@@ -263,9 +263,10 @@ class Written:
 
 
 def refuse(format_name: str, reason: str, offending: Sequence[str]) -> UserError:
-    """The error of a plan that a format cannot hold, with every component in its way."""
-    lines = "".join(f"\n  {line}" for line in offending)
-    return UserError(f"{format_name} cannot hold this plan: {reason}{lines}")
+    """The error of a plan that a format cannot hold, with the first few components in its way."""
+    more = len(offending) - _MOST_NAMED
+    lines = [*offending[:_MOST_NAMED], *([f"and {more} more"] if more > 0 else [])]
+    return UserError(f"{format_name} cannot hold this plan: {reason}" + "".join(f"\n  {line}" for line in lines))
 
 
 def _with_matrix(tensor: Tensor, component: Component, rewrite: Callable[[Component, Tensor], Tensor]) -> Tensor:
@@ -281,6 +282,8 @@ def _with_matrix(tensor: Tensor, component: Component, rewrite: Callable[[Compon
     return tensor
 
 
+# Components that the error of a refused plan names.
+_MOST_NAMED = 5
 _INTEGER_BITS = {"I8": 8, "U8": 8, "BOOL": 8, "I16": 16, "I32": 32, "I64": 64}
 
 

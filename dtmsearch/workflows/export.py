@@ -15,7 +15,7 @@ import torch
 
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
-from dtmsearch.export.formats.format_registry import Format, find_format
+from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_format
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
@@ -53,7 +53,13 @@ def export(
     draft = write(order)
     if order.is_checked:
         say("measuring it in a fresh process")
-    return publish(verify(draft, batch_tokens))
+    try:
+        return publish(verify(draft, batch_tokens))
+    except ExportFailed:  # a faulty export stays, to be looked at
+        raise
+    except BaseException:
+        shutil.rmtree(draft.folder, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def write(order: Order) -> Draft:
     folder.mkdir(parents=True)
     try:
         written = order.form.write(order.job, folder)
-    except UserError:  # a refusal leaves nothing behind; a faulty export stays, to be looked at
+    except BaseException:  # a refusal, a full disk, Ctrl-C: what is half written is of no use
         shutil.rmtree(folder, ignore_errors=True)
         raise
     check_bytes(order.job, written)
@@ -140,10 +146,14 @@ def verify(draft: Draft, batch_tokens: int = 0) -> Draft:
 
 
 def publish(draft: Draft) -> Exported:
-    """Put a draft where it was asked for."""
+    """Put a draft where it was asked for; a plan as one file, where `--out` names one."""
     target = draft.order.target
     if target.exists():
         target.rmdir()
+    if draft.order.form.name == "json" and target.suffix.lower() == ".json":
+        (draft.folder / PLAN_FILE).rename(target)
+        shutil.rmtree(draft.folder)
+        return replace(draft.result, files={target.name: target.stat().st_size})
     draft.folder.rename(target)
     return draft.result
 

@@ -100,6 +100,8 @@ def check_plan_argument(plan: str, results: ResultStore) -> None:
         parse_scheme(plan.removeprefix(UNIFORM))
     elif not is_file(Path(plan)):
         record = results.run(plan)
+        if record is None and (inside := Path(plan) / "plan.json").is_file():
+            raise UserError(f"--plan {plan!r} is a folder: give the plan in it, {inside}")
         if record is None:
             raise UserError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
         if results.plan_id_so_far(record) is None:

@@ -102,6 +102,8 @@ def run(
         if not missing:
             return replace(summarize_run(results, file.run), already_complete=True)
         observer.on_note(f"rows of {' and '.join(missing)} of run {file.run} are lost, and are measured again")
+    if previous is None:  # a mistake leaves nothing in the store
+        texts.check_readable(file)
     with interruptible(), naming(file.run), results.writer(file.run, where.retry_out_of_memory) as writer:
         _Run(file, results, writer, observer, begun(results, file)).run(where, evaluator)
     return summarize_run(results, file.run)

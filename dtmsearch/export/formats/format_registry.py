@@ -17,6 +17,9 @@ from dtmsearch.export.formats.evopress import write_evopress
 from dtmsearch.export.formats.gguf import write_recipe
 from dtmsearch.export.job import Job, Written
 
+# What the format `json` writes.
+PLAN_FILE = "plan.json"
+
 
 @dataclass(frozen=True)
 class Format:
@@ -30,7 +33,7 @@ class Format:
 
 
 def write_json(job: Job, folder: Path) -> Written:
-    path = folder / "plan.json"
+    path = folder / PLAN_FILE
     path.write_text(plan_to_json(job.plan, job.manifest, job.weights_id), encoding="utf-8")
     return Written((path,))
 
