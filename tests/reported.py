@@ -21,6 +21,7 @@ from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.priced import Fisher
+from dtmsearch.search.strategies.probe import Probe
 from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.validate import validation_plans
@@ -83,6 +84,39 @@ def make_run(
                 finished_at=1.7e9 + 60 if finished else None,
                 version="0.1.0",
                 message=message if status == "failed" else None,
+            )
+        )
+    return store
+
+
+def make_probe_run(folder: Path, run: str = "probe") -> ResultStore:
+    """A finished probe: a ranking, no plan."""
+    store, one = ResultStore(folder), reference("search", NUM_LAYERS)
+    manifest, components = toy_manifest(NUM_LAYERS), toy_components(NUM_LAYERS)
+    with store.writer(run) as writer:
+        writer.put_components(manifest, components)
+        writer.share(one)
+        task = Task(
+            SearchSpace(components, SCHEMES),
+            lambda plan, parent: request(plan, one, parent),
+            rank_by="kl",
+            continuation_tokens=CONTINUATION_TOKENS,
+        )
+        search(Probe(task), FakeEvaluator(fakes.evaluate, per_poll=8), writer, Silent())
+        config = {"run": run, "model": {"path": "toy"}, "search": {"strategy": "probe", "rank_by": "kl"}}
+        writer.put_run(
+            RunRecord(
+                run=run,
+                status="finished",
+                config=yaml.safe_dump(config),
+                config_folder="/",
+                manifest_id=manifest.id,
+                reference_id=one.id,
+                validation_reference_id=None,
+                final_plan_id=None,
+                created_at=1.7e9,
+                finished_at=1.7e9 + 60,
+                version="0.1.0",
             )
         )
     return store

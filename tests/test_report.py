@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from reported import HOSTILE, NUM_LAYERS, SCHEMES, make_priced_run, make_run
+from fakes import FakeEvaluator, evaluate, toy_components, toy_manifest
+from reported import HOSTILE, NUM_LAYERS, SCHEMES, make_priced_run, make_probe_run, make_run, reference, request
 
 from dtmsearch.analysis.summary import runs_overview, summarize_run
 from dtmsearch.cli import main
 from dtmsearch.console.text import overview_text, run_text
+from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.report.charts import figures, save
 from dtmsearch.report.charts.scheme_colours import by_bits, colour_of, ink_on
 from dtmsearch.report.comparison import compared, held_out_differences, plan_differences, sentence
 from dtmsearch.report.facts import RunFacts, gather, per_prompt, spending_of, spread, suffering_of
 from dtmsearch.report.writing import page
+from dtmsearch.search.loop import measure
 from dtmsearch.store.store import ResultStore
 
 MOST_BYTES = 3_000_000
@@ -356,6 +359,44 @@ def test_what_layers_suffer_is_one_on_average_over_weights(priced: tuple[RunFact
         weights[row["kind"]] += row["num_weights"]
     mean = sum(row["times"] * weights[row["kind"]] for row in rows) / sum(weights.values())
     assert scheme == "int2-channel" and mean == pytest.approx(1.0)
+
+
+# A probe, and trainings.
+
+
+def test_a_probe_shows_its_ranking_and_no_plan(tmp_path: Path) -> None:
+    store = make_probe_run(tmp_path)
+    found = gather(store, "probe")
+    text = page(store, found, figures(found))
+    costs = [row["kl"] for row in found.ranking]
+    assert len(costs) == NUM_LAYERS * 3 * 2 and costs == sorted(costs)
+    assert "The ranking" in text and "The leading plan" not in text and "of searched components" not in text
+    assert {figure.section for figure in figures(found)} == {"sensitivity"}
+
+
+def test_values_before_and_after_a_training_of_one_plan_are_its_own(tmp_path: Path) -> None:
+    store = make_run(tmp_path)
+    plan = store.plan(gather(store, "toy").summary.final_plan_id or "", "toy")
+    assert plan is not None
+    trained = replace(request(plan, reference("held out", NUM_LAYERS)), weights_id="trained")
+
+    def better(asked: EvalRequest) -> EvalResult:
+        return replace(evaluate(asked), fdt=evaluate(asked).fdt + 7)
+
+    with store.writer("toy") as writer:
+        writer.put_components(toy_manifest(NUM_LAYERS), toy_components(NUM_LAYERS))
+        measure({"round-1:20.0%:trained": trained}, FakeEvaluator(better), writer, "validation")
+    found = gather(store, "toy")
+    values = per_prompt(store, found.record, found.summary)
+    gained = np.subtract(values["round-1:20.0%:trained"]["fdt"], values["plan"]["fdt"])
+    assert gained.tolist() == [7] * 8
+    assert "round 1, 20.0% pruned, trained" in page(store, found, figures(found))
+
+
+def test_tokens_of_prices_are_counted(priced: tuple[RunFacts, str]) -> None:
+    facts, text = priced
+    assert facts.cost.price_tokens == 640 and facts.cost.tokens == 640  # toy evaluations count none
+    assert "of which 640 backward too" in text
 
 
 # How to use it, and what failed.

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reported import HOSTILE, NUM_LAYERS, make_run
+from reported import HOSTILE, NUM_LAYERS, make_priced_run, make_probe_run, make_run
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from dtmsearch.report.comparison import write_comparison
 from dtmsearch.report.writing import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -81,6 +82,27 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield Page(browser, Path(folder / "report.html").as_uri())
     finally:
         browser.quit()
+
+
+# Pages that look otherwise than that of a finished beam.
+KINDS = ("priced", "probe", "failed", "running", "pruned", "compared")
+
+
+@pytest.fixture(scope="module")
+def kinds(page: Page, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Page]:
+    """Each in the same browser."""
+    folder = tmp_path_factory.mktemp("kinds")
+    stores = {
+        "priced": make_priced_run(folder / "priced"),
+        "probe": make_probe_run(folder / "probe"),
+        "failed": make_run(folder / "failed", "failed", status="failed", failing=True),
+        "running": make_run(folder / "running", "running", status="running"),
+        "pruned": make_run(folder / "pruned", "pruned", schemes=("magnitude-0.5", "drop")),
+    }
+    for kind, store in stores.items():
+        write_report(store, kind, folder / f"{kind}.html")
+    write_comparison(make_run(folder / "failed", "one"), "one", "failed", folder / "compared.html")
+    return {kind: Page(page.browser, (folder / f"{kind}.html").as_uri()) for kind in KINDS}
 
 
 @pytest.fixture
@@ -148,17 +170,55 @@ def test_what_a_store_holds_is_shown_as_text(shown: Page) -> None:
     assert HOSTILE in shown.find("pre.prompt").text
 
 
-@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1440, "light")])
-def test_it_fits_and_can_be_read_by_everybody(page: Page, width: int, theme: str) -> None:
-    page.show(width, theme)
+def problems_of(page: Page) -> list[Any]:
+    """What axe finds, every text open."""
     page.run("for (const text of document.querySelectorAll('details')) text.open = true")
     page.run((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
     found = page.browser.execute_async_script(
         "axe.run(document, {resultTypes: ['violations']}).then(arguments[arguments.length - 1])"
     )
-    problems = [(v["id"], [node["html"] for node in v["nodes"]][:3]) for v in found["violations"]]
-    overflow = page.run("return document.documentElement.scrollWidth - window.innerWidth")
-    assert (problems, overflow <= 0) == ([], True)
+    return [(v["id"], [node["html"] for node in v["nodes"]][:3]) for v in found["violations"]]
+
+
+_OVERFLOW = "return Math.max(0, document.documentElement.scrollWidth - window.innerWidth)"
+
+
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1440, "light")])
+def test_it_fits_and_can_be_read_by_everybody(page: Page, width: int, theme: str) -> None:
+    page.show(width, theme)
+    assert (problems_of(page), page.run(_OVERFLOW)) == ([], 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_page_fits_and_can_be_read_by_everybody(kinds: dict[str, Page], kind: str) -> None:
+    page = kinds[kind]
+    page.show(390, "light" if KINDS.index(kind) % 2 else "dark")
+    assert (problems_of(page), page.run(_OVERFLOW), page.run(_CUT)) == ([], 0, [])
+
+
+def test_the_predicted_front_is_drawn_with_the_plans_on_it(kinds: dict[str, Page]) -> None:
+    page = kinds["priced"]
+    page.show()
+    front = "[data-figure='front']"
+    assert len(page.all(f"{front} .mark-area.role-mark path")) == 1
+    names = page.run(
+        f'return [...document.querySelectorAll("{front} .mark-text.role-mark text")].map(t => t.textContent)'
+    )
+    assert "this plan" in names and "uniform int2-channel" in names
+
+
+def test_a_page_prints_without_what_only_a_screen_has(kinds: dict[str, Page]) -> None:
+    page = kinds["priced"]
+    page.show(390)
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        shown = page.run(
+            "return [...document.querySelectorAll('.hint, .choices, .filters')].filter(e => e.offsetParent)"
+        )
+        scrolled = page.run("return getComputedStyle(document.querySelector('.tall')).maxHeight")
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert (shown, scrolled) == ([], "none")
 
 
 # Texts in charts that do not lie within their chart, in pixels beyond it.

@@ -287,6 +287,8 @@ def _verdict(
 ) -> str:
     if record.final_plan_id is None:
         return _without_plan(record)
+    if record.status == "running" and not any(row.label == PLAN for row in rows):
+        return "The plan is found, and not yet measured on held-out prompts."
     length = None if reference is None else reference.continuation_tokens
     said = verdict(rows, rank_by, length, rival, _counts_active(record), brief)
     if source is not None and is_larger_than_source(source):
@@ -494,6 +496,7 @@ def _validation_row(measured: _Measured, plan: _Measured | None, reference: _Hel
     return ValidationRow(
         label=measured.label,
         plan_id=row["plan_id"],
+        weights_id=row["weights_id"] or None,
         num_compressed=row["num_compressed"],
         bits_per_weight=row["bits_per_weight"],
         active_bits_per_weight=row["active_bits_per_weight"],

@@ -31,7 +31,7 @@ class ValidationRow:
     """A plan on the held-out prompts. The differences are the final plan minus this one, paired over prompts: in
     tokens for fdt and sdt, in nats per token for kl and for perplexities (of their logarithms); None for the final plan
     itself and where either was not measured. `active_bits_per_weight` is what a token reads of a mixture of experts,
-    None of other models."""
+    None of other models. `weights_id` names the weights that a training came to, None of the base model's."""
 
     label: str
     plan_id: str
@@ -47,6 +47,7 @@ class ValidationRow:
     ppl_vs_plan: PairedDifference | None = None
     others_vs_plan: Mapping[str, PairedDifference | None] = field(default_factory=dict, hash=False)
     active_bits_per_weight: float | None = None
+    weights_id: str | None = None
 
     def counted_bits(self, active: bool) -> float:
         """Bits per weight that plans are compared by: all, or where it is known what a token reads."""

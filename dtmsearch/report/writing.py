@@ -19,10 +19,12 @@ from typing import Any
 
 from dtmsearch import __version__
 from dtmsearch.analysis.failure import failed_evaluations, headline
-from dtmsearch.analysis.format import components, duration, number, plain, with_error, with_interval
+from dtmsearch.analysis.format import components, counted, duration, number, plain, with_error, with_interval
+from dtmsearch.analysis.metric_text import metric_number
 from dtmsearch.analysis.verdict import ValidationRow
 from dtmsearch.core.statistics import PairedDifference
 from dtmsearch.report.charts import Figure, figures, plan_name, save, schemes_of, title_of
+from dtmsearch.report.charts.heatmaps import MOST_COLOURS
 from dtmsearch.report.charts.scheme_colours import by_bits
 from dtmsearch.report.extra import jinja2, vl_convert
 from dtmsearch.report.facts import Row, RunFacts, ceiling_of, gather, interval, per_prompt, recipe_command
@@ -57,6 +59,8 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "solve": f"dtmsearch solve {shlex.quote(summary.run)} --bits BITS --store {shlex.quote(store.url)}",
         "vanished": [row["component"] for row in facts.plan_rows if row["pruned"] == 1.0],
         "texts": [_side_by_side(row) for row in facts.texts],
+        "unmeasured": _unmeasured(facts),
+        "many_schemes": len({row["scheme"] for row in facts.plan_rows}) > MOST_COLOURS,
         "titles": {metric: title_of(metric) for metric in facts.metrics},
         "tiles": _tiles(facts),
         "store": store.url,
@@ -85,6 +89,13 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
         "number": lambda value: "-" if value is None else number(value),
         "percent": lambda value: "-" if value is None else f"{value:.1%}",
         "count": lambda value: f"{value:,}",
+        "counted": counted,
+        "metric": lambda value, name: "-" if value is None else metric_number(name, value),
+        "mean": lambda said: said.partition(" [")[0],
+        "span": lambda said: "".join(said.partition(" [")[1:]).strip(),
+        "tokens": lambda value: f"{value:,}" if value < 1e6 else f"{value / 1e6:.1f} million",
+        "steady": lambda value: "-" if value is None else f"{value:#.4g}".rstrip("."),
+        "ticked": lambda text: [(at % 2 == 1, part) for at, part in enumerate(text.split("`"))],
         "plan_name": plan_name,
         "choice_parts": _choice_parts,
         "blanks": _runs,
@@ -180,7 +191,9 @@ def _ahead(difference: PairedDifference | None) -> str:
 def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     """The headline's numbers: (value, what it is, what it stands beside)."""
     summary, tiles = facts.summary, []
-    if summary.share is not None and summary.bits_per_weight is not None:
+    if summary.share is None:  # of a search without a plan: what leads it is shown below
+        return []
+    if summary.bits_per_weight is not None:
         dense = facts.components[0]["dense_bits"] if facts.components else 16
         tiles.append((f"{summary.share:.1%}", "of the weights compressed", components(summary.num_compressed)))
         tiles.append((f"{summary.bits_per_weight:.2f}", "bits per weight", _beside(facts, dense)))
@@ -231,11 +244,17 @@ def _component_rows(facts: RunFacts) -> list[Row]:
     alone: dict[str, dict[str, str]] = {}
     for row in facts.sensitivity:
         if row.get(facts.rank_by) is not None:
-            alone.setdefault(row["component"], {})[row["scheme"]] = number(row[facts.rank_by])
+            alone.setdefault(row["component"], {})[row["scheme"]] = metric_number(facts.rank_by, row[facts.rank_by])
     if not facts.sensitivity:
         for row in facts.story.prices:
             alone.setdefault(row["component"], {})[row["scheme"]] = with_error(row["kl"], row["error"])
     return [{**row, "alone": alone.get(row["component"], {})} for row in facts.plan_rows]
+
+
+def _unmeasured(facts: RunFacts) -> bool:
+    """Whether a heat map of what components suffer has cells that nothing was measured of."""
+    pairs = {(row["component"], row["scheme"]) for row in facts.sensitivity}
+    return len(pairs) < len(facts.components) * len({scheme for _, scheme in pairs})
 
 
 def _failed(facts: RunFacts) -> list[str]:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dtmsearch.report.charts.drawing import FAINT, Figure, named, sized
+from dtmsearch.report.charts.heatmaps import MOST_COLOURS
 from dtmsearch.report.charts.scheme_colours import by_bits, colour_of
 from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import Row, RunFacts, kinds_of, spending_of, suffering_of
 
-# More schemes than this cannot be told apart in a bar.
-_MOST_SCHEMES = 12
 _HEIGHT = 190
 
 
@@ -25,6 +24,9 @@ def spending_figures(facts: RunFacts) -> list[Figure]:
         if len(order) < 2:
             continue
         spent, name = spending_of(facts.plan_rows, by), f"bits-{by}"
+        if len({row["scheme"] for row in facts.plan_rows}) > MOST_COLOURS:  # too many to be told apart in a bar
+            whole = {row[by]: row["group_bits"] for row in spent}
+            spent = [{by: group, "bits": bits, "group_bits": bits} for group, bits in whole.items()]
         found.append(Figure("spending", name, _bits(name, by, spent, order), {name: spent}, choice))
         metric = "kl" if not facts.sensitivity else facts.rank_by
         scheme, suffered = suffering_of(facts.alone, metric, facts.ceiling, by)
@@ -47,16 +49,16 @@ def _x(by: str, order: Sequence[Any]) -> Any:
 
 
 def _bits(name: str, by: str, rows: Sequence[Row], order: Sequence[Any]) -> Any:
-    schemes = by_bits(row["scheme"] for row in rows)
-    tooltip = [
-        alt.Tooltip(f"{by}:N"),
-        alt.Tooltip("scheme:N"),
-        alt.Tooltip("share:Q", title="share of weights", format=".0%"),
-        alt.Tooltip("group_bits:Q", title="bits per weight, all", format=".2f"),
-    ]
+    schemes = by_bits(row["scheme"] for row in rows if "scheme" in row)
+    tooltip = [alt.Tooltip(f"{by}:N"), alt.Tooltip("group_bits:Q", title="bits per weight, all", format=".2f")]
+    if schemes:
+        tooltip[1:1] = [
+            alt.Tooltip("scheme:N"),
+            alt.Tooltip("share:Q", title="share of weights", format=".0%"),
+        ]
     y = alt.Y("bits:Q", title="bits per weight", stack="zero", axis=alt.Axis(tickCount=5, format="~g"))
     bars = named(name).mark_bar(aria=False).encode(x=_x(by, order), y=y, tooltip=tooltip)
-    if len(schemes) <= _MOST_SCHEMES:
+    if schemes:
         scale = alt.Scale(domain=schemes, range=[colour_of(scheme) for scheme in schemes])
         legend = alt.Legend(title=None, orient="bottom", columns=3, symbolType="square")
         bars = bars.encode(color=alt.Color("scheme:N", scale=scale, legend=legend), order="width:Q")

@@ -97,12 +97,13 @@ def save(found: Iterable[Figure], folder: Path) -> list[Path]:
 
 def plan_name(label: str) -> str:
     """A validated plan as a reader calls it."""
-    kind, _, scheme = label.partition(":")
-    return (
-        f"uniform {scheme}"
-        if kind.startswith("uniform")
-        else {"plan": "this plan", "base": "base model"}.get(label, label)
-    )
+    kind, _, rest = label.partition(":")
+    if kind.startswith("uniform"):
+        return f"uniform {rest}"
+    if kind.startswith("round-"):  # of a search in rounds: `round-2:35.0%:trained`
+        pruned, _, trained = rest.partition(":")
+        return f"round {kind.removeprefix('round-')}, {pruned} pruned" + (", trained" if trained else "")
+    return {"plan": "this plan", "base": "base model"}.get(label, label)
 
 
 def named(name: str) -> Any:

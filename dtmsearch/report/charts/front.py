@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dtmsearch.report.charts.drawing import (
@@ -49,12 +50,12 @@ def front_figures(facts: RunFacts) -> list[Figure]:
     at_y = alt.Y("kl:Q", title=title_of("kl"), scale=scale, axis=y_axis)
     drawn = line.mark_line(color=PALETTE[0], strokeWidth=2, aria=False).encode(y=at_y)
     touched = line.mark_point(opacity=0, size=120, aria=False).encode(y=at_y, tooltip=tooltip)
-    layers = [band, drawn, touched, *_points(x, at_y)]
+    layers = [band, drawn, touched, *_points(x, at_y, plans)]
     chart = sized(alt.layer(*layers), _HEIGHT, "KL against bits per weight: the predicted front and measured plans")
     return [Figure("front", "front", chart, {"front": front, "front-plans": plans})]
 
 
-def _points(x: Any, y: Any) -> list[Any]:
+def _points(x: Any, y: Any, rows: Sequence[Row]) -> list[Any]:
     """Plans by what is known of them, told apart by shape too; uniform ones in their scheme's colour, with its name."""
     plans = named("front-plans").encode(x=x, y=y)
     shape = alt.Shape(
@@ -72,16 +73,15 @@ def _points(x: Any, y: Any) -> list[Any]:
     ]
     found = []
     for series, size, filled in zip(_SERIES, (130, 75, 45, 22), (True, True, False, True), strict=True):
+        if not any(row["series"] == series for row in rows):
+            continue
         own = plans.transform_filter(alt.datum.series == series)
         colour = alt.Color("colour:N", scale=None)
         found.append(
             own.mark_point(filled=filled, size=size, opacity=1).encode(color=colour, shape=shape, tooltip=tooltip)
         )
-    known = plans.transform_filter(alt.FieldOneOfPredicate("series", list(_SERIES[:2])))
-    found.append(written(known.transform_filter("datum.named && datum.whose !== 'this plan'"), -14))
-    found.append(written(known.transform_filter("datum.whose === 'this plan'"), 18))
     # The plan lies on top of the others, names on top of all.
-    return found[-3::-1] + found[-2:]
+    return [*found[::-1], *written(plans, rows)]
 
 
 def _plans(facts: RunFacts) -> list[Row]:
@@ -106,6 +106,7 @@ def _plans(facts: RunFacts) -> list[Row]:
             {
                 **_row(series, row["name"], row["bits"], row["kl"], row["colour"]),
                 "named": row["named"],
+                "side": row["side"],
                 "whose": row["whose"],
             }
         )
@@ -118,4 +119,13 @@ def _lies_in(facts: RunFacts, bits: float) -> bool:
 
 
 def _row(series: str, name: str, bits: float, kl: float, colour: str) -> Row:
-    return {"series": series, "name": name, "bits": bits, "kl": kl, "colour": colour, "named": False, "whose": "other"}
+    return {
+        "series": series,
+        "name": name,
+        "bits": bits,
+        "kl": kl,
+        "colour": colour,
+        "named": False,
+        "side": "center",
+        "whose": "other",
+    }

@@ -23,7 +23,7 @@ from dtmsearch.report.extra import altair as alt
 from dtmsearch.report.facts import Row, RunFacts, damage, kinds_of
 
 # Up to this many schemes have colours of their own; more are drawn by their bits.
-_MOST_COLOURS = 12
+MOST_COLOURS = 12
 # Characters are written into cells while there are no more layers than have room for them on a phone.
 MOST_LAYERS_WRITTEN = 36
 
@@ -192,7 +192,7 @@ def scheme_map(section: str, name: str, plan_rows: Sequence[Row], description: s
         alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
         alt.Tooltip("num_weights:Q", title="weights", format=","),
     ]
-    if len(schemes) > _MOST_COLOURS:
+    if len(schemes) > MOST_COLOURS:
         colour = alt.Color("bits:Q", legend=ramp_legend("bits per weight"))
         chart = layers_by_kinds(name, cells, kinds).encode(color=colour, tooltip=tooltip)
         return Figure(section, name, sized(chart, ROW_HEIGHT * len(kinds), description), {name: cells}, choice)

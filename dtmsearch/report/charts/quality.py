@@ -5,7 +5,7 @@ base model's, how damages add up, and the plans of a whole store.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.report.charts.drawing import (
@@ -34,7 +34,7 @@ _FEWEST_POINTS = 3
 
 
 def course_figures(facts: RunFacts) -> list[Figure]:
-    if not _goes_somewhere(facts):
+    if facts.ranking or not _goes_somewhere(facts):
         return []
     held_out = [row | labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
     data = {"points": facts.points, "path": facts.path, "held_out": held_out}
@@ -83,17 +83,31 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
             held_out.encode(color=alt.Color("colour:N", scale=None)).mark_point(
                 shape="diamond", size=90, filled=True, opacity=1
             ),
-            _beside(held_out.transform_filter("datum.label != 'plan'"), "right"),
-            _beside(held_out.transform_filter("datum.label == 'plan'"), "left"),
+            *_named_beside(held_out, facts, x),
         ]
     description = f"{title_of(metric)} of every candidate against {x_title}"
     return sized(alt.layer(*layers), PLOT_HEIGHT, description)
 
 
-def _beside(points: Any, align: Literal["left", "right"]) -> Any:
-    """Names of points, on the side where there is room."""
-    dx = -9 if align == "right" else 9
-    return points.mark_text(align=align, dx=dx, dy=-4, fontSize=11).encode(text="name:N")
+def _named_beside(points: Any, facts: RunFacts, x: str) -> list[Any]:
+    """Names of the plan and of uniform plans, the plan's to its right, theirs to their left where there is room. Rounds
+    have their names in the table, and would lie on each other here."""
+    labels = [row["label"] for row in facts.uniform if row["label"] == "plan" or row["label"].startswith("uniform")]
+    places = {row["label"]: row[x] for row in facts.uniform}
+    drawn = [row[x] for row in (*facts.points, *facts.path, *facts.uniform) if row.get("label") != "base"]
+    least, span = min(drawn), max(max(drawn) - min(drawn), 1e-9)
+    found = []
+    for align, dx in (("left", 9), ("right", -9)):
+        at_left = [
+            (places[label] - least) / span > 0.7 if x == "bits" else (places[label] - least) / span < 0.3
+            for label in labels
+        ]
+        own = [n for n, left in zip(labels, at_left, strict=True) if (n == "plan" or left) == (align == "left")]
+        if own:
+            named_ones = points.transform_filter(alt.FieldOneOfPredicate("label", own))
+            text = named_ones.mark_text(align=align, dx=dx, dy=-4, fontSize=11)  # type: ignore[arg-type]
+            found.append(text.encode(text="name:N"))
+    return found
 
 
 def held_out_figures(facts: RunFacts) -> list[Figure]:
@@ -130,31 +144,41 @@ def held_out_figures(facts: RunFacts) -> list[Figure]:
             base.mark_point(filled=True, opacity=1, size=110).encode(
                 color=alt.Color("colour:N", scale=None), shape=whose.legend(None)
             ),
-            written(base.transform_filter("datum.named && datum.label !== 'plan'"), -13),
-            written(base.transform_filter("datum.label === 'plan'"), 15),
+            *written(base, shown),
         )
         description = f"{title_of(metric)} of plans on held-out prompts, against bits per weight"
         found.append(Figure("sizes", name, sized(chart, 260, description), {name: shown}, metric.upper()))
     return found
 
 
-def written(points: Any, dy: int) -> Any:
-    return points.mark_text(dy=dy, fontSize=11, aria=False).encode(text="name:N")
+def written(points: Any, rows: Sequence[Row]) -> list[Any]:
+    """Names of the points that have any (`named_apart`): inward of those at the sides; that of the plan below it."""
+    found = []
+    for side, dx in (("left", -6), ("center", 0), ("right", 6)):
+        for whose, dy in (("other", -13), ("this plan", 17)):
+            if any(row["named"] and (row["side"], row["whose"]) == (side, whose) for row in rows):
+                own = points.transform_filter(f"datum.named && datum.side === '{side}' && datum.whose === '{whose}'")
+                text = own.mark_text(align=side, dx=dx, dy=dy, fontSize=11, aria=False)  # type: ignore[arg-type]
+                found.append(text.encode(text="name:N"))
+    return found
 
 
 def named_apart(rows: Sequence[Row], metric: str) -> list[Row]:
     """Rows of which those are `named` whose names do not lie on another's: the plan, and of others about as large as
-    each other the best."""
+    each other the best. `side`: how a name is aligned that stays within the picture."""
     higher = metric in METRICS and METRICS[metric].higher_is_better
     ordered = sorted(rows, key=lambda row: (row["whose"] != "this plan", -row[metric] if higher else row[metric]))
-    span = max(row["bits"] for row in rows) - min(row["bits"] for row in rows)
+    least = min(row["bits"] for row in rows)
+    span = max(row["bits"] for row in rows) - least
     taken: list[float] = []
     found = []
     for row in ordered:
         is_plan = row["whose"] == "this plan"  # its name stands below it, those of others above
         named_here = is_plan or all(abs(row["bits"] - at) >= span / 8 for at in taken)
         taken += [row["bits"]] if named_here and not is_plan else []
-        found.append({**row, "named": named_here})
+        place = (row["bits"] - least) / span if span else 0.5
+        side = "left" if place < 0.15 else "right" if place > 0.85 else "center"
+        found.append({**row, "named": named_here, "side": side})
     return found[::-1]  # the plan is drawn last, on top
 
 

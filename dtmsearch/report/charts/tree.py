@@ -16,7 +16,10 @@ def tree_figures(facts: RunFacts) -> list[Figure]:
         scale=alt.Scale(domain=fates, range=[PLAN_COLOUR, PALETTE[0], FAINT]),
         legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1, symbolSize=60),
     )
-    x = alt.X("step:Q", title="round", scale=alt.Scale(nice=False, padding=10), axis=counts())
+    axis = counts()
+    # Rounds count from 0; what the first of them extends stands before it.
+    axis.labelExpr = "datum.value < 0 ? 'base' : datum.label"
+    x = alt.X("step:Q", title="round", scale=alt.Scale(nice=False, padding=10), axis=axis)
     lowest = max(row["rank"] for row in facts.nodes)
     ranks = [step * 10**power for power in range(6) for step in (1, 2, 5) if step * 10**power <= lowest]
     y = alt.Y(

@@ -11,7 +11,14 @@ from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
 from dtmsearch.config import section_of
 from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.cost import Cost, cost_of, losses_of
-from dtmsearch.report.facts.course import candidates_of, complete_of, measured_metrics, path_of, tree_of
+from dtmsearch.report.facts.course import (
+    candidates_of,
+    complete_of,
+    measured_metrics,
+    path_of,
+    ranking_of,
+    tree_of,
+)
 from dtmsearch.report.facts.held_out import (
     ceiling_of,
     noise_floor_of,
@@ -56,6 +63,9 @@ __all__ = [
     "suffering_of",
 ]
 
+# The strategy that chooses no plan.
+_RANKS_ONLY = "probe"
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -65,7 +75,8 @@ class RunFacts:
     those measured in the search, the one that ranks first. Rows are mappings from names to plain values: `components`
     (component, layer, kind, num_weights), `sensitivity` (component and scheme with each metric's value when compressed
     alone), `plan_rows` (the final plan, or the leader so far, dense components included), `points` (candidates that
-    are drawn, of `num_points`), `path` (decisions), `uniform` (plans on held-out prompts), `survival` (share of
+    are drawn, of `num_points`), `path` (decisions), `ranking` (of a probe: options from the one that
+    costs least, each with its metrics), `uniform` (plans on held-out prompts), `survival` (share of
     prompts that have not diverged by a token), `story` (of a search by prices or probes), `uses` (exports that the plan
     allows), `difference` (from uniform, in a sentence), `sums` (a plan's damage beside that of its parts), `nodes` and
     `edges` (the tree of kept and dropped plans), `texts` (how both models go on from prompts), `losses` (of
@@ -88,6 +99,7 @@ class RunFacts:
     points: list[Row]
     num_points: int
     path: list[Row]
+    ranking: list[Row]
     uniform: list[Row]
     survival: list[Row]
     sums: list[Row]
@@ -128,17 +140,21 @@ def gather(store: ResultStore, run: str) -> RunFacts:
     components = components_of(store, record)
     steps = tables.step_records(store.table("steps", run=run))
     path = path_of(complete, steps, metrics)
-    plan_id = summary.final_plan_id or (steps[-1].plan_id if steps else None)
+    strategy = str(search.get("strategy", ""))
+    # A probe's decisions are places in a ranking, none of which is a plan to be had.
+    leader = steps[-1].plan_id if steps and strategy != _RANKS_ONLY else None
+    plan_id = summary.final_plan_id or leader
     plan_rows, size_mb, dense_size_mb = plan_rows_of(store, record, plan_id, components, summary.share, path)
     sensitivity = sensitivity_of(candidates, components, metrics_of(record))
     ceiling = ceiling_of(store, record)
     points = spread(complete, "bits_per_weight", column_of(rank_by), MOST_POINTS)
     nodes, edges, num_leaves = tree_of(complete, rank_by, [row["plan_id"] for row in path])
+    story = story_of(store, record, candidates, components, ceiling)
     return RunFacts(
         summary=summary,
         record=record,
         rank_by=rank_by,
-        strategy=str(search.get("strategy", "")),
+        strategy=strategy,
         ceiling=ceiling,
         noise_floor=noise_floor_of(store, record),
         metrics=metrics,
@@ -151,6 +167,7 @@ def gather(store: ResultStore, run: str) -> RunFacts:
         points=plain(points, metrics),
         num_points=complete.num_rows,
         path=path,
+        ranking=ranking_of(path, components) if strategy == _RANKS_ONLY else [],
         uniform=validated(summary),
         survival=survival_of(store, record, summary),
         sums=sums_of(store, record, complete, sensitivity, metrics, ceiling),
@@ -160,8 +177,8 @@ def gather(store: ResultStore, run: str) -> RunFacts:
         texts=texts_of(store, record, plan_id),
         losses=losses_of(store, record),
         sweep=sweep_of(store, record),
-        cost=cost_of(candidates, summary),
-        story=story_of(store, record, candidates, components, ceiling),
+        cost=cost_of(candidates, summary, story.price_stages),
+        story=story,
         uses=uses_of(record, summary, plan_rows, store.url),
         difference=difference_of(plan_rows, summary) if summary.final_plan_id else None,
     )

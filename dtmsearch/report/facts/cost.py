@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -18,23 +18,27 @@ from dtmsearch.store.store import ResultStore
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run has taken. `busy_seconds` are those in which replicas measured; `utilisation` their part of the time
-    that the search had on as many replicas as it knew at once, None while there is no decision."""
+    """What a run has taken. Of `tokens`, `price_tokens` went through backward passes too. `busy_seconds` are those in
+    which replicas measured; `utilisation` their part of the time that the search had on as many replicas as it knew at
+    once, None while there is no decision."""
 
     evaluations: int
     reused: int
     failures: Mapping[str, int]
     retried: int
     tokens: int
+    price_tokens: int
     busy_seconds: float
     wall_seconds: float | None
     replicas: int
     utilisation: float | None
 
 
-def cost_of(candidates: pa.Table, summary: RunSummary) -> Cost:
+def cost_of(candidates: pa.Table, summary: RunSummary, priced: Sequence[Row]) -> Cost:
+    """`priced` are the stages in which prices were taken."""
     own = candidates.filter(pc.is_null(candidates["reused_from"]))
-    busy = float(pc.sum(own["wall_seconds"]).as_py() or 0.0)
+    busy = float(pc.sum(own["wall_seconds"]).as_py() or 0.0) + sum(stage["seconds"] for stage in priced)
+    price_tokens = sum(stage["tokens"] for stage in priced)
     wall = summary.wall_seconds
     replicas = len(pc.unique(own["replica"]))
     statuses = Counter(candidates["status"].to_pylist())
@@ -43,7 +47,8 @@ def cost_of(candidates: pa.Table, summary: RunSummary) -> Cost:
         reused=candidates.num_rows - own.num_rows,
         failures={kind: number for kind, number in sorted(statuses.items()) if kind != "ok"},
         retried=int(pc.sum(pc.greater(own["attempts"], 1)).as_py() or 0),
-        tokens=int(pc.sum(own["tokens"]).as_py() or 0),
+        tokens=int(pc.sum(own["tokens"]).as_py() or 0) + price_tokens,
+        price_tokens=price_tokens,
         busy_seconds=busy,
         wall_seconds=wall,
         replicas=replicas,

@@ -75,6 +75,19 @@ def path_of(complete: pa.Table, steps: Sequence[Any], metrics: Sequence[str]) ->
     return rows
 
 
+def ranking_of(path: Sequence[Row], components: Sequence[Row]) -> list[Row]:
+    """The options that a probe ranks, from the one that costs least: `place` from 1, the components that share it,
+    layer and kind of the first, scheme, and metrics as far as they were measured."""
+    by_name = {row["component"]: row for row in components}
+    rows = []
+    for row in path:
+        names, _, scheme = row["edge"].partition("=")
+        first = by_name.get(names.split("+")[0], {"layer": None, "kind": None})
+        option = {"components": names.replace("+", ", "), "scheme": scheme, "place": row["step"] + 1}
+        rows.append({**row, **option, "layer": first["layer"], "kind": first["kind"]})
+    return rows
+
+
 def tree_of(complete: pa.Table, rank_by: str, chosen: Sequence[str]) -> tuple[list[Row], list[Row], int]:
     """Nodes by round and rank within it, edges between kept plans, and how many dropped plans there are."""
     # Plans that are chosen as a whole extend no other.

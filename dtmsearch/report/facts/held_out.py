@@ -37,15 +37,18 @@ def survival_of(store: ResultStore, record: RunRecord, summary: RunSummary) -> l
 
 
 def per_prompt(store: ResultStore, record: RunRecord, summary: RunSummary) -> dict[str, Row]:
-    """label of a validated plan -> its values per held-out prompt: fdt, sdt, kl_list."""
-    labels = {row.plan_id: row.label for row in summary.validation if row.summary is not None}
-    if not labels or record.validation_reference_id is None:
+    """label of a validated plan -> its values per held-out prompt: fdt, sdt, kl_list. One plan may stand under several
+    labels, before and after a training."""
+    wanted = {row.label: (row.plan_id, row.weights_id) for row in summary.validation if row.summary is not None}
+    if not wanted or record.validation_reference_id is None:
         return {}
     where = (pc.field("reference_id") == record.validation_reference_id) & (pc.field("status") == "ok")
-    where &= pc.field("plan_id").isin(list(labels))
-    rows = store.table("evaluations", ["plan_id", "fdt", "sdt", "kl_list"], record.run, where).to_pylist()
-    by_label = {labels[row["plan_id"]]: row for row in rows}
-    return {label: by_label[label] for label in labels.values() if label in by_label}
+    where &= pc.field("plan_id").isin(sorted({plan_id for plan_id, _ in wanted.values()}))
+    where &= pc.field("purpose") != "race"
+    columns = ["plan_id", "weights_id", "fdt", "sdt", "kl_list"]
+    rows = store.table("evaluations", columns, record.run, where).to_pylist()
+    measured = {(row["plan_id"], row["weights_id"] or None): row for row in rows}
+    return {label: measured[variant] for label, variant in wanted.items() if variant in measured}
 
 
 def texts_of(store: ResultStore, record: RunRecord, plan_id: str | None) -> list[Row]:
@@ -76,7 +79,7 @@ def sweep_of(store: ResultStore, record: RunRecord) -> list[Row]:
             "fdt": c.fdt_mean,
             "sdt": c.sdt_mean,
             "fronts": list(c.fronts),
-            "name": c.run if c.label == "plan" else c.label.replace("uniform-nearest:", "uniform:"),
+            "name": c.run if c.label == "plan" else c.label.replace("uniform-nearest:", "uniform:").replace(":", " "),
             "whose": "this run" if c.run == record.run and c.label == "plan" else _others(c.label),
         }
         for c in found

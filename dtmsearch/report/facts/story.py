@@ -49,6 +49,11 @@ class Story:
         return float(np.median(parts)) if parts else None
 
     @property
+    def price_stages(self) -> list[Row]:
+        """Those in which prices were taken."""
+        return [stage for stage in self.stages if stage["unit"] == "samples"]
+
+    @property
     def ratio(self) -> float | None:
         """Measured over predicted, in the middle of the plans."""
         parts = [row["measured"] / row["predicted"] for row in self.foreseen if row["predicted"] > 0.0]

@@ -26,7 +26,8 @@
       title: { color: colour("--ink"), anchor: "start", fontWeight: "normal", fontSize: 13 },
       range: {
         category: ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"],
-        heatmap: { scheme: dark.matches ? "inferno" : "yelloworangebrown" },
+        // The dark end of a dark page's ramp would be the page.
+        heatmap: dark.matches ? { scheme: "inferno", extent: [0.22, 1] } : { scheme: "yelloworangebrown" },
         ramp: { scheme: "viridis" },
       },
     };
@@ -103,7 +104,7 @@
       row.hidden = names.some((name, at) => inputs[at].value !== "" && inputs[at].value !== row.dataset[name]);
       number += row.hidden ? 0 : 1;
     }
-    document.getElementById("found").textContent = `${number} of ${table.tBodies[0].rows.length} components`;
+    document.getElementById("found").textContent = `${number} of ${table.tBodies[0].rows.length} ${table.dataset.noun ?? "components"}`;
   };
   const select = (layer, kind) => {
     if (!table) return;
