@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from stores import opened, replayed, segment_files
 
 from dtmsearch.errors import StoreError
-from dtmsearch.store import store
+from dtmsearch.store import run_writer
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.store.segments import Segment, uncovered
 from dtmsearch.store.store import ResultStore
@@ -31,9 +31,10 @@ import sys
 sys.path.insert(0, {tests!r})
 from contracts import ids, make_records
 from test_store import opened
-from dtmsearch.store import store
-store._COMMITS_BETWEEN_COMPACTIONS = 3
-with opened(store.ResultStore({place!r})) as writer:
+from dtmsearch.store import run_writer
+from dtmsearch.store.store import ResultStore
+run_writer._COMMITS_BETWEEN_COMPACTIONS = 3
+with opened(ResultStore({place!r})) as writer:
     done = len(list(writer.replay()))
     for number in range(done, 168, 2):
         records = make_records(number, number + 1)
@@ -78,7 +79,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, operation: int) -> None:
 
 
 def test_death_before_any_operation_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_COMMITS_BETWEEN_COMPACTIONS", 3)
+    monkeypatch.setattr(run_writer, "_COMMITS_BETWEEN_COMPACTIONS", 3)
     for operation in itertools.count():
         place = tmp_path / str(operation)
         returned: list[str] = []
