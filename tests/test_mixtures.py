@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from exports import in_process, measured_plan
 from fakes import toy_manifest
-from families_of_models import empty_tiny_model, tiny_model
+from families_of_models import empty_tiny_model, tiny_model, tiny_settings
 from inprocess import run_here
 from solving import request_for
 from stores import run_record
@@ -26,10 +29,13 @@ from dtmsearch import config
 from dtmsearch.analysis.verdict import rival_of, verdict
 from dtmsearch.config.sections import StopSection
 from dtmsearch.core.calibration import ExpertUse
-from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.components import Component, ModelManifest, read_header
+from dtmsearch.core.holders import holders_of
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import McMoeSettings
 from dtmsearch.errors import UserError
+from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.modules.discovery import components_of
 from dtmsearch.search.baselines import rivals_of_size, uniform_rivals
 from dtmsearch.search.solver.choices import Choices
@@ -39,6 +45,7 @@ from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import lookup
+from dtmsearch.workflows.export import Exported
 
 LEVELS = ("int2-channel", "int4-channel", "int8-channel")
 
@@ -358,3 +365,96 @@ def test_the_benchmark_of_a_mixture_trains_one_and_compares(tmp_path: Path, monk
     for budget in ("stored", "active"):
         sizes_of = [row[budget] for row in rows if row["budget"] == budget]
         assert all(size <= sizes_of[0] for size in sizes_of)
+
+
+# --- exports ---
+
+
+def exported_mixture(family: str, place: Path, schemes: dict[str, str], **sizes: int) -> tuple[Exported, Path]:
+    """A tiny mixture of a family with some kinds of its components under schemes, as engines load it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = tiny_settings(AutoConfig.for_model(family), {}) | {"hidden_size": 64} | sizes
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(0, 0.2) if parameter.ndim > 1 else None
+    made.save_pretrained(place / "model")
+    write_tokenizer(place / "model")
+    components = replica(place / "model").manifest().components
+    plan = {c.name: schemes[c.kind] for c in components if c.kind in schemes}
+    measured = measured_plan(place / "model", place / "store", plan)
+    return measured.export("compressed-tensors", place / "out", runtime="vllm"), place / "out"
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "block", "parts"),
+    [
+        ("mixtral", {"intermediate_size": 32}, "block_sparse_moe", ("w1", "w3", "w2")),
+        ("qwen3_moe", {"moe_intermediate_size": 32}, "mlp", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_experts_are_exported_as_engines_look_for_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    sizes: dict[str, int],
+    block: str,
+    parts: Sequence[str],
+) -> None:
+    """Each by itself, gate and up apart, under a pattern that also has the names by which vLLM asks; and the folder
+    measures as recorded."""
+    in_process(monkeypatch)
+    schemes = {"gate_up": "int4-g32", "down": "int4-g32", "o": "int8-channel"}
+    exported, out = exported_mixture(family, tmp_path, schemes, **sizes)
+    assert exported.check is not None and exported.check.equal
+    held = read_header(out / "model.safetensors")
+    for part in parts:
+        rows, cols = (64, 32) if part in ("w2", "down_proj") else (32, 64)
+        assert held[f"model.layers.1.{block}.experts.3.{part}.weight_packed"] == ("I32", (rows, cols * 4 // 32))
+        assert held[f"model.layers.1.{block}.experts.3.{part}.weight_scale"][1] == (rows, cols // 32)
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    targets = [target for group in settings["config_groups"].values() for target in group["targets"]]
+    for layer in range(2):
+        (pattern,) = [t for t in targets if t.startswith("re:") and f"layers\\.{layer}\\." in t]
+        for name in (*parts, "gate_proj", "up_proj", "down_proj"):
+            assert re.match(pattern.removeprefix("re:"), f"model.layers.{layer}.{block}.experts.0.{name}")
+        assert f"model.layers.{layer}.{block}.gate" in settings["ignore"]
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+def test_plain_transformers_loads_exported_experts_of_one_scheme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    in_process(monkeypatch)
+    schemes = {"gate_up": "int4-g32", "down": "int4-g32"}
+    _, out = exported_mixture("qwen3_moe", tmp_path, schemes, moe_intermediate_size=32)
+    how = CompressedTensorsConfig(dequantize=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=how)
+    base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    weight = base.model.layers[1].mlp.experts.down_proj[2]
+    rounded = round_weight(weight.detach(), parse_scheme("int4-g32"))
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj[2], rounded)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "said"),
+    [
+        ({"gate_up": "int4-g32", "down": "int8-channel"}, "the experts of model.layers.0.mlp: 4 x int"),
+        ({"gate_up": "int4-g32-asym", "down": "int4-g32-asym"}, "take no zero points"),
+    ],
+)
+def test_what_no_engine_runs_is_refused(tmp_path: Path, schemes: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        exported_mixture("qwen3_moe", tmp_path, schemes, moe_intermediate_size=32)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_export_for_engines_is_offered_where_the_files_hold_each_expert_by_itself(apart: bool) -> None:
+    components = [replace(component, apart=apart, shape=(64, 64)) for component in mixture(1) if component.mixture]
+    held = holders_of(Plan.uniform(components, "int4-g32"), components, 16, 16)
+    (vllm,) = [each for each in held if each.holder == "compressed-tensors (vllm)"]
+    assert (vllm.obstacle is None) == apart

@@ -45,6 +45,7 @@ class Component:
     `transposed`: the model keeps it as columns by rows. `stacked`: it lies with others, of other experts, in one
     parameter of the model. Of an expert's matrix `mixture` is the path of the module that chooses among the experts,
     `num_experts` how many there are, and `experts_per_token` how many of them a token is given to; else "", 0 and 0.
+    `apart`: though `stacked` in the model, it is a tensor of its own in the files, or two above each other.
     `source_bits` are those that it takes in a base model that comes quantized, 0 where it is not quantized there.
     """
 
@@ -58,6 +59,7 @@ class Component:
     num_experts: int = 0
     experts_per_token: int = 0
     source_bits: int = 0
+    apart: bool = False
 
     @property
     def num_weights(self) -> int:

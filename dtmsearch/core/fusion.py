@@ -8,14 +8,18 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 
-# As vLLM stacks them (its qkv_proj and gate_up_proj).
+# As vLLM stacks them (its qkv_proj and gate_up_proj); of experts it makes one layer (its FusedMoE).
 FUSED_KINDS = (("q", "k", "v"), ("gate", "up"))
 
 
 def fused_groups(components: Iterable[Component]) -> list[tuple[Component, ...]]:
-    """Sets of components that one matrix holds, in model order: the kinds of one of `FUSED_KINDS` in one module."""
+    """Sets of components that an engine runs as one, in model order: the kinds of one of `FUSED_KINDS` in one module,
+    and all matrices of all experts of a mixture."""
     groups: dict[tuple[str, tuple[str, ...]], list[Component]] = {}
     for component in components:
+        if component.mixture:
+            groups.setdefault((component.mixture, ()), []).append(component)
+            continue
         for kinds in FUSED_KINDS:
             if component.kind in kinds:
                 groups.setdefault((component.name.rpartition(".")[0], kinds), []).append(component)

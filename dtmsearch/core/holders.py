@@ -56,6 +56,8 @@ class Holder:
 
 
 LINEAR_ONLY = "it stores linear layers only"
+STACKED_IN_FILES = "the files hold the experts of a layer in one tensor, where engines look for each by itself"
+VLLM_TOGETHER = "vLLM runs q, k, v and gate, up as one matrix each, and all experts of a layer alike, of one scheme"
 
 
 def _not_linear(component: Component) -> str | None:
@@ -64,8 +66,8 @@ def _not_linear(component: Component) -> str | None:
 
 
 def _not_linear_in_files(component: Component) -> str | None:
-    """Also of gate and up in one matrix of an expert: files that hold each expert by itself hold these apart."""
-    return LINEAR_ONLY if component.stacked and component.kind == "gate_up" else _not_linear(component)
+    """Also of experts that the files hold in stacks: engines look for each by itself."""
+    return STACKED_IN_FILES if component.stacked and not component.apart else _not_linear(component)
 
 
 def _not_linear_in_transformers(component: Component) -> str | None:
@@ -183,9 +185,14 @@ def _packed_bits(engine: str) -> Callable[[Scheme, Shape, int, int], int]:
     return bits
 
 
+SYMMETRIC_EXPERTS = "vLLM's kernels for experts take no zero points: schemes without -asym"
+
+
 def _vllm_together(plan: Plan, components: Sequence[Component]) -> str | None:
     if untied_groups(plan, components):
-        return "vLLM runs q, k, v and gate, up as one matrix each, of one scheme (search with `fused: true`)"
+        return f"{VLLM_TOGETHER} (search with `fused: true`)"
+    if any(plan.scheme(component.name).asymmetric for component in components if component.mixture):
+        return SYMMETRIC_EXPERTS
     return None
 
 

@@ -62,6 +62,7 @@ COMPONENTS = _schema(
         ("mixture", CODED),
         ("num_experts", pa.int32()),
         ("experts_per_token", pa.int32()),
+        ("apart", pa.bool_()),
         ("source_bits", pa.int64()),
         ("source", CODED),
     ],
@@ -316,7 +317,7 @@ ADDED: dict[str, frozenset[str]] = {
         {"weights_id", "calibration_id", "extra_metrics", *MODE_COLUMNS, "versions", *UNMASKED_COLUMNS, *OTHER_COLUMNS}
         | {"active_bits_per_weight"}
     ),
-    "components": frozenset({"transposed", "stacked", "mixture", "num_experts", "experts_per_token"})
+    "components": frozenset({"transposed", "stacked", "mixture", "num_experts", "experts_per_token", "apart"})
     | {"source_bits", "source"},
     "steps": frozenset({"active_bits_per_weight"}),
     "prompts": frozenset({"opening", "tokenizer"}),

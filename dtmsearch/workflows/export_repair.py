@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ReplicaSettings
 from dtmsearch.core.fusion import tied_plan, untied_groups
+from dtmsearch.core.holders import VLLM_TOGETHER
 from dtmsearch.core.plan import Plan, plan_size, plan_to_json
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.job import Job, refuse
@@ -20,7 +23,7 @@ def require_tied(found: Source, target: Path, job: Job) -> None:
     groups = untied_groups(found.plan, components)
     if not groups:
         return
-    lines = [", ".join(f"{c.name}: {found.plan.scheme_of(c.name)}" for c in group) for group in groups]
+    lines = [_said(found.plan, group) for group in groups]
     repairs = {word: tied_plan(found.plan, groups, bits, word == "widest") for word in ("widest", "narrowest")}
     fdt = _fdt_of(found, repairs)
     before = plan_size(found.plan, components, bits).stored_bits
@@ -32,8 +35,19 @@ def require_tied(found: Source, target: Path, job: Job) -> None:
     path = target.with_name(target.name + ".repaired.json")
     path.write_text(plan_to_json(repairs[cheapest], found.manifest, found.weights_id), encoding="utf-8")
     lines.append(f"the cheapest repair ({cheapest}) is in {path}; measure it with `dtmsearch evaluate`, then export it")
-    lines.append("or search with `fused: true`, which ties them from the start; or --runtime transformers")
-    raise refuse(PACKED, "vLLM runs q, k, v and gate, up as one matrix each, of one scheme", lines)
+    lines.append(
+        "or search with `fused: true` (and `experts: layer`), which ties them from the start; or --runtime transformers"
+    )
+    raise refuse(PACKED, VLLM_TOGETHER, lines)
+
+
+def _said(plan: Plan, group: Sequence[Component]) -> str:
+    """The schemes of a group: of each component, or of all of a mixture's how many have which."""
+    if not group[0].mixture:
+        return ", ".join(f"{c.name}: {plan.scheme_of(c.name)}" for c in group)
+    counts = Counter(plan.scheme_of(c.name) for c in group)
+    schemes = ", ".join(f"{number} x {scheme}" for scheme, number in counts.most_common())
+    return f"the experts of {group[0].mixture}: {schemes}"
 
 
 def _fdt_of(found: Source, plans: Mapping[str, Plan]) -> dict[str, tuple[float, str]]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,15 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.holders import LINEAR_ONLY, is_packed, packed_obstacle, packing_bits, vllm_obstacle
+from dtmsearch.core.holders import (
+    LINEAR_ONLY,
+    STACKED_IN_FILES,
+    SYMMETRIC_EXPERTS,
+    is_packed,
+    packed_obstacle,
+    packing_bits,
+    vllm_obstacle,
+)
 from dtmsearch.core.schemes import SCALE_BITS, Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
@@ -48,7 +59,56 @@ def write_packed(job: Job, folder: Path) -> Written:
         codes = component_codes(job, component, weight)
         return _parts(job, component, codes), _extra_bits(job, component, codes)
 
-    return write_quantized(job, folder, parts_of, _quantization_config(job), _unmerged(job) if merged else None)
+    settings = _quantization_config(job)
+    if merged or not _experts_of(job):
+        return write_quantized(job, folder, parts_of, settings, _unmerged(job) if merged else None)
+    extra: Counter[str] = Counter()
+    written = write_quantized(job, folder, parts_of, settings, _by_expert(job, extra))
+    summed = Counter(written.extra_bits) + extra
+    return replace(written, extra_bits={what: bits for what, bits in summed.items() if bits})
+
+
+def _experts_of(job: Job) -> dict[str, tuple[str, ...]]:
+    """The plan's matrices of experts that the files hold each by itself, with their tensors there."""
+    made = (name for name, scheme in job.plan.parsed.items() if not scheme.is_source)
+    return {name: job.tensors_of(name) for name in made if job.manifest.by_name[name].apart}
+
+
+def _by_expert(job: Job, extra: Counter[str]) -> Iterator[tuple[str, Component | None, Tensor]]:
+    """The checkpoint's tensors with every expert's matrices as engines look for them: what the model has as one, gate
+    and up, in two parts of the same codes. Adds to `extra` what these hold beyond the plan's arithmetic, in bits."""
+    experts = _experts_of(job)
+    firsts = {tensors[0]: name for name, tensors in experts.items()}
+    later = {tensor for tensors in experts.values() for tensor in tensors[1:]}
+    for name, tensor in job.tensors():
+        if name in later:
+            continue
+        if name not in firsts:
+            component = job.component(name)
+            yield (name if component is None else component.name), component, tensor
+            continue
+        component = job.manifest.by_name[firsts[name]]
+        tensors = experts[component.name]
+        codes = component_codes(job, component, torch.cat([job.read(part) for part in tensors]))
+        first = 0
+        for part in tensors:
+            rows = job.shapes[part][0]
+            own = _rows_of(codes, first, rows)
+            piece = replace(component, shape=(rows, component.shape[1]))
+            first += rows
+            extra.update(_extra_bits(job, piece, own))
+            for ending, made in _parts(job, piece, own).items():
+                yield f"{part.removesuffix('.weight')}.{ending}", None, made
+
+
+def _rows_of(codes: Codes, first: int, rows: int) -> Codes:
+    """The codes of some rows of a matrix."""
+
+    def cut(values: Tensor) -> Tensor:
+        return values[first : first + rows] if len(values) == len(codes.codes) else values
+
+    zeros = None if codes.zeros is None else cut(codes.zeros)
+    return replace(codes, codes=cut(codes.codes), scales=cut(codes.scales), zeros=zeros)
 
 
 def _unmerged(job: Job) -> Iterator[tuple[str, Component | None, Tensor]]:
@@ -82,6 +142,10 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
             return None
         return f"the base model comes as {job.manifest.source}, whose bytes {NAME} does not hold"
     obstacle = (vllm_obstacle if job.runtime == "vllm" else packed_obstacle)(scheme, component.shape)
+    if obstacle is None and job.runtime == "vllm" and component.stacked:
+        if component.apart:
+            return SYMMETRIC_EXPERTS if scheme.asymmetric else None
+        return STACKED_IN_FILES
     if obstacle is None and (component.transposed or component.name not in job.linear):
         return LINEAR_ONLY
     if obstacle is None and job.runtime == "vllm" and component.name in job.manifest.routers:
@@ -126,8 +190,15 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     """One group of modules for each scheme; what is in none is ignored by name."""
     by_scheme: dict[Scheme, list[str]] = {}
     own: dict[str, dict[str, Any]] = {}  # the base model's own groups, by their content
+    mixtures = _mixtures(job) if job.runtime == "vllm" else {}
+    compressed = {job.manifest.by_name[name].mixture for name in _experts_of(job)} if mixtures else set()
     for name, scheme in job.plan.parsed.items():
-        if scheme.is_source:
+        mixture = job.manifest.by_name[name].mixture
+        if mixture in mixtures and not scheme.is_source:  # all its experts have one scheme
+            targets = by_scheme.setdefault(scheme, [])
+            pattern = _all_experts(mixtures[mixture])
+            targets += [] if pattern in targets else [pattern]
+        elif scheme.is_source:
             assert job.stored is not None
             group = group_of(name, job.stored.settings)
             assert group is not None
@@ -146,15 +217,44 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     }
     groups |= {f"group_{len(groups) + number}": group for number, group in enumerate(own.values())}
     formats = {group["format"] for group in groups.values()}
+    named = job.manifest.by_name
+    ignored = [name for name in job.unquantized if not (name in named and named[name].mixture in mixtures)]
+    ignored += _beside_experts(job, mixtures.values())
+    ignored += [_all_experts(block) for mixture, block in mixtures.items() if mixture not in compressed]
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": list(job.unquantized),
+        "ignore": list(dict.fromkeys(ignored)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _mixtures(job: Job) -> dict[str, str]:
+    """The mixtures whose experts the files hold each by itself, with the module around the experts as files name it."""
+    found: dict[str, str] = {}
+    for component in job.manifest.components:
+        if component.apart and component.mixture not in found:
+            found[component.mixture] = job.tensors_of(component.name)[0].rpartition(".experts.")[0]
+    return found
+
+
+def _all_experts(block: str) -> str:
+    """A pattern of all names that an engine may have for the parts of experts: vLLM asks for `experts.0.gate_proj` even
+    where files say w1."""
+    return rf"re:{re.escape(block)}\.experts\..*"
+
+
+def _beside_experts(job: Job, blocks: Iterable[str]) -> Iterator[str]:
+    """What routes tokens to the experts of mixtures, by the names of the files, where those are not the model's."""
+    starts = tuple(f"{block}." for block in blocks)
+    for name, shape in job.shapes.items():
+        module = name.removesuffix(".weight")
+        is_matrix = len(shape) == 2 and module != name and name.startswith(starts) and ".experts." not in name
+        if is_matrix and module not in job.plan.schemes and module not in job.manifest.by_name:
+            yield module
 
 
 def _format(job: Job, scheme: Scheme) -> str:

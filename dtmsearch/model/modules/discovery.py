@@ -59,7 +59,7 @@ def survey(spec: ModelSpec) -> Survey:
     source = record_of(folder) if is_quantized(own_folder(spec)) else None
     model = empty_model(folder, spec)
     layers_name, layers = find_layers(model)
-    components = components_of(model)
+    components = _apart_in(folder, components_of(model))
     if not components:
         raise UserError(
             f"{spec.path} has no components: no weight matrix lies inside {layers_name} ({type(layers[0]).__name__})"
@@ -84,6 +84,19 @@ def survey(spec: ModelSpec) -> Survey:
     untried = known_usage(model).failed
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     return Survey(manifest, context, num_embeddings, code, untried)
+
+
+def _apart_in(folder: Path, components: tuple[Component, ...]) -> tuple[Component, ...]:
+    """Components with what the files say of stacked ones: whether each is a tensor of its own there, or several."""
+    if not any(component.stacked for component in components):
+        return components
+    shapes = {name: shape for file in weight_files(folder) for name, (_, shape) in read_header(file).items()}
+
+    def is_apart(component: Component) -> bool:
+        tensors = tensors_of(component.name, shapes) if component.stacked else ()
+        return bool(tensors) and all(len(shapes[tensor]) == 2 for tensor in tensors)
+
+    return tuple(replace(component, apart=is_apart(component)) for component in components)
 
 
 def _as_in(source: SourceRecord | None, folder: Path, components: tuple[Component, ...]) -> tuple[Component, ...]:

@@ -9,8 +9,10 @@ A process of its own, so that nothing of what wrote the folder is left in memory
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
@@ -46,7 +49,8 @@ class ServedReplica(Replica):
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         transformers_logging.disable_progress_bar()
         folder = Path(spec.path)
-        load = decompressed_model if _has_packed_zeros(folder) else partial(_plain_model, self._repacked)
+        apart = _has_packed_zeros(folder) or _has_packed_experts(folder)
+        load = decompressed_model if apart else partial(_plain_model, self._repacked)
         model = load(folder, spec, self._device).eval().requires_grad_(False)
         with torch.no_grad():  # some weights are unpacked when the model first runs as a whole
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
@@ -88,6 +92,14 @@ def _has_packed_zeros(folder: Path) -> bool:
     return any(name.endswith(".weight_zero_point") and kind == "I32" for h in headers for name, (kind, _) in h.items())
 
 
+def _has_packed_experts(folder: Path) -> bool:
+    """Whether experts are in the files as engines look for them, each by itself and packed: transformers would put
+    them together as if all had one scheme."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    return any(target.startswith("re:") for group in groups.values() for target in group["targets"])
+
+
 def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
     """A folder of compressed-tensors as an unquantized model, by that library's own decompression."""
     from compressed_tensors.quantization import QuantizationConfig
@@ -97,19 +109,35 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
     del config.quantization_config
     state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path, str(device)).items()}
     for scheme in quantization.config_groups.values():
-        for module in scheme.targets:
-            own = {
-                name.rpartition(".")[2]: state.pop(name) for name in list(state) if name.startswith(f"{module}.weight")
-            }
+        for module in _targeted(scheme.targets, state):
+            own = {ending: state.pop(f"{module}.{ending}") for ending in _ENDINGS if f"{module}.{ending}" in state}
             # As loading does it: multiplied in the dtype of the scales, codes would lose what the model's dtype holds.
             own["weight_scale"] = own["weight_scale"].to(getattr(torch, spec.dtype))
             state[f"{module}.weight"] = decompressed(own, scheme)
     options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
+    if _has_packed_experts(folder):  # which transformers puts together by names of files
+        with tempfile.TemporaryDirectory(prefix="dtmsearch-unpacked-") as scratch:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in state.items()}, Path(scratch) / "model.safetensors"
+            )
+            config.save_pretrained(scratch)
+            return loader(config).from_pretrained(scratch, config=config, **options).to(device)
     model = loader(config).from_config(config, **options).to(device)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
     assert not unexpected and set(missing) <= tied_parameters(model), (missing, unexpected)
     return model
+
+
+_ENDINGS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+def _targeted(targets: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
+    """The quantized modules of a group: those that it names, or has a pattern for."""
+    patterns = [re.compile(target.removeprefix("re:")) for target in targets if target.startswith("re:")]
+    named = {target for target in targets if not target.startswith("re:")}
+    quantized = [name.removesuffix(".weight_scale") for name in state if name.endswith(".weight_scale")]
+    return [name for name in quantized if name in named or any(pattern.match(name) for pattern in patterns)]
 
 
 def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference, repacked: bool = False) -> EvalResult:

@@ -87,6 +87,7 @@ def components_table(manifest: ModelManifest, components: Sequence[Component]) -
         "num_experts": [c.num_experts or None for c in components],
         "experts_per_token": [c.experts_per_token or None for c in components],
         "source_bits": [c.source_bits for c in components],
+        "apart": [c.apart for c in components],
         "source": coded_constant(manifest.source, len(components)),
     }
     return from_columns(COMPONENTS, columns)
@@ -94,7 +95,7 @@ def components_table(manifest: ModelManifest, components: Sequence[Component]) -
 
 COMPONENT_COLUMNS = (
     *("component", "layer", "kind", "rows", "cols", "transposed", "stacked"),
-    *("mixture", "num_experts", "experts_per_token", "source_bits"),
+    *("mixture", "num_experts", "experts_per_token", "source_bits", "apart"),
 )
 
 
@@ -104,6 +105,7 @@ def components_of(table: pa.Table) -> tuple[Component, ...]:
         Component(
             *(r["component"], r["layer"], r["kind"], (r["rows"], r["cols"]), bool(r["transposed"]), bool(r["stacked"])),
             *(r["mixture"] or "", r["num_experts"] or 0, r["experts_per_token"] or 0, r["source_bits"] or 0),
+            bool(r["apart"]),
         )
         for r in table.select(COMPONENT_COLUMNS).to_pylist()
     )
