@@ -17,6 +17,7 @@ from dtmsearch.cluster.replica_handle import ReplicaHandle
 from dtmsearch.cluster.replicas import ReplicaSet, cause_of, is_loss
 from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import (
     Continuation,
     GenerationRules,
@@ -52,7 +53,7 @@ class Services:
         """See `dtmsearch.model.replica.replica.Replica.cut_prompts`."""
         return self._ask_one("cut_prompts", *arguments)
 
-    def tokenized(self, texts: Sequence[str]) -> list[IntArray]:
+    def tokenized(self, texts: Texts) -> list[IntArray]:
         """See `dtmsearch.model.replica.replica.Replica.tokenized`."""
         documents: list[IntArray] = self._ask_one("tokenized", texts)
         return documents
@@ -107,7 +108,7 @@ class Services:
         self._replicas.use(reference)
 
     def cut_calibration(
-        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = Calibration.through
+        self, texts: Texts, count: int, tokens: int, seed: int, through: Through = Calibration.through
     ) -> Calibration:
         """See `dtmsearch.model.replica.replica.Replica.cut_calibration`."""
         calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed, through)

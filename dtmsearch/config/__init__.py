@@ -19,6 +19,7 @@ from dtmsearch.config.reading import MOST_BYTES, explain, flatten, override_key,
 from dtmsearch.config.sections import (
     CalibrationSection,
     DatasetSection,
+    MixedSection,
     ModelSection,
     PromptsSection,
     RunName,
@@ -39,6 +40,7 @@ from dtmsearch.errors import UserError
 
 __all__ = [
     "DatasetSection",
+    "MixedSection",
     "PromptsSection",
     "RunName",
     "SearchFile",
@@ -52,6 +54,15 @@ __all__ = [
     "recovery_of",
     "section_of",
 ]
+
+
+def _source_of(section: ValidationSection | CalibrationSection) -> dict[str, Any]:
+    """Where a section's own text is, as keys of `prompts`; none where it has none of its own."""
+    found: dict[str, Any] = {}
+    if section.files or section.dataset is not None or section.mix:
+        found = {"files": section.files, "dataset": section.dataset, "mix": section.mix}
+        found |= {"chat": False} if section.mix else {}
+    return found | ({} if section.chat is None or section.mix else {"chat": section.chat})
 
 
 class SearchFile(Section):
@@ -95,11 +106,7 @@ class SearchFile(Section):
         # Not by `exclude_unset`: a file that was written out by `to_yaml` sets every key, many of them to nothing.
         own = {key: value for key, value in self.validation.model_dump().items() if value not in (None, ())}
         values = self.prompts.model_dump() | own
-        if self.validation.dataset is not None:
-            values["files"] = ()
-        elif self.validation.files:
-            values["dataset"] = None
-        return PromptsSection.model_validate(values)
+        return PromptsSection.model_validate(values | _source_of(self.validation))
 
     @property
     def min_fdt_prompts(self) -> PromptsSection | None:
@@ -116,8 +123,7 @@ class SearchFile(Section):
         own = {key: getattr(section, key) for key in ("count", "seed") if getattr(section, key) is not None}
         if section.tokens is not None:
             own |= {"prompt_tokens": section.tokens - 1, "continuation_tokens": 1}
-        if section.files or section.dataset is not None:
-            own |= {"files": section.files, "dataset": section.dataset}
+        own |= _source_of(section)
         return PromptsSection.model_validate(self.prompts.model_dump() | own)
 
     @property

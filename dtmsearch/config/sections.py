@@ -85,7 +85,8 @@ class ModelSection(Section):
 
 class DatasetSection(Section):
     path: str
-    """A Hugging Face dataset: a hub id or a folder."""
+    """A Hugging Face dataset: a hub id, or a folder of its files, or one that save_to_disk has written. A relative path
+    starts at the search file's folder."""
     name: str | None = None
     """Its configuration, where it has several."""
     split: str = "train"
@@ -94,12 +95,36 @@ class DatasetSection(Section):
     """The column that holds text; each row is a document."""
 
 
+class MixedSection(Section):
+    """One of several texts."""
+
+    files: tuple[str, ...] = ()
+    """As prompts.files."""
+    dataset: DatasetSection | None = None
+    """As prompts.dataset."""
+    chat: bool = False
+    """As prompts.chat."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of all prompts this text gives its weight's share."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> MixedSection:
+        if bool(self.files) == (self.dataset is not None):
+            raise ValueError("give either files or dataset")
+        return self
+
+
 class PromptsSection(Section):
     files: tuple[str, ...] = ()
     """Text files, or patterns such as docs/*.txt; each file is a document, of .jsonl and .parquet files each row's
     text. .gz and .zst are decompressed."""
     dataset: DatasetSection | None = None
     """A dataset instead of files."""
+    mix: tuple[MixedSection, ...] = ()
+    """Several texts instead, each with a weight: of every one as many prompts as its weight's share."""
+    chat: bool = False
+    """Rows are conversations (a column messages or conversations), written by the model's chat template; a prompt ends
+    where the assistant begins."""
     count: int = Field(default=100, ge=1)
     """How many windows of text are drawn, without overlap."""
     prompt_tokens: int = Field(default=100, ge=1)
@@ -111,9 +136,16 @@ class PromptsSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptsSection:
-        if bool(self.files) == (self.dataset is not None):
-            raise ValueError("give either files or dataset")
+        if bool(self.files) + (self.dataset is not None) + bool(self.mix) != 1:
+            raise ValueError("give either files or dataset, or several of them under mix")
+        if self.mix and self.chat:
+            raise ValueError("under mix each text says chat: true for itself")
         return self
+
+    @property
+    def sources(self) -> tuple[MixedSection, ...]:
+        """The texts that it names, the only one or several."""
+        return self.mix or (MixedSection(files=self.files, dataset=self.dataset, chat=self.chat),)
 
 
 class ValidationSection(Section):
@@ -123,6 +155,10 @@ class ValidationSection(Section):
     """As prompts.files."""
     dataset: DatasetSection | None = None
     """As prompts.dataset."""
+    mix: tuple[MixedSection, ...] = ()
+    """As prompts.mix."""
+    chat: bool | None = None
+    """As prompts.chat."""
     count: int | None = Field(default=None, ge=1)
     """As prompts.count."""
     prompt_tokens: int | None = Field(default=None, ge=1)
@@ -141,6 +177,10 @@ class CalibrationSection(Section):
     """As prompts.files."""
     dataset: DatasetSection | None = None
     """As prompts.dataset."""
+    mix: tuple[MixedSection, ...] = ()
+    """As prompts.mix."""
+    chat: bool | None = None
+    """As prompts.chat."""
     count: int | None = Field(default=None, ge=1)
     """Rows of text."""
     tokens: int | None = Field(default=None, ge=2)

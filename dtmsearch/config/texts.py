@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dtmsearch.config import DatasetSection, PromptsSection, SearchFile
+from dtmsearch.config import DatasetSection, MixedSection, PromptsSection, SearchFile
 from dtmsearch.core.components import is_gguf, weight_files
+from dtmsearch.core.documents import MESSAGE_COLUMNS, Document, Mixed, Texts, conversation_of
 from dtmsearch.core.user_files import shown
 from dtmsearch.core.vocabulary import check_known
 from dtmsearch.errors import UserError
@@ -25,6 +26,8 @@ _CHARACTERS_PER_TOKEN = 12
 _GROWTH = 2
 # Of one text, decompressed: a file of a few kilobytes may stand for terabytes.
 _MOST_BYTES, _PIECE_BYTES = 1 << 30, 16 << 20
+# Of which what is only looked at is tokenized at a time.
+_PIECE_CHARACTERS = 1 << 20
 # Where rows of files have their text.
 _COLUMN = "text"
 # So many lines show whether a text is rows of JSON under another name.
@@ -73,10 +76,11 @@ def check_vocabulary(file: SearchFile) -> None:
     if max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) < size:
         return
     for section in (file.prompts, file.validation_prompts, file.calibration_text):
-        if section is not None and section.dataset is None:
-            for text in read_files(file, section.files):
-                ids = tokenizer.encode(text, add_special_tokens=False).ids
-                check_known(ids, size, lambda unknown: [str(tokenizer.id_to_token(i)) for i in unknown])
+        for source in () if section is None else section.sources:
+            for text in () if source.chat else read_texts(file, source.files):
+                for piece in (text[at : at + _PIECE_CHARACTERS] for at in range(0, len(text), _PIECE_CHARACTERS)):
+                    ids = tokenizer.encode(piece, add_special_tokens=False).ids
+                    check_known(ids, size, lambda unknown: [str(tokenizer.id_to_token(i)) for i in unknown])
 
 
 def _vocabulary_size(folder: Path) -> int | None:
@@ -96,17 +100,23 @@ def check_readable(file: SearchFile) -> None:
     found = {name: text_files(file, section) for name, section in sections.items() if section is not None}
     if file.search.recovery is not None:
         found["recovery"] = paths(file, file.search.recovery.files)
-    most_tokens = {path: _most_tokens(path) for path in dict.fromkeys(path for own in found.values() for path in own)}
+    chats = {path for section in sections.values() if section is not None for path in _of_chats(file, section)}
+    every = dict.fromkeys(path for own in found.values() for path in own)
+    most_tokens = {path: _most_tokens(path, path in chats) for path in every}
     for name, section in sections.items():
-        if section is not None and section.dataset is None:
+        if section is not None and section.files and not section.chat:
             _check_length(name, section, {path: most_tokens[path] for path in found[name]})
 
 
-def _most_tokens(path: Path) -> float:
+def _of_chats(file: SearchFile, section: PromptsSection) -> list[Path]:
+    return [path for source in section.sources if source.chat for path in paths(file, source.files)]
+
+
+def _most_tokens(path: Path, chat: bool) -> float:
     """How many tokens a text can have at most, by its beginning: one for each byte. Raises `UserError` for what is no
     text."""
     if _is_parquet(path):
-        _check_column(path)
+        _check_columns(path, chat)
         return math.inf  # its bytes are packed
     with _opened(path) as stream:
         beginning = stream.read(_LOOKED_AT)
@@ -139,8 +149,8 @@ def _check_length(name: str, section: PromptsSection, most_tokens: Mapping[Path,
         )
 
 
-def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
-    """The documents that prompts are cut from: each file, or each row of the dataset, is one; of a dataset as many as
+def read(file: SearchFile, prompts: PromptsSection) -> Texts:
+    """The documents that prompts are cut from: each file, or each row of a data set, is one; of a dataset as many as
     hold the windows if its rows are not much shorter than they are.
 
     Bytes that are not UTF-8 are read as U+FFFD. Raises `UserError` when one is missing.
@@ -148,34 +158,75 @@ def read(file: SearchFile, prompts: PromptsSection) -> list[str]:
     return next(growing(file, prompts))
 
 
-def growing(file: SearchFile, prompts: PromptsSection) -> Iterator[list[str]]:
-    """What `read` gives, then more and more of the same dataset until it ends; files are read whole at once."""
-    if prompts.dataset is None:
-        yield read_files(file, prompts.files)
+def growing(file: SearchFile, prompts: PromptsSection) -> Iterator[Texts]:
+    """What `read` gives, then more and more of the same datasets until they end; files are read whole at once."""
+    sources, tokens = prompts.sources, prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens)
+    whole = sum(source.weight for source in sources)
+    under_way = [_growing(file, source, math.ceil(source.weight / whole * tokens)) for source in sources]
+    if not prompts.mix:
+        yield from under_way[0]
         return
-    enough = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens) * _CHARACTERS_PER_TOKEN
-    rows: list[str] = []
+    parts = [next(part) for part in under_way]
+    weights = tuple(source.weight for source in sources)
+    yield Mixed(tuple(parts), weights)
+    while True:
+        more = [next(part, None) for part in under_way]
+        if all(part is None for part in more):
+            return
+        parts = [before if part is None else part for before, part in zip(parts, more, strict=True)]
+        yield Mixed(tuple(parts), weights)
+
+
+def _growing(file: SearchFile, source: MixedSection, tokens: int) -> Iterator[Sequence[Document]]:
+    if source.dataset is None:
+        yield read_files(file, source.files, source.chat)
+        return
+    enough = tokens * _CHARACTERS_PER_TOKEN
+    rows: list[Document] = []
     characters = 0
-    for row in _dataset_rows(prompts.dataset):
+    for row in _dataset_rows(file, source.dataset, source.chat):
         rows.append(row)
-        characters += len(row)
+        characters += _length(row)
         if characters >= enough:
             yield list(rows)
             enough *= _GROWTH
     yield rows
 
 
-def read_files(file: SearchFile, names: Sequence[str]) -> list[str]:
-    """The documents that a search file names: each file one, but each row of `.jsonl` and `.parquet` files; what ends
-    in `.zst` or `.gz` is decompressed."""
-    return [document for path in paths(file, names) for document in _documents(path)]
+def _length(document: Document) -> int:
+    return len(document) if isinstance(document, str) else sum(len(text) for _, text in document.messages)
 
 
-def _documents(path: Path) -> list[str]:
+def read_files(file: SearchFile, names: Sequence[str], chat: bool = False) -> list[Document]:
+    """The documents that a search file names: each file one, but each row of `.jsonl` and `.parquet` files, which hold
+    conversations if it is `chat`; what ends in `.zst` or `.gz` is decompressed."""
+    return [document for path in paths(file, names) for document in _documents(path, chat)]
+
+
+def read_texts(file: SearchFile, names: Sequence[str]) -> list[str]:
+    """As `read_files`, of text alone."""
+    return [document for document in read_files(file, names) if isinstance(document, str)]
+
+
+def _documents(path: Path, chat: bool) -> Sequence[Document]:
     if _is_parquet(path):
-        return _column(path)
+        return _conversations(path) if chat else _column(path)
     text = _decoded(path, _content(path))
-    return _rows_of_json(path, text) if _is_rows_of_json(path) else [text]
+    if _is_rows_of_json(path):
+        return list(_rows_of_json(path, text, chat))
+    if chat:
+        raise UserError(f"{path} holds text, and chat: true wants conversations: .jsonl or .parquet rows of messages")
+    return [text]
+
+
+def _conversations(path: Path) -> list[Document]:
+    """Those of a Parquet file's rows."""
+    with _columns(path, MESSAGE_COLUMNS) as (file, found):
+        if not found:
+            wanted = " or ".join(map(repr, MESSAGE_COLUMNS[:2]))
+            raise UserError(f"{path} has no column {wanted}, as chat: true wants")
+        rows = file.read(found).to_pylist()
+    return [conversation_of(row, f"row {number} of {path}") for number, row in enumerate(rows, start=1)]
 
 
 def _name(path: Path) -> str:
@@ -204,9 +255,9 @@ def _decoded(path: Path, content: bytes) -> str:
     return content.decode(encoding="utf-8", errors="replace")
 
 
-def _rows_of_json(path: Path, text: str) -> list[str]:
-    """The texts of a file with an object on each line. Raises `UserError` naming the line that has none."""
-    found: list[str] = []
+def _rows_of_json(path: Path, text: str, chat: bool) -> Iterator[Document]:
+    """The texts of a file with an object on each line, or its conversations. Raises `UserError` naming the line that
+    has none."""
     for number, line in enumerate(text.split("\n"), start=1):  # strings may hold what else ends lines
         if not line.strip():
             continue
@@ -214,17 +265,19 @@ def _rows_of_json(path: Path, text: str) -> list[str]:
             row = json.loads(line)
         except ValueError:
             raise UserError(f"line {number} of {path} is no JSON: a .jsonl file has an object on each line") from None
+        if chat and isinstance(row, dict):
+            yield conversation_of(row, f"line {number} of {path}")
+            continue
         value = row.get(_COLUMN) if isinstance(row, dict) else None
         if not isinstance(value, str):
             fields = f"its fields are {shown(', '.join(map(str, row)))}" if isinstance(row, dict) else "it is no object"
             raise UserError(f"line {number} of {path} has no text in a field {_COLUMN!r}: {fields}")
-        found.append(value)
-    return found
+        yield value
 
 
-def _check_column(path: Path) -> None:
-    """Raises `UserError` for what is no Parquet file with a column of text, by its end alone."""
-    with _text_column(path):
+def _check_columns(path: Path, chat: bool) -> None:
+    """Raises `UserError` for what is no Parquet file with a column of text, or of conversations, by its end alone."""
+    with _columns(path, MESSAGE_COLUMNS) if chat else _text_column(path):
         pass
 
 
@@ -238,17 +291,24 @@ def _column(path: Path) -> list[str]:
 def _text_column(path: Path) -> Iterator[Any]:
     """A `pyarrow.parquet.ParquetFile` that has the column of texts."""
     import pyarrow as pa
+
+    with _columns(path, (_COLUMN,)) as (file, found):
+        kind = file.schema_arrow.field(_COLUMN).type if found else None
+        if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            names = shown(", ".join(file.schema_arrow.names))
+            raise UserError(f"{path} has no text in a column {_COLUMN!r}: its columns are {names}")
+        yield file
+
+
+@contextmanager
+def _columns(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Any, list[str]]]:
+    """A `pyarrow.parquet.ParquetFile`, and which of some columns it has. Raises `UserError` for a damaged one."""
+    import pyarrow as pa
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            kind = file.schema_arrow.field(_COLUMN).type if _COLUMN in names else None
-            if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UserError(
-                    f"{path} has no text in a column {_COLUMN!r}: its columns are {shown(', '.join(names))}"
-                )
-            yield file
+            yield file, [name for name in wanted if name in file.schema_arrow.names]
     except (OSError, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"cannot read {path}: it is no Parquet file, or a damaged one ({reason})") from None
@@ -280,8 +340,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def text_files(file: SearchFile, prompts: PromptsSection) -> list[Path]:
-    """The files that `prompts.files` names, patterns such as `docs/*.txt` expanded in order of name."""
-    return paths(file, prompts.files)
+    """The files that prompts are cut from, patterns such as `docs/*.txt` expanded in order of name."""
+    return [path for source in prompts.sources for path in paths(file, source.files)]
 
 
 def paths(file: SearchFile, names: Sequence[str]) -> list[Path]:
@@ -314,14 +374,22 @@ def _expand(file: SearchFile, name: str) -> list[Path]:
         return []
 
 
-def _dataset_rows(section: DatasetSection) -> Iterator[str]:
+def _dataset_rows(file: SearchFile, section: DatasetSection, chat: bool) -> Iterator[Document]:
+    folder = file.resolve(section.path)
+    path = str(folder) if folder.is_dir() else section.path
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError("prompts.dataset needs an extra: pip install 'dtmsearch[datasets]'") from None
     try:
-        rows = load_dataset(section.path, section.name, split=section.split, streaming=True)
-        for row in rows:
+        if _is_saved(folder):
+            rows = _saved(folder, section)
+        else:
+            rows = load_dataset(path, section.name, split=section.split, streaming=True)
+        for number, row in enumerate(rows, start=1):
+            if chat:
+                yield conversation_of(_with_messages(row, section), f"row {number} of dataset {section.path}")
+                continue
             if section.column not in row:
                 raise UserError(f"dataset {section.path} has no column {section.column!r}; it has {sorted(row)}")
             if not isinstance(row[section.column], str):
@@ -334,3 +402,28 @@ def _dataset_rows(section: DatasetSection) -> Iterator[str]:
         raise UserError(
             f"cannot read dataset {shown(section.path)} (split {section.split}): {type(error).__name__}: {reason}"
         ) from error
+
+
+def _with_messages(row: dict[str, Any], section: DatasetSection) -> dict[str, Any]:
+    """A row whose conversation stands in a usual column, where the search file names another."""
+    return row | {MESSAGE_COLUMNS[0]: row[section.column]} if section.column in row else row
+
+
+# What `save_to_disk` leaves in the folder of a dataset, and of several splits.
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+
+
+def _is_saved(folder: Path) -> bool:
+    return (folder / _SAVED).is_file() or (folder / _SAVED_SPLITS).is_file()
+
+
+def _saved(folder: Path, section: DatasetSection) -> Any:
+    """The rows of a dataset that `save_to_disk` has written, from its files as they are asked for."""
+    from datasets import load_from_disk
+
+    found = load_from_disk(str(folder))
+    if (folder / _SAVED).is_file():
+        return found
+    if section.split not in found:
+        raise UserError(f"dataset {section.path} has no split {section.split!r}; it has {', '.join(sorted(found))}")
+    return found[section.split]

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import Continuation, GenerationRules, IntArray, PromptTokens, Reference, Speed
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.prices import PriceBlock, PriceRequest
@@ -43,7 +44,7 @@ class ModelEvaluator(Evaluator, Protocol):
 
     def cut_prompts(
         self,
-        texts: Sequence[str],
+        texts: Texts,
         count: int,
         prompt_tokens: int,
         continuation_tokens: int,
@@ -52,7 +53,7 @@ class ModelEvaluator(Evaluator, Protocol):
     ) -> tuple[PromptTokens, str]:
         """Windows of texts, and the id that their reference has or will have. Raises `TooLittleText`."""
 
-    def tokenized(self, texts: Sequence[str]) -> list[IntArray]:
+    def tokenized(self, texts: Texts) -> list[IntArray]:
         """The tokens of texts, [tokens] each."""
 
     def reference_id(self, prompts: PromptTokens) -> str: ...
@@ -72,7 +73,7 @@ class ModelEvaluator(Evaluator, Protocol):
     # Calibration.
 
     def cut_calibration(
-        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = Calibration.through
+        self, texts: Texts, count: int, tokens: int, seed: int, through: Through = Calibration.through
     ) -> Calibration: ...
 
     def gather_statistics(self, calibration: Calibration) -> InputStatistics: ...

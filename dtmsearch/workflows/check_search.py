@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.workflows.build import space_of
-from dtmsearch.workflows.text_windows import text_lines
+from dtmsearch.workflows.text_windows import cut_calibration, text_lines
 
 if TYPE_CHECKING:
     from dtmsearch.model.modules.discovery import Survey
@@ -67,10 +68,8 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> None:
     space = space_of(file, found.manifest)
     tokenizer = load_tokenizer(tokenizer_folder(spec), spec)
     if any(scheme.needs_calibration for scheme in space.parsed):
-        section = file.calibration_text
-        tokens = section.prompt_tokens + section.continuation_tokens
         cutter = Cutter(tokenizer, spec.path, found.context, found.num_embeddings)
-        cutter.calibration(texts.read(file, section), section.count, tokens, section.seed)
+        cut_calibration(file, lambda *arguments: Calibration("", "", cutter.calibration(*arguments)))
     if file.search.recovery is not None:
         _check_recovery(file, file.search.recovery, tokenizer)
 
@@ -80,4 +79,4 @@ def _check_recovery(file: SearchFile, section: RecoverySettings, tokenizer: obje
     from dtmsearch.model.training.recipe import Recipe
 
     recipe = Recipe(**vars(section))
-    check_batch(recipe, len(tokenized(texts.read_files(file, section.files), tokenizer, recipe.sequence_tokens)))
+    check_batch(recipe, len(tokenized(texts.read_texts(file, section.files), tokenizer, recipe.sequence_tokens)))

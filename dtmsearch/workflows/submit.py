@@ -116,12 +116,14 @@ def pack(file: SearchFile) -> Parcel:
     Absolute paths are the exception: they get a place in the parcel, and overrides that name it.
     """
     sections = {"prompts": file.prompts, "validation": file.validation_prompts}
-    if file.calibration is not None and file.calibration.files:
+    if file.calibration is not None and (file.calibration.files or file.calibration.mix):
         sections["calibration"] = file.calibration_text
-    own = {name: section.files for name, section in sections.items() if section is not None and section.dataset is None}
+    own = {name: section.files for name, section in sections.items() if section is not None and section.files}
+    mixed = {name: section.mix for name, section in sections.items() if section is not None and section.mix}
     if file.search.recovery is not None:
         own["search.recovery"] = file.search.recovery.files
-    relative = {os.path.normpath(found) for names in own.values() for name in names for found in _relative(file, name)}
+    every = [*own.values(), *(part.files for parts in mixed.values() for part in parts)]
+    relative = {os.path.normpath(found) for names in every for name in names for found in _relative(file, name)}
     depth = max((Path(name).parts.count("..") for name in relative), default=0)
     home = Path(*[_LEVEL] * depth)
     files: dict[str, Path] = {}
@@ -130,6 +132,13 @@ def pack(file: SearchFile) -> Parcel:
         names = [_place(file, name, home, files) for name in given]
         if names != list(given):
             overrides.append(f"{section_name}.files={json.dumps(names)}")
+    for section_name, parts in mixed.items():
+        placed = [
+            part.model_copy(update={"files": tuple(_place(file, name, home, files) for name in part.files)})
+            for part in parts
+        ]
+        if placed != list(parts):
+            overrides.append(f"{section_name}.mix={json.dumps([part.model_dump(mode='json') for part in placed])}")
     return Parcel(files, str(home / _SEARCH_FILE), tuple(overrides))
 
 

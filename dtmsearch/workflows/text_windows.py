@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dtmsearch.analysis.format import counted
-from dtmsearch.config import PromptsSection, SearchFile, texts
+from dtmsearch.config import MixedSection, PromptsSection, SearchFile, texts
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.components import is_gguf
+from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.core.windows import SHARED_RUN, TooLittleText, num_repeats, taken
@@ -28,7 +29,7 @@ Cut = tuple[PromptTokens, str]
 CutPrompts = Callable[..., Cut]
 
 
-def _cut(file: SearchFile, section: PromptsSection, cutting: Callable[[list[str]], T]) -> T:
+def _cut(file: SearchFile, section: PromptsSection, cutting: Callable[[Texts], T]) -> T:
     """What `cutting` makes of a section's text; of a dataset more is read as long as it raises `TooLittleText`."""
     error: TooLittleText | None = None
     for documents in texts.growing(file, section):
@@ -60,7 +61,7 @@ def training_text(
     file: SearchFile, recovery: RecoverySettings | None, tokenized: Callable[[list[str]], list[IntArray]]
 ) -> list[IntArray]:
     """The documents [1, tokens] that a recovery trains on, by `Replica.tokenized` of any replica."""
-    return [] if recovery is None else tokenized(texts.read_files(file, recovery.files))
+    return [] if recovery is None else tokenized(texts.read_texts(file, recovery.files))
 
 
 def check_not_trained_on(run: str, held_out: PromptTokens, trained_on: Sequence[IntArray]) -> None:
@@ -94,7 +95,7 @@ def cut_min_fdt(file: SearchFile, cut_prompts: CutPrompts, others: Sequence[IntA
     return _prompts(file, held_out.model_copy(update=lengths), cut_prompts, tuple(others), _MIN_FDT_KEY)
 
 
-def cut_calibration(file: SearchFile, cutting: Callable[[list[str], int, int, int], Calibration]) -> Calibration:
+def cut_calibration(file: SearchFile, cutting: Callable[[Texts, int, int, int], Calibration]) -> Calibration:
     """The rows of calibration text. Raises `TooLittleText`."""
     section = file.calibration_text
     tokens = section.prompt_tokens + section.continuation_tokens
@@ -194,7 +195,14 @@ def described(section: PromptsSection, prompts: PromptTokens, trains: bool = Fal
 
 
 def _source(section: PromptsSection) -> str:
-    if section.dataset is None:
-        return ", ".join(section.files)
+    if section.mix:
+        whole = sum(source.weight for source in section.mix)
+        return ", ".join(f"{source.weight / whole:.0%} {_named(source)}" for source in section.mix)
+    return _named(section)
+
+
+def _named(section: PromptsSection | MixedSection) -> str:
     dataset = section.dataset
+    if dataset is None:
+        return ", ".join(section.files)
     return " ".join(["dataset", dataset.path, *([dataset.name] if dataset.name else []), f"({dataset.split})"])

@@ -14,13 +14,13 @@ _TOKENIZER_FILES = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
 }
-# What of tokenizer_config.json changes no token of a text: prompts are pieces of text, never written by a template.
+# What of tokenizer_config.json changes no token of a text; what a template writes stands in the prompts' own tokens.
 _CONFIG_NOISE = {"chat_template", "model_max_length", "name_or_path", "transformers_version"}
 
 
 def tokenizer_fingerprint(folder: Path, tokenizer: Any) -> str:
-    """Identity of the files that a tokenizer was loaded from, its Python code included. The chat template is left out,
-    for no prompt is written by one."""
+    """Identity of the files that a tokenizer was loaded from, its Python code included. The chat template is left out:
+    what it writes of a conversation are the prompts' own tokens."""
     names = _TOKENIZER_FILES | set(tokenizer.vocab_files_names.values())
     files = {name: _digest(folder / name) for name in sorted(names) if (folder / name).is_file()}
     return identity({"files": files, "code": custom_code(folder, type(tokenizer))})

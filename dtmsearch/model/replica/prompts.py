@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.core.documents import Document, Mixed, Texts
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.vocabulary import check_known
 from dtmsearch.core.windows import Supply, TooLittleText, stretches, taken
 from dtmsearch.errors import UserError
+from dtmsearch.model.replica.tokens import tokens_of_each
 
 # Short texts that every vocabulary can say one of: they show what a tokenizer puts around a text.
 _SAMPLES = ("0", "a", " the")
@@ -51,7 +54,7 @@ class Cutter:
 
     def prompts(
         self,
-        texts: Sequence[str],
+        texts: Texts,
         count: int,
         prompt_tokens: int,
         continuation_tokens: int,
@@ -63,7 +66,7 @@ class Cutter:
         which names the search file's `key`, and `UserError` for prompts that are longer than the model reads."""
         length = prompt_tokens + continuation_tokens
         check_context(length, "prompt_tokens + continuation_tokens", self._context, self._path)
-        windows = self._windows(texts, count, length, seed, apart_from)
+        windows = self._windows(texts, count, length, seed, apart_from, prompt_tokens)
         if len(windows.tokens) < count:
             raise TooLittleText(
                 f"{key} asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
@@ -72,12 +75,13 @@ class Cutter:
             )
         return PromptTokens(windows.tokens, prompt_tokens, windows.notes, windows.supply)
 
-    def documents(self, texts: Sequence[str]) -> list[IntArray]:
+    def documents(self, texts: Texts) -> list[IntArray]:
         """The tokens of whole texts, with nothing put around them, each one row [1, tokens]: what prompts can be cut
         apart from."""
-        return [_tokens_of(self._tokenizer, text).astype(np.int32).reshape(1, -1) for text in texts]
+        parts = texts.parts if isinstance(texts, Mixed) else (texts,)
+        return [each.ids.reshape(1, -1) for part in parts for each in tokens_of_each(self._tokenizer, part)]
 
-    def calibration(self, texts: Sequence[str], count: int, tokens: int, seed: int) -> IntArray:
+    def calibration(self, texts: Texts, count: int, tokens: int, seed: int) -> IntArray:
         """`count` windows of `tokens` tokens; see `cut_windows`. Raises `TooLittleText`, and `UserError` for rows that
         are longer than the model reads."""
         check_context(tokens, "calibration.tokens", self._context, self._path)
@@ -90,19 +94,54 @@ class Cutter:
         return windows
 
     def _windows(
-        self, texts: Sequence[str], count: int, length: int, seed: int, apart_from: Sequence[IntArray] = ()
+        self,
+        texts: Texts,
+        count: int,
+        length: int,
+        seed: int,
+        apart_from: Sequence[IntArray] = (),
+        prompt_tokens: int = 0,
     ) -> Windows:
-        return cut_windows(texts, self._tokenizer, count, length, seed, self._num_embeddings, apart_from)
+        """`prompt_tokens`: where the assistant's answers shall begin in windows of conversations; 0: anywhere."""
+        further = self._num_embeddings, apart_from, prompt_tokens
+        if not isinstance(texts, Mixed):
+            return cut_windows(texts, self._tokenizer, count, length, seed, *further)
+        turns = texts.turns(count)
+        parts: list[Windows] = []
+        for number, documents in enumerate(texts.parts):
+            apart = (*apart_from, *(part.tokens for part in parts))  # several may name one text
+            wanted = turns.count(number)
+            parts.append(
+                cut_windows(
+                    documents, self._tokenizer, wanted, length, seed, self._num_embeddings, apart, prompt_tokens
+                )
+            )
+        return _in_turns(parts, turns)
+
+
+def _in_turns(parts: Sequence[Windows], turns: Sequence[int]) -> Windows:
+    """The windows of several texts, each as its turn comes, until a text has none left."""
+    rows = [iter(part.tokens) for part in parts]
+    cut = []
+    for part in turns:
+        row = next(rows[part], None)
+        if row is None:
+            break
+        cut.append(row)
+    figures = [[getattr(part.supply, each.name) for part in parts] for each in fields(Supply)]
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return Windows(np.array(cut, np.int32).reshape(-1, parts[0].tokens.shape[1]), Supply(*map(sum, figures)), notes)
 
 
 def cut_windows(
-    texts: Sequence[str],
+    texts: Sequence[Document],
     tokenizer: Any,
     count: int,
     length: int,
     seed: int,
     vocabulary_size: int | None = None,
     apart_from: Sequence[IntArray] = (),
+    prompt_tokens: int = 0,
 ) -> Windows:
     """`count` windows of `length` tokens, none overlapping, drawn from `texts` by `seed`; all where there are fewer.
 
@@ -111,67 +150,109 @@ def cut_windows(
     itself, a document ends and another begins, whose windows all open with the begin token that it has. A larger
     `count` extends a smaller one, and windows that repeat another's tokens come after all that do not.
 
+    A conversation is written by the chat template. With `prompt_tokens` its windows are those in which one of the
+    assistant's answers begins after so many tokens, else any.
+
     No window holds text of `apart_from` ([num_windows, tokens] each, as `taken` tells it): documents are cut from where
     that ends. Raises `UserError` for tokens that a model of `vocabulary_size` embeddings lacks.
     """
     opening, closing = around(tokenizer)
     begin, borders = getattr(tokenizer, "bos_token_id", None), _borders(tokenizer, opening, closing)
     num_borders = 0
-    documents: list[IntArray] = []
-    openings: list[list[int]] = []
-    for text in texts:
-        tokens = _tokens_of(tokenizer, text)
+    pieces: list[_Piece] = []
+    for found in tokens_of_each(tokenizer, texts):
+        tokens = found.ids
         if vocabulary_size is not None:
             check_known(tokens, vocabulary_size, tokenizer.convert_ids_to_tokens)
+        if found.is_conversation:
+            starts = tuple(at - prompt_tokens for at in found.answers) if prompt_tokens else None
+            pieces.append(_Piece(tokens, [], starts, found.head))
+            continue
         at_border = np.isin(tokens, list(borders))
         if not at_border.any():  # of the many rows of a data set nearly all
-            documents.append(tokens.astype(np.int32))
-            openings.append(opening)
+            pieces.append(_Piece(tokens, opening))
             continue
         num_borders += int(at_border.sum())
         for document in np.split(tokens, np.flatnonzero(at_border)):
             own = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
-            documents.append(document[~np.isin(document, list(borders))].astype(np.int32))
-            openings.append(opening or (own if own == [begin] else []))
-    others = [row[~np.isin(row, list(borders))] for rows in apart_from for row in rows]
-    held = taken(documents, others, length)
-    windows = [
-        window
-        for document, mask, opens in zip(documents, held, openings, strict=True)
-        if len(document) + len(opens) >= length
-        for start, end in stretches(mask)
-        for window in _cut(document[start:end].tolist(), opens, length)
+            text_tokens = document[~np.isin(document, list(borders))]
+            pieces.append(_Piece(text_tokens, opening or (own if own == [begin] else [])))
+    others = [
+        row if _has_conversations(pieces) else row[~np.isin(row, list(borders))] for rows in apart_from for row in rows
     ]
-    order, num_distinct = _repeats_last(windows, np.random.default_rng(seed).permutation(len(windows)).tolist())
-    cut = np.array([windows[i] for i in order[:count]], dtype=np.int32).reshape(-1, length)
-    supply = Supply(len(windows), num_distinct, sum(map(len, documents)), sum(int(mask.sum()) for mask in held))
-    return Windows(cut, supply, _notes(tokenizer, closing, borders, num_borders))
+    own = [piece.tokens[piece.head :] for piece in pieces]
+    of_own = taken(own, others, length)
+    held = [np.concatenate([np.zeros(p.head, np.bool_), mask]) for p, mask in zip(pieces, of_own, strict=True)]
+    windows = _joined(piece.windows(mask, length) for piece, mask in zip(pieces, held, strict=True))
+    windows = windows.reshape(-1, length)
+    order, num_distinct = _repeats_last(windows, np.random.default_rng(seed).permutation(len(windows)))
+    supply = Supply(
+        len(windows), num_distinct, sum(len(p.tokens) for p in pieces), sum(int(mask.sum()) for mask in held)
+    )
+    return Windows(windows[order[:count]], supply, _notes(tokenizer, closing, borders, num_borders))
 
 
-def _tokens_of(tokenizer: Any, text: str) -> NDArray[np.int64]:
-    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+def _has_conversations(pieces: Sequence[_Piece]) -> bool:
+    return any(piece.starts is not None or piece.head for piece in pieces)
 
 
-def _repeats_last(windows: Sequence[Sequence[int]], order: Sequence[int]) -> tuple[list[int], int]:
+def _joined(parts: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
+    found = [part.reshape(-1) for part in parts if part.size]
+    return np.concatenate(found) if found else np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A document, or what of it stands between borders: its tokens, those that open each of its windows, where windows
+    may begin (None: wherever one ends), and how many tokens at its begin are not its own."""
+
+    tokens: NDArray[np.int32]
+    opening: Sequence[int]
+    starts: tuple[int, ...] | None = None
+    head: int = 0
+
+    def windows(self, held: NDArray[np.bool_], length: int) -> NDArray[np.int32]:
+        """Its windows [windows, length], outside of what others have `held`."""
+        if self.starts is not None:
+            return self._at_starts(held, length)
+        if len(self.tokens) + len(self.opening) < length:
+            return np.empty((0, length), np.int32)
+        found = [_cut(self.tokens[start:end], self.opening, length) for start, end in stretches(held)]
+        return np.concatenate(found) if found else np.empty((0, length), np.int32)
+
+    def _at_starts(self, held: NDArray[np.bool_], length: int) -> NDArray[np.int32]:
+        assert self.starts is not None
+        found, before = [], 0
+        for start in self.starts:
+            end = start + length
+            if before <= start and end <= len(self.tokens) and not held[start:end].any():
+                found.append(self.tokens[start:end])
+                before = end
+        return np.array(found, np.int32).reshape(-1, length)
+
+
+def _repeats_last(windows: NDArray[np.int32], order: NDArray[np.int64]) -> tuple[list[int], int]:
     """An order of windows with those behind that repeat one before them, and how many repeat none."""
     first: list[int] = []
     again: list[int] = []
-    seen: set[tuple[int, ...]] = set()
-    for i in order:
-        content = tuple(windows[i])
+    seen: set[bytes] = set()
+    for i in order.tolist():
+        content = blake2b(windows[i].tobytes(), digest_size=16).digest()
         (again if content in seen else first).append(i)
         seen.add(content)
     return first + again, len(first)
 
 
-def _cut(tokens: Sequence[int], opening: Sequence[int], length: int) -> list[list[int]]:
+def _cut(tokens: NDArray[np.int32], opening: Sequence[int], length: int) -> NDArray[np.int32]:
     body = length - len(opening)
     if body < 1:
         raise UserError(
             f"windows of {length} tokens hold nothing of the text: each is opened by {len(opening)} of the tokenizer's "
             "own. Ask for more prompt_tokens"
         )
-    return [[*opening, *tokens[at : at + body]] for at in range(0, len(tokens) - body + 1, body)]
+    count = len(tokens) // body
+    cut = tokens[: count * body].reshape(count, body)
+    return np.hstack([np.tile(np.array(opening, np.int32), (count, 1)), cut]) if opening else cut
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:

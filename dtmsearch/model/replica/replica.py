@@ -18,6 +18,7 @@ import torch
 
 from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
 from dtmsearch.core.components import ModelManifest, weight_files
+from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import (
     Continuation,
     EvalRequest,
@@ -192,13 +193,13 @@ class Replica:
 
     # References.
 
-    def cut_prompts(self, texts: Sequence[str], *lengths: Any, **further: Any) -> tuple[PromptTokens, str]:
+    def cut_prompts(self, texts: Texts, *lengths: Any, **further: Any) -> tuple[PromptTokens, str]:
         """Prompts of `texts`, arguments as `Cutter.prompts` takes them, and the id that their reference has or will
         have."""
         prompts = self._references.cutter.prompts(texts, *lengths, **further)
         return prompts, self._references.id_of(prompts)
 
-    def tokenized(self, texts: Sequence[str]) -> list[IntArray]:
+    def tokenized(self, texts: Texts) -> list[IntArray]:
         """See `prompts.Cutter.documents`."""
         return self._references.cutter.documents(texts)
 
@@ -272,7 +273,7 @@ class Replica:
     # Calibration.
 
     def cut_calibration(
-        self, texts: Sequence[str], count: int, tokens: int, seed: int, through: Through = Calibration.through
+        self, texts: Texts, count: int, tokens: int, seed: int, through: Through = Calibration.through
     ) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
         return self._references.calibration(self._references.cutter.calibration(texts, count, tokens, seed), through)

@@ -72,7 +72,7 @@ def _train(job: Path, content: dict[str, Any], stopping: _Stopping) -> int:
     training = Training(file.model_spec, job.parent, Path(content["weights_folder"]), base)
     try:
         recipe = Recipe(**content["recipe"])
-        train(training, texts.read_files(file, recipe.files), recipe, stopping.requested)
+        train(training, texts.read_texts(file, recipe.files), recipe, stopping.requested)
     except TrainingStopped:
         return STOPPED
     except (TrainingDiverged, UserError) as error:  # in every process alike
