@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workflows": {"errors", "logs", "core", "config", "search", "store", "analysis", "model", "export", "cluster"},
     "report": {"errors", "core", "config", "store", "analysis", "workflows"},
     "console": {"errors", "core", "config", "search", "store", "analysis", "workflows"},
+    "ui": {"errors", "core", "store", "analysis", "report", "console"},
     "cli": {
         "errors",
         "logs",
@@ -44,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workflows",
         "report",
         "console",
+        "ui",
     },
     "__init__": {"errors", "core", "config", "search", "analysis", "cluster", "workflows", "report"},
     "__main__": {"cli"},
@@ -87,6 +89,7 @@ MAY_LOAD: dict[str, set[str]] = {
     },
     "report": {"altair", "jinja2", "markupsafe", "vl_convert", "pyarrow", "numpy"},
     "console": {"rich", "pyarrow"},
+    "ui": {"aiohttp"},
     "cli": {"click", "pyarrow"},
     "__init__": set(),
     "__main__": set(),

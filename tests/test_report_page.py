@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from serving import served
 
 from dtmsearch.report.comparison import write_comparison
 from dtmsearch.report.writing import write_report
@@ -219,6 +221,28 @@ def test_a_page_prints_without_what_only_a_screen_has(kinds: dict[str, Page]) ->
     finally:
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert (shown, scrolled) == ([], "none")
+
+
+# The store behind a server.
+
+
+def test_the_list_of_runs_follows_the_store(page: Page, tmp_path: Path) -> None:
+    store = make_run(tmp_path)
+    make_run(tmp_path, "other", share=0.9)
+    with served(store) as address:
+        shown = Page(page.browser, address)
+        shown.show(390, "dark")
+        assert "token" not in page.run("return location.href")
+        assert (problems_of(shown), page.run(_OVERFLOW), page.run(_CUT)) == ([], 0, [])
+        record = store.run("toy")
+        assert record is not None
+        with store.writer("toy") as writer:
+            writer.put_run(replace(record, status="failed", message="the machine was lost"))
+        cell = "tr[data-run='toy'] td[data-key='status']"
+        shown.until(f'return document.querySelector("{cell}").textContent === "failed: the machine was lost"')
+        shown.find("tr[data-run='other'] a").click()
+        shown.until("return document.title.startsWith('other') && document.documentElement.dataset.ready === 'yes'")
+        shown.until("return document.getElementById('live').textContent.startsWith('finished: ')")
 
 
 # Texts in charts that do not lie within their chart, in pixels beyond it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,28 @@ def report_verb(name: str, other: str | None, store: str, out: Path | None, figu
         written = write_comparison(open_store(store), name, other, path, figures)
     for path in written:
         print_text(str(path))
+
+
+@cli.command("ui", epilog=examples("dtmsearch ui", "dtmsearch ui --store s3://bucket/store --port 8080 --open"))
+@store_option
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, show_default="one that is free", help="Port of this machine."
+)
+@click.option("--open", "opens", is_flag=True, help="Open the pages in a browser.")
+def ui_verb(store: str, port: int, opens: bool) -> None:
+    """Show a store in a browser: runs as they go, plans side by side, reports.
+
+    Serves pages on this machine only, to who has the printed address, until Ctrl-C. Needs the extra `ui`.
+    """
+    from dtmsearch.ui.server import serve
+
+    def ready(address: str) -> None:
+        print_text(address)
+        say("Ctrl-C ends it")
+        if opens:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    with suppress(KeyboardInterrupt):
+        serve(open_store(store), port, ready)

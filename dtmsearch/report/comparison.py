@@ -32,6 +32,13 @@ def write_comparison(
 
     Raises `UserError` when the store lacks one of them, or they are one.
     """
+    text, drawn = comparison_page(store, first, second)
+    out.write_text(text, encoding="utf-8")
+    return [out] + ([] if figures_folder is None else save(drawn, figures_folder))
+
+
+def comparison_page(store: ResultStore, first: str, second: str, is_served: bool = False) -> tuple[str, list[Figure]]:
+    """The HTML text about two runs, and its figures. Raises `UserError` when the store lacks one, or they are one."""
     if first == second:
         raise UserError(f"{first} is compared with itself: give two runs")
     one, other = gather(store, first), gather(store, second)
@@ -45,9 +52,9 @@ def write_comparison(
         "changes": difference(one.record.config, other.record.config),
         "places": places(drawn),
         "store": store.url,
+        "live": "-" if is_served else None,
     }
-    out.write_text(render("comparison.html", context, page_data(drawn)), encoding="utf-8")
-    return [out] + ([] if figures_folder is None else save(drawn, figures_folder))
+    return render("comparison.html", context, page_data(drawn)), drawn
 
 
 def compared(one: RunFacts, other: RunFacts) -> list[Figure]:

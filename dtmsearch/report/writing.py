@@ -42,8 +42,8 @@ def write_report(store: ResultStore, run: str, out: Path, figures_folder: Path |
     return [out] + ([] if figures_folder is None else save(drawn, figures_folder))
 
 
-def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
-    """The whole HTML text of a run's report."""
+def page(store: ResultStore, facts: RunFacts, drawn: list[Figure], live: str | None = None) -> str:
+    """The whole HTML text of a run's report; `live` as `render` has it."""
     summary = facts.summary
     context = {
         "facts": facts,
@@ -64,6 +64,7 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
         "titles": {metric: title_of(metric) for metric in facts.metrics},
         "tiles": _tiles(facts),
         "store": store.url,
+        "live": live,
     }
     return render("run.html", context, page_data(drawn) | {"store": store.url})
 
@@ -79,8 +80,9 @@ def page_data(drawn: Iterable[Figure]) -> dict[str, Any]:
 
 def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
     """A page from its template, with the charts' library, our script and its data inside. Only these two scripts run:
-    the page's own policy names them by their hashes, and forbids every request."""
-    scripts = [_library(), _asset("page.js")]
+    the page's own policy names them by their hashes, and forbids every request. A page that a server gives has `live`
+    in its context, the path at which its script asks how far runs are (`-`: it asks nothing)."""
+    scripts = [_library(), _asset("page.js")] + ([_asset("live.js")] if context.get("live") else [])
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

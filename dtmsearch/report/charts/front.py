@@ -115,7 +115,8 @@ def _plans(facts: RunFacts) -> list[Row]:
 
 def _lies_in(facts: RunFacts, bits: float) -> bool:
     """Whether it is a size of the front: components alone have nearly the base model's."""
-    return facts.story.front[0]["bits"] - 0.01 <= bits <= facts.story.front[-1]["bits"] + 0.01
+    least, most = (float(facts.story.front[at]["bits"]) for at in (0, -1))
+    return least - 0.01 <= bits <= most + 0.01
 
 
 def _row(series: str, name: str, bits: float, kl: float, colour: str) -> Row:

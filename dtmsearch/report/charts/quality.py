@@ -5,6 +5,7 @@ base model's, how damages add up, and the plans of a whole store.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dtmsearch.core.metric_registry import METRICS
@@ -105,7 +106,7 @@ def _named_beside(points: Any, facts: RunFacts, x: str) -> list[Any]:
         own = [n for n, left in zip(labels, at_left, strict=True) if (n == "plan" or left) == (align == "left")]
         if own:
             named_ones = points.transform_filter(alt.FieldOneOfPredicate("label", own))
-            text = named_ones.mark_text(align=align, dx=dx, dy=-4, fontSize=11)  # type: ignore[arg-type]
+            text = named_ones.mark_text(align=align, dx=dx, dy=-4, fontSize=11)
             found.append(text.encode(text="name:N"))
     return found
 
@@ -158,7 +159,7 @@ def written(points: Any, rows: Sequence[Row]) -> list[Any]:
         for whose, dy in (("other", -13), ("this plan", 17)):
             if any(row["named"] and (row["side"], row["whose"]) == (side, whose) for row in rows):
                 own = points.transform_filter(f"datum.named && datum.side === '{side}' && datum.whose === '{whose}'")
-                text = own.mark_text(align=side, dx=dx, dy=dy, fontSize=11, aria=False)  # type: ignore[arg-type]
+                text = own.mark_text(align=side, dx=dx, dy=dy, fontSize=11, aria=False)
                 found.append(text.encode(text="name:N"))
     return found
 
@@ -273,11 +274,29 @@ def sweep_figures(facts: RunFacts) -> list[Figure]:
     return found
 
 
-def _sweep(rows: Sequence[Row], metric: str) -> Any:
+def store_figures(rows: Sequence[Row]) -> list[Figure]:
+    """The same of a whole store: a choice for each set of held-out prompts that more plans than one share."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["reference_id"], []).append(row)
+    found = []
+    for at, group in enumerate(own for own in groups.values() if len(own) > 1):
+        prompts = f"{at + 1}: {Path(group[0]['model']).name}, {group[0]['num_prompts']} prompts"
+        for metric in ("fdt", "sdt", "kl"):
+            own = [row for row in group if row[metric] is not None]
+            if own:
+                data = {f"plans-{at}": group, f"front-{at}-{metric}": [row for row in own if metric in row["fronts"]]}
+                chart = _sweep(own, metric, *data)
+                found.append(Figure("sweep", f"sweep-{at}-{metric}", chart, data, f"{prompts}|{metric.upper()}"))
+    return found
+
+
+def _sweep(rows: Sequence[Row], metric: str, plans: str = "sweep", front: str | None = None) -> Any:
     values = [row[metric] for row in rows]
     logarithmic = metric != "fdt" and min(values) > 0
     scale = alt.Scale(type="log", nice=False, padding=12) if logarithmic else alt.Scale(zero=False)
     axis = metric_axis(metric, values, logarithmic)
+    # Runs differ only where one of them is the page's own.
     whose = ["this run", "another run", "uniform plan"]
     x = alt.X(
         "bits:Q",
@@ -286,7 +305,7 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
         axis=alt.Axis(grid=False, format="~f", tickCount=8),
     )
     y = alt.Y(f"{metric}:Q", title=title_of(metric), scale=scale, axis=axis)
-    points = named("sweep").encode(
+    points = named(plans).encode(
         x=x,
         y=y,
         color=alt.Color(
@@ -301,7 +320,7 @@ def _sweep(rows: Sequence[Row], metric: str) -> Any:
             *(alt.Tooltip(f"{m}:Q", title=m.upper(), format=".4~g") for m in ("fdt", "sdt", "kl")),
         ],
     )
-    line = named(f"front-{metric}").mark_line(color=FAINT, strokeWidth=1.2, strokeDash=[4, 4], aria=False)
+    line = named(front or f"front-{metric}").mark_line(color=FAINT, strokeWidth=1.2, strokeDash=[4, 4], aria=False)
     chart = alt.layer(
         line.encode(x=x, y=y, order="bits:Q"),
         points.mark_point(filled=True, opacity=1, size=70, cursor="pointer"),

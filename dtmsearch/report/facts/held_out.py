@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow.compute as pc
 
-from dtmsearch.analysis.pareto_runs import candidates
+from dtmsearch.analysis.pareto_runs import Candidate, candidates
 from dtmsearch.analysis.summary import RunSummary
 from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.rows import Row
@@ -73,21 +75,38 @@ def sweep_of(store: ResultStore, record: RunRecord) -> list[Row]:
     if len({c.run for c in found if c.label == "plan"}) < 2:
         return []
     return [
+        row | {"whose": "this run"} if row["label"] == "plan" and row["run"] == record.run else row
+        for row in plans_of(found)
+    ]
+
+
+def plans_of(found: Sequence[Candidate]) -> list[Row]:
+    """Validated plans of any runs, as they are drawn beside each other."""
+    return [
         {
-            **{name: getattr(c, name) for name in ("run", "label", "plan_id", "share", "kl", "num_compressed")},
+            **{
+                name: getattr(c, name)
+                for name in (
+                    "reference_id",
+                    "model",
+                    "num_prompts",
+                    "run",
+                    "label",
+                    "plan_id",
+                    "share",
+                    "kl",
+                    "num_compressed",
+                )
+            },
             "bits": c.bits_per_weight,
             "fdt": c.fdt_mean,
             "sdt": c.sdt_mean,
             "fronts": list(c.fronts),
             "name": c.run if c.label == "plan" else c.label.replace("uniform-nearest:", "uniform:").replace(":", " "),
-            "whose": "this run" if c.run == record.run and c.label == "plan" else _others(c.label),
+            "whose": "another run" if c.label == "plan" else "uniform plan",
         }
         for c in found
     ]
-
-
-def _others(label: str) -> str:
-    return "another run" if label == "plan" else "uniform plan"
 
 
 def ceiling_of(store: ResultStore, record: RunRecord, held_out: bool = False) -> int | None:
