@@ -4,6 +4,7 @@ A test that starts processes by the package, without importing what starts them,
 """
 
 import gc
+import os
 import signal
 import sys
 from collections import Counter
@@ -19,6 +20,9 @@ settings.load_profile("steady")
 # In the background, and under `nohup`, signals would be ignored here and in every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# A Ray of the tests starts no worker that nobody has asked for: each takes a second of CPU time.
+os.environ |= {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
 
 # The first kind whose modules a test's module, or a helper module of the tests that it imports, has loaded.
 KINDS = {

@@ -1,60 +1,23 @@
 """Searches and trainings that wait for a test's word, so that a fault finds them at work on a machine of any speed.
 
 A `Gate` is a folder whose files say how far they may go. In the process under test, this module stands in for what
-evaluates (`GatedReplica`) and for what trains (`worker`, or `python -m gated JOB`).
+evaluates (`GatedReplica`, or `ToyReplica` where a test is not about the model) and for what trains (`worker`, or
+`python -m gated JOB`).
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from pathlib import Path
+
+from gate import at_speed, gate_here
+from toy import ToyReplicas
 
 from dtmsearch.model.replica.local_replicas import _REQUESTS_PER_CALL as _AT_ONCE
 from dtmsearch.model.replica.local_replicas import LocalReplicas
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.training import main as training
 from dtmsearch.model.training.checkpoints import checkpoints
-
-VARIABLE = "DTMSEARCH_TEST_GATE"
-# Seconds that an evaluation takes longer here: a machine of another speed, under which tests must hold as well.
-SLOWED_VARIABLE = "DTMSEARCH_TEST_SLOWED"
-
-
-class Gate:
-    """How far the process under test may go: evaluate plans of so many components, so many evaluations, train so many
-    steps. What no file bounds goes on."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        return {VARIABLE: str(self.folder), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-    def bound(self, what: str, value: int) -> None:
-        """`what`: components (of the plans that are evaluated), evaluations (of a process; of those that it begins at
-        once a few more) or steps (of a training)."""
-        partial = self.folder / f"{what}.new"
-        partial.write_text(str(value))
-        partial.replace(self.folder / what)
-
-    def open(self) -> None:
-        for path in self.folder.iterdir():
-            path.unlink()
-
-    def allows(self, what: str, value: int) -> bool:
-        try:
-            return value <= int((self.folder / what).read_text())
-        except FileNotFoundError:
-            return True
-
-
-def _gate() -> Gate | None:
-    return Gate(Path(os.environ[VARIABLE])) if VARIABLE in os.environ else None
 
 
 class GatedReplica(Replica):
@@ -63,7 +26,7 @@ class GatedReplica(Replica):
     num_evaluated = 0
 
     def must_wait(self, requests) -> bool:  # type: ignore[no-untyped-def]
-        gate, most = _gate(), max((len(request.plan) for request in requests), default=0)
+        gate, most = gate_here(), max((len(request.plan) for request in requests), default=0)
         if gate is None:
             return False
         return not (gate.allows("components", most) and gate.allows("evaluations", self.num_evaluated + 1))
@@ -72,8 +35,8 @@ class GatedReplica(Replica):
         while self.must_wait(requests):
             time.sleep(0.01)
         self.num_evaluated += len(requests)
-        time.sleep(float(os.environ.get(SLOWED_VARIABLE, "0")) * len(requests))
-        return super().evaluate(requests)
+        with at_speed():
+            return super().evaluate(requests)
 
 
 class GatedReplicas(LocalReplicas):
@@ -89,8 +52,16 @@ class GatedReplicas(LocalReplicas):
 class _Stopping(training._Stopping):
     """Asked before every step: waits once a checkpoint is as far as its gate allows, unless it is to stop."""
 
+    _asked_at: float | None = None
+
     def requested(self) -> bool:
-        gate = _gate()
+        with at_speed(0.0 if self._asked_at is None else time.perf_counter() - self._asked_at):
+            stop = self._requested()
+        self._asked_at = time.perf_counter()
+        return stop
+
+    def _requested(self) -> bool:
+        gate = gate_here()
         while not super().requested():
             found = checkpoints(self._file.parent)
             step = int(found[-1].name.rpartition("-")[2]) if found else 0
@@ -116,6 +87,17 @@ def command(arguments: list[str]) -> int:
     pool.REPLICA_CLASS = "gated:GatedReplica"
     local_replicas.LocalReplicas, local_replicas.Replica = GatedReplicas, GatedReplica  # type: ignore[misc]
     training_process.TRAINING_MODULE = "gated"
+    return main(arguments)
+
+
+def toy_command(arguments: list[str]) -> int:
+    """The command line over toy replicas, on Ray or in its own process, that are gated too."""
+    from dtmsearch.cli import main
+    from dtmsearch.cluster import pool
+    from dtmsearch.model.replica import local_replicas
+
+    pool.REPLICA_CLASS = "toy:ToyReplica"
+    local_replicas.LocalReplicas = ToyReplicas  # type: ignore[misc,assignment]
     return main(arguments)
 
 

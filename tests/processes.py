@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import pytest
 import yaml
-from gated import Gate
+from gate import Gate
 from tiny import TEXT, TRAINING, write_model
 
 from dtmsearch.store.store import ResultStore
@@ -165,13 +165,20 @@ def _gated(*arguments: str) -> int:
     return gated.command(list(arguments))
 
 
-class Driver:
-    """The command at work, in a process group of its own, as a shell would start it. Use in a `with` statement."""
+def _gated_toy(*arguments: str) -> int:
+    import gated
 
-    def __init__(self, log: Path, *arguments: str | Path, gate: Gate | None = None) -> None:
+    return gated.toy_command(list(arguments))
+
+
+class Driver:
+    """The command at work, in a process group of its own, as a shell would start it, with a gate over a model or over
+    the `toy` one. Use in a `with` statement."""
+
+    def __init__(self, log: Path, *arguments: str | Path, gate: Gate | None = None, toy: bool = False) -> None:
         self._log = log
         variables = environment() | ({} if gate is None else gate.environment)
-        work = _command if gate is None else _gated
+        work = _command if gate is None else _gated_toy if toy else _gated
         log.unlink(missing_ok=True)
         self._process = _start(work, tuple(map(str, arguments)), log, log, variables)
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from gated import Gate
+from gate import Gate
 from processes import PATIENCE_SECONDS, Driver, Ended, dtmsearch, num_recorded, rows, tiny_search
 from tiny import replica
 

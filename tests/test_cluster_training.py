@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from gated import Gate
+from gate import Gate
 from processes import PATIENCE_SECONDS, below
 from safetensors.torch import load_file
 from test_recover import PRUNED, RECIPE, prepared

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gated import Gate
+from gate import Gate
 from processes import (
     COMMAND,
     PATIENCE_SECONDS,

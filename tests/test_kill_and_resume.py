@@ -1,7 +1,8 @@
 """One search, killed and stopped in every way there is, each time continued; beside it the same search undisturbed.
 
 Where it matters what becomes of Ray's processes the sessions have replicas on Ray, otherwise one in the driver's own
-process: what a search finds must be the same.
+process: what a search finds must be the same. The replicas answer by the toy formula. What they measure on Ray with a
+model, after a kill too, is that of one process by tests/test_nodes.py and tests/test_calibrating.py.
 """
 
 from __future__ import annotations
@@ -14,20 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from gated import Gate
+from gate import Gate
 from processes import (
     CIRCUMSTANCES,
     PATIENCE_SECONDS,
     Driver,
-    Ended,
     Rows,
-    dtmsearch,
     last_status,
     num_recorded,
     process_ends,
     rows,
     tiny_search,
 )
+from toy import TOY_LAYERS
 
 from dtmsearch.store.store import ResultStore
 
@@ -45,6 +45,8 @@ IMPATIENT = {
 }
 # After which no process may be left.
 STOPPED_ON_RAY = ["SIGHUP", "replica, then Ctrl-C twice"]
+# Components of the toy model.
+_COMPONENTS = 3 * TOY_LAYERS
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class History:
     undisturbed: Path
     sessions: dict[str, Session]
     replica_of_killed_driver: int
-    resumed: Ended
+    resumed: tuple[int, str]
     left: dict[str, list[int]]
 
 
@@ -81,7 +83,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
     gate.bound("components", 0)
 
     def session(name: str, where: tuple[str, ...] = ON_RAY) -> Driver:
-        return Driver(folder / f"{name}.log", "run", file, "--store", store, *where, gate=gate)
+        return Driver(folder / f"{name}.log", "run", file, "--store", store, *where, gate=gate, toy=True)
 
     def over(name: str, process: Driver) -> None:
         code = process.wait()
@@ -102,7 +104,9 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
         over(name, process)
         left[name] = [pid for pid in below if not process_ends(pid)]
 
-    with Driver(folder / "undisturbed.log", "run", file, "--store", undisturbed, *HERE) as calm:
+    calm_gate = Gate(folder / "open")
+    calmly = ("run", file, "--store", undisturbed, *HERE)
+    with Driver(folder / "undisturbed.log", *calmly, gate=calm_gate, toy=True) as calm:
         with session("all at once") as process:
             process.until(lambda: process.starts("raylet"))
             process.signal_group(signal.SIGKILL)
@@ -132,11 +136,13 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
                 until_more(process)
                 impatiently(name, process, numbers)
         with session("driver while validating", HERE) as process:
-            gate.bound("components", 19)  # the found plan, but no uniform one: of these it has 20
+            gate.bound("components", _COMPONENTS - 1)  # the found plan, but no uniform one
             process.until(lambda: process.says("held-out"))
             process.signal(signal.SIGKILL)
             over("driver while validating", process)
-    resumed = dtmsearch("resume", "tiny", "--store", store, "--replicas", "2")
+    gate.open()
+    with Driver(folder / "resumed.log", "resume", "tiny", "--store", store, *HERE, gate=gate, toy=True) as process:
+        resumed = process.wait(), process.output
     yield History(store, undisturbed, sessions, replica, resumed, left)
 
 
@@ -151,7 +157,7 @@ def by_id(evaluations: Rows) -> dict[str, dict[str, object]]:
 
 
 def test_a_search_that_was_killed_and_stopped_ends(history: History) -> None:
-    assert (history.resumed.code, last_status(history.store)) == (0, "finished"), history.resumed
+    assert (history.resumed[0], last_status(history.store)) == (0, "finished"), history.resumed
 
 
 def test_it_ends_with_the_plan_of_an_undisturbed_search(history: History) -> None:

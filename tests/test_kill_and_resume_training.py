@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated import Gate
+from gate import Gate
 from inprocess import run_here
 from processes import CIRCUMSTANCES, PATIENCE_SECONDS, Driver, Rows, num_recorded, process_ends, rows, tiny_search
 

@@ -29,13 +29,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
-        connect(None)
+        # As `connect` starts one, with room for pools beside each other.
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, namespace="dtmsearch")
     yield
     ray.shutdown()
 
 
 def pool_of(orders: str, notes: list[str] | None = None, replicas: int = 2, health: Health = Health()) -> ReplicaPool:
-    settings = PoolSettings(replicas=replicas)
+    settings = PoolSettings(replicas=replicas, cpus_per_replica=1.0)
     on_note = (notes if notes is not None else []).append
     return ReplicaPool(ModelSpec(orders), settings, on_note, replica_class="scripted:Scripted", health=health)
 
@@ -56,54 +57,88 @@ def answers(pool: ReplicaPool, asked: list[EvalRequest]) -> list[Outcome]:
     return arrived
 
 
+@pytest.fixture(scope="module")
+def deaths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("deaths")
+
+
+@pytest.fixture(scope="module")
+def mortal(deaths: Path) -> Iterator[ReplicaPool]:
+    with pool_of(f"die-once={deaths}") as pool:
+        pool.manifest()
+        yield pool
+
+
 class TestRayPool(EvaluatorContract):
-    """With a replica killed in the middle."""
+    """With a replica killed in the middle of each test."""
 
     @pytest.fixture
-    def evaluator(self, tmp_path: Path) -> Iterator[ReplicaPool]:
-        with pool_of(f"die-once={tmp_path}") as pool:
-            pool.manifest()
-            yield pool
+    def evaluator(self, mortal: ReplicaPool, deaths: Path) -> ReplicaPool:
+        """A pool of which nothing is asked any more, and one of whose replicas dies over the next request."""
+        (deaths / "die-once").unlink(missing_ok=True)
+        return mortal
 
 
-def test_every_request_is_answered_once() -> None:
-    with pool_of("") as pool:
-        arrived = answers(pool, requests())
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[ReplicaPool]:
+    """A pool to which nothing happens; every test asks it and takes all of the answers."""
+    with pool_of("seconds=0.01") as pool:
+        pool.manifest()
+        yield pool
+
+
+def test_every_request_is_answered_once(healthy: ReplicaPool) -> None:
+    arrived = answers(healthy, requests())
     assert sorted(o.request_id for o in arrived) == sorted(r.id for r in requests())
 
 
-def test_answers_are_the_replicas_own() -> None:
+def test_answers_are_the_replicas_own(healthy: ReplicaPool) -> None:
     expected = {r.id: evaluate(r).fdt.tolist() for r in requests()}
-    with pool_of("") as pool:
-        arrived = answers(pool, requests())
+    arrived = answers(healthy, requests())
     assert {o.request_id: o.fdt.tolist() for o in arrived if isinstance(o, EvalResult)} == expected
 
 
-def test_a_replica_that_dies_loses_no_request(tmp_path: Path) -> None:
-    with pool_of(f"die-once={tmp_path} seconds=0.01") as pool:
-        arrived = answers(pool, requests())
-    assert all(isinstance(outcome, EvalResult) for outcome in arrived)
+@dataclass(frozen=True)
+class Watched:
+    """A pool with something wrong: what arrived for what was asked, and what it said."""
+
+    arrived: list[Outcome]
+    asked: list[EvalRequest]
+    notes: list[str]
 
 
-def test_a_lost_replica_is_named_with_its_reason(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bereft(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """A pool of which a replica died over its first request."""
     notes: list[str] = []
-    with pool_of(f"die-once={tmp_path} seconds=0.01", notes) as pool:
-        answers(pool, requests())
-    assert any("was lost and is replaced" in note for note in notes)
+    with pool_of(f"die-once={tmp_path_factory.mktemp('dies')} seconds=0.01", notes) as pool:
+        return Watched(answers(pool, requests()), requests(), notes)
 
 
-def test_only_the_request_that_kills_replicas_fails() -> None:
+def test_a_replica_that_dies_loses_no_request(bereft: Watched) -> None:
+    assert len(bereft.arrived) == len(bereft.asked)
+    assert all(isinstance(outcome, EvalResult) for outcome in bereft.arrived)
+
+
+def test_a_lost_replica_is_named_with_its_reason(bereft: Watched) -> None:
+    assert any("was lost and is replaced" in note for note in bereft.notes)
+
+
+@pytest.fixture(scope="module")
+def struck() -> Watched:
+    """A pool whose last request kills every replica that takes it."""
     killer = EvalRequest(Plan.of({toy_components(8)[4].name: "int2-tensor"}), "toy-reference", (0, 8), ("kl", "ppl"))
     with pool_of("die-on=int2-tensor seconds=0.01") as pool:
-        arrived = answers(pool, [*requests(), killer])
-    assert [o.request_id for o in arrived if isinstance(o, EvalFailure)] == [killer.id]
+        return Watched(answers(pool, [*requests(), killer]), [*requests(), killer], [])
 
 
-def test_a_request_that_kills_replicas_says_how_many() -> None:
-    killer = EvalRequest(Plan.of({toy_components(8)[4].name: "int2-tensor"}), "toy-reference", (0, 8), ("kl", "ppl"))
-    with pool_of("die-on=int2-tensor") as pool:
-        failure = answers(pool, [killer])[0]
-    assert (failure.provenance.attempts, getattr(failure, "kind", None)) == (3, "replica_lost")
+def test_only_the_request_that_kills_replicas_fails(struck: Watched) -> None:
+    assert [o.request_id for o in struck.arrived if isinstance(o, EvalFailure)] == [struck.asked[-1].id]
+
+
+def test_a_request_that_kills_replicas_says_how_many(struck: Watched) -> None:
+    (failure,) = [outcome for outcome in struck.arrived if isinstance(outcome, EvalFailure)]
+    assert (failure.provenance.attempts, failure.kind) == (3, "replica_lost")
 
 
 def test_a_replica_that_does_not_start_is_replaced(tmp_path: Path) -> None:
@@ -171,32 +206,24 @@ def watched(orders: str, notes: list[str], health: Health = Health()) -> tuple[l
         return answers(pool, asked), asked
 
 
-@dataclass(frozen=True)
-class Deceived:
-    """A pool of which a replica turned wrong after some requests."""
-
-    arrived: list[Outcome]
-    asked: list[EvalRequest]
-    notes: list[str]
-
-
 @pytest.fixture(scope="module")
-def deceived(tmp_path_factory: pytest.TempPathFactory) -> Deceived:
+def deceived(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """A pool of which a replica turned wrong after some requests."""
     notes: list[str] = []
     arrived, asked = watched(f"wrong-once={tmp_path_factory.mktemp('wrong')} after=5", notes)
-    return Deceived(arrived, asked, notes)
+    return Watched(arrived, asked, notes)
 
 
-def test_wrong_numbers_reach_nobody(deceived: Deceived) -> None:
+def test_wrong_numbers_reach_nobody(deceived: Watched) -> None:
     right = {r.id: evaluate(r).fdt.tolist() for r in deceived.asked}
     assert {o.request_id: o.fdt.tolist() for o in deceived.arrived if isinstance(o, EvalResult)} == right
 
 
-def test_a_replica_that_turns_wrong_is_dismissed_with_what_no_canary_verified(deceived: Deceived) -> None:
+def test_a_replica_that_turns_wrong_is_dismissed_with_what_no_canary_verified(deceived: Watched) -> None:
     assert any("its canary is off by" in note and "measured again" in note for note in deceived.notes)
 
 
-def test_wrong_numbers_cost_no_request_an_attempt(deceived: Deceived) -> None:
+def test_wrong_numbers_cost_no_request_an_attempt(deceived: Watched) -> None:
     assert {outcome.provenance.attempts for outcome in deceived.arrived} == {1}
 
 
@@ -214,26 +241,22 @@ def test_a_replica_that_hangs_loses_no_request(tmp_path: Path) -> None:
     )
 
 
-def test_a_guess_that_is_submitted_later_is_answered_once() -> None:
-    with pool_of("seconds=0.02") as pool:
-        pool.manifest()
-        guessed, real = requests()[:8], requests()[4:16]
-        pool.submit_guesses(guessed)
-        pool.submit(real)
-        arrived: list[Outcome] = []
-        while len(arrived) < 16:
-            arrived += pool.poll(1.0)
-        arrived += pool.poll(0.3)
+def test_a_guess_that_is_submitted_later_is_answered_once(healthy: ReplicaPool) -> None:
+    guessed, real = requests()[:8], requests()[4:16]
+    healthy.submit_guesses(guessed)
+    healthy.submit(real)
+    arrived: list[Outcome] = []
+    while len(arrived) < 16:
+        arrived += healthy.poll(1.0)
+    arrived += healthy.poll(0.3)
     assert sorted(o.request_id for o in arrived) == sorted(r.id for r in requests()[:16])
 
 
-def test_a_second_reference_reaches_replicas_that_still_take_the_first() -> None:
-    with pool_of("") as pool:
-        pool.manifest()
-        for seed in (0, 1):
-            prompts, _ = pool.cut_prompts([""], 4, 4, 4, seed)
-            pool.use(pool.make_reference(prompts))
-        assert len(answers(pool, requests())) == len(requests())
+def test_a_second_reference_reaches_replicas_that_still_take_the_first(healthy: ReplicaPool) -> None:
+    for seed in (0, 1):
+        prompts, _ = healthy.cut_prompts([""], 4, 4, 4, seed)
+        healthy.use(healthy.make_reference(prompts))
+    assert len(answers(healthy, requests())) == len(requests())
 
 
 def test_speed_is_measured_on_all_replicas_at_once(tmp_path: Path) -> None:
@@ -253,7 +276,7 @@ def test_gpus_that_are_not_there_are_a_users_mistake() -> None:
         ReplicaPool(ModelSpec(""), settings, replica_class="scripted:Scripted")
 
 
-def test_an_address_where_nobody_listens_is_said_at_once() -> None:
-    ray.shutdown()
+def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ClusterUnreachable, match="no Ray cluster at"):
         connect("127.0.0.1:9")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from gated import Gate
+from gate import Gate
 from inprocess import InProcess
 from safetensors.torch import load_file
 from tiny import TEXT, write_model

@@ -7,21 +7,29 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 import yaml
-from fakes import MODE, RULES, FakeEvaluator, toy_manifest
+from fakes import MODE, RULES, FakeEvaluator, evaluate, toy_manifest
+from gate import at_speed, gate_here
 
 import dtmsearch as dtm
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     Continuation,
+    EvalRequest,
     GenerationRules,
+    ModelSpec,
+    Outcome,
     PromptTokens,
+    Provenance,
     Reference,
+    ReplicaSettings,
     reference_id,
 )
 from dtmsearch.core.numeric_mode import NumericMode
@@ -33,8 +41,9 @@ class ToyModel(FakeEvaluator):
 
     num_replicas = 1
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int = 2) -> None:
         super().__init__(per_poll=4)
+        self._manifest = toy_manifest(num_layers)
 
     def __enter__(self) -> Self:
         return self
@@ -42,7 +51,7 @@ class ToyModel(FakeEvaluator):
     def __exit__(self, *_: object) -> None: ...
 
     def manifest(self) -> ModelManifest:
-        return toy_manifest()
+        return self._manifest
 
     def conditions(self) -> tuple[NumericMode, GenerationRules]:
         return MODE, RULES
@@ -72,6 +81,52 @@ class ToyModel(FakeEvaluator):
         return []
 
     def decided(self, *_: float) -> None: ...
+
+
+# Layers of the toy model of a command that is gated, and the least that it takes for an evaluation.
+TOY_LAYERS = 8
+_SECONDS = 0.002
+
+
+def toy_must_wait(requests: Sequence[EvalRequest]) -> bool:
+    gate, most = gate_here(), max((len(request.plan) for request in requests), default=0)
+    return gate is not None and not gate.allows("components", most)
+
+
+class ToyReplicas(ToyModel):
+    """The toy model in a command's own process, behind a gate: while it waits, the command hears that it is to stop."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__(TOY_LAYERS)
+
+    def poll(self, timeout_seconds: float) -> list[Outcome]:
+        if toy_must_wait(self._waiting[: self._per_poll]):
+            time.sleep(0.01)
+            return []
+        with at_speed(_SECONDS * len(self._waiting[: self._per_poll])):
+            return super().poll(timeout_seconds)
+
+
+class ToyReplica(ToyModel):
+    """The same as what a Ray actor hosts."""
+
+    def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str, node: str) -> None:
+        super().__init__(TOY_LAYERS)
+        self._name, self._node = name, node
+
+    def canary(self, reference_id: str) -> float:
+        return 0.0
+
+    def check(self, plan: Plan, reference_id: str, num_prompts: int) -> tuple[Any, Any]:
+        found = evaluate(EvalRequest(plan, reference_id, (0, num_prompts)))
+        return found.sdt, found.dppl
+
+    def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
+        while toy_must_wait(requests):
+            time.sleep(0.01)
+        with at_speed(_SECONDS * len(requests)):
+            by = Provenance(self._name, self._node, wall_seconds=_SECONDS)
+            return [replace(evaluate(request), provenance=by) for request in requests]
 
 
 def toy_search(folder: Path, **search: Any) -> Path:
