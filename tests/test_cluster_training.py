@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),  # of its own settings, on import
 ]
 
-_RECIPE = replace(RECIPE, masked_steps=60, lr=3e-3, checkpoint_steps=10)
+_RECIPE = replace(RECIPE, masked_steps=40, lr=3e-3, checkpoint_steps=10)
 _SEARCH = """
 run: toy
 model: {path: MODEL, dtype: float32}
@@ -97,7 +97,7 @@ def two_workers(folder: Path, patched: pytest.MonkeyPatch) -> Trained:
     ray.init(address="local", num_cpus=2, log_to_driver=False)
     try:
         gate.bound("steps", 10)
-        stopped = train_on_cluster(str(job), str(stop_file), lambda: step_of(training) >= 10, 2, "gated:worker")
+        stopped = train_on_cluster(str(job), str(stop_file), lambda: step_of(training) >= 10, 1, "gated:worker")
         stopped_at = step_of(training)
         gate.bound("steps", stopped_at + 10)
         killer = threading.Thread(target=kill_a_worker, args=(training, stopped_at, killed, gate), daemon=True)
