@@ -7,11 +7,13 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from kinds_picture import picture
 
 # A loaded machine is no failure, and a test that fails in one run fails in the next.
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -32,6 +34,7 @@ KINDS = {
     "model": {"torch", "transformers", "tiny", "inprocess"},
 }
 _HERE = Path(__file__).parent
+_BEGAN = time.monotonic()
 
 
 def kind_of(module: object) -> str:
@@ -58,13 +61,16 @@ def _is_ours(module: object) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    found: dict[object, str] = {}
+    """Mark kinds, and put the costly ones first: no worker begins a long file when the others are done."""
+    found: dict[object, str] = {None: "unit"}
     for item in items:
         module = getattr(item, "module", None)
+        if module not in found:
+            found[module] = kind_of(module)
         if module is not None and not any(item.get_closest_marker(kind) for kind in KINDS):
-            if module not in found:
-                found[module] = kind_of(module)
             item.add_marker(getattr(pytest.mark, found[module]))
+    costly_first = ("cluster", "process", "browser", "model", "unit")
+    items.sort(key=lambda item: costly_first.index(found[getattr(item, "module", None)]))
 
 
 def pytest_collection_finish() -> None:
@@ -72,6 +78,10 @@ def pytest_collection_finish() -> None:
     tests ask for at every step, takes milliseconds instead of a second."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kinds", metavar="FILE", help="draw the seconds of each kind of test into FILE (SVG)")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -86,3 +96,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("seconds by kind")
     for kind, spent in seconds.most_common():
         terminalreporter.write_line(f"{spent:8.1f} s in {len(tests[kind]):5d} tests  {kind}")
+    if file := terminalreporter.config.getoption("kinds"):
+        minutes, workers = (time.monotonic() - _BEGAN) / 60, terminalreporter.config.getoption("numprocesses") or 1
+        said = f"{time.strftime('%Y-%m-%d')}: {workers} workers on {os.cpu_count()} CPUs, {minutes:.1f} minutes"
+        Path(file).write_text(picture(seconds, {kind: len(found) for kind, found in tests.items()}, said))

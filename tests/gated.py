@@ -7,8 +7,14 @@ evaluates (`GatedReplica`, or `ToyReplica` where a test is not about the model) 
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
+import traceback
+from types import SimpleNamespace
+from typing import IO
 
 from gate import at_speed, gate_here
 from toy import ToyReplicas
@@ -77,6 +83,53 @@ def worker(job: str) -> int:
     return training.worker(job)
 
 
+class ForkedTraining:
+    """As a `subprocess.Popen` of a training's command, but a fork of this process, which has imported torch already."""
+
+    def __init__(self, command: list[str], stdout: IO[bytes], stderr: IO[bytes], stdin: int) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                for number in (signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                for stream, to in ((stdout, 1), (stderr, 2)):
+                    os.dup2(stream.fileno(), to)
+                code = worker(command[-1])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a training", timeout)
+            time.sleep(0.01)
+        return code
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+# What a module that starts a training by `subprocess` has in its place.
+_FORKING = SimpleNamespace(Popen=ForkedTraining, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)
+
+
 def command(arguments: list[str]) -> int:
     """The command line over gated replicas and trainings."""
     from dtmsearch.cli import main
@@ -86,7 +139,7 @@ def command(arguments: list[str]) -> int:
 
     pool.REPLICA_CLASS = "gated:GatedReplica"
     local_replicas.LocalReplicas, local_replicas.Replica = GatedReplicas, GatedReplica  # type: ignore[misc]
-    training_process.TRAINING_MODULE = "gated"
+    training_process.subprocess = _FORKING  # type: ignore[assignment]
     return main(arguments)
 
 

@@ -140,7 +140,7 @@ def test_writes_that_the_server_refuses_now_and_then_are_tried_again(url: str, f
 
 def test_nothing_recorded_is_lost_when_every_fifth_write_is_rejected(url: str, faulty: Faulty) -> None:
     faulty.goes_wrong(reject, every=5)
-    recorded, failures = recorded_through(url, range(12))
+    recorded, failures = recorded_through(url, range(6))
     faulty.goes_wrong(None)
     assert (replayed(ResultStore(url)), failures > 0) == (recorded, True)
 

@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 from gate import Gate
+from local_ray import start_ray
 from processes import PATIENCE_SECONDS, below
 from safetensors.torch import load_file
 from test_recover import PRUNED, RECIPE, prepared
@@ -94,7 +95,7 @@ def two_workers(folder: Path, patched: pytest.MonkeyPatch) -> Trained:
     gate = Gate(folder / "gate")
     for name, value in gate.environment.items():
         patched.setenv(name, value)
-    ray.init(address="local", num_cpus=2, log_to_driver=False)
+    start_ray(num_cpus=2)
     try:
         gate.bound("steps", 10)
         stopped = train_on_cluster(str(job), str(stop_file), lambda: step_of(training) >= 10, 1, "gated:worker")

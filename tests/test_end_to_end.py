@@ -23,6 +23,7 @@ from processes import (
     Rows,
     dtmsearch,
     ended,
+    forked,
     last_status,
     num_recorded,
     rows,
@@ -93,15 +94,15 @@ def test_the_demo_again_is_already_complete_without_ray(demo: Demo) -> None:
 # One search on other replicas, by another strategy, from Python.
 
 
-FROM_PYTHON = """
-import json, sys
-from pathlib import Path
-import dtmsearch as dtm
-summary = dtm.run(dtm.load(Path(sys.argv[1])), store=sys.argv[2], where=dtm.Where(replicas=2))
-store = dtm.open_store(sys.argv[2])
-steps = dtm.query(store, "SELECT count(*) AS steps FROM steps").to_pylist()
-print(json.dumps([summary.status, summary.final_plan.schemes, steps, [run.run for run in dtm.ls(store)]]))
-"""
+def from_python(file: str, place: str) -> int:
+    summary = dtm.run(dtm.load(Path(file)), store=place, where=dtm.Where(replicas=2))
+    store = dtm.open_store(place)
+    steps = dtm.query(store, "SELECT count(*) AS steps FROM steps").to_pylist()
+    assert summary.final_plan is not None
+    sys.stdout.write(
+        json.dumps([summary.status, summary.final_plan.schemes, steps, [run.run for run in dtm.ls(store)]])
+    )
+    return 0
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     )
     with ThreadPoolExecutor() as pool:
         first = pool.submit(dtmsearch, "run", beam, "--store", folder / "beam", "--in-process")
-        second = pool.submit(ended, [sys.executable, "-c", FROM_PYTHON, str(greedy), str(folder / "greedy")])
+        second = pool.submit(forked, from_python, str(greedy), str(folder / "greedy"))
     return Pair(folder, first.result(), second.result())
 
 
@@ -232,7 +233,8 @@ def test_a_run_s_plan_is_known_from_the_run(evaluated: Evaluated) -> None:
 
 @dataclass(frozen=True)
 class Beside:
-    """Two runs of one search in one store, at work at once; the first was started twice, stopped, and resumed."""
+    """Two runs of one search in one store, over the toy model, at work at once; the first was started twice, stopped,
+    and resumed."""
 
     store: Path
     refused: Ended
@@ -240,7 +242,7 @@ class Beside:
     stopped: Driver
     stopped_status: str
     other: Driver
-    resumed: Ended
+    resumed: tuple[int, str]
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +255,8 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
     gate.bound("components", 1)
     where = ("--store", store, "--in-process")
     with (
-        Driver(folder / "first.log", "run", first, *where, gate=gate) as one,
-        Driver(folder / "b.log", "run", second, *where, gate=gate) as two,
+        Driver(folder / "first.log", "run", first, *where, gate=gate, toy=True) as one,
+        Driver(folder / "b.log", "run", second, *where, gate=gate, toy=True) as two,
     ):
         one.until(lambda: is_on_record(store))
         refused = dtmsearch("run", first, *where)
@@ -265,7 +267,8 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
         status = last_status(store)
         changed = dtmsearch("run", first, "--set", "search.width=3", *where)
         two.wait()
-        resumed = dtmsearch("resume", "tiny", *where)
+        with Driver(folder / "resumed.log", "resume", "tiny", *where, gate=gate, toy=True) as third:
+            resumed = third.wait(), third.output
         yield Beside(store, refused, changed, one, status, two, resumed)
 
 

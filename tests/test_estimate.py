@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from inprocess import InProcess, run_here
 from processes import rows, tiny_search
-from tiny import replica
+from tiny import llama_config, replica, write_model
 
 from dtmsearch.config import load
 from dtmsearch.console.text import estimate_text
@@ -51,6 +51,13 @@ def foretold(file: Path, **changes: Any) -> Estimate:
     return estimate(load(str(file)), evaluator=lambda *opening: cast(ModelEvaluator, Timed(*opening)))
 
 
+def short_search(folder: Path, layers: int, search: dict[str, Any]) -> Path:
+    """The tiny search of a model of fewer layers: what is counted here does not depend on how many there are."""
+    file = tiny_search(folder, search=search)
+    write_model(folder / "model", llama_config(num_hidden_layers=layers))
+    return file
+
+
 @pytest.mark.parametrize(
     ("strategy", "within"),
     [("probe", 1.0), ("greedy", 1.2), ("sensitivity", 1.1), ("knapsack", 1.0), ("auto", 8.0)],
@@ -60,7 +67,7 @@ def test_evaluations_are_those_that_the_search_makes(strategy: str, within: floa
     stop = {"share": 0.4} if strategy in ("probe", "greedy") else {"bits_per_weight": 6.5}
     search = {"strategy": strategy, "schemes": ["int4-channel", "int8-channel"], "stop": stop}
     search |= {} if strategy == "probe" else {"rank_by": "kl"}
-    file = tiny_search(tmp_path, search=search)
+    file = short_search(tmp_path, 2, search)
     expected = foretold(file).evaluations
     run_here(file, tmp_path / "store")
     made = sum(row["purpose"] == "search" for row in rows(tmp_path / "store", "evaluations"))
@@ -87,7 +94,7 @@ VALIDATED = {
 @pytest.mark.parametrize("search", VALIDATED.values(), ids=VALIDATED)
 def test_held_out_evaluations_are_those_that_the_search_makes(search: dict[str, Any], tmp_path: Path) -> None:
     schemes = {} if search["strategy"] == "sparsity" else {"schemes": ["int4-channel", "int8-channel"]}
-    file = tiny_search(tmp_path, search=schemes | search)
+    file = short_search(tmp_path, 2, schemes | search)
     run_here(file, tmp_path / "store")
     results, kept = ResultStore(tmp_path / "store").run("tiny"), rows(tmp_path / "store", "evaluations")
     assert results is not None

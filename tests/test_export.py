@@ -43,6 +43,7 @@ def test_the_command_line_names_every_format() -> None:
     assert set(EXPORT_FORMATS) == set(FORMATS)
 
 
+@pytest.mark.process
 def test_a_dense_export_measures_as_recorded_in_a_fresh_process(mixed: Measured, tmp_path: Path) -> None:
     check = mixed.export("dense", tmp_path / "out").check
     assert check is not None and check.equal and check.fdt_measured < 12

@@ -65,6 +65,7 @@ def again(searched: Trained) -> str:
     return recover(RUN, str(searched.store), ["unmasked_steps=0"], evaluator=here).weights_id
 
 
+@pytest.mark.process
 def test_a_trained_model_measures_as_recorded_in_a_fresh_process(searched: Trained, tmp_path: Path) -> None:
     exported = searched.export("dense", tmp_path / "out")
     assert exported.check is not None and exported.check.equal and exported.weights_id == searched.weights_id

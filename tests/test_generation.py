@@ -8,6 +8,7 @@ the compressed model itself hesitates, and only there.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ MODELS = [
 WEIGHT_ONLY = ["int8-channel", "int8-tensor", "int4-g32", "int4-channel-asym", "int3-g32", "nf4", "fp4"]
 
 
+@cache
 def prepare(folder: Path, text: str) -> tuple[Replica, PromptTokens, Reference]:
     model = replica(folder)
     prompts, _ = model.cut_prompts([text], 12, 24, 40, 0)

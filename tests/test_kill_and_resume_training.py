@@ -1,6 +1,7 @@
 """One search that trains, all its processes killed in the middle of a training and then of a probe between rounds.
 
-All sessions have the replica in the driver's process, and trainings in processes of their own, as on Ray.
+All sessions have the replica in the driver's process, and trainings in forks of it, killed with it. A training in an
+interpreter of its own is a matter of tests/test_recovering.py.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 import ray
 from contracts import EvaluatorContract
 from fakes import evaluate, toy_components
+from local_ray import start_ray
 from ray.exceptions import RayTaskError
 
 from dtmsearch.cluster.connect import connect
@@ -29,8 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
-        # As `connect` starts one, with room for pools beside each other.
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, namespace="dtmsearch")
+        start_ray(num_cpus=8)  # room for pools beside each other
     yield
     ray.shutdown()
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -92,6 +93,29 @@ def test_reference_is_shared_by_runs(tmp_path: Path) -> None:
     for run in ("a", "b"):
         with opened(ResultStore(tmp_path), run) as writer:
             writer.share(reference)
+    assert ResultStore(tmp_path).table("prompts")["prompt"].to_pylist() == [0, 1]
+
+
+def test_of_two_runs_that_share_a_reference_at_once_one_has_written_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = np.arange(12, dtype=np.int32).reshape(2, 6)
+    reference = Reference("ref", "manifest", MODE, grid, grid[:, :3], np.ones((2, 3), np.bool_), (0,))
+    look, place = ResultStore.shared, tmp_path / "prompts" / "ref"
+    with opened(ResultStore(tmp_path), "a") as first, opened(ResultStore(tmp_path), "b") as second:
+
+        def look_too_early(*asked: Any) -> Any:
+            """The other run writes after the look, of which the beginning was there before it."""
+            found = look(*asked)
+            monkeypatch.setattr(ResultStore, "shared", look)
+            (place / ".tmp-00000001-00000001.parquet.1").unlink()
+            first.share(reference)
+            return found
+
+        place.mkdir(parents=True)
+        (place / ".tmp-00000001-00000001.parquet.1").touch()
+        monkeypatch.setattr(ResultStore, "shared", look_too_early)
+        second.share(reference)
     assert ResultStore(tmp_path).table("prompts")["prompt"].to_pylist() == [0, 1]
 
 

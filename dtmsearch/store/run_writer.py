@@ -168,8 +168,9 @@ class RunWriter:
         that write it at once the first wins, for two may come to slightly different ones."""
         codec = CODECS[type(record)]
         shared_id = codec.id_of(record)
+        number = self._next_number(shared_id)
         if self._store.shared(type(record), shared_id) is None:
-            self._write_shared(codec, shared_id, [record])
+            self._write_shared(codec, shared_id, number, [record])
         recorded = self._store.shared(type(record), shared_id)
         assert recorded is not None
         return recorded
@@ -180,16 +181,21 @@ class RunWriter:
             return
         codec = CODECS[type(records[0])]
         for _ in range(_PUT_ATTEMPTS):
+            number = self._next_number(shared_id)
             new = codec.new(records, self._store.shared_keys(type(records[0]), shared_id))
             if not new:
                 return
             # Another run that writes at this moment may take the number; then ours come under the next.
-            self._write_shared(codec, shared_id, new)
+            self._write_shared(codec, shared_id, number, new)
         raise StoreError(f"cannot record {codec.table} in {self._store.url}: others keep writing under {shared_id}")
 
-    def _write_shared(self, codec: Codec[Any], shared_id: str, records: Sequence[Any]) -> None:
+    def _next_number(self, shared_id: str) -> int:
+        """Of a segment of what is shared: taken before looking whether that is there already, and whatever others are
+        about to write, so that two runs that both find nothing take the same number, and one alone is written."""
+        return 1 + self._segments.last_epoch(shared_id, unfinished=False)
+
+    def _write_shared(self, codec: Codec[Any], shared_id: str, number: int, records: Sequence[Any]) -> None:
         self._segments.set_aside(codec.table, shared_id)
-        number = 1 + self._segments.last_epoch(shared_id)
         segment = Segment(codec.table, shared_id, (number, 1), (number, 1))
         self._write(segment, codec.rows(shared_id, records), keep_existing=True)
 

@@ -23,7 +23,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from dtmsearch.errors import StoreError
-from dtmsearch.store.files import Folder
+from dtmsearch.store.files import TEMPORARY, Folder
 from dtmsearch.store.schemas import SCHEMAS, fits
 
 DAMAGED = ".damaged"
@@ -154,10 +154,13 @@ class Segments:
             self._digests[segment] = sha256(self.folder.read(segment.path)).digest()
         return self._digests[segment]
 
-    def last_epoch(self, key: str) -> int:
-        """The highest epoch under a key in any table, of damaged and temporary files too; 0 without any."""
+    def last_epoch(self, key: str, unfinished: bool = True) -> int:
+        """The highest epoch under a key in any table, of damaged files too and, with `unfinished`, of temporary ones;
+        0 without any."""
         paths = (file.path for table in SCHEMAS for file in self.folder.walk(f"{table}/{key}"))
-        epochs = (int(epoch) for path in paths for epoch, _ in re.findall(_COMMIT, path.rpartition("/")[2]))
+        names = [path.rpartition("/")[2] for path in paths]
+        counted = [name for name in names if unfinished or not name.startswith(TEMPORARY)]
+        epochs = (int(epoch) for name in counted for epoch, _ in re.findall(_COMMIT, name))
         return max(epochs, default=0)
 
     def write(self, segment: Segment, rows: pa.Table, keep_existing: bool = False) -> None:
