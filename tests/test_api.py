@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, Self, cast
 
 import pytest
@@ -213,3 +216,10 @@ def test_validating_finds_a_text_that_holds_too_few_prompts(tmp_path: Path) -> N
     wanted["prompts"]["count"] = 10_000
     with pytest.raises(dtm.UserError, match="10000"):
         dtm.validate(wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in dtm.__all__ if inspect.isclass(getattr(dtm, name))])
+def test_every_member_of_a_public_type_says_what_it_is(name: str) -> None:
+    kinds = (property, cached_property, FunctionType)
+    members = {key: value for key, value in vars(getattr(dtm, name)).items() if not key.startswith("_")}
+    assert [key for key, value in members.items() if isinstance(value, kinds) and not value.__doc__] == []

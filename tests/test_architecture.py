@@ -233,3 +233,12 @@ def compares_families(path: Path) -> bool:
 
 def test_a_scheme_is_asked_never_told_apart_by_its_family_s_name() -> None:
     assert [name for name, path in MODULES.items() if compares_families(path)] == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_what_is_public_says_what_it_is(module: str) -> None:
+    """A module, and every class and function at its top."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    named = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    silent = [node.name for node in named if not node.name.startswith("_") and not ast.get_docstring(node)]
+    assert silent == [] and (ast.get_docstring(tree) or module == "__main__")

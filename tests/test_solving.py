@@ -346,7 +346,7 @@ def minimal(space: SearchSpace, min_fdt: float) -> Strategy:
 
 
 def test_a_local_search_ends_only_when_no_switch_is_better_on_all_prompts() -> None:
-    """The first prompts speak against every switch that is better on all of them."""
+    """The first prompts speak against every swap that is better on all of them."""
 
     def misleading(request: EvalRequest) -> EvalResult:
         found = additive(request)

@@ -106,6 +106,7 @@ def counted(num: int | None, noun: str) -> str:
 
 
 def components(num: int | None) -> str:
+    """1 component, 2 components."""
     return counted(num, "component")
 
 

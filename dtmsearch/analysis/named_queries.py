@@ -175,6 +175,7 @@ def ask(store: ResultStore, name: str, run: str) -> pa.Table:
 
 
 def unknown_question(name: str) -> str:
+    """What to say of a text that is neither SQL nor the name of a question."""
     nearest = difflib.get_close_matches(name, QUESTIONS, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"{name!r} is neither a SELECT nor the name of a question{hint} (`dtmsearch query --list` shows the names)"

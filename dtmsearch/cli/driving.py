@@ -26,6 +26,7 @@ def where_of(
     in_process: bool = False,
     retry_out_of_memory: bool = False,
 ) -> Where:
+    """Where replicas run, from the command line's options."""
     from dtmsearch.workflows.run import Where
 
     if in_process and (address or replicas or gpus_per_replica or cpus_per_replica or nodes_per_replica):
@@ -44,6 +45,8 @@ def where_of(
 
 @contextmanager
 def observing(quiet: bool) -> Iterator[Any]:
+    """Within this block a search is watched: lines or a progress bar on stderr, or JSON lines; nothing where
+    `quiet`."""
     from dtmsearch.console.progress import LoggedProgress, watching
 
     if LOG_FORMAT.get() == "json":

@@ -40,6 +40,7 @@ class NewPath(click.Path):
 
 
 def store_option(verb: Verb) -> Verb:
+    """`--store`, of every verb that reads or writes one."""
     return click.option(
         "--store",
         default=DEFAULT_STORE,
@@ -60,6 +61,7 @@ def complete_run(context: click.Context, parameter: click.Parameter, incomplete:
 
 
 def format_option(*choices: str) -> Callable[[Verb], Verb]:
+    """`--format`, with the forms that a verb has."""
     return click.option(
         "--format",
         "form",
@@ -106,6 +108,7 @@ def where_options(verb: Verb) -> Verb:
 
 
 def retry_option(verb: Verb) -> Verb:
+    """`--retry-out-of-memory`."""
     return click.option(
         "--retry-out-of-memory",
         is_flag=True,
@@ -122,6 +125,7 @@ def _with(verb: Verb, *options: Callable[[Verb], Verb]) -> Verb:
 
 
 def set_option(verb: Verb) -> Verb:
+    """`--set KEY=VALUE`, repeatable."""
     return click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the search file; repeatable."
     )(verb)

@@ -32,6 +32,7 @@ def say(text: str) -> None:
 
 
 def show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callable[[Any], Any] | None = None) -> None:
+    """Print a verb's result as JSON, of `as_values` where that is given, or as text by `as_text`."""
     from dtmsearch.analysis.format import json_text
 
     if form == "json":
@@ -41,6 +42,7 @@ def show(value: Any, form: str, as_text: Callable[[Any], str], as_values: Callab
 
 
 def print_text(text: str, end: str = "\n") -> None:
+    """Print to stdout, with nothing in it that acts on a terminal."""
     try:
         print_shown(text, sys.stdout, end)
     except BrokenPipeError:
@@ -50,6 +52,7 @@ def print_text(text: str, end: str = "\n") -> None:
 
 
 def resume_command(run: str, store: str) -> str:
+    """The command that goes on with a run."""
     from dtmsearch.core.records import CONTINUE_VARIABLE
 
     submitted = os.environ.get(CONTINUE_VARIABLE)  # set by `dtmsearch submit` for the driver that it sends
@@ -57,8 +60,10 @@ def resume_command(run: str, store: str) -> str:
 
 
 def query_command(sql: str, store: str) -> str:
+    """The command that asks a store something."""
     return f'dtmsearch query "{sql}"{store_argument(store)}'
 
 
 def store_argument(store: str) -> str:
+    """`--store URL`, with a blank before it; empty for the store that is the default."""
     return "" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}"

@@ -112,6 +112,7 @@ class Hosted:
 
 
 def give_back(group: Any) -> None:
+    """Release a placement group, if there is one."""
     if group is not None:
         remove_placement_group(group)
 

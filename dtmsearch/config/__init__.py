@@ -66,6 +66,8 @@ def _source_of(section: ValidationSection | CalibrationSection) -> dict[str, Any
 
 
 class SearchFile(Section):
+    """A search file: what a search is."""
+
     run: RunName
     """The run's name inside the store."""
     model: ModelSection
@@ -96,6 +98,7 @@ class SearchFile(Section):
 
     @property
     def folder(self) -> Path:
+        """Where relative paths start."""
         return self._folder
 
     @property

@@ -54,6 +54,8 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
+    """A section of a file: unknown keys are errors, and the text under a key describes it."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -66,6 +68,8 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
+    """The model that is searched, and the numbers that it computes in."""
+
     path: str
     """A folder with a Hugging Face checkpoint in safetensors, or a hub id. A relative path starts at the search file's
     folder."""
@@ -84,6 +88,8 @@ class ModelSection(Section):
 
 
 class DatasetSection(Section):
+    """Text of a Hugging Face dataset."""
+
     path: str
     """A Hugging Face dataset: a hub id, or a folder of its files, or one that save_to_disk has written. A relative path
     starts at the search file's folder."""
@@ -115,6 +121,8 @@ class MixedSection(Section):
 
 
 class PromptsSection(Section):
+    """Windows of text: what the model reads, and how many tokens it then generates."""
+
     files: tuple[str, ...] = ()
     """Text files, or patterns such as docs/*.txt; each file is a document, of .jsonl and .parquet files each row's
     text. .gz and .zst are decompressed."""
@@ -193,6 +201,8 @@ class CalibrationSection(Section):
 
 
 class ComponentsSection(Section):
+    """Which components are searched: what is included and not excluded."""
+
     include: tuple[str, ...] = ("*",)
     """Patterns of component names or kinds that are searched. Embeddings and head only by a pattern that names them."""
     exclude: tuple[str, ...] = ()
@@ -324,6 +334,8 @@ def _is_given(search: Mapping[str, Any], key: str) -> bool:
 
 
 class SearchSection(Section):
+    """How plans are chosen, from what, and when the search ends. Keys that the strategy does not use are errors."""
+
     strategy: StrategyName = "beam"
     """How plans are chosen."""
     rank_by: MetricName = RANK_BY

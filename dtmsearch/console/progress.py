@@ -194,6 +194,7 @@ def done_share(progress: Progress) -> float | None:
 
 
 def share_of_weights(decision: Decision | None) -> str:
+    """How far a search is: what its last decision compresses, scores and takes."""
     if decision is None:
         return "nothing compressed yet"
     return (
@@ -224,6 +225,7 @@ def _score(decision: Decision) -> str:
 
 
 def progress_line(progress: Progress) -> str:
+    """The state of a search in one line."""
     recorded = f" ({progress.replayed} from the store)" if progress.replayed else ""
     stage = progress.stage or f"step {progress.step}"
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"

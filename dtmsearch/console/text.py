@@ -241,6 +241,7 @@ def _ahead(difference: PairedDifference | None, digits: int) -> str:
 
 
 def overview_text(runs: Sequence[RunOverview]) -> str:
+    """The runs of a store as a table."""
     columns = ["run", "status", "bits", "held out", "in search", "created", "evaluations", "model", "share", "step"]
     rows = [_overview_cells(run) for run in runs]
     if any(run.failed is not None for run in runs):
@@ -429,4 +430,5 @@ def _change(score: TaskScore) -> str:
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
+    """What `doctor` has found, as lines."""
     return table(["check", "status", "found", "what to do"], [[f.name, f.status, f.found, f.remedy] for f in findings])

@@ -63,6 +63,7 @@ class Component:
 
     @property
     def num_weights(self) -> int:
+        """Rows times columns."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -100,6 +101,7 @@ class ModelManifest:
 
     @property
     def id(self) -> str:
+        """Identity by content: weights, configuration and components, not the path."""
         return self.content_hash
 
     @property
@@ -109,6 +111,7 @@ class ModelManifest:
 
     @cached_property
     def by_name(self) -> dict[str, Component]:
+        """Components by their names."""
         return {c.name: c for c in (*self.components, *self.others)}
 
     def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:

@@ -76,6 +76,7 @@ def _not_linear_in_transformers(component: Component) -> str | None:
 
 
 def dense_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    """Why a checkpoint of unquantized tensors cannot hold a scheme; None where it can."""
     if scheme.rounds_activations:
         return "it rounds activations as well, which no weights can tell; `bitsandbytes` holds it"
     return None
@@ -86,6 +87,7 @@ def _dense_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) 
 
 
 def bitsandbytes_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    """Why bitsandbytes cannot hold a scheme; None where it can."""
     return None if scheme.kind.as_module or scheme.is_unquantized else "it stores w8a8, llm-int8, nf4 and fp4 only"
 
 

@@ -21,6 +21,7 @@ def canonical(value: object) -> str:
 
 
 def identity_of_text(text: str) -> str:
+    """The identity of a text: 128 bits of its SHA-256, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()[:_ID_HEX_DIGITS]
 
 

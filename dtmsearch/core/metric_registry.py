@@ -118,6 +118,7 @@ class Metric:
 
 
 def is_metric_name(name: str) -> bool:
+    """Whether a metric could be called so; it need not be installed."""
     return _NAME.fullmatch(name) is not None
 
 

@@ -71,6 +71,7 @@ _SUMMARIES: WeakKeyDictionary[EvalResult, Summary] = WeakKeyDictionary()
 
 
 def summarize(result: EvalResult) -> Summary:
+    """The summary of a result over its prompts; made once for each result."""
     summary = _SUMMARIES.get(result)
     if summary is None:
         summary = _SUMMARIES[result] = _summarize(result)

@@ -33,6 +33,7 @@ class Perturbation:
 
     @property
     def components(self) -> tuple[str, ...]:
+        """The component, and those tied to it."""
         return (self.component, *self.tied)
 
     def __str__(self) -> str:
@@ -55,10 +56,12 @@ class Plan:
 
     @staticmethod
     def of(schemes: Mapping[str, str]) -> Plan:
+        """A plan from component -> scheme; `dense` may be among the schemes."""
         return Plan(tuple(sorted((c, s) for c, s in schemes.items() if s != DENSE)))
 
     @staticmethod
     def uniform(components: Iterable[Component], scheme: str) -> Plan:
+        """Every one of some components under one scheme."""
         return Plan.of({c.name: scheme for c in components})
 
     @cached_property
@@ -68,6 +71,7 @@ class Plan:
 
     @cached_property
     def schemes(self) -> dict[str, str]:
+        """Component -> scheme name, of what is compressed."""
         return dict(self.entries)
 
     def __getstate__(self) -> dict[str, object]:
@@ -94,6 +98,7 @@ class Plan:
         return versions_of(scheme for _, scheme in self.entries)
 
     def scheme_of(self, component: str) -> str:
+        """A component's scheme by name; `dense` where the plan leaves it as it is."""
         return self.schemes.get(component, DENSE)
 
     def changes(self, other: Plan) -> dict[str, Scheme]:
@@ -101,6 +106,7 @@ class Plan:
         return {component: self.scheme(component) for component in self.diff(other)}
 
     def with_(self, perturbation: Perturbation) -> Plan:
+        """The plan with a perturbation made."""
         entries = list(self.entries)
         for component in perturbation.components:
             at = bisect_left(entries, (component, ""))
@@ -138,10 +144,12 @@ class PlanSize:
 
     @property
     def share(self) -> float:
+        """The part of the weights that lies in compressed components, 0 to 1."""
         return self.compressed_weights / self.num_weights
 
     @property
     def bits_per_weight(self) -> float:
+        """Stored bits over weights, those of unquantized components among them."""
         return self.stored_bits / self.num_weights
 
     @property
@@ -166,6 +174,7 @@ class PlanSize:
 
     @property
     def sparsity(self) -> float:
+        """The part of the weights that the plan makes zero, 0 to 1."""
         return self.pruned_weights / self.num_weights
 
     @property

@@ -19,6 +19,7 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 def is_run_name(name: str) -> bool:
+    """Whether a run could be called so."""
     return re.fullmatch(RUN_NAME, name) is not None
 
 

@@ -190,6 +190,7 @@ class Scheme:
         return self.needs_hessians or (self.pruning is not None and self.pruning.saliency == "wanda")
 
     def num_scales(self, shape: tuple[int, int]) -> int:
+        """Scales that a matrix of `shape` is stored with."""
         rows, cols = shape
         per_granularity = {
             "none": 0,

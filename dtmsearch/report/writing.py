@@ -254,7 +254,7 @@ def _component_rows(facts: RunFacts) -> list[Row]:
 
 
 def _unmeasured(facts: RunFacts) -> bool:
-    """Whether a heat map of what components suffer has cells that nothing was measured of."""
+    """Whether a heat map of what compressing components costs has cells that nothing was measured of."""
     pairs = {(row["component"], row["scheme"]) for row in facts.sensitivity}
     return len(pairs) < len(facts.components) * len({scheme for _, scheme in pairs})
 

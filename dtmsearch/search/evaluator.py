@@ -56,7 +56,8 @@ class ModelEvaluator(Evaluator, Protocol):
     def tokenized(self, texts: Texts) -> list[IntArray]:
         """The tokens of texts, [tokens] each."""
 
-    def reference_id(self, prompts: PromptTokens) -> str: ...
+    def reference_id(self, prompts: PromptTokens) -> str:
+        """The id that a reference of these prompts has or will have."""
 
     def make_reference(self, prompts: PromptTokens) -> Reference:
         """The base model's own greedy continuations."""
@@ -74,28 +75,33 @@ class ModelEvaluator(Evaluator, Protocol):
 
     def cut_calibration(
         self, texts: Texts, count: int, tokens: int, seed: int, through: Through = Calibration.through
-    ) -> Calibration: ...
+    ) -> Calibration:
+        """`count` windows of `tokens` tokens of texts, drawn by `seed`. Raises `TooLittleText`."""
 
-    def gather_statistics(self, calibration: Calibration) -> InputStatistics: ...
+    def gather_statistics(self, calibration: Calibration) -> InputStatistics:
+        """Mean squares of every component's inputs over a calibration."""
 
-    def use_calibration(self, calibration: Calibration, statistics: InputStatistics) -> None: ...
+    def use_calibration(self, calibration: Calibration, statistics: InputStatistics) -> None:
+        """Hold a calibration; requests that name it come after this."""
 
     def weight_errors(
         self, components: Sequence[str], schemes: Sequence[str], calibration_id: str = "", by_hessian: bool = False
-    ) -> list[WeightError]: ...
+    ) -> list[WeightError]:
+        """How far each scheme moves the weights of each component, by its inputs where a calibration is named."""
 
-    def expert_uses(
-        self, components: Sequence[str], schemes: Sequence[str], calibration_id: str
-    ) -> list[ExpertUse]: ...
+    def expert_uses(self, components: Sequence[str], schemes: Sequence[str], calibration_id: str) -> list[ExpertUse]:
+        """How often experts are chosen over a calibration, and what schemes change of their outputs."""
 
-    def outlier_shares(self, calibration_id: str) -> dict[int, float]: ...
+    def outlier_shares(self, calibration_id: str) -> dict[int, float]:
+        """Layer -> the share of weights that stand out by their inputs, as OWL counts them."""
 
     def solve(
         self, calibration_id: str, parts: Sequence[Sequence[tuple[str, str]]]
     ) -> Iterator[Sequence[PackedMatrix]]:
         """Solve (component, scheme) pairs; yields a part as it is done."""
 
-    def use_solved(self, calibration_id: str, matrices: Iterable[PackedMatrix]) -> None: ...
+    def use_solved(self, calibration_id: str, matrices: Iterable[PackedMatrix]) -> None:
+        """Hold matrices that were solved for, whoever has done it."""
 
     # Prices.
 

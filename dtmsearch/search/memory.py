@@ -85,6 +85,7 @@ def record_of(
     reused_from: str | None = None,
     label: str | None = None,
 ) -> EvaluationRecord:
+    """What is recorded of an outcome."""
     perturbation = None if ask.perturbation is None else str(ask.perturbation)
     return EvaluationRecord(ask.request, outcome, purpose, step, perturbation, reused_from, label)
 

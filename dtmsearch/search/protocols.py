@@ -91,6 +91,7 @@ class Remarking(Protocol):
 
 
 def remarks_of(strategy: Strategy) -> Sequence[str]:
+    """What a strategy has to say about its result; nothing where it has no remarks."""
     return strategy.remarks if isinstance(strategy, Remarking) else ()
 
 
@@ -225,6 +226,7 @@ class StageObserver(Protocol):
 
 
 def tell_stage(observer: Observer, text: str, done: str = "") -> None:
+    """Tell an observer that hears of stages what begins, and what was done before."""
     if isinstance(observer, StageObserver):
         observer.on_stage(text, done)
 

@@ -1,1 +1,1 @@
-"""What is remembered: durable tables of runs, evaluations and plans, and the questions put to them."""
+"""Durable tables of runs, evaluations and plans, and the questions put to them."""

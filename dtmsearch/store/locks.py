@@ -56,6 +56,8 @@ class Holder:
 
 
 class Lock(Protocol):
+    """What a driver holds while it writes a run."""
+
     def acquire(self) -> int:
         """Take the lock and return the epoch of its last holder, 0 if unknown. Raises `RunLocked`."""
 
@@ -72,6 +74,7 @@ class Lock(Protocol):
 
 
 def lock_of(folder: Folder, name: str) -> Lock:
+    """The lock of a name in a folder: of the file system where it is local, else a lease that is renewed."""
     if isinstance(folder, LocalFolder):
         return FileLock(folder, name)
     return Lease(folder, name, _BEAT_SECONDS, _STALE_SECONDS)

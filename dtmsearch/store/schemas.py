@@ -350,4 +350,5 @@ def fits(table: str, schema: pa.Schema) -> bool:
 
 
 def empty(table: str) -> pa.Table:
+    """A table of the store without rows."""
     return SCHEMAS[table].empty_table()

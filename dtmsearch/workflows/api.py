@@ -40,6 +40,7 @@ class Rows:
         self.table = table
 
     def to_arrow(self) -> pa.Table:
+        """The rows as an Arrow table."""
         return self.table
 
     def to_pandas(self) -> Any:
@@ -47,6 +48,7 @@ class Rows:
         return self.table.to_pandas()
 
     def to_pylist(self) -> list[dict[str, Any]]:
+        """The rows as dictionaries of Python values."""
         rows: list[dict[str, Any]] = self.table.to_pylist()
         return rows
 
@@ -109,6 +111,7 @@ class Run:
 
     @property
     def summary(self) -> summary.RunSummary:
+        """What the run has come to: sizes, held-out values, the verdict."""
         if self._found is None:
             self._found = summary.summarize_run(self.store, self.name)
         return self._found

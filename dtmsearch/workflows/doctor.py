@@ -60,6 +60,7 @@ def examine(store: str) -> list[Finding]:
 
 
 def check_python() -> Iterator[Finding]:
+    """Whether Python is of a version that is supported."""
     found = ".".join(map(str, sys.version_info[:3]))
     oldest, newest = _PYTHONS
     if oldest <= sys.version_info[:2] < newest:
@@ -69,6 +70,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
+    """Whether what the package needs is installed, in versions that it takes."""
     from packaging.requirements import Requirement
 
     for text in importlib.metadata.requires("dtmsearch") or ():
@@ -97,6 +99,7 @@ def num_cpus() -> int:
 
 
 def check_cpus() -> Iterator[Finding]:
+    """How many CPU cores may be used."""
     cores = num_cpus()
     if cores > 1:
         yield Finding("CPU cores", "ok", str(cores))
@@ -105,6 +108,7 @@ def check_cpus() -> Iterator[Finding]:
 
 
 def check_memory() -> Iterator[Finding]:
+    """How much memory is free."""
     available = available_memory()
     if available is None:
         yield Finding("memory", "warning", "unknown on this system", "see that the model fits twice")
@@ -141,6 +145,7 @@ def _free_by_container() -> int | None:
 
 
 def check_gpus() -> Iterator[Finding]:
+    """Which GPUs torch sees, and what hinders it."""
     try:
         import torch
     except Exception as error:  # a broken installation raises whatever it likes, and this is where to say so
@@ -159,6 +164,7 @@ def check_gpus() -> Iterator[Finding]:
 
 
 def no_gpu(has_driver: bool, built_for: str | None) -> Finding:
+    """Why there is no GPU."""
     if has_driver and built_for is None:
         return Finding("GPUs", "warning", "a driver, but torch is built without CUDA", "install torch's CUDA build")
     if has_driver:
@@ -188,6 +194,7 @@ def check_bitsandbytes() -> Iterator[Finding]:
 
 
 def check_shared_memory() -> Iterator[Finding]:
+    """Whether there is room where Ray keeps its objects."""
     folder = Path("/dev/shm")  # noqa: S108 - where Ray keeps its objects, not a file of ours
     if not folder.is_dir():
         return
@@ -200,6 +207,7 @@ def check_shared_memory() -> Iterator[Finding]:
 
 
 def check_disk() -> Iterator[Finding]:
+    """Whether there is room for Ray's files."""
     folder = ray_folder()
     usage = shutil.disk_usage(nearest_folder(folder))
     free = usage.free / _GIB
@@ -240,6 +248,7 @@ def check_sockets() -> Iterator[Finding]:
 
 
 def check_open_files() -> Iterator[Finding]:
+    """Whether as many files may be open as Ray wants."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -252,6 +261,7 @@ def check_open_files() -> Iterator[Finding]:
 
 
 def check_store(url: str) -> Iterator[Finding]:
+    """Whether a store can be written to."""
     try:
         where = _probe_bucket(url) if "://" in url else _probe_folder(Path(url))
     except Exception as error:  # each file system has errors of its own

@@ -38,6 +38,7 @@ class Exported:
 
 
 def described(form: Format, target: Path, partial: Path, found: Source, job: Job, written: Written) -> Exported:
+    """What was exported, and how large it is."""
     # A recipe writes no weights: what it leaves dense stays as the checkpoint has it.
     dense_bits = job.dtype.itemsize * 8 if written.tensor_bytes else found.manifest.dense_bits
     return Exported(
@@ -58,6 +59,7 @@ def described(form: Format, target: Path, partial: Path, found: Source, job: Job
 
 
 def card_of(result: Exported, form: Format, found: Source, source: str, store: str) -> str:
+    """The exported folder's README."""
     check = result.check
     if check is None:
         measured = [

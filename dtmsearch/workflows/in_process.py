@@ -36,6 +36,7 @@ class Measurement:
     per_prompt: pa.Table
 
     def to_pandas(self) -> Any:
+        """A row a prompt."""
         return self.per_prompt.to_pandas()
 
     def _repr_html_(self) -> str:

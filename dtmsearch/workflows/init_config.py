@@ -139,6 +139,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def this_machine() -> Machine:
+    """This machine's GPUs, free memory, CPU cores and load."""
     from dtmsearch.workflows.doctor import available_memory, num_cpus
 
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():  # torch takes seconds to load

@@ -60,6 +60,7 @@ def levels_of(schemes: Sequence[str]) -> dict[str, int]:
 
 
 def configuration_text(plan: Plan, components: Sequence[str], levels: Mapping[str, int]) -> str:
+    """The plan as EvoPress's `configuration.txt` has it."""
     return "".join(f"{name}: {levels[plan.scheme_of(name)]}\n" for name in components)
 
 

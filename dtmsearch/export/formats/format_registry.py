@@ -33,6 +33,7 @@ class Format:
 
 
 def write_json(job: Job, folder: Path) -> Written:
+    """Write the plan file alone."""
     path = folder / PLAN_FILE
     path.write_text(plan_to_json(job.plan, job.manifest, job.weights_id), encoding="utf-8")
     return Written((path,))

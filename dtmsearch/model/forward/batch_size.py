@@ -57,4 +57,5 @@ class Batches:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory was not enough, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -106,6 +106,7 @@ def tokenizer_folder(spec: ModelSpec) -> Path:
 
 
 def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
+    """The tokenizer of a checkpoint. Raises `UserError` where there is none that can be read."""
     with _explained("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     tokenizer.model_max_length = 10**9  # documents are longer than contexts, and are cut by us
@@ -281,4 +282,5 @@ def suppressed_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def vocabulary_size(model: Any) -> int:
+    """Rows of the head's matrix: the tokens that the model can choose."""
     return int(model.get_output_embeddings().weight.shape[0])

@@ -181,6 +181,7 @@ def _read_job(job: Mapping[str, Any]) -> tuple[ModelSpec, ReplicaSettings, Refer
 
 
 def main(path: str) -> None:
+    """Measure an exported model as a job file says, and print FDT, SDT and DPPL by prompt as JSON."""
     result = measure(*_read_job(json.loads(Path(path).read_text(encoding="utf-8"))))
     values = {"fdt": result.fdt.tolist(), "sdt": result.sdt.tolist(), "dppl": result.dppl.tolist()}
     sys.stdout.write(json.dumps(values) + "\n")

@@ -97,7 +97,7 @@ class PlanEvaluator:
     @property
     def states_kept(self) -> StatesKept:
         """Where the states of parents are kept for the prompts in use; what the bench says while there are none."""
-        return next((stream.kept for stream in self._caches()), self._bench.states)
+        return next((cache.kept for cache in self._caches()), self._bench.states)
 
     def kept_for(self, tokens: IntArray, targets_from: int) -> StatesKept:
         """Where they would be kept for other rows."""
@@ -138,10 +138,10 @@ class PlanEvaluator:
         loaded = self.references[reference_id]
         rows = slice(0, num_prompts)
         self._bench.become(Variant(plan))
-        stream = self._cache(greedy(loaded.reference, rows), loaded.reference.prompt_tokens)
+        cache = self._cache(greedy(loaded.reference, rows), loaded.reference.prompt_tokens)
         with self._bench.standing.eagerly():
             found = fetch(
-                self._bench.batches.halving(lambda: self._measure(stream.head_inputs(0, ()), stream.targets_from, None))
+                self._bench.batches.halving(lambda: self._measure(cache.head_inputs(0, ()), cache.targets_from, None))
             )
         return share_of_divergent_tokens(found.diverged & loaded.reference.agrees[rows]), perplexity(found.nll)
 
@@ -182,20 +182,20 @@ class PlanEvaluator:
 
     def _finish(self, launched: Launched) -> Outcome:
         reference = self.references[launched.request.reference_id].reference
-        streams = launched.fetched()
+        scored = launched.fetched()
         started_at, self._finished_at = self._finished_at, time.perf_counter()
         provenance = Provenance(
             replica=self._name,
             node=self._node,
             wall_seconds=self._finished_at - started_at,
-            tokens=sum(s.nll.shape[0] * reference.text.shape[1] for s in streams.values()),
+            tokens=sum(s.nll.shape[0] * reference.text.shape[1] for s in scored.values()),
             finished_at=time.time(),
             versions=self._versions,
         )
-        return outcome_of(launched, streams, reference, provenance)
+        return outcome_of(launched, scored, reference, provenance)
 
     def _score(self, loaded: Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
-        """What the request's plan makes of each stream, from the first layer in which it leaves its parent. `shared`:
+        """What the request's plan makes of each text, from the first layer in which it leaves its parent. `shared`:
         other requests leave this parent there too."""
         loaded.set_range(request.prompts, self._cache)
         asked = [METRICS[name] for name in request.extra_metrics]
@@ -241,13 +241,13 @@ class PlanEvaluator:
         """Have the model under a variant, and keep of states what it shares with the one that they are of."""
         above = variant.first_difference(self._states_of, self._bench.manifest)
         if above is not None:
-            for stream in self._caches():
-                stream.forget(above)
+            for cache in self._caches():
+                cache.forget(above)
         self._states_of = variant
         self._bench.become(variant)
 
     def _caches(self) -> list[ActivationCache]:
-        return [stream for loaded in self.references.values() for stream in loaded.caches.values()]
+        return [cache for loaded in self.references.values() for cache in loaded.caches.values()]
 
     def _cache(self, tokens: IntArray, targets_from: int) -> ActivationCache:
         bench = self._bench

@@ -31,25 +31,26 @@ from dtmsearch.model.forward.head_metrics import Divergence, Scores, fetch
 
 @dataclass(frozen=True)
 class Launched:
-    """A request whose work is on its way: what its streams will score, a batch at a time, or why there is nothing."""
+    """A request whose work is on its way: what its texts will score, a batch at a time, or why there is nothing."""
 
     request: EvalRequest
     scores: dict[str, list[Scores]] = field(default_factory=dict)
     failure: tuple[FailureKind, str] | None = None
 
     def fetched(self) -> dict[str, Divergence]:
-        """What was found in each stream; waits for it."""
+        """What was found in each text; waits for it."""
         return {name: fetch(scores) for name, scores in self.scores.items()}
 
 
 def outcome_of(
-    launched: Launched, streams: Mapping[str, Divergence], reference: Reference, provenance: Provenance
+    launched: Launched, scored: Mapping[str, Divergence], reference: Reference, provenance: Provenance
 ) -> Outcome:
-    failure = launched.failure or _not_finite(streams)
+    """The result of a request whose texts are scored, or its failure."""
+    failure = launched.failure or _not_finite(scored)
     if failure is not None:
         return EvalFailure(launched.request.id, *failure, provenance)
     try:
-        result = _result(launched.request, streams, reference, provenance)
+        result = _result(launched.request, scored, reference, provenance)
     except UserError as error:  # of a metric of another package
         return EvalFailure(launched.request.id, "invalid", str(error), provenance)
     for name, values in result.others.items():
@@ -60,19 +61,19 @@ def outcome_of(
     return result
 
 
-def _not_finite(streams: Mapping[str, Divergence]) -> tuple[FailureKind, str] | None:
-    for name, stream in streams.items():
-        bad = ~np.isfinite(stream.nll)
+def _not_finite(scored: Mapping[str, Divergence]) -> tuple[FailureKind, str] | None:
+    for name, found in scored.items():
+        bad = ~np.isfinite(found.nll)
         if bad.any():
             return "nonfinite", f"{bad.any(axis=1).sum()} of {len(bad)} prompts ({name}) got non-finite logits"
     return None
 
 
 def _result(
-    request: EvalRequest, streams: Mapping[str, Divergence], reference: Reference, provenance: Provenance
+    request: EvalRequest, scored: Mapping[str, Divergence], reference: Reference, provenance: Provenance
 ) -> EvalResult:
-    measured = streams["continuation"]
-    values = _values(request, streams, reference)
+    measured = scored["continuation"]
+    values = _values(request, scored, reference)
     return EvalResult(
         request_id=request.id,
         fdt=values["fdt"],
@@ -87,15 +88,15 @@ def _result(
     )
 
 
-def _values(request: EvalRequest, streams: Mapping[str, Divergence], reference: Reference) -> dict[str, Any]:
+def _values(request: EvalRequest, scored: Mapping[str, Divergence], reference: Reference) -> dict[str, Any]:
     """Metric -> its value on each prompt, of all that are asked for. Raises `UserError` for a metric that gives
     something else than a number for each prompt."""
-    measured = streams["continuation"]
+    measured = scored["continuation"]
     outputs = PromptOutputs(
         diverged=measured.diverged & reference.agrees[slice(*request.prompts)],
         nll=measured.nll,
         kl=measured.kl,
-        text_nll=streams["text"].nll if "text" in streams else None,
+        text_nll=scored["text"].nll if "text" in scored else None,
     )
     found: dict[str, Any] = {}
     for name in dict.fromkeys((*ALWAYS, *request.extra_metrics)):

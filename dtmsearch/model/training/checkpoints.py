@@ -41,9 +41,11 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], con
 
 
 def checkpoint_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their names."""
     return load_file(checkpoint / _TENSORS)
 
 
 def checkpoint_content(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors: step, losses, seconds."""
     content: dict[str, Any] = json.loads((checkpoint / _CONTENT).read_text(encoding="utf-8"))
     return content

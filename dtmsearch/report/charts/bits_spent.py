@@ -1,4 +1,4 @@
-"""Where a plan spends its bits, by layer and by kind, beside what a weight there suffers."""
+"""Where a plan spends its bits, by layer and by kind, beside what compressing a weight there costs."""
 
 from __future__ import annotations
 

@@ -107,14 +107,17 @@ def plan_name(label: str) -> str:
 
 
 def named(name: str) -> Any:
+    """A chart over data that the page holds under a name."""
     return alt.Chart(alt.NamedData(name))
 
 
 def sized(chart: Any, height: int, description: str) -> Any:
+    """A chart as wide as its place, `height` pixels high, described for those who cannot see it."""
     return chart.properties(width="container", height=height, description=description)
 
 
 def ramp_legend(title: str, values: Sequence[float] = ()) -> Any:
+    """A legend below the chart for a colour that runs with a number."""
     return alt.Legend(
         title=title,
         orient="bottom",

@@ -12,6 +12,7 @@ _WIDE = 8
 
 
 def foreseen_figures(facts: RunFacts) -> list[Figure]:
+    """Damages foreseen against damages measured, a point a plan."""
     rows = [
         {**row, "whose": "this plan" if row["plan_id"] == facts.plan_id else "another plan"}
         for row in facts.story.foreseen

@@ -109,6 +109,7 @@ def _marks(domain: tuple[float, float]) -> list[float]:
 
 
 def layers_by_kinds(name: str, cells: Sequence[Row], kinds: Sequence[str]) -> Any:
+    """The frame of a heat map: a row a kind, a column a layer."""
     layers = sorted({row["layer"] for row in cells})
     # A label for each layer where there is room, otherwise for every fourth.
     shown = layers if len(layers) <= 24 else [layer for layer in layers if layer % 4 == 0]
@@ -176,6 +177,7 @@ def _price_cells(rows: Sequence[Row]) -> list[Row]:
 
 
 def plan_figures(facts: RunFacts) -> list[Figure]:
+    """The plan's schemes by layer and kind."""
     if not facts.plan_rows:
         return []
     return [scheme_map("plan", "plan", facts.plan_rows, "Heat map of layers by kinds: the plan's schemes")]
@@ -238,6 +240,7 @@ def _marked_colour(cells: Sequence[Row]) -> Any:
 
 
 def plan_cells(rows: Sequence[Row]) -> list[Row]:
+    """A cell for each layer and kind, from a row for each component."""
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["layer"], row["kind"]), []).append(row)

@@ -35,6 +35,7 @@ _FEWEST_POINTS = 3
 
 
 def course_figures(facts: RunFacts) -> list[Figure]:
+    """Size against quality along the search."""
     if facts.ranking or not _goes_somewhere(facts):
         return []
     held_out = [row | labelled(row["label"]) for row in facts.uniform if row["label"] != "base"]
@@ -192,6 +193,7 @@ def labelled(label: str) -> Row:
 
 
 def survival_figures(facts: RunFacts) -> list[Figure]:
+    """The share of prompts that have not diverged, by position."""
     if not facts.survival:
         return []
     rows = [{**row, **labelled(row["label"]), "label": plan_name(row["label"])} for row in facts.survival]
@@ -228,6 +230,7 @@ def survival(rows: Sequence[Row], name: str) -> Any:
 
 
 def interaction_figures(facts: RunFacts) -> list[Figure]:
+    """What components cost together against the sum of what each costs alone."""
     if not facts.sums:
         return []
     metric = facts.sums[0]["metric"]

@@ -46,6 +46,7 @@ def by_bits(schemes: Iterable[str]) -> list[str]:
 
 
 def colours(schemes: Iterable[str]) -> Mapping[str, str]:
+    """Scheme -> colour, in order of bits."""
     return {scheme: colour_of(scheme) for scheme in by_bits(schemes)}
 
 

@@ -8,6 +8,7 @@ from dtmsearch.report.facts import RunFacts
 
 
 def tree_figures(facts: RunFacts) -> list[Figure]:
+    """The tree of plans that a search by rounds has gone through."""
     if not facts.nodes:
         return []
     fates = ["chosen", "kept", "dropped"]

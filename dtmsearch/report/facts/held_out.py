@@ -15,6 +15,7 @@ from dtmsearch.store.store import ResultStore
 
 
 def validated(summary: RunSummary) -> list[Row]:
+    """A row for each plan that was measured on held-out prompts."""
     rows = []
     for row in summary.validation:
         if row.summary is None:
@@ -110,6 +111,7 @@ def plans_of(found: Sequence[Candidate]) -> list[Row]:
 
 
 def ceiling_of(store: ResultStore, record: RunRecord, held_out: bool = False) -> int | None:
+    """The most that FDT can be: tokens of a continuation; None where no reference is recorded."""
     reference_id = record.validation_reference_id if held_out else record.reference_id
     if reference_id is None:
         return None

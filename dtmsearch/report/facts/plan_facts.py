@@ -18,6 +18,7 @@ _MOST_SUMS = 800
 
 
 def components_of(store: ResultStore, record: RunRecord) -> list[Row]:
+    """A row for each component of a run's model."""
     if record.manifest_id is None:
         return []
     columns = ["component", "layer", "kind", "rows", "cols", "num_weights", "dense_bits", "source_bits"]

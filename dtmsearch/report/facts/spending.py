@@ -1,4 +1,4 @@
-"""Where a plan spends its bits, beside what layers and kinds suffer; and how it can be written for use."""
+"""Where a plan spends its bits, beside what compressing layers and kinds costs; and how it can be written for use."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def spending_of(plan_rows: Sequence[Row], by: str) -> list[Row]:
 
 
 def suffering_of(alone: Sequence[Row], metric: str, ceiling: int | None, by: str) -> tuple[str | None, list[Row]]:
-    """For each layer or kind: how much a weight there suffers under one scheme, the rest of the model as it was, as a
-    multiple of the mean over all weights. The scheme is that of fewest bits under which every component was measured
-    or priced; None where there is none."""
+    """For each layer or kind: what compressing a weight there costs under one scheme, the rest of the model as it was,
+    as a multiple of the mean over all weights. The scheme is that of fewest bits under which every component was
+    measured or priced; None where there is none."""
     found: dict[str, dict[str, Row]] = {}
     for row in alone:
         if row.get(metric) is not None:

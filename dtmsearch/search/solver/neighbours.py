@@ -1,4 +1,4 @@
-"""The switches of a choice (one unit moved, or one to fewer and another to more) that by a posterior may gain most."""
+"""The swaps of a choice (one unit moved, or one to fewer and another to more) that by a posterior may gain most."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_MOVES = 1_500
 def promising(
     choices: Choices, posterior: Posterior, leader: Options, tried: Collection[Options], count: int
 ) -> list[Options]:
-    """Up to `count` switches within the budget that were not tried, those first whose believed difference to the leader
+    """Up to `count` swaps within the budget that were not tried, those first whose believed difference to the leader
     less its standard deviation is least."""
     known = ((u, k) for u, k in _moves(choices, leader) if np.isfinite(posterior.damages[u][k]))
     moves = [(-1, 0), *known]  # the first moves nothing: single moves are pairs with it

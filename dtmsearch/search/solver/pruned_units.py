@@ -41,6 +41,7 @@ class PrunedUnit:
 
 
 def units_of(space: SearchSpace) -> tuple[PrunedUnit, ...]:
+    """What is pruned together: tied components are one unit."""
     return tuple(PrunedUnit(unit.components) for unit in space.units)
 
 

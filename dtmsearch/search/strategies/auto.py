@@ -4,7 +4,7 @@
 2. The solver's plan within the budget.
 3. Rounds of correction around the plan that leads: units moved alone, and whole plans drawn from the posterior; each
    measured difference corrects it. They go on as long as they pay, each on more prompts than the last.
-4. Switches of the plan that leads (a unit to another scheme, or two), those first that may gain most: what sums over
+4. Swaps of the plan that leads (a unit to another scheme, or two), those first that may gain most: what sums over
    units do not see shows here. They are judged by KL: other metrics hardly tell plans so near to each other apart.
 5. The leading plans on all prompts, in the metric that ranks, beside the uniform plans of the budget.
 
@@ -92,7 +92,7 @@ class Auto(Solver):
     def _polish(
         self, posterior: Posterior, leader: Options, most_prompts: int, patience: int | None = None
     ) -> Part[list[Options]]:
-        """What switches lead to, the last first: of those that by the posterior may gain most a lot is measured each
+        """What swaps lead to, the last first: of those that by the posterior may gain most a lot is measured each
         time, which teaches the posterior, and the best leads from there on if it is believed to gain. It ends after
         `patience` lots in which none did."""
         self.stage = "swaps"

@@ -14,7 +14,7 @@ from dtmsearch.core.strategy_settings import AutoSettings
 _DOUBTED = (2, 4)
 # A round doubles the prompts of the last, whose differences it must tell apart at half their size.
 _GROWTH = 2
-# Prompts on which switches are told apart.
+# Prompts on which swaps are told apart.
 _POLISHED_ON = 32
 # So many rounds are foreseen; whether more follow, measurements say.
 _USUAL_ROUNDS = 2
@@ -73,7 +73,7 @@ class Schedule(ABC):
         return found
 
     def swap_lots(self, most_prompts: int) -> list[Stretch]:
-        """The prompts of each lot of switches that stay within what they may forward together."""
+        """The prompts of each lot of swaps that stay within what they may forward together."""
         count = min(_POLISHED_ON, self.num_prompts)
         firsts = [
             number * count % (self.num_prompts - count + 1)

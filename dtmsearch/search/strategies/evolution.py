@@ -1,10 +1,10 @@
-"""`evolution` and `local`: a plan changed by switches at constant real size.
+"""`evolution` and `local`: a plan changed by swaps at constant real size.
 
 `evolution` is the (1 + lambda) search of EvoPress (arXiv 2410.14649, section 3): each child makes one to three
-switches, most often one; a switch moves one unit to an option with fewer bits and another to one with more. Children
+swaps, most often one; a swap moves one unit to an option with fewer bits and another to one with more. Children
 are selected in stages, few left at each and more prompts; the leader goes only for a child that is better.
 
-`local` goes through all switches of the leader until none of them is better on all prompts.
+`local` goes through all swaps of the leader until none of them is better on all prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dtmsearch.search.strategies.generator import Part, Script, mean_loss
 from dtmsearch.search.strategies.solver_based import Solver, paired
 from dtmsearch.search.strategies.task import Task
 
-# A switch that finds no partner is tried anew so often.
+# A swap that finds no partner is tried anew so often.
 _MOST_TRIES = 100
 # Above this many options in all, only neighbouring ones are paired.
 _MOST_MOVES = 1_000
@@ -46,7 +46,7 @@ class Evolution(Solver):
             children = [self._child(leader, generation, index) for index in range(stages.children)]
             field = [child for child in dict.fromkeys(children) if child != leader]
             if not field:
-                break  # there is nothing to switch
+                break  # there is nothing to swap
             for stage, count in enumerate(stages.prompts):
                 prompts = self._sample(count, generation, stage)
                 # The leader defends its place on the prompts of the last stage.
@@ -67,14 +67,14 @@ class Evolution(Solver):
 
     def _child(self, parent: Options, generation: int, index: int) -> Options:
         random = self._random(2, generation, index)
-        # The least of two draws: 1 switch in five of nine cases, 3 in one.
-        switches = int(min(random.integers(1, 4, 2)))
+        # The least of two draws: 1 swap in five of nine cases, 3 in one.
+        swaps = int(min(random.integers(1, 4, 2)))
         child = parent
-        for _ in range(switches):
-            child = self._switched(child, random)
+        for _ in range(swaps):
+            child = self._swapped(child, random)
         return child
 
-    def _switched(self, options: Options, random: np.random.Generator) -> Options:
+    def _swapped(self, options: Options, random: np.random.Generator) -> Options:
         """One unit to fewer bits, another of equal size to more, such that the budget is met as before."""
         for _ in range(_MOST_TRIES):
             down, up = (int(u) for u in random.choice(len(options), 2, replace=False))
@@ -93,11 +93,11 @@ class Evolution(Solver):
 
 
 class Local(Solver):
-    """Every switch of the leader, in an order by chance, a round of `children` at a time: those of a round that are
+    """Every swap of the leader, in an order by chance, a round of `children` at a time: those of a round that are
     better by its first prompts are measured on all, the best first, until one is better there and leads.
 
-    Where no switch is left, those that the first prompts spoke against are measured on all prompts too: it ends when
-    the leader has no better switch, or after the rounds of its settings.
+    Where no swap is left, those that the first prompts spoke against are measured on all prompts too: it ends when
+    the leader has no better swap, or after the rounds of its settings.
     """
 
     def __init__(self, task: Task, settings: LocalSettings = LocalSettings(), start: Options | None = None) -> None:
@@ -112,7 +112,7 @@ class Local(Solver):
         self._foresee((1, self.num_prompts), (most * (size + 1), self._settings.prompts))
         (answer,) = yield from self._measured([leader], everything)
         self._lead(leader, answer)
-        untried, doubtful = self._switches(leader, 0), list[tuple[float, Options]]()
+        untried, doubtful = self._swaps(leader, 0), list[tuple[float, Options]]()
         for number in range(1, most + 1):
             field = list(islice(untried, size))
             if field:
@@ -131,7 +131,7 @@ class Local(Solver):
             if found is not None:
                 leader, answer = found
                 self._lead(leader, answer)
-                untried, doubtful = self._switches(leader, number), []
+                untried, doubtful = self._swaps(leader, number), []
         yield from self._final([leader])
 
     def _first_better(
@@ -144,7 +144,7 @@ class Local(Solver):
                 return candidate, found
         return None
 
-    def _switches(self, leader: Options, number: int) -> Iterator[Options]:
+    def _swaps(self, leader: Options, number: int) -> Iterator[Options]:
         """Every choice that one move, or one unit down and another up, leads to within the budget, in an order by
         chance; those first that come nearest to the capacity are not told apart."""
         moves = self._single_moves(leader)

@@ -194,4 +194,5 @@ def _losses(result: EvalResult, metric: str) -> Floats:
 
 
 def mean_loss(outcome: Outcome, metric: str) -> float:
+    """The mean over prompts of `losses`: less is better, infinite for what failed."""
     return float(losses(outcome, metric).mean())

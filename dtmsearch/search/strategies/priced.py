@@ -7,7 +7,7 @@ each, a slope of KL at the plan shows: a gradient of KL(base || plan), whose pro
 few prompts. Round by round the slope at the plan that leads sharpens what is believed of these forces (see `Forces`),
 and the solver moves as many units at once as are expected to gain most together. What is so expected is measured, and
 leads from there on if it gains by both. Where a plan costs much more than its prices, second order is not enough, and
-more careful steps, of fewer units, are measured beside. Switches may follow as without prices, and a comparison of the
+more careful steps, of fewer units, are measured beside. Swaps may follow as without prices, and a comparison of the
 leading plans on as many prompts as tell them apart.
 """
 
@@ -50,7 +50,7 @@ _FURTHER, _FURTHER_STILL = (1.0, 1.4, 2.2), (1.0, 1.3, 1.7, 2.5, 4.0, 8.0)
 _WORTHWHILE = 0.01
 # Prices hold while the plan that they lead to costs no more than this many times what they say.
 _HOLDS = 1.15
-# Rounds that may gain nothing; lots of switches that may.
+# Rounds that may gain nothing; lots of swaps that may.
 _MOST_FAILURES, _PATIENCE = 2, 2
 
 
@@ -124,8 +124,8 @@ class PricedAuto(Auto):
             if failures > _MOST_FAILURES:
                 break
         # Where prices do not hold, slopes do not see everything either.
-        switched = 0 if holds else self._effort.swap_prompts
-        better_ones = yield from self._polish(self._posterior(), leader, switched, _PATIENCE)
+        swap_prompts = 0 if holds else self._effort.swap_prompts
+        better_ones = yield from self._polish(self._posterior(), leader, swap_prompts, _PATIENCE)
         pool = list(dict.fromkeys((*better_ones, *pool)))
         # Leaders before the last differ too little from it to be told apart for what that would cost.
         yield from self._told_apart([*pool[: max(FINALISTS - 2, 1)], first])

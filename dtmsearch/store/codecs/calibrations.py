@@ -17,6 +17,7 @@ from dtmsearch.store.schemas import EXPERT_USES, MATRICES, STATISTICS, WEIGHT_ER
 
 
 def weight_errors_table(run: str, errors: Sequence[WeightError]) -> pa.Table:
+    """Rows of `weight_errors`."""
     columns: dict[str, Any] = {n: [getattr(e, n) for e in errors] for n in _ERROR_COLUMNS}
     columns |= {"run": coded_constant(run, len(errors)), "scheme_version": [_measured_by(e) for e in errors]}
     return from_columns(WEIGHT_ERRORS, columns)
@@ -42,6 +43,7 @@ def _measured_by(error: WeightError) -> str:
 
 
 def expert_uses_table(run: str, uses: Sequence[ExpertUse]) -> pa.Table:
+    """Rows of `expert_uses`."""
     columns: dict[str, Any] = {n: [getattr(use, n) for use in uses] for n in _USE_COLUMNS}
     columns |= {"run": coded_constant(run, len(uses)), "versions": [_versions_of(use.scheme) for use in uses]}
     return from_columns(EXPERT_USES, columns)
@@ -62,6 +64,7 @@ def _versions_of(scheme: str) -> str:
 
 
 def statistics_table(record: StatisticsRecord) -> pa.Table:
+    """A row of `statistics` for each component."""
     statistics = record.statistics
     names = sorted(statistics.mean_squares)
     columns = {
@@ -87,6 +90,7 @@ _BYTES_COLUMNS = ("codes", "scales", "zeros", "mask")
 
 
 def matrices_table(calibration_id: str, matrices: Sequence[PackedMatrix]) -> pa.Table:
+    """A row of `matrices` for each matrix."""
     columns: dict[str, Any] = {
         "calibration_id": coded_constant(calibration_id, len(matrices)),
         "rows": [m.shape[0] for m in matrices],

@@ -16,6 +16,7 @@ _MICROSECONDS = 1_000_000
 
 
 def to_time(seconds: float | None) -> int | None:
+    """Microseconds since the epoch, as tables hold times."""
     return None if seconds is None else round(seconds * _MICROSECONDS)
 
 
@@ -25,6 +26,7 @@ def from_time(column: pa.ChunkedArray) -> list[float | None]:
 
 
 def from_columns(schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
+    """A table of just the columns of a schema."""
     assert columns.keys() == set(schema.names), columns.keys() ^ set(schema.names)
     arrays = []
     for field in schema:
@@ -41,6 +43,7 @@ def coded_constant(value: str | None, length: int) -> pa.Array:
 
 
 def coded(codes: NDArray[np.integer[Any]], names: list[str]) -> pa.Array:
+    """A column of a few names, held as codes."""
     return pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), pa.array(names, pa.string()))
 
 

@@ -17,6 +17,7 @@ Products = dict[tuple[str, str], NDArray[np.float32]]
 
 
 def prices_table(run: str, block: PriceBlock, version: str) -> pa.Table:
+    """Rows of `prices`."""
     request = block.request
     components, schemes = list(request.components), list(request.schemes)
     number = len(components) * len(schemes)

@@ -20,6 +20,7 @@ from dtmsearch.store.schemas import COMPONENTS, CONTINUATIONS, PROMPTS, RUNS, ST
 
 
 def runs_table(records: Sequence[RunRecord]) -> pa.Table:
+    """A row of `runs` for each record."""
     columns = {name: [getattr(r, name) for r in records] for name in RUNS.names}
     for name in ("created_at", "finished_at"):
         columns[name] = [to_time(seconds) for seconds in columns[name]]
@@ -36,6 +37,7 @@ def run_records(table: pa.Table) -> list[RunRecord]:
 
 
 def steps_table(run: str, steps: Sequence[StepRecord]) -> pa.Table:
+    """A row of `steps` for each decision."""
     columns: dict[str, Any] = {name: [getattr(s, name) for s in steps] for name in STEPS.names if name != "run"}
     return from_columns(STEPS, columns | {"run": coded_constant(run, len(steps))})
 
@@ -48,6 +50,7 @@ def step_records(table: pa.Table) -> list[StepRecord]:
 
 
 def continuations_table(run: str, records: Sequence[ContinuationRecord]) -> pa.Table:
+    """A row of `continuations` for each text."""
     continuations = [record.continuation for record in records]
     columns: dict[str, Any] = {
         "run": coded_constant(run, len(records)),
@@ -64,6 +67,7 @@ def continuations_table(run: str, records: Sequence[ContinuationRecord]) -> pa.T
 
 
 def trainings_table(run: str, records: Sequence[TrainingRecord]) -> pa.Table:
+    """A row of `trainings` for each training."""
     names = [name for name in TRAININGS.names if name not in ("run", "losses")]
     columns: dict[str, Any] = {name: [getattr(r, name) for r in records] for name in names}
     columns["losses"] = lists([np.array(r.losses, np.float32) for r in records], pa.float32())
@@ -71,6 +75,7 @@ def trainings_table(run: str, records: Sequence[TrainingRecord]) -> pa.Table:
 
 
 def components_table(manifest: ModelManifest, components: Sequence[Component]) -> pa.Table:
+    """A row of `components` for each component."""
     columns = {
         "manifest_id": coded_constant(manifest.id, len(components)),
         "model": coded_constant(manifest.model, len(components)),
@@ -112,6 +117,7 @@ def components_of(table: pa.Table) -> tuple[Component, ...]:
 
 
 def prompts_table(reference: Reference) -> pa.Table:
+    """A row of `prompts` for each prompt of a reference."""
     num_prompts, prompt_tokens = reference.num_prompts, reference.prompt_tokens
     columns = {
         "reference_id": coded_constant(reference.id, num_prompts),
