@@ -117,6 +117,7 @@ RUN_BY: dict[tuple[str, str], str] = {
     ("extending.md", '"""Top-5'): "test_docs.py::test_the_examples_of_extending_are_the_packages_that_are_tested",
     ("extending.md", '"""An export'): "test_docs.py::test_the_examples_of_extending_are_the_packages_that_are_tested",
     ("families.md", "$ dtmsearch components"): "test_list_components.py::test_json_has_every_field",
+    ("ui.md", "pip install"): "test_ui.py::test_the_list_names_every_run_and_holds_nothing_of_them_as_markup",
     ("cookbook.md", ""): "test_cookbook.py::test_sql_and_pyarrow_give_the_same_rows",
 }
 

@@ -327,7 +327,8 @@ def _add(part: Tensor, call: Seen, gradient: Tensor, change: Change, kind: Price
     summed = _SUMMED.get(kind, lambda values: values)
 
     def at_outputs(moved: Tensor) -> Tensor:
-        return summed(gradient.float() * moved.float()).sum(dim=(1, 2))
+        products: Tensor = summed(gradient.float() * moved.float())
+        return products.sum(dim=(1, 2))
 
     if change.weights is not None and kind == "squared":
         for at, weight in zip(change.at, change.weights, strict=True):

@@ -27,7 +27,8 @@ def load_spread_model(folder: Path, spec: ModelSpec, num_devices: int) -> nn.Mod
     devices = {name: torch.device("cuda", at) for name, at in model.hf_device_map.items() if isinstance(at, int)}
     if len(devices) == len(model.hf_device_map):  # none of it in the host's memory
         connect(model, model.get_submodule(find_layers(model)[0].rpartition(".")[0]), devices)
-    return model
+    whole: nn.Module = model
+    return whole
 
 
 def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] | None:
