@@ -64,3 +64,34 @@ def test_json_has_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_model_that_is_nowhere_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["components", str(tmp_path / "none")]) == 2
     assert "give a folder, its config.json, or a hub id" in capsys.readouterr().err
+
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "num_components", "num_units", "source"),
+    [
+        ("qwen3.5-27b", 4, 31, 31, ""),
+        ("gpt-oss-20b", 24, 1_632, 120, "MXFP4 in groups of 32"),
+        ("deepseek-v3", 4, 544, 33, "FP8 in blocks of 128 x 128"),
+    ],
+)
+def test_released_models_are_described_by_their_configurations_alone(
+    tmp_path: Path, name: str, layers: int, num_components: int, num_units: int, source: str
+) -> None:
+    """The first layers are enough; docs/families.md has all, with the counts of weights of the model cards."""
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    config.get("text_config", config)["num_hidden_layers"] = layers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = list_components(str(tmp_path / "config.json"))
+    assert (found.num_components, found.cost.num_units, found.source) == (num_components, num_units, source)
+
+
+def test_the_cost_of_a_search_is_told_for_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    found = list_components(str(tmp_path), tflops=1e-6, gpu_gb=1e-4)
+    assert found.cost.price_seconds == pytest.approx(6 * found.cost.active_weights * 192 * 200 / 1e6)
+    assert found.cost.num_gpus == -(-found.cost.replica_bytes // 10**5)
+    assert main(["components", str(tmp_path), "--tflops", "0.000001"]) == 0
+    assert "At 1e-06 x 10^12 operations a second" in capsys.readouterr().out

@@ -155,12 +155,28 @@ def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
     epilog=examples(
         "dtmsearch components models/llama",
         "dtmsearch components Qwen3-30B/config.json --format json",
+        "dtmsearch components model.Q8_0.gguf --tflops 30 --gpu-gb 24",
     ),
 )
 @click.argument("model")
 @click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run here.")
+@click.option(
+    "--tflops",
+    type=click.FloatRange(min=0, min_open=True),
+    default=240.0,
+    show_default=True,
+    help="10^12 operations a second of the machine that a search is to run on. 240: one H200, as measured on a "
+    "Llama-2-7B shape.",
+)
+@click.option(
+    "--gpu-gb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=80.0,
+    show_default=True,
+    help="Memory of one of its GPUs, in GB.",
+)
 @format_option("table", "json")
-def components_verb(model: str, trust_remote_code: bool, form: str) -> None:
+def components_verb(model: str, trust_remote_code: bool, tflops: float, gpu_gb: float, form: str) -> None:
     """Say what a search of MODEL chooses among, what it leaves out, and why.
 
     MODEL is a folder, a config.json alone, or a hub id; weights are not needed. The model's own code is run without
@@ -169,7 +185,7 @@ def components_verb(model: str, trust_remote_code: bool, form: str) -> None:
     from dtmsearch.console.text import model_components_text
     from dtmsearch.workflows.list_components import list_components
 
-    show(list_components(model, trust_remote_code), form, model_components_text)
+    show(list_components(model, trust_remote_code, tflops, gpu_gb), form, model_components_text)
 
 
 @cli.command(

@@ -136,6 +136,7 @@ def model_components_text(found: ModelComponents) -> str:
     lines = [
         f"{found.architecture}, {found.num_layers} layers,",
         f"{_count(found.num_weights)} weights, {found.bytes_16_bits / 1e9:,.2f} GB in 16 bits",
+        *([f"comes as {found.source}, searched unquantized"] if found.source else []),
         f"{found.num_components:,} components hold {found.share:.2%} of all weights:",
         "",
         table(["kind", "number", "outputs x inputs", "share"], rows),
@@ -146,10 +147,34 @@ def model_components_text(found: ModelComponents) -> str:
         text = f"{left.share:.2%} in {left.number:,} {'tensor' if left.number == 1 else 'tensors'}: {left.reason}"
         lines += textwrap.wrap(text, 60, subsequent_indent="  ")
         lines += textwrap.wrap(f"such as {left.example}", 60, initial_indent="  ", subsequent_indent="  ")
+    lines += ["", *_cost_lines(found)]
     if found.untried:
         said = f"told by the classes of modules, for the model's code does not run without values: {found.untried}"
         lines += ["", *textwrap.wrap(said, 60)]
     return "\n".join(lines)
+
+
+def _cost_lines(found: ModelComponents) -> list[str]:
+    cost = found.cost
+    gpus = f"{cost.num_gpus} GPU{'' if cost.num_gpus == 1 else 's'} of {cost.gpu_gb:g} GB"
+    tied = "" if cost.num_units == found.num_components else ", the experts of a layer together"
+    said = [
+        f"A replica takes about {cost.replica_bytes / 1e9:,.1f} GB: {gpus}.",
+        f"A token is multiplied with {_count(cost.active_weights)} weights.",
+        f"At {cost.tflops:g} x 10^12 operations a second (--tflops), loading, reference and validation aside:",
+        f"prices of every option ({cost.samples} samples of {cost.row_tokens} tokens): {_time(cost.price_seconds)}",
+        f"each of {counted(cost.num_units, 'unit')} measured alone under one scheme{tied} ({cost.prompts} prompts): "
+        f"{_time(cost.probe_seconds)}",
+    ]
+    return [line for text in said for line in textwrap.wrap(text, 60, subsequent_indent="  ")]
+
+
+def _time(seconds: float) -> str:
+    """A foretold time for a person."""
+    for size, name in ((3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.2g} {name}" if seconds < 100 * size else f"{seconds / size:,.0f} {name}"
+    return f"{seconds:.2g} seconds"
 
 
 def _count(number: int) -> str:

@@ -165,6 +165,8 @@ def described_model(path: str, trust_remote_code: bool) -> Any:
     place = Path(path).expanduser()
     if not place.exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise UserError(f"no model at {path!r}: give a folder, its config.json, or a hub id")
+    if is_gguf(place):
+        place = described_folder(place, "bfloat16", loader)
     with _explained("model", place), torch.device("meta"):
         config = AutoConfig.from_pretrained(place if place.exists() else path, trust_remote_code=trust_remote_code)
         return loader(config).from_config(config, trust_remote_code=trust_remote_code)
