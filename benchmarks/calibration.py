@@ -20,6 +20,7 @@ from dtmsearch.core.calibration import Calibration, calibration_id
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, PromptTokens, ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.replica.replica import Replica
 
 WIDTHS = (2, 3, 4, 5, 6)
@@ -66,10 +67,12 @@ def timings(shape: str, dtype: str, rows: int, tokens: int, num_layers: int) -> 
 
 
 def gptq(model: Replica, calibration: Calibration, few: list[str], widths: list[str], whole: float) -> None:
-    model._calibrator.forget()
+    calibrator = model._calibrator
+    assert isinstance(calibrator, Calibrator)  # of a model in one process
+    calibrator.forget()
     with torch.inference_mode():
         layers = sorted({model.manifest().by_name[name].layer for name in few})
-        gathering = seconds(lambda: [model._calibrator.hessians(layer) for layer in layers])
+        gathering = seconds(lambda: [calibrator.hessians(layer) for layer in layers])
     say(f"Hessians of {len(layers)} layers", f"{gathering:.2f} s; all: {gathering * whole:.0f} s")
     for schemes in ([f"gptq-{widths[2]}"], [f"gptq-{name}" for name in widths if name != widths[2]], ["sparsegpt-0.5"]):
         taken = seconds(lambda schemes=schemes: model.solve(calibration.id, [(n, s) for n in few for s in schemes]))
@@ -81,7 +84,7 @@ def gptq(model: Replica, calibration: Calibration, few: list[str], widths: list[
 
 def pruning(model: Replica, names: list[str], calibrated: str) -> None:
     """What a scheme adds to an evaluation of one component, beside the evaluation itself."""
-    limit = int(model._context or 200)
+    limit = int(getattr(model._body.model.config, "max_position_embeddings", None) or 200)
     length = min(200, limit)
     text = np.random.default_rng(1).integers(0, 1000, (128, length)).astype(np.int32)
     reference = model.make_reference(PromptTokens(text, length - 8))

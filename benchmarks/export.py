@@ -27,7 +27,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.export.job import Job
-from dtmsearch.model.modules.discovery import components_of, find_layers
+from dtmsearch.model.modules.discovery import components_of
 
 SCHEMES = {"dense": "int4-g128", "compressed-tensors": "int4-g128", "bitsandbytes": "nf4"}
 
@@ -87,9 +87,9 @@ def _plan(components: Sequence[Component], scheme: str) -> Plan:
 def export(to: str, model: Path, out: Path) -> dict[str, float]:
     config = LlamaConfig.from_pretrained(model)
     with torch.device("meta"):
-        layers_name, layers = find_layers(LlamaForCausalLM(config))
-    components = components_of(layers_name, layers)
-    manifest = ModelManifest(str(model), None, "bfloat16", len(layers), "random", components)
+        tree = LlamaForCausalLM(config)
+    components = components_of(tree)
+    manifest = ModelManifest(str(model), None, "bfloat16", config.num_hidden_layers, "random", components)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.zeros(1, device=device)
     job = Job(model, manifest, _plan(components, SCHEMES[to]), torch.bfloat16, device, torch.bfloat16)

@@ -368,7 +368,7 @@ def main(
                 left_out.append(f"{name} {case.name} seed {seed}")
                 continue
             if case.name not in spaces:
-                spaces[case.name] = _space(bench, case), bench.errors(case, kind)
+                spaces[case.name] = space_of(bench, case), bench.errors(case, kind)
                 rows.append(bench.uniform_row(case, spaces[case.name][0]))
             rows.append(bench.run(case, name, seed, *spaces[case.name]))
             print(_line(rows[-1]), flush=True)
@@ -377,7 +377,7 @@ def main(
     _print_table(rows, left_out)
 
 
-def _space(bench: Bench, case: Case) -> SearchSpace:
+def space_of(bench: Bench, case: Case) -> SearchSpace:
     manifest = bench.replica.manifest()
 
     def space(budget: Budget) -> SearchSpace:
