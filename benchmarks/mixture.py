@@ -52,8 +52,8 @@ class Shape:
     inner: int = 320
 
     def config(self, vocabulary: int, end: int) -> Qwen3MoeConfig:
-        return Qwen3MoeConfig(
-            vocab_size=vocabulary, hidden_size=self.hidden, num_hidden_layers=self.layers, **{"head_dim": 64},
+        return Qwen3MoeConfig(  # type: ignore[call-arg] # `head_dim` is read, if not declared
+            vocab_size=vocabulary, hidden_size=self.hidden, num_hidden_layers=self.layers, head_dim=64,
             num_attention_heads=self.heads, num_key_value_heads=max(self.heads // 3, 1), intermediate_size=self.inner,
             moe_intermediate_size=self.inner, num_experts=self.experts, num_experts_per_tok=self.chosen,
             norm_topk_prob=True, max_position_embeddings=1024, router_aux_loss_coef=0.01, bos_token_id=None,
