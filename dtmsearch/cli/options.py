@@ -117,6 +117,16 @@ def retry_option(verb: Verb) -> Verb:
     )(verb)
 
 
+def log_option(verb: Verb) -> Verb:
+    return click.option(
+        "--log-to",
+        multiple=True,
+        metavar="NAME[:WHERE]",
+        help="Log decisions and held-out values also to tensorboard[:FOLDER], mlflow[:URI] or wandb[:PROJECT]; "
+        "repeatable.",
+    )(verb)
+
+
 def _with(verb: Verb, *options: Callable[[Verb], Verb]) -> Verb:
     """A verb under options that its help lists in this order."""
     for option in reversed(options):

@@ -13,6 +13,8 @@ from dtmsearch.cli.options import (
     complete_run,
     examples,
     format_option,
+    log_option,
+    open_store,
     replica_options,
     retry_option,
     set_option,
@@ -70,14 +72,24 @@ def demo_verb(store: str, form: str, quiet: bool, **where: Any) -> None:
 @store_option
 @where_options
 @retry_option
+@log_option
 @click.option("--fused", is_flag=True, help="Tie q, k, v and gate, up, as fused runtimes demand: search.fused=true.")
 @click.option("--dry-run", is_flag=True, help="Say what the search will cost, and run nothing.")
 @format_option("table", "json")
 def run_verb(
-    file: Path, overrides: tuple[str, ...], store: str, fused: bool, dry_run: bool, form: str, quiet: bool, **where: Any
+    file: Path,
+    overrides: tuple[str, ...],
+    store: str,
+    fused: bool,
+    dry_run: bool,
+    form: str,
+    quiet: bool,
+    log_to: tuple[str, ...],
+    **where: Any,
 ) -> None:
     """Start or continue the search in FILE."""
     from dtmsearch.config import load
+    from dtmsearch.workflows.loggers import logged_to
     from dtmsearch.workflows.run import run
 
     search_file = load(file, (*overrides, "search.fused=true") if fused else overrides)
@@ -87,8 +99,13 @@ def run_verb(
 
         show(estimate(search_file, where_of(**where)), form, estimate_text)
         return
-    with resumable(resume_command(search_file.run, store)), observing(quiet) as observer:
-        summary = run(search_file, store, where_of(**where), observer)
+    with (
+        resumable(resume_command(search_file.run, store)),
+        observing(quiet) as observer,
+        logged_to(log_to, search_file, observer) as (logged, ended),
+    ):
+        summary = run(search_file, store, where_of(**where), logged)
+        ended(summary)
     _show_run(summary, store, form)
 
 
@@ -97,17 +114,25 @@ def run_verb(
 @store_option
 @where_options
 @retry_option
+@log_option
 @format_option("table", "json")
-def resume_verb(name: str, store: str, form: str, quiet: bool, **where: Any) -> None:
+def resume_verb(name: str, store: str, form: str, quiet: bool, log_to: tuple[str, ...], **where: Any) -> None:
     """Continue a stopped or killed run.
 
     Nothing that is recorded is measured again.
     """
     check_store(store)
+    from dtmsearch.workflows.loggers import logged_to
+    from dtmsearch.workflows.lookup import stored_file
     from dtmsearch.workflows.run import resume
 
-    with resumable(resume_command(name, store)), observing(quiet) as observer:
-        summary = resume(name, store, where_of(**where), observer)
+    with (
+        resumable(resume_command(name, store)),
+        observing(quiet) as observer,
+        logged_to(log_to, stored_file(open_store(store), name), observer) as (logged, ended),
+    ):
+        summary = resume(name, store, where_of(**where), logged)
+        ended(summary)
     _show_run(summary, store, form)
 
 

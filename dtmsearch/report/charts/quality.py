@@ -283,7 +283,8 @@ def store_figures(rows: Sequence[Row]) -> list[Figure]:
     for row in rows:
         groups.setdefault(row["reference_id"], []).append(row)
     found = []
-    for at, group in enumerate(own for own in groups.values() if len(own) > 1):
+    # Those that most plans share come first.
+    for at, group in enumerate(own for own in sorted(groups.values(), key=len, reverse=True) if len(own) > 1):
         prompts = f"{at + 1}: {Path(group[0]['model']).name}, {group[0]['num_prompts']} prompts"
         for metric in ("fdt", "sdt", "kl"):
             own = [row for row in group if row[metric] is not None]
@@ -299,8 +300,9 @@ def _sweep(rows: Sequence[Row], metric: str, plans: str = "sweep", front: str | 
     logarithmic = metric != "fdt" and min(values) > 0
     scale = alt.Scale(type="log", nice=False, padding=12) if logarithmic else alt.Scale(zero=False)
     axis = metric_axis(metric, values, logarithmic)
-    # Runs differ only where one of them is the page's own.
-    whose = ["this run", "another run", "uniform plan"]
+    owners = {"this run": (PLAN_COLOUR, "diamond"), "another run": (PALETTE[1], "square")}
+    owners |= {"a run": (PALETTE[1], "square"), "uniform plan": (FAINT, "circle")}
+    whose = [name for name in owners if any(row["whose"] == name for row in rows)]
     x = alt.X(
         "bits:Q",
         title="bits per weight",
@@ -313,10 +315,10 @@ def _sweep(rows: Sequence[Row], metric: str, plans: str = "sweep", front: str | 
         y=y,
         color=alt.Color(
             "whose:N",
-            scale=alt.Scale(domain=whose, range=[PLAN_COLOUR, PALETTE[1], FAINT]),
+            scale=alt.Scale(domain=whose, range=[owners[name][0] for name in whose]),
             legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1),
         ),
-        shape=alt.Shape("whose:N", scale=alt.Scale(domain=whose, range=["diamond", "square", "circle"])),
+        shape=alt.Shape("whose:N", scale=alt.Scale(domain=whose, range=[owners[name][1] for name in whose])),
         tooltip=[
             alt.Tooltip("name:N", title="plan"),
             alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),

@@ -75,10 +75,11 @@ def sweep_of(store: ResultStore, record: RunRecord) -> list[Row]:
     found = [c for c in candidates(store) if c.reference_id == record.validation_reference_id]
     if len({c.run for c in found if c.label == "plan"}) < 2:
         return []
-    return [
-        row | {"whose": "this run"} if row["label"] == "plan" and row["run"] == record.run else row
-        for row in plans_of(found)
-    ]
+    rows = plans_of(found)
+    for row in rows:
+        if row["label"] == "plan":
+            row["whose"] = "this run" if row["run"] == record.run else "another run"
+    return rows
 
 
 def plans_of(found: Sequence[Candidate]) -> list[Row]:
@@ -104,7 +105,7 @@ def plans_of(found: Sequence[Candidate]) -> list[Row]:
             "sdt": c.sdt_mean,
             "fronts": list(c.fronts),
             "name": c.run if c.label == "plan" else c.label.replace("uniform-nearest:", "uniform:").replace(":", " "),
-            "whose": "another run" if c.label == "plan" else "uniform plan",
+            "whose": "a run" if c.label == "plan" else "uniform plan",
         }
         for c in found
     ]
