@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -48,6 +49,12 @@ class Said:
         return lines[0]
 
 
+def _cpu_of_processes() -> float:
+    """Seconds of CPU of the processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 Type = Callable[[str], Said]
 
 
@@ -58,12 +65,13 @@ class Newcomer:
     type_in: Type
     folder: Path
     model: Path
-    commands: list[tuple[str, float]] = field(default_factory=list)
+    commands: list[tuple[str, float, float]] = field(default_factory=list)
+    """What was typed, the seconds that it took, and those of CPU of processes."""
 
     def types(self, command: str) -> Said:
-        started = time.monotonic()
+        started, used = time.monotonic(), _cpu_of_processes()
         said = self.type_in(command)
-        self.commands.append((command, time.monotonic() - started))
+        self.commands.append((command, time.monotonic() - started, _cpu_of_processes() - used))
         return said
 
     def succeeds(self, command: str) -> Said:
@@ -169,8 +177,8 @@ def main() -> int:
         export = play(newcomer, with_demo=True)
         print(f"transformers goes on with: {generated(str(programs / 'python'), export)!r}")
         seconds = time.monotonic() - started
-        for command, took in newcomer.commands:
-            print(f"{took:6.1f} s  {command.replace(str(folder), '.')}")
+        for command, took, cpu in newcomer.commands:
+            print(f"{took:6.1f} s, {cpu:5.1f} s of CPU  {command.replace(str(folder), '.')}")
         print(f"{seconds:6.1f} s in all, {len(newcomer.commands)} commands")
         return 0 if seconds <= MOST_SECONDS else 1
 

@@ -16,7 +16,7 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.engines import ENGINES, EngineName, menu
-from dtmsearch.workflows.init_config import Machine, Text, propose, read_model
+from dtmsearch.workflows.init_config import Machine, NamedText, propose, read_model
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_plans_of_a_template_export_to_its_engine(
     engine: EngineName, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_process(monkeypatch)
-    texts = Text("calibration.txt"), Text("validation.txt")
+    texts = NamedText("calibration.txt"), NamedText("validation.txt")
     proposal = propose(read_model(str(model)), Machine((), 1 << 34, 2), *texts, engine)
     file = parse(proposal.text, "search.yaml", tmp_path)
     space = space_of(file, read_manifest(file.model_spec))

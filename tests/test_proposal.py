@@ -19,7 +19,7 @@ from tiny import DEMO_MODEL
 
 from dtmsearch.cli import cli, main
 from dtmsearch.config import json_schema, load, parse
-from dtmsearch.workflows.init_config import Machine, ModelFacts, Text, propose, read_model
+from dtmsearch.workflows.init_config import Machine, ModelFacts, NamedText, propose, read_model
 
 GIB = 1 << 30
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -27,7 +27,7 @@ LARGE = ModelFacts("/models/large", "LlamaForCausalLM", 80, 70_000_000_000, "bfl
 
 
 def proposed(model: ModelFacts, machine: Machine) -> str:
-    return propose(model, machine, Text("calibration.txt"), Text("validation.txt")).text
+    return propose(model, machine, NamedText("calibration.txt"), NamedText("validation.txt")).text
 
 
 def test_a_models_facts_come_from_its_headers() -> None:

@@ -53,7 +53,7 @@ def test_a_new_decision_is_one_plain_line_with_edge_share_and_fdt() -> None:
     out = io.StringIO()
     PlainProgress(out).on_decision(a_decision(), replayed=False)
     assert out.getvalue() == (
-        "step 0: layers.0.q=int8-channel  [1 component, 25.0% of weights, 14.00 bits per weight, FDT 41.2]\n"
+        "step 0: layers.0.q=int8-channel  [FDT 41.2, 14.00 bits per weight, 25.0% of weights, 1 component]\n"
     )
 
 
@@ -107,7 +107,7 @@ def test_a_progress_line_tells_the_stage_and_the_best_against_uniform_in_the_met
 
 def test_a_decision_is_told_in_the_metric_that_ranks() -> None:
     decision = replace(a_decision(), metric="kl", score=0.03351)
-    assert "bits per weight, KL 0.03351]" in decision_line(decision)
+    assert "[KL 0.03351, 14.00 bits per weight" in decision_line(decision)
 
 
 def test_a_stage_is_told_once_and_how_far_it_is_every_five_seconds() -> None:

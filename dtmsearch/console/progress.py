@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console, Group
@@ -141,6 +142,15 @@ class PlainProgress(QuietProgress):
         self.on_note(line)
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What goes on beside evaluations, how far it is, and since when."""
+
+    text: str
+    done: str
+    since: float
+
+
 class LiveProgress:
     """The state that the live view draws; `say` prints a line above it."""
 
@@ -148,15 +158,15 @@ class LiveProgress:
         self.say: Callable[[str], None] = lambda text: None
         self.progress: Progress | None = None
         self.started_at = time.monotonic()
-        self.stage: tuple[str, float] | None = None
+        self.stage: _Stage | None = None
         self.recent: deque[Decision] = deque(maxlen=_RECENT_DECISIONS)
 
     def on_progress(self, progress: Progress) -> None:
         self.progress, self.stage = progress, None
 
     def on_stage(self, text: str, done: str = "") -> None:
-        said = f"{text}, {done}" if done else text
-        self.stage = said, time.monotonic() if self.stage is None else self.stage[1]
+        goes_on = self.stage is not None and self.stage.text == text
+        self.stage = _Stage(text, done, self.stage.since if self.stage and goes_on else time.monotonic())
 
     def on_decision(self, decision: Decision, replayed: bool) -> None:
         self.recent.append(decision)
@@ -166,8 +176,9 @@ class LiveProgress:
 
     def render(self) -> Group | Text:
         now = time.monotonic()
-        text, since = self.stage or ("starting", self.started_at)
-        stage = styled(f"{text}, {duration(now - since)} so far", no_wrap=True, overflow="ellipsis")
+        begun = self.stage or _Stage("starting", "", self.started_at)
+        said = [begun.text, *([begun.done] if begun.done else []), f"{duration(now - begun.since)} so far"]
+        stage = styled(", ".join(said), no_wrap=True, overflow="ellipsis")
         if self.progress is None:
             return stage
         lines = [styled(decision_line(d), style="dim", no_wrap=True, overflow="ellipsis") for d in self.recent]
@@ -210,12 +221,13 @@ def _edge(perturbation: Perturbation) -> str:
 
 
 def decision_line(decision: Decision) -> str:
-    """One line for a decision: its depth, the edge, and what the plan amounts to."""
+    """One line for a decision: its depth, the edge, and what the plan amounts to, the end of which a narrow window
+    cuts."""
     edge = "chosen as a whole" if decision.perturbation is None else _edge(decision.perturbation)
     size = decision.size
     return (
-        f"step {decision.step}: {edge}  [{components(size.num_compressed)}, {size.share:.1%} of weights, "
-        f"{size.bits_per_weight:.2f} bits per weight, {_score(decision)}]"
+        f"step {decision.step}: {edge}  [{_score(decision)}, {size.bits_per_weight:.2f} bits per weight, "
+        f"{size.share:.1%} of weights, {components(size.num_compressed)}]"
     )
 
 

@@ -155,24 +155,24 @@ def this_machine() -> Machine:
 
 
 @dataclass(frozen=True)
-class Text:
+class NamedText:
     """One of a search's two texts: the `name` that the search file gives it, and whether it `is_there`."""
 
     name: str
     is_there: bool = True
 
 
-def find_texts(prompts: str | None, held_out: str | None, folder: Path) -> tuple[Text, Text]:
+def find_texts(prompts: str | None, held_out: str | None, folder: Path) -> tuple[NamedText, NamedText]:
     """The texts that are asked for, or else those that lie in a folder under the usual names."""
     return _find(prompts, _SEARCH_NAMES, folder), _find(held_out, _HELD_OUT_NAMES, folder)
 
 
-def _find(asked: str | None, names: Sequence[str], folder: Path) -> Text:
+def _find(asked: str | None, names: Sequence[str], folder: Path) -> NamedText:
     if asked is not None:
-        return Text(asked, (folder / Path(asked).expanduser()).is_file())
+        return NamedText(asked, (folder / Path(asked).expanduser()).is_file())
     usual = [f"{name}{ending}" for name in names for ending in _ENDINGS]
     found = next((name for name in usual if (folder / name).is_file()), None)
-    return Text(usual[0], False) if found is None else Text(found)
+    return NamedText(usual[0], False) if found is None else NamedText(found)
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ class Proposal:
 def propose(
     model: ModelFacts,
     machine: Machine,
-    prompts: Text,
-    held_out: Text,
+    prompts: NamedText,
+    held_out: NamedText,
     engine: EngineName = "transformers",
     bits: float | None = None,
     cost: str | None = None,
@@ -251,7 +251,7 @@ seed: 0
     return Proposal(text, run, options, offered.note)
 
 
-def _text_lines(text: Text, split: str) -> str:
+def _text_lines(text: NamedText, split: str) -> str:
     """The lines that name a text; of one that is not there also what to bring in its place."""
     line = f"  files: [{json.dumps(text.name)}]"
     if text.is_there:

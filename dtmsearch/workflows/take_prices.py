@@ -21,7 +21,7 @@ from dtmsearch.workflows.session import Session
 _BLOCK_SAMPLES = {"cpu": 32, "cuda": 192}
 _STAGES: dict[PriceKind, str] = {
     "fisher": "prices of all options from backward passes",
-    "slope": "what the rest of the leading plan does to each option, from backward passes",
+    "slope": "slopes around the leading plan from backward passes",
 }
 
 
