@@ -25,6 +25,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A Ray of the tests starts no worker that nobody has asked for: each takes a second of CPU time.
 os.environ |= {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
+# Workers of pytest share the CPUs: threads of torch that wait for each other spinning would take them from the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The first kind whose modules a test's module, or a helper module of the tests that it imports, has loaded.
 KINDS = {

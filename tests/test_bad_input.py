@@ -30,7 +30,7 @@ from dtmsearch.store.store import ResultStore
 
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
-# More than CPUs, for a process that starts Ray waits a good deal.
+# More than CPUs, for a process that reads and writes waits too.
 _AT_ONCE = 3
 
 Command = Callable[[Path], list[str | Path]]
@@ -283,7 +283,7 @@ def test_code_that_is_not_trusted_does_not_run(model_with_code: Path) -> None:
     assert not (model_with_code.parent / "it-ran").exists()
 
 
-# What is known only once Ray is there, and most of it once the model is.
+# What is known only once the model is there. Of GPUs that are not there tests/test_pool.py knows.
 
 
 def overflowing(folder: Path) -> None:
@@ -305,9 +305,6 @@ def search_of_an_overflowing_model(folder: Path) -> list[str | Path]:
 
 PROCESSES = {
     "too little text": Case(run(prompts__count=600), 2, ("asks for 600 prompts of 10 + 12 tokens", "holds 592")),
-    "GPUs where there are none": Case(
-        run("--gpus-per-replica", "1000"), 2, ("asks for 1000 GPUs, but this machine has",)
-    ),
     "another model's plan": Case(
         evaluate("plan.json", manifest_id="foreign", schemes={}), 2, ("made for another model", "foreign ('elsewhere')")
     ),
@@ -354,8 +351,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         for name, case in PROCESSES.items():
             folders[name] = root / name.replace(" ", "-")
             folders[name].mkdir()
-            command = [*case.command(folders[name]), "--store", folders[name] / "store"]
-            command += [] if "--gpus-per-replica" in command else ["--in-process"]
+            command = [*case.command(folders[name]), "--store", folders[name] / "store", "--in-process"]
             said[name] = pool.submit(dtmsearch, *command)
         yield World(folders, said, full_disk)
 

@@ -69,6 +69,13 @@ def mortal(deaths: Path) -> Iterator[ReplicaPool]:
         yield pool
 
 
+def at_work(pool: ReplicaPool, number: int) -> None:
+    """Wait for so many replicas."""
+    pool.manifest()
+    while pool.num_at_work < number:
+        pool.poll(0.1)
+
+
 class TestRayPool(EvaluatorContract):
     """With a replica killed in the middle of each test."""
 
@@ -261,12 +268,14 @@ def test_a_second_reference_reaches_replicas_that_still_take_the_first(healthy: 
 
 def test_speed_is_measured_on_all_replicas_at_once(tmp_path: Path) -> None:
     with pool_of(f"fast={tmp_path}") as pool:
+        at_work(pool, 2)
         speed = pool.measure_speed(8, 100, 100)
     assert (speed.head_seconds, speed.text_head_factor, speed.memory_bytes) == (2.0, 2.0, 3)
 
 
 def test_speed_is_that_of_the_replicas_that_are_left(tmp_path: Path) -> None:
     with pool_of(f"die-once={tmp_path}") as pool:
+        at_work(pool, 2)
         assert pool.measure_speed(8, 100, 100).head_seconds == 3.0
 
 
