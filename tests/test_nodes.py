@@ -163,15 +163,17 @@ def test_another_token_is_not_accepted(two_nodes: TwoNodes) -> None:
 # Nodes that come and go.
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
-    monkeypatch.setattr(placement, "_COUNT_SECONDS", 0.1)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(cluster.address, namespace="dtmsearch", log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of one node, to which each test adds another and takes it away again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
+        patch.setattr(placement, "_COUNT_SECONDS", 0.1)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        ray.init(cluster.address, namespace="dtmsearch", log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def test_replicas_join_with_a_node_and_leave_with_it(cluster: Cluster) -> None:
@@ -239,14 +241,12 @@ def gathered(pool: ReplicaPool, requests: list[EvalRequest]) -> list[Outcome]:
 
 
 @pytest.fixture(scope="module")
-def spread(spread_model: Path) -> Iterator[Spread]:
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(nodes.address, namespace="dtmsearch", log_to_driver=False)
+def spread(cluster: Cluster, spread_model: Path) -> Iterator[Spread]:
     notes: list[str] = []
-    settings = PoolSettings(address=nodes.address, replicas=1, cpus_per_replica=1.0, nodes_per_replica=2)
+    settings = PoolSettings(address=cluster.address, replicas=1, cpus_per_replica=1.0, nodes_per_replica=2)
     with ReplicaPool(ModelSpec(str(spread_model), dtype="float32"), settings, notes.append) as pool:
         waited = not ray.wait([pool._replicas.members[0].host.placed], timeout=1.0)[0]
-        nodes.add_node(num_cpus=1)
+        second = cluster.add_node(num_cpus=1)
         manifest = pool.manifest()
         prompts, _ = pool.cut_prompts([TEXT], 6, 10, 12, 0)
         reference = pool.make_reference(prompts)
@@ -258,8 +258,7 @@ def spread(spread_model: Path) -> Iterator[Spread]:
         os.kill(ray.get(host.others[0].where.remote())[1], signal.SIGKILL)
         again = [replace(request, prompts=(0, 5)) for request in requests]
         yield Spread(waited, placed, reference, before, gathered(pool, again), notes)
-    ray.shutdown()
-    nodes.shutdown()
+    cluster.remove_node(second)
 
 
 def test_a_replica_on_two_nodes_waits_until_it_can_have_both(spread: Spread) -> None:

@@ -131,7 +131,7 @@ class ToyReplica(ToyModel):
 
 def toy_search(folder: Path, **search: Any) -> Path:
     """A search file over the toy model."""
-    (folder / "text.txt").write_text("a text that nobody reads")
+    (folder / "text.txt").write_text("a text that nobody reads, long enough to hold all prompts\n" * 400)
     content = {
         "run": "toy",
         "model": {"path": "toy"},
