@@ -1,7 +1,7 @@
 """Tables of a terminal: no number ever breaks across lines, however narrow the window.
 
 Where a table is wider than the window, its text wraps between words, then its last columns are left out and named
-below, and where more than half would have to go, each row becomes a short list.
+below, and where more than half would have to go and next to none would stay, each row becomes a short list.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dtmsearch.console.printing import shown_in_line
 _GAP = 2
 # Text wraps to columns of this width at least; a longer word is cut there.
 _NARROWEST = 12
+# So many columns say enough for the others to be left out, however many these are.
+_ENOUGH = 5
 _UNMEASURED = "-"
 _NUMBER = re.compile(r"[-+]?\d")
 
@@ -72,7 +74,7 @@ def _fitted(names: Sequence[str], cells: Sequence[Sequence[str]], window: int) -
     kept = len(names)
     while kept > 1 and _width([_narrowest(names, cells, at) for at in range(kept)]) > window:
         kept -= 1
-    if kept * 2 < len(names):
+    if kept * 2 < len(names) and kept < _ENOUGH:
         return _list(names, cells, window)
     widths = _shared(names, cells, kept, window)
     right = _right(cells, kept)
