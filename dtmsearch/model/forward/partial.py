@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compat import BodyOutput, Cache, fixed_cache, no_packed_sequences
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import vocabulary_size
@@ -309,13 +310,22 @@ class Body:
             with torch.inference_mode(), self._only(self.own.start, self.own.stop):
                 try:
                     self.run(tokens)
-                except Exception:  # whatever the model's code makes of what it did not expect
-                    if whole or guess is not None:
+                except Exception as error:  # whatever the model's code makes of what it did not expect
+                    if whole:
                         raise
+                    if guess is not None:
+                        raise self.uncuttable(f"its layers do not take what stands for another ({error})") from error
             for index, kind in returned.items():
                 self._stand_ins[index].returns = kind
             if whole or returned.get(self.own.start) == guess:
                 return
+
+    def uncuttable(self, why: str) -> UserError:
+        """The error of a model that cannot be cut into stages."""
+        return UserError(
+            f"{type(self.model).__name__} cannot be cut into stages: {why}. Give each replica one process (without "
+            "--nodes-per-replica), whose GPUs --gpus-per-replica says"
+        )
 
     @property
     def input_device(self) -> torch.device:

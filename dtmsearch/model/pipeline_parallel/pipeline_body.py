@@ -45,11 +45,11 @@ class PipelineBody(Body):
                 self.run(others)  # lest layers find what they left of the same tokens
             # Of the stand-ins for the other layers nothing is noted.
             if len(states) != self.own.stop + 1:
-                raise self._uncuttable("its layers run several times")
+                raise self.uncuttable("its layers run several times")
             for start in range(1, self.own.stop):
                 found = self.through(states[start], start, start + 1, lambda: self.run(tokens))
                 if not torch.equal(found, states[start + 1]):
-                    raise self._uncuttable(f"a pass that starts at layer {start} is not the same")
+                    raise self.uncuttable(f"a pass that starts at layer {start} is not the same")
 
     def check_cache(self) -> None:
         """Raises `UserError` for a model that does not generate its own tokens with the stages' caches."""
@@ -61,18 +61,12 @@ class PipelineBody(Body):
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # what the model's code makes of a cache
             right, why = False, f"{type(error).__name__}: {error}"
         if not right:
-            raise self._uncuttable(f"with a cache in each stage it does not generate its own tokens ({why})")
+            raise self.uncuttable(f"with a cache in each stage it does not generate its own tokens ({why})")
 
     def _whole_logits(self, tokens: Tensor) -> Tensor:
         hidden = self.finish(tokens, None, 0)
         with self.head_only():
             return self.logits(hidden.reshape(-1, hidden.shape[-1])).reshape(*tokens.shape, -1)
-
-    def _uncuttable(self, why: str) -> UserError:
-        return UserError(
-            f"{type(self.model).__name__} cannot be cut into stages: {why}. Give each replica one process (without "
-            "--nodes-per-replica), whose GPUs --gpus-per-replica says"
-        )
 
     def advance(self, tokens: Tensor, state: State | None, start: int, stop: int) -> State:
         here = self.own.stop
