@@ -312,11 +312,13 @@ def test_without_options_the_place_is_chosen_by_the_machine(replace_run: Any, se
     assert calls[0][1:3] == ("dtm-store", Where())
 
 
-def test_the_store_can_be_named_by_the_environment(replace_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DTMSEARCH_STORE", "elsewhere")
+def test_the_store_can_be_named_by_the_environment(
+    replace_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DTMSEARCH_STORE", str(tmp_path))
     calls = replace_run(resume=a_summary())
     main(["resume", "mine"])
-    assert calls[0][:2] == ("mine", "elsewhere")
+    assert calls[0][:2] == ("mine", str(tmp_path))
 
 
 def test_the_summary_holds_size_validation_failures_verdict_and_plan(
