@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import TEXT, VOCABULARY, llama_config, replica, result, values, with_reference, write_model
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
@@ -334,18 +334,6 @@ def test_transposed_matrices_are_calibrated_as_others_are(tmp_path: Path) -> Non
     errors = np.array([e.weighted_by_hessian for e in found]).reshape(-1, 5)
     better = (errors[:, 1] < errors[:, 0]) & (errors[:, 4] < errors[:, 2]) & (errors[:, 4] < errors[:, 3])
     assert (len(errors), better.tolist()) == (4, [True] * 4)
-
-
-def test_experts_in_a_stack_cannot_be_calibrated_and_say_so(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=128,
-    )  # fmt: skip
-    model = replica(write_model(tmp_path, config))
-    reference, calibration = with_reference(model), calibrated(model)
-    expert = next(c.name for c in model.manifest().components if "experts" in c.name)
-    request = EvalRequest(Plan.of({expert: "wanda-0.5"}), reference.id, (0, 6), (), Plan(), calibration.id)
-    assert "cannot be calibrated" in failure(model.evaluate([request])[0])
 
 
 # Identities.

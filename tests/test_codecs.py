@@ -11,7 +11,7 @@ import pytest
 from fakes import MODE, toy_components, toy_manifest
 from stores import run_record
 
-from dtmsearch.core.calibration import ExpertUse, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import ExpertTokens, ExpertUse, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.evaluation import Continuation, Reference, Writing
 from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.core.records import (
@@ -35,6 +35,7 @@ RECORDS: dict[type, Any] = {
         TrainingRecord(0, "training", "plan", "", "weights", 1, 2, 3.0, (0.5,)),
         ContinuationRecord("reference", "plan", Continuation(0, "text", WRITING, WRITING)),
         WeightError("c", "int4-g32", 0.5),
+        ExpertTokens("reference", "layers.0.mlp", 3, 5),
         ExpertUse("layers.0.mlp", 3, "int4-g32", 5, 8, 0.25, 0.5),
         PriceBlock(PriceRequest("reference", (0, 2), ("c",), ("nf4",)), np.ones((2, 1, 1), np.float32), 8, 1.0),
         Reference("reference", "toy", MODE, TOKENS, TOKENS[:, 3:], np.ones((2, 2), np.bool_), ()),

@@ -17,7 +17,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from exports import in_process, measured_plan
-from fakes import toy_manifest
+from fakes import MODE, toy_manifest
 from families_of_models import empty_tiny_model, tiny_model, tiny_settings
 from inprocess import run_here
 from solving import request_for
@@ -26,17 +26,23 @@ from test_verdict import PLAN, rival
 from tiny import TEXT, TRAINING, replica, write_tokenizer
 
 from dtmsearch import config
+from dtmsearch.analysis.format import edge_in_words
 from dtmsearch.analysis.verdict import rival_of, verdict
 from dtmsearch.config.sections import StopSection
-from dtmsearch.core.calibration import ExpertUse
+from dtmsearch.console.text import run_text
+from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, Routing, calibration_id
 from dtmsearch.core.components import Component, ModelManifest, read_header
+from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import holders_of
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import McMoeSettings
 from dtmsearch.errors import UserError
+from dtmsearch.model.calibration.calibrator import Calibrator
+from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.modules.discovery import components_of
+from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.baselines import rivals_of_size, uniform_rivals
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.space import SearchSpace
@@ -45,7 +51,9 @@ from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import lookup
+from dtmsearch.workflows.calibrate import sparsely_reached
 from dtmsearch.workflows.export import Exported
+from dtmsearch.workflows.list_components import list_components
 
 LEVELS = ("int2-channel", "int4-channel", "int8-channel")
 
@@ -458,3 +466,128 @@ def test_an_export_for_engines_is_offered_where_the_files_hold_each_expert_by_it
     held = holders_of(Plan.uniform(components, "int4-g32"), components, 16, 16)
     (vllm,) = [each for each in held if each.holder == "compressed-tensors (vllm)"]
     assert (vllm.obstacle is None) == apart
+
+
+# --- calibration ---
+
+
+def plain_inputs(folder: Path, tokens: Any, layer: int, expert: int, everywhere: bool) -> dict[str, Any]:
+    """What an expert of a Qwen3-MoE reads, by plain code: rows of gate_up's inputs, and of down's."""
+    from transformers import AutoModelForCausalLM
+
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    block, seen = plain.model.layers[layer].mlp, []
+    block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        plain(input_ids=torch.from_numpy(tokens).long(), use_cache=False)
+        rows = seen.pop().reshape(-1, block.experts.gate_up_proj.shape[-1])
+        chosen = block.gate(rows)[2]
+        rows = rows if everywhere else rows[(chosen == expert).any(1)]
+        gate, up = (rows @ block.experts.gate_up_proj[expert].T).chunk(2, dim=-1)
+        return {"gate_up_proj": rows, "down_proj": torch.nn.functional.silu(gate) * up}
+
+
+@pytest.mark.parametrize("experts", ["routed", "all"])
+def test_experts_are_calibrated_by_what_they_read(folder: Path, experts: Routing) -> None:
+    model = replica(folder)
+    calibration = model.cut_calibration([TEXT], 16, 32, 0, experts=experts)
+    statistics = model.gather_statistics(calibration)
+    model._calibrator.activate(calibration.id)
+    assert isinstance(model._calibrator, Calibrator)
+    hessians = {h.components[0]: h for h in model._calibrator._gatherer(calibration).hessians(1)}
+    for leaf, rows in plain_inputs(folder, calibration.tokens, 1, 2, experts == "all").items():
+        name = f"model.layers.1.mlp.experts.2.{leaf}"
+        assert statistics.num_tokens[name] == hessians[name].num_tokens == len(rows)
+        np.testing.assert_allclose(statistics.mean_squares[name], rows.square().mean(0).numpy(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(hessians[name].hessian, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx", "llama4_text", "jetmoe"])
+def test_experts_of_every_layout_are_reached_by_the_tokens_that_they_are_given(tmp_path: Path, family: str) -> None:
+    """In modules of their own, in batched products, in grouped ones: as many tokens as the router chooses."""
+    tiny_model(family).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model = Replica(ModelSpec(str(tmp_path), dtype="float32", attention="eager"), ReplicaSettings(num_threads=1))
+    experts = [c for c in model.manifest().components if c.mixture]
+    tokens = model.gather_statistics(model.cut_calibration([TEXT], 8, 32, 0)).num_tokens
+    kinds = {(c.mixture, c.kind) for c in experts}
+    for mixture_name, kind in kinds:
+        reached = [tokens.get(c.name, 0) for c in experts if (c.mixture, c.kind) == (mixture_name, kind)]
+        assert sum(reached) == 2 * 8 * 32
+
+
+def test_experts_that_enough_tokens_reach_are_solved_for_and_others_rounded(folder: Path) -> None:
+    """A quarter of an expert's tokens for each of its inputs: what GPTQ makes of too few is plain rounding."""
+    model, name, scheme = replica(folder), "model.layers.1.mlp.experts.2.down_proj", parse_scheme("gptq-int3-channel")
+    weight = model._weights.original(name).clone()
+    plain = round_weight(weight, parse_scheme("int3-channel"), torch.float16)
+    for rows, is_plain in ((2, True), (40, False)):
+        calibration = model.cut_calibration([TEXT], rows, 32, 0)
+        model.use_calibration(calibration)
+        (packed,) = model.solve(calibration.id, [(name, scheme.name)])
+        assert torch.equal(unpack(packed, weight.dtype, weight.device), plain) == is_plain
+
+
+def test_an_expert_that_no_token_reaches_is_pruned_by_magnitude(folder: Path) -> None:
+    model, name = replica(folder), "model.layers.1.mlp.experts.2.down_proj"
+    calibration = model.cut_calibration([TEXT], 1, 2, 0)
+    model.use_calibration(calibration)
+    model._calibrator.activate(calibration.id)
+    assert calibration_reach(model, calibration) < 32
+    weight = model._weights.original(name).clone()
+    made = model._weights.compressor.compress(name, weight, parse_scheme("wanda-0.5"))
+    kept = weight.abs() >= weight.abs().median(1, keepdim=True).values
+    assert ((made != 0) == kept).float().mean() > 0.95
+
+
+def calibration_reach(model: Replica, calibration: Calibration) -> int:
+    return max(model._calibrator.statistics(calibration.id).num_tokens.values())
+
+
+def test_a_calibration_of_all_tokens_is_another_one(folder: Path) -> None:
+    model = replica(folder)
+    routed, everywhere = (model.cut_calibration([TEXT], 4, 16, 0, experts=how) for how in ("routed", "all"))
+    assert routed.id != everywhere.id
+    ids = {calibration_id("m", MODE, routed.tokens, experts=how) for how in (None, "routed", "all")}
+    assert len(ids) == 3
+
+
+def test_experts_that_few_calibration_tokens_reach_are_told() -> None:
+    components = mixture(1)
+    tokens = {c.name: 1000 for c in components} | {"layers.0.mlp.experts.2.down": 7}
+    (line,) = sparsely_reached(components, InputStatistics("c", {}, tokens))
+    assert "1 of 8 experts' matrices" in line and "(layers.0.mlp.experts.2.down by 7)" in line
+    assert not sparsely_reached(components, InputStatistics("c", {}, {c.name: 1000 for c in components}))
+
+
+# --- what is told ---
+
+
+def test_a_run_tells_how_many_of_its_tokens_reach_each_expert(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    file = {
+        "run": "r", "model": {"path": str(folder), "dtype": "float32"},
+        "prompts": {"files": ["text.txt"], "count": 6, "prompt_tokens": 8, "continuation_tokens": 8},
+        "search": {"strategy": "knapsack", "rank_by": "kl", "schemes": ["int4-channel"], "stop": {"share": 1.0}},
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(file))
+    summary = run_here(tmp_path / "search.yaml", tmp_path / "store")
+    rows = ResultStore(tmp_path / "store").table("expert_tokens", run="r").to_pylist()
+    tokens = [row["tokens"] for row in rows]
+    assert len(rows) == 2 * 4 and sum(tokens) == 2 * 2 * 6 * 16
+    assert f"  experts    8, reached by {min(tokens)} to {max(tokens)} tokens of the search" in run_text(summary)
+
+
+def test_a_mixtures_components_say_what_a_token_reads(folder: Path) -> None:
+    """Half of the experts' weights, and all others."""
+    found = list_components(str(folder))
+    manifest = replica(folder).manifest()
+    experts = sum(c.num_weights for c in manifest.components if c.mixture)
+    read = 1 - experts / 2 / found.num_weights
+    assert found.experts == f"2 mixtures of 4 experts, 2 for a token: a token reads {read:.2%} of all weights"
+
+
+def test_an_edge_of_many_tied_components_is_told_in_short() -> None:
+    edge = str(SearchSpace(mixture(1), LEVELS).units[1].edges[0])
+    assert edge_in_words(edge) == "layers.0.mlp.experts.0.gate_up and 7 tied to it=int2-channel"
+    assert edge_in_words("a+b=int4-g128+wanda-0.5") == "a+b=int4-g128+wanda-0.5"

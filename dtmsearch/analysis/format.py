@@ -37,6 +37,19 @@ def plain(value: Any) -> Any:
     return plain(value.tolist()) if hasattr(value, "tolist") else str(value)
 
 
+# So many tied components are named; of more, as of a mixture's experts, it is said how many there are.
+_MOST_NAMED = 6
+
+
+def edge_in_words(perturbation: str) -> str:
+    """A perturbation, `component+others tied to it=scheme`, for a person."""
+    names, equals, scheme = perturbation.partition("=")
+    tied = names.split("+")
+    if len(tied) <= _MOST_NAMED:
+        return perturbation
+    return f"{tied[0]} and {len(tied) - 1} tied to it{equals}{scheme}"
+
+
 def size_in_words(bits_per_weight: float, active_bits_per_weight: float | None) -> str:
     """A plan's size for a person; of a mixture of experts also what a token reads."""
     active = "" if active_bits_per_weight is None else f", {active_bits_per_weight:.2f} of those that a token reads"

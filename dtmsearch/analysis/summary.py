@@ -75,7 +75,8 @@ class RunSummary:
     up to its last decision, None before the first. `verdict` says how the plan does on held-out prompts, in the metric
     that the search ranks by (`rank_by`), against `rival`: the label of the best uniform plan of at most its size;
     `verdict_in_brief` is the one sentence of it that says most.
-    `active_bits_per_weight` is what a token reads of a mixture of experts, None of other models.
+    `active_bits_per_weight` is what a token reads of a mixture of experts, None of other models; `experts` says how
+    many of the search's tokens reach its experts.
     `noise` is how far the base model is from itself there. `search_text` and `held_out_text` say where prompts come
     from and how many repeat a text, None where the run's version did not record it; `min_fdt` what was asked and found
     of an FDT to be kept. `written` says by which export the final plan can be written at its counted size; `source`,
@@ -116,6 +117,7 @@ class RunSummary:
     noise: NoiseFloor | None = None
     written: str | None = None
     active_bits_per_weight: float | None = None
+    experts: str | None = None
     source: str | None = None
     source_format: str = ""
     components: tuple[Component, ...] = ()
@@ -207,6 +209,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         source=source,
         source_format=source_of(store, record),
         components=tuple(component for component, _ in components),
+        experts=_experts(store, record),
         min_fdt=kept_fdt(store, record, plan_row.summary.fdt_mean if plan_row and plan_row.summary else None),
     )
 
@@ -222,6 +225,20 @@ def _components(store: ResultStore, record: RunRecord) -> list[tuple[Component, 
     columns = [*COMPONENT_COLUMNS, "dense_bits"]
     found = store.table("components", columns, where=pc.field("manifest_id") == record.manifest_id)
     return list(zip(components_of(found), found["dense_bits"].to_pylist(), strict=True))
+
+
+def _experts(store: ResultStore, record: RunRecord) -> str | None:
+    """How many of the search's tokens reach the experts of a mixture, in words."""
+    columns = ["mixture", "expert", "tokens"]
+    of_search = pc.field("reference_id") == (record.reference_id or "")
+    rows = sorted(store.table("expert_tokens", columns, record.run, of_search).to_pylist(), key=lambda r: r["tokens"])
+    if not rows:
+        return None
+    least, middle, most = rows[0], rows[len(rows) // 2], rows[-1]
+    return (
+        f"{len(rows):,}, reached by {least['tokens']:,} to {most['tokens']:,} tokens of the search, "
+        f"{middle['tokens']:,} in the middle; by the fewest: expert {least['expert']} of {least['mixture']}"
+    )
 
 
 def _written(

@@ -15,7 +15,15 @@ from ray.exceptions import RayActorError, RayTaskError
 from dtmsearch.cluster.outstanding import MAX_ATTEMPTS
 from dtmsearch.cluster.replica_handle import ReplicaHandle
 from dtmsearch.cluster.replicas import ReplicaSet, cause_of, is_loss
-from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
+from dtmsearch.core.calibration import (
+    Calibration,
+    ExpertUse,
+    InputStatistics,
+    PackedMatrix,
+    Routing,
+    Through,
+    WeightError,
+)
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import (
@@ -108,10 +116,16 @@ class Services:
         self._replicas.use(reference)
 
     def cut_calibration(
-        self, texts: Texts, count: int, tokens: int, seed: int, through: Through = Calibration.through
+        self,
+        texts: Texts,
+        count: int,
+        tokens: int,
+        seed: int,
+        through: Through = Calibration.through,
+        experts: Routing = Calibration.experts,
     ) -> Calibration:
         """See `dtmsearch.model.replica.replica.Replica.cut_calibration`."""
-        calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed, through)
+        calibration: Calibration = self._ask_one("cut_calibration", texts, count, tokens, seed, through, experts)
         return calibration
 
     def gather_statistics(self, calibration: Calibration) -> InputStatistics:

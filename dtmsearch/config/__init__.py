@@ -29,7 +29,7 @@ from dtmsearch.config.sections import (
     ValidationSection,
     leave_out_unused,
 )
-from dtmsearch.core.calibration import Through
+from dtmsearch.core.calibration import Routing, Through
 from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.metric_registry import BUILT_IN, is_metric_name
@@ -133,6 +133,11 @@ class SearchFile(Section):
     def calibration_through(self) -> Through:
         """What calibration text has passed where a matrix is solved for."""
         return (self.calibration or CalibrationSection()).through
+
+    @property
+    def calibration_experts(self) -> Routing:
+        """The tokens by which experts are calibrated."""
+        return (self.calibration or CalibrationSection()).experts
 
     def resolve(self, path: str) -> Path:
         """A path as the file means it: from the file's own folder or, where nothing is there, the current one."""

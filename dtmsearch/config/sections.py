@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from dtmsearch.core import plugins
-from dtmsearch.core.calibration import Calibration, Through
+from dtmsearch.core.calibration import Calibration, Routing, Through
 from dtmsearch.core.components import Experts
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
@@ -198,6 +198,9 @@ class CalibrationSection(Section):
     through: Through = Calibration.through
     """What the text has passed where GPTQ and SparseGPT solve for a layer: the layers below as the base model has them,
     or compressed by the same scheme, which helps uniform plans more than those of several schemes."""
+    experts: Routing = Calibration.experts
+    """The tokens by which the experts of a mixture are calibrated: routed, those that the router gives each; all, every
+    token through every expert, so that those which few tokens reach are solved for too."""
 
 
 class ComponentsSection(Section):

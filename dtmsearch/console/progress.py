@@ -21,10 +21,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dtmsearch.analysis.format import components, counted, duration, plain
+from dtmsearch.analysis.format import components, counted, duration, edge_in_words, plain
 from dtmsearch.analysis.metric_text import metric_number, metric_value
 from dtmsearch.console.printing import print_shown, styled
-from dtmsearch.core.plan import Perturbation
 from dtmsearch.search.protocols import Decision, Observer, Progress
 
 log = logging.getLogger(__name__)
@@ -34,8 +33,6 @@ _PLAIN_SECONDS = 5.0
 _RECENT_DECISIONS = 5
 _REFRESHES_PER_SECOND = 4
 _BAR_WIDTH = 40
-# So many tied components are named, and of more, as of a mixture's experts, how many there are.
-_MOST_NAMED = 6
 
 
 @contextmanager
@@ -214,16 +211,10 @@ def share_of_weights(decision: Decision | None) -> str:
     )
 
 
-def _edge(perturbation: Perturbation) -> str:
-    if len(perturbation.tied) < _MOST_NAMED:
-        return str(perturbation)
-    return f"{perturbation.component} and {len(perturbation.tied)} tied to it={perturbation.scheme}"
-
-
 def decision_line(decision: Decision) -> str:
     """One line for a decision: its depth, the edge, and what the plan amounts to, the end of which a narrow window
     cuts."""
-    edge = "chosen as a whole" if decision.perturbation is None else _edge(decision.perturbation)
+    edge = "chosen as a whole" if decision.perturbation is None else edge_in_words(str(decision.perturbation))
     size = decision.size
     return (
         f"step {decision.step}: {edge}  [{_score(decision)}, {size.bits_per_weight:.2f} bits per weight, "

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dtmsearch.analysis.failure import headline
-from dtmsearch.analysis.format import components, counted, duration, plain, size_in_words, with_interval
+from dtmsearch.analysis.format import components, counted, duration, edge_in_words, plain, size_in_words, with_interval
 from dtmsearch.analysis.metric_text import metric_value
 from dtmsearch.console.plan_picture import plan_picture
 from dtmsearch.console.terminal_tables import table
@@ -64,7 +64,7 @@ def run_text(summary: RunSummary, long: bool = False) -> str:
     if summary.last_step is not None:
         step = summary.last_step
         value = metric_value(summary.rank_by, step.score, with_unit=True)
-        choice = step.perturbation or "chosen as a whole"
+        choice = edge_in_words(step.perturbation) if step.perturbation else "chosen as a whole"
         lines.append(_line("last step", f"{step.step}: {choice}, {value} on the search's prompts"))
     lines += _plan_lines(summary)
     lines += [_line("min_fdt", str(summary.min_fdt))] if summary.min_fdt else []
@@ -126,6 +126,7 @@ def _plan_lines(summary: RunSummary) -> list[str]:
     if summary.final_plan is not None:
         lines.append(_line("schemes", _schemes(summary.final_plan)))
     lines += [_line("files", summary.written)] if summary.written else []
+    lines += [_line("experts", summary.experts)] if summary.experts else []
     lines += [_line("source", summary.source)] if summary.source else []
     return lines
 
@@ -137,6 +138,7 @@ def model_components_text(found: ModelComponents) -> str:
         f"{found.architecture}, {found.num_layers} layers,",
         f"{_count(found.num_weights)} weights, {found.bytes_16_bits / 1e9:,.2f} GB in 16 bits",
         *([f"comes as {found.source}, searched unquantized"] if found.source else []),
+        *textwrap.wrap(found.experts, 60),
         f"{found.num_components:,} components hold {found.share:.2%} of all weights:",
         "",
         table(["kind", "number", "outputs x inputs", "share"], rows),

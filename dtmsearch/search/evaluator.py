@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
+from dtmsearch.core.calibration import (
+    Calibration,
+    ExpertUse,
+    InputStatistics,
+    PackedMatrix,
+    Routing,
+    Through,
+    WeightError,
+)
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import Continuation, GenerationRules, IntArray, PromptTokens, Reference, Speed
@@ -74,7 +82,13 @@ class ModelEvaluator(Evaluator, Protocol):
     # Calibration.
 
     def cut_calibration(
-        self, texts: Texts, count: int, tokens: int, seed: int, through: Through = Calibration.through
+        self,
+        texts: Texts,
+        count: int,
+        tokens: int,
+        seed: int,
+        through: Through = Calibration.through,
+        experts: Routing = Calibration.experts,
     ) -> Calibration:
         """`count` windows of `tokens` tokens of texts, drawn by `seed`. Raises `TooLittleText`."""
 

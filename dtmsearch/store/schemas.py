@@ -198,7 +198,8 @@ STEPS = _schema(
         ("wall_seconds", pa.float64()),
     ],
 )
-# Mean squares of the inputs of a model's components over calibration text.
+# Mean squares of the inputs of a model's components over calibration text, and how many tokens these are of; where too
+# few tokens reach an expert, they are all 1.
 STATISTICS = _schema(
     "statistics",
     [
@@ -206,6 +207,7 @@ STATISTICS = _schema(
         ("manifest_id", CODED),
         ("component", pa.string()),
         ("mean_squares", _FLOATS),
+        ("tokens", pa.int64()),
     ],
 )
 # Components under schemes that took solving for, as `core.calibration.PackedMatrix` says.
@@ -272,6 +274,17 @@ EXPERT_USES = _schema(
         ("versions", pa.string()),
     ],
 )
+# How many tokens of the search's prompts and continuations reach each expert of a mixture.
+EXPERT_TOKENS = _schema(
+    "expert_tokens",
+    [
+        ("run", CODED),
+        ("reference_id", CODED),
+        ("mixture", CODED),
+        ("expert", pa.int32()),
+        ("tokens", pa.int64()),
+    ],
+)
 # Products of samples with an option, as `core.prices` says; `products` runs over the samples of a block, the first of
 # which is `first_sample`. `block_tokens` and `wall_seconds` are those of the whole block, the same in all of its rows.
 PRICES = _schema(
@@ -304,6 +317,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "matrices": MATRICES,
     "weight_errors": WEIGHT_ERRORS,
     "expert_uses": EXPERT_USES,
+    "expert_tokens": EXPERT_TOKENS,
     "continuations": CONTINUATIONS,
     "trainings": TRAININGS,
     "prices": PRICES,
@@ -320,6 +334,7 @@ ADDED: dict[str, frozenset[str]] = {
     "components": frozenset({"transposed", "stacked", "mixture", "num_experts", "experts_per_token", "apart"})
     | {"source_bits", "source"},
     "steps": frozenset({"active_bits_per_weight"}),
+    "statistics": frozenset({"tokens"}),
     "prompts": frozenset({"opening", "tokenizer"}),
     "weight_errors": frozenset({"scheme_version"}),
     "runs": frozenset(

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
-from dtmsearch.core.calibration import Calibration, ExpertUse, PackedMatrix, WeightError
+from dtmsearch.core.calibration import (
+    TOKENS_PER_INPUT,
+    Calibration,
+    ExpertUse,
+    InputStatistics,
+    PackedMatrix,
+    WeightError,
+    too_few_to_solve,
+)
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
@@ -33,9 +41,9 @@ class Calibrating:
 
     @cached_property
     def _calibration(self) -> Calibration:
-        through = self._file.calibration_through
+        how = self._file.calibration_through, self._file.calibration_experts
         cut = self._pool.cut_calibration
-        return cut_calibration(self._file, lambda texts, count, tokens, seed: cut(texts, count, tokens, seed, through))
+        return cut_calibration(self._file, lambda texts, count, tokens, seed: cut(texts, count, tokens, seed, *how))
 
     @property
     def rows_of_its_own(self) -> list[IntArray]:
@@ -52,6 +60,9 @@ class Calibrating:
             gathered = self._pool.gather_statistics(calibration)
             statistics = self._writer.share(StatisticsRecord(calibration.manifest_id, gathered)).statistics
         self._pool.use_calibration(calibration, statistics)
+        if any(scheme.needs_calibration for scheme in self._session.space.parsed):
+            for line in sparsely_reached(self._session.space.components, statistics):
+                self._session.note(line)
         return calibration.id
 
     def for_plans(self, plans: Iterable[Plan]) -> str:
@@ -136,6 +147,20 @@ class Calibrating:
         for component, scheme in sorted(pairs):
             layers.setdefault(self._session.manifest.by_name[component].layer, []).append((component, scheme))
         return [layers[layer] for layer in sorted(layers)]
+
+
+def sparsely_reached(components: Sequence[Component], statistics: InputStatistics) -> list[str]:
+    """What is said of experts that too few tokens of the calibration reach."""
+    experts = [c for c in components if c.stacked and c.mixture]
+    few = [c for c in experts if too_few_to_solve(c, statistics.num_tokens.get(c.name, 0))]
+    if not few:
+        return []
+    name, tokens = min(((c.name, statistics.num_tokens.get(c.name, 0)) for c in few), key=lambda pair: pair[1])
+    return [
+        f"{len(few)} of {len(experts)} experts' matrices are reached by fewer than {TOKENS_PER_INPUT} calibration "
+        f"tokens for each input ({name} by {tokens}): GPTQ and SparseGPT round and prune these as without "
+        "calibration; give more text, or calibration.experts: all"
+    ]
 
 
 def _by_scheme(pairs: set[Pair]) -> list[list[Pair]]:

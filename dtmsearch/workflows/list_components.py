@@ -80,8 +80,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class ModelComponents:
-    """What a model consists of. `untried` is empty, or says why the model's code did not run without values: then
-    components are told by the classes of their modules. `source` is the format that a model comes quantized in."""
+    """What a model consists of. `experts` says of a mixture how many there are, and what a token reads. `untried` is
+    empty, or says why the model's code did not run without values: then components are told by the classes of their
+    modules. `source` is the format that a model comes quantized in."""
 
     model: str
     architecture: str
@@ -95,6 +96,7 @@ class ModelComponents:
     untried: str
     cost: Cost
     source: str = ""
+    experts: str = ""
 
 
 def list_components(
@@ -146,6 +148,7 @@ def list_components(
         untried=usage.failed,
         cost=_cost(components, total, _head_weights(empty), num_layers, tflops, gpu_gb),
         source=_source(model, empty),
+        experts=_experts(components, total),
     )
 
 
@@ -184,6 +187,18 @@ def _cost(
         price_seconds=6 * (layers + head) * _SAMPLES * _ROW_TOKENS / rate,
         probe_seconds=2 * suffixes * _PROBE_PROMPTS * _ROW_TOKENS / rate,
     )
+
+
+def _experts(components: Sequence[Component], total: int) -> str:
+    """What a mixture of experts is, in words; empty for other models."""
+    mixtures = {c.mixture: (c.num_experts, c.experts_per_token) for c in components if c.mixture}
+    if not mixtures:
+        return ""
+    kinds = dict.fromkeys(mixtures.values())
+    many = " or ".join(f"{number:,} experts, {chosen} for a token" for number, chosen in kinds)
+    unread = sum(c.num_weights * (1 - c.read_share) for c in components)
+    read = 1 - float(unread) / total
+    return f"{len(mixtures):,} mixtures of {many}: a token reads {read:.2%} of all weights"
 
 
 def _left_out(model: Any, reasons: Mapping[str, str]) -> dict[str, tuple[int, str, int]]:

@@ -18,6 +18,8 @@ from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import SearchFile, texts
+from dtmsearch.core.calibration import ExpertTokens
+from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import Reference, evaluation_cost
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
@@ -218,8 +220,10 @@ class _Run:
         reference = session.reference(search)
         self._save(reference_id=reference.id)
         pool.use(reference)
-        if any(".experts." in component.name for component in space.components):
-            session.note(rare_experts(pool.routed_tokens(reference.id)))
+        if any(component.stacked and component.mixture for component in space.components):
+            routed = pool.routed_tokens(reference.id)
+            session.writer.add(tokens_of_experts(space.components, routed, reference.id))
+            session.note(rare_experts(routed))
         plan, remarks, ladder = self._search(session, reference, calibrating)
         if own is not None and ladder:
             kept = self._keep_fdt(session, ladder, own, calibrating)
@@ -353,6 +357,14 @@ def _taking_prices(session: Session, reference: Reference, calibration_id: str) 
 def _has_rows(session: Session, table: str) -> bool:
     """Whether the run has rows in a table."""
     return bool(session.store.table(table, ["run"], session.file.run).num_rows)
+
+
+def tokens_of_experts(
+    components: Sequence[Component], routed: Mapping[str, int], reference_id: str
+) -> list[ExpertTokens]:
+    """How many of the reference's tokens reach each expert, as the store keeps it."""
+    experts = {(c.mixture, c.expert): routed[c.name] for c in components if c.mixture and c.name in routed}
+    return [ExpertTokens(reference_id, *expert, tokens) for expert, tokens in experts.items()]
 
 
 def rare_experts(routed: Mapping[str, int]) -> str:

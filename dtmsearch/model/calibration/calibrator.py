@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import (
+    Calibration,
+    ExpertUse,
+    FloatArray,
+    InputStatistics,
+    PackedMatrix,
+    WeightError,
+    too_few_to_solve,
+    too_few_to_weigh,
+)
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme, parse_scheme, solved_pairs
@@ -112,9 +123,16 @@ class Calibrator:
         """Gather, if they are not known, the mean squares of all components' inputs."""
         if calibration_id not in self._statistics:
             with self._standing.on_base(), self._standing.eagerly():
-                squares = self._gatherer(self.known(calibration_id)).mean_squares()
-            self._statistics[calibration_id] = InputStatistics(calibration_id, squares)
+                squares, tokens = self._gatherer(self.known(calibration_id)).mean_squares()
+            squares |= self._unweighed(tokens)
+            self._statistics[calibration_id] = InputStatistics(calibration_id, squares, tokens)
         return self._statistics[calibration_id]
+
+    def _unweighed(self, tokens: Mapping[str, int]) -> dict[str, FloatArray]:
+        """Mean squares of 1 for experts that too few tokens reach, by how many reach which component."""
+        experts = [c for c in self._manifest.components if c.stacked and c.layer in self._body.own]
+        few = [c for c in experts if too_few_to_weigh(c, tokens.get(c.name, 0))]
+        return {c.name: np.ones(c.shape[1], np.float32) for c in few}
 
     def activate(self, calibration_id: str) -> None:
         """Calibrate by this one from now on. Raises `ValueError` for one that was not given."""
@@ -195,7 +213,7 @@ class Calibrator:
         with self._standing.eagerly():
             walker = self._gatherer(self._calibrations[self.active or ""], scheme.name)
             for layer in range(self._body.own.start, top + 1):
-                shared_here = walker.hessians(layer, stay=True)
+                shared_here = self._guarded(layer, walker.hessians(layer, stay=True))
                 for shared in shared_here:
                     reached.update(shared.components)
                     pairs = [(c, scheme) for c in shared.components if compressor.solved(c, scheme) is None]
@@ -248,11 +266,26 @@ class Calibrator:
         if layer not in self._hessians:
             assert self.active is not None
             with self._standing.on_base(), self._standing.eagerly():
-                self._hessians[layer] = self._walking().hessians(layer)
+                self._hessians[layer] = self._guarded(layer, self._walking().hessians(layer))
             self._hessians.move_to_end(layer)
             while _bytes(self._hessians) > _HESSIAN_BYTES and len(self._hessians) > 1:
                 self._hessians.popitem(last=False)
         return self._hessians[layer]
+
+    def _guarded(self, layer: int, found: Sequence[SharedHessian]) -> list[SharedHessian]:
+        """A layer's Hessians, with the identity for experts that too few tokens reach, or none."""
+        components = self._manifest.by_name
+        reached = {name for shared in found for name in shared.components}
+        experts = [c for c in self._manifest.components if c.stacked and c.mixture and c.layer == layer]
+        unreached = [SharedHessian((c.name,), torch.empty(0), 0) for c in experts if c.name not in reached]
+
+        def guarded(shared: SharedHessian) -> SharedHessian:
+            component = components[shared.components[0]]
+            if not too_few_to_solve(component, shared.num_tokens):
+                return shared
+            return replace(shared, hessian=torch.eye(component.shape[1], device=self._body.input_device))
+
+        return [guarded(shared) for shared in (*found, *unreached)]
 
     def _walking(self) -> Gatherer:
         """The active calibration's text on its way up the layers."""
@@ -263,10 +296,10 @@ class Calibrator:
 
     def _gatherer(self, calibration: Calibration, scheme: str = "") -> Gatherer:
         tokens = torch.from_numpy(calibration.tokens).long().to(self._body.input_device)
-        layers = {c.name: c.layer for c in self._manifest.components}
         entry, rows = self._entries.get((calibration.id, scheme), (None, self._rows_in_batch(tokens.shape[1])))
         assert entry is not None or self._body.own.start == 0, "the text's states come from the stage below"
-        return Gatherer(self._body, tokens, layers, rows, entry)
+        everywhere = calibration.experts == "all"
+        return Gatherer(self._body, tokens, self._manifest.components, rows, entry, everywhere)
 
     def rest(self) -> None:
         """Let go of the text's states, for evaluations need the room."""

@@ -7,7 +7,6 @@ Works on the unquantized model, layer by layer, over the calls of the modules th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,42 +18,8 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.input_statistics import Gatherer
+from dtmsearch.model.calibration.routed_call import RoutedCall, owner_of
 from dtmsearch.model.weights.applied import Weights
-
-
-@dataclass(frozen=True)
-class RoutedCall:
-    """A call of a module that holds experts: `tensors` are its arguments, a row a token, `chosen` [tokens, k] the
-    experts that each token is given to, `weights` [tokens, k] with what weight."""
-
-    tensors: tuple[Tensor, ...]
-    chosen: Tensor
-    weights: Tensor
-
-    @staticmethod
-    def of(arguments: Sequence[Any]) -> RoutedCall | None:
-        """None where the arguments do not tell which experts a token is given to."""
-        tensors = tuple(value for value in arguments if isinstance(value, Tensor))
-        chosen = next((t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.ndim == 2), None)
-        if chosen is None or len(tensors) != len(arguments) or any(len(t) != len(chosen) for t in tensors):
-            return None
-        weights = next((t for t in tensors[1:] if t.is_floating_point() and t.ndim == 2), None)
-        if weights is None or weights.shape[1] < chosen.shape[1]:
-            return None
-        if weights.shape != chosen.shape:
-            weights = weights.gather(1, chosen.long())
-        return RoutedCall(tensors, chosen, weights)
-
-    def of_expert(self, expert: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Which tokens an expert is given [tokens], and the arguments of these alone."""
-        given = (self.chosen == expert).any(dim=1)
-        return given, tuple(tensor[given] for tensor in self.tensors)
-
-
-def owner_of(component: Component) -> tuple[str, int]:
-    """The module that holds a stacked expert's matrix, and the expert's number in it."""
-    owner, expert, _ = component.name.rsplit(".", 2)
-    return owner, int(expert)
 
 
 def expert_uses(

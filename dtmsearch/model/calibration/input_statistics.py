@@ -1,12 +1,13 @@
 """What the unquantized model's components read over calibration text: mean squares of their inputs, and Hessians X^T X.
 
-Hooks on the components as the model's own code calls them. Components that are handed the same tensor share what is
-gathered over it. Knows nothing of schemes; the model must stand dense, with its layers eager, while it works.
+Hooks on the components as the model's own code calls them, and a watch on products with the experts of mixtures.
+Components that are handed the same tensor share what is gathered over it. Knows nothing of schemes; the model must
+stand dense, with its layers eager, while it works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dtmsearch.core.calibration import FloatArray
+from dtmsearch.core.components import Component
+from dtmsearch.model.calibration.expert_inputs import ExpertInputs
 from dtmsearch.model.forward.partial import Body, State
 
 # Inputs that are remembered to know them again: those who read the same are called in short succession.
@@ -24,10 +27,12 @@ _REMEMBERED = 4
 
 @dataclass(frozen=True)
 class SharedHessian:
-    """X^T X / rows of X [cols, cols], float32, over the input of `components`, which all read the same."""
+    """X^T X / rows of X [cols, cols], float32, over the input of `components`, which all read the same, of so many
+    tokens."""
 
     components: tuple[str, ...]
     hessian: Tensor
+    num_tokens: int
 
 
 @dataclass
@@ -77,31 +82,41 @@ class Gatherer:
 
     Layers are gone through upwards, with the text's states carried from one to the next: from the tokens or, where the
     model's first layers are not here, from `entry`, the text's states [rows, length, hidden] at the first that is.
+    `everywhere`: experts read all tokens, wherever the model's router sends them.
     """
 
     def __init__(
-        self, body: Body, tokens: Tensor, components: Mapping[str, int], rows_in_batch: int, entry: Tensor | None = None
+        self,
+        body: Body,
+        tokens: Tensor,
+        components: Sequence[Component],
+        rows_in_batch: int,
+        entry: Tensor | None = None,
+        everywhere: bool = False,
     ) -> None:
-        self._body = body
+        self._body, self._everywhere = body, everywhere
         self._batches = tokens.split(rows_in_batch)
-        self._layer_of = {name: layer for name, layer in components.items() if layer in body.own}
+        self._components = {c.name: c for c in components if c.layer in body.own}
         self._entry: tuple[Tensor, ...] = () if entry is None else entry.split(rows_in_batch)
         self._boundary = body.own.start
         self._states: Sequence[State] = self._entry
 
-    def mean_squares(self) -> dict[str, FloatArray]:
-        """Component -> mean squares [cols] of its inputs; without those that the text does not reach."""
+    def mean_squares(self) -> tuple[dict[str, FloatArray], dict[str, int]]:
+        """Component -> mean squares [cols] of its inputs, and how many tokens these are of; without those that the text
+        does not reach."""
         inputs = _Inputs(hessians=False)
-        with self._hooked(list(self._layer_of), inputs):
+        with self._hooked(list(self._components.values()), inputs):
             for batch, state in zip(self._batches, self._entered(self._entry), strict=True):
                 inputs.seen.clear()
                 self._body.finish(batch, state, self._body.own.start)
-        return {
+        reached = [g for g in inputs.gathered.values() if g.sums is not None and g.num_tokens]
+        squares = {
             component: (gathered.sums / gathered.num_tokens).float().cpu().numpy()
-            for gathered in inputs.gathered.values()
-            if gathered.sums is not None and gathered.num_tokens
+            for gathered in reached
+            if gathered.sums is not None
             for component in gathered.components
         }
+        return squares, {name: gathered.num_tokens for gathered in reached for name in gathered.components}
 
     def hessians(self, layer: int, stay: bool = False) -> list[SharedHessian]:
         """The Hessians of a layer's components; without those that the text does not reach.
@@ -111,12 +126,12 @@ class Gatherer:
         self.advance(layer)
         inputs = _Inputs(hessians=True)
         below = self._states
-        with self._hooked([name for name, at in self._layer_of.items() if at == layer], inputs):
+        with self._hooked([c for c in self._components.values() if c.layer == layer], inputs):
             self._pass(layer, inputs)
         if stay:
             self._states, self._boundary = below, layer
         return [
-            SharedHessian(tuple(gathered.components), gathered.sums.div_(gathered.num_tokens))
+            SharedHessian(tuple(gathered.components), gathered.sums.div_(gathered.num_tokens), gathered.num_tokens)
             for gathered in inputs.gathered.values()
             if gathered.sums is not None and gathered.num_tokens
         ]
@@ -179,14 +194,16 @@ class Gatherer:
         return iter([None] * len(self._batches)) if not states else (s.to(self._body.input_device) for s in states)
 
     @contextmanager
-    def _hooked(self, components: Sequence[str], inputs: _Inputs) -> Iterator[None]:
+    def _hooked(self, components: Sequence[Component], inputs: _Inputs) -> Iterator[None]:
         handles: list[RemovableHandle] = []
         for component in components:
-            module = _module(self._body.model, component)
+            module = None if component.stacked else _module(self._body.model, component.name)
             if module is not None:
-                handles.append(module.register_forward_pre_hook(_noting(component, inputs)))
+                handles.append(module.register_forward_pre_hook(_noting(component.name, inputs)))
+        stacked = ExpertInputs(self._body.model, [c for c in components if c.stacked], self._everywhere)
         try:
-            yield
+            with stacked.noted(inputs.note):
+                yield
         finally:
             inputs.seen.clear()
             for handle in handles:

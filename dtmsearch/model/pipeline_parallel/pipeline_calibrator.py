@@ -56,11 +56,13 @@ class PipelineCalibrator:
             calibration = self._own.known(calibration_id)
             with self._standing.on_base():
                 self._enter(calibration_id)
-                squares = dict(self._own.statistics(calibration_id).mean_squares)
+                own = self._own.statistics(calibration_id)
+                squares, tokens = dict(own.mean_squares), dict(own.num_tokens)
                 gathering = [remote.peer.ask("gather", calibration_id) for remote in self._remotes]
                 for remote, promise in zip(self._remotes, gathering, strict=True):
-                    squares |= remote.peer.answer(promise)
-            self.use(calibration, InputStatistics(calibration_id, squares))
+                    theirs, of_theirs = remote.peer.answer(promise)
+                    squares, tokens = squares | theirs, tokens | of_theirs
+            self.use(calibration, InputStatistics(calibration_id, squares, tokens))
         return self._statistics[calibration_id]
 
     def _enter(self, calibration_id: str) -> None:

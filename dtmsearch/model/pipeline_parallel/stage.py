@@ -224,9 +224,10 @@ class Stage:
         self._calibrator.enter(calibration_id, received(states, torch.device("cpu")), scheme)
 
     @torch.inference_mode()
-    def gather(self, calibration_id: str) -> Mapping[str, FloatArray]:
-        """Mean squares of the inputs of this stage's components."""
-        return self._calibrator.statistics(calibration_id).mean_squares
+    def gather(self, calibration_id: str) -> tuple[Mapping[str, FloatArray], Mapping[str, int]]:
+        """Mean squares of the inputs of this stage's components, and how many tokens these are of."""
+        statistics = self._calibrator.statistics(calibration_id)
+        return statistics.mean_squares, statistics.num_tokens
 
     @torch.inference_mode()
     def activate(self, calibration_id: str) -> None:

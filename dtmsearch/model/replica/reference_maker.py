@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dtmsearch.core.calibration import Calibration, Through, calibration_id
+from dtmsearch.core.calibration import Calibration, Routing, Through, calibration_id
 from dtmsearch.core.evaluation import (
     Continuation,
     FloatArray,
@@ -66,10 +66,12 @@ class ReferenceMaker:
         mode, rules = self.conditions()
         return reference_id(self._bench.manifest.id, mode, prompts, rules)
 
-    def calibration(self, rows: _Tokens, through: Through) -> Calibration:
+    def calibration(self, rows: _Tokens, through: Through, experts: Routing) -> Calibration:
         """A calibration over rows of text."""
-        manifest_id = self._bench.manifest.id
-        return Calibration(calibration_id(manifest_id, self._mode, rows, through), manifest_id, rows, through)
+        manifest = self._bench.manifest
+        mixed = any(component.mixture for component in manifest.components)
+        known = calibration_id(manifest.id, self._mode, rows, through, experts if mixed else None)
+        return Calibration(known, manifest.id, rows, through, experts)
 
     def make(self, prompts: PromptTokens) -> Reference:
         """The base model's greedy continuations of `prompts`, and where its own single pass disagrees with them.

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, PackedMatrix, Through, WeightError
+from dtmsearch.core.calibration import (
+    Calibration,
+    ExpertUse,
+    InputStatistics,
+    PackedMatrix,
+    Routing,
+    Through,
+    WeightError,
+)
 from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import (
@@ -273,10 +281,17 @@ class Replica:
     # Calibration.
 
     def cut_calibration(
-        self, texts: Texts, count: int, tokens: int, seed: int, through: Through = Calibration.through
+        self,
+        texts: Texts,
+        count: int,
+        tokens: int,
+        seed: int,
+        through: Through = Calibration.through,
+        experts: Routing = Calibration.experts,
     ) -> Calibration:
         """Calibration text: `count` rows of `tokens` tokens, cut from `texts` as prompts are."""
-        return self._references.calibration(self._references.cutter.calibration(texts, count, tokens, seed), through)
+        rows = self._references.cutter.calibration(texts, count, tokens, seed)
+        return self._references.calibration(rows, through, experts)
 
     def use_calibration(self, calibration: Calibration, statistics: InputStatistics | None = None) -> None:
         """Take a calibration, which requests may name from now on, with its statistics if they are known."""

@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.core.calibration import CALIBRATION_VERSION, ExpertUse, InputStatistics, PackedMatrix, WeightError
+from dtmsearch.core.calibration import (
+    CALIBRATION_VERSION,
+    ExpertTokens,
+    ExpertUse,
+    InputStatistics,
+    PackedMatrix,
+    WeightError,
+)
 from dtmsearch.core.plan import versions_of
 from dtmsearch.core.records import StatisticsRecord
 from dtmsearch.store.codecs.columns import arrays, coded_constant, from_columns, lists
-from dtmsearch.store.schemas import EXPERT_USES, MATRICES, STATISTICS, WEIGHT_ERRORS
+from dtmsearch.store.schemas import EXPERT_TOKENS, EXPERT_USES, MATRICES, STATISTICS, WEIGHT_ERRORS
 
 
 def weight_errors_table(run: str, errors: Sequence[WeightError]) -> pa.Table:
@@ -63,6 +70,16 @@ def _versions_of(scheme: str) -> str:
     return json.dumps(versions_of([scheme]) | {"calibration": CALIBRATION_VERSION}, sort_keys=True)
 
 
+def expert_tokens_table(run: str, records: Sequence[ExpertTokens]) -> pa.Table:
+    names = [name for name in EXPERT_TOKENS.names if name != "run"]
+    columns: dict[str, Any] = {name: [getattr(record, name) for record in records] for name in names}
+    return from_columns(EXPERT_TOKENS, columns | {"run": coded_constant(run, len(records))})
+
+
+def expert_tokens_of(table: pa.Table) -> list[ExpertTokens]:
+    return [ExpertTokens(**row) for row in table.drop_columns(["run"]).to_pylist()]
+
+
 def statistics_table(record: StatisticsRecord) -> pa.Table:
     """A row of `statistics` for each component."""
     statistics = record.statistics
@@ -72,6 +89,7 @@ def statistics_table(record: StatisticsRecord) -> pa.Table:
         "manifest_id": coded_constant(record.manifest_id, len(names)),
         "component": names,
         "mean_squares": lists([statistics.mean_squares[name] for name in names], pa.float32()),
+        "tokens": [statistics.num_tokens.get(name) for name in names],
     }
     return from_columns(STATISTICS, columns)
 
@@ -82,7 +100,9 @@ def statistics_of(table: pa.Table) -> StatisticsRecord:
     squares = table["mean_squares"].combine_chunks()
     by_name = zip(table["component"].to_pylist(), arrays(squares), strict=True)
     held = {name: values for name, values in by_name if values is not None}
-    statistics = InputStatistics(table["calibration_id"][0].as_py(), held)
+    tokens = dict(zip(table["component"].to_pylist(), table["tokens"].to_pylist(), strict=True))
+    known = {name: number for name, number in tokens.items() if number is not None}
+    statistics = InputStatistics(table["calibration_id"][0].as_py(), held, known)
     return StatisticsRecord(table["manifest_id"][0].as_py(), statistics)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 import dtmsearch
-from dtmsearch.core.calibration import ExpertUse, PackedMatrix, WeightError
+from dtmsearch.core.calibration import ExpertTokens, ExpertUse, PackedMatrix, WeightError
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.prices import PriceBlock
 from dtmsearch.core.records import (
@@ -87,6 +87,13 @@ CODECS: dict[type, Codec[Any]] = {
     ),
     WeightError: Codec("weight_errors", calibrations.weight_errors_table, calibrations.weight_errors_of),
     ExpertUse: Codec("expert_uses", calibrations.expert_uses_table, calibrations.expert_uses_of),
+    ExpertTokens: Codec(
+        "expert_tokens",
+        calibrations.expert_tokens_table,
+        calibrations.expert_tokens_of,
+        identity=("reference_id", "mixture", "expert"),
+        key=lambda record: (record.reference_id, record.mixture, record.expert),
+    ),
     PriceBlock: Codec(
         "prices",
         lambda run, blocks: pa.concat_tables(
