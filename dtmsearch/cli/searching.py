@@ -126,10 +126,11 @@ def resume_verb(name: str, store: str, form: str, quiet: bool, log_to: tuple[str
     from dtmsearch.workflows.lookup import stored_file
     from dtmsearch.workflows.run import resume
 
+    file = stored_file(open_store(store), name) if log_to else None
     with (
         resumable(resume_command(name, store)),
         observing(quiet) as observer,
-        logged_to(log_to, stored_file(open_store(store), name), observer) as (logged, ended),
+        logged_to(log_to, file, observer) as (logged, ended),
     ):
         summary = resume(name, store, where_of(**where), logged)
         ended(summary)

@@ -153,12 +153,14 @@ class Logged:
 
 
 @contextmanager
-def logged_to(names: Sequence[str], file: SearchFile, observer: Observer) -> Iterator[tuple[Observer, Any]]:
+def logged_to(names: Sequence[str], file: SearchFile | None, observer: Observer) -> Iterator[tuple[Observer, Any]]:
     """An observer that logs to `names`, each `NAME` or `NAME:WHERE`, and what is to be told the run's summary at its
-    end. Without names the observer itself. Raises `UserError` for one that is unknown or whose library is missing."""
+    end. Without names the observer itself, and no file is needed. Raises `UserError` for one that is unknown or whose
+    library is missing."""
     if not names:
         yield observer, lambda summary: None
         return
+    assert file is not None, "whoever names loggers gives the search file"
     keys = _flat(file.model_dump(mode="json", exclude_none=True))
     opened = {name: _opened(name, file.run, keys) for name in names}
     logged = Logged(observer, opened)
