@@ -100,7 +100,7 @@ def check_plan_argument(plan: str, results: ResultStore) -> None:
         parse_scheme(plan.removeprefix(UNIFORM))
     elif not is_file(Path(plan)):
         record = results.run(plan)
-        if record is None and (inside := Path(plan) / "plan.json").is_file():
+        if record is None and is_file(inside := Path(plan) / "plan.json"):
             raise UserError(f"--plan {plan!r} is a folder: give the plan in it, {inside}")
         if record is None:
             raise UserError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
