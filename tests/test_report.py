@@ -19,7 +19,7 @@ from dtmsearch.analysis.summary import runs_overview, summarize_run
 from dtmsearch.cli import main
 from dtmsearch.console.text import overview_text, run_text
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
-from dtmsearch.report.charts import figures, save
+from dtmsearch.report.charts import figures, plan_name, save
 from dtmsearch.report.charts.scheme_colours import by_bits, colour_of, ink_on
 from dtmsearch.report.comparison import compared, held_out_differences, plan_differences, sentence
 from dtmsearch.report.facts import RunFacts, gather, per_prompt, spending_of, spread, suffering_of
@@ -260,10 +260,17 @@ def colours_in(part: Any) -> dict[str, str]:
 
 
 def test_a_scheme_has_one_colour_on_every_chart_of_both_pages(pair: tuple[RunFacts, RunFacts]) -> None:
-    charts = [figure.chart.to_dict() for figure in [*figures(pair[0]), *compared(*pair)]]
+    charts = [figure.spec for figure in [*figures(pair[0]), *compared(*pair)]]
     coloured = [colours_in(chart["encoding"] if "encoding" in chart else chart["layer"]) for chart in charts]
     found = [shades["int8-channel"] for shades in coloured if "#" in str(shades.get("int8-channel"))]
     assert len(found) >= 4 and set(found) == {colour_of("int8-channel")}
+
+
+def test_what_is_drawn_is_right_by_the_schema_of_its_language(
+    pair: tuple[RunFacts, RunFacts], priced: tuple[RunFacts, str]
+) -> None:
+    for figure in [*figures(pair[0]), *compared(*pair), *figures(priced[0])]:
+        assert figure.chart.to_dict(validate=True) == figure.spec
 
 
 def test_a_legend_of_schemes_goes_from_many_bits_to_few() -> None:
@@ -277,7 +284,7 @@ def test_cells_of_a_plan_name_their_scheme_by_a_character(facts: RunFacts) -> No
 
 
 def test_tokens_are_counted_by_whole_numbers(facts: RunFacts) -> None:
-    (chart,) = [figure.chart.to_dict() for figure in figures(facts) if figure.name == "survival"]
+    (chart,) = [figure.spec for figure in figures(facts) if figure.name == "survival"]
     assert chart["encoding"]["x"]["axis"]["tickMinStep"] == 1 and chart["encoding"]["x"]["axis"]["format"] == ",d"
 
 
@@ -390,7 +397,7 @@ def test_values_before_and_after_a_training_of_one_plan_are_its_own(tmp_path: Pa
     values = per_prompt(store, found.record, found.summary)
     gained = np.subtract(values["round-1:20.0%:trained"]["fdt"], values["plan"]["fdt"])
     assert gained.tolist() == [7] * 8
-    assert "round 1, 20.0% pruned, trained" in page(store, found, figures(found))
+    assert plan_name("round-1:20.0%:trained") == "round 1, 20.0% pruned, trained"
 
 
 def test_tokens_of_prices_are_counted(priced: tuple[RunFacts, str]) -> None:
@@ -442,7 +449,7 @@ def test_where_two_plans_differ_is_told_without_colour(pair: tuple[RunFacts, Run
 
 def test_a_run_without_held_out_values_has_no_layer_for_them(tmp_path: Path) -> None:
     found = gather(make_run(tmp_path, status="failed"), "toy")
-    courses = [str(figure.chart.to_dict()) for figure in figures(found) if figure.section == "course"]
+    courses = [str(figure.spec) for figure in figures(found) if figure.section == "course"]
     assert courses and not any("held_out" in chart for chart in courses)
 
 

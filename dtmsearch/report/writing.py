@@ -73,7 +73,7 @@ def page_data(drawn: Iterable[Figure]) -> dict[str, Any]:
     """What a page's script draws: the charts, and the rows that they name."""
     drawn = list(drawn)
     return {
-        "figures": {figure.name: figure.chart.to_dict() for figure in drawn},
+        "figures": {figure.name: figure.spec for figure in drawn},
         "datasets": {name: _columns(rows) for figure in drawn for name, rows in figure.data.items()},
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,20 @@ class Figure:
     data: Mapping[str, Sequence[Row]]
     choice: str = ""
 
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """The chart in Vega-Lite. That it is right by its schema is for tests to check: it takes longer than all else
+        of a page."""
+        found: dict[str, Any] = self.chart.to_dict(validate=False)
+        return found
+
 
 def save(found: Iterable[Figure], folder: Path) -> list[Path]:
     """Write each figure as SVG and PNG for paper into `folder`, which is made; the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for figure in found:
-        spec = figure.chart.to_dict()
-        spec |= {"config": _PAPER, "datasets": {name: list(rows) for name, rows in figure.data.items()}}
+        spec = figure.spec | {"config": _PAPER, "datasets": {name: list(rows) for name, rows in figure.data.items()}}
         spec["width"] = _PAPER_WIDTH
         svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
         svg.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
