@@ -118,6 +118,7 @@ def retry_option(verb: Verb) -> Verb:
 
 
 def log_option(verb: Verb) -> Verb:
+    """Where a search's numbers go beside its store."""
     return click.option(
         "--log-to",
         multiple=True,
