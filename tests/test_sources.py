@@ -27,6 +27,7 @@ from tiny import TEXT, replica, result, values, with_reference, write_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dtmsearch.analysis.summary import summarize_run
 from dtmsearch.core.components import weight_files
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec
 from dtmsearch.core.plan import Plan
@@ -36,6 +37,7 @@ from dtmsearch.model.modules.loading import checkpoint_folder, described_checkpo
 from dtmsearch.model.sources import stored
 from dtmsearch.model.sources.integer_formats import unpacked
 from dtmsearch.model.sources.unquantized import CACHE
+from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.export import export
 from dtmsearch.workflows.init_config import read_model
 
@@ -46,14 +48,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "cache"
 
 
-def packed_model(folder: Path, monkeypatch: pytest.MonkeyPatch, scheme: str = "int4-g16") -> Path:
-    """A folder of compressed-tensors, as our exporter writes it."""
+_PACKED: dict[str, Path] = {}
+
+
+def packed_model(factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, scheme: str = "int4-g16") -> Path:
+    """A folder of compressed-tensors, as our exporter writes it; one for all tests."""
     in_process(monkeypatch)
-    made = measured_plan(
-        write_model(folder / "plain"), folder / "store", scheme, dtype="bfloat16", scale_dtype="bfloat16"
-    )
-    made.export("compressed-tensors", folder / "packed", check=False)
-    return folder / "packed"
+    if scheme not in _PACKED:
+        folder, half = factory.mktemp("packed"), {"dtype": "bfloat16", "scale_dtype": "bfloat16"}
+        made = measured_plan(write_model(folder / "plain"), folder / "store", scheme, **half)
+        made.export("compressed-tensors", folder / "packed", check=False)
+        _PACKED[scheme] = folder / "packed"
+    return _PACKED[scheme]
 
 
 def ours(path: Path, dtype: str = "bfloat16") -> dict[str, Tensor]:
@@ -100,9 +106,9 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["int4-g16", "int8-channel"])
 def test_compressed_tensors_are_what_transformers_makes_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    model = packed_model(tmp_path, monkeypatch, scheme)
+    model = packed_model(tmp_path_factory, monkeypatch, scheme)
     assert_same(ours(model), theirs(model))
 
 
@@ -224,8 +230,10 @@ def test_a_source_is_unquantized_once(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
-def test_a_format_without_its_package_is_said_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = packed_model(tmp_path, monkeypatch)
+def test_a_format_without_its_package_is_said_with_the_command(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = packed_model(tmp_path_factory, monkeypatch)
     monkeypatch.setattr(stored, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"compressed-tensors, which needs: pip install compressed-tensors$"):
         checkpoint_folder(ModelSpec(str(packed)))
@@ -302,11 +310,11 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_search_from_a_quantized_source_ends_in_an_export_that_measures_as_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     in_process(monkeypatch)
     make, schemes, bits, include, form = MODELS[name]
-    source = packed_model(tmp_path, monkeypatch) if make is None else make(tmp_path / "model-folder")
+    source = packed_model(tmp_path_factory, monkeypatch) if make is None else make(tmp_path / "model-folder")
     summary = searched(tmp_path, source, schemes, bits, include)
     assert summary.status == "finished" and summary.final_plan is not None
     assert "the source itself stores" in str(summary.source)
@@ -348,9 +356,9 @@ def test_an_export_to_fp8_keeps_the_bytes_of_what_is_kept(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("form", ["source", "compressed-tensors"])
 def test_an_export_to_compressed_tensors_keeps_the_bytes_of_what_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    source = packed_model(tmp_path, monkeypatch)
+    source = packed_model(tmp_path_factory, monkeypatch)
     made = measured_plan(source, tmp_path / "store-of-packed", KEPT, dtype="bfloat16", scale_dtype="bfloat16")
     assert_kept(tmp_path, source, made, form)
 
@@ -365,10 +373,11 @@ def test_other_formats_refuse_what_they_cannot_keep(tmp_path: Path, monkeypatch:
 
 
 def test_a_plan_that_is_larger_than_its_source_is_warned_of(tmp_path: Path) -> None:
-    summary = searched(tmp_path, mxfp4_model(tmp_path / "model"), "int8-channel", 9, "down")
+    measured_plan(fp8_model(tmp_path / "model"), tmp_path / "store", "int8-g16")
+    summary = summarize_run(ResultStore(tmp_path / "store"), RUN)
     assert summary.source == (
-        "MXFP4 in groups of 32: the source itself stores 4.25 bits per weight, the plan 8.25: the plan is larger than "
-        "what it was made from"
+        "FP8 in blocks of 16 x 16: the source itself stores 8.12 bits per weight, the plan 9.00: the plan is larger "
+        "than what it was made from"
     )
     assert summary.source in summary.verdict
 
