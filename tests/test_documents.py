@@ -17,7 +17,7 @@ from dtmsearch import config
 from dtmsearch.config import texts
 from dtmsearch.core.documents import Conversation, Mixed, conversation_of
 from dtmsearch.errors import UserError
-from dtmsearch.model.replica import tokens
+from dtmsearch.model.replica import tokenizing
 from dtmsearch.model.replica.prompts import Cutter
 from dtmsearch.workflows.check_search import check_search
 from dtmsearch.workflows.submit import pack
@@ -241,17 +241,17 @@ def test_a_long_text_has_the_tokens_of_the_whole_in_pieces(
 ) -> None:
     tokenizer = chat_tokenizer(tmp_path) if model == "bytes" else AutoTokenizer.from_pretrained(DEMO_MODEL)
     text = "".join(f"{TEXT[n * 37 : n * 37 + 90]}\n\n  é \U0001f600 {'=' * (n % 40)}" for n in range(120))
-    whole = tokens.tokens_of(tokenizer, text).ids
+    whole = tokenizing.tokens_of(tokenizer, text).ids
     calls = []
-    monkeypatch.setattr(tokens, "_PIECE", 2000)
-    monkeypatch.setattr(tokens, "_OVERLAP", 400)
-    monkeypatch.setattr(tokens, "_ids", lambda *arguments: calls.append(arguments))
-    assert np.array_equal(tokens.tokens_of(tokenizer, text).ids, whole)
+    monkeypatch.setattr(tokenizing, "_PIECE", 2000)
+    monkeypatch.setattr(tokenizing, "_OVERLAP", 400)
+    monkeypatch.setattr(tokenizing, "_ids", lambda *arguments: calls.append(arguments))
+    assert np.array_equal(tokenizing.tokens_of(tokenizer, text).ids, whole)
     assert not calls
 
 
 def test_pieces_that_never_agree_are_tokenized_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = chat_tokenizer(tmp_path)
-    monkeypatch.setattr(tokens, "_PIECE", 300)
-    monkeypatch.setattr(tokens, "_OVERLAP", 20)  # fewer tokens than have to be alike
-    assert len(tokens.tokens_of(tokenizer, "ab" * 500).ids) == 1000
+    monkeypatch.setattr(tokenizing, "_PIECE", 300)
+    monkeypatch.setattr(tokenizing, "_OVERLAP", 20)  # fewer tokens than have to be alike
+    assert len(tokenizing.tokens_of(tokenizer, "ab" * 500).ids) == 1000

@@ -94,7 +94,7 @@ VALIDATED = {
 @pytest.mark.parametrize("search", VALIDATED.values(), ids=VALIDATED)
 def test_held_out_evaluations_are_those_that_the_search_makes(search: dict[str, Any], tmp_path: Path) -> None:
     schemes = {} if search["strategy"] == "sparsity" else {"schemes": ["int4-channel", "int8-channel"]}
-    file = short_search(tmp_path, 2, schemes | search)
+    file = short_search(tmp_path, 3, schemes | search)  # of two, plans are farther from the size that is expected
     run_here(file, tmp_path / "store")
     results, kept = ResultStore(tmp_path / "store").run("tiny"), rows(tmp_path / "store", "evaluations")
     assert results is not None

@@ -15,7 +15,7 @@ from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.vocabulary import check_known
 from dtmsearch.core.windows import Supply, TooLittleText, stretches, taken
 from dtmsearch.errors import UserError
-from dtmsearch.model.replica.tokens import tokens_of_each
+from dtmsearch.model.replica.tokenizing import tokens_of_each
 
 # Short texts that every vocabulary can say one of: they show what a tokenizer puts around a text.
 _SAMPLES = ("0", "a", " the")

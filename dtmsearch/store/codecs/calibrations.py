@@ -71,12 +71,14 @@ def _versions_of(scheme: str) -> str:
 
 
 def expert_tokens_table(run: str, records: Sequence[ExpertTokens]) -> pa.Table:
+    """Rows of `expert_tokens`."""
     names = [name for name in EXPERT_TOKENS.names if name != "run"]
     columns: dict[str, Any] = {name: [getattr(record, name) for record in records] for name in names}
     return from_columns(EXPERT_TOKENS, columns | {"run": coded_constant(run, len(records))})
 
 
 def expert_tokens_of(table: pa.Table) -> list[ExpertTokens]:
+    """What rows of `expert_tokens` say."""
     return [ExpertTokens(**row) for row in table.drop_columns(["run"]).to_pylist()]
 
 
