@@ -37,7 +37,7 @@ FULL, REFUSED = 3, 4
 
 
 def write_search(folder: Path, run: str, layers: int, width: int, seed: int) -> Path:
-    (folder / "text.txt").write_text("nothing that anybody reads")
+    (folder / "text.txt").write_text("nothing that anybody reads " * 1000)
     content = {
         "run": run,
         "model": {"path": f"faulty {layers}"},

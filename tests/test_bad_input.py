@@ -377,7 +377,7 @@ def test_a_candidate_that_overflows_is_recorded_as_nonfinite(world: World) -> No
 
 def test_a_read_only_store_answers_but_takes_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tmpfs(tmp_path / "disk", "4m") as disk:
-        main(["run", str(tiny_search(tmp_path, prompts__files=["none.txt"])), "--store", str(disk / "store")])
+        assert main(["run", str(tiny_search(tmp_path)), "--in-process", "--store", str(disk / "store")]) == 0
         remount(disk, "ro")
         listed = main(["ls", "--store", str(disk / "store")])
         refused = main(["run", str(tiny_search(tmp_path, run="other")), "--store", str(disk / "store")])

@@ -318,7 +318,9 @@ def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
     sizes, values = [plan.bits_per_weight for plan in front.front], [plan.kl for plan in front.front]
     assert sizes == sorted(sizes) and values == sorted(values, reverse=True)
     ends = front.uniform["int3-channel"], front.uniform["int4-channel"]
-    assert (front.front[0], front.front[-1].bits_per_weight) == (ends[0], ends[1].bits_per_weight)
+    assert front.front[0] == ends[0]
+    # Where a component alone is priced higher under more bits, the last plan of the front has fewer of them.
+    assert ends[0].bits_per_weight < front.front[-1].bits_per_weight <= ends[1].bits_per_weight
     # What `solve` finds at one of its sizes is that plan.
     (solved,) = solve_budgets(results, "tiny", [sizes[1]])
     assert solved.kl == pytest.approx(values[1])

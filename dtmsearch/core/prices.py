@@ -28,6 +28,13 @@ FloatArray = NDArray[np.float32]
 # `squared`, the sum of (gradient x change of the output)^2 over a component's outputs; `changes`, the sum of
 # |gradient x change| over its weights (of what rounds activations, over its outputs).
 PriceKind = Literal["fisher", "slope", "squared", "changes"]
+# What is taken, in words.
+TAKEN: dict[PriceKind, str] = {
+    "fisher": "prices of all options",
+    "slope": "slopes around the leading plan",
+    "squared": "scores by squared gradients",
+    "changes": "scores by gradients and changes",
+}
 # Forward passes that a sample costs, a backward one counted as two; a slope needs the base model's distribution too.
 PASSES: dict[PriceKind, int] = {"fisher": 3, "slope": 4, "squared": 3, "changes": 3}
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.prices import PriceKind, PriceRequest, priced_schemes
+from dtmsearch.core.prices import TAKEN, PriceKind, PriceRequest, priced_schemes
 from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.space import SearchSpace
@@ -19,10 +19,6 @@ from dtmsearch.workflows.session import Session
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
 _BLOCK_SAMPLES = {"cpu": 32, "cuda": 192}
-_STAGES: dict[PriceKind, str] = {
-    "fisher": "prices of all options from backward passes",
-    "slope": "slopes around the leading plan from backward passes",
-}
 
 
 def missing_prices(strategy: str, space: SearchSpace, pool: ModelEvaluator) -> str:
@@ -49,7 +45,10 @@ class TakingPrices:
         requests = [self._request(kind, around, part) for part in self._parts(samples)]
         found = {request: self._session.writer.price_block(request) for request in requests}
         missing = [request for request, products in found.items() if products is None]
-        text, priced = _STAGES[kind], sum(request.samples[1] - request.samples[0] for request in found)
+        text, priced = (
+            f"{TAKEN[kind]} from backward passes",
+            sum(request.samples[1] - request.samples[0] for request in found),
+        )
         done = priced - sum(request.samples[1] - request.samples[0] for request in missing)
         self._session.stage(text)
         for block in self._session.pool.price_blocks(missing):

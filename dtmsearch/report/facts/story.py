@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dtmsearch.core.prices import TAKEN
 from dtmsearch.core.records import RunRecord
 from dtmsearch.errors import UserError
 from dtmsearch.report.facts.rows import DENSE_PLAN, Row
@@ -167,14 +168,6 @@ def _spanned(name: str, mean: float, error: float) -> Row:
     return {name: mean, f"{name}_low": low, f"{name}_high": mean + _Z95 * error}
 
 
-_TAKEN = {
-    "fisher": "prices of all options",
-    "slope": "slopes of KL",
-    "squared": "scores of squared gradients",
-    "changes": "scores of gradients times changes",
-}
-
-
 def _price_stages(blocks: pa.Table) -> list[Row]:
     """What was taken by backward passes, around which plan."""
     taken: dict[tuple[str, str], dict[int, Row]] = {}
@@ -182,7 +175,7 @@ def _price_stages(blocks: pa.Table) -> list[Row]:
         taken.setdefault((row["kind"], row["around_plan_id"]), {})[row["first_sample"]] = row
     return [
         {
-            "what": _TAKEN[kind],
+            "what": TAKEN[kind],
             "around": "the base model" if around == DENSE_PLAN else f"plan {around[:8]}",
             "number": sum(len(row["products"]) for row in parts.values()),
             "unit": "samples",
