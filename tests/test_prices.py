@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Pretra
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.core.prices import PriceBlock, PriceRequest
+from dtmsearch.core.prices import PASSES, TAKEN, PriceBlock, PriceKind, PriceRequest
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.compress.rounding import round_weight
@@ -129,6 +129,10 @@ def test_scores_of_the_research_group_are_those_of_plain_gradients(folder: Path,
     assert model.price(request).products[0, 0] == pytest.approx(
         score_by_autograd(folder, reference, component, SCHEMES[1], ""), rel=1e-5
     )
+
+
+def test_every_kind_of_price_has_its_cost_and_its_words() -> None:
+    assert set(TAKEN) == set(PASSES) == set(get_args(PriceKind))
 
 
 def test_a_price_is_the_same_whatever_was_measured_before(folder: Path) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dtmsearch.core.prices import TAKEN
+from dtmsearch.core.prices import TAKEN, PriceKind
 from dtmsearch.core.records import RunRecord
 from dtmsearch.errors import UserError
 from dtmsearch.report.facts.rows import DENSE_PLAN, Row
@@ -170,7 +170,7 @@ def _spanned(name: str, mean: float, error: float) -> Row:
 
 def _price_stages(blocks: pa.Table) -> list[Row]:
     """What was taken by backward passes, around which plan."""
-    taken: dict[tuple[str, str], dict[int, Row]] = {}
+    taken: dict[tuple[PriceKind, str], dict[int, Row]] = {}
     for row in blocks.to_pylist():
         taken.setdefault((row["kind"], row["around_plan_id"]), {})[row["first_sample"]] = row
     return [
