@@ -46,6 +46,7 @@ from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.baselines import rivals_of_size, uniform_rivals
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies import mc_moe
 from dtmsearch.search.strategies.mc_moe import mc_moe_plan
 from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
@@ -54,6 +55,7 @@ from dtmsearch.workflows import lookup
 from dtmsearch.workflows.calibrate import sparsely_reached
 from dtmsearch.workflows.export import Exported
 from dtmsearch.workflows.list_components import list_components
+from dtmsearch.workflows.run import rare_experts
 
 LEVELS = ("int2-channel", "int4-channel", "int8-channel")
 
@@ -591,3 +593,12 @@ def test_an_edge_of_many_tied_components_is_told_in_short() -> None:
     edge = str(SearchSpace(mixture(1), LEVELS).units[1].edges[0])
     assert edge_in_words(edge) == "layers.0.mlp.experts.0.gate_up and 7 tied to it=int2-channel"
     assert edge_in_words("a+b=int4-g128+wanda-0.5") == "a+b=int4-g128+wanda-0.5"
+
+
+def test_the_baseline_counts_what_the_base_models_own_files_take() -> None:
+    component = Component("model.layers.0.mlp.up_proj", 0, "up", (64, 64), source_bits=64 * 64 * 4)
+    assert mc_moe._stored_bits([component], "source", 16) == 64 * 64 * 4
+
+
+def test_where_nothing_is_known_of_routing_no_expert_is_said_to_be_reached() -> None:
+    assert "not known" in rare_experts({})

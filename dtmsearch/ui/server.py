@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from dtmsearch.analysis.format import plain
-from dtmsearch.errors import UserError
+from dtmsearch.errors import DtmError, UserError
 from dtmsearch.store.store import ResultStore
 from dtmsearch.ui import pages
 
@@ -128,6 +128,8 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except UserError as error:
         return _text(HTTPStatus.NOT_FOUND, str(error))
+    except DtmError as error:  # a store that is damaged, or gone
+        return _text(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
     except web.HTTPException as error:  # no such route, no such method
         return _text(HTTPStatus(error.status), error.reason)
 

@@ -369,7 +369,9 @@ def tokens_of_experts(
 
 def rare_experts(routed: Mapping[str, int]) -> str:
     """Which experts' matrices few of the reference's tokens reach (component -> tokens), for a person."""
-    usual = sum(routed.values()) / max(1, len(routed))
+    if not routed:
+        return "how many tokens reach each expert is not known: the model's code does not say where it routes"
+    usual = sum(routed.values()) / len(routed)
     rare = sorted((count, name) for name, count in routed.items() if count < _RARELY * usual)
     if not rare:
         return f"every expert is reached by at least a tenth of the usual {usual:.0f} reference tokens"

@@ -154,4 +154,4 @@ def _significance(uses: Sequence[ExpertUse], settings: McMoeSettings) -> dict[tu
 
 def _stored_bits(parts: Sequence[Component], scheme: str, dense_bits: int) -> int:
     parsed = parse_scheme(scheme)
-    return sum(parsed.stored_bits(component.shape, dense_bits) for component in parts)
+    return sum(parsed.bits_of(component, dense_bits) for component in parts)
