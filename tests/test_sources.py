@@ -34,7 +34,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import read_manifest, survey
 from dtmsearch.model.modules.loading import checkpoint_folder, described_checkpoint
-from dtmsearch.model.sources import stored
+from dtmsearch.model.sources import float_formats, stored
 from dtmsearch.model.sources.integer_formats import unpacked
 from dtmsearch.model.sources.unquantized import CACHE
 from dtmsearch.store.store import ResultStore
@@ -391,3 +391,14 @@ def test_a_search_file_is_proposed_for_a_gguf_file(tmp_path: Path) -> None:
     path = gguf_model(tmp_path)
     facts = read_model(str(path))
     assert (facts.path, facts.architecture, facts.num_layers) == (str(path), "LlamaForCausalLM", 3)
+
+
+def test_a_scale_for_each_of_stacked_matrices_is_that_matrixs() -> None:
+    codes = torch.ones(2, 4, 8).to(torch.float8_e4m3fn)
+    scales = torch.tensor([0.5, 3.0])
+    found = float_formats._scaled("weight", "scale", None, {"weight": codes, "scale": scales})
+    assert torch.equal(found, scales.reshape(2, 1, 1).expand(2, 4, 8))
+    with pytest.raises(UserError, match="of no blocks"):
+        float_formats._spans((2, 4, 8), (4,), None, "weight")
+    one = float_formats._scaled("weight", "scale", None, {"weight": codes, "scale": torch.tensor([2.0])})
+    assert torch.equal(one, torch.full((2, 4, 8), 2.0))

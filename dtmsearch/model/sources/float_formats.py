@@ -51,6 +51,10 @@ def _spans(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, in
     """The rows and columns that a scale is of. Blocks at the lower and right edge may be cut."""
     if not scales or set(scales) == {1}:
         return list(shape[-2:])
+    if len(shape) > 2 and len(scales) < len(shape):  # of stacked matrices, a scale each
+        if scales != shape[:-2]:
+            raise UserError(f"{name} is {list(shape)} and its scales are {list(scales)}: these are of no blocks of it")
+        return list(shape[-2:])
     grid = [*scales[-2:], 1][:2] if len(scales) < 2 else list(scales[-2:])
     spans = []
     for size, parts, length in zip(shape[-2:], grid, block or (0, 0), strict=True):
@@ -69,7 +73,9 @@ def _scaled(name: str, scale: str, block: tuple[int, int] | None, parts: Mapping
     values = _e2m1(codes) if codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2) else codes.float()
     factors = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
     rows, cols = _spans(tuple(values.shape), tuple(scales.shape), block, name)
-    if factors.ndim < 2:
+    if values.ndim > 2 and factors.shape == values.shape[:-2]:  # of stacked matrices, a scale each
+        factors = factors.reshape(*factors.shape, 1, 1)
+    elif factors.ndim < 2:
         factors = factors.reshape(-1, 1)
     factors = factors.repeat_interleave(rows, -2)[..., : values.shape[-2], :]
     return values.mul_(factors.repeat_interleave(cols, -1)[..., : values.shape[-1]])
