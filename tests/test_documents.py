@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inprocess import run_here
-from tiny import DEMO_MODEL, TEXT, write_model, write_tokenizer
+from tiny import DEMO_MODEL, TEXT, open_texts, write_model, write_tokenizer
 from transformers import AutoTokenizer
 
 from dtmsearch import config
@@ -94,12 +94,35 @@ def test_windows_of_a_conversation_of_several_turns_do_not_overlap(tmp_path: Pat
         cutter.prompts([one], 4, 90, 90, 0)
 
 
-def test_what_a_template_drops_of_an_answer_makes_no_window_there(tmp_path: Path) -> None:
-    """A template that writes a turn otherwise once it is answered, as those that leave out thoughts do."""
+def test_a_thought_that_a_template_opens_for_an_answer_to_come_is_no_part_of_the_prompt(tmp_path: Path) -> None:
     template = TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
     tokenizer = chat_tokenizer(tmp_path / "model", template)
-    with pytest.raises(UserError, match="holds 0 of that length"):
+    prompts = Cutter(tokenizer, "model").prompts([conversation(n) for n in range(8)], 6, 20, 10, 0)
+    assert all(decoded(tokenizer, row[:20]).endswith("length</s><assistant>") for row in prompts.tokens)
+    assert prompts.notes == ()
+
+
+def test_an_answer_before_which_a_template_rewrites_what_was_said_begins_no_prompt(tmp_path: Path) -> None:
+    template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'][:20] }}")
+    tokenizer = chat_tokenizer(tmp_path / "model", template)
+    with pytest.raises(UserError, match=r"holds 0 of that length.* \(1 of 1 answers begin no prompt: "):
         Cutter(tokenizer, "model").prompts([conversation(1)], 1, 20, 10, 0)
+
+
+@pytest.mark.parametrize("writes_begin", [True, False])
+def test_windows_of_conversations_open_with_the_begin_token_once(writes_begin: bool, tmp_path: Path) -> None:
+    chat_tokenizer(tmp_path / "model", ("<s>" if writes_begin else "") + TEMPLATE)
+    open_texts(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    cutter = Cutter(tokenizer, "model")
+    talks = [conversation(n, turns=2) for n in range(6)]
+    question = talks[0].messages[0][1]
+    for length in (21, len(f"<user>{question}</s><assistant>") + 1):  # within a conversation, and from its begin
+        prompts = cutter.prompts(talks, 6, length, 10, 0)
+        for row in prompts.tokens:
+            assert decoded(tokenizer, row).count("<s>") == decoded(tokenizer, row[:1]).count("<s>") == 1
+            assert decoded(tokenizer, row[:length]).endswith("length</s><assistant>")
+    assert all(row[0] == 256 and 256 not in row[1:] for row in cutter.calibration(talks, 6, 30, 0))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +189,13 @@ def test_prompts_are_cut_from_several_texts_by_weight(tmp_path: Path) -> None:
     prompts, _ = cut_search(file, lambda *arguments: (cutter.prompts(*arguments), ""))
     assert [decoded(tokenizer, row)[0] == "a" for row in prompts.tokens].count(True) == 4
     assert sum("<assistant>" in decoded(tokenizer, row) for row in prompts.tokens) == 2
+
+
+def test_a_text_of_a_mixture_that_is_too_short_is_named(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(tmp_path))
+    texts = Mixed((["a long text " * 40], ["a short one " * 5]), (1.0, 1.0))
+    with pytest.raises(UserError, match="of the mixture's texts number 2, whose share is 4, holds 2 of that length"):
+        Cutter(tokenizer, "model").prompts(texts, 8, 20, 10, 0)
 
 
 def test_validation_may_have_a_mixture_of_its_own(tmp_path: Path) -> None:

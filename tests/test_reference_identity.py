@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from inprocess import run_here
 from processes import tiny_search
-from tiny import TEXT, replica, with_reference, write_model
+from tiny import TEXT, open_texts, replica, with_reference, write_model
 
 from dtmsearch import config
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
@@ -37,16 +37,6 @@ def correct_end_token(folder: Path) -> None:
 
 def name_another_end_token(folder: Path) -> None:
     change(folder / "tokenizer_config.json", eos_token="~")
-
-
-def open_texts(folder: Path) -> None:
-    """Before every text stands the begin token."""
-    content = json.loads((folder / "tokenizer.json").read_text())
-    special = {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}}
-    begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    single, pair = [begin, text], [begin, text, {"Sequence": {"id": "B", "type_id": 0}}]
-    added = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
-    change(folder / "tokenizer.json", **content | {"post_processor": added})
 
 
 def merge_two_letters(folder: Path) -> None:

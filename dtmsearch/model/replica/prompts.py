@@ -19,16 +19,18 @@ from dtmsearch.model.replica.tokenizing import tokens_of_each
 
 # Short texts that every vocabulary can say one of: they show what a tokenizer puts around a text.
 _SAMPLES = ("0", "a", " the")
+_LEFT_OUT = "begin no prompt"  # of answers, in notes
 
 
 @dataclass(frozen=True)
 class Windows:
     """`tokens` [windows, length] of human text, and what else the text held. `notes` say, for a person, what of the
-    text is not in them."""
+    text is not in them; `held`, where they are too few, how many there are of which text."""
 
     tokens: IntArray
     supply: Supply
     notes: tuple[str, ...] = ()
+    held: str = ""
 
 
 def check_context(num_tokens: int, keys: str, context: int | None, model: str) -> None:
@@ -69,9 +71,9 @@ class Cutter:
         windows = self._windows(texts, count, length, seed, apart_from, prompt_tokens)
         if len(windows.tokens) < count:
             raise TooLittleText(
-                f"{key} asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but the text "
-                f"holds {len(windows.tokens)} of that length{_beside_others(windows.supply)}: give more text, or a "
-                "smaller count, prompt_tokens or continuation_tokens"
+                f"{key} asks for {count} prompts of {prompt_tokens} + {continuation_tokens} tokens, but {windows.held} "
+                f"of that length{_beside_others(windows.supply)}: give more text, or a smaller count, prompt_tokens or "
+                f"continuation_tokens{''.join(f' ({note})' for note in windows.notes if _LEFT_OUT in note)}"
             )
         return PromptTokens(windows.tokens, prompt_tokens, windows.notes, windows.supply)
 
@@ -85,13 +87,13 @@ class Cutter:
         """`count` windows of `tokens` tokens; see `cut_windows`. Raises `TooLittleText`, and `UserError` for rows that
         are longer than the model reads."""
         check_context(tokens, "calibration.tokens", self._context, self._path)
-        windows = self._windows(texts, count, tokens, seed).tokens
-        if len(windows) < count:
+        windows = self._windows(texts, count, tokens, seed)
+        if len(windows.tokens) < count:
             raise TooLittleText(
-                f"calibration.count asks for {count} rows of {tokens} tokens, but the text holds {len(windows)} of "
-                "that length: give more text, or a smaller calibration.count or calibration.tokens"
+                f"calibration.count asks for {count} rows of {tokens} tokens, but {windows.held} of that length: give "
+                "more text, or a smaller calibration.count or calibration.tokens"
             )
-        return windows
+        return windows.tokens
 
     def _windows(
         self,
@@ -122,15 +124,18 @@ class Cutter:
 def _in_turns(parts: Sequence[Windows], turns: Sequence[int]) -> Windows:
     """The windows of several texts, each as its turn comes, until a text has none left."""
     rows = [iter(part.tokens) for part in parts]
-    cut = []
+    cut, held = [], ""
     for part in turns:
         row = next(rows[part], None)
         if row is None:
+            number, wanted = len(parts[part].tokens), turns.count(part)
+            held = f"of the mixture's texts number {part + 1}, whose share is {wanted}, holds {number}"
             break
         cut.append(row)
     figures = [[getattr(part.supply, each.name) for part in parts] for each in fields(Supply)]
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    return Windows(np.array(cut, np.int32).reshape(-1, parts[0].tokens.shape[1]), Supply(*map(sum, figures)), notes)
+    windows = np.array(cut, np.int32).reshape(-1, parts[0].tokens.shape[1])
+    return Windows(windows, Supply(*map(sum, figures)), notes, held)
 
 
 def cut_windows(
@@ -150,23 +155,28 @@ def cut_windows(
     itself, a document ends and another begins, whose windows all open with the begin token that it has. A larger
     `count` extends a smaller one, and windows that repeat another's tokens come after all that do not.
 
-    A conversation is written by the chat template. With `prompt_tokens` its windows are those in which one of the
-    assistant's answers begins after so many tokens, else any.
+    A conversation is written by the chat template, and its windows open as those of text do. With `prompt_tokens` they
+    are those in which one of the assistant's answers begins after so many tokens, else any.
 
     No window holds text of `apart_from` ([num_windows, tokens] each, as `taken` tells it): documents are cut from where
     that ends. Raises `UserError` for tokens that a model of `vocabulary_size` embeddings lacks.
     """
     opening, closing = around(tokenizer)
     begin, borders = getattr(tokenizer, "bos_token_id", None), _borders(tokenizer, opening, closing)
-    num_borders = 0
+    num_borders = num_answers = num_left_out = 0
     pieces: list[_Piece] = []
     for found in tokens_of_each(tokenizer, texts):
         tokens = found.ids
         if vocabulary_size is not None:
             check_known(tokens, vocabulary_size, tokenizer.convert_ids_to_tokens)
         if found.is_conversation:
-            starts = tuple(at - prompt_tokens for at in found.answers) if prompt_tokens else None
-            pieces.append(_Piece(tokens, [], starts, found.head))
+            # What the template opens a conversation with, every window is opened with.
+            own = len(opening) if tokens[: len(opening)].tolist() == list(opening) else 0
+            before = own + prompt_tokens - len(opening)
+            starts = tuple(at - before for at in found.answers) if prompt_tokens else None
+            pieces.append(_Piece(tokens[own:], opening, starts, max(found.head - own, 0)))
+            num_answers += len(found.answers) + found.num_left_out
+            num_left_out += found.num_left_out
             continue
         at_border = np.isin(tokens, list(borders))
         if not at_border.any():  # of the many rows of a data set nearly all
@@ -174,9 +184,9 @@ def cut_windows(
             continue
         num_borders += int(at_border.sum())
         for document in np.split(tokens, np.flatnonzero(at_border)):
-            own = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
+            own_begin = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
             text_tokens = document[~np.isin(document, list(borders))]
-            pieces.append(_Piece(text_tokens, opening or (own if own == [begin] else [])))
+            pieces.append(_Piece(text_tokens, opening or (own_begin if own_begin == [begin] else [])))
     others = [
         row if _has_conversations(pieces) else row[~np.isin(row, list(borders))] for rows in apart_from for row in rows
     ]
@@ -189,7 +199,13 @@ def cut_windows(
     supply = Supply(
         len(windows), num_distinct, sum(len(p.tokens) for p in pieces), sum(int(mask.sum()) for mask in held)
     )
-    return Windows(windows[order[:count]], supply, _notes(tokenizer, closing, borders, num_borders))
+    notes = _notes(tokenizer, closing, borders, num_borders)
+    if num_left_out:
+        notes += (
+            f"{num_left_out} of {num_answers} answers {_LEFT_OUT}: with them there, the chat template writes what was "
+            "said before otherwise",
+        )
+    return Windows(windows[order[:count]], supply, notes, f"the text holds {len(windows)}")
 
 
 def _has_conversations(pieces: Sequence[_Piece]) -> bool:
@@ -224,9 +240,9 @@ class _Piece:
         assert self.starts is not None
         found, before = [], 0
         for start in self.starts:
-            end = start + length
-            if before <= start and end <= len(self.tokens) and not held[start:end].any():
-                found.append(self.tokens[start:end])
+            end = start + length - len(self.opening)
+            if before <= start < end <= len(self.tokens) and not held[start:end].any():
+                found.append([*self.opening, *self.tokens[start:end].tolist()])
                 before = end
         return np.array(found, np.int32).reshape(-1, length)
 

@@ -22,11 +22,13 @@ _ALIKE = 64
 
 @dataclass(frozen=True)
 class Tokens:
-    """A document's tokens. Of a conversation, where each of the assistant's answers begins (`answers`), and how many
+    """A document's tokens. Of a conversation, where each of the assistant's answers begins (`answers`), how many are
+    left out because the template writes what precedes them otherwise once they are there (`num_left_out`), and how many
     tokens at its begin others may share, for they are the template's and the system's (`head`)."""
 
     ids: Ids
     answers: tuple[int, ...] = ()
+    num_left_out: int = 0
     head: int = 0
     is_conversation: bool = False
 
@@ -121,18 +123,29 @@ def _of_conversation(tokenizer: Any, conversation: Conversation) -> Tokens:
     if not messages:
         return Tokens(np.empty(0, np.int32), is_conversation=True)
     whole = _written(tokenizer, messages)
-    answers = []
-    for number, message in enumerate(messages):
-        if message["role"] == ASSISTANT and number:
-            prompt = _written(tokenizer, messages[:number], add_generation_prompt=True)
-            if np.array_equal(whole[: len(prompt)], prompt):  # a template may leave out what an answer thought
-                answers.append(len(prompt))
+    turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT and number]
+    begins = [_answer(tokenizer, messages, number, whole) for number in turns]
+    answers = tuple(begin for begin in begins if begin is not None)
     system = [message for message in messages[:1] if message["role"] == "system"]
     other = _written(tokenizer, [*system, {"role": "user", "content": "0"}])
-    length = min(len(other), len(whole))
-    different = np.flatnonzero(other[:length] != whole[:length])
-    head = int(different[0]) if len(different) else length
-    return Tokens(whole, tuple(answers), head, is_conversation=True)
+    return Tokens(whole, answers, len(turns) - len(answers), _num_alike(other, whole), is_conversation=True)
+
+
+def _answer(tokenizer: Any, messages: list[dict[str, str]], number: int, whole: Ids) -> int | None:
+    """Where message `number` begins in the tokens of all: after what the template writes for an answer to come, as far
+    as that stands there, for it may open a thought that no finished answer keeps. None where what was said before is
+    written otherwise now."""
+    before = _written(tokenizer, messages[:number])
+    prompt = _written(tokenizer, messages[:number], add_generation_prompt=True)
+    alike = _num_alike(prompt, whole)
+    return alike if alike >= min(len(before), len(prompt)) else None
+
+
+def _num_alike(one: Ids, other: Ids) -> int:
+    """How many tokens two texts have in common at their begins."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length
 
 
 def _written(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> Ids:
