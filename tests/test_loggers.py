@@ -49,10 +49,20 @@ class Recorder:
         self.ended.append((values, status))
 
 
+class Opening:
+    library = "json"
+
+    def __init__(self, logger: Recorder) -> None:
+        self.logger = logger
+
+    def __call__(self, run: str, keys: Mapping[str, str], where: str) -> Recorder:
+        return self.logger
+
+
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
-    monkeypatch.setattr(loggers, "LOGGERS", {"recorder": lambda run, keys, where: found})
+    monkeypatch.setattr(loggers, "LOGGERS", {"recorder": Opening(found)})
     return found
 
 
@@ -77,7 +87,8 @@ def test_every_decision_is_logged_with_its_values_and_size(tmp_path: Path, recor
 
 def test_the_end_has_the_plans_held_out_values(tmp_path: Path, recorder: Recorder) -> None:
     summary = summarize_run(make_run(tmp_path), "toy")
-    with logged_to(["recorder"], FILE, Silent()) as (_, ended):
+    with logged_to(["recorder"], FILE, Silent()) as (observer, ended):
+        searched(tmp_path / "other", observer)
         ended(summary)
     ((values, status),) = recorder.ended
     plan = summary.validation[0].summary
@@ -89,10 +100,28 @@ def test_the_end_has_the_plans_held_out_values(tmp_path: Path, recorder: Recorde
 @pytest.mark.parametrize(
     ("error", "status"), [(SearchStopped, "stopped"), (KeyboardInterrupt, "stopped"), (UserError, "failed")]
 )
-def test_how_a_run_ends_is_logged(recorder: Recorder, error: type[BaseException], status: str) -> None:
-    with pytest.raises(error), logged_to(["recorder"], FILE, Silent()):
+def test_how_a_run_ends_is_logged(tmp_path: Path, recorder: Recorder, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), logged_to(["recorder"], FILE, Silent()) as (observer, _):
+        searched(tmp_path, observer)
         raise error("so")
     assert recorder.ended == [({}, status)]
+
+
+def test_of_a_run_that_was_finished_before_nothing_is_logged(tmp_path: Path, recorder: Recorder) -> None:
+    with logged_to(["recorder"], FILE, Silent()) as (_, ended):
+        ended(summarize_run(make_run(tmp_path), "toy"))
+    assert (recorder.logged, recorder.ended) == ([], [])
+
+
+def test_a_search_goes_on_without_a_log_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    silent = Silent()
+    monkeypatch.setattr(silent, "on_note", notes.append)
+    (tmp_path / "taken").write_text("no folder")
+    with logged_to([f"tensorboard:{tmp_path / 'taken'}"], FILE, silent) as (observer, _):
+        searched(tmp_path / "store", observer)
+    (note,) = notes
+    assert note.startswith(f"nothing more is logged to tensorboard:{tmp_path / 'taken'}: ")
 
 
 def test_a_search_goes_on_without_a_log_that_fails(

@@ -39,6 +39,7 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import McMoeSettings
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
+from dtmsearch.model.calibration.expert_use import expert_uses
 from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.modules.discovery import components_of
@@ -602,3 +603,15 @@ def test_the_baseline_counts_what_the_base_models_own_files_take() -> None:
 
 def test_where_nothing_is_known_of_routing_no_expert_is_said_to_be_reached() -> None:
     assert "not known" in rare_experts({})
+
+
+def test_the_baseline_gives_others_what_the_base_models_own_files_take() -> None:
+    other = Component("model.layers.0.self_attn.o_proj", 0, "o", (64, 64), source_bits=64 * 64 * 4)
+    space = SearchSpace((other,), ("source", "int2-g32"), budget=Budget(bits_per_weight=4.2))
+    assert mc_moe._schemes_of_others(space, McMoeSettings()) == ["source", "int2-g32"]
+
+
+def test_experts_that_are_modules_of_their_own_are_refused_in_words() -> None:
+    expert = Component("m.experts.0.up_proj", 0, "up", (8, 8), mixture="m", num_experts=2)
+    with pytest.raises(UserError, match="the experts of m is not told: each is a module of its own"):
+        expert_uses(None, None, [expert], [])  # type: ignore[arg-type]

@@ -27,14 +27,17 @@ from tiny import TEXT, replica, result, values, with_reference, write_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dtmsearch import config
 from dtmsearch.analysis.summary import summarize_run
-from dtmsearch.core.components import weight_files
+from dtmsearch.core.components import Component, weight_files
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.holders import source_note
+from dtmsearch.core.plan import Plan, plan_size
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import read_manifest, survey
 from dtmsearch.model.modules.loading import checkpoint_folder, described_checkpoint
-from dtmsearch.model.sources import float_formats, stored
+from dtmsearch.model.sources import float_formats, integer_formats, stored
 from dtmsearch.model.sources.integer_formats import unpacked
 from dtmsearch.model.sources.unquantized import CACHE
 from dtmsearch.store.store import ResultStore
@@ -402,3 +405,40 @@ def test_a_scale_for_each_of_stacked_matrices_is_that_matrixs() -> None:
         float_formats._spans((2, 4, 8), (4,), None, "weight")
     one = float_formats._scaled("weight", "scale", None, {"weight": codes, "scale": torch.tensor([2.0])})
     assert torch.equal(one, torch.full((2, 4, 8), 2.0))
+
+
+def test_a_zero_point_of_nothing_is_read_in_version_1_of_gptq() -> None:
+    """Stored less one it is the largest code."""
+    names = {part: part for part in ("qweight", "qzeros", "scales")}
+    parts = {
+        "qweight": torch.tensor([[0x55555555]], dtype=torch.int32),
+        "qzeros": torch.tensor([[-1]], dtype=torch.int32),
+        "scales": torch.ones(1, 1),
+    }
+    assert torch.equal(integer_formats._gptq(names, 4, 1, 8, parts), torch.full((1, 8), 5.0))
+
+
+def test_a_place_where_unquantized_weights_cannot_be_kept_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE, "/proc")
+    with pytest.raises(UserError, match=f"cannot be kept in /proc.*{CACHE}"):
+        replica(fp8_model(tmp_path / "fp8"))
+
+
+def test_a_component_that_stays_as_the_base_model_stores_it_is_not_compressed() -> None:
+    component = Component("model.layers.0.mlp.up_proj", 0, "up", (64, 64), source_bits=64 * 64 * 4)
+    size = plan_size(Plan.uniform([component], "source"), [component], 16)
+    assert (size.num_compressed, size.share, size.bits_per_weight) == (0, 0.0, 4.0)
+    with pytest.raises(UserError, match="source leaves components as they are, so stop needs a rule that counts bits"):
+        config.parse(
+            "run: r\nmodel: m\nprompts: {files: [t.txt], count: 2, prompt_tokens: 8, continuation_tokens: 8}\n"
+            "search: {schemes: [source, int4-g16], stop: {share: 0.8}}\n", "s.yaml", Path()
+        )  # fmt: skip
+
+
+def test_that_no_export_holds_source_beside_others_is_said_before_the_search() -> None:
+    both = [parse_scheme("source"), parse_scheme("int4-g32")]
+    assert "no export holds `source` beside other schemes" in str(source_note("GPTQ 4 bits", both))
+    assert source_note("FP8 in blocks of 128 x 128", both) is None
+    assert source_note("GPTQ 4 bits", both[:1]) is None and source_note("", both) is None

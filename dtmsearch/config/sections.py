@@ -432,6 +432,9 @@ class SearchSection(Section):
         if self.strategy != "sparsity":
             if not self.schemes:
                 raise ValueError("search.schemes is missing: the schemes to choose from, such as [int8-channel]")
+            ends = self.stop.budget.limits_size or self.stop.min_fdt is not None or self.strategy == "probe"
+            if not ends and any(parse_scheme(name).is_source for name in self.schemes):
+                raise ValueError("schemes: source leaves components as they are, so stop needs a rule that counts bits")
             return self
         if self.schemes:
             raise ValueError("strategy: sparsity takes prune: magnitude, wanda, ... and shares of its own, no schemes")

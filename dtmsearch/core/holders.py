@@ -136,6 +136,18 @@ def source_refusal(source: str, plan: Plan) -> str | None:
     return f"{source} is written as a whole only, without other layers beside it"
 
 
+def source_note(source: str, schemes: Iterable[Scheme]) -> str | None:
+    """What to know before a search that keeps components as a quantized base model stores them beside others: that no
+    export holds such plans at their size. None where one does."""
+    kept = {scheme.is_source for scheme in schemes}
+    if kept != {True, False} or not source or source.startswith(_BESIDE_OTHERS):
+        return None
+    return (
+        f"no export holds `source` beside other schemes for a base model in {source}: `dense` writes such components "
+        "unquantized"
+    )
+
+
 def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """Of compressed-tensors' packed integers, as transformers loads them."""
     if scheme.is_source:

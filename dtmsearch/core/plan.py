@@ -202,7 +202,7 @@ def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> P
             routing = component.experts_per_token, component.num_experts
             own_bits, own_weights = of_experts.get(routing, (0, 0))
             of_experts[routing] = own_bits + bits, own_weights + component.num_weights
-        if not scheme.is_unquantized:
+        if not (scheme.is_unquantized or scheme.is_source):
             num_compressed += 1
             compressed_weights += component.num_weights
             pruned_weights += scheme.pruned_weights(component.shape)

@@ -10,12 +10,14 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.holders import source_note
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import cut_calibration, text_lines
 
 if TYPE_CHECKING:
     from dtmsearch.model.modules.discovery import Survey
+    from dtmsearch.search.space import SearchSpace
 
 
 def check_search(file: SearchFile) -> list[str]:
@@ -29,8 +31,9 @@ def check_search(file: SearchFile) -> list[str]:
         from dtmsearch.model.modules.discovery import survey
 
         found = survey(spec)
-        lines = _lines_of(found)
-        _check_with_model(file, spec, found)
+        space = _check_with_model(file, spec, found)
+        note = source_note(found.manifest.source, space.parsed)
+        lines = [*_lines_of(found), *([] if note is None else [note])]
     else:
         _read_all(file)
     return [*lines, *text_lines(file)]
@@ -61,7 +64,7 @@ def _read_all(file: SearchFile) -> None:
             texts.read(file, section)
 
 
-def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> None:
+def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> SearchSpace:
     from dtmsearch.model.modules.loading import load_tokenizer, tokenizer_folder
     from dtmsearch.model.replica.prompts import Cutter
 
@@ -72,6 +75,7 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> None:
         cut_calibration(file, lambda *arguments: Calibration("", "", cutter.calibration(*arguments)))
     if file.search.recovery is not None:
         _check_recovery(file, file.search.recovery, tokenizer)
+    return space
 
 
 def _check_recovery(file: SearchFile, section: RecoverySettings, tokenizer: object) -> None:

@@ -1,13 +1,15 @@
 """Where the numbers of a search go beside its store: TensorBoard, MLflow, Weights & Biases, behind one interface.
 
-Off unless asked for. A session logs the whole run as it stands, decisions of earlier sessions first. The store remains
-the record: what a logger cannot take is said once, and the search goes on without it.
+Off unless asked for. A session that goes on with a run logs all of it, decisions of earlier sessions first; one that
+finds it finished logs nothing, and what stands in a log stays. The store remains the record: what a logger cannot take
+is said once, and the search goes on without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from time import monotonic
 from typing import Any, Protocol
@@ -34,12 +36,22 @@ class Logger(Protocol):
         """The last call: `finished` with the plan's held-out values, `stopped` or `failed` without."""
 
 
+class LoggerType(Protocol):
+    """Opens a logger (run, keys of the search file, where). `library` is what it needs."""
+
+    library: str
+
+    def __call__(self, run: str, keys: Mapping[str, str], where: str) -> Logger: ...
+
+
 class _TensorBoard:
     """Event files in `where`/RUN, by tensorboardX, which Ray's Tune brings."""
 
+    library = "tensorboardX"
+
     def __init__(self, run: str, keys: Mapping[str, str], where: str) -> None:
         # What an earlier session wrote of the run is written again.
-        self._writer = _library("tensorboardX").SummaryWriter(f"{where or 'tensorboard'}/{run}", purge_step=0)
+        self._writer = _library(self.library).SummaryWriter(f"{where or 'tensorboard'}/{run}", purge_step=0)
         self._writer.add_text("search file", "\n".join(f"    {key}: {value}" for key, value in keys.items()))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -55,8 +67,10 @@ class _TensorBoard:
 class _MLflow:
     """A run of the experiment `dtmsearch`; `where` is a tracking URI, otherwise MLflow's own setting."""
 
+    library = "mlflow.tracking"
+
     def __init__(self, run: str, keys: Mapping[str, str], where: str) -> None:
-        tracking = _library("mlflow.tracking")
+        tracking = _library(self.library)
         self._client = tracking.MlflowClient(tracking_uri=where or None)
         found = self._client.get_experiment_by_name(_PROJECT)
         experiment = found.experiment_id if found is not None else self._client.create_experiment(_PROJECT)
@@ -76,8 +90,10 @@ class _MLflow:
 class _WeightsAndBiases:
     """A run of the project `where`, otherwise `dtmsearch`."""
 
+    library = "wandb"
+
     def __init__(self, run: str, keys: Mapping[str, str], where: str) -> None:
-        self._run = _library("wandb").init(project=where or _PROJECT, name=run, config=dict(keys))
+        self._run = _library(self.library).init(project=where or _PROJECT, name=run, config=dict(keys))
         # Names of one kind share a count of steps of their own.
         for kind in ("decisions", "pace"):
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
@@ -91,7 +107,7 @@ class _WeightsAndBiases:
         self._run.finish(exit_code=int(status == "failed"))
 
 
-LOGGERS: Mapping[str, Callable[[str, Mapping[str, str], str], Logger]] = {
+LOGGERS: Mapping[str, LoggerType] = {
     "tensorboard": _TensorBoard,
     "mlflow": _MLflow,
     "wandb": _WeightsAndBiases,
@@ -109,10 +125,12 @@ def _library(name: str) -> Any:
 
 
 class Logged:
-    """An observer behind which loggers hear of a search too."""
+    """An observer behind which loggers hear of a search too. Each is opened (`openings`) when there is something to
+    log."""
 
-    def __init__(self, observer: Observer, loggers: Mapping[str, Logger]) -> None:
-        self._observer, self._loggers = observer, dict(loggers)
+    def __init__(self, observer: Observer, openings: Mapping[str, Callable[[], Logger]]) -> None:
+        self._observer, self._openings = observer, dict(openings)
+        self._loggers: dict[str, Logger] = {}
         self._paced_at = -_PACE_SECONDS
 
     def on_progress(self, progress: Progress) -> None:
@@ -136,6 +154,9 @@ class Logged:
         tell_stage(self._observer, text, done)
 
     def finish(self, summary: RunSummary | None, status: str) -> None:
+        """The end of a session. Of a run that was finished already nothing is logged."""
+        if not self._loggers:
+            return
         plan = None if summary is None else next((row for row in summary.validation if row.label == "plan"), None)
         values: dict[str, float] = {}
         if plan is not None and plan.summary is not None:
@@ -144,11 +165,14 @@ class Logged:
         self._tell(lambda logger: logger.finish(values, status))
 
     def _tell(self, what: Callable[[Logger], None]) -> None:
-        for name, logger in list(self._loggers.items()):
+        for name, opening in list(self._openings.items()):
             try:
-                what(logger)
+                if name not in self._loggers:
+                    self._loggers[name] = opening()
+                what(self._loggers[name])
             except Exception as error:  # a library's, a disk's, a network's: a search does not end for it
-                del self._loggers[name]
+                del self._openings[name]
+                self._loggers.pop(name, None)
                 self._observer.on_note(f"nothing more is logged to {name}: {type(error).__name__}: {error}")
 
 
@@ -162,8 +186,7 @@ def logged_to(names: Sequence[str], file: SearchFile | None, observer: Observer)
         return
     assert file is not None, "whoever names loggers gives the search file"
     keys = _flat(file.model_dump(mode="json", exclude_none=True))
-    opened = {name: _opened(name, file.run, keys) for name in names}
-    logged = Logged(observer, opened)
+    logged = Logged(observer, {name: _opening(name, file.run, keys) for name in names})
     ended: list[RunSummary] = []
     try:
         yield logged, ended.append
@@ -176,11 +199,12 @@ def logged_to(names: Sequence[str], file: SearchFile | None, observer: Observer)
     logged.finish(ended[0] if ended else None, "finished")
 
 
-def _opened(name: str, run: str, keys: Mapping[str, str]) -> Logger:
+def _opening(name: str, run: str, keys: Mapping[str, str]) -> Callable[[], Logger]:
     kind, _, where = name.partition(":")
     if kind not in LOGGERS:
         raise UserError(f"--log-to: got {name!r}; {', '.join(LOGGERS)} are known, each alone or with :WHERE")
-    return LOGGERS[kind](run, keys, where)
+    _library(LOGGERS[kind].library)
+    return partial(LOGGERS[kind], run, keys, where)
 
 
 def _flat(section: Mapping[str, Any], before: str = "") -> dict[str, str]:

@@ -21,6 +21,7 @@ from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.calibration import ExpertTokens
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import Reference, evaluation_cost
+from dtmsearch.core.holders import source_note
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import CONTINUE_VARIABLE, RunRecord
 from dtmsearch.errors import ClusterLost, RecoveryDiverged, SearchStopped, StoreError, StoreFull, UserError
@@ -213,6 +214,8 @@ class _Run:
                 f"run {session.file.run!r} began with another model: manifest {self._record.manifest_id}, now "
                 f"{manifest.id} at {manifest.model}. Give the search another run name"
             )
+        if note := source_note(manifest.source, space.parsed):
+            session.note(note)
         session.writer.put_components(manifest, space.components)
         self._save(manifest_id=manifest.id)
         calibrating = Calibrating(session)
@@ -220,7 +223,8 @@ class _Run:
         reference = session.reference(search)
         self._save(reference_id=reference.id)
         pool.use(reference)
-        if any(component.stacked and component.mixture for component in space.components):
+        of_mixture = any(component.stacked and component.mixture for component in space.components)
+        if of_mixture and not _has_rows(session, "expert_tokens"):
             routed = pool.routed_tokens(reference.id)
             session.writer.add(tokens_of_experts(space.components, routed, reference.id))
             session.note(rare_experts(routed))

@@ -28,11 +28,16 @@ def expert_uses(
     """The use of every expert among the components by a text, a row for every scheme, in order of the model.
 
     The error is the Frobenius norm of the change of the mixture's output over the text when all of the expert's
-    matrices among the components are under the scheme; tokens that the expert is not given to change nothing.
+    matrices among the components are under the scheme; tokens that the expert is not given to change nothing. Raises
+    `UserError` for experts that are modules of their own, of whose calls none holds all experts of a layer.
     """
     of_layers: dict[int, dict[tuple[str, str], dict[int, list[str]]]] = {}
     for component in components:
-        if component.mixture and component.stacked:
+        if component.mixture and not component.stacked:
+            raise UserError(
+                f"how text uses the experts of {component.mixture} is not told: each is a module of its own"
+            )
+        if component.mixture:
             owner, expert = owner_of(component)
             of_layer = of_layers.setdefault(component.layer, {})
             of_layer.setdefault((component.mixture, owner), {}).setdefault(expert, []).append(component.name)

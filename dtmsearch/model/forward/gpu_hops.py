@@ -24,7 +24,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     if not (tensor.is_cuda and device.type == "cuda"):
         return tensor.to(device, non_blocking=device.type == "cuda")
-    aside = _stream_aside(tensor.device)
+    aside = _stream_aside(tensor.device, device)
     aside.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(aside):
         there = tensor.to(device, non_blocking=True)
@@ -33,8 +33,9 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @cache
-def _stream_aside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _stream_aside(sender: torch.device, receiver: torch.device) -> torch.cuda.Stream:
+    """One for each receiver: what one is not ready for holds up no other."""
+    return torch.cuda.Stream(sender)
 
 
 class Hops:

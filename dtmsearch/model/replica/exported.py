@@ -110,7 +110,8 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
     state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path, str(device)).items()}
     for scheme in quantization.config_groups.values():
         for module in _targeted(scheme.targets, state):
-            own = {ending: state.pop(f"{module}.{ending}") for ending in _ENDINGS if f"{module}.{ending}" in state}
+            parts = [name for name in state if name.startswith(f"{module}.weight")]
+            own = {name.removeprefix(f"{module}."): state.pop(name) for name in parts}
             # As loading does it: multiplied in the dtype of the scales, codes would lose what the model's dtype holds.
             own["weight_scale"] = own["weight_scale"].to(getattr(torch, spec.dtype))
             state[f"{module}.weight"] = decompressed(own, scheme)
@@ -127,9 +128,6 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
     model.tie_weights()
     assert not unexpected and set(missing) <= tied_parameters(model), (missing, unexpected)
     return model
-
-
-_ENDINGS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 def _targeted(targets: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:

@@ -171,10 +171,10 @@ def cut_windows(
             check_known(tokens, vocabulary_size, tokenizer.convert_ids_to_tokens)
         if found.is_conversation:
             # What the template opens a conversation with, every window is opened with.
-            own = len(opening) if tokens[: len(opening)].tolist() == list(opening) else 0
-            before = own + prompt_tokens - len(opening)
+            written = len(opening) if tokens[: len(opening)].tolist() == list(opening) else 0
+            before = written + prompt_tokens - len(opening)
             starts = tuple(at - before for at in found.answers) if prompt_tokens else None
-            pieces.append(_Piece(tokens[own:], opening, starts, max(found.head - own, 0)))
+            pieces.append(_Piece(tokens[written:], opening, starts, max(found.head - written, 0)))
             num_answers += len(found.answers) + found.num_left_out
             num_left_out += found.num_left_out
             continue
@@ -184,14 +184,13 @@ def cut_windows(
             continue
         num_borders += int(at_border.sum())
         for document in np.split(tokens, np.flatnonzero(at_border)):
-            own_begin = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
+            own = document[:1].tolist() if begin != getattr(tokenizer, "eos_token_id", None) else []
             text_tokens = document[~np.isin(document, list(borders))]
-            pieces.append(_Piece(text_tokens, opening or (own_begin if own_begin == [begin] else [])))
+            pieces.append(_Piece(text_tokens, opening or (own if own == [begin] else [])))
     others = [
         row if _has_conversations(pieces) else row[~np.isin(row, list(borders))] for rows in apart_from for row in rows
     ]
-    own = [piece.tokens[piece.head :] for piece in pieces]
-    of_own = taken(own, others, length)
+    of_own = taken([piece.tokens[piece.head :] for piece in pieces], others, length)
     held = [np.concatenate([np.zeros(p.head, np.bool_), mask]) for p, mask in zip(pieces, of_own, strict=True)]
     windows = _joined(piece.windows(mask, length) for piece, mask in zip(pieces, held, strict=True))
     windows = windows.reshape(-1, length)

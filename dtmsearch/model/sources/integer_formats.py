@@ -71,10 +71,11 @@ def _gptq_weights(headers: Headers, settings: Mapping[str, Any], read: Read) -> 
 
 
 def _gptq(names: Mapping[str, str], bits: int, one: int, group: int, parts: Mapping[str, Tensor]) -> Tensor:
-    """Version 1 stores zero points less one. Words may be filled up behind the last input or output."""
+    """Version 1 stores zero points less one, of which 0 becomes the largest code. Words may be filled up behind the
+    last input or output."""
     scales = parts[names["scales"]].float()
     codes = unpacked(parts[names["qweight"]], bits, 0)
-    zeros = unpacked(parts[names["qzeros"]], bits, 1)[:, : scales.shape[1]] + one
+    zeros = (unpacked(parts[names["qzeros"]], bits, 1)[:, : scales.shape[1]] + one) % (1 << bits)
     groups = parts[names["g_idx"]].long() if "g_idx" in names else torch.arange(len(codes)) // group
     return ((codes[: len(groups)] - zeros[groups]).float() * scales[groups]).t().contiguous()
 

@@ -133,19 +133,19 @@ def _made(target: Path, write: Callable[[Path], None]) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target):
+            if not (target / RECORD).is_file():
+                partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+                try:
+                    write(partial)
+                    partial.chmod(0o755)
+                    partial.rename(target)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"no folder {target.parent} for unquantized weights: {error.strerror}. Say with {CACHE} where they may lie"
-        ) from None
-    with _alone(target):
-        if not (target / RECORD).is_file():
-            partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
-            try:
-                write(partial)
-                partial.chmod(0o755)
-                partial.rename(target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            f"unquantized weights cannot be kept in {target.parent}: {error}. Say with {CACHE} where they may lie"
+        ) from error
     return target
 
 

@@ -5,6 +5,8 @@ Both are of the log loss of a sample's own tokens, and end in the exact solver's
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,7 @@ from dtmsearch.search.strategies.solver_based import Solver
 from dtmsearch.search.strategies.task import Task
 
 
-class _GradientScores(Solver):
+class _GradientScores(Solver, ABC):
     """The plan of least summed score, measured."""
 
     def __init__(self, task: Task, take: TakePrices | None, settings: FisherSettings = FisherSettings()) -> None:
@@ -26,20 +28,17 @@ class _GradientScores(Solver):
 
     def script(self) -> Script:
         self._foresee((1, self.num_prompts))
+        assert self._price is not None, "whoever makes the strategy says by what prices are taken"
         space = self._choices.space
         names = [component.name for component in space.components]
-        summed = Prices.of(self._choices, names, space.schemes, self._scores(), self._length)
+        summed = Prices.of(self._choices, names, space.schemes, self._scores(self._price), self._length)
         damages: list[Floats] = [own.mean(axis=0) / self._length for own in summed.products]
         found, answer = yield from self._measurable(damages, (0, self.num_prompts))
         self._lead(found, answer)
 
-    def _scores(self) -> NDArray[np.float32]:
+    @abstractmethod
+    def _scores(self, price: TakePrices) -> NDArray[np.float32]:
         """Scores [samples, components, schemes] of the whole space."""
-        raise NotImplementedError
-
-    def _sums(self, around: Plan = Plan()) -> NDArray[np.float32]:
-        assert self._price is not None, "whoever makes the strategy says by what prices are taken"
-        return self._price("changes" if around.entries else "squared", around, self._samples)
 
 
 class SquaredGradients(_GradientScores):
@@ -47,14 +46,15 @@ class SquaredGradients(_GradientScores):
     loss's gradient times the square of what an option changes there (the gradient score of NVIDIA Model-Optimizer's
     `auto_quantize`; here the loss is that of the continuation)."""
 
-    def _scores(self) -> NDArray[np.float32]:
-        return self._sums()
+    def _scores(self, price: TakePrices) -> NDArray[np.float32]:
+        return price("squared", Plan(), self._samples)
 
 
 class GradientChanges(_GradientScores):
     """The sum over a component's weights of |gradient x what its scheme has changed|, in the model that is compressed
     uniformly with that scheme (the score of AutoRound's `AutoScheme`; here a sample's gradient, there a batch's)."""
 
-    def _scores(self) -> NDArray[np.float32]:
+    def _scores(self, price: TakePrices) -> NDArray[np.float32]:
         space = self._choices.space
-        return np.concatenate([self._sums(space.uniform(scheme)) for scheme in space.schemes], axis=2)
+        around = [space.uniform(scheme) for scheme in space.schemes]
+        return np.concatenate([price("changes", plan, self._samples) for plan in around], axis=2)

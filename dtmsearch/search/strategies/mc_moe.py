@@ -31,8 +31,8 @@ from dtmsearch.search.strategies.task import Task
 
 Floats = NDArray[np.float64]
 
-# Bits of the weights that are no experts', in the published plans; what schemes without a width count as.
-_USUAL_BITS, _MOST_BITS = 4, 16
+# Bits of the weights that are no experts', in the published plans.
+_USUAL_BITS = 4
 
 
 class McMoe(Solver):
@@ -76,7 +76,10 @@ def _schemes_of_others(space: SearchSpace, settings: McMoeSettings) -> list[str]
         if settings.others not in space.schemes:
             raise UserError(f"search.mc_moe.others: {settings.others} is none of search.schemes")
         return [settings.others]
-    bits = {scheme.name: scheme.bits or _MOST_BITS for scheme in space.parsed}
+    parts = [c for c in space.components if not c.mixture] or list(space.components)
+    weights = sum(component.num_weights for component in parts)
+    # Of schemes that have no width of their own, the bits that they store.
+    bits = {s.name: s.bits or _stored_bits(parts, s.name, space.dense_bits) / weights for s in space.parsed}
     nearest = min(bits, key=lambda name: abs(bits[name] - _USUAL_BITS))
     below = sorted((name for name in bits if bits[name] < bits[nearest]), key=lambda name: -bits[name])
     return [nearest, *below]
