@@ -4,8 +4,9 @@
     python benchmarks/peers.py MODEL TEXT HELD_OUT --python PEERS/bin/python --out FOLDER [--cases bits-4-g128]
 
 Each tool chooses with its own score and solver, in its own environment; every plan is then rounded by this package and
-judged on the same held-out prompts. Writes FOLDER/peers.json and, last, one table; seconds of the tools hold scoring
-and solving, of ours the search and its reference.
+judged on the same held-out prompts. Tools that allocate by a fixed rule (mlx-lm, llama.cpp) have no environment: their
+rules stand here, and since a rule has one size, ours is asked for that size. Writes FOLDER/peers.json and, last, one
+table; seconds of the tools hold scoring and solving, of ours the search and its reference.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -26,6 +28,39 @@ from dtmsearch.core.statistics import paired_difference
 from dtmsearch.search.space import SearchSpace
 
 PEERS = ("modelopt", "modelopt-groups", "auto-round")
+
+
+def in_more_bits(layer: int, layers: int) -> bool:
+    """Whether a layer is one of those that llama.cpp, and mlx-lm after it, keep in more bits: the first and the last
+    eighth, and every third between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
+
+
+def mixed(low: int, high: int) -> Callable[[str, int, int], int]:
+    """mlx-lm's `mixed_LOW_HIGH`: values and the second matrix of the MLP in more bits in some layers. `mixed_4_6` is
+    what llama.cpp's Q4_K_M does."""
+
+    def width(kind: str, layer: int, layers: int) -> int:
+        return high if kind in ("v", "down") and in_more_bits(layer, layers) else low
+
+    return width
+
+
+def q3_k_m(kind: str, layer: int, layers: int) -> int:
+    """llama.cpp's Q3_K_M on a Llama of few experts, its 5 bits taken for 6: what `kind` of matrix stands in 4 bits."""
+    if kind == "v":
+        return 6 if layer < 2 else 4
+    if kind == "down":
+        return 6 if layer < layers // 16 else 4
+    return 4 if kind == "o" else 3
+
+
+# Case -> the rules that go with its schemes.
+RULES: dict[str, dict[str, Callable[[str, int, int], int]]] = {
+    "bits-4-g128": {"mlx 4_6, Q4_K_M": mixed(4, 6)},
+    "bits-3-g128": {"mlx 3_4": mixed(3, 4), "mlx 3_6": mixed(3, 6), "llama.cpp Q3_K_M": q3_k_m},
+}
 
 
 @dataclass
@@ -56,6 +91,12 @@ def allocated(python: Path, peer: str, model: Path, text: Path, case: Case, out:
     return Plan.of(found["plan"]), found["version"], found["seconds"]
 
 
+def by_rule(space: SearchSpace, width: Callable[[str, int, int], int]) -> Plan:
+    """The plan of a rule of widths, in groups of 128."""
+    layers = 1 + max(component.layer for component in space.components)
+    return Plan.of({c.name: f"int{width(c.kind, c.layer, layers)}-g128" for c in space.components})
+
+
 def judged(bench: Bench, space: SearchSpace, case: Case, by: str, version: str, seconds: float, plan: Plan) -> Row:
     found, uniform = summarize(bench.measure(plan)), summarize(bench.measure(bench.best_uniform(space)))
     assert found.kl is not None and uniform.kl is not None and found.ppl is not None
@@ -64,6 +105,27 @@ def judged(bench: Bench, space: SearchSpace, case: Case, by: str, version: str, 
         *(case.name, by, version, seconds, bits, found.kl, found.kl / uniform.kl),
         *(found.fdt_mean, found.sdt_mean, found.ppl),
     )
+
+
+def beside_rule(bench: Bench, case: Case, name: str, plan: Plan) -> list[Row]:
+    """A rule's plan, and what `auto` finds at that size."""
+    bits = space_of(bench, case).size(plan).bits_per_weight
+    same_size = replace(case, bits=bits)
+    space = space_of(bench, same_size)
+    started_at = time.perf_counter()
+    ours = Plan.of(bench.run(same_size, "auto", 0, space, {}).plan)
+    row = judged(bench, space, case, name, "", 0.0, plan)
+    row.auto_less_this = compared(bench, ours, plan)
+    seconds = time.perf_counter() - started_at
+    return [row, judged(bench, space, case, f"auto at {name}", "", seconds, ours)]
+
+
+def compared(bench: Bench, ours: Plan, other: Plan) -> tuple[float, float, float]:
+    """The KL of our plan less another's over the held-out prompts, with its 95% interval."""
+    a, b = bench.measure(ours).kl, bench.measure(other).kl
+    assert a is not None and b is not None
+    difference = paired_difference(a, b, 0)
+    return difference.mean, difference.low, difference.high
 
 
 @click.command()
@@ -100,22 +162,20 @@ def main(
                 print(f"{peer} failed: {error.stderr.strip().splitlines()[-1:]}", flush=True)
                 continue
             rows.append(judged(bench, space, case, peer, version, seconds, plans[peer]))
-        best = bench.measure(plans["auto"]).kl if "auto" in plans else None
-        for row in (row for row in rows if row.case == case.name and row.by != "auto" and best is not None):
-            other = bench.measure(plans[row.by]).kl
-            assert best is not None and other is not None
-            difference = paired_difference(best, other, 0)
-            row.auto_less_this = difference.mean, difference.low, difference.high
+        for row in (row for row in rows if row.case == case.name and row.by != "auto" and "auto" in plans):
+            row.auto_less_this = compared(bench, plans["auto"], plans[row.by])
+        for name, width in RULES.get(case.name, {}).items():
+            rows += beside_rule(bench, case, name, by_rule(space, width))
         (out / "peers.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
     print(
-        f"{'case':12s} {'by':16s} {'version':9s} {'seconds':>8s} {'bits':>7s} {'KL':>8s} {'ratio':>6s} {'FDT':>6s}",
+        f"{'case':12s} {'by':21s} {'version':9s} {'seconds':>8s} {'bits':>7s} {'KL':>8s} {'ratio':>6s} {'FDT':>6s}",
         end="",
     )
     print(f" {'SDT':>6s} {'PPL':>8s}  auto's KL less its")
     for row in rows:
         less = "" if row.auto_less_this is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row.auto_less_this)
         print(
-            f"{row.case:12s} {row.by:16s} {row.version:9s} {row.seconds:8.1f} {row.bits_per_weight:7.4f} {row.kl:8.4f}"
+            f"{row.case:12s} {row.by:21s} {row.version:9s} {row.seconds:8.1f} {row.bits_per_weight:7.4f} {row.kl:8.4f}"
             f" {row.kl_vs_uniform:6.3f} {row.fdt:6.2f} {row.sdt:6.2f} {row.ppl:8.3f}  {less}"
         )
 

@@ -69,8 +69,11 @@ class Case:
     schemes: tuple[str, ...]
     uniform: str
     sparsity: float | None = None
+    bits: float | None = None  # of a weight, in place of the uniform plan's
 
     def budget(self, space: SearchSpace) -> Budget:
+        if self.bits is not None:
+            return Budget(bits_per_weight=self.bits)
         if self.sparsity is not None:
             return Budget(sparsity=self.sparsity)
         return Budget(bits_per_weight=space.size(space.uniform(self.uniform)).bits_per_weight)
