@@ -238,7 +238,7 @@ def _rounded(matrix: Any, bits: int) -> Any:
     return (matrix / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
 
 
-def _place(model: Any, name: str) -> Any:
+def matrix_of(model: Any, name: str) -> Any:
     """A component's matrix as a view [outputs, inputs] of a model's own parameter."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -337,7 +337,7 @@ def check(family: str, exports: bool) -> dict[str, Any]:
             if not isinstance(outcome, EvalResult):
                 continue
             for component, scheme in plan.entries:
-                place = _place(fresh, component)
+                place = matrix_of(fresh, component)
                 if tuple(place.shape) != manifest.by_name[component].shape:
                     wrong.append(f"{component} is {tuple(place.shape)}")
                 place.copy_(_rounded(place, int(scheme[3])))

@@ -3,6 +3,8 @@ have in common."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -108,3 +110,13 @@ def test_a_unit_that_costs_nothing_is_left_as_it_is() -> None:
     made[5] = 0.0
     prices = prices_of(made, 30, 0)
     assert (prices.pooled().damages()[5] == 0.0).all() and np.isfinite(np.stack(prices.pooled().damages())).all()
+
+
+def test_an_expert_that_no_sample_reached_is_not_for_nothing() -> None:
+    made = changes(0)
+    made[5] = 0.0
+    prices = replace(prices_of(made, 30, 0), experts=tuple(unit == 5 for unit in range(UNITS)))
+    damages = np.stack(prices.pooled().damages())
+    others = np.delete(damages, 5, axis=0)
+    assert damages[5] == pytest.approx(others.min(axis=0))
+    assert (damages[5, 1:] > 0.0).all()

@@ -11,11 +11,13 @@ from typing import Any, cast, get_args
 import numpy as np
 import pytest
 import torch
+from families_of_models import matrix_of, tiny_model
 from inprocess import run_here
 from processes import tiny_search
 from solving import BY_PRICES
-from tiny import in_stages, replica, with_reference, write_model
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PretrainedConfig
+from tiny import TEXT, in_stages, replica, with_reference, write_model, write_tokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
+from transformers.integrations import moe
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Perturbation, Plan
@@ -247,14 +249,126 @@ def test_prices_of_other_options_are_taken_anew(folder: Path, tmp_path: Path) ->
     assert other.taken == [(0, 8)]
 
 
-def test_stacked_matrices_have_no_prices_and_it_says_so(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2, bos_token_id=256, eos_token_id=257, max_position_embeddings=64,
-    )  # fmt: skip
-    model = replica(write_model(tmp_path, config))
-    experts = [component.name for component in model.manifest().components if ".experts." in component.name]
-    assert "stack of matrices" in model.unpriceable(experts)
+def slopes_by_autograd(
+    family: str, folder: Path, attention: str, reference: Reference, names: Sequence[str], around: str, scheme: str
+) -> np.ndarray[Any, Any]:
+    """Slopes of KL(base || plan) [prompts, components, dense and `scheme`] at the plan that has every component under
+    `around`, from the gradients of a plain model's parameters."""
+    auto: Any = type(tiny_model(family))
+    base, moved = (
+        auto.from_pretrained(folder, dtype=torch.float64, attn_implementation=attention).eval() for _ in range(2)
+    )
+    changes = []
+    for name in names:
+        place = matrix_of(moved, name)
+        own = place.clone()
+        place.copy_(round_weight(own, parse_scheme(around)))
+        changes.append((own - place, round_weight(own, parse_scheme(scheme)) - place))
+    at, found = slice(reference.prompt_tokens - 1, -1), []
+    tokens = torch.from_numpy(np.concatenate([reference.text[:, : reference.prompt_tokens], reference.continuation], 1))
+    parameters = [parameter for parameter in moved.parameters() if parameter.requires_grad]
+    for prompt in tokens.long().unsqueeze(1):
+        with torch.no_grad():
+            p = base(input_ids=prompt, use_cache=False).logits[0, at].log_softmax(-1)
+        q = moved(input_ids=prompt, use_cache=False).logits[0, at].log_softmax(-1)
+        own_gradients = torch.autograd.grad((p.exp() * (p - q)).sum(), parameters, allow_unused=True)
+        values = [parameter.data for parameter in parameters]
+        for parameter, value, gradient in zip(parameters, values, own_gradients, strict=True):
+            parameter.data = torch.zeros_like(value) if gradient is None else gradient
+        found.append(
+            [[float((matrix_of(moved, n) * c).sum()) for c in own] for n, own in zip(names, changes, strict=True)]
+        )
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+    return np.array(found)
+
+
+def write_family(family: str, folder: Path) -> Path:
+    tiny_model(family).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+# Experts one after the other, in one product grouped by tokens, all over all tokens, in a stack of two sides; shared
+# ones beside them that read all prompts' tokens in one row.
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("gpt_oss", "eager"), ("llama4_text", "sdpa"), ("dbrx", "sdpa"), ("jetmoe", "sdpa"), ("qwen2_moe", "sdpa")],
+)
+def test_slopes_of_experts_in_stacks_are_those_of_plain_gradients(
+    family: str, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_, **__: False)  # which has no 64 bits
+    folder = write_family(family, tmp_path)
+    spec = ModelSpec(str(folder), dtype="float64", attention=attention)
+    model = Replica(spec, ReplicaSettings(num_threads=1, batch_tokens=66))
+    components = model.manifest().components
+    names = tuple(component.name for component in components)
+    reference = with_reference(model, count=3)
+    plan = Plan.uniform(components, "int3-channel")
+    schemes = ("dense", "int2-channel")
+    found = model.price(PriceRequest(reference.id, (0, 3), names, schemes, kind="slope", around=plan)).products
+    wanted = slopes_by_autograd(family, folder, attention, reference, names, "int3-channel", "int2-channel")
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6 * np.abs(wanted).max())
+    experts = [at for at, component in enumerate(components) if component.stacked]
+    assert np.abs(wanted[:, experts]).max() > 0.01 * np.abs(wanted).max()
+
+
+def test_the_slope_of_tied_experts_is_the_finite_difference_of_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_, **__: False)
+    folder = write_family("mixtral", tmp_path)
+    model = in_64_bits(folder)
+    reference = with_reference(model, count=2)
+    tied = [c for c in model.manifest().components if c.stacked and c.layer == 0]
+    plan = Plan.uniform(tied, "int4-channel")
+    names = tuple(component.name for component in tied)
+    request = PriceRequest(reference.id, (0, 2), names, ("dense",), kind="slope", around=plan)
+    found = model.price(request).products.sum(axis=1)[:, 0]
+    base, moved = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for _ in range(2))
+    own = {name: matrix_of(base, name).clone() for name in names}
+    changes = {name: round_weight(weight, parse_scheme("int4-channel")) - weight for name, weight in own.items()}
+
+    def kl(prompt: int, t: float) -> float:
+        text = np.concatenate([reference.text[prompt, : reference.prompt_tokens], reference.continuation[prompt]])
+        tokens, at = torch.tensor(text).long()[None], slice(reference.prompt_tokens - 1, -1)
+        with torch.no_grad():
+            for name in names:
+                matrix_of(moved, name).copy_(own[name] + t * changes[name])
+            p, q = (each(tokens).logits[0, at].log_softmax(-1) for each in (base, moved))
+        return float((p.exp() * (p - q)).sum())
+
+    step = 1e-3
+    wanted = [-(kl(prompt, 1.0 + step) - kl(prompt, 1.0 - step)) / (2 * step) for prompt in range(2)]
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_products_that_are_grouped_by_the_device_give_the_same_prices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_family("mixtral", tmp_path)
+    found = []
+    for grouped in (True, False):
+        if not grouped:
+            monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_, **__: False)
+        model = replica(folder)
+        names = tuple(component.name for component in model.manifest().components)
+        reference = with_reference(model, count=2)
+        found.append(model.price(PriceRequest(reference.id, (0, 4), names, SCHEMES)).products)
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4 * float(np.abs(found[1]).max()))
+
+
+def test_auto_takes_prices_of_a_mixture(tmp_path: Path) -> None:
+    write_family("mixtral", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    effort = {"samples": 40, "slopes": 4, "prompts": 2}
+    search = {"strategy": "auto", "rank_by": "kl", "schemes": ["int3-channel", "int4-channel"], "auto": effort}
+    run_here(tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 3.6}}), tmp_path / "store")
+    results = ResultStore(tmp_path / "store")
+    assert [run.status for run in results.runs()] == ["finished"]
+    priced = {name for name in results.table("prices")["component"].to_pylist() if ".experts." in name}
+    assert len(priced) == 2 * 4 * 2
 
 
 def test_a_replica_in_stages_has_no_prices_and_it_says_so(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""What the experts of a mixture read: the rows that the products with each expert's matrix are taken of.
+"""What the experts of a mixture read: the rows that the products with each expert's matrix are taken of, and in a
+backward pass the gradients at what these products give.
 
 Stacks are parameters, which no hook is told of: so the products themselves are watched, and a factor is known by its
 place in the stack's memory. Experts may run one after the other, several in one batched product, or grouped by tokens
@@ -7,12 +8,14 @@ that lie side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,16 +30,19 @@ Note = Callable[[str, Tensor], None]
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "matmul", "linear"}
 _GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
+# The backward pass of the latter in one: of inputs, the stack, ends and gradients.
+_GROUPED_BACKWARD = "grouped_mm_fallback_backward"
 _ADDING = {"addmm", "baddbmm"}
 
 
 @dataclass(frozen=True)
 class _Stack:
     """A parameter of a model that holds matrices of experts above each other: `names` by the expert's number, None
-    where one is not asked for; each matrix has `inputs` columns."""
+    where one is not asked for; each matrix is `outputs` x `inputs`."""
 
     parameter: Tensor
     names: tuple[str | None, ...]
+    outputs: int
     inputs: int
 
 
@@ -114,18 +120,109 @@ def _stacks(model: nn.Module, matrices: Iterable[Matrix]) -> Iterator[_Stack]:
         # One along another side has no part of the memory to itself: its experts count as reached by no token.
         if first.slice.side == 0 and parameter.is_contiguous():
             names = tuple(held[at].name if at in held else None for at in range(first.slice.count))
-            yield _Stack(parameter.data, names, first.shape[1])
+            yield _Stack(parameter.data, names, *first.shape)
+
+
+class ExpertProducts:
+    """Watches a pass through products with some components, matrices of experts in stacks, and the way back: for each
+    product the rows that it was taken of, and the gradients at what it gave, row by row. `components` are those that
+    can be watched."""
+
+    def __init__(self, model: nn.Module, components: Iterable[str]) -> None:
+        matrices = sliced_matrices(model)
+        self._model = model
+        self._stacks = list(_stacks(model, [matrices[name] for name in components if name in matrices]))
+        self.components = frozenset(name for stack in self._stacks for name in stack.names if name is not None)
+        self._inputs: list[tuple[str, Tensor]] = []
+        self._gradients: list[tuple[str, Tensor]] = []
+
+    def of(self, components: Iterable[str]) -> ExpertProducts:
+        """The same of some of the components, with nothing seen."""
+        wanted = set(components)
+        other = copy.copy(self)
+        narrowed = [replace(s, names=tuple(n if n in wanted else None for n in s.names)) for s in self._stacks]
+        other._stacks = [stack for stack in narrowed if any(stack.names)]
+        other.components = self.components & wanted
+        other._inputs, other._gradients = [], []
+        return other
+
+    @contextmanager
+    def forward(self) -> Iterator[list[Tensor]]:
+        """Within, inputs are noted. Gradients reach what enters modules that hold stacks; these tensors are given."""
+        entered: list[Tensor] = []
+        if not self._stacks:
+            yield entered
+            return
+
+        def enters(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            values = (v for v in (*arguments, *named.values()) if isinstance(v, Tensor) and v.is_floating_point())
+            for value in values:
+                if not value.requires_grad:
+                    value.requires_grad_()
+                entered.append(value)
+                return
+
+        self._inputs.clear()
+        handles = [self._model.get_submodule(name).register_forward_pre_hook(enters, with_kwargs=True)
+                   for name in sorted(self._owners())]  # fmt: skip
+        try:
+            with _Watch(self._stacks, lambda name, rows: self._inputs.append((name, rows.detach())), "inputs"):
+                yield entered
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _owners(self) -> set[str]:
+        return {str(name).rsplit(".", 2)[0] for stack in self._stacks for name in stack.names if name is not None}
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Within, gradients are noted. Of a pass forward exactly one pass backward may be taken."""
+        self._gradients.clear()
+        if not self._stacks:
+            yield
+            return
+        with _Watch(self._stacks, lambda name, rows: self._gradients.append((name, rows)), "gradients"):
+            yield
+
+    def unseen(self, seen: Container[str]) -> str:
+        """A component of a stack of which no matrix is among those `seen`; empty where there is none such."""
+        names = ([name for name in stack.names if name is not None] for stack in self._stacks)
+        return next((own[0] for own in names if all(name not in seen for name in own)), "")
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Component -> rows [rows, inputs] and gradients [rows, outputs] of all its products; those that none was taken
+        with are not among them. Raises `UserError` where the two ways do not fit each other."""
+        inputs, gradients = _by_name(self._inputs), _by_name(reversed(self._gradients))
+        for name, rows in inputs.items():
+            if [len(own) for own in rows] != [len(own) for own in gradients.get(name, ())]:
+                raise UserError(f"prices cannot be had: the backward pass of {name} takes other products than its own")
+        return {name: (torch.cat(rows), torch.cat(gradients[name])) for name, rows in inputs.items()}
+
+
+def _by_name(noted: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for name, rows in noted:
+        found.setdefault(name, []).append(rows)
+    return found
 
 
 class _Watch(Operations):
-    def __init__(self, stacks: Sequence[_Stack], note: Note) -> None:
+    """Notes rows of products with stacks: their `inputs`, or in a backward pass the `gradients` at what they gave. With
+    `given` alone, of what runs for all experts at once the rows that an expert is given, the others being zeros."""
+
+    def __init__(self, stacks: Sequence[_Stack], note: Note, side: str = "given") -> None:
         super().__init__()
         self._stacks: Mapping[int, _Stack] = {storage_of(stack.parameter): stack for stack in stacks}
-        self._note = note
+        self._note, self._side = note, side
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in _PRODUCTS or name in _GROUPED:
+        if name == _GROUPED_BACKWARD and self._side == "gradients":
+            _, weight, ends, gradient = args
+            if (stack := self._stacks.get(storage_of(weight))) is not None:
+                self._seen(stack, weight, gradient, ends)
+        elif name in _PRODUCTS or name in _GROUPED:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             first, second = tensors[1:3] if name in _ADDING else tensors[:2]
             if (stack := self._stacks.get(storage_of(second))) is not None:
@@ -147,9 +244,9 @@ class _Watch(Operations):
                 self._one(stack, at, rows[start:end])
         elif weight.numel() == numel and len(rows) == count:
             for at in range(count):
-                self._one(stack, at, rows[at][rows[at].any(dim=-1)])  # others are given zeros
+                self._one(stack, at, rows[at][rows[at].any(dim=-1)] if self._side == "given" else rows[at])
 
     def _one(self, stack: _Stack, at: int, rows: Tensor) -> None:
-        name = stack.names[at]
-        if name is not None and len(rows) and rows.shape[-1] == stack.inputs:
+        name, wanted = stack.names[at], stack.outputs if self._side == "gradients" else stack.inputs
+        if name is not None and len(rows) and rows.shape[-1] == wanted:
             self._note(name, rows)

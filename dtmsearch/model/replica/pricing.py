@@ -5,6 +5,9 @@ components the inputs x and the gradients d at their outputs are at hand for one
 the output by D x, so a prompt's product with it is <sum over tokens of d x^T, D>: the prompt's gradient is made once
 for all schemes and let go. What changes more than weights is run, and its output compared. Memory: the weights, states
 of one request between layers, one layer's changes.
+
+Experts of a mixture read tokens of all prompts side by side: a layer with such runs prompt by prompt. Of those that lie
+in stacks the products themselves are watched; x and d of one layer's are kept, and changes made an expert at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Reference
@@ -25,6 +29,7 @@ from dtmsearch.core.prices import FloatArray, PriceKind, PriceRequest
 from dtmsearch.core.schemes import Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import AnyCalibrator
+from dtmsearch.model.calibration.expert_inputs import ExpertProducts
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.replica.loaded_reference import greedy
@@ -52,10 +57,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Seen:
-    """A call of a component: its input, its output, both [prompts, tokens, features]."""
+    """A call of a component: its input, its output, both [prompts, tokens, features]; of an expert in a stack, whose
+    rows of several prompts are filled up with zeros to the same number, no output."""
 
     inputs: Tensor
-    output: Tensor
+    output: Tensor | None
+
+
+class _TokensTogether(Exception):
+    """A component has read tokens of several prompts side by side."""
 
 
 class Pricer:
@@ -81,12 +91,17 @@ class Pricer:
             return "the model's layers lie in several processes, through which no backward pass is taken"
         if self._body.how_it_runs() or not self._body.head_apart:
             return f"no backward pass goes layer by layer: {self._body.how_it_runs() or 'its head runs within it'}"
+        watched = self._experts(components).components
         for component in components:
-            if not isinstance(self._weights.module(component), nn.Linear | Conv1D):
-                return f"{component} lies in a stack of matrices, whose outputs for each prompt are not at hand"
+            if component not in watched and not isinstance(self._weights.module(component), nn.Linear | Conv1D):
+                return f"{component} lies in a stack of matrices in which no product is told from another's"
             if not 0 <= self._layer_of[component] < self._body.num_layers:
                 return f"{component} lies outside the layers"
         return ""
+
+    def _experts(self, components: Sequence[str]) -> ExpertProducts:
+        """Those of some components that lie in stacks."""
+        return ExpertProducts(self._body.model, components)
 
     def products(self, request: PriceRequest, reference: Reference, stand_on: Callable[[Plan], None]) -> FloatArray:
         """Products [samples, components, schemes]. `stand_on` has the model under a plan, on the base model's weights.
@@ -116,6 +131,7 @@ class Pricer:
                 request,
                 self._layer_of,
                 self._weights.module,
+                self._experts(request.components),
                 lambda component: self._changes(component, request.schemes),
                 tokens,
                 reference.prompt_tokens,
@@ -170,6 +186,7 @@ def _products(
     request: PriceRequest,
     layer_of: Mapping[str, int],
     module_of: Callable[[str], nn.Module],
+    experts: ExpertProducts,
     changes_of: Callable[[str], Change],
     tokens: Tensor,
     targets_from: int,
@@ -179,8 +196,8 @@ def _products(
     """Products [samples, components, schemes] of a request.
 
     `tokens` [samples, tokens] are those of its samples, predicted from position `targets_from`; a batch has `rows` of
-    them. `base_hidden` are the base model's inputs of the head, a batch at a time, for the slope. Raises `UserError`
-    where a component sees the tokens of all prompts together.
+    them. `base_hidden` are the base model's inputs of the head, a batch at a time, for the slope. `experts` are the
+    components that lie in stacks. Raises `UserError` where products with these cannot be told.
     """
     first = request.samples[0]
     batches = tokens.split(rows)
@@ -199,26 +216,117 @@ def _products(
     lowest = min(by_layer)
     for layer in reversed(range(lowest, body.num_layers)):
         here = by_layer.get(layer, [])
-        with torch.no_grad():
-            changes = {component: changes_of(component) for component in here}
-        sums: dict[str, Tensor] = {}
+        modules = {component: module_of(component) for component in here if component not in experts.components}
+        way = _Layer(body, layer, modules, experts.of(here), changes_of, request, len(tokens), layer > lowest)
         for at, batch in enumerate(batches):
             states[at].pop()
             below = states[at][-1] if layer > 0 else None
-            gradients[at], seen = _through(
-                body, batch, below, layer, gradients[at], {c: module_of(c) for c in here}, layer > lowest
-            )
-            with torch.no_grad():
-                for component, calls in seen.items():
-                    if component not in sums:  # where the component is: the host waits for a layer, not for a batch
-                        sums[component] = calls[0][1].new_zeros(len(tokens), len(request.schemes), dtype=torch.float32)
-                    part = sums[component][at * rows : at * rows + len(batch)]
-                    for call, gradient in calls:
-                        _add(part, call, gradient, changes[component], request.kind)
-        for component, products in sums.items():
+            gradients[at] = way.down(batch, below, gradients[at], at * rows)
+        for component, products in way.products().items():
             found[:, place[component]] = products.cpu().numpy()
-        del changes
+        del way
     return found
+
+
+class _Layer:
+    """A layer on the way down: gradients go through it batch by batch, and products with changes of its components are
+    added up. `modules` are these components, `experts` those that lie in stacks; gradients go `further` down or not."""
+
+    def __init__(
+        self,
+        body: Body,
+        layer: int,
+        modules: Mapping[str, nn.Module],
+        experts: ExpertProducts,
+        changes_of: Callable[[str], Change],
+        request: PriceRequest,
+        samples: int,
+        further: bool,
+    ) -> None:
+        self._body, self._layer, self._further = body, layer, further
+        self._modules, self._experts, self._changes_of = modules, experts, changes_of
+        self._samples, self._num_schemes, self._kind = samples, len(request.schemes), request.kind
+        with torch.no_grad():
+            self._changes = {component: changes_of(component) for component in modules}
+        self._sums: dict[str, Tensor] = {}
+        self._held: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+        self._apart = bool(experts.components)
+
+    def down(self, tokens: Tensor, below: Tensor | None, above: Tensor, start: int) -> Tensor:
+        """The gradient at the layer's input, where it is wanted further down, of a batch whose first sample is
+        `start`."""
+        if not self._apart:
+            try:
+                return self._piece(tokens, below, above, start)
+            except _TokensTogether:
+                self._apart = True
+        pieces = [slice(at, at + 1) for at in range(len(tokens))]
+        return torch.cat([
+            self._piece(tokens[own], None if below is None else below[own], above[own], start + own.start)
+            for own in pieces
+        ])  # fmt: skip
+
+    def _piece(self, tokens: Tensor, below: Tensor | None, above: Tensor, start: int) -> Tensor:
+        gradient, seen = self._through(tokens, below, above)
+        with torch.no_grad():
+            for component, calls in seen.items():
+                part = self._sums_of(component, calls[0][1])[start : start + len(tokens)]
+                for call, own in calls:
+                    _add(part, call, own, self._changes[component], self._kind)
+        for component, (inputs, own) in self._experts.pairs().items():
+            self._held.setdefault(component, []).append((start, inputs, own))
+        return gradient
+
+    def _sums_of(self, component: str, like: Tensor) -> Tensor:
+        """Products [samples, schemes], where the component is: the host waits for a layer, not for a batch."""
+        if component not in self._sums:
+            self._sums[component] = like.new_zeros(self._samples, self._num_schemes, dtype=torch.float32)
+        return self._sums[component]
+
+    def products(self) -> dict[str, Tensor]:
+        """Products [samples, schemes] of the components, all batches done. Raises `UserError` where nothing was seen of
+        what lies in stacks."""
+        if unseen := self._experts.unseen(self._held):
+            raise UserError(f"prices cannot be had: no product with {unseen} or another matrix of its stack is seen")
+        with torch.no_grad():
+            for component in sorted(self._held):
+                prompts, inputs, gradients = zip(*self._held.pop(component), strict=True)
+                padded = [pad_sequence(list(rows), batch_first=True) for rows in (inputs, gradients)]
+                part = padded[1].new_zeros(len(prompts), self._num_schemes, dtype=torch.float32)
+                _add(part, Seen(padded[0], None), padded[1], self._changes_of(component), self._kind)
+                self._sums_of(component, part)[list(prompts)] = part
+        return self._sums
+
+    def _through(
+        self, tokens: Tensor, below: Tensor | None, above: Tensor
+    ) -> tuple[Tensor, dict[str, list[tuple[Seen, Tensor]]]]:
+        """The gradient at the layer's input (where it is wanted further down, else that at its output), and the calls
+        of its modules with the gradients at their outputs."""
+        body, calls = self._body, list[tuple[str, Seen]]()
+        leaf = below.detach().requires_grad_() if below is not None and self._further else below
+        with torch.enable_grad(), _watching(self._modules, calls), self._experts.forward() as entered:
+            output = body.through(leaf, self._layer, self._layer + 1, lambda: body.run(tokens))
+        wanted = [seen.output for _, seen in calls if seen.output is not None]
+        own = [leaf] if leaf is not None and leaf.requires_grad else []
+        with self._experts.backward():
+            found = torch.autograd.grad(output, own + wanted + entered, above, allow_unused=True)
+        seen: dict[str, list[tuple[Seen, Tensor]]] = {}
+        for (component, call), gradient in zip(calls, found[len(own) : len(own) + len(calls)], strict=True):
+            one = _of_prompts(call, len(tokens))
+            if gradient is not None:
+                seen.setdefault(component, []).append((one, gradient.reshape(*one.inputs.shape[:2], -1)))
+        return (found[0] if own else above), seen
+
+
+def _of_prompts(call: Seen, prompts: int) -> Seen:
+    """A call's rows by prompts: all that it has are one prompt's, if there is but one. Raises `_TokensTogether`."""
+    inputs, output = call.inputs, call.output
+    assert output is not None
+    if prompts == 1:
+        inputs, output = (rows.reshape(1, -1, rows.shape[-1]) for rows in (inputs, output))
+    elif inputs.ndim != 3 or len(inputs) != prompts:
+        raise _TokensTogether
+    return Seen(inputs, output.detach())
 
 
 def _of_head(
@@ -271,33 +379,6 @@ def _labels(probabilities: Tensor, drawn: Tensor) -> Tensor:
     return found.clamp_(max=probabilities.shape[1] - 1)
 
 
-def _through(
-    body: Body,
-    tokens: Tensor,
-    below: Tensor | None,
-    layer: int,
-    above: Tensor,
-    modules: Mapping[str, nn.Module],
-    further: bool,
-) -> tuple[Tensor, dict[str, list[tuple[Seen, Tensor]]]]:
-    """The gradient at a layer's input (where it is wanted further down, else that at its output), and the calls of its
-    components with the gradients at their outputs."""
-    calls: list[tuple[str, Seen]] = []
-    leaf = below.detach().requires_grad_() if below is not None and further else below
-    with torch.enable_grad(), _watching(modules, calls):
-        output = body.through(leaf, layer, layer + 1, lambda: body.run(tokens))
-        wanted = [seen.output for _, seen in calls]
-        own = [leaf] if leaf is not None and leaf.requires_grad else []
-        found = torch.autograd.grad(output, own + wanted, above, allow_unused=True)
-    seen: dict[str, list[tuple[Seen, Tensor]]] = {}
-    for (component, call), gradient in zip(calls, found[len(own) :], strict=True):
-        if call.inputs.ndim != 3 or len(call.inputs) != len(tokens):
-            raise UserError(f"prices cannot be had: {component} reads tokens of all prompts together")
-        if gradient is not None:
-            seen.setdefault(component, []).append((Seen(call.inputs, call.output.detach()), gradient))
-    return (found[0] if own else above), seen
-
-
 @contextmanager
 def _watching(modules: Mapping[str, nn.Module], calls: list[tuple[str, Seen]]) -> Iterator[None]:
     """Within, calls of modules are noted, and gradients reach their outputs."""
@@ -337,6 +418,7 @@ def _add(part: Tensor, call: Seen, gradient: Tensor, change: Change, kind: Price
     elif change.weights is not None:
         part[:, list(change.at)] += _with_weights(call.inputs, gradient, summed(change.weights), summed).float()
     for at, module in zip(change.modules_at, change.modules, strict=True):
+        assert call.output is not None, "what lies in a stack has no modules"
         part[:, at] += at_outputs(module(call.inputs).float() - call.output.float())
 
 

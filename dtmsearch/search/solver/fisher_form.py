@@ -34,10 +34,12 @@ class Estimate(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Prices:
     """`products[u]` [samples, options] of each unit, of which option 0 is dense; `positions` are the predicted tokens
-    of a sample."""
+    of a sample. `experts`: whether a unit is of a mixture's experts, which some samples may not reach; none are if it
+    is empty."""
 
     products: tuple[Floats, ...]
     positions: int
+    experts: tuple[bool, ...] = ()
 
     @staticmethod
     def of(
@@ -59,7 +61,8 @@ class Prices:
             own = products[:, rows, :].sum(axis=1, dtype=np.float64)
             dense = own[:, [column[DENSE]]] if DENSE in column else np.zeros((len(own), 1))
             found.append(np.concatenate([dense, own[:, [column[name] for name in names[1:]]]], axis=1) - dense)
-        return Prices(tuple(found), positions)
+        experts = tuple(any(c.mixture for c in unit.components) for unit in choices.units)
+        return Prices(tuple(found), positions, experts)
 
     @property
     def num_samples(self) -> int:
@@ -74,13 +77,15 @@ class Prices:
 
         The logarithm of a price is that of its unit plus that of its option, a correlation of two options is that of
         these two in all units; deviations are believed by how well they are known beside how far they go in all units
-        (empirical Bayes, as in `Forces`). Units of other options than most are left as they are.
+        (empirical Bayes, as in `Forces`). Units of other options than most are left as they are. Of those that no
+        sample reached (experts of a mixture) nothing is known: each option costs what it does in the unit where it
+        costs least.
         """
         forms = [own.T @ own / (2 * self.positions * len(own)) for own in self.products]
         count = max((len(own) for own in forms), default=0)
         units = [u for u, own in enumerate(forms) if len(own) == count and (np.diag(own)[1:] > 0.0).all()]
         if len(units) < 3 or count < 3 or self.num_samples < 3:
-            return Form(tuple(forms))
+            return Form(tuple(self._with_unreached(forms, count)))
         prices = np.stack([np.diag(forms[u])[1:] for u in units])
         roots = np.sqrt(self._pooled_prices(units, prices))
         found = np.stack([forms[u][1:, 1:] for u in units])
@@ -94,7 +99,20 @@ class Prices:
             form = np.zeros((count, count))
             form[1:, 1:] = correlation * root[:, None] * root[None, :]
             forms[u] = form
-        return Form(tuple(forms))
+        return Form(tuple(self._with_unreached(forms, count)))
+
+    def _with_unreached(self, forms: Sequence[Floats], count: int) -> list[Floats]:
+        """Forms [options, options], where experts of `count` options whose own are all zeros are given the least prices
+        of all units."""
+        known = [own for own in forms if len(own) == count and own.any()]
+        if not known or not any(self.experts):
+            return list(forms)
+        least = np.diag(np.stack([np.diag(own) for own in known]).min(axis=0))
+        experts = self.experts or (False,) * len(forms)
+        return [
+            least if expert and len(own) == count and not own.any() else own
+            for own, expert in zip(forms, experts, strict=True)
+        ]
 
     def _pooled_prices(self, units: Sequence[int], prices: Floats) -> Floats:
         """Prices [units, options] of some units, as `pooled` has them."""
