@@ -4,8 +4,14 @@ finds its components, and whether what it measures equals plain code."""
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# As `dtmsearch.workflows.export_check.measure_apart`.
+Measure = Callable[..., dict[str, list[float]]]
 
 # What is small in every family that knows the key; text, vision and audio parts alike.
 TINY: dict[str, Any] = {
@@ -140,6 +146,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "zamba": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
     "zaya": {"num_experts_per_tok": 1},
+    "mistral4": {"head_dim": 16},
     "glm46v": {"text_config": _HALF_MROPE},
     "glm4v": {"text_config": _HALF_MROPE},
     "glm4v_moe": {"text_config": _HALF_MROPE},
@@ -282,7 +289,58 @@ def _plain(model: Any, reference: Any, tokens: Any) -> tuple[Any, Any, Any]:
     return fdt, told.sum(1).tolist(), differs
 
 
-def check(family: str, exports: bool) -> dict[str, Any]:
+# What the names of matrices that choose among experts, or weigh one, end in.
+_ROUTERS = ("router", "gate", "wg", "classifier", "shared_expert_gate")
+
+
+class _Multiplied(TorchDispatchMode):
+    """Notes the memory of all that is a factor of a matrix product, apart from how the package finds components."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if "mm" in name or name in ("matmul", "linear", "dot", "mv"):
+            self.storages |= {a.untyped_storage().data_ptr() for a in args if hasattr(a, "untyped_storage")}
+        return func(*args, **(kwargs or {}))
+
+
+def phantoms_and_missed(model: Any, manifest: Any, tokens: Any) -> tuple[list[str], list[str]]:
+    """Components that are no matrix which tokens are multiplied with, or that route; linear layers inside the layers
+    that are, and are neither components nor told to route."""
+    import torch
+    from torch import nn
+
+    with torch.inference_mode(), _Multiplied() as seen:
+        model(input_ids=tokens, use_cache=False)
+    used = {name for name, p in model.named_parameters() if p.untyped_storage().data_ptr() in seen.storages}
+
+    def parameter(component: str) -> str:
+        if f"{component}.weight" in dict(model.named_parameters()):
+            return f"{component}.weight"
+        owner, _, leaf = component.rsplit(".", 2)
+        return f"{owner}.{leaf}"
+
+    phantoms = [
+        c.name
+        for c in manifest.components
+        if parameter(c.name) not in used or c.shape[0] == 1 or c.name.endswith(tuple(f".{r}" for r in _ROUTERS))
+    ]
+    known = {parameter(c.name) for c in manifest.components} | {f"{name}.weight" for name in manifest.routers}
+    layers = {parameter(c.name).split(".layers.")[0] for c in manifest.components if ".layers." in c.name}
+    missed = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".layers.")[0] in layers and ".layers." in name
+        and f"{name}.weight" in used - known
+    ]  # fmt: skip
+    return phantoms, missed
+
+
+def check(family: str, measure: Measure | None = None) -> dict[str, Any]:
+    """What is found of a family; where it is said how exports `measure`, of these too."""
     import numpy as np
     import torch
     from tiny import TEXT, write_tokenizer
@@ -331,6 +389,9 @@ def check(family: str, exports: bool) -> dict[str, Any]:
         if (_plain(fresh, reference, tokens)[2] != ~reference.agrees).any():
             wrong.append("reference")
         found["agrees"] = float(reference.agrees.mean())
+        phantoms, missed = phantoms_and_missed(fresh, manifest, torch.from_numpy(tokens).long())
+        found["components"] = phantoms or True
+        found["missed"] = missed
         state = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
         moved = 0
         for plan, outcome in zip(plans, outcomes, strict=True):
@@ -348,9 +409,9 @@ def check(family: str, exports: bool) -> dict[str, Any]:
             fresh.load_state_dict(state)
         found["right"] = wrong[0] if wrong else moved > 0 or "nothing moved"
         del replica
-        if exports:
+        if measure is not None:
             for format_name in ("dense", "compressed-tensors"):
-                found[format_name] = _exported(folder, Path(name), manifest, format_name, attention)
+                found[format_name] = _exported(folder, Path(name), manifest, format_name, attention, measure)
     return found
 
 
@@ -361,13 +422,14 @@ def how_it_runs(replica: Any) -> str:
     return ("all" if len(body.cuts) > body.num_layers else f"{len(body.cuts) - 1}/{body.num_layers}") + apart + cache
 
 
-def _exported(folder: Path, where: Path, manifest: Any, to: str, attention: str) -> Any:
-    from exports import measure_here, measured_plan
+def _exported(folder: Path, where: Path, manifest: Any, to: str, attention: str, measure: Measure) -> Any:
+    from exports import measured_plan
 
+    from dtmsearch.errors import UserError
     from dtmsearch.export.job import Job
     from dtmsearch.workflows import export_check
 
-    export_check.measure_apart = measure_here
+    export_check.measure_apart = measure
     names = [c.name for c in manifest.components]
     if to != "dense":
         import torch
@@ -381,6 +443,8 @@ def _exported(folder: Path, where: Path, manifest: Any, to: str, attention: str)
     try:
         plan = measured_plan(folder, where / f"store-{to}", dict.fromkeys(names, "int4-channel"), attention=attention)
         done = plan.export(to, where / f"out-{to}").check
+    except UserError as error:
+        return f"refused: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]
     return True if done is not None and done.equal else "measures otherwise"

@@ -28,7 +28,7 @@ from transformers import (
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.strategy_settings import TreeSettings
-from dtmsearch.errors import SearchStopped
+from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.loop import search
@@ -255,8 +255,8 @@ FORWARDS = {
 
 @pytest.mark.parametrize("name", sorted(FORWARDS))
 def test_a_family_measures_as_plain_code_does(name: str) -> None:
-    found = families_of_models.check(name, exports=False)
-    assert (found["cuts"], found["ok"], found["right"]) == (FORWARDS[name], True, True)
+    found = families_of_models.check(name)
+    assert (found["cuts"], found["ok"], found["right"], found["components"]) == (FORWARDS[name], True, True, True)
 
 
 def written(name: str, folder: Path) -> Path:
@@ -299,3 +299,29 @@ def test_tensors_that_the_model_keeps_in_32_bits_stay_so(tmp_path: Path) -> None
     assert {name.rpartition(".")[2] for name, tensor in after.items() if tensor.dtype == torch.float32} == {
         "e_score_correction_bias"
     }
+
+
+# Code that reads a layer's weight as it begins; experts that are built otherwise in a quantized model, and would be
+# filled at random.
+@pytest.mark.parametrize(("name", "reason"), [("falcon", "has no attribute 'weight'"), ("llama4_text", "look for")])
+def test_what_transformers_cannot_load_packed_is_refused_before_it_is_written(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    path = written(name, tmp_path / "model")
+    linear = [c.name for c in read_manifest(ModelSpec(str(path), dtype="float32")).components if not c.stacked]
+    plan = measured_plan(path, tmp_path / "store", dict.fromkeys(linear, "int4-channel"))
+    with pytest.raises(UserError, match=f"cannot hold this plan for transformers.*{reason}.*`dense` holds"):
+        plan.export("compressed-tensors", tmp_path / "out", check=False)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_the_loader_puts_together_of_unquantized_tensors_is_packed_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of convolutions, each of which the files hold in three."""
+    in_process(monkeypatch)
+    path = written("olmo_hybrid", tmp_path / "model")
+    names = [c.name for c in read_manifest(ModelSpec(str(path), dtype="float32")).components]
+    plan = measured_plan(path, tmp_path / "store", dict.fromkeys(names, "int4-channel"))
+    check = plan.export("compressed-tensors", tmp_path / "out").check
+    assert check is not None and check.equal and check.sdt_measured > 0

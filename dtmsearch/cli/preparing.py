@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--validation", help="Other text, to judge the plan by, if not validation.* or test.*")
 @click.option("--out", type=NewPath(dir_okay=False), help="File to write instead of stdout.")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
-@click.option("--quick", is_flag=True, help="Read headers alone: the model's code is not run to see its components.")
+@click.option("--quick", is_flag=True, help="Read headers alone: the model's code is not run, nor the model.")
 @click.option("--time", "timed", is_flag=True, help="Time the model, as a dry run does, and write what it will cost.")
 def init_verb(
     model: str,
@@ -62,7 +62,7 @@ def init_verb(
     It fits the model, this machine and the engine that shall run the plan. Ends with the commands to go on with.
     """
     from dtmsearch.workflows.engines import ENGINES
-    from dtmsearch.workflows.init_config import find_texts, propose, read_model, this_machine
+    from dtmsearch.workflows.init_config import find_texts, propose, proposed_dtype, read_model, this_machine
 
     if out is not None and out.exists() and not force:
         raise click.UsageError(f"{out} is there already; give another --out, or --force")
@@ -75,10 +75,11 @@ def init_verb(
         say("running the model's code without its weights, some seconds (--quick leaves this out) ...")
         from dtmsearch.core.evaluation import ModelSpec
         from dtmsearch.errors import UserError
-        from dtmsearch.workflows.check_search import model_lines
+        from dtmsearch.workflows.check_search import model_lines, trial_line
 
         try:
             lines = model_lines(ModelSpec(facts.path))
+            lines.append(trial_line(ModelSpec(facts.path, dtype=proposed_dtype(facts, machine)), say))
         except UserError as error:  # such as code of its own, which the search file must allow first
             lines = [f"the model was not looked into: {error}"]
         for line in lines:
@@ -132,14 +133,16 @@ def _cost_of(text: str) -> str | None:
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
-def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
-    """Check a search FILE, its texts and its model's folder, and run nothing.
+@click.option("--quick", is_flag=True, help="Do not load the model and run it over a few tokens.")
+def validate_verb(file: Path, overrides: tuple[str, ...], quick: bool) -> None:
+    """Check a search FILE, its texts and its model, and search nothing.
 
     Reads the texts and the headers of the weights, and says where its prompts come from, and how many of them repeat a
-    text. Exits 2 and says what is wrong if anything is.
+    text. Last, a model that fits into this machine's free memory is loaded and run over 16 tokens. Exits 2 and says
+    what is wrong if anything is.
     """
     from dtmsearch.config import load
-    from dtmsearch.workflows.check_search import check_search
+    from dtmsearch.workflows.check_search import check_search, trial_line
 
     search_file = load(file, overrides)
     lines = check_search(search_file)
@@ -148,6 +151,8 @@ def validate_verb(file: Path, overrides: tuple[str, ...]) -> None:
     )
     for line in lines:
         print_text(line)
+    if not quick:
+        print_text(trial_line(search_file.model_spec, say))
 
 
 @cli.command(

@@ -78,11 +78,23 @@ def unmerged_tensors(job: Job) -> Iterator[tuple[str, str, Tensor]]:
     would look for quantized parts."""
     model = load(job)
     for name, tensor in own_tensors(model).items():
-        try:
-            named = names_in_files(model, {name: tensor})
-        except Exception:  # of one that is told from several only
-            named = {}
-        alike = [other for other, value in named.items() if value.shape == tensor.shape and torch.equal(value, tensor)]
-        yield name, alike[0] if len(named) == 1 and alike else name, tensor
+        yield name, _name_alone(model, name, tensor), tensor
     for name, tensor in left_in_files(job, model):
         yield name, name, tensor
+
+
+def unmerged_names(job: Job) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The same without values: own name -> (that in the files, shape)."""
+    own = own_tensors(job.empty)
+    return {name: (_name_alone(job.empty, name, tensor), tuple(tensor.shape)) for name, tensor in own.items()}
+
+
+def _name_alone(model: Any, name: str, tensor: Tensor) -> str:
+    """What the files call a tensor, or its own name where they hold it in another form."""
+    try:
+        named = names_in_files(model, {name: tensor})
+    except Exception:  # of one that is told from several only
+        return name
+    ((other, value), *more) = named.items()
+    same = value.shape == tensor.shape and (tensor.is_meta or torch.equal(value, tensor))
+    return other if same and not more else name

@@ -1,8 +1,9 @@
 """The verb `validate`: everything that `run` would refuse, found without a replica: the texts are read and cut, the
-headers of the weights opened, the space of the search laid out."""
+headers of the weights opened, the space of the search laid out, and the model run over a few tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def check_search(file: SearchFile) -> list[str]:
     texts.check_model(file)
     spec = file.model_spec
     lines: list[str] = []
-    if Path(spec.path).is_dir() or is_gguf(Path(spec.path)):
+    if _is_here(spec):
         from dtmsearch.model.modules.discovery import survey
 
         found = survey(spec)
@@ -45,6 +46,23 @@ def model_lines(spec: ModelSpec) -> list[str]:
     from dtmsearch.model.modules.discovery import survey
 
     return _lines_of(survey(spec))
+
+
+def trial_line(spec: ModelSpec, say: Callable[[str], object]) -> str:
+    """How a model on this machine runs over a few tokens, or why it was not run; `say` what is begun. Raises
+    `UserError` for one that does not run."""
+    from dtmsearch.model.replica.trial import obstacle, try_model
+
+    if not _is_here(spec):
+        return "the model was not run: it is not on this machine"
+    if why := obstacle(spec):
+        return f"the model was not run: {why}"
+    say("running the model over a few tokens (--quick leaves this out) ...")
+    return f"the model: {try_model(spec).line}"
+
+
+def _is_here(spec: ModelSpec) -> bool:
+    return Path(spec.path).is_dir() or is_gguf(Path(spec.path))
 
 
 def _lines_of(found: Survey) -> list[str]:

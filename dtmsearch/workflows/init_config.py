@@ -186,6 +186,11 @@ class Proposal:
     note: str
 
 
+def proposed_dtype(model: ModelFacts, machine: Machine) -> str:
+    """The dtype in which a model is searched on a machine."""
+    return model.dtype if machine.gpu_bytes else "float32"
+
+
 def propose(
     model: ModelFacts,
     machine: Machine,
@@ -202,7 +207,7 @@ def propose(
     Raises `UserError` when the model fits into no memory here.
     """
     wants = ENGINES[engine]
-    dtype = model.dtype if machine.gpu_bytes else "float32"
+    dtype = proposed_dtype(model, machine)
     need = model.num_weights * (4 if dtype == "float32" else 2) * _REPLICA_FACTOR
     where = _where(machine, need)
     window = min(_PROMPT_TOKENS, (model.context or 2 * _PROMPT_TOKENS) // 2)

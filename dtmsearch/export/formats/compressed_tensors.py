@@ -32,10 +32,11 @@ from dtmsearch.core.schemes import SCALE_BITS, Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
-from dtmsearch.export.loaded import merges_experts, unmerged_tensors
+from dtmsearch.export.loaded import merges_experts, unmerged_names, unmerged_tensors
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.rounding import Codes
 from dtmsearch.model.modules.compat import packed_to_int32
+from dtmsearch.model.modules.loading import loading_obstacle
 from dtmsearch.model.sources.library_formats import group_of
 
 NAME = "compressed-tensors"
@@ -47,7 +48,8 @@ def write_packed(job: Job, folder: Path) -> Written:
     if importlib.util.find_spec("compressed_tensors") is None:
         raise UserError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
     check_packed(job)
-    merged = job.runtime == "transformers" and merges_experts(job)
+    settings = _quantization_config(job)
+    merged = job.runtime == "transformers" and _rehearsed(job, settings)
     if not merged:
         job.require_places()
 
@@ -59,13 +61,62 @@ def write_packed(job: Job, folder: Path) -> Written:
         codes = component_codes(job, component, weight)
         return _parts(job, component, codes), _extra_bits(job, component, codes)
 
-    settings = _quantization_config(job)
     if merged or not _experts_of(job):
         return write_quantized(job, folder, parts_of, settings, _unmerged(job) if merged else None)
     extra: Counter[str] = Counter()
     written = write_quantized(job, folder, parts_of, settings, _by_expert(job, extra))
     summed = Counter(written.extra_bits) + extra
     return replace(written, extra_bits={what: bits for what, bits in summed.items() if bits})
+
+
+def _rehearsed(job: Job, settings: Mapping[str, Any]) -> bool:
+    """Whether parameters that the loader puts together of several tensors are to bear their own names, as those of
+    experts always do: it is tried without values what transformers makes of either. Raises `UserError` where it loads
+    neither."""
+    ways = (True,) if merges_experts(job) else (False, True)
+    reasons = [loading_obstacle(job.folder, job.empty, settings, dict(_empty_tensors(job, way))) for way in ways]
+    for way, reason in zip(ways, reasons, strict=True):
+        if not reason:
+            return way
+    raise UserError(
+        f"{NAME} cannot hold this plan for transformers, which loads no {type(job.empty).__name__} whose layers are "
+        f"packed: {reasons[0]}. `dense` holds the plan"
+    )
+
+
+def _empty_tensors(job: Job, merged: bool) -> Iterator[tuple[str, Tensor]]:
+    """What would be written, names and tensors without values."""
+    named = unmerged_names(job) if merged else {name: (name, shape) for name, shape in job.shapes.items()}
+    for own, (name, shape) in named.items():
+        module = own.removesuffix(".weight")
+        inside = job.manifest.by_name[module] if module in job.plan.schemes else None
+        component = inside if merged else job.component(own)
+        if component is None:
+            yield name, torch.empty(shape, dtype=job.dtype, device="meta")
+            continue
+        start = name.removesuffix(".weight") if merged else component.name
+        for ending, part in _empty_parts(job, component).items():
+            yield f"{start}.{ending}", part
+
+
+def _empty_parts(job: Job, component: Component) -> dict[str, Tensor]:
+    scheme = job.plan.scheme(component.name)
+    if scheme.is_source:
+        return _kept(job, component)
+    rows, cols = component.shape
+    assert scheme.bits is not None
+    is_whole, packed = scheme.granularity == "tensor", is_packed(scheme, job.runtime)
+    scales = (1,) if is_whole else (rows, scheme.num_scales(component.shape) // rows)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": (scales, job.scale_dtype)}
+    if packed:
+        shapes["weight_packed"] = (rows, -(-cols * scheme.bits // 32)), torch.int32
+        shapes["weight_shape"] = (2,), torch.int64
+    else:
+        shapes["weight"] = (rows, cols), torch.int8
+    if scheme.asymmetric:
+        words = (-(-rows * scheme.bits // 32), scales[-1]) if packed else scales
+        shapes["weight_zero_point"] = words, torch.int32 if packed else torch.int8
+    return {ending: torch.empty(shape, dtype=dtype, device="meta") for ending, (shape, dtype) in shapes.items()}
 
 
 def _experts_of(job: Job) -> dict[str, tuple[str, ...]]:

@@ -26,7 +26,7 @@ from dtmsearch.model.modules.swapping import swapped
 log = logging.getLogger(__name__)
 
 # Tokens of each of the two prompts on which cuts are proved.
-_PROVED_TOKENS = 16
+PROVED_TOKENS = 16
 # Logits that differ by less of their standard deviation may change places by rounding.
 _TIE = 0.1
 
@@ -186,7 +186,7 @@ class Body:
     def random_prompts(self) -> Tensor:
         """Two batches of two prompts on which things are proved, the same at every start."""
         generator = torch.Generator().manual_seed(0)
-        shape = 2, 2, _PROVED_TOKENS
+        shape = 2, 2, PROVED_TOKENS
         return torch.randint(1, max(2, self.vocabulary_size - 1), shape, generator=generator).to(self.input_device)
 
     def how_it_runs(self) -> str:
@@ -261,8 +261,8 @@ class Body:
 
     def generates_own(self, tokens: Tensor) -> bool:
         """Whether what is generated from the first half of `tokens` are the best tokens of single passes, or near."""
-        prompts = tokens[:, : _PROVED_TOKENS // 2]
-        found = self.generate(prompts, _PROVED_TOKENS // 2, ())
+        prompts = tokens[:, : PROVED_TOKENS // 2]
+        found = self.generate(prompts, PROVED_TOKENS // 2, ())
         own = self._whole_logits(torch.cat([prompts, found], dim=1))[:, prompts.shape[1] - 1 : -1].float()
         chosen = own.gather(2, found.to(own.device).unsqueeze(2)).squeeze(2)
         return bool((own.amax(2) - chosen <= _TIE * own.std(2)).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -191,6 +192,21 @@ def check_tensors(folder: Path, model: Any) -> None:
         log.debug("the tensors of %s are not checked before they are loaded: %s", folder, error)
         return
     _refuse_other_tensors(folder, loaded, loading)
+
+
+def loading_obstacle(folder: Path, model: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Why transformers cannot load a checkpoint of tensors without values, quantized as `settings` say, as `model`, a
+    tree without weights; empty where it can. `folder` has its configuration."""
+    config = copy.deepcopy(model.config)
+    config.quantization_config = dict(settings)
+    load = _without_report(folder, type(model).from_pretrained)
+    try:
+        _, loading = load(None, config=config, state_dict=dict(tensors), device_map={"": "meta"}, dtype=model.dtype)
+    except Exception as error:  # whatever a family's code cannot do without weights of its layers
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+    missing = sorted(loading["missing_keys"])
+    return f"it would look for {_listed(missing)}" if missing else ""
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -141,14 +141,15 @@ class ReferenceMaker:
         return np.concatenate([margins(self._body, row, start.prompt_tokens, never) for row in rows.split(1)])
 
     def _refuse_infinite(self, num_infinite: int, num_prompts: int) -> None:
-        if not num_infinite:
-            return
-        remedy = {
-            "float16": "Its activations pass 65504, the most that float16 holds: try model.dtype: bfloat16, which has "
-            "the range of float32",
-            "float32": "The checkpoint itself may hold values that are no numbers",
-        }.get(self._spec.dtype, "Try model.dtype: float32")
-        raise UserError(
-            f"the base model {self._spec.path} gives logits that are not finite in {self._spec.dtype}, on "
-            f"{num_infinite} of {num_prompts} prompts. {remedy}"
-        )
+        if num_infinite:
+            raise infinite_logits(self._spec, f"on {num_infinite} of {num_prompts} prompts")
+
+
+def infinite_logits(spec: ModelSpec, where: str) -> UserError:
+    """The error of a base model whose logits are not finite."""
+    remedy = {
+        "float16": "Its activations pass 65504, the most that float16 holds: try model.dtype: bfloat16, which has the "
+        "range of float32",
+        "float32": "The checkpoint itself may hold values that are no numbers",
+    }.get(spec.dtype, "Try model.dtype: float32")
+    return UserError(f"the base model {spec.path} gives logits that are not finite in {spec.dtype}, {where}. {remedy}")

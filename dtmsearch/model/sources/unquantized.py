@@ -104,6 +104,11 @@ def unquantized_folder(path: Path, dtype: str, load_with: Callable[[Any], Any]) 
     return _made(target, write)
 
 
+def is_unquantized_here(path: Path, dtype: str) -> bool:
+    """Whether the unquantized folder of a source is there."""
+    return (_cache() / f"{_key(path)}-{dtype}" / RECORD).is_file()
+
+
 def described_folder(path: Path, dtype: str, load_with: Callable[[Any], Any]) -> Path:
     """A folder of the source's unquantized names and shapes, without values; of a GGUF file, the unquantized folder
     itself."""
