@@ -25,7 +25,7 @@ from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.numeric_mode import ATTENTION, DTYPE, SCALE_DTYPE
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.records import RUN_NAME
-from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.schemes import ALIASES, parse_scheme
 from dtmsearch.core.strategy_settings import (
     LARGEST,
     RANK_BY,
@@ -407,6 +407,7 @@ class SearchSection(Section):
         for name in names:
             if parse_scheme(name).is_unquantized:
                 raise ValueError("dense is where every search starts, so it is no scheme to search for")
+        names = tuple(ALIASES.get(name, name) for name in names)
         if len(set(names)) < len(names):
             raise ValueError("a scheme stands there twice")
         return names

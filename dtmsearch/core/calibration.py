@@ -60,11 +60,13 @@ def calibration_id(
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
     """Mean squares of every component's inputs over a calibration: component -> [cols], and of how many tokens these
-    are; of an expert that too few tokens reach they are all 1."""
+    are; of an expert that too few tokens reach they are all 1. `largest` are the largest absolute inputs; none are
+    known of statistics that earlier versions have stored."""
 
     calibration_id: str
     mean_squares: Mapping[str, FloatArray]
     num_tokens: Mapping[str, int] = field(default_factory=dict)
+    largest: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

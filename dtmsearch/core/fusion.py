@@ -26,6 +26,17 @@ def fused_groups(components: Iterable[Component]) -> list[tuple[Component, ...]]
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
+def scale_partners(components: Iterable[Component]) -> dict[str, tuple[str, ...]]:
+    """Component -> itself and those whose weights share the scale of a whole tensor with its: the kinds of one of
+    `FUSED_KINDS` in one module, which engines multiply as one matrix; of experts each by itself."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for component in components:
+        for kinds in FUSED_KINDS:
+            if component.kind in kinds:
+                groups.setdefault((component.name.rpartition(".")[0], kinds), []).append(component.name)
+    return {name: tuple(group) for group in groups.values() for name in group}
+
+
 def untied_groups(plan: Plan, components: Iterable[Component]) -> list[tuple[Component, ...]]:
     """The fused groups to which a plan gives more than one scheme."""
     return [group for group in fused_groups(components) if len({plan.scheme_of(c.name) for c in group}) > 1]

@@ -78,7 +78,8 @@ def _not_linear_in_transformers(component: Component) -> str | None:
 def dense_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """Why a checkpoint of unquantized tensors cannot hold a scheme; None where it can."""
     if scheme.rounds_activations:
-        return "it rounds activations as well, which no weights can tell; `bitsandbytes` holds it"
+        holds = "bitsandbytes" if scheme.kind.as_module else "compressed-tensors"
+        return f"it rounds activations as well, which no weights can tell; `{holds}` holds it"
     return None
 
 
@@ -152,8 +153,14 @@ def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """Of compressed-tensors' packed integers, as transformers loads them."""
     if scheme.is_source:
         return "it stores what it rounds itself; the export `source` keeps the base model's own bytes"
+    if scheme.weights is not None:
+        return scheme.misfit(shape) or _uneven(scheme, shape)
     if not scheme.kind.on_grid and not scheme.is_unquantized:
-        return "it stores integers with a scale for a tensor, a row or a group; `dense` takes the others"
+        return "it stores codes with a scale for a tensor, a row or a group; `dense` takes the others"
+    return _uneven(scheme, shape)
+
+
+def _uneven(scheme: Scheme, shape: Shape) -> str | None:
     if scheme.granularity == "group" and shape[1] % scheme.group_size:
         return f"its groups divide the inputs evenly, and {scheme.group_size} does not divide {shape[1]}"
     return None
@@ -162,7 +169,7 @@ def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
 def vllm_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """The same, as vLLM's kernels read them."""
     found = packed_obstacle(scheme, shape)
-    if found is not None or scheme.is_unquantized:
+    if found is not None or scheme.is_unquantized or scheme.weights is not None:
         return found
     if scheme.bits not in VLLM_BITS:
         return f"its kernels read {' and '.join(map(str, VLLM_BITS))} bits"
@@ -179,6 +186,8 @@ def is_packed(scheme: Scheme, engine: str) -> bool:
 
 def packing_bits(scheme: Scheme, shape: Shape, engine: str) -> int:
     """What packed codes and zero points take beyond their own bits: whole bytes, or padding to words of 32 bits."""
+    if scheme.weights is not None and not scheme.weights.packs_in_words:
+        return 0
     rows, cols = shape
     num_zeros = scheme.num_scales(shape) if scheme.asymmetric else 0
     if not is_packed(scheme, engine):
@@ -191,6 +200,9 @@ def _packed_bits(engine: str) -> Callable[[Scheme, Shape, int, int], int]:
         counted = scheme.stored_bits(shape, dense_bits)
         if scheme.is_unquantized:
             return counted
+        if scheme.weights is not None:
+            floats = scheme.num_scales(shape) if scheme.weights.scale == "float" else 0
+            return counted + floats * (scale_bits - SCALE_BITS) + packing_bits(scheme, shape, engine)
         # vLLM keeps scales in a model's 16 bits, whatever the file says; GPTQ solves for such.
         short = scheme.needs_hessians or (engine == "vllm" and dense_bits == SCALE_BITS)
         wider = 0 if short else scheme.num_scales(shape) * (scale_bits - SCALE_BITS)

@@ -14,7 +14,7 @@ from typing import Any
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
-from dtmsearch.core.schemes import DENSE, UNQUANTIZED, Scheme, parse_scheme
+from dtmsearch.core.schemes import ALIASES, DENSE, UNQUANTIZED, Scheme, parse_scheme
 from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import UserError
 
@@ -56,8 +56,8 @@ class Plan:
 
     @staticmethod
     def of(schemes: Mapping[str, str]) -> Plan:
-        """A plan from component -> scheme; `dense` may be among the schemes."""
-        return Plan(tuple(sorted((c, s) for c, s in schemes.items() if s != DENSE)))
+        """A plan from component -> scheme; `dense` may be among the schemes, and other names of some."""
+        return Plan(tuple(sorted((c, ALIASES.get(s, s)) for c, s in schemes.items() if s != DENSE)))
 
     @staticmethod
     def uniform(components: Iterable[Component], scheme: str) -> Plan:

@@ -15,6 +15,8 @@ from math import ceil
 from typing import Any, Literal, Protocol
 
 from dtmsearch.core import plugins
+from dtmsearch.core.number_formats import Rounding
+from dtmsearch.core.served_schemes import SERVED, served_format
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
@@ -32,6 +34,8 @@ _BITSANDBYTES: dict[str, tuple[int, int | None]] = {
     "nf4": (4, BITSANDBYTES_BLOCK),
     "fp4": (4, BITSANDBYTES_BLOCK),
 }
+# Other names of schemes: what a person may write for one.
+ALIASES = {"bnb-w8a8": "w8a8"}
 _SALIENCIES = ("magnitude", "wanda", "sparsegpt", "random")
 # Of inputs: no matrix has more.
 _COUNT = "[1-9][0-9]{0,8}"
@@ -107,6 +111,7 @@ class Scheme:
     (`group_size` inputs of a row) or `block` (`group_size` consecutive weights of the flattened matrix); `asymmetric`
     schemes store a zero point with each scale. `quantizer` names the scheme that a pair's pruned weights are quantized
     by. `pruning` is None where nothing is pruned. `rounds_activations`: it rounds what the component reads as well.
+    `weights` and `activations` say how, for schemes as engines serve them (`served_schemes`), and are None for others.
 
     It crosses process borders as its name.
     """
@@ -120,6 +125,8 @@ class Scheme:
     pruning: Pruning | None = None
     quantizer: str | None = None
     rounds_activations: bool = False
+    weights: Rounding | None = None
+    activations: Rounding | None = None
     own: SchemeFamily | None = field(default=None, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Callable[[str], Scheme], tuple[str]]:
@@ -183,14 +190,25 @@ class Scheme:
         return self._is_gptq or (self.pruning is not None and self.pruning.saliency == "sparsegpt")
 
     @property
+    def needs_largest_inputs(self) -> bool:
+        """Whether a scale of what the component reads is fixed beforehand, by the largest that it reads of a text."""
+        return self.activations is not None and self.activations.static
+
+    def misfit(self, shape: tuple[int, int]) -> str | None:
+        """Why a matrix of `shape` cannot be under the scheme in any format, None where it can."""
+        return None if self.weights is None else self.weights.misfit(shape[1])
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether it follows from the component's inputs over calibration text."""
-        if self.own is not None and self.own.needs == "mean_squares":
+        if (self.own is not None and self.own.needs == "mean_squares") or self.needs_largest_inputs:
             return True
         return self.needs_hessians or (self.pruning is not None and self.pruning.saliency == "wanda")
 
     def num_scales(self, shape: tuple[int, int]) -> int:
         """Scales that a matrix of `shape` is stored with."""
+        if self.weights is not None:
+            return self.weights.num_scales(shape)
         rows, cols = shape
         per_granularity = {
             "none": 0,
@@ -210,8 +228,8 @@ class Scheme:
     def stored_bits(self, shape: tuple[int, int], dense_bits: int) -> int:
         """Bits that a matrix of `shape` takes: codes or dense values of the weights that are kept, `scale_bits` for
         each scale, `bits` for each zero point, and the mask. A dropped matrix takes none."""
-        if self.own is not None and self.own.stored_bits is not None:
-            return self.own.stored_bits(self, shape, dense_bits)
+        if self.kind.stored_bits is not None:
+            return self.kind.stored_bits(self, shape, dense_bits)
         kept = shape[0] * shape[1] - self.pruned_weights(shape)
         mask_bits = 0 if self.pruning is None else self.pruning.mask_bits(shape)
         per_scale = self.scale_bits + (self.bits if self.asymmetric else 0)
@@ -240,7 +258,8 @@ class SchemeFamily:
     scheme, of the same shape and dtype, and a function of its arguments alone. `needs` says whether `make` asks for
     these mean squares. `examples` are names to show and to suggest.
 
-    `as_module`: its schemes stand in a layer's place as a module, not as other weights. `on_grid`: they are codes with
+    `as_module`: its schemes stand in a layer's place as a module of bitsandbytes, not as other weights.
+    `rounds_by_number`: they say by `Scheme.weights` and `activations` what they do. `on_grid`: they are codes with
     scales of a tensor, a row or a group, and nothing else. `only_prunes`: they make weights zero, and change no other.
     `scale_bits` are those of a stored scale. `siblings` are the names of schemes that differ from one only in how much
     they compress, itself among them. `uniform_lines` (scheme, granularities) are what a uniform plan of a scheme's kind
@@ -255,6 +274,7 @@ class SchemeFamily:
     needs: Literal["nothing", "mean_squares"] = "nothing"
     examples: tuple[str, ...] = ()
     as_module: bool = False
+    rounds_by_number: bool = False
     on_grid: bool = False
     only_prunes: bool = False
     scale_bits: int = SCALE_BITS
@@ -309,6 +329,7 @@ def parse_scheme(name: str) -> Scheme:
 
 
 def _parsed(name: str) -> Scheme | None:
+    name = ALIASES.get(name, name)
     for family in _FAMILIES.values():
         scheme = family.parse(name)
         if scheme is not None:
@@ -356,6 +377,28 @@ def _paired(name: str) -> Scheme | None:
     return None if found is None else replace(found, name=name, pruning=pruning, quantizer=quantized)
 
 
+def _served(family: str) -> Callable[[str], Scheme | None]:
+    def parse(name: str) -> Scheme | None:
+        served = served_format(family, name)
+        if served is None:
+            return None
+        weights, activations = served.weights, served.activations
+        return Scheme(
+            *(name, family, weights.bits, weights.grain, weights.size),
+            rounds_activations=activations is not None,
+            weights=weights,
+            activations=activations,
+        )
+
+    return parse
+
+
+def _served_bits(scheme: Scheme, shape: Shape, dense_bits: int) -> int:
+    served = served_format(scheme.family, scheme.name)
+    assert served is not None
+    return served.stored_bits(shape, SCALE_BITS)
+
+
 def _quantized(name: str, family: str) -> Scheme | None:
     match = _ROUNDING.fullmatch(name)
     if match is None:
@@ -386,7 +429,8 @@ def _unknown(name: str) -> str:
 
 
 def _examples_of_plugins() -> tuple[str, ...]:
-    return tuple(example for family in _FAMILIES.values() if family.make is not None for example in family.examples)
+    further = (family for family in _FAMILIES.values() if family.make is not None or family.rounds_by_number)
+    return tuple(example for family in further for example in family.examples)
 
 
 def _nearest(name: str) -> str:
@@ -401,7 +445,7 @@ def _nearest(name: str) -> str:
 
 
 def _alike(name: str, known: tuple[str, ...]) -> str:
-    return name if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return name if name in known else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
 
 
 @lru_cache(maxsize=1)
@@ -534,6 +578,17 @@ for _family in (
         examples=("int4-g128+wanda-0.5", "gptq-int4-g128+magnitude-0.5"),
         siblings=_widths,
         uniform_lines=_rounding_lines,
+    ),
+    *(
+        SchemeFamily(
+            family,
+            _served(family),
+            stored_bits=_served_bits,
+            examples=tuple(SERVED[family]),
+            rounds_by_number=True,
+            uniform_lines=lambda scheme, grains: [(scheme.name,)],
+        )
+        for family in SERVED
     ),
     SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),

@@ -8,14 +8,17 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job
+from dtmsearch.model.compress.number_rounding import NumberCodes
 from dtmsearch.model.compress.packing import packed_codes
 from dtmsearch.model.compress.rounding import Codes, round_codes
 
 
-def component_codes(job: Job, component: Component, weight: Tensor) -> Codes:
-    """The codes, scales and zero points of a component under a rounding or GPTQ scheme. Raises `UserError` for a
-    matrix that has not been solved for."""
+def component_codes(job: Job, component: Component, weight: Tensor) -> Codes | NumberCodes:
+    """The codes, scales and zero points of a component under a rounding or GPTQ scheme, or one that says how it rounds
+    weights. Raises `UserError` for a matrix that has not been solved for."""
     scheme = job.plan.scheme(component.name)
+    if scheme.weights is not None:
+        return job.compressor.number_codes(component.name, weight, scheme)
     if scheme.solved is None:
         return round_codes(weight, scheme, job.scale_dtype)
     packed = job.compressor.solved(component.name, scheme)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.compress.number_rounding import largest_of
 from dtmsearch.model.modules.compat import is_ignored, kept_in_float32, tied_parameters
 from dtmsearch.model.modules.loading import empty_model
 from dtmsearch.model.modules.matrices import sliced_matrices
@@ -49,6 +51,12 @@ class Job:
     weights_id: str = ""
 
     def __post_init__(self) -> None:
+        partners = scale_partners(self.manifest.components)
+        self.compressor.share_scales(
+            lambda name: max(
+                largest_of(self.matrix(self.manifest.by_name[other])) for other in partners.get(name, (name,))
+            )
+        )
         if not self.unplaced:
             self._check_trained()
 

@@ -44,7 +44,8 @@ class SearchSpace:
     components of the group change together). `experts`: with `layer` all matrices of all experts of a mixture change
     together, as engines run them. `dense_bits` is the size of an uncompressed weight.
 
-    Raises `UserError` for tied names that match nothing, a component in two groups, and a budget out of reach.
+    Raises `UserError` for tied names that match nothing, a component in two groups, a scheme that a component's shape
+    does not fit, and a budget out of reach.
     """
 
     components: tuple[Component, ...]
@@ -55,6 +56,7 @@ class SearchSpace:
     experts: Experts = "layer"
 
     def __post_init__(self) -> None:
+        _check_shapes(self.components, self.parsed)
         _check_budget(self.budget, self.units)
 
     @cached_property
@@ -251,6 +253,19 @@ def _unknown_tied(entry: str, names: Iterable[str], kinds: Iterable[str]) -> str
         f"tied: {entry!r} is neither a kind nor the name of a component of this search; the nearest is {nearest[0]!r} "
         f"(kinds are {', '.join(sorted(kinds))})"
     )
+
+
+def _check_shapes(components: tuple[Component, ...], schemes: tuple[Scheme, ...]) -> None:
+    """Raise `UserError` for a scheme that no format has for the shape of a component."""
+    for scheme in schemes:
+        misfits = [(c.name, why) for c in components if (why := scheme.misfit(c.shape)) is not None]
+        if misfits:
+            name, why = misfits[0]
+            others = f" and {len(misfits) - 1} others" if len(misfits) > 1 else ""
+            raise UserError(
+                f"{scheme.name} is none for {name}{others}: {why}. Leave these components out (components.exclude) or "
+                "take another scheme"
+            )
 
 
 def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:

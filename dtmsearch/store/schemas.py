@@ -198,8 +198,8 @@ STEPS = _schema(
         ("wall_seconds", pa.float64()),
     ],
 )
-# Mean squares of the inputs of a model's components over calibration text, and how many tokens these are of; where too
-# few tokens reach an expert, they are all 1.
+# Mean squares of the inputs of a model's components over calibration text, how many tokens these are of, and the
+# largest absolute input; where too few tokens reach an expert, mean squares are all 1.
 STATISTICS = _schema(
     "statistics",
     [
@@ -208,6 +208,7 @@ STATISTICS = _schema(
         ("component", pa.string()),
         ("mean_squares", _FLOATS),
         ("tokens", pa.int64()),
+        ("largest", pa.float32()),
     ],
 )
 # Components under schemes that took solving for, as `core.calibration.PackedMatrix` says.
@@ -334,7 +335,7 @@ ADDED: dict[str, frozenset[str]] = {
     "components": frozenset({"transposed", "stacked", "mixture", "num_experts", "experts_per_token", "apart"})
     | {"source_bits", "source"},
     "steps": frozenset({"active_bits_per_weight"}),
-    "statistics": frozenset({"tokens"}),
+    "statistics": frozenset({"tokens", "largest"}),
     "prompts": frozenset({"opening", "tokenizer"}),
     "weight_errors": frozenset({"scheme_version"}),
     "runs": frozenset(

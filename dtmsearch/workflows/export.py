@@ -188,11 +188,11 @@ def _over(found: Source) -> str:
 
 def _compressor(found: Source, results: ResultStore, scale_dtype: torch.dtype, device: torch.device) -> Compressor:
     """What makes components' weights, with the statistics and the solved matrices that the store holds."""
-    compressor = Compressor(scale_dtype)
+    compressor = Compressor(scale_dtype, getattr(torch, found.spec.scale_dtype))
     calibration_id = "" if found.recorded is None else found.recorded.calibration_id
     statistics = results.statistics(calibration_id) if calibration_id else None
     if statistics is not None:
-        compressor.calibrate(calibration_id, statistics.mean_squares, device)
+        compressor.calibrate(calibration_id, statistics, device)
         if found.trained is None:  # matrices are kept of the model's own weights only
             compressor.fetch_from(
                 lambda component, scheme: results.matrices(calibration_id, [component]).get((component, scheme))

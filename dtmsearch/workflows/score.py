@@ -31,8 +31,6 @@ from dtmsearch.workflows.export_source import find
 
 # Intervals are made with the same weights every time.
 _INTERVAL_SEED = 0
-# Schemes that a dense checkpoint cannot say.
-_ROUNDS_ACTIVATIONS = {"w8a8", "llm-int8"}
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,10 @@ def _exported(run: str, store: str, base: str | None, out: str, say: Callable[[s
     results = ResultStore(store)
     record = results.run(run)
     found = None if record is None or record.final_plan_id is None else results.plan(record.final_plan_id, run)
-    activations = found is not None and any(scheme in _ROUNDS_ACTIVATIONS for _, scheme in found.entries)
-    export(run, "bitsandbytes" if activations else "dense", out, store, check=False, model=base, say=say)
+    rounding = [] if found is None else [s for s in found.parsed.values() if s.rounds_activations]
+    # A dense checkpoint cannot say that activations are rounded.
+    form = "dense" if not rounding else "bitsandbytes" if rounding[0].kind.as_module else "compressed-tensors"
+    export(run, form, out, store, check=False, model=base, say=say)
     return out
 
 

@@ -1,5 +1,6 @@
-"""`compressed-tensors`: packed integers with their scales, several schemes in one model, as the library of that name
-stores them (its format `pack-quantized`), read by transformers with that library and by vLLM.
+"""`compressed-tensors`: codes with their scales, several schemes in one model, each in the format that the library of
+that name has for it (integers `pack-quantized`, FP8 `float-quantized`, ...), read by transformers with that library and
+by vLLM.
 
 What stands in the files is the search's own rounding: codes are packed as they are, nothing is rounded anew.
 """
@@ -34,12 +35,27 @@ from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.loaded import merges_experts, unmerged_names, unmerged_tensors
 from dtmsearch.export.writer import write_quantized
+from dtmsearch.model.compress.number_rounding import NumberCodes, calibrated_scale
+from dtmsearch.model.compress.packing import number_bytes
+from dtmsearch.model.compress.quantization_arguments import arguments_of
 from dtmsearch.model.compress.rounding import Codes
 from dtmsearch.model.modules.compat import packed_to_int32
 from dtmsearch.model.modules.loading import loading_obstacle
 from dtmsearch.model.sources.library_formats import group_of
 
 NAME = "compressed-tensors"
+# The library's formats, by numbers and their scales.
+_NUMBER_FORMATS = {
+    "e4m3 float": "float-quantized",
+    "e4m3 e8m0": "mxfp8-quantized",
+    "e2m1 e4m3": "nvfp4-pack-quantized",
+    "e2m1 e8m0": "mxfp4-pack-quantized",
+    "e2m3 e8m0": "mxfp6-pack-quantized",
+    "int8 float": "int-quantized",
+    "int4 float": "pack-quantized",
+}
+# Of scales e8m0: exponents are counted from it.
+_BIAS = 127
 _SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole bytes", "padding to words of 32 bits"
 
 
@@ -152,8 +168,12 @@ def _by_expert(job: Job, extra: Counter[str]) -> Iterator[tuple[str, Component |
                 yield f"{part.removesuffix('.weight')}.{ending}", None, made
 
 
-def _rows_of(codes: Codes, first: int, rows: int) -> Codes:
+def _rows_of(codes: Codes | NumberCodes, first: int, rows: int) -> Codes | NumberCodes:
     """The codes of some rows of a matrix."""
+    if isinstance(codes, NumberCodes):
+        whole = len(codes.scales) < len(codes.values)
+        scales = codes.scales if whole else codes.scales[first : first + rows]
+        return replace(codes, values=codes.values[first : first + rows], scales=scales)
 
     def cut(values: Tensor) -> Tensor:
         return values[first : first + rows] if len(values) == len(codes.codes) else values
@@ -204,9 +224,11 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
     return obstacle
 
 
-def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
+def _parts(job: Job, component: Component, codes: Codes | NumberCodes) -> dict[str, Tensor]:
     """The tensors of one component, by the ending of their names."""
     scheme = job.plan.scheme(component.name)
+    if isinstance(codes, NumberCodes):
+        return _number_parts(codes) | _input_parts(job, component, scheme)
     scales = codes.scales.reshape(-1) if codes.scales.numel() == 1 else codes.scales
     signed, zeros = _signed(codes.codes, codes), None if codes.zeros is None else _signed(codes.zeros, codes)
     parts = {"weight_scale": scales.to(codes.scale_dtype)}
@@ -219,6 +241,34 @@ def _parts(job: Job, component: Component, codes: Codes) -> dict[str, Tensor]:
     return parts
 
 
+def _number_parts(codes: NumberCodes) -> dict[str, Tensor]:
+    number, scales = codes.rounding.number, codes.scales
+    if codes.rounding.scale == "e8m0":
+        scales = (torch.log2(scales) + _BIAS).to(torch.uint8)
+    elif codes.rounding.scale == "e4m3":
+        scales = scales.to(torch.float8_e4m3fn)
+    else:
+        scales = (scales.reshape(-1) if codes.rounding.grain == "tensor" else scales).to(codes.scale_dtype)
+    parts = {"weight_scale": scales}
+    if codes.rounding.has_tensor_scale:
+        parts["weight_global_scale"] = codes.tensor_scale.reshape(1)
+    if number == "int4":
+        shape = torch.tensor(codes.values.shape)
+        return parts | {"weight_packed": packed_to_int32(codes.values.to(torch.int8), 4), "weight_shape": shape}
+    if number in ("e4m3", "int8"):
+        return parts | {"weight": codes.values.to(torch.int8 if number == "int8" else torch.float8_e4m3fn)}
+    return parts | {"weight_packed": number_bytes(codes.values, number)}
+
+
+def _input_parts(job: Job, component: Component, scheme: Scheme) -> dict[str, Tensor]:
+    """What is calibrated of how a component's inputs are rounded."""
+    if not scheme.needs_largest_inputs:
+        return {}
+    assert scheme.activations is not None
+    ending = "input_global_scale" if scheme.activations.has_tensor_scale else "input_scale"
+    return {ending: calibrated_scale(job.compressor.largest_input(component.name), scheme.activations).reshape(1)}
+
+
 def _signed(values: Tensor, codes: Codes) -> Tensor:
     """Codes or zero points around zero, as the library counts them."""
     if codes.zeros is None:
@@ -227,9 +277,15 @@ def _signed(values: Tensor, codes: Codes) -> Tensor:
     return values.to(torch.int16).sub_(middle).to(torch.int8)
 
 
-def _extra_bits(job: Job, component: Component, codes: Codes) -> dict[str, int]:
+def _extra_bits(job: Job, component: Component, codes: Codes | NumberCodes) -> dict[str, int]:
     """What the files hold of a component beyond the plan's arithmetic."""
     scheme = job.plan.scheme(component.name)
+    if isinstance(codes, NumberCodes):
+        floats = codes.scales.numel() if codes.rounding.scale == "float" else 0
+        wider = {_SCALES: floats * (8 * codes.scale_dtype.itemsize - SCALE_BITS)}
+        if not codes.rounding.packs_in_words:
+            return wider
+        return wider | {_PADDING: packing_bits(scheme, component.shape, job.runtime), "shapes": 128}
     scale_bits = codes.scales.numel() * (8 * codes.scale_dtype.itemsize - SCALE_BITS)
     packing = packing_bits(scheme, component.shape, job.runtime)
     if not is_packed(scheme, job.runtime):
@@ -260,7 +316,7 @@ def _quantization_config(job: Job) -> dict[str, Any]:
         f"group_{number}": {
             "targets": names,
             "weights": _weights_arguments(scheme),
-            "input_activations": None,
+            "input_activations": None if scheme.activations is None else arguments_of(scheme.activations, True),
             "output_activations": None,
             "format": _format(job, scheme),
         }
@@ -309,10 +365,15 @@ def _beside_experts(job: Job, blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _format(job: Job, scheme: Scheme) -> str:
+    if scheme.weights is not None:
+        number = scheme.weights.number
+        return _NUMBER_FORMATS[f"{number} {scheme.weights.scale}"]
     return "pack-quantized" if is_packed(scheme, job.runtime) else "naive-quantized"
 
 
 def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
+    if scheme.weights is not None:
+        return arguments_of(scheme.weights, False)
     return {
         "num_bits": scheme.bits,
         "type": "int",

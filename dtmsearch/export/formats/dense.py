@@ -14,9 +14,10 @@ from dtmsearch.export.writer import ShardWriter, copy_other_files
 def write_dense(job: Job, folder: Path) -> Written:
     """Raises `UserError` for schemes that are more than weights."""
     shapes = {name: job.manifest.by_name[name].shape for name in job.plan.schemes}
-    more = [f"{name}: {s.name}" for name, s in job.plan.parsed.items() if dense_obstacle(s, shapes[name])]
+    reasons = {name: dense_obstacle(s, shapes[name]) for name, s in job.plan.parsed.items()}
+    more = [f"{name}: {job.plan.scheme_of(name)}" for name, reason in reasons.items() if reason]
     if more:
-        raise refuse("dense", "these schemes round activations as well; `bitsandbytes` holds them", more)
+        raise refuse("dense", next(reason for reason in reasons.values() if reason), more)
     writer = ShardWriter(folder, job)
     tensors = dense_tensors(job) if job.unplaced else job.rewritten(lambda c, weight: component_dense(job, c, weight))
     for name, tensor in tensors:

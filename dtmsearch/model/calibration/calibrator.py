@@ -120,12 +120,12 @@ class Calibrator:
         self._fetch[calibration_id] = fetch
 
     def statistics(self, calibration_id: str) -> InputStatistics:
-        """Gather, if they are not known, the mean squares of all components' inputs."""
+        """Gather, if they are not known, mean squares and largest values of all components' inputs."""
         if calibration_id not in self._statistics:
             with self._standing.on_base(), self._standing.eagerly():
-                squares, tokens = self._gatherer(self.known(calibration_id)).mean_squares()
+                squares, tokens, largest = self._gatherer(self.known(calibration_id)).mean_squares()
             squares |= self._unweighed(tokens)
-            self._statistics[calibration_id] = InputStatistics(calibration_id, squares, tokens)
+            self._statistics[calibration_id] = InputStatistics(calibration_id, squares, tokens, largest)
         return self._statistics[calibration_id]
 
     def _unweighed(self, tokens: Mapping[str, int]) -> dict[str, FloatArray]:
@@ -144,7 +144,7 @@ class Calibrator:
         self.active = calibration_id
         self.forget()
         compressor = self._weights.compressor
-        compressor.calibrate(calibration_id, statistics.mean_squares, self._body.input_device)
+        compressor.calibrate(calibration_id, statistics, self._body.input_device)
 
     def known(self, calibration_id: str) -> Calibration:
         """A calibration by its id. Raises `ValueError` for one that was not given."""

@@ -42,6 +42,7 @@ class _Gathered:
     components: list[str]
     sums: Tensor | None = None
     num_tokens: int = 0
+    largest: Tensor | None = None
 
 
 @dataclass
@@ -66,6 +67,9 @@ class _Inputs:
     def _add(self, gathered: _Gathered, rows: Tensor) -> None:
         sums = _products(rows) if self.hessians else rows.float().square().sum(dim=0).double()
         gathered.sums = sums if gathered.sums is None else gathered.sums.add_(sums)
+        if not self.hessians and len(rows):
+            largest = rows.abs().amax().float()
+            gathered.largest = largest if gathered.largest is None else torch.maximum(gathered.largest, largest)
         gathered.num_tokens += len(rows)
 
 
@@ -101,9 +105,9 @@ class Gatherer:
         self._boundary = body.own.start
         self._states: Sequence[State] = self._entry
 
-    def mean_squares(self) -> tuple[dict[str, FloatArray], dict[str, int]]:
-        """Component -> mean squares [cols] of its inputs, and how many tokens these are of; without those that the text
-        does not reach."""
+    def mean_squares(self) -> tuple[dict[str, FloatArray], dict[str, int], dict[str, float]]:
+        """Component -> mean squares [cols] of its inputs, how many tokens these are of, and the largest absolute input;
+        without those that the text does not reach."""
         inputs = _Inputs(hessians=False)
         with self._hooked(list(self._components.values()), inputs):
             for batch, state in zip(self._batches, self._entered(self._entry), strict=True):
@@ -116,7 +120,9 @@ class Gatherer:
             if gathered.sums is not None
             for component in gathered.components
         }
-        return squares, {name: gathered.num_tokens for gathered in reached for name in gathered.components}
+        tokens = {name: gathered.num_tokens for gathered in reached for name in gathered.components}
+        largest = {name: float(g.largest) for g in reached if g.largest is not None for name in g.components}
+        return squares, tokens, largest
 
     def hessians(self, layer: int, stay: bool = False) -> list[SharedHessian]:
         """The Hessians of a layer's components; without those that the text does not reach.

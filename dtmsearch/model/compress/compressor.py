@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from dtmsearch.core.calibration import FloatArray, PackedMatrix
+from dtmsearch.core.calibration import InputStatistics, PackedMatrix
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.gptq import Job
+from dtmsearch.model.compress.number_rounding import NumberCodes, largest_of, weight_codes
 from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.pruning import Pruner
 from dtmsearch.model.compress.rounding import round_weight
@@ -26,27 +27,40 @@ Fetch = Callable[[str, str], PackedMatrix | None]
 
 
 class Compressor:
-    """Compresses components. Calibrated schemes need `calibrate` first, solved ones `keep` or `fetch_from`."""
+    """Compresses components; scales are held in `scale_dtype`, those that an engine keeps in 32 bits beside 16-bit
+    weights (of FP8, and of integers beside rounded activations) in `number_scale_dtype`. Calibrated schemes need
+    `calibrate` first, solved ones `keep` or `fetch_from`."""
 
-    def __init__(self, scale_dtype: torch.dtype = torch.float32) -> None:
-        self._scale_dtype = scale_dtype
+    def __init__(self, scale_dtype: torch.dtype = torch.float32, number_scale_dtype: torch.dtype | None = None) -> None:
+        self._scale_dtype, self._number_scale_dtype = scale_dtype, number_scale_dtype or scale_dtype
         self._pruner = Pruner()
         self._calibrated: str | None = None
         self._mean_squares: dict[str, Tensor] = {}
+        self._largest_inputs: dict[str, Tensor] = {}
+        self._shared: Callable[[str], Tensor] | None = None
+        self._largest: dict[str, Tensor] = {}
         self._solved: OrderedDict[tuple[str, str], PackedMatrix] = OrderedDict()
         self._fetch: Fetch | None = None
 
-    def calibrate(self, calibration_id: str, mean_squares: Mapping[str, FloatArray], device: torch.device) -> None:
+    def share_scales(self, largest: Callable[[str], Tensor]) -> None:
+        """Take what gives the largest absolute weight among those that share the scale of a tensor with a component;
+        without it each component has its own."""
+        self._shared = largest
+
+    def calibrate(self, calibration_id: str, statistics: InputStatistics, device: torch.device) -> None:
         """Take the statistics of a calibration; what followed from another's is forgotten."""
         self._pruner = Pruner()
         self._solved.clear()
         self._fetch = None
         self._calibrated = calibration_id
-        self._mean_squares = {name: torch.from_numpy(values.copy()).to(device) for name, values in mean_squares.items()}
+        squares = statistics.mean_squares
+        self._mean_squares = {name: torch.from_numpy(values.copy()).to(device) for name, values in squares.items()}
+        self._largest_inputs = {name: torch.tensor(size, device=device) for name, size in statistics.largest.items()}
 
     def forget_weights(self) -> None:
         """The components have other weights from now on: thresholds and solved matrices were of those before."""
         self._pruner = Pruner()
+        self._largest.clear()
         self._solved.clear()
         self._fetch = None
 
@@ -85,6 +99,44 @@ class Compressor:
             )
         return self._mean_squares[component]
 
+    def largest_input(self, component: str) -> Tensor:
+        """The largest absolute value that a component reads of the calibration text. Raises `ValueError` where there is
+        no calibration, `UserError` where it does not tell."""
+        if self._calibrated is None:
+            raise ValueError(f"{component} cannot be calibrated: this replica was given no calibration text")
+        if component not in self._largest_inputs:
+            raise UserError(
+                f"the largest input of {component} is not known: no token of the calibration text reached it, or the "
+                "store's statistics are of an earlier version, which kept none (search with another calibration text, "
+                "or in another store)"
+            )
+        return self._largest_inputs[component]
+
+    def number_codes(self, component: str, weight: Tensor, scheme: Scheme) -> NumberCodes:
+        """The codes of a component under a scheme that says how it rounds weights. Raises `UserError` for a matrix that
+        it does not fit."""
+        assert scheme.weights is not None
+        misfit = scheme.misfit((weight.shape[0], weight.shape[1]))
+        if misfit is not None:
+            raise UserError(f"{component} cannot be {scheme.name}: {misfit}; leave it out or give it another scheme")
+        shares = scheme.weights.shares_scale
+        largest = self._shared_largest(component, weight) if shares else weight.new_ones(())
+        return weight_codes(weight, scheme.weights, largest, self._number_scale_dtype)
+
+    def note_shared(self, schemes: Mapping[str, Scheme]) -> None:
+        """Note the largest weights that components share, as long as all of these stand as they are."""
+        for component, scheme in schemes.items():
+            shares = scheme.weights is not None and scheme.weights.shares_scale
+            if shares and self._shared is not None and component not in self._largest:
+                self._largest[component] = self._shared(component)
+
+    def _shared_largest(self, component: str, weight: Tensor) -> Tensor:
+        if self._shared is None:
+            return largest_of(weight)
+        if component not in self._largest:
+            self._largest[component] = self._shared(component)
+        return self._largest[component]
+
     def compress(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         """`weight` [rows, cols] under any scheme but bitsandbytes', in its own dtype; never `weight` itself, which what
         is made of it may be written over.
@@ -97,6 +149,8 @@ class Compressor:
     def _compressed(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         if scheme.own is not None and scheme.own.make is not None:
             return self._made(component, weight, scheme, scheme.own.make)
+        if scheme.weights is not None:
+            return self.number_codes(component, weight, scheme).dense(weight.dtype)
         if scheme.is_dropped:
             return torch.zeros_like(weight)
         if scheme.solved is not None:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtmsearch.core.calibration import PackedMatrix
+from dtmsearch.core.number_formats import WIDTHS, Number
 from dtmsearch.model.compress.gptq import Solved
 from dtmsearch.model.compress.rounding import Codes
 
@@ -62,6 +63,20 @@ def packed_codes(packed: PackedMatrix, device: torch.device) -> Codes:
         zeros = _on(packed.zeros, device).reshape(scales.shape)
         return Codes(unsigned, scales, zeros, packed.block, packed.bits, dtype)
     return Codes(_signed(unsigned, packed.bits), scales, None, packed.block, packed.bits, dtype)
+
+
+def number_bytes(values: Tensor, number: Number) -> Tensor:
+    """Floating-point codes [rows, cols] of fewer than 8 bits, given as the numbers that they are, without gaps, the
+    lowest bit first: [rows, bytes]. A code is a sign, then the place among the numbers that are not negative."""
+    bits = WIDTHS[number]
+    mantissa = 1 if number == "e2m1" else 3
+    size = values.abs().float()
+    exponent = ((size.view(torch.int32) >> 23) - 127).clamp_(min=0)
+    # Of a binade above the lowest, whose numbers are as far apart as those of the one below it.
+    code = (size * torch.exp2((mantissa - exponent).float())).int() + exponent * (1 << mantissa)
+    code = code | (torch.signbit(values).int() << (bits - 1))
+    packed = torch.from_numpy(_pack_bits(code.to(torch.uint8), bits))
+    return packed.reshape(len(values), -1)
 
 
 # Codes around zero are counted from -(2^(bits-1) - 1), the lowest one of all, -2^(bits-1), coming last: so a matrix of

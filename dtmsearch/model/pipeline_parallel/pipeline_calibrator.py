@@ -57,12 +57,12 @@ class PipelineCalibrator:
             with self._standing.on_base():
                 self._enter(calibration_id)
                 own = self._own.statistics(calibration_id)
-                squares, tokens = dict(own.mean_squares), dict(own.num_tokens)
+                squares, tokens, largest = dict(own.mean_squares), dict(own.num_tokens), dict(own.largest)
                 gathering = [remote.peer.ask("gather", calibration_id) for remote in self._remotes]
                 for remote, promise in zip(self._remotes, gathering, strict=True):
-                    theirs, of_theirs = remote.peer.answer(promise)
-                    squares, tokens = squares | theirs, tokens | of_theirs
-            self.use(calibration, InputStatistics(calibration_id, squares, tokens))
+                    theirs, of_theirs, largest_there = remote.peer.answer(promise)
+                    squares, tokens, largest = squares | theirs, tokens | of_theirs, largest | largest_there
+            self.use(calibration, InputStatistics(calibration_id, squares, tokens, largest))
         return self._statistics[calibration_id]
 
     def _enter(self, calibration_id: str) -> None:

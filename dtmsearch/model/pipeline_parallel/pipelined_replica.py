@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings, Speed
+from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.plan import Plan
 from dtmsearch.model.calibration.calibrator import AnyCalibrator, Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
@@ -56,6 +57,7 @@ class PipelineWeights(Weights):
         device: torch.device,
     ) -> None:
         super().__init__(model, checkpoint, places, scale_dtype)
+        self.share_scales(scale_partners(manifest.components))
         self._device = device
         self._remote_of = {c.name: r for r in remotes for c in manifest.components if c.layer in r.layers}
 

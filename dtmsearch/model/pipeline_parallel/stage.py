@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dtmsearch.core.calibration import Calibration, FloatArray, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
@@ -129,6 +130,7 @@ class Stage:
         self._components = [c for c in part.manifest.components if c.layer in part.layers]
         self._body = StageBody(part.model, part.layers)
         self._weights = Weights(part.model, part.checkpoint, Places(part.model, {}), getattr(torch, spec.scale_dtype))
+        self._weights.share_scales(scale_partners(part.manifest.components))
         self._standing = Standing(self._body, self._weights, settings.weights_folder)
         self._calibrator = Calibrator(self._body, self._standing, part.manifest)
         self._perturbed, self._counting = ExitStack(), ExitStack()
@@ -224,10 +226,10 @@ class Stage:
         self._calibrator.enter(calibration_id, received(states, torch.device("cpu")), scheme)
 
     @torch.inference_mode()
-    def gather(self, calibration_id: str) -> tuple[Mapping[str, FloatArray], Mapping[str, int]]:
-        """Mean squares of the inputs of this stage's components, and how many tokens these are of."""
+    def gather(self, calibration_id: str) -> tuple[Mapping[str, FloatArray], Mapping[str, int], Mapping[str, float]]:
+        """Mean squares of the inputs of this stage's components, how many tokens these are of, and the largest."""
         statistics = self._calibrator.statistics(calibration_id)
-        return statistics.mean_squares, statistics.num_tokens
+        return statistics.mean_squares, statistics.num_tokens, statistics.largest
 
     @torch.inference_mode()
     def activate(self, calibration_id: str) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.components import ModelManifest, read_header, weight_files
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import run_row_by_row, runs_by_token
+from dtmsearch.model.compress.number_rounding import round_inputs
+from dtmsearch.model.compress.quantization_arguments import rounding_of
 from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_tokenizer, loader
@@ -49,9 +53,10 @@ class ServedReplica(Replica):
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         transformers_logging.disable_progress_bar()
         folder = Path(spec.path)
-        apart = _has_packed_zeros(folder) or _has_packed_experts(folder)
+        apart = _has_packed_zeros(folder) or _has_packed_experts(folder) or _loses_by_loading(folder, spec)
         load = decompressed_model if apart else partial(_plain_model, self._repacked)
         model = load(folder, spec, self._device).eval().requires_grad_(False)
+        round_as_engines_do(model, folder)
         with torch.no_grad():  # some weights are unpacked when the model first runs as a whole
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
         num_layers = model.config.get_text_config().num_hidden_layers
@@ -59,6 +64,40 @@ class ServedReplica(Replica):
         tokenizer = load_tokenizer(folder, spec)
         fingerprint = tokenizer_fingerprint(folder, tokenizer)
         return LoadedModel(model, tokenizer, nothing, Checkpoint(weight_files(folder)), fingerprint)
+
+
+def round_as_engines_do(model: Any, folder: Path) -> None:
+    """Let components that a folder of compressed-tensors gives rounded inputs round them as was measured: in 32 bits
+    whatever the model's dtype, as engines' kernels do. That library's own forward pass rounds scales and quotients to
+    the model's dtype, and has 127.5 steps of 8-bit integers where engines have 127."""
+    groups = [group for group in _groups(folder) if group.get("input_activations")]
+    if not groups:
+        return
+    held = {name: path for path in weight_files(folder) for name in read_header(path)}
+    for group in groups:
+        rounding = rounding_of(group["input_activations"])
+        for name in group["targets"]:
+            module = model.get_submodule(name)
+            module.quantization_enabled = False  # what the library would do itself
+            module.register_forward_pre_hook(_rounding(rounding, _calibrated(name, rounding, held)))
+
+
+def _calibrated(module: str, rounding: Rounding, held: Mapping[str, Path]) -> Tensor | None:
+    """The scale of a module's inputs that is calibrated."""
+    ending = "input_global_scale" if rounding.has_tensor_scale else "input_scale"
+    if not rounding.static:
+        return None
+    with safe_open(held[f"{module}.{ending}"], framework="pt") as file:
+        scale: Tensor = file.get_tensor(f"{module}.{ending}")
+    return scale
+
+
+def _rounding(rounding: Rounding, scale: Tensor | None) -> Callable[..., tuple[Tensor]]:
+    def hook(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        given = None if scale is None else scale.to(arguments[0].device)
+        return (round_inputs(arguments[0], rounding, given),)
+
+    return hook
 
 
 def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.device) -> Any:
@@ -95,9 +134,31 @@ def _has_packed_zeros(folder: Path) -> bool:
 def _has_packed_experts(folder: Path) -> bool:
     """Whether experts are in the files as engines look for them, each by itself and packed: transformers would put
     them together as if all had one scheme."""
+    return any(target.startswith("re:") for group in _groups(folder) for target in group["targets"])
+
+
+def _loses_by_loading(folder: Path, spec: ModelSpec) -> bool:
+    """Whether transformers would hold less than the files do: it gives scales of FP8 and of integers beside rounded
+    inputs the model's dtype, where engines keep 32 bits; and it unpacks NVFP4 and MX to bfloat16, which a model in 32
+    bits does not run with."""
+    groups = [group["weights"] for group in _groups(folder) if _is_by_number(group)]
+    if spec.dtype == "float32":
+        return any(weights.get("scale_dtype") for weights in groups)
+    headers = (read_header(path) for path in weight_files(folder))
+    wide = any(name.endswith(".weight_scale") and kind == "float32" for h in headers for name, (kind, _) in h.items())
+    return wide and bool(groups)
+
+
+def _groups(folder: Path) -> list[dict[str, Any]]:
+    """The groups of a folder of compressed-tensors; of others none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    return any(target.startswith("re:") for group in groups.values() for target in group["targets"])
+    settings = config.get("quantization_config") or {}
+    return list((settings.get("config_groups") or {}).values())
+
+
+def _is_by_number(group: Mapping[str, Any]) -> bool:
+    """Whether a group's weights are floating-point codes, or integers beside rounded inputs."""
+    return bool(group.get("weights")) and (group["weights"]["type"] == "float" or bool(group.get("input_activations")))
 
 
 def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
@@ -112,9 +173,14 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
         for module in _targeted(scheme.targets, state):
             parts = [name for name in state if name.startswith(f"{module}.weight")]
             own = {name.removeprefix(f"{module}."): state.pop(name) for name in parts}
-            # As loading does it: multiplied in the dtype of the scales, codes would lose what the model's dtype holds.
-            own["weight_scale"] = own["weight_scale"].to(getattr(torch, spec.dtype))
+            if own["weight_scale"].dtype.itemsize > 1:  # of floats
+                # As loading does it: multiplied in the dtype of the scales, codes would lose what the model's dtype
+                # holds. Engines multiply FP8, and integers beside rounded inputs, in 32 bits.
+                in_32 = scheme.weights.type == "float" or scheme.input_activations is not None
+                own["weight_scale"] = own["weight_scale"].to(torch.float32 if in_32 else getattr(torch, spec.dtype))
             state[f"{module}.weight"] = decompressed(own, scheme)
+            for name in [name for name in state if name.startswith(f"{module}.input_")]:
+                del state[name]  # the scales of inputs
     options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attention}
     if _has_packed_experts(folder):  # which transformers puts together by names of files
         with tempfile.TemporaryDirectory(prefix="dtmsearch-unpacked-") as scratch:

@@ -9,6 +9,7 @@ from torch import nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.variant import BASE
 from dtmsearch.model.modules.compat import attention_of, path_of
 from dtmsearch.model.modules.discovery import components_of, find_layers, other_components, routers_of
@@ -37,7 +38,9 @@ def manifest_of(model: Any) -> ModelManifest:
 
 def weights_of(model: nn.Module) -> Weights:
     """The weights of a model object, to be put under a plan. Originals are kept in memory while they are replaced."""
-    return Weights(model, Checkpoint(()), Places(model, {}))
+    weights = Weights(model, Checkpoint(()), Places(model, {}))
+    weights.share_scales(scale_partners(components_of(model)))
+    return weights
 
 
 class InMemoryReplica(Replica):

@@ -41,6 +41,7 @@ from dtmsearch.core.evaluation import (
     Speed,
     StatesKept,
 )
+from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PASSES, PriceBlock, PriceRequest
@@ -159,7 +160,9 @@ class Replica:
         return Body(model)
 
     def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
-        return Weights(loaded.model, loaded.checkpoint, places, scale_dtype)
+        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype)
+        weights.share_scales(scale_partners(loaded.manifest.components))
+        return weights
 
     def _make_standing(self, weights_folder: str, slots: dict[str, Slot]) -> Standing:
         return Standing(self._body, self._weights, weights_folder, slots)

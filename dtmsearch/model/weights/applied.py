@@ -7,7 +7,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.compress.number_rounding import largest_of, rounding_module
 from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
@@ -103,6 +104,12 @@ class Weights:
         self._untrimmed_bytes = 0
         self.plan = Plan()
 
+    def share_scales(self, partners: Mapping[str, Sequence[str]]) -> None:
+        """Let components share the scale of a whole tensor with their partners, whatever scheme these have."""
+        self.compressor.share_scales(
+            lambda component: max(largest_of(self.original(name)) for name in partners.get(component, (component,)))
+        )
+
     def become(self, plan: Plan) -> None:
         """Apply `plan` for good; what it replaces is let go."""
         for component, scheme in plan.changes(self.plan).items():
@@ -116,6 +123,7 @@ class Weights:
         """`plan` within, the current plan again after it, by pointer."""
         replaced: list[tuple[str, _Installed]] = []
         try:
+            self.compressor.note_shared(plan.changes(self.plan))
             for component, scheme in plan.changes(self.plan).items():
                 replaced.append((component, self._replace(component, scheme)))
             yield
@@ -189,7 +197,11 @@ class Weights:
                 raise UserError(f"{scheme.name} needs a linear layer; {component} is {type(dense).__name__}")
             return _Installed(compressed_module(dense, weight, scheme), None)
         matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
-        return _Installed(dense, self.compressor.compress(component, matrix, scheme).reshape(weight.shape))
+        made = self.compressor.compress(component, matrix, scheme).reshape(weight.shape)
+        if scheme.activations is None:
+            return _Installed(dense, made)
+        largest = self.compressor.largest_input(component).to(made.device) if scheme.needs_largest_inputs else None
+        return _Installed(rounding_module(component, dense, made, scheme, largest), None)
 
     def _original(self, component: str, now: _Installed) -> Tensor:
         """The component's own weights, on its device."""

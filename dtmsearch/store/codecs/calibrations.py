@@ -92,6 +92,7 @@ def statistics_table(record: StatisticsRecord) -> pa.Table:
         "component": names,
         "mean_squares": lists([statistics.mean_squares[name] for name in names], pa.float32()),
         "tokens": [statistics.num_tokens.get(name) for name in names],
+        "largest": [statistics.largest.get(name) for name in names],
     }
     return from_columns(STATISTICS, columns)
 
@@ -104,7 +105,9 @@ def statistics_of(table: pa.Table) -> StatisticsRecord:
     held = {name: values for name, values in by_name if values is not None}
     tokens = dict(zip(table["component"].to_pylist(), table["tokens"].to_pylist(), strict=True))
     known = {name: number for name, number in tokens.items() if number is not None}
-    statistics = InputStatistics(table["calibration_id"][0].as_py(), held, known)
+    sizes = zip(table["component"].to_pylist(), table["largest"].to_pylist(), strict=True)
+    largest = {name: size for name, size in sizes if size is not None}
+    statistics = InputStatistics(table["calibration_id"][0].as_py(), held, known, largest)
     return StatisticsRecord(table["manifest_id"][0].as_py(), statistics)
 
 
