@@ -156,7 +156,9 @@ def packed_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     if scheme.weights is not None:
         return scheme.misfit(shape) or _uneven(scheme, shape)
     if not scheme.kind.on_grid and not scheme.is_unquantized:
-        return "it stores codes with a scale for a tensor, a row or a group; `dense` takes the others"
+        return (
+            "it stores integers and short floats with a scale for a tensor, a row or a group; `dense` takes the others"
+        )
     return _uneven(scheme, shape)
 
 
