@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dtmsearch.analysis.model_comparison import ModelComparison
     from dtmsearch.analysis.summary import RunOverview, RunSummary
     from dtmsearch.cluster.pool_settings import PoolSettings as Where
     from dtmsearch.config import SearchFile, load
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         RunLocked,
         SearchFailed,
         SearchStopped,
+        ServerUnreachable,
         StoreError,
         StoreFull,
         StoreReadOnly,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
         stop,
         validate,
     )
+    from dtmsearch.workflows.compare import compare
     from dtmsearch.workflows.doctor import examine as doctor
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel, recover
     from dtmsearch.workflows.export import export
@@ -78,6 +81,7 @@ __all__ = [
     "EvalResult",
     "ExportFailed",
     "Measurement",
+    "ModelComparison",
     "ModelEvaluator",
     "ModelManifest",
     "Perturbation",
@@ -97,6 +101,7 @@ __all__ = [
     "SearchFailed",
     "SearchFile",
     "SearchStopped",
+    "ServerUnreachable",
     "Store",
     "StoreError",
     "StoreFull",
@@ -108,6 +113,7 @@ __all__ = [
     "__version__",
     "apply",
     "ask",
+    "compare",
     "demo",
     "doctor",
     "estimate",
@@ -147,6 +153,7 @@ _LAZY = {
     "EvalResult": ("dtmsearch.core.evaluation", "EvalResult"),
     "ExportFailed": ("dtmsearch.errors", "ExportFailed"),
     "Measurement": ("dtmsearch.workflows.in_process", "Measurement"),
+    "ModelComparison": ("dtmsearch.analysis.model_comparison", "ModelComparison"),
     "ModelEvaluator": ("dtmsearch.search.evaluator", "ModelEvaluator"),
     "ModelManifest": ("dtmsearch.core.components", "ModelManifest"),
     "Perturbation": ("dtmsearch.core.plan", "Perturbation"),
@@ -166,6 +173,7 @@ _LAZY = {
     "SearchFailed": ("dtmsearch.errors", "SearchFailed"),
     "SearchFile": ("dtmsearch.config", "SearchFile"),
     "SearchStopped": ("dtmsearch.errors", "SearchStopped"),
+    "ServerUnreachable": ("dtmsearch.errors", "ServerUnreachable"),
     "Store": ("dtmsearch.workflows.api", "Store"),
     "StoreError": ("dtmsearch.errors", "StoreError"),
     "StoreFull": ("dtmsearch.errors", "StoreFull"),
@@ -176,6 +184,7 @@ _LAZY = {
     "Where": ("dtmsearch.cluster.pool_settings", "PoolSettings"),
     "apply": ("dtmsearch.workflows.in_process", "apply"),
     "ask": ("dtmsearch.workflows.api", "ask"),
+    "compare": ("dtmsearch.workflows.compare", "compare"),
     "demo": ("dtmsearch.workflows.api", "demo"),
     "doctor": ("dtmsearch.workflows.doctor", "examine"),
     "estimate": ("dtmsearch.workflows.api", "estimate"),

@@ -82,6 +82,12 @@ class ClusterUnreachable(DtmError, RuntimeError):
     exit_code = CLUSTER_UNREACHABLE
 
 
+class ServerUnreachable(DtmError, RuntimeError):
+    """A server of models does not answer, or not in time."""
+
+    exit_code = CLUSTER_UNREACHABLE
+
+
 class ClusterLost(DtmError, RuntimeError):
     """The Ray that was started for this search has died; the search can be resumed."""
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from dtmsearch.config import DatasetSection, MixedSection, PromptsSection, SearchFile
 from dtmsearch.core.components import is_gguf, weight_files
 from dtmsearch.core.documents import MESSAGE_COLUMNS, Document, Mixed, Texts, conversation_of
-from dtmsearch.core.user_files import shown
+from dtmsearch.core.user_files import is_file, shown
 from dtmsearch.core.vocabulary import check_known
 from dtmsearch.errors import UserError
 
@@ -201,6 +201,13 @@ def read_files(file: SearchFile, names: Sequence[str], chat: bool = False) -> li
     """The documents that a search file names: each file one, but each row of `.jsonl` and `.parquet` files, which hold
     conversations if it is `chat`; what ends in `.zst` or `.gz` is decompressed."""
     return [document for path in paths(file, names) for document in _documents(path, chat)]
+
+
+def documents_of(path: Path) -> list[Document]:
+    """The documents of one file, read as `read_files` reads it. Raises `UserError` for what is no text."""
+    if not is_file(path):
+        raise UserError(f"no text at {path}: give a file of plain text, .jsonl or .parquet")
+    return list(_documents(path, chat=False))
 
 
 def read_texts(file: SearchFile, names: Sequence[str]) -> list[str]:

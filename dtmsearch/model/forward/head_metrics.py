@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -81,32 +82,38 @@ def compare(
     base_hidden: Tensor | None,
     never: Tensor,
     metrics: Sequence[Metric] = (),
+    base: Body | None = None,
 ) -> Scores:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
     The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
     tokens marked in `never` [vocabulary] not at all. Likelihoods are of the full distribution. `metrics` look at the
-    logits themselves, and need `base_hidden`. Returns before a GPU has done the work.
+    logits themselves, and need `base_hidden`. `base_hidden` are inputs of the same head or, where `base` is given, of
+    that model's, which may be of another width; of two vocabularies the tokens that both have are compared. Returns
+    before a GPU has done the work.
     """
     score = _fused_score() if hidden.is_cuda else _score
     shape = targets.shape
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    base_rows = None if base_hidden is None else base_hidden.reshape(rows.shape)
+    base_rows = None if base_hidden is None else base_hidden.reshape(-1, base_hidden.shape[-1])
+    base_body = base or body
     diverged: list[Tensor] = []
     nll: list[Tensor] = []
     kl: list[Tensor] = []
     own: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
-    with body.head_only():
+    with body.head_only(), nullcontext() if base is None else base.head_only():
         most = max(1, _CHUNK_LOGITS[hidden.device.type] // body.vocabulary_size)
         chunk = math.ceil(len(rows) / math.ceil(len(rows) / most))  # as large as the others
         for at in range(0, len(rows), chunk):
             part = slice(at, at + chunk)
             logits = body.logits(rows[part])
             wanted = moved(wanted, logits.device)
-            base_logits = None if base_rows is None else body.logits(base_rows[part])
+            base_logits = None if base_rows is None else base_body.logits(base_rows[part])
+            if base is not None and base_logits is not None:
+                logits, base_logits = _of_both(logits, base_logits)
             for metric in metrics:
                 own[metric.name].append(_at_positions(metric, logits, base_logits, wanted[part]))
-            scored = score(logits, wanted[part], base_logits, never)
+            scored = score(logits, wanted[part], base_logits, never[: logits.shape[1]])
             for column, values in zip((diverged, nll, kl), scored, strict=True):
                 column.append(values)
     found = Scores(
@@ -116,6 +123,12 @@ def compare(
         {name: torch.cat(values).reshape(shape) for name, values in own.items()},
     )
     return found.sent()
+
+
+def _of_both(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both over the tokens that both have: heads of one tokenizer may be padded to different sizes."""
+    size = min(logits.shape[1], base_logits.shape[1])
+    return logits[:, :size], base_logits.to(logits.device)[:, :size]
 
 
 def _at_positions(metric: Metric, logits: Tensor, base_logits: Tensor | None, targets: Tensor) -> Tensor:

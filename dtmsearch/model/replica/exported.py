@@ -57,6 +57,9 @@ class ServedReplica(Replica):
         load = decompressed_model if apart else partial(_plain_model, self._repacked)
         model = load(folder, spec, self._device).eval().requires_grad_(False)
         round_as_engines_do(model, folder)
+        return self._as_loaded(model, folder, spec)
+
+    def _as_loaded(self, model: Any, folder: Path, spec: ModelSpec) -> LoadedModel:
         with torch.no_grad():  # some weights are unpacked when the model first runs as a whole
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._device), use_cache=False)
         num_layers = model.config.get_text_config().num_hidden_layers

@@ -10,18 +10,29 @@ from torch import Tensor
 
 from dtmsearch.core.evaluation import IntArray, Reference
 from dtmsearch.model.forward.activation_cache import ActivationCache
+from dtmsearch.model.forward.partial import Body
+
+
+@dataclass(frozen=True)
+class BaseOutputs:
+    """What a base model that is not the one at hand makes of a reference: `hidden` [num_prompts, continuation_tokens,
+    hidden], the inputs of its head, and `body`, whose head makes distributions of them."""
+
+    body: Body
+    hidden: Tensor
 
 
 @dataclass
 class Loaded:
     """A reference, and its activation caches for the range of prompts in use: `continuation` (prompts and the base
     model's own continuations of them) and `text`. `base_hidden`: the base model's inputs of the head, a
-    batch at a time."""
+    batch at a time; of another model than the one at hand they are cut from `base`."""
 
     reference: Reference
     prompts: tuple[int, int] | None = None
     caches: dict[str, ActivationCache] = field(default_factory=dict)
     base_hidden: list[Tensor] | None = None
+    base: BaseOutputs | None = None
 
     def set_range(self, prompts: tuple[int, int], cache_of: Callable[[IntArray, int], ActivationCache]) -> None:
         """Have caches of these prompts, made by `cache_of` (tokens, position of the first target)."""
@@ -31,6 +42,12 @@ class Loaded:
         text = cache_of(self.reference.text[rows], 1)
         self.prompts, self.base_hidden = prompts, None
         self.caches = {"continuation": cache_of(greedy(self.reference, rows), start), "text": text}
+
+    def base_in_batches(self) -> list[Tensor]:
+        """The other model's inputs of its head, in the batches of the continuations' cache."""
+        assert self.base is not None and self.prompts is not None
+        batches = self.caches["continuation"].batches
+        return list(self.base.hidden[slice(*self.prompts)].split([len(batch) for batch in batches]))
 
     def forget(self) -> None:
         """Hold nothing that can be made again."""

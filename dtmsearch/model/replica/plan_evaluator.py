@@ -37,7 +37,8 @@ from dtmsearch.model.forward.activation_cache import ActivationCache, CacheMemor
 from dtmsearch.model.forward.batch_size import Batches, is_out_of_memory
 from dtmsearch.model.forward.head_metrics import Divergence, Scores, compare, fetch
 from dtmsearch.model.forward.layer_reuse import Reuse
-from dtmsearch.model.replica.loaded_reference import Loaded, greedy
+from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.replica.loaded_reference import BaseOutputs, Loaded, greedy
 from dtmsearch.model.replica.results import Launched, outcome_of
 from dtmsearch.model.weights.standing import Standing
 
@@ -86,9 +87,9 @@ class PlanEvaluator:
         self._place_before: _Place | None = None
         self._finished_at = 0.0
 
-    def use(self, reference: Reference) -> None:
-        """Take a reference, against which requests may be made from now on."""
-        self.references.setdefault(reference.id, Loaded(reference))
+    def use(self, reference: Reference, base: BaseOutputs | None = None) -> None:
+        """Take a reference, against which requests may be made from now on; `base`: of another model than this one."""
+        self.references.setdefault(reference.id, Loaded(reference, base=base))
 
     def leave(self, reference_id: str) -> None:
         """Let go of a reference."""
@@ -122,6 +123,25 @@ class PlanEvaluator:
         for first, request in launched:
             outcomes[first] = self._finish(request)
         return [outcomes[i] for i in range(len(requests))]
+
+    def positions(self, request: EvalRequest) -> dict[str, Divergence]:
+        """What the request's plan makes of every position of each text."""
+        loaded = self.references[request.reference_id]
+        return {
+            name: fetch(scores)
+            for name, scores in self._bench.batches.halving(lambda: self._score(loaded, request)).items()
+        }
+
+    def head_inputs(self, reference_id: str) -> Tensor:
+        """The unquantized model's inputs of its head where it predicts continuations, [num_prompts,
+        continuation_tokens, hidden]."""
+        loaded = self.references[reference_id]
+
+        def found() -> Tensor:
+            loaded.set_range((0, loaded.reference.num_prompts), self._cache)
+            return torch.cat(self._base_hidden(loaded))
+
+        return self._bench.batches.halving(found)
 
     def divergence_of_base(self, loaded: Loaded) -> Divergence:
         """Where the unquantized model leaves its own continuations."""
@@ -203,7 +223,7 @@ class PlanEvaluator:
         with_base = any(metric.needs_base for metric in asked)
         own = [metric for metric in asked if metric.at_positions is not None]
         if with_base and loaded.base_hidden is None:
-            loaded.base_hidden = self._base_hidden(loaded)
+            loaded.base_hidden = self._base_hidden(loaded) if loaded.base is None else loaded.base_in_batches()
         request = self._with_near_parent(request)
         boundary = first_changed_layer(request, self._bench.manifest)
         standing = self._bench.standing
@@ -223,6 +243,7 @@ class PlanEvaluator:
                     loaded.caches[name].targets_from,
                     loaded.base_hidden if name == "continuation" and with_base else None,
                     own if name == "continuation" else (),
+                    None if loaded.base is None else loaded.base.body,
                 )
                 for name in names
             }
@@ -269,6 +290,7 @@ class PlanEvaluator:
         targets_from: int,
         base_hidden: list[Tensor] | None,
         metrics: Sequence[Metric] = (),
+        base: Body | None = None,
     ) -> list[Scores]:
         return [
             compare(
@@ -278,6 +300,7 @@ class PlanEvaluator:
                 base_hidden[index] if base_hidden else None,
                 self._bench.never,
                 metrics,
+                base if base_hidden else None,
             )
             for index, (tokens, hidden) in enumerate(head_inputs)
         ]

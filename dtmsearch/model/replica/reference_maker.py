@@ -80,7 +80,7 @@ class ReferenceMaker:
         """
         self._bench.become(BASE)
         mode, rules = self.conditions()
-        continuation = self._bench.batches.halving(lambda: self._continue(prompts))
+        continuation = self._bench.batches.halving(lambda: self.continue_from(prompts))
         reference = Reference(
             id=self.id_of(prompts),
             manifest_id=self._bench.manifest.id,
@@ -113,20 +113,21 @@ class ReferenceMaker:
     def generate(self, variant: Variant, prompts: PromptTokens) -> _Tokens:
         """Free greedy generation: [num_prompts, continuation_tokens]."""
         self._bench.become(variant)
-        return self._continue(prompts)
+        return self.continue_from(prompts)
 
     def side_by_side(self, variant: Variant, reference: Reference, prompts: Sequence[int]) -> list[Continuation]:
         """How the base model and a variant each go on from some prompts of a reference."""
         rows = reference.text[list(prompts)]
         start = PromptTokens(rows, reference.prompt_tokens)
         self._bench.become(variant)
-        own = self._bench.batches.halving(lambda: self._continue(start))
-        own_margins = self._margins(start, own)
+        own = self._bench.batches.halving(lambda: self.continue_from(start))
+        own_margins = self.margins_of(start, own)
         self._bench.become(BASE)
         base = reference.continuation[list(prompts)]
-        return written_out(self._tokenizer, prompts, start, (base, self._margins(start, base)), (own, own_margins))
+        return written_out(self._tokenizer, prompts, start, (base, self.margins_of(start, base)), (own, own_margins))
 
-    def _continue(self, prompts: PromptTokens) -> _Tokens:
+    def continue_from(self, prompts: PromptTokens) -> _Tokens:
+        """Greedy continuations by the model as it stands, [num_prompts, continuation_tokens]."""
         rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
         batches = rows.split(self._bench.batches.rows(prompts.tokens.shape[1]))
         length = prompts.continuation_tokens
@@ -134,7 +135,8 @@ class ReferenceMaker:
             parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
         return torch.cat(parts).numpy().astype(np.int32)
 
-    def _margins(self, start: PromptTokens, continuation: _Tokens) -> FloatArray:
+    def margins_of(self, start: PromptTokens, continuation: _Tokens) -> FloatArray:
+        """How many nats likelier each choice was than the runner-up, by the model as it stands."""
         tokens = np.concatenate([start.tokens[:, : start.prompt_tokens], continuation], axis=1)
         rows = torch.from_numpy(tokens).long().to(self._body.input_device)
         never = self._bench.never

@@ -109,7 +109,7 @@ class Replica:
         )
         loaded = self._load(spec, settings)
         model, self._tokenizer, self._manifest = loaded.model, loaded.tokenizer, loaded.manifest
-        suppressed = suppressed_tokens(model, loaded.tokenizer)
+        suppressed = self._suppressed_tokens(loaded)
         never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         never[list(suppressed)] = True
         self._body = self._make_body(model)
@@ -155,6 +155,9 @@ class Replica:
         checkpoint.map_apart(model)
         tokenizer = load_tokenizer(folder, spec)
         return LoadedModel(model, tokenizer, manifest, checkpoint, tokenizer_fingerprint(folder, tokenizer))
+
+    def _suppressed_tokens(self, loaded: LoadedModel) -> tuple[int, ...]:
+        return suppressed_tokens(loaded.model, loaded.tokenizer)
 
     def _make_body(self, model: Any) -> Body:
         return Body(model)

@@ -19,17 +19,20 @@ _TAIL_TOKENS = 8
 # What decoders put for bytes that make no character yet, or never will.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
+_Written = tuple[IntArray, FloatArray] | tuple[Sequence[IntArray], Sequence[FloatArray]]
+
 
 def written_out(
     tokenizer: Any,
     prompts: Sequence[int],
     start: PromptTokens,
-    base: tuple[IntArray, FloatArray],
-    own: tuple[IntArray, FloatArray],
+    base: _Written,
+    own: _Written,
 ) -> list[Continuation]:
-    """Continuations in text. `base` and `own` are tokens and margins, each [prompts, continuation_tokens]."""
+    """Continuations in text. `base` and `own` are tokens and margins, each [prompts, continuation_tokens], or an array
+    a prompt where they are not of one length."""
 
-    def writing(row: int, source: tuple[IntArray, FloatArray]) -> Writing:
+    def writing(row: int, source: _Written) -> Writing:
         tokens = source[0][row].tolist()
         tail = start.tokens[row, : start.prompt_tokens][-_TAIL_TOKENS:].tolist()
         return Writing(tuple(tokens), tuple(pieces(tokenizer, tail, tokens)), tuple(source[1][row].tolist()))

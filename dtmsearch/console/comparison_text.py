@@ -1,0 +1,84 @@
+"""Two compared models as a terminal shows them, and as values for JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtmsearch.analysis.format import plain
+from dtmsearch.analysis.model_comparison import ModelComparison, value_text
+from dtmsearch.console.terminal_tables import table
+
+# Metric -> what it is called and says.
+_ROWS = {
+    "fdt": ("FDT", "tokens before the first divergence"),
+    "sdt": ("SDT", "divergent tokens a prompt"),
+    "flips": ("flips", "positions with another choice"),
+    "kl": ("KL", "nats per token"),
+    "dppl": ("DPPL", "perplexity of BASE's text"),
+    "ppl": ("PPL", "perplexity of human text"),
+    "ppl_base": ("PPL of BASE", "the same, of BASE"),
+    "ppl_ratio": ("PPL ratio", "paired over prompts"),
+}
+_SHOWN_TOKENS = 12
+_PROMPT_LETTERS = 60
+
+
+def comparison_text(found: ModelComparison) -> str:
+    """The verdict, both models, values with intervals beside the noise floor, percentiles of KL, and the most divergent
+    prompts."""
+    parts = [
+        found.verdict,
+        table(
+            ["model", "name", "holds", "run"],
+            [[role, each.name, each.holds, each.way] for role, each in (("BASE", found.base), ("OTHER", found.other))],
+        ),
+        table(["metric", "value [95% interval]", "BASE itself", "is"], value_rows(found)),
+    ]
+    if found.kl_percentiles:
+        names = [_share(name) for name in found.kl_percentiles]
+        parts.append(table(["KL at", *names], [["nats", *found.kl_percentiles.values()]]))
+    if found.texts:
+        parts.append(table(["prompt", "after", "BASE goes on", "OTHER goes on"], text_rows(found)))
+    parts += [f"note: {note}" for note in found.notes]
+    return "\n\n".join(parts)
+
+
+def value_rows(found: ModelComparison) -> list[list[str]]:
+    """(metric, value and interval, that of BASE against itself, meaning) of what was measured."""
+    return [
+        [title, value_text(name, found.values[name]), _floor(found, name), says]
+        for name, (title, says) in _ROWS.items()
+        if name in found.values
+    ]
+
+
+def _floor(found: ModelComparison, name: str) -> str:
+    return value_text(name, found.floor[name]) if name in found.floor else ""
+
+
+def _share(percentile: str) -> str:
+    return "most" if percentile == "100" else "median" if percentile == "50" else f"{percentile}%"
+
+
+def text_rows(found: ModelComparison) -> list[list[str]]:
+    """Of each written prompt: its number, the position at which the texts part, and what either goes on with there."""
+    rows = []
+    for text in found.texts:
+        at = diverges_at(text.base.tokens, text.own.tokens)
+        shown = ["".join(side.pieces[at : at + _SHOWN_TOKENS]) or "(ends)" for side in (text.base, text.own)]
+        rows.append([str(text.prompt), str(at), *shown])
+    return rows
+
+
+def diverges_at(base: tuple[int, ...], own: tuple[int, ...]) -> int:
+    """The first position at which two continuations differ."""
+    pairs = enumerate(zip(base, own, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(base), len(own)))
+
+
+def comparison_values(found: ModelComparison) -> dict[str, Any]:
+    """Everything, for programs: `kl_is` says whether KL is exact or a lower bound."""
+    values: dict[str, Any] = plain(found)
+    kl = found.values.get("kl")
+    values["kl_is"] = None if kl is None else "lower bound" if kl.at_least else "exact"
+    return {"verdict": found.verdict, **values}
