@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import yaml
 from fakes import CONTINUATION_TOKENS, MODE, FakeEvaluator, toy_components, toy_manifest
 
+from dtmsearch.analysis.model_comparison import ComparedModel, ModelComparison, compared
 from dtmsearch.core.evaluation import Continuation, EvalRequest, Reference, Writing
 from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.positions import Positions
 from dtmsearch.core.prices import PriceBlock, PriceKind, PriceRequest
 from dtmsearch.core.records import ContinuationRecord, RunRecord
 from dtmsearch.core.schemes import parse_scheme
@@ -198,3 +202,20 @@ def written(prompt: int) -> Continuation:
     return Continuation(
         prompt, f"{HOSTILE} \N{REPLACEMENT CHARACTER}", Writing(base, pieces, margins), Writing(own, pieces, margins)
     )
+
+
+def model_comparison(num_prompts: int = 12, length: int = 20) -> ModelComparison:
+    """Two models compared, made of random numbers: OTHER is served, and ends early once."""
+    random = np.random.default_rng(0)
+    text = random.integers(0, 99, (num_prompts, length + 10), dtype=np.int32)
+    continuation = random.integers(0, 99, (num_prompts, length), dtype=np.int32)
+    agrees = random.random(continuation.shape) > 0.02
+    made = Reference("compared", "toy", MODE, text, continuation, agrees, ())
+    nats = random.exponential(0.5, (4, num_prompts, length)).astype(np.float32)
+    found = Positions(random.random(agrees.shape) > 0.8, nats[0], nats[1] / 10, np.full_like(nats[2], 0.98), nats[3])
+    models = ComparedModel(HOSTILE, "bfloat16 safetensors", "on CPU"), ComparedModel("b", "served", HOSTILE)
+    whole = compared(*models, made, found, nats[2], 0, (HOSTILE,))
+    base = Writing((1, 2, 3), ("a", HOSTILE, " c"), (0.1, 0.2, 0.3))
+    sides = (Writing((1, 5, 3), ("a", "\n", " d"), (math.nan,) * 3), Writing((1,), ("a",), (math.nan,)))
+    texts = tuple(Continuation(prompt, f"prompt {HOSTILE}", base, side) for prompt, side in enumerate(sides))
+    return replace(whole, texts=texts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reported import HOSTILE, NUM_LAYERS, make_priced_run, make_probe_run, make_run
+from reported import HOSTILE, NUM_LAYERS, make_priced_run, make_probe_run, make_run, model_comparison
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -20,6 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from serving import served
 
 from dtmsearch.report.comparison import write_comparison
+from dtmsearch.report.model_page import write_model_comparison
 from dtmsearch.report.writing import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -87,7 +88,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 # Pages that look otherwise than that of a finished beam.
-KINDS = ("priced", "probe", "failed", "running", "pruned", "compared")
+KINDS = ("priced", "probe", "failed", "running", "pruned", "compared", "models")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,7 @@ def kinds(page: Page, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pag
     for kind, store in stores.items():
         write_report(store, kind, folder / f"{kind}.html")
     write_comparison(make_run(folder / "failed", "one"), "one", "failed", folder / "compared.html")
+    write_model_comparison(model_comparison(), folder / "models.html")
     return {kind: Page(page.browser, (folder / f"{kind}.html").as_uri()) for kind in KINDS}
 
 

@@ -114,7 +114,7 @@ def compared(
     length = reference.continuation_tokens
     masked = found.diverged & reference.agrees
     per_prompt = _per_prompt(found, masked)
-    values = {
+    values: dict[str, Value] = {
         name: _mean(per_prompt[name], name, length) for name in ("fdt", "sdt", "kl", "dppl") if name in per_prompt
     }
     if not found.first_only:
@@ -127,8 +127,8 @@ def compared(
         per_prompt["ppl_base"] = perplexity(base_text_nll)
         values["ppl_base"] = _mean(per_prompt["ppl_base"], "ppl", None)
         if found.text_nll is not None:
-            logs = [np.log(per_prompt[name].astype(np.float64)) for name in ("ppl", "ppl_base")]
-            values["ppl_ratio"] = _exponential(paired_difference(*logs, _SEED))
+            own_logs, base_logs = (np.log(per_prompt[name].astype(np.float64)) for name in ("ppl", "ppl_base"))
+            values["ppl_ratio"] = _exponential(paired_difference(own_logs, base_logs, _SEED))
     own = ~reference.agrees
     floor = {
         "fdt": _mean(first_divergent_token(own), "fdt", length),
@@ -227,9 +227,9 @@ def _verdict(found: ModelComparison) -> str:
     if ruined:
         return f"{other} is no stand-in for {base}: {ruined}. {differ}."
     over = found.over_floor
-    if not over.mean and not over.is_known and found.num_prompts >= FEWEST:  # neither ever differs
+    if flips is not None and not flips.mean and found.num_prompts >= FEWEST:
         return f"No choice of {other} differs from {base}'s on {where}.{_shift(found)}"
-    unit = "tokens earlier" if flips is None else "divergent tokens a prompt"
+    unit = "tokens earlier" if flips is None else "divergent tokens a prompt more"
     said = f"{over.mean:+.2f} {unit} than {base}'s own noise"
     if not over.is_known:
         return f"Too few prompts to say whether {other} is further from {base} than {base} is from itself: {differ}."

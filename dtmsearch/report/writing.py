@@ -58,7 +58,7 @@ def page(store: ResultStore, facts: RunFacts, drawn: list[Figure], live: str | N
         "resume": f"dtmsearch resume {shlex.quote(summary.run)} --store {shlex.quote(store.url)}",
         "solve": f"dtmsearch solve {shlex.quote(summary.run)} --bits BITS --store {shlex.quote(store.url)}",
         "vanished": [row["component"] for row in facts.plan_rows if row["pruned"] == 1.0],
-        "texts": [_side_by_side(row) for row in facts.texts],
+        "texts": [side_by_side(row) for row in facts.texts],
         "unmeasured": _unmeasured(facts),
         "many_schemes": len({row["scheme"] for row in facts.plan_rows}) > MOST_COLOURS,
         "titles": {metric: title_of(metric) for metric in facts.metrics},
@@ -293,10 +293,11 @@ def _excerpt(row: Row, side: str) -> Row:
     before = "".join(pieces[max(0, at - _CONTEXT_TOKENS) : at])
     if at < _CONTEXT_TOKENS:
         before = row["prompt_text"][-_CONTEXT_LETTERS // 2 :] + before
-    return {"before": before, "first": pieces[at], "after": "".join(pieces[at + 1 : at + 1 + _TOKENS_AFTER])}
+    first, after = (pieces[at : at + 1], pieces[at + 1 : at + 1 + _TOKENS_AFTER])  # none of a text that has ended
+    return {"before": before, "first": "".join(first), "after": "".join(after)}
 
 
-def _side_by_side(row: Row) -> Row:
+def side_by_side(row: Row, names: tuple[str, str] = ("base model", "compressed")) -> Row:
     """A prompt's two texts as lists of (piece, same, margin), equal up to the first divergence."""
     at = row["diverges_at"]
     sides = {}
@@ -311,5 +312,5 @@ def _side_by_side(row: Row) -> Row:
     prompt = row["prompt_text"]
     shown: Row = {"prompt_end": prompt[-_CONTEXT_LETTERS:], "prompt_is_cut": len(prompt) > _CONTEXT_LETTERS}
     if at < len(row["base_tokens"]):
-        shown["excerpts"] = [("base model", _excerpt(row, "base")), ("compressed", _excerpt(row, "own"))]
+        shown["excerpts"] = list(zip(names, (_excerpt(row, "base"), _excerpt(row, "own")), strict=True))
     return {**row, **sides, **shown, "length": len(row["base_tokens"])}

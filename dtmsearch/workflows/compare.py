@@ -147,10 +147,7 @@ def compare_by(
     prompts = cutter.prompts(documents, settings.count, *lengths, settings.seed, (), "count")
     notes += [*prompts.notes, *_checked_servers(sides, tokenizer, prompts)]
     one, two = _measured(sides[0], sides[1], prompts, tokenizer, settings, on_stage)
-    models = [
-        ComparedModel(side.name, "served" if side.spec is None else described(side.spec), way)
-        for side, way in zip(sides, (one.way, two.way), strict=True)
-    ]
+    models = (_facts(sides[0], one.way), _facts(sides[1], two.way))
     found = compared(*models, one.reference, two.found, one.text_nll, settings.seed, (*notes, *two.notes))
     worst = _most_divergent(one.reference, two.found, settings.examples)
     if not worst:
@@ -173,6 +170,10 @@ def _side(name: str, role: str, settings: CompareSettings, on_stage: OnStage) ->
     )
     own_folder(spec)
     return _Side(name, spec)
+
+
+def _facts(side: _Side, way: str) -> ComparedModel:
+    return ComparedModel(side.name, "served" if side.spec is None else described(side.spec), way)
 
 
 # One vocabulary.
@@ -287,7 +288,7 @@ def _local_other(replica: ComparedReplica, one: _Base, on_stage: OnStage) -> _Ot
     replica.use_from(reference, one.outputs)
     scored = replica.positions(reference, ("ppl",) if one.outputs is None else ("ppl", "kl"))
     own = scored["continuation"]
-    bad = ~np.isfinite(own.nll).all(axis=1)
+    bad: Any = ~np.isfinite(own.nll).all(axis=1)
     if bad.any():
         raise UserError(
             f"OTHER gives logits that are not finite in {replica.mode.dtype}, on {int(bad.sum())} of {len(bad)} "

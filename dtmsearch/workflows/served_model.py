@@ -29,7 +29,8 @@ from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.positions import Likeliest
 from dtmsearch.errors import ServerUnreachable, UserError
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 Tells = Literal["prompt_logprobs", "echo", "next", "text"]
 KEY_VARIABLE = "OPENAI_API_KEY"
 _TOKEN_ID = "token_id:"  # noqa: S105 - as servers write a token by its id
