@@ -29,6 +29,7 @@ from dtmsearch.core.holders import (
     packing_bits,
     vllm_obstacle,
 )
+from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.schemes import SCALE_BITS, Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
@@ -119,6 +120,8 @@ def _empty_parts(job: Job, component: Component) -> dict[str, Tensor]:
     scheme = job.plan.scheme(component.name)
     if scheme.is_source:
         return _kept(job, component)
+    if scheme.weights is not None:
+        return _empty_number_parts(scheme, scheme.weights, component.shape)
     rows, cols = component.shape
     assert scheme.bits is not None
     is_whole, packed = scheme.granularity == "tensor", is_packed(scheme, job.runtime)
@@ -133,6 +136,31 @@ def _empty_parts(job: Job, component: Component) -> dict[str, Tensor]:
         words = (-(-rows * scheme.bits // 32), scales[-1]) if packed else scales
         shapes["weight_zero_point"] = words, torch.int32 if packed else torch.int8
     return {ending: torch.empty(shape, dtype=dtype, device="meta") for ending, (shape, dtype) in shapes.items()}
+
+
+def _empty_number_parts(scheme: Scheme, weights: Rounding, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The shapes of `_number_parts` and `_input_parts`."""
+    rows, cols = shape
+    size = weights.size or 1
+    grids = {
+        "tensor": (1,),
+        "channel": (rows, 1),
+        "group": (rows, cols // size),
+        "block": (-(-rows // size), -(-cols // size)),
+    }
+    dtype = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "float": torch.float32}[weights.scale]
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": (grids[weights.grain], dtype)}
+    if weights.has_tensor_scale:
+        shapes["weight_global_scale"] = (1,), torch.float32
+    if weights.number == "int4":
+        shapes |= {"weight_packed": ((rows, -(-cols // 8)), torch.int32), "weight_shape": ((2,), torch.int64)}
+    elif weights.bits == 8:
+        shapes["weight"] = shape, torch.int8 if weights.number == "int8" else torch.float8_e4m3fn
+    else:
+        shapes["weight_packed"] = (rows, cols * weights.bits // 8), torch.uint8
+    if scheme.activations is not None and scheme.activations.static:
+        shapes[_input_scale(scheme.activations)] = (1,), torch.float32
+    return {ending: torch.empty(own, dtype=kind, device="meta") for ending, (own, kind) in shapes.items()}
 
 
 def _experts_of(job: Job) -> dict[str, tuple[str, ...]]:
@@ -265,8 +293,13 @@ def _input_parts(job: Job, component: Component, scheme: Scheme) -> dict[str, Te
     if not scheme.needs_largest_inputs:
         return {}
     assert scheme.activations is not None
-    ending = "input_global_scale" if scheme.activations.has_tensor_scale else "input_scale"
-    return {ending: calibrated_scale(job.compressor.largest_input(component.name), scheme.activations).reshape(1)}
+    largest = job.compressor.largest_input(component.name)
+    return {_input_scale(scheme.activations): calibrated_scale(largest, scheme.activations).reshape(1)}
+
+
+def _input_scale(activations: Rounding) -> str:
+    """What the scale of all inputs is called."""
+    return "input_global_scale" if activations.has_tensor_scale else "input_scale"
 
 
 def _signed(values: Tensor, codes: Codes) -> Tensor:
