@@ -15,6 +15,7 @@ from exports import RUN, in_process, measured_plan
 from inprocess import run_here
 from quantized import (
     GROUP,
+    awq_model,
     awq_parts,
     fp8_model,
     gguf_model,
@@ -357,6 +358,54 @@ def test_an_export_to_fp8_keeps_the_bytes_of_what_is_kept(tmp_path: Path, monkey
     assert config["quantization_config"]["modules_to_not_convert"] == ["model.layers.2.mlp.down_proj"]
 
 
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (gptq_model, {"dynamic": {r"-:^model\.layers\.2\.mlp\.down_proj$": {}}}),
+        (awq_model, {"modules_to_not_convert": ["model.layers.2.mlp.down_proj"]}),
+    ],
+)
+def test_an_export_to_packed_integers_keeps_the_bytes_of_what_is_kept(
+    make: Any, told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    source = make(tmp_path / "model")
+    before = json.loads((source / "config.json").read_text())["quantization_config"]
+    made = measured_plan(source, tmp_path / "store", KEPT, dtype="bfloat16")
+    assert_kept(tmp_path, source, made, "source")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == before | told
+
+
+def test_an_export_to_mxfp4_keeps_the_experts_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    source = mxfp4_model(tmp_path / "model")
+    experts = [f"{e}.{m}" for e in range(4) for m in ("gate_up_proj", "down_proj")]
+    kept = {f"model.layers.0.mlp.experts.{each}": "source" for each in experts}
+    changed = {f"model.layers.1.mlp.experts.{each}": "int3-g32" for each in experts}
+    made = measured_plan(source, tmp_path / "store", kept | changed, dtype="bfloat16", attention="eager")
+    check = made.export("source", tmp_path / "out").check
+    assert check is not None and check.equal
+    before, after = raw(source), raw(tmp_path / "out")
+    packed = [name for name in before if ".0.mlp.experts." in name and name.endswith(("_blocks", "_scales"))]
+    assert len(packed) == 4 and all(torch.equal(before[name], after[name]) for name in packed)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["modules_to_not_convert"][-1] == "model.layers.1.mlp.experts"
+
+
+def test_experts_of_one_tensor_are_not_kept_beside_changed_ones(tmp_path: Path) -> None:
+    source = mxfp4_model(tmp_path / "model")
+    name = "model.layers.0.mlp.experts.{}.down_proj"
+    made = measured_plan(
+        source,
+        tmp_path / "store",
+        {name.format(0): "source", name.format(1): "int3-g32"},
+        "bfloat16",
+        attention="eager",
+    )
+    with pytest.raises(UserError, match=r"in one tensor with others that the plan changes\n  .*experts.0.down_proj"):
+        made.export("source", tmp_path / "out", check=False)
+
+
 @pytest.mark.parametrize("form", ["source", "compressed-tensors"])
 def test_an_export_to_compressed_tensors_keeps_the_bytes_of_what_is_kept(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, form: str
@@ -371,8 +420,6 @@ def test_other_formats_refuse_what_they_cannot_keep(tmp_path: Path, monkeypatch:
     made = measured_plan(gptq_model(tmp_path / "model"), tmp_path / "store", KEPT)
     with pytest.raises(UserError, match="up_proj: source: the base model comes as GPTQ in 4 bits, groups of 16, whose"):
         made.export("compressed-tensors", tmp_path / "out")
-    with pytest.raises(UserError, match="GPTQ in 4 bits, groups of 16 is written as a whole only"):
-        made.export("source", tmp_path / "out")
 
 
 def test_a_plan_that_is_larger_than_its_source_is_warned_of(tmp_path: Path) -> None:
@@ -439,6 +486,6 @@ def test_a_component_that_stays_as_the_base_model_stores_it_is_not_compressed() 
 
 def test_that_no_export_holds_source_beside_others_is_said_before_the_search() -> None:
     both = [parse_scheme("source"), parse_scheme("int4-g32")]
-    assert "no export holds `source` beside other schemes" in str(source_note("GPTQ 4 bits", both))
+    assert "no export holds `source` beside other schemes" in str(source_note("bitsandbytes NF4", both))
     assert source_note("FP8 in blocks of 128 x 128", both) is None
-    assert source_note("GPTQ 4 bits", both[:1]) is None and source_note("", both) is None
+    assert source_note("bitsandbytes NF4", both[:1]) is None and source_note("", both) is None

@@ -114,7 +114,7 @@ def _bitsandbytes_together(plan: Plan, components: Sequence[Component]) -> str |
 
 
 # Of `ModelManifest.source`: formats whose folders may hold layers that are not quantized beside those that are.
-_BESIDE_OTHERS = ("FP8", "compressed-tensors")
+_BESIDE_OTHERS = ("FP8", "MXFP4", "compressed-tensors", "GPTQ", "AWQ")
 
 
 def source_obstacle(scheme: Scheme, shape: Shape) -> str | None:

@@ -3,6 +3,7 @@ bytes; what it changes lies beside them unquantized, as a loader of that format 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,25 @@ from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.writer import ShardWriter, copy_other_files
-from dtmsearch.model.sources.unquantized import StoredCheckpoint
+from dtmsearch.model.sources.unquantized import StoredCheckpoint, is_read_here
 
 _FP8_NOTE = (
     "It was measured with its weights unquantized (`FineGrainedFP8Config(dequantize=True)`). Kernels for FP8 round "
     "what its layers read as well, which was not measured."
 )
+_READ_NOTE = (
+    "What runs {method} for transformers (gptqmodel) is not installed where it was written: its check has read the "
+    "files as the search did, (code - zero point) x scale."
+)
 # Where a format's configuration names the layers that are not quantized.
-_LEFT_OUT = {"fp8": "modules_to_not_convert", "compressed-tensors": "ignore"}
+_LEFT_OUT = {
+    "fp8": "modules_to_not_convert",
+    "mxfp4": "modules_to_not_convert",
+    "awq": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+}
+# GPTQ has patterns of names with settings of their own; one that begins so is of layers that are not quantized.
+_PATTERNS, _NOT = "dynamic", "-:"
 
 
 def write_as_source(job: Job, folder: Path) -> Written:
@@ -45,16 +57,23 @@ def write_as_source(job: Job, folder: Path) -> Written:
     if job.trained is not None:
         raise UserError(f"source keeps the base model's bytes, which the trained weights {job.weights_id} replace")
     job.require_places()
+    torn = _torn(job, set(changed))
+    if torn:
+        raise refuse(
+            "source", "the base model's files hold these in one tensor with others that the plan changes", torn
+        )
     writer = ShardWriter(folder, job)
     rewritten: list[str] = []
     for name, tensor in _tensors(job, stored, set(changed), rewritten):
         writer.add(name, tensor)
     files = writer.close()
-    modules = [name.removesuffix(".weight") for name in rewritten]
+    modules = [_module_of(name) for name in rewritten]
     copy_other_files(job, folder, _settings(stored.settings, _LEFT_OUT.get(method), modules))
     extra = 8 * writer.tensor_bytes - job.plan_bits
     further = {"what the base model's format stores otherwise": extra} if extra else {}
     notes = [_FP8_NOTE] if method == "fp8" else []
+    if is_read_here(stored.settings):
+        notes.append(_READ_NOTE.format(method=method.upper()))
     return Written(files, writer.tensor_bytes, further, notes)
 
 
@@ -79,11 +98,26 @@ def _tensors(
             yield name, tensor
 
 
+def _torn(job: Job, changed: set[str]) -> list[str]:
+    """Components under `source` in a tensor of which others change: experts of one stack."""
+    places = {tensor for name in changed for tensor in job.tensors_of(name)}
+    kept = (name for name, scheme in job.plan.parsed.items() if scheme.is_source)
+    return [name for name in kept if not places.isdisjoint(job.tensors_of(name))]
+
+
+def _module_of(tensor: str) -> str:
+    """The module that a loader is told to leave out for a tensor: of a stack of experts the one that holds it."""
+    return tensor.removesuffix(".weight") if tensor.endswith(".weight") else tensor.rpartition(".")[0]
+
+
 def _settings(settings: Mapping[str, Any], key: str | None, modules: list[str]) -> dict[str, Any]:
     """A base model's quantization settings with further layers left out."""
     found = dict(settings)
     if key is not None and modules:
-        found[key] = [*(found.get(key) or ()), *modules]
+        found[key] = list(dict.fromkeys((*(found.get(key) or ()), *modules)))
+    if found.get("quant_method") == "gptq" and modules:
+        own: dict[str, dict[str, Any]] = {f"{_NOT}^{re.escape(module)}$": {} for module in modules}
+        found[_PATTERNS] = own | dict(found.get(_PATTERNS) or {})
     if "config_groups" in found:  # a name that is targeted by itself goes before one that is left out
         found["config_groups"] = {
             name: {**group, "targets": [target for target in group["targets"] if target not in modules]}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from dtmsearch.core.components import ModelManifest, read_header, weight_files
+from dtmsearch.core.components import ModelManifest, read_header, read_model_config, weight_files
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.numeric_mode import NumericMode
@@ -37,8 +37,10 @@ from dtmsearch.model.compress.number_rounding import round_inputs
 from dtmsearch.model.compress.quantization_arguments import rounding_of
 from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
-from dtmsearch.model.modules.loading import load_tokenizer, loader
+from dtmsearch.model.modules.loading import load_model, load_tokenizer, loader
 from dtmsearch.model.replica.replica import LoadedModel, Replica
+from dtmsearch.model.sources.stored import settings_of
+from dtmsearch.model.sources.unquantized import StoredCheckpoint, is_read_here
 from dtmsearch.model.weights.applied import Checkpoint
 
 
@@ -53,8 +55,12 @@ class ServedReplica(Replica):
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         transformers_logging.disable_progress_bar()
         folder = Path(spec.path)
-        apart = _has_packed_zeros(folder) or _has_packed_experts(folder) or _loses_by_loading(folder, spec)
-        load = decompressed_model if apart else partial(_plain_model, self._repacked)
+        if is_read_here(settings_of(read_model_config(folder)) or {}):
+            load: Callable[..., Any] = _model_as_read
+        elif _has_packed_zeros(folder) or _has_packed_experts(folder) or _loses_by_loading(folder, spec):
+            load = decompressed_model
+        else:
+            load = partial(_plain_model, self._repacked)
         model = load(folder, spec, self._device).eval().requires_grad_(False)
         round_as_engines_do(model, folder)
         return self._as_loaded(model, folder, spec)
@@ -126,6 +132,13 @@ def _plain_model(repacked: bool, folder: Path, spec: ModelSpec, device: torch.de
         if not runs_by_token(module):
             run_row_by_row(module)
     return model
+
+
+def _model_as_read(folder: Path, spec: ModelSpec, device: torch.device) -> Any:
+    """By this package's own reading of a format that nothing installed runs."""
+    with tempfile.TemporaryDirectory(prefix="dtmsearch-unquantized-") as scratch:
+        StoredCheckpoint(folder).write(Path(scratch), spec.dtype)
+        return load_model(Path(scratch), spec, device)
 
 
 def _has_packed_zeros(folder: Path) -> bool:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def is_quantized(path: Path) -> bool:
     if is_gguf(path):
         return True
     return (path / "config.json").is_file() and settings_of(read_model_config(path)) is not None
+
+
+def is_read_here(settings: Mapping[str, Any]) -> bool:
+    """Whether nothing that is installed runs a format but this package's own reading of it."""
+    return settings.get("quant_method") in ("gptq", "awq") and find_spec("gptqmodel") is None
 
 
 def source_hash(path: Path, code: Mapping[str, str] | None = None) -> str:
