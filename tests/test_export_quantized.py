@@ -173,10 +173,11 @@ def test_groups_that_do_not_divide_the_inputs_are_refused(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_widths_without_a_kernel_are_refused_for_vllm(tmp_path: Path) -> None:
+def test_widths_without_a_kernel_are_refused_with_the_smallest_that_has_one(tmp_path: Path) -> None:
     measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", "int3-channel")
-    with pytest.raises(ValueError, match="kernels read 4 and 8 bits"):
-        measured.export("compressed-tensors", tmp_path / "out", runtime="vllm")
+    said = r"kernel for CPUs reads 4 bits; the smallest that it takes here is int4-channel \(\+1.00 bits per weight\)"
+    with pytest.raises(ValueError, match=said):
+        measured.export("compressed-tensors", tmp_path / "out", runtime="vllm-cpu")
 
 
 @pytest.fixture(scope="module")

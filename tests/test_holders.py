@@ -23,8 +23,12 @@ def at_size(scheme: str) -> set[str]:
         ("llm-int8", {"bitsandbytes (transformers)"}),
         ("int4-g128", {"compressed-tensors (vllm)", "compressed-tensors (transformers)"}),
         ("gptq-int4-g128-asym", {"compressed-tensors (vllm)"}),
-        ("int3-g64", {"compressed-tensors (transformers)"}),
-        ("int3-g64-asym", set()),
+        ("int3-g64", {"compressed-tensors (vllm)", "compressed-tensors (transformers)"}),
+        ("int3-g8", {"compressed-tensors (transformers)"}),
+        ("int3-g64-asym", {"compressed-tensors (vllm)"}),
+        ("int3-tensor-asym", set()),
+        ("nvfp4", {"compressed-tensors (vllm)", "compressed-tensors (transformers)"}),
+        ("mxfp6", {"compressed-tensors (transformers)"}),
         ("wanda-2:4", set()),
         ("int4-g128+wanda-0.5", set()),
         ("drop", set()),
@@ -73,9 +77,9 @@ def test_bitsandbytes_holds_no_plan_of_8_and_4_bits() -> None:
     ("scheme", "scale_bits", "said"),
     [
         ("int4-g128", 16, "written at its size by compressed-tensors (vllm), compressed-tensors (transformers)"),
-        ("int3-g64-asym", 16, "no export writes it at its size, 3.30 bits per weight where it is compressed: "),
+        ("int3-tensor-asym", 16, "no export writes it at its size, 3.00 bits per weight where it is compressed: "),
         ("magnitude-0.5", 16, "dense (any) takes 16.00"),
-        ("int3-g32", 32, "with `model.scale_dtype: bfloat16` it could be"),
+        ("int3-g8", 32, "with `model.scale_dtype: bfloat16` it could be"),
     ],
 )
 def test_a_plan_says_whether_it_can_be_written_at_its_size(scheme: str, scale_bits: int, said: str) -> None:

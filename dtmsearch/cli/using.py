@@ -108,10 +108,10 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
 @click.option("--out", required=True, type=NewPath(), help="Folder to make.")
 @click.option(
     "--runtime",
-    type=click.Choice(["transformers", "vllm"]),
+    type=click.Choice(["transformers", "vllm", "vllm-cpu", "sglang", "tensorrt-llm", "llama.cpp"]),
     default="transformers",
     show_default=True,
-    help="What shall load a compressed-tensors folder; vllm takes less, and fuses q, k, v and gate, up.",
+    help="What shall load a compressed-tensors folder: which schemes it takes, and that it fuses q, k, v and gate, up.",
 )
 @click.option("--model", help="Where the base model lies now, if not where the search found it.")
 @click.option("--weights", metavar="ID", help="Trained weights of the store, if not those that the search ended with.")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from dtmsearch.core.components import Component
+from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.fusion import untied_groups
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import SCALE_BITS, Scheme, families, parse_scheme
@@ -19,7 +20,7 @@ Shape = tuple[int, int]
 
 # A file that is larger than the plan by no more than this part of it counts as being of its size.
 SIZE_TOLERANCE = 0.01
-# What vLLM's kernels for weight-only integers take (its CompressedTensorsWNA16).
+# What a search for vLLM is proposed: what its fastest kernels for weight-only integers take.
 VLLM_BITS = (4, 8)
 VLLM_GROUPS = (32, 64, 128)
 _WORD_BITS = 32
@@ -168,22 +169,20 @@ def _uneven(scheme: Scheme, shape: Shape) -> str | None:
     return None
 
 
+def engine_obstacle(engine: str, scheme: Scheme, shape: Shape) -> str | None:
+    """The same, as an engine's kernels read them (`engine_rules`)."""
+    return packed_obstacle(scheme, shape) or ENGINES[engine].obstacle(scheme, shape)
+
+
 def vllm_obstacle(scheme: Scheme, shape: Shape) -> str | None:
-    """The same, as vLLM's kernels read them."""
-    found = packed_obstacle(scheme, shape)
-    if found is not None or scheme.is_unquantized or scheme.weights is not None:
-        return found
-    if scheme.bits not in VLLM_BITS:
-        return f"its kernels read {' and '.join(map(str, VLLM_BITS))} bits"
-    if scheme.granularity == "tensor" or (scheme.granularity == "group" and scheme.group_size not in VLLM_GROUPS):
-        return f"its kernels take scales of rows and of groups of {', '.join(map(str, VLLM_GROUPS))}"
-    return None
+    """The same, as vLLM's kernels for GPUs read them."""
+    return engine_obstacle("vllm", scheme, shape)
 
 
 def is_packed(scheme: Scheme, engine: str) -> bool:
     """Whether compressed-tensors' codes are packed. transformers makes room for zero points that are not packed, but
     the library writes packed ones: what has zero points loads there only as whole bytes. vLLM reads packed ones."""
-    return engine == "vllm" or not scheme.asymmetric
+    return engine != "transformers" or not scheme.asymmetric
 
 
 def packing_bits(scheme: Scheme, shape: Shape, engine: str) -> int:
@@ -206,7 +205,7 @@ def _packed_bits(engine: str) -> Callable[[Scheme, Shape, int, int], int]:
             floats = scheme.num_scales(shape) if scheme.weights.scale == "float" else 0
             return counted + floats * (scale_bits - SCALE_BITS) + packing_bits(scheme, shape, engine)
         # vLLM keeps scales in a model's 16 bits, whatever the file says; GPTQ solves for such.
-        short = scheme.needs_hessians or (engine == "vllm" and dense_bits == SCALE_BITS)
+        short = scheme.needs_hessians or (engine != "transformers" and dense_bits == SCALE_BITS)
         wider = 0 if short else scheme.num_scales(shape) * (scale_bits - SCALE_BITS)
         return counted + wider + packing_bits(scheme, shape, engine)
 

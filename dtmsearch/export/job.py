@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
+from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.plan import Plan
@@ -59,6 +60,11 @@ class Job:
         )
         if not self.unplaced:
             self._check_trained()
+
+    @property
+    def fuses(self) -> bool:
+        """Whether what shall load it runs q, k, v and gate, up as one matrix each."""
+        return self.runtime in ENGINES and ENGINES[self.runtime].fuses
 
     @cached_property
     def unplaced(self) -> tuple[str, ...]:
@@ -117,7 +123,7 @@ class Job:
     @cached_property
     def _merged(self) -> frozenset[str]:
         """Experts that transformers keeps in stacks, though the files may hold each by itself."""
-        return frozenset() if self.runtime == "vllm" else frozenset(sliced_matrices(self.empty))
+        return frozenset() if self.fuses else frozenset(sliced_matrices(self.empty))
 
     @cached_property
     def linear(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_format
@@ -112,7 +113,7 @@ def resolve(
     job = _job(found, runtime, results)
     if form.is_model:
         _check_solved(found, to)
-    if runtime == "vllm" and to == PACKED:
+    if job.fuses and to == PACKED:
         require_tied(found, target, job)
     return Order(source, store, form, target, found, job, is_checked)
 
@@ -164,7 +165,7 @@ def _job(found: Source, runtime: str, results: ResultStore) -> Job:
     on_gpu = torch.cuda.is_available() and (mode is None or mode.device == "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")
     # vLLM keeps scales in a model's 16 bits, whatever the file says.
-    half = runtime == "vllm" and dtype.itemsize == 2
+    half = runtime in ENGINES and ENGINES[runtime].fuses and dtype.itemsize == 2
     scale_dtype = dtype if half else getattr(torch, found.spec.scale_dtype)
     return Job(
         folder=checkpoint_folder(found.spec),

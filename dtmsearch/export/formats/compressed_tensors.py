@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.components import Component
+from dtmsearch.core.engine_rules import ENGINES, where_note
 from dtmsearch.core.holders import (
     LINEAR_ONLY,
     STACKED_IN_FILES,
     SYMMETRIC_EXPERTS,
+    engine_obstacle,
     is_packed,
     packed_obstacle,
     packing_bits,
-    vllm_obstacle,
 )
 from dtmsearch.core.number_formats import Rounding
-from dtmsearch.core.schemes import SCALE_BITS, Scheme
+from dtmsearch.core.schemes import SCALE_BITS, Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
@@ -55,6 +56,12 @@ _NUMBER_FORMATS = {
     "int8 float": "int-quantized",
     "int4 float": "pack-quantized",
 }
+_OTHER_INPUTS = (
+    "What was measured rounds inputs in 32 bits, as engines do. transformers runs compressed-tensors' emulation: in a "
+    "model of 32 bits the same, but for 8-bit integers (127.5 steps, where engines have 127); in 16 bits it rounds "
+    "scales and quotients, too"
+)
+_UNPACKED = "transformers unpacks NVFP4 and MX to bfloat16: load this folder with dtype=bfloat16, not in 32 bits"
 # Of scales e8m0: exponents are counted from it.
 _BIAS = 127
 _SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole bytes", "padding to words of 32 bits"
@@ -78,12 +85,29 @@ def write_packed(job: Job, folder: Path) -> Written:
         codes = component_codes(job, component, weight)
         return _parts(job, component, codes), _extra_bits(job, component, codes)
 
+    notes = _notes(job)
     if merged or not _experts_of(job):
-        return write_quantized(job, folder, parts_of, settings, _unmerged(job) if merged else None)
+        written = write_quantized(job, folder, parts_of, settings, _unmerged(job) if merged else None)
+        return replace(written, notes=(*written.notes, *notes))
     extra: Counter[str] = Counter()
     written = write_quantized(job, folder, parts_of, settings, _by_expert(job, extra))
     summed = Counter(written.extra_bits) + extra
-    return replace(written, extra_bits={what: bits for what, bits in summed.items() if bits})
+    held = {what: bits for what, bits in summed.items() if bits}
+    return replace(written, extra_bits=held, notes=(*written.notes, *notes))
+
+
+def _notes(job: Job) -> list[str]:
+    """What who loads the folder should know."""
+    schemes = list({scheme.name: scheme for scheme in job.plan.parsed.values()}.values())
+    notes = []
+    if needs := where_note(job.runtime, frozenset(scheme.name for scheme in schemes)):
+        notes.append(needs)
+    if job.runtime == "transformers" and any(scheme.activations is not None for scheme in schemes):
+        notes.append(_OTHER_INPUTS)
+    in_16 = any(scheme.weights is not None and scheme.weights.scale != "float" for scheme in schemes)
+    if job.runtime == "transformers" and in_16 and job.dtype == torch.float32:
+        notes.append(_UNPACKED)
+    return notes
 
 
 def _rehearsed(job: Job, settings: Mapping[str, Any]) -> bool:
@@ -220,10 +244,34 @@ def _unmerged(job: Job) -> Iterator[tuple[str, Component | None, Tensor]]:
 
 def check_packed(job: Job) -> None:
     """Raises `UserError` with every component whose scheme the format or the job's runtime does not know."""
-    reasons = {name: _obstacle(job, job.manifest.by_name[name], scheme) for name, scheme in job.plan.parsed.items()}
-    offending = [f"{name}: {job.plan.scheme_of(name)}: {why}" for name, why in reasons.items() if why]
+    rules = ENGINES[job.runtime]
+    if rules.instead:
+        raise UserError(f"{NAME} is nothing for {rules.says}: {rules.instead}")
+    named = job.manifest.by_name
+    reasons = {name: _obstacle(job, named[name], scheme) for name, scheme in job.plan.parsed.items()}
+    offending = [
+        f"{name}: {job.plan.scheme_of(name)}: {why}{_repair(job, named[name])}" for name, why in reasons.items() if why
+    ]
     if offending:
         raise refuse(NAME, f"not for --runtime {job.runtime}", offending)
+    formats = {_format(job, scheme) for scheme in job.plan.parsed.values() if not scheme.is_source}
+    if len(formats) > 1 and not rules.mixes:
+        counts = Counter(_format(job, scheme) for scheme in job.plan.parsed.values() if not scheme.is_source)
+        held = ", ".join(f"{form} ({number} components)" for form, number in counts.most_common())
+        raise refuse(NAME, f"{rules.says} takes one format in a model", [held, "repair: search with schemes of one"])
+
+
+def _repair(job: Job, component: Component) -> str:
+    """What to say of the smallest scheme that the runtime takes in a component's place."""
+    scheme = job.plan.scheme(component.name)
+    if engine_obstacle(job.runtime, scheme, component.shape) is None or packed_obstacle(scheme, component.shape):
+        return ""
+    bits = 8 * job.dtype.itemsize
+    other = ENGINES[job.runtime].repair(scheme, component.shape, bits)
+    if other is None:
+        return ""
+    more = parse_scheme(other).stored_bits(component.shape, bits) - scheme.stored_bits(component.shape, bits)
+    return f"; the smallest that it takes here is {other} ({more / component.num_weights:+.2f} bits per weight)"
 
 
 def _kept(job: Job, component: Component) -> dict[str, Tensor]:
@@ -240,14 +288,14 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
         if is_ours and len(job.tensors_of(component.name)) == 1 and component.name in job.linear:
             return None
         return f"the base model comes as {job.manifest.source}, whose bytes {NAME} does not hold"
-    obstacle = (vllm_obstacle if job.runtime == "vllm" else packed_obstacle)(scheme, component.shape)
-    if obstacle is None and job.runtime == "vllm" and component.stacked:
+    obstacle = engine_obstacle(job.runtime, scheme, component.shape)
+    if obstacle is None and job.fuses and component.stacked:
         if component.apart:
             return SYMMETRIC_EXPERTS if scheme.asymmetric else None
         return STACKED_IN_FILES
     if obstacle is None and (component.transposed or component.name not in job.linear):
         return LINEAR_ONLY
-    if obstacle is None and job.runtime == "vllm" and component.name in job.manifest.routers:
+    if obstacle is None and job.fuses and component.name in job.manifest.routers:
         return "it builds what routes tokens to experts, or weighs one, without quantization"
     return obstacle
 
@@ -330,7 +378,7 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     """One group of modules for each scheme; what is in none is ignored by name."""
     by_scheme: dict[Scheme, list[str]] = {}
     own: dict[str, dict[str, Any]] = {}  # the base model's own groups, by their content
-    mixtures = _mixtures(job) if job.runtime == "vllm" else {}
+    mixtures = _mixtures(job) if job.fuses else {}
     compressed = {job.manifest.by_name[name].mixture for name in _experts_of(job)} if mixtures else set()
     for name, scheme in job.plan.parsed.items():
         mixture = job.manifest.by_name[name].mixture
