@@ -1,4 +1,4 @@
-"""The verbs before a search: `init`, `validate`, `components`, `schemes`, `schema`, `doctor`, `completion`."""
+"""The verbs before a search: `init`, `validate`, `components`, `schemes`, `schema`, `doctor`, `cache`, `completion`."""
 
 from __future__ import annotations
 
@@ -259,3 +259,29 @@ def doctor_verb(store: str, form: str) -> int:
     findings = examine(store)
     show(findings, form, findings_text)
     return FAILED if any(f.status == "missing" for f in findings) else 0
+
+
+@cli.command(
+    "cache", epilog=examples("dtmsearch cache", "dtmsearch cache --remove", "dtmsearch cache --remove --older-than 7")
+)
+@click.option("--remove", "removes", is_flag=True, help="Remove what is listed, but for models that are in use.")
+@click.option(
+    "--older-than", type=click.FloatRange(min=0), metavar="DAYS", help="Only models that were not used for so long."
+)
+@format_option("table", "json")
+def cache_verb(removes: bool, older_than: float | None, form: str) -> None:
+    """List the models that this machine keeps unquantized, or remove them.
+
+    A search of a model that comes quantized writes it once in 16 or 32 bits. What is not used for 30 days is removed
+    when another is written (DTMSEARCH_CACHE_DAYS), and what was not used for longest where DTMSEARCH_CACHE_GB says how
+    much may be kept. DTMSEARCH_CACHE says where.
+    """
+    from dtmsearch.console.text import cache_text
+    from dtmsearch.model.sources.unquantized_cache import cache_folder, remove, unquantized_models
+
+    models = [model for model in unquantized_models() if model.unused_days >= (older_than or 0.0)]
+    if removes:
+        removed = remove(models)
+        say(f"removed {len(removed)} of {len(models)}, {sum(m.num_bytes for m in removed) / 1e9:.2f} GB")
+        models = unquantized_models()
+    show(models, form, lambda listed: cache_text(listed, str(cache_folder())))

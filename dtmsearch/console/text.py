@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dtmsearch.analysis.summary import RunOverview, RunSummary
     from dtmsearch.analysis.verdict import ValidationRow
     from dtmsearch.core.holders import SchemeFacts
+    from dtmsearch.model.sources.unquantized_cache import UnquantizedModel
     from dtmsearch.workflows.doctor import Finding
     from dtmsearch.workflows.estimate import Estimate
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
@@ -454,6 +455,17 @@ def _change(score: TaskScore) -> str:
     if not difference.is_known:
         return f"{difference.mean:+.4f} (too few questions to say)"
     return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def cache_text(models: Sequence[UnquantizedModel], folder: str) -> str:
+    """The unquantized models that this machine keeps, as lines."""
+    rows = [
+        [m.source, f"{m.num_bytes / 1e9:.2f}", "in use" if m.in_use else f"{m.unused_days:.0f} days ago"]
+        for m in models
+    ]
+    total = sum(model.num_bytes for model in models) / 1e9
+    listed = [table(["unquantized from", "GB", "used"], rows)] if rows else []
+    return "\n".join([*listed, f"{total:.2f} GB in {folder}"])
 
 
 def findings_text(findings: Sequence[Finding]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -42,12 +41,17 @@ from dtmsearch.model.sources import (  # noqa: F401 (they register their formats
     library_formats,
 )
 from dtmsearch.model.sources.stored import StoredFormat, StoredWeight, format_of, settings_of, without_settings
+from dtmsearch.model.sources.unquantized_cache import (
+    CACHE,
+    RECORD,
+    cache_folder,
+    hold,
+    keep_within_limits,
+    unquantized_models,
+)
 
 log = logging.getLogger(__name__)
 
-CACHE = "DTMSEARCH_CACHE"
-# Beside the files of an unquantized folder: what it was made of. Its name has no ending that an export copies.
-RECORD = "source.dtmsearch"
 # Raise it when the same source would be unquantized to other weights.
 _VERSION = 1
 _KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "additional_chat_templates/*.jinja")
@@ -98,21 +102,33 @@ def source_hash(path: Path, code: Mapping[str, str] | None = None) -> str:
 def unquantized_folder(path: Path, dtype: str, load_with: Callable[[Any], Any]) -> Path:
     """The unquantized folder of a source, its weights in `dtype`; made where it is not there yet. `load_with` tells the
     class that loads a configuration's model. Raises `UserError` for a source that cannot be read."""
-    target = _cache() / f"{_key(path)}-{dtype}"
+    target = cache_folder() / f"{_key(path)}-{dtype}"
 
     def write(folder: Path) -> None:
+        keep_within_limits()
         log.info("unquantizing %s into %s", path, target)
         if is_gguf(path):
             _write_gguf(path, folder, dtype, load_with)
         else:
             StoredCheckpoint(path).write(folder, dtype)
 
-    return _made(target, write)
+    is_new = not (target / RECORD).is_file()
+    found = _made(target, write)
+    hold(found)
+    if not (found / RECORD).is_file():  # removed by another process, just before it was held
+        return _made(target, write)
+    if is_new:
+        sizes = {model.path: model.num_bytes / 1e9 for model in unquantized_models()}
+        log.warning(
+            "%s is kept unquantized in %s, %.1f GB; all that is kept so takes %.1f GB (`dtmsearch cache` lists it)",
+            path, found, sizes.get(str(found), 0.0), sum(sizes.values()),
+        )  # fmt: skip
+    return found
 
 
 def is_unquantized_here(path: Path, dtype: str) -> bool:
     """Whether the unquantized folder of a source is there."""
-    return (_cache() / f"{_key(path)}-{dtype}" / RECORD).is_file()
+    return (cache_folder() / f"{_key(path)}-{dtype}" / RECORD).is_file()
 
 
 def described_folder(path: Path, dtype: str, load_with: Callable[[Any], Any]) -> Path:
@@ -120,15 +136,7 @@ def described_folder(path: Path, dtype: str, load_with: Callable[[Any], Any]) ->
     itself."""
     if is_gguf(path):
         return unquantized_folder(path, dtype, load_with)
-    return _made(_cache() / f"{_key(path)}-described", lambda folder: StoredCheckpoint(path).describe(folder))
-
-
-def _cache() -> Path:
-    own = os.environ.get(CACHE)
-    if own:
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dtmsearch" / "unquantized"
+    return _made(cache_folder() / f"{_key(path)}-described", lambda folder: StoredCheckpoint(path).describe(folder))
 
 
 def _key(path: Path) -> str:
