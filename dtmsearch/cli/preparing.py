@@ -277,11 +277,11 @@ def cache_verb(removes: bool, older_than: float | None, form: str) -> None:
     much may be kept. DTMSEARCH_CACHE says where.
     """
     from dtmsearch.console.text import cache_text
-    from dtmsearch.model.sources.unquantized_cache import cache_folder, remove, unquantized_models
+    from dtmsearch.workflows.kept_models import kept_models, remove_kept
 
-    models = [model for model in unquantized_models() if model.unused_days >= (older_than or 0.0)]
+    kept = kept_models(older_than or 0.0)
     if removes:
-        removed = remove(models)
-        say(f"removed {len(removed)} of {len(models)}, {sum(m.num_bytes for m in removed) / 1e9:.2f} GB")
-        models = unquantized_models()
-    show(models, form, lambda listed: cache_text(listed, str(cache_folder())))
+        removed = remove_kept(kept)
+        say(f"removed {len(removed)} of {len(kept.models)}, {sum(m.num_bytes for m in removed) / 1e9:.2f} GB")
+        kept = kept_models()
+    show(kept, form, cache_text, lambda found: found.models)
