@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from exports import Measured, in_process, measured_plan
 from safetensors.torch import load_file
 from stores import as_format_1
@@ -115,6 +119,82 @@ def test_a_level_that_is_no_scheme_is_named(tmp_path: Path) -> None:
     (tmp_path / "configuration.txt").write_text(f"{Q}: 5\n")
     with pytest.raises(ValueError, match="has level 5, which is no scheme"):
         read_configuration(tmp_path / "configuration.txt", {"int4-g128": 4})
+
+
+WIDTHS = {Q: "int4-g32-asym", DOWN: "int8-g64-asym"}
+
+
+@pytest.fixture(scope="module")
+def in_groups(wide: Measured, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return measured_plan(Path(wide.manifest.model), tmp_path_factory.mktemp("groups") / "store", WIDTHS)
+
+
+def of_llm_compressor(folder: Path) -> dict[str, Any]:
+    modifiers = yaml.safe_load((folder / "recipe.yaml").read_text())["compression_stage"]["compression_modifiers"]
+    groups = [group for modifier in modifiers.values() for group in modifier["config_groups"].values()]
+    return {name: group["weights"] for group in groups for name in group["targets"]}
+
+
+def test_llm_compressors_recipe_names_every_component_with_its_width(in_groups: Measured, tmp_path: Path) -> None:
+    in_groups.export("llm-compressor", tmp_path / "out")
+    found = of_llm_compressor(tmp_path / "out")
+    assert {name: (w["num_bits"], w["group_size"], w["symmetric"]) for name, w in found.items()} == {
+        Q: (4, 32, False),
+        DOWN: (8, 64, False),
+    }
+
+
+def test_llm_compressor_solves_by_gptq_what_the_plan_solves(wide: Measured, tmp_path: Path) -> None:
+    plan = {Q: "gptq-int4-g32", DOWN: "int8-channel"}
+    measured_plan(Path(wide.manifest.model), tmp_path / "store", plan).export("llm-compressor", tmp_path / "out")
+    stage = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["compression_stage"]
+    found = {kind: m["config_groups"] for kind, m in stage["compression_modifiers"].items()}
+    assert found["GPTQModifier"]["gptq-int4-g32"]["targets"] == [Q]
+    assert found["QuantizationModifier"]["int8-channel"]["weights"]["strategy"] == "channel"
+
+
+def test_model_optimizers_configuration_turns_on_the_plans_weights_alone(wide: Measured, tmp_path: Path) -> None:
+    wide.export("model-optimizer", tmp_path / "out")
+    entries = runpy.run_path(str(tmp_path / "out" / "quant_config.py"))["QUANT_CONFIG"]["quant_cfg"]
+    assert entries[0] == {"quantizer_name": "*", "enable": False}
+    settings = {entry["quantizer_name"]: entry["cfg"] for entry in entries[1:]}
+    assert settings[f"*{Q}.weight_quantizer"] == {"num_bits": 4, "block_sizes": {-1: 32}}
+    assert settings[f"*{DOWN}.weight_quantizer"] == {"num_bits": 8, "axis": 0}
+
+
+def test_auto_rounds_layers_are_all_linear_ones(wide: Measured, tmp_path: Path) -> None:
+    wide.export("auto-round", tmp_path / "out")
+    layers = json.loads((tmp_path / "out" / "layer_config.json").read_text())
+    assert layers[Q] == {"bits": 4, "data_type": "int", "group_size": 32, "sym": True, "act_bits": 16}
+    assert layers["model.layers.0.mlp.up_proj"] == {"bits": 16}
+    assert len(layers) == len(wide.manifest.components) + 1  # and the head
+
+
+def test_mlx_lms_predicate_says_width_and_group(in_groups: Measured, tmp_path: Path) -> None:
+    in_groups.export("mlx-lm", tmp_path / "out")
+    predicate = runpy.run_path(str(tmp_path / "out" / "mlx_predicate.py"))["quant_predicate"]
+    assert predicate(Q, None) == {"bits": 4, "group_size": 32}
+    assert predicate("lm_head", None, {}) is False
+
+
+@pytest.mark.parametrize(
+    ("tool", "scheme", "reason"),
+    [
+        ("mlx-lm", "int4-g32", "give the scheme with -asym"),
+        ("mlx-lm", "int7-g32-asym", "2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128"),
+        ("model-optimizer", "int4-g32-asym", "give the scheme without -asym"),
+        ("auto-round", "int8-tensor", "no scale for a whole matrix"),
+        ("llm-compressor", "magnitude-0.5", "no rounding to integers"),
+        ("llm-compressor", "nf4", "no rounding to integers"),
+    ],
+)
+def test_what_a_recipe_cannot_say_is_refused(
+    wide: Measured, tmp_path: Path, tool: str, scheme: str, reason: str
+) -> None:
+    measured = measured_plan(Path(wide.manifest.model), tmp_path / "store", {Q: scheme})
+    with pytest.raises(UserError, match=reason):
+        measured.export(tool, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 CALIBRATED = {

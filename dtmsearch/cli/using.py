@@ -15,7 +15,10 @@ from dtmsearch.cli.speech import say, show
 from dtmsearch.errors import FAILED
 
 # What `dtmsearch.export.formats` can write, by name, because naming them must not load torch; a test holds them equal.
-EXPORT_FORMATS = ("json", "dense", "bitsandbytes", "compressed-tensors", "source", "gguf-recipe", "evopress")
+EXPORT_FORMATS = (
+    *("json", "dense", "bitsandbytes", "compressed-tensors", "source", "gguf-recipe"),
+    *("llm-compressor", "model-optimizer", "auto-round", "mlx-lm", "evopress"),
+)
 
 
 class _ExportFormat(click.Choice[str]):

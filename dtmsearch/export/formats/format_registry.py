@@ -15,6 +15,7 @@ from dtmsearch.export.formats.compressed_tensors import write_packed
 from dtmsearch.export.formats.dense import write_dense
 from dtmsearch.export.formats.evopress import write_evopress
 from dtmsearch.export.formats.gguf import write_recipe
+from dtmsearch.export.formats.recipes import RECIPES
 from dtmsearch.export.job import Job, Written
 
 # What the format `json` writes.
@@ -71,6 +72,7 @@ for _format in (
     Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
     Format("source", write_as_source, "what loads the base model", is_model=True),
     Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False),
+    *(Format(name, recipe.write, f"{name}, which quantizes by it", is_model=False) for name, recipe in RECIPES.items()),
     Format("evopress", write_evopress, "EvoPress's search", is_model=False),
 ):
     register(_format)
