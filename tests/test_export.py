@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,3 +238,13 @@ def test_files_of_other_bytes_than_the_plan_accounts_for_are_an_error(tmp_path: 
     job = SimpleNamespace(plan_bits=8 * 17)
     with pytest.raises(ExportFailed, match=r"holds 16 bytes of tensors, where 16 were written .* accounts for 17"):
         check_bytes(job, Written((tmp_path / "model.safetensors",), tensor_bytes=16))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("to", "library"), [("compressed-tensors", "compressed_tensors"), ("gguf-recipe", "gguf")])
+def test_a_missing_library_is_said_before_anything_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, library: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else found(name))
+    with pytest.raises(UserError, match=rf"^{to} needs an extra: pip install"):
+        export("no-such-run", to, tmp_path / "out", str(tmp_path / "no-such-store"))

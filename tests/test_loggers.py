@@ -25,7 +25,7 @@ from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import loggers
-from dtmsearch.workflows.loggers import logged_to
+from dtmsearch.workflows.loggers import in_any_folder, logged_to
 
 FILE = parse(
     "run: toy\nmodel: {path: m}\nprompts: {files: [t.txt]}\n"
@@ -158,6 +158,18 @@ def test_a_missing_library_is_said_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"pip install {package}$"), logged_to([name], FILE, Silent()):
         pass
+
+
+def test_logs_for_another_folder_have_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("tensorboard", "tensorboard:logs", "tensorboard:gs://bucket/logs")
+    wanted = (f"tensorboard:{tmp_path}/tensorboard", f"tensorboard:{tmp_path}/logs", "tensorboard:gs://bucket/logs")
+    assert in_any_folder(names) == wanted
+
+
+def test_logs_of_another_kind_are_passed_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "_library", lambda _: None)
+    assert in_any_folder(("mlflow:http://host:5000", "wandb:team")) == ("mlflow:http://host:5000", "wandb:team")
 
 
 def test_tensorboard_has_event_files_in_the_runs_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import toy_components, toy_manifest
+from reported import make_probe_run
 
 from dtmsearch.analysis.pareto_runs import candidates
 from dtmsearch.analysis.summary import RunSummary, runs_overview, summarize_run
@@ -260,6 +261,12 @@ def test_overview_shows_the_last_decision(tmp_path: Path) -> None:
     (line,) = runs_overview(ResultStore(tmp_path))
     assert (line.run, line.status, line.model, line.num_evaluations) == ("run", "finished", "toy", 1)
     assert (line.last_step, line.share, line.bits_per_weight, line.score, line.fdt) == (1, 0.25, 12.0, 90.0, 55.0)
+
+
+def test_overview_gives_a_probe_no_size_as_if_it_had_a_plan(tmp_path: Path) -> None:
+    (run,) = runs_overview(make_probe_run(tmp_path))
+    assert run.last_step is not None
+    assert (run.bits_per_weight, run.share, run.score, run.fdt) == (None, None, None, None)
 
 
 def test_overview_names_the_value_on_held_out_prompts_beside_that_of_the_search(tmp_path: Path) -> None:

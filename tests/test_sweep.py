@@ -160,7 +160,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     folder = tmp_path_factory.mktemp("sweep")
     path = sweep_file(folder, {"search.stop.share": [0.1, 0.2]}, stop_dominated={"margin": 50})
     command = ["sweep", str(path), "--store", str(folder / "store"), "--format", "json"]
-    first = dtmsearch(*command)
+    first = dtmsearch(*command, "--log-to", f"tensorboard:{folder / 'logs'}")
     return Swept(folder, first, without_ray(*command))
 
 
@@ -170,6 +170,10 @@ RUNS = ("many.share-0.1", "many.share-0.2")
 @pytest.mark.timeout(3 * PATIENCE_SECONDS)
 def test_a_sweep_finishes_all_its_searches(swept: Swept) -> None:
     assert json.loads(swept.first.out)["statuses"] == dict.fromkeys(RUNS, "finished"), swept.first
+
+
+def test_every_search_of_a_sweep_is_logged(swept: Swept) -> None:
+    assert sorted(path.parent.name for path in (swept.folder / "logs").glob("*/events*")) == sorted(RUNS)
 
 
 def test_a_finished_sweep_runs_nothing_again(swept: Swept) -> None:

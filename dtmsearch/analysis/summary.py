@@ -325,8 +325,13 @@ def _held_out_text(store: ResultStore, record: RunRecord) -> str | None:
     return f"{shared} of {held_out.num_prompts} prompts hold text that the search saw: these are not held out"
 
 
+def _chose_none(record: RunRecord) -> bool:
+    """Whether a run has ended as one whose strategy chooses no plan."""
+    return record.status == "finished" and record.final_plan_id is None
+
+
 def _without_plan(record: RunRecord) -> str:
-    if record.status == "finished":
+    if _chose_none(record):
         return "This strategy chooses no plan; its ranking is the run's rows of the table steps."
     if record.status == "failed":
         return "The search failed before it came to a plan."
@@ -342,6 +347,8 @@ def runs_overview(store: ResultStore) -> list[RunOverview]:
 def _overview(store: ResultStore, record: RunRecord, models: Mapping[str | None, str]) -> RunOverview:
     steps = step_records(store.table("steps", run=record.run))
     last = steps[-1] if steps else None
+    # A probe's decisions are its ranking: the last one is no plan that it came to.
+    leading = None if _chose_none(record) else last
     return RunOverview(
         run=record.run,
         status="incomplete" if store.missing(record) else record.status,
@@ -349,10 +356,10 @@ def _overview(store: ResultStore, record: RunRecord, models: Mapping[str | None,
         model=models.get(record.manifest_id),
         num_evaluations=sum(_search_statuses(store, record.run).values()),
         last_step=None if last is None else last.step,
-        share=None if last is None else last.share,
-        bits_per_weight=None if last is None else last.bits_per_weight,
-        score=None if last is None else last.score,
-        fdt=None if last is None else _fdt_of(store, record, last.plan_id),
+        share=None if leading is None else leading.share,
+        bits_per_weight=None if leading is None else leading.bits_per_weight,
+        score=None if leading is None else leading.score,
+        fdt=None if leading is None else _fdt_of(store, record, leading.plan_id),
         created_at=record.created_at,
         failed=headline(record.message) if record.status == "failed" and record.message else None,
         rank_by=_rank_by(record),

@@ -166,6 +166,7 @@ def resume_verb(name: str, store: str, form: str, quiet: bool, log_to: tuple[str
     "--any-file", is_flag=True, help="Send hidden files, keys, and links that lead elsewhere too, if FILE names them."
 )
 @replica_options
+@log_option
 @format_option("table", "json")
 def submit_verb(
     file: Path,
@@ -176,15 +177,18 @@ def submit_verb(
     pins: Any,
     any_file: bool,
     form: str,
+    log_to: tuple[str, ...],
     **where: Any,
 ) -> int:
     """Run the search in FILE as a job of a Ray cluster.
 
     Attaches to the run's job if one is at work; continues the run if it ended anywhere. Weights are not sent.
     """
+    from dtmsearch.workflows.loggers import in_any_folder
     from dtmsearch.workflows.submit import submit
 
     options = [part for name, value in where.items() if value for part in (_option(name), _whole(value))]
+    options += [part for name in in_any_folder(log_to) for part in ("--log-to", name)]
     submission = submit(file, overrides, address, store, options, pins, any_file)
     for note in submission.notes:
         say(f"note: {note}")
@@ -232,10 +236,18 @@ def _option(name: str) -> str:
 @set_option
 @store_option
 @where_options
+@log_option
 @click.option("--dry-run", is_flag=True, help="List the searches, and run nothing.")
 @format_option("table", "json")
 def sweep_verb(
-    file: Path, overrides: tuple[str, ...], store: str, dry_run: bool, form: str, quiet: bool, **where: Any
+    file: Path,
+    overrides: tuple[str, ...],
+    store: str,
+    dry_run: bool,
+    form: str,
+    quiet: bool,
+    log_to: tuple[str, ...],
+    **where: Any,
 ) -> int:
     """Run the many searches of a sweep FILE side by side.
 
@@ -254,7 +266,7 @@ def sweep_verb(
     rules = plan.stop_dominated
     race = None if rules is None else Race(rules.margin, rules.patience)
     with resumable("run the same command again"):
-        outcome = sweep(files, store, where_of(**where), race, (lambda text: None) if quiet else say)
+        outcome = sweep(files, store, where_of(**where), race, (lambda text: None) if quiet else say, log_to)
     show(outcome, form, sweep_text)
     if form == "table":
         say(f"the plans that count: dtmsearch pareto '{plan.sweep}*'{store_argument(store)}")

@@ -100,6 +100,7 @@ def resolve(
     the plan, the repaired one. Raises `UserError` for what cannot be found, and what the format is known not to hold.
     """
     form = find_format(to)
+    form.check_library()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target} is there already: give a folder that is new or empty")
     results = ResultStore(store)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from dtmsearch.search.protocols import Decision, Observer, Progress, tell_stage
 # Seconds between two values of how fast a search is.
 _PACE_SECONDS = 5.0
 _PROJECT = "dtmsearch"
+_TENSORBOARD_FOLDER = "tensorboard"
 _MLFLOW_ENDS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 # The longest value of a parameter that MLflow takes.
 _MOST_LETTERS = 500
@@ -51,7 +53,7 @@ class _TensorBoard:
 
     def __init__(self, run: str, keys: Mapping[str, str], where: str) -> None:
         # What an earlier session wrote of the run is written again.
-        self._writer = _library(self.library).SummaryWriter(f"{where or 'tensorboard'}/{run}", purge_step=0)
+        self._writer = _library(self.library).SummaryWriter(f"{where or _TENSORBOARD_FOLDER}/{run}", purge_step=0)
         self._writer.add_text("search file", "\n".join(f"    {key}: {value}" for key, value in keys.items()))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -185,6 +187,7 @@ def logged_to(names: Sequence[str], file: SearchFile | None, observer: Observer)
         yield observer, lambda summary: None
         return
     assert file is not None, "whoever names loggers gives the search file"
+    check_loggers(names)
     keys = _flat(file.model_dump(mode="json", exclude_none=True))
     logged = Logged(observer, {name: _opening(name, file.run, keys) for name in names})
     ended: list[RunSummary] = []
@@ -199,11 +202,29 @@ def logged_to(names: Sequence[str], file: SearchFile | None, observer: Observer)
     logged.finish(ended[0] if ended else None, "finished")
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises `UserError` for a log that is unknown, or whose library is missing here."""
+    for name in names:
+        kind = name.partition(":")[0]
+        if kind not in LOGGERS:
+            raise UserError(f"--log-to: got {name!r}; {', '.join(LOGGERS)} are known, each alone or with :WHERE")
+        _library(LOGGERS[kind].library)
+
+
+def in_any_folder(names: Sequence[str]) -> tuple[str, ...]:
+    """The same logs for a process that works in another folder: `tensorboard` with its whole path. Raises `UserError`
+    as `check_loggers` does."""
+    check_loggers(names)
+    parts = [(kind, where or _TENSORBOARD_FOLDER) for kind, _, where in (name.partition(":") for name in names)]
+    whole = {where: where if "://" in where else str(Path(where).expanduser().absolute()) for _, where in parts}
+    return tuple(
+        f"{kind}:{whole[where]}" if kind == "tensorboard" else name
+        for name, (kind, where) in zip(names, parts, strict=True)
+    )
+
+
 def _opening(name: str, run: str, keys: Mapping[str, str]) -> Callable[[], Logger]:
     kind, _, where = name.partition(":")
-    if kind not in LOGGERS:
-        raise UserError(f"--log-to: got {name!r}; {', '.join(LOGGERS)} are known, each alone or with :WHERE")
-    _library(LOGGERS[kind].library)
     return partial(LOGGERS[kind], run, keys, where)
 
 

@@ -24,6 +24,7 @@ from dtmsearch.config import SearchFile, parse
 from dtmsearch.core.pareto import Point, Race
 from dtmsearch.errors import StoreError, UserError
 from dtmsearch.search.protocols import Decision, Progress
+from dtmsearch.workflows.loggers import in_any_folder, logged_to
 from dtmsearch.workflows.run import DOMINATED, Where, is_left_out, open_store, run, stop
 
 # A trial whose process is lost with its node is started again so often; what it had recorded is not measured again.
@@ -97,20 +98,23 @@ def sweep(
     where: Where = Where(),
     race: Race | None = None,
     on_note: Callable[[str], None] = logging.getLogger(__name__).warning,
+    log_to: Sequence[str] = (),
 ) -> SweepOutcome:
     """Run searches side by side until none is left; those that the store calls finished or dominated are left out.
 
     `where.replicas` is the number of replicas of each search (one without it). With `race`, dominated searches are
-    stopped. Raises `UserError` when a search's replicas have no room on this machine, `ClusterUnreachable`.
+    stopped. Each search logs to `log_to` as a single one does. Raises `UserError` when a search's replicas have no room
+    on this machine and for a log that there is not, `ClusterUnreachable`.
     """
     store = store if "://" in store else str(Path(store).expanduser().absolute())
     results = open_store(store)
+    log_to = in_any_folder(log_to)
     left = [file for file in files if not is_left_out(results, file.run)]
     on_note(f"{len(left)} of {len(files)} searches are left to run")
     if left:
         own_ray = connect(where.address)
         try:
-            _run_trials(left, store, where, race, on_note)
+            _run_trials(left, store, where, race, on_note, log_to)
         finally:
             if own_ray:
                 ray.shutdown()
@@ -118,7 +122,12 @@ def sweep(
 
 
 def _run_trials(
-    files: Sequence[SearchFile], store: str, where: Where, race: Race | None, on_note: Callable[[str], None]
+    files: Sequence[SearchFile],
+    store: str,
+    where: Where,
+    race: Race | None,
+    on_note: Callable[[str], None],
+    log_to: Sequence[str],
 ) -> None:
     replicas = where.replicas or 1
     share = share_of(
@@ -137,7 +146,9 @@ def _run_trials(
     def trial(config: dict[str, str]) -> None:
         text, folder = texts[config["run"]]
         try:
-            run(parse(text, f"the search {config['run']}", Path(folder)), store, inside, _Reporter())
+            file = parse(text, f"the search {config['run']}", Path(folder))
+            with logged_to(log_to, file, _Reporter()) as (logged, ended):
+                ended(run(file, store, inside, logged))
         except Exception as error:  # the store has it, as the run's status; another try would end the same way
             logging.getLogger(__name__).warning("%s: %s", config["run"], error)
 

@@ -7,7 +7,6 @@ What stands in the files is the search's own rounding: codes are packed as they 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -69,8 +68,6 @@ _SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole
 
 def write_packed(job: Job, folder: Path) -> Written:
     """Raises `UserError` for schemes that the format does not know, or that the job's runtime has no kernel for."""
-    if importlib.util.find_spec("compressed_tensors") is None:
-        raise UserError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
     check_packed(job)
     settings = _quantization_config(job)
     merged = job.runtime == "transformers" and _rehearsed(job, settings)

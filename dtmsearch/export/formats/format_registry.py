@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,19 @@ PLAN_FILE = "plan.json"
 @dataclass(frozen=True)
 class Format:
     """`write` puts a job into a folder that exists; `loads` says who reads it. `is_model`: whether it is a checkpoint
-    that `AutoModelForCausalLM.from_pretrained` loads, and so can be measured."""
+    that `AutoModelForCausalLM.from_pretrained` loads, and so can be measured. `library` is a module of the extra
+    `export` that it cannot be written without."""
 
     name: str
     write: Callable[[Job, Path], Written]
     loads: str
     is_model: bool
+    library: str = ""
+
+    def check_library(self) -> None:
+        """Raises `UserError` where the format's library is not installed."""
+        if self.library and importlib.util.find_spec(self.library) is None:
+            raise UserError(f"{self.name} needs an extra: pip install 'dtmsearch[export]'")
 
 
 def write_json(job: Job, folder: Path) -> Written:
@@ -69,9 +77,13 @@ for _format in (
     Format("json", write_json, "`dtmsearch evaluate --plan` and `dtmsearch export`", is_model=False),
     Format("dense", write_dense, "anything that loads a Hugging Face checkpoint", is_model=True),
     Format("bitsandbytes", write_modules, "transformers with bitsandbytes", is_model=True),
-    Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
+    Format(
+        *("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM"),
+        is_model=True,
+        library="compressed_tensors",
+    ),
     Format("source", write_as_source, "what loads the base model", is_model=True),
-    Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False),
+    Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False, library="gguf"),
     *(Format(name, recipe.write, f"{name}, which quantizes by it", is_model=False) for name, recipe in RECIPES.items()),
     Format("evopress", write_evopress, "EvoPress's search", is_model=False),
 ):

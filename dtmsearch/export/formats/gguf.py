@@ -6,7 +6,6 @@ The rounding is llama.cpp's then, not the search's: types are the nearest in bit
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -31,8 +30,6 @@ _IMATRIX_BITS = 4
 
 def write_recipe(job: Job, folder: Path) -> Written:
     """Raises `UserError` for an architecture that llama.cpp does not have, and for components it has no tensor for."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{NAME} needs an extra: pip install 'dtmsearch[export]'")
     names = _tensor_names(job)
     missing = [name for name, tensors in names.items() if not tensors and name in job.plan.schemes]
     if missing:
