@@ -6,16 +6,12 @@ Knows Python's logging, nothing of what is logged. Loggers name a request with `
 from __future__ import annotations
 
 import contextvars
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import TextIO
 
 _RUN: contextvars.ContextVar[str | None] = contextvars.ContextVar("run", default=None)
-# What every record has; anything else came with `extra`.
-_COMMON = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 @contextmanager
@@ -28,22 +24,25 @@ def naming(run: str) -> Iterator[None]:
         _RUN.reset(token)
 
 
-class JsonLines(logging.Formatter):
-    """`time` (UTC), `level`, `logger`, `event`, `run`, `request`, and whatever else the record was given."""
+def _named(record: logging.LogRecord) -> bool:
+    """Gives every record what a line holds beside Python's own: the run, and its level as it is written."""
+    record.run, record.level = _RUN.get(), record.levelname.lower()
+    return True
 
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            "run": _RUN.get(),
-            "request": None,
-        }
-        line |= {key: value for key, value in vars(record).items() if key not in _COMMON}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)  # in ASCII, of which nothing acts on a terminal
+
+def _formatter() -> logging.Formatter:
+    """`time` (UTC), `level`, `logger`, `event`, `run`, `request`, `exception`, and whatever else a record was given; in
+    ASCII, of which nothing acts on a terminal."""
+    from pythonjsonlogger.json import JsonFormatter
+
+    return JsonFormatter(
+        ["level", "name", "message", "run", "request"],
+        style=",",
+        rename_fields={"name": "logger", "message": "event", "exc_info": "exception"},
+        timestamp="time",
+        defaults={"request": None},
+        json_default=str,
+    )
 
 
 @contextmanager
@@ -51,7 +50,8 @@ def json_lines(stream: TextIO, package: str = "dtmsearch") -> Iterator[None]:
     """Send the package's log, from INFO up, to a stream as JSON lines until the block ends."""
     logger = logging.getLogger(package)
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
+    handler.addFilter(_named)
+    handler.setFormatter(_formatter())
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ class Job:
         """Bits of all tensors by the plan's arithmetic: components under their schemes, the rest in the dtype."""
         width = self.dtype.itemsize * 8
         bits = sum(
-            _count(shape)
+            prod(shape)
             * (
                 8 * self.dtype_of(name).itemsize
                 if self.dtypes[name] in DTYPE_BITS
@@ -261,7 +262,7 @@ class Job:
         for name, shape in self.shapes.items():
             numbers = [part for part in name.split(".") if part.isdigit()]
             key = numbers[0] if numbers else name
-            sizes[key] = sizes.get(key, 0) + _count(shape) * self.dtype.itemsize
+            sizes[key] = sizes.get(key, 0) + prod(shape) * self.dtype.itemsize
         return max(sizes.values())
 
 
@@ -299,10 +300,3 @@ def _with_matrix(tensor: Tensor, component: Component, rewrite: Callable[[Compon
 # Components that the error of a refused plan names.
 _MOST_NAMED = 5
 _INTEGER_BITS = {"I8": 8, "U8": 8, "BOOL": 8, "I16": 16, "I32": 32, "I64": 64}
-
-
-def _count(shape: Sequence[int]) -> int:
-    number = 1
-    for size in shape:
-        number *= size
-    return number

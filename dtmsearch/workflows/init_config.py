@@ -87,7 +87,7 @@ def read_model(path: str) -> ModelFacts:
         path=str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path,
         architecture=next(iter(config.get("architectures") or ()), config.get("model_type", "unknown")),
         num_layers=text.get("num_hidden_layers"),
-        num_weights=sum(_product(shape) for shape in shapes),
+        num_weights=sum(math.prod(shape) for shape in shapes),
         dtype=checkpoint_dtype(files),
         context=text.get("max_position_embeddings"),
         largest_group=_largest_group(shapes),
@@ -129,13 +129,6 @@ def _unquantized(folder: Path) -> Path:
     from dtmsearch.model.modules.loading import described_checkpoint
 
     return described_checkpoint(ModelSpec(str(folder)))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    number = 1
-    for size in shape:
-        number *= size
-    return number
 
 
 def this_machine() -> Machine:
