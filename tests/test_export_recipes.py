@@ -185,6 +185,7 @@ def test_mlx_lms_predicate_says_width_and_group(in_groups: Measured, tmp_path: P
         ("model-optimizer", "int4-g32-asym", "give the scheme without -asym"),
         ("auto-round", "int8-tensor", "no scale for a whole matrix"),
         ("llm-compressor", "magnitude-0.5", "no rounding to integers"),
+        ("llm-compressor", "int4-g96", "its rows of 256 weights are no multiple of 96"),
         ("llm-compressor", "nf4", "no rounding to integers"),
     ],
 )

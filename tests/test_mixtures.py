@@ -171,7 +171,7 @@ def test_rivals_are_of_the_size_that_the_budget_counts(active: bool, rivals: lis
     plan = space.uniform("int6-channel").with_(space.units[0].edges[0]).with_(space.units[1].edges[0])
     found = [scheme for scheme in uniform_rivals(space, plan) if scheme.endswith("-channel")]
     assert found[:1] == rivals
-    assert found == [s for s in rivals_of_size(space, float(budget.counted_bits(space.size(plan)))) if s in found]
+    assert found == [s for s in rivals_of_size(space, float(budget.counted(space.size(plan)))) if s in found]
 
 
 def test_rows_hold_what_a_token_reads_as_plans_count_it() -> None:

@@ -8,60 +8,37 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from dtmsearch.analysis.failure import headline
+from dtmsearch.analysis.held_out import HeldOut, best_uniform, measured_held_out, noise_floor, sized_by, validation_rows
 from dtmsearch.analysis.kept_fdt import KeptFdt, kept_fdt
 from dtmsearch.analysis.verdict import (
-    FOUND,
     PLAN,
     NoiseFloor,
     ValidationRow,
     noise_sentence,
-    rival_of,
     verdict,
 )
 from dtmsearch.config import section_of
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.holders import is_larger_than_source, size_sentence, source_sentence
-from dtmsearch.core.metric_registry import BUILT_IN, METRICS
-from dtmsearch.core.metrics import difference_limits
+from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import RunRecord, RunStatus, StepRecord
 from dtmsearch.core.schemes import SCALE_BITS
-from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.core.strategy_settings import RANK_BY
 from dtmsearch.core.windows import num_touching
 from dtmsearch.errors import UserError
-from dtmsearch.store.codecs.evaluations import others_of, summary_of
+from dtmsearch.store.codecs.evaluations import summary_of
 from dtmsearch.store.codecs.tables import COMPONENT_COLUMNS, components_of, step_records
 from dtmsearch.store.schemas import OTHER_COLUMNS, SUMMARY_COLUMNS
 from dtmsearch.store.store import ResultStore
 
 # Intervals are made with the same weights every time that they are asked for.
-_INTERVAL_SEED = 0
-_VALIDATION_COLUMNS = [
-    *("label", "plan_id", "weights_id", "purpose", "reference_id", "status", "message"),
-    *(
-        "num_compressed",
-        "bits_per_weight",
-        "active_bits_per_weight",
-        "share",
-        "fdt",
-        "sdt",
-        "kl_list",
-        "dppl_list",
-        "ppl_list",
-    ),
-    *("fdt_unmasked", "sdt_unmasked"),
-    *OTHER_COLUMNS,
-    *SUMMARY_COLUMNS,
-]
 
 
 @dataclass(frozen=True)
@@ -161,17 +138,18 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
     missing = store.missing(record, thorough=True)
     statuses = _search_statuses(store, run)
     steps = step_records(store.table("steps", run=run))
-    reference = _HeldOut.of(store, record.validation_reference_id)
-    measured = _measured(store, record)
-    rows = _validation_rows(measured, reference)
+    reference = HeldOut.of(store, record.validation_reference_id)
+    measured = measured_held_out(store, record)
+    components = _components(store, record)
+    parts_of_model = [component for component, _ in components]
+    rows = validation_rows(store, record, measured, reference, parts_of_model)
     rank_by = _rank_by(record)
-    rival = _rival(store, record, rows, rank_by)
-    noise = _noise(measured, reference)
+    rival = best_uniform(store, record, rows, rank_by, parts_of_model)
+    noise = noise_floor(measured, reference)
     plan_row = next((row for row in rows if row.label == PLAN), None)
     chosen_at = next((step for step in reversed(steps) if step.plan_id == record.final_plan_id), None)
     size = plan_row or chosen_at
     plan = None if record.final_plan_id is None else store.plan(record.final_plan_id, run)
-    components = _components(store, record)
     source = _source(store, record, plan, components)
     return RunSummary(
         run=run,
@@ -208,7 +186,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         written=_written(store, record, plan, components),
         source=source,
         source_format=source_of(store, record),
-        components=tuple(component for component, _ in components),
+        components=tuple(parts_of_model),
         experts=_experts(store, record),
         min_fdt=kept_fdt(store, record, plan_row.summary.fdt_mean if plan_row and plan_row.summary else None),
     )
@@ -297,7 +275,7 @@ def _verdict(
     rows: Sequence[ValidationRow],
     rank_by: str,
     rival: ValidationRow | None,
-    reference: _HeldOut | None,
+    reference: HeldOut | None,
     noise: NoiseFloor | None,
     brief: bool = False,
     source: str | None = None,
@@ -307,7 +285,7 @@ def _verdict(
     if record.status == "running" and not any(row.label == PLAN for row in rows):
         return "The plan is found, and not yet measured on held-out prompts."
     length = None if reference is None else reference.continuation_tokens
-    said = verdict(rows, rank_by, length, rival, _counts_active(record), brief)
+    said = verdict(rows, rank_by, length, rival, sized_by(record), brief)
     if source is not None and is_larger_than_source(source):
         said = f"{said} {source}."
     return said if noise is None else f"{said} {noise_sentence(noise)}"
@@ -405,139 +383,3 @@ def _fdt_of(store: ResultStore, record: RunRecord, plan_id: str) -> float | None
     rows = store.table("evaluations", ["fdt_mean", "weights_id"], record.run, on_all).to_pylist()
     over = store.weights_id(record.run) or None
     return next((row["fdt_mean"] for row in rows if row["weights_id"] == over and row["fdt_mean"] is not None), None)
-
-
-# Validation
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """A row of `evaluations` on the held-out prompts, its label, and its values per prompt."""
-
-    row: Mapping[str, Any]
-    label: str
-    per_prompt: Mapping[str, NDArray[np.generic]]
-
-
-def _counts_active(record: RunRecord) -> bool:
-    """Whether a run's budget counts the bits that a token reads, and none that are stored."""
-    stop = section_of(record.config, "search").get("stop")
-    stop = stop if isinstance(stop, dict) else {}
-    return bool(stop.get("active_bits_per_weight")) and not (stop.get("bits_per_weight") or stop.get("size_mb"))
-
-
-def _rival(store: ResultStore, record: RunRecord, rows: Sequence[ValidationRow], rank_by: str) -> ValidationRow | None:
-    """The best uniform plan of at most the plan's size, by the prompts to choose by where the run had any: the best by
-    the prompts that are reported would look better than it is."""
-    plan = next((row for row in rows if row.label == PLAN), None)
-    if plan is None or record.choice_reference_id is None:
-        return rival_of(rows, rank_by, _counts_active(record))
-    where = (pc.field("reference_id") == record.choice_reference_id) & (pc.field("purpose") == "choice")
-    found = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where).to_pylist()
-    chosen_by = [_validation_row(_Measured(row, row["label"], {}), None, None) for row in found]
-    others = [row for row in chosen_by if row.plan_id != plan.plan_id]
-    best = rival_of([plan, *(row for row in others if row.label != PLAN)], rank_by, _counts_active(record))
-    reported = None if best is None else next((row for row in rows if row.plan_id == best.plan_id), None)
-    return reported or rival_of(rows, rank_by, _counts_active(record))
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    """Held-out prompts: how long their continuations are, and the base model's FDT and SDT against itself on each."""
-
-    continuation_tokens: int
-    fdt: NDArray[np.generic]
-    sdt: NDArray[np.generic]
-
-    @staticmethod
-    def of(store: ResultStore, reference_id: str | None) -> _HeldOut | None:
-        reference = None if reference_id is None else store.reference(reference_id)
-        if reference is None:
-            return None
-        return _HeldOut(reference.continuation_tokens, reference.base_agreement, (~reference.agrees).sum(axis=1))
-
-
-def _validation_rows(measured: Sequence[_Measured], reference: _HeldOut | None) -> tuple[ValidationRow, ...]:
-    """The final plan first, then what it is held against, from large to small."""
-    plan = next((m for m in measured if m.label == PLAN), None)
-    others = sorted((m for m in measured if m is not plan), key=lambda m: (-m.row["bits_per_weight"], m.label))
-    return tuple(_validation_row(m, plan, reference) for m in ([] if plan is None else [plan]) + others)
-
-
-def _noise(measured: Sequence[_Measured], reference: _HeldOut | None) -> NoiseFloor | None:
-    plan = next((m for m in measured if m.label == PLAN and m.row["status"] == "ok"), None)
-    if plan is None or reference is None:
-        return None
-    floor = NoiseFloor(float(reference.fdt.mean()), float(reference.sdt.mean()))
-    if plan.row["fdt_unmasked"] is None or plan.row["sdt_unmasked"] is None:
-        return floor
-    own = {metric: np.array(plan.row[f"{metric}_unmasked"]) for metric in ("fdt", "sdt")}
-    limits = difference_limits("fdt", reference.continuation_tokens)
-    return replace(
-        floor,
-        plan_fdt=float(own["fdt"].mean()),
-        plan_sdt=float(own["sdt"].mean()),
-        fdt_vs_base=paired_difference(own["fdt"], reference.fdt, _INTERVAL_SEED, limits=limits),
-        sdt_vs_base=paired_difference(own["sdt"], reference.sdt, _INTERVAL_SEED, limits=limits),
-    )
-
-
-def _measured(store: ResultStore, record: RunRecord) -> list[_Measured]:
-    if record.validation_reference_id is None or record.final_plan_id is None:
-        return []
-    final = pc.field("plan_id") == record.final_plan_id
-    # The held-out prompts may be those of the search, whose evaluations bear no labels.
-    where = (
-        (pc.field("reference_id") == record.validation_reference_id)
-        & (pc.field("purpose") != "race")
-        & ((pc.field("purpose") == "validation") | final)
-    )
-    rows = store.table("evaluations", _VALIDATION_COLUMNS, record.run, where)
-    ended_with = (record.final_plan_id, store.weights_id(record.run) or None)
-    found: dict[str, _Measured] = {}
-    for row in rows.to_pylist():
-        label = row["label"] if row["purpose"] == "validation" else None
-        if (row["plan_id"], row["weights_id"]) == ended_with:
-            label = PLAN
-        elif label == PLAN:
-            label = FOUND
-        if label is not None:
-            found.setdefault(label, _Measured(row, label, _per_prompt(row)))
-    return list(found.values())
-
-
-def _per_prompt(row: Mapping[str, Any]) -> dict[str, NDArray[np.generic]]:
-    """metric -> values; of perplexities their logarithms, whose mean is that of all tokens."""
-    columns = {metric: METRICS[metric].list_column for metric in BUILT_IN}
-    values = {metric: np.array(row[column]) for metric, column in columns.items() if row[column] is not None}
-    found = {m: np.log(own) if METRICS[m].mean == "geometric" else own for m, own in values.items()}
-    return found | others_of(row)
-
-
-def _validation_row(measured: _Measured, plan: _Measured | None, reference: _HeldOut | None) -> ValidationRow:
-    row, length = measured.row, None if reference is None else reference.continuation_tokens
-    ok = row["status"] == "ok"
-    return ValidationRow(
-        label=measured.label,
-        plan_id=row["plan_id"],
-        weights_id=row["weights_id"] or None,
-        num_compressed=row["num_compressed"],
-        bits_per_weight=row["bits_per_weight"],
-        active_bits_per_weight=row["active_bits_per_weight"],
-        share=row["share"],
-        summary=summary_of(dict(row)) if ok else None,
-        failure=None if ok else f"{row['status']}: {row['message']}",
-        **{f"{metric}_vs_plan": _difference(plan, measured, metric, length) for metric in BUILT_IN},
-        others_vs_plan={m: _difference(plan, measured, m, length) for m in measured.per_prompt if m not in BUILT_IN},
-    )
-
-
-def _difference(
-    plan: _Measured | None, other: _Measured, metric: str, continuation_tokens: int | None
-) -> PairedDifference | None:
-    if plan is None or plan is other:
-        return None
-    a, b = plan.per_prompt.get(metric), other.per_prompt.get(metric)
-    if a is None or b is None:
-        return None
-    return paired_difference(a, b, _INTERVAL_SEED, limits=difference_limits(metric, continuation_tokens))

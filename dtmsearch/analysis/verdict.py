@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
+from typing import Literal
 
 from dtmsearch.analysis.format import counted, interval_decimals, size_in_words
 from dtmsearch.core.metric_registry import METRICS
@@ -26,12 +27,23 @@ _UNIFORM = ("uniform:", "uniform-nearest:")
 _RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
 
 
+# What a budget counts, by which plans of one size are found.
+SizedBy = Literal["bits_per_weight", "active_bits_per_weight", "decode_ms", "prefill_ms"]
+_OF_ITS_SIZE: Mapping[SizedBy, str] = {
+    "bits_per_weight": "of at most its size",
+    "active_bits_per_weight": "that has a token read at most as many bits",
+    "decode_ms": "that takes no longer for a token",
+    "prefill_ms": "that takes no longer for a prompt",
+}
+
+
 @dataclass(frozen=True)
 class ValidationRow:
     """A plan on the held-out prompts. The differences are the final plan minus this one, paired over prompts: in
     tokens for fdt and sdt, in nats per token for kl and for perplexities (of their logarithms); None for the final plan
     itself and where either was not measured. `active_bits_per_weight` is what a token reads of a mixture of experts,
-    None of other models. `weights_id` names the weights that a training came to, None of the base model's."""
+    None of other models; `decode_ms` and `prefill_ms` are those of the components by the search's table of times, None
+    where it has none. `weights_id` names the weights that a training came to, None of the base model's."""
 
     label: str
     plan_id: str
@@ -48,12 +60,13 @@ class ValidationRow:
     others_vs_plan: Mapping[str, PairedDifference | None] = field(default_factory=dict, hash=False)
     active_bits_per_weight: float | None = None
     weights_id: str | None = None
+    decode_ms: float | None = None
+    prefill_ms: float | None = None
 
-    def counted_bits(self, active: bool) -> float:
-        """Bits per weight that plans are compared by: all, or where it is known what a token reads."""
-        return (
-            self.bits_per_weight if not active or self.active_bits_per_weight is None else self.active_bits_per_weight
-        )
+    def counted(self, by: SizedBy) -> float:
+        """What plans are held against each other by: bits per weight where something else is not known."""
+        found: float | None = getattr(self, by)
+        return self.bits_per_weight if found is None else found
 
     def vs_plan(self, metric: str) -> PairedDifference | None:
         found: PairedDifference | None = getattr(self, f"{metric}_vs_plan", None)
@@ -132,18 +145,20 @@ def _number(value: float | None, metric: str, spec: str | None = None) -> str:
     return "-" if value is None else format(value, spec or METRICS[metric].digits)
 
 
-def rival_of(rows: Sequence[ValidationRow], rank_by: str, active: bool = False) -> ValidationRow | None:
-    """The best uniform plan in `rank_by` that stores at most the plan's bits and 1%; one that could not be measured
-    only where none could; None where there is none of that size. `active`: by the bits that a token reads."""
+def rival_of(
+    rows: Sequence[ValidationRow], rank_by: str, sized_by: SizedBy = "bits_per_weight"
+) -> ValidationRow | None:
+    """The best uniform plan in `rank_by` that comes to at most the plan's `sized_by` and 1%; one that could not be
+    measured only where none could; None where there is none of that size."""
     plan = next((row for row in rows if row.label == PLAN), None)
     if plan is None:
         return None
-    most = LARGER * plan.counted_bits(active)
-    small = [row for row in rows if row.uniform_scheme is not None and row.counted_bits(active) <= most]
+    most = LARGER * plan.counted(sized_by)
+    small = [row for row in rows if row.uniform_scheme is not None and row.counted(sized_by) <= most]
     measured = [row for row in small if _value(row, rank_by) is not None]
     if measured:
         return min(measured, key=lambda row: _rank(row, rank_by))
-    return max(small, key=lambda row: row.counted_bits(active), default=None)
+    return max(small, key=lambda row: row.counted(sized_by), default=None)
 
 
 def _value(row: ValidationRow, metric: str) -> float | None:
@@ -179,12 +194,12 @@ def verdict(
     rank_by: str = RANK_BY,
     continuation_tokens: int | None = None,
     rival: ValidationRow | None = None,
-    active: bool = False,
+    sized_by: SizedBy = "bits_per_weight",
     brief: bool = False,
 ) -> str:
     """How the final plan does on held-out prompts, in the metric that the search ranked by, against the best uniform
-    plan of at most its size (`rival`, by default the best on these prompts); FDT beside it. `active`: sizes are
-    the bits that a token reads. `brief`: the one sentence of it that says most."""
+    plan of at most its size (`rival`, by default the best on these prompts); FDT beside it. `sized_by` says what
+    sizes are. `brief`: the one sentence of it that says most."""
     plan = next((row for row in rows if row.label == PLAN), None)
     if plan is None:
         return "The plan was not measured on held-out prompts, so nothing is said of how good it is."
@@ -196,10 +211,11 @@ def verdict(
     said = [] if ruined is None else [f"The plan is unusable ({ruined}, FDT {plan.summary.fdt_mean:.1f})."]
     if brief and said:
         return said[0]
-    found = rival or rival_of(rows, metric, active)
-    said.append(_against(plan, found, metric, base, continuation_tokens, active, brief))
+    found = rival or rival_of(rows, metric, sized_by)
+    said.append(_against(plan, found, metric, base, continuation_tokens, sized_by, brief))
     if brief:
         return said[0]
+    said += _time_sentence(plan, found)
     instead = next((row for row in rows if row.label == FOUND), None)
     if instead is not None:
         said.append(f"It is a uniform plan: what the search found did no better ({_figures(instead, metric)}).")
@@ -212,11 +228,11 @@ def _against(
     metric: str,
     base: ValidationRow | None,
     continuation_tokens: int | None,
-    active: bool,
+    sized_by: SizedBy,
     brief: bool,
 ) -> str:
     assert plan.summary is not None
-    of_its_size = "that has a token read at most as many bits" if active else "of at most its size"
+    of_its_size = _OF_ITS_SIZE[sized_by]
     difference = None if rival is None else rival.vs_plan(metric)
     spec, own = _value_spec(difference, metric), _value(plan, metric)
     found = (
@@ -239,6 +255,26 @@ def _against(
         f"{found}: {_comparison(difference, metric)} {other}, with {value} ({_interval(difference, metric)})"
         f"{'' if brief else _beside(plan, rival, metric)}{_dissent(rival, metric)}."
     )
+
+
+def _time_sentence(plan: ValidationRow, rival: ValidationRow | None) -> list[str]:
+    """What the plan takes by the search's table of times beside the uniform plan that it is held against; nothing
+    without a table."""
+    if plan.decode_ms is None or plan.prefill_ms is None:
+        return []
+    own = f"By its table of times the plan takes {plan.decode_ms:.3g} ms for a token and {plan.prefill_ms:.3g} a prompt"
+    if rival is None or rival.decode_ms is None or rival.prefill_ms is None:
+        return [f"{own}."]
+    slower = [
+        name
+        for name, mine, other in (
+            ("decoding", plan.decode_ms, rival.decode_ms),
+            ("prefill", plan.prefill_ms, rival.prefill_ms),
+        )
+        if mine > other
+    ]
+    words = f": slower in {' and '.join(slower)}" if slower else ""
+    return [f"{own}, {rival.uniform_scheme} {rival.decode_ms:.3g} and {rival.prefill_ms:.3g}{words}."]
 
 
 def _size_of_rival(rival: ValidationRow) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import PrivateAttr, TypeAdapter, ValidationError, model_validator
 
-from dtmsearch.config.reading import MOST_BYTES, explain, flatten, override_key, read_yaml
+from dtmsearch.config.reading import MOST_BYTES, explain, flatten, override_key, read_yaml, read_yaml_file
 from dtmsearch.config.sections import (
     CalibrationSection,
     DatasetSection,
@@ -26,6 +26,7 @@ from dtmsearch.config.sections import (
     SearchSection,
     Section,
     Seed,
+    TimesSection,
     ValidationSection,
     leave_out_unused,
 )
@@ -34,6 +35,7 @@ from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.metric_registry import BUILT_IN, is_metric_name
 from dtmsearch.core.records import RunRecord
+from dtmsearch.core.times import Times
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.core.user_files import read_text
 from dtmsearch.errors import UserError
@@ -202,14 +204,22 @@ def from_mapping(
     values = copy.deepcopy(dict(content))
     for override in overrides:
         override_key(values, override)
-    if isinstance(values.get("search"), dict):
-        leave_out_unused(values["search"], beside)
+    if isinstance(search := values.get("search"), dict):
+        leave_out_unused(search, beside)
+        if isinstance(search.get("times"), str):
+            search["times"] = _times_in(search["times"], folder)
     try:
         file = SearchFile.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(f"{source}: {line}" for line in explain(error, SearchFile))) from None
     file._folder = folder
     return file
+
+
+def _times_in(path: str, folder: Path) -> dict[str, Any]:
+    """What a table of times holds, by its path from the search file's folder or the current one."""
+    beside = folder / Path(path).expanduser()
+    return read_yaml_file(beside if beside.exists() else Path(path).expanduser(), "table of times")
 
 
 def recovery_of(file: SearchFile, overrides: Sequence[str]) -> RecoverySettings:
@@ -249,6 +259,15 @@ def section_of(text: str, name: str) -> dict[str, Any]:
         return {}
     section = content.get(name) if isinstance(content, dict) else None
     return section if isinstance(section, dict) else {}
+
+
+def times_of(text: str) -> Times | None:
+    """The table of times of a search file's YAML text; None where it has none."""
+    found = section_of(text, "search").get("times")
+    try:
+        return None if found is None else TimesSection.model_validate(found).table
+    except ValidationError:  # as another version wrote it
+        return None
 
 
 def other_metrics_of(text: str) -> list[str]:

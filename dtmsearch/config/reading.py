@@ -34,6 +34,7 @@ def read_yaml(text: str, source: str, what: str = "search file") -> dict[str, An
 _KEYS = {
     "search file": "keys such as run, model, prompts and search",
     "sweep file": "the keys sweep, base and grid",
+    "table of times": "the keys device, prefill_tokens and rows",
 }
 
 

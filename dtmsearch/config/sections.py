@@ -47,6 +47,7 @@ from dtmsearch.core.strategy_settings import (
     TreeSettings,
     Within,
 )
+from dtmsearch.core.times import PICOSECONDS, Times
 from dtmsearch.core.training_settings import RecoverySettings
 
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
@@ -219,6 +220,44 @@ _KEEP_TO_SIZES = (
 )
 
 
+class TimeRow(Section):
+    """What a matrix of a shape takes under a scheme."""
+
+    scheme: str
+    """The scheme, `dense` among them."""
+    outputs: Positive
+    """Rows of the matrix."""
+    inputs: Positive
+    """Its columns."""
+    decode_ms: float = Field(ge=0)
+    """Milliseconds for one token."""
+    prefill_ms: float = Field(ge=0)
+    """Milliseconds for prefill_tokens at once."""
+
+
+class TimesSection(Section):
+    """What matrices take to run, as measured on the device that serves: what `dtmsearch profile` writes."""
+
+    device: str = ""
+    """Where it was measured."""
+    prefill_tokens: Positive = 512
+    """Tokens of the prompt that prefill_ms is for."""
+    rows: tuple[TimeRow, ...] = Field(min_length=1)
+    """A row for every scheme, `dense` among them, and every shape of the searched components."""
+
+    @property
+    def table(self) -> Times:
+        """The rows by scheme and shape."""
+        rows = {
+            (row.scheme, row.outputs, row.inputs): (
+                round(row.decode_ms * PICOSECONDS),
+                round(row.prefill_ms * PICOSECONDS),
+            )
+            for row in self.rows
+        }
+        return Times(rows, self.prefill_tokens, self.device)
+
+
 class StopSection(Section):
     """A search ends at the first rule that is met."""
 
@@ -235,6 +274,10 @@ class StopSection(Section):
     active_bits_per_weight: float | None = Field(default=None, gt=0)
     """Of a mixture of experts: the stored bits that a token reads are at most this for each weight that it reads, an
     expert's counted by the share of the experts that a token is given to. Elsewhere the same as bits_per_weight."""
+    decode_ms: float | None = Field(default=None, gt=0)
+    """The components take at most so many milliseconds for one token, by search.times."""
+    prefill_ms: float | None = Field(default=None, gt=0)
+    """The components take at most so many milliseconds for a prompt of search.times' length."""
     min_fdt: float | None = Field(default=None, ge=0)
     """The smallest plan whose mean FDT is shown to be at least this many tokens, on prompts that the search did not
     see."""
@@ -249,7 +292,7 @@ class StopSection(Section):
     @property
     def budget(self) -> Budget:
         sizes = self.bits_per_weight, self.sparsity, self.size_mb, self.active_bits_per_weight
-        return Budget(self.share, self.components, *sizes)
+        return Budget(self.share, self.components, *sizes, self.decode_ms, self.prefill_ms)
 
 
 # The strategies of this package, which `dtmsearch.search.strategies` registers under these names, and `sparsity`.
@@ -336,6 +379,11 @@ def _is_given(search: Mapping[str, Any], key: str) -> bool:
     return isinstance(section, Mapping) and last in section
 
 
+def _or_a_path(schema: dict[str, Any]) -> None:
+    """A section that may be given as the path of a file that holds it."""
+    schema["anyOf"].insert(0, {"type": "string"})
+
+
 class SearchSection(Section):
     """How plans are chosen, from what, and when the search ends. Keys that the strategy does not use are errors."""
 
@@ -372,6 +420,9 @@ class SearchSection(Section):
     expert, each is chosen a scheme for, which no engine runs."""
     stop: StopSection = StopSection()
     """When the search ends."""
+    times: TimesSection | None = Field(default=None, json_schema_extra=_or_a_path)
+    """What components take to run, for stop.decode_ms and stop.prefill_ms: a file that `dtmsearch profile` wrote, or
+    what it holds."""
     auto: AutoSettings = AutoSettings()
     """Effort of auto and sensitivity."""
     fisher: FisherSettings = FisherSettings()
@@ -447,6 +498,16 @@ class SearchSection(Section):
             raise ValueError("strategy: sparsity needs rounds, such as [20, 15, 10], or stop.sparsity for a single one")
         if sum(self.pruning_rounds) > 100:
             raise ValueError(f"rounds add up to {sum(self.pruning_rounds):g} points, but there are 100 to prune")
+        return self
+
+    @model_validator(mode="after")
+    def _times_for_budgets_of_milliseconds(self) -> SearchSection:
+        wanted = [rule for rule in ("decode_ms", "prefill_ms") if getattr(self.stop, rule) is not None]
+        if wanted and self.times is None:
+            raise ValueError(
+                f"stop.{wanted[0]} needs search.times: a table of what matrices take to run, as `dtmsearch profile "
+                "MODEL --out times.json` measures it"
+            )
         return self
 
     @model_validator(mode="after")

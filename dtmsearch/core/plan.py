@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -15,6 +15,7 @@ from typing import Any
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.schemes import ALIASES, DENSE, UNQUANTIZED, Scheme, parse_scheme
+from dtmsearch.core.times import PICOSECONDS, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import UserError
 
@@ -131,7 +132,8 @@ class PlanSize:
     `share` is the part of their weights that lies in compressed components; `bits_per_weight` counts scales and zero
     points; `sparsity` is the part of their weights that is zero by the plan. `read_bits` and `read_weights` are what a
     token reads of the stored bits and the weights: an expert's counted by the share of the experts that it is given to;
-    None where no component is an expert's, and a token reads all.
+    None where no component is an expert's, and a token reads all. `picoseconds` are those of a token and of a prompt
+    by a table of times, None where there is none, or it lacks a row.
     """
 
     num_compressed: int
@@ -141,6 +143,7 @@ class PlanSize:
     pruned_weights: int = 0
     read_bits: Fraction | None = None
     read_weights: Fraction | None = None
+    picoseconds: tuple[int, int] | None = None
 
     @property
     def share(self) -> float:
@@ -178,6 +181,16 @@ class PlanSize:
         return self.pruned_weights / self.num_weights
 
     @property
+    def decode_ms(self) -> float | None:
+        """Milliseconds of the components for one token, by the search's table of times."""
+        return None if self.picoseconds is None else self.picoseconds[0] / PICOSECONDS
+
+    @property
+    def prefill_ms(self) -> float | None:
+        """Milliseconds of the components for a prompt of the table's length."""
+        return None if self.picoseconds is None else self.picoseconds[1] / PICOSECONDS
+
+    @property
     def size_mb(self) -> float:
         """Stored size in megabytes of 10^6 bytes."""
         return self.stored_bits / 8e6
@@ -189,7 +202,7 @@ def versions_of(schemes: Iterable[str]) -> dict[str, int | str]:
     return {scheme.family: scheme.version for scheme in found if scheme.version != 1 or scheme.own is not None}
 
 
-def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> PlanSize:
+def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, times: Times | None = None) -> PlanSize:
     """Size of a plan over `components`; what the plan says of other components is left out."""
     num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = 0
     of_experts: dict[tuple[int, int], tuple[int, int]] = {}
@@ -206,7 +219,8 @@ def plan_size(plan: Plan, components: Iterable[Component], dense_bits: int) -> P
             num_compressed += 1
             compressed_weights += component.num_weights
             pruned_weights += scheme.pruned_weights(component.shape)
-    size = PlanSize(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights)
+    taken = None if times is None else times.total(components, plan.schemes)
+    size = PlanSize(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights, picoseconds=taken)
     if not of_experts:
         return size
     read_bits, read_weights = Fraction(stored_bits), Fraction(num_weights)
@@ -226,6 +240,8 @@ class Budget:
     sparsity: float | None = None
     size_mb: float | None = None
     active_bits_per_weight: float | None = None
+    decode_ms: float | None = None
+    prefill_ms: float | None = None
 
     def reached(self, size: PlanSize) -> bool:
         """True once any of the rules is met."""
@@ -236,12 +252,15 @@ class Budget:
             or (self.sparsity is not None and size.sparsity >= self.sparsity)
             or (self.size_mb is not None and size.size_mb <= self.size_mb)
             or (self.active_bits_per_weight is not None and size.active_bits_per_weight <= self.active_bits_per_weight)
+            or _is_within(size.decode_ms, self.decode_ms)
+            or _is_within(size.prefill_ms, self.prefill_ms)
         )
 
     @property
     def limits_size(self) -> bool:
-        """True when the budget counts bits, so that a component may be compressed further in a later step."""
-        return self.stores_less or self.reads_less
+        """True when the budget counts bits or milliseconds, so that a component may be compressed further in a later
+        step."""
+        return self.stores_less or self.reads_less or self.takes_less is not None
 
     @property
     def stores_less(self) -> bool:
@@ -253,10 +272,28 @@ class Budget:
         """True when the bits that a token reads are counted, and stored ones are not."""
         return self.active_bits_per_weight is not None and not self.stores_less
 
-    def counted_bits(self, size: PlanSize) -> Fraction:
-        """The bits by which plans are held against others of their size: those that a token reads where the budget
-        counts these, else all that are stored."""
+    @property
+    def takes_less(self) -> TimeRule | None:
+        """The time that is counted, where no bits are: a token's, else a prompt's."""
+        if self.stores_less or self.reads_less:
+            return None
+        if self.decode_ms is not None:
+            return "decode_ms"
+        return None if self.prefill_ms is None else "prefill_ms"
+
+    def counted(self, size: PlanSize) -> Fraction:
+        """What plans are held against others of their size by: picoseconds where the budget counts time, the bits that
+        a token reads where it counts these, else all bits that are stored. Raises `ValueError` for a size without the
+        time that is counted."""
+        if self.takes_less is not None:
+            if size.picoseconds is None:
+                raise ValueError("the table of times lacks a row for this plan")
+            return Fraction(size.picoseconds[self.takes_less == "prefill_ms"])
         return size.active_bits if self.reads_less else Fraction(size.stored_bits)
+
+
+def _is_within(taken: float | None, most: float | None) -> bool:
+    return taken is not None and most is not None and taken <= most
 
 
 def plan_to_json(plan: Plan, manifest: ModelManifest, weights_id: str = "") -> str:

@@ -15,7 +15,7 @@ from itertools import chain, zip_longest
 from dtmsearch.core.evaluation import EvalResult, Outcome
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
-from dtmsearch.core.schemes import family_lines, parse_scheme
+from dtmsearch.core.schemes import DENSE, family_lines, parse_scheme
 from dtmsearch.search.space import SearchSpace
 
 # So many rivals are measured at most, the largest of each family first.
@@ -31,16 +31,18 @@ _FEW_DIVERGENT = 100
 def uniform_rivals(space: SearchSpace, plan: Plan) -> list[str]:
     """Schemes whose uniform plans may be the best known of at most the plan's size: of every line of the families that
     the search uses (`core.schemes.family_lines`) the least compressed one that stores at most 1% more than the plan;
-    where the budget counts the bits that a token reads, one that has it read at most 1% more."""
-    return rivals_of_size(space, float(space.budget.counted_bits(space.size(plan))))
+    where the budget counts the bits that a token reads, or time, one that has it read, or takes, at most 1% more."""
+    return rivals_of_size(space, float(space.budget.counted(space.size(plan))))
 
 
-def rivals_of_size(space: SearchSpace, counted_bits: float) -> list[str]:
-    """`uniform_rivals` of a plan of so many of the bits that the budget counts."""
+def rivals_of_size(space: SearchSpace, counted: float) -> list[str]:
+    """`uniform_rivals` of a plan of so much of what the budget counts."""
+    if space.budget.takes_less is not None:
+        return _rivals_in_time(space, LARGER * counted)
     active = space.budget.reads_less
     kinds = Counter((replace(c, name="", layer=0, kind="", mixture=""), c.read_share) for c in space.components)
     longest = max(component.shape[1] for component, _ in kinds)
-    most = LARGER * counted_bits
+    most = LARGER * counted
 
     def bits(scheme: str) -> float:
         parsed = parse_scheme(scheme)
@@ -66,6 +68,16 @@ def rivals_of_size(space: SearchSpace, counted_bits: float) -> list[str]:
     return list(in_turn)[:_MOST_RIVALS]
 
 
+def _rivals_in_time(space: SearchSpace, most: float) -> list[str]:
+    """The schemes of the table of times whose uniform plans take at most `most` picoseconds, the least compressed
+    first."""
+    assert space.times is not None
+    known = dict.fromkeys([*space.schemes, *sorted({scheme for scheme, *_ in space.times.rows} - {DENSE})])
+    sizes = {scheme: space.size(space.uniform(scheme)) for scheme in known}
+    fitting = [s for s, size in sizes.items() if size.picoseconds is not None and space.budget.counted(size) <= most]
+    return sorted(fitting, key=lambda scheme: -sizes[scheme].stored_bits)[:_MOST_RIVALS]
+
+
 def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     """Whether a uniform plan is one that the search could have come to: of a scheme that it names, or of another width
     in the same granularity and near the plan's size."""
@@ -73,7 +85,7 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     if scheme in space.schemes:
         return True
     kin = {sibling for named in space.parsed for sibling in named.kind.siblings(named)}
-    count = space.budget.counted_bits
+    count = space.budget.counted
     gap = abs(float(count(space.size(other))) / max(1.0, float(count(space.size(plan)))) - 1.0)
     return scheme in kin and gap <= _SAME_SIZE
 
@@ -83,7 +95,7 @@ def best_rival(
 ) -> str | None:
     """The label of the best measured one in `metric` of the uniform plans among `plans` that store at most 1% more than
     `plan`, one of them; None where there is none."""
-    count = space.budget.counted_bits
+    count = space.budget.counted
     most = LARGER * float(count(space.size(plans["plan"])))
     keys = {
         label: rank_key(summarize(outcome), metric)
@@ -159,7 +171,7 @@ def divergent_share(result: EvalResult, length: int) -> float | None:
 def _fits(space: SearchSpace, size: PlanSize, plan_size: PlanSize) -> bool:
     """Whether a size is at most the plan's, and within the budget if the plan's is."""
     within = space.budget.reached(size) or not space.budget.reached(plan_size)
-    count = space.budget.counted_bits
+    count = space.budget.counted
     return within and count(size) <= count(plan_size)
 
 

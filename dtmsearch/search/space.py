@@ -6,7 +6,7 @@ Knows sizes, never qualities: what a perturbation does to the model is measured 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -15,6 +15,7 @@ from math import ceil
 from dtmsearch.core.components import Component, Experts
 from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
 from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
+from dtmsearch.core.times import PICOSECONDS, Times
 from dtmsearch.errors import UserError
 
 
@@ -42,10 +43,11 @@ class SearchSpace:
     `components` in model order, `schemes` in the order in which they are tried. An entry of a `tied` group is a kind
     (components of that group's kinds in the same parent module change together) or a component's full name (the named
     components of the group change together). `experts`: with `layer` all matrices of all experts of a mixture change
-    together, as engines run them. `dense_bits` is the size of an uncompressed weight.
+    together, as engines run them. `dense_bits` is the size of an uncompressed weight, `times` what components take to
+    run, for budgets of milliseconds.
 
     Raises `UserError` for tied names that match nothing, a component in two groups, a scheme that a component's shape
-    does not fit, and a budget out of reach.
+    does not fit, a budget out of reach, and times that lack a row.
     """
 
     components: tuple[Component, ...]
@@ -54,9 +56,12 @@ class SearchSpace:
     dense_bits: int = 16
     budget: Budget = field(default_factory=Budget)
     experts: Experts = "layer"
+    times: Times | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self.components, self.parsed)
+        if self.times is not None:
+            self.times.require(self.components, self.schemes)
         _check_budget(self.budget, self.units)
 
     @cached_property
@@ -67,15 +72,15 @@ class SearchSpace:
     def perturbations(self, plan: Plan) -> list[Perturbation]:
         """Legal edges from a plan, in model order of the components, then in order of the schemes.
 
-        Where the budget counts bits, every component may go on to fewer stored bits than it has; elsewhere a component
-        is compressed at most once.
+        Where the budget counts bits, every component may go on to fewer stored bits than it has, where it counts time
+        to less time; elsewhere a component is compressed at most once.
         """
         schemes = plan.schemes
         legal: list[Perturbation] = []
         if self.budget.limits_size:
             for unit in self.units:
-                bits = unit.sizes[schemes.get(unit.name, DENSE)].stored_bits
-                legal += [edge for edge in unit.edges if unit.sizes[edge.scheme].stored_bits < bits]
+                cost = self._cost(unit.sizes[schemes.get(unit.name, DENSE)])
+                legal += [edge for edge in unit.edges if self._cost(unit.sizes[edge.scheme]) < cost]
         else:
             for unit in self.units:
                 if unit.name not in schemes:
@@ -84,7 +89,11 @@ class SearchSpace:
 
     def size(self, plan: Plan) -> PlanSize:
         """Size of a plan over the components of this search."""
-        return plan_size(plan, self.components, self.dense_bits)
+        return plan_size(plan, self.components, self.dense_bits, self.times)
+
+    def _cost(self, size: PlanSize) -> int:
+        """What a component goes on to less of: stored bits, or picoseconds where the budget counts time."""
+        return int(self.budget.counted(size)) if self.budget.takes_less else size.stored_bits
 
     def uniform(self, scheme: str) -> Plan:
         """Every component of the search under one scheme."""
@@ -106,6 +115,12 @@ class SearchSpace:
         if budget.active_bits_per_weight:
             own = dense.active_bits_per_weight
             ways.append((own - size.active_bits_per_weight) / (own - budget.active_bits_per_weight))
+        for before, now, most in (
+            (dense.decode_ms, size.decode_ms, budget.decode_ms),
+            (dense.prefill_ms, size.prefill_ms, budget.prefill_ms),
+        ):
+            if most is not None and before is not None and now is not None:
+                ways.append((before - now) / (before - most))
         return max(ways)
 
     @cached_property
@@ -121,20 +136,24 @@ class SearchSpace:
             steps = self.expected_steps
             return tuple((step / steps, max(legal - step * len(self.schemes), 0)) for step in range(1, ceil(steps) + 1))
         legal = sum(len(unit.edges) for unit in self.units)
-        steps_of_units = [step for unit in self.units for step in _course(unit)]
-        bits, wanted = self._dense_size.stored_bits, self._most_stored_bits
+        steps_of_units = [step for unit in self.units for step in _course(unit, self._cost)]
+        dense = cost = self._cost(self._dense_size)
+        wanted = self._most_cost
         course = []
         for _, saved, gone in sorted(steps_of_units):
-            bits, legal = bits - saved, legal - gone
-            course.append(((self._dense_size.stored_bits - bits) / (self._dense_size.stored_bits - wanted), legal))
-            if bits <= wanted:
+            cost, legal = cost - saved, legal - gone
+            course.append(((dense - cost) / (dense - wanted), legal))
+            if cost <= wanted:
                 break
         return tuple(course)
 
     @property
-    def _most_stored_bits(self) -> float:
-        """What the budget leaves to store."""
+    def _most_cost(self) -> float:
+        """What the budget leaves of `_cost`."""
         budget, limits = self.budget, []
+        if budget.takes_less is not None:
+            most: float = getattr(budget, budget.takes_less)
+            return most * PICOSECONDS
         if budget.bits_per_weight is not None:
             limits.append(budget.bits_per_weight * self._dense_size.num_weights)
         if budget.size_mb is not None:
@@ -154,15 +173,15 @@ class SearchSpace:
         return len(self.units) * len(useful) / sum(useful)
 
     @property
-    def expected_bits(self) -> float:
-        """What the plan at the end of the search will come to about, in the bits that the budget counts: as much of
-        every scheme alone as ends the search, on average over the schemes."""
-        dense = float(self.budget.counted_bits(self._dense_size))
+    def expected_cost(self) -> float:
+        """What the plan at the end of the search will come to about, in what the budget counts: as much of every scheme
+        alone as ends the search, on average over the schemes."""
+        dense = float(self.budget.counted(self._dense_size))
         ends = []
         for scheme in self.schemes:
             uniform = self.uniform(scheme)
             if (progress := self.progress(uniform)) > 0:
-                ends.append(dense - (dense - float(self.budget.counted_bits(self.size(uniform)))) / max(progress, 1.0))
+                ends.append(dense - (dense - float(self.budget.counted(self.size(uniform)))) / max(progress, 1.0))
         return sum(ends) / len(ends)
 
     @cached_property
@@ -185,22 +204,23 @@ class SearchSpace:
     def _unit(self, together: tuple[Component, ...]) -> Unit:
         first, *others = (c.name for c in together)
         edges = tuple(Perturbation(first, scheme, tuple(others)) for scheme in self.schemes)
-        sizes = {s: plan_size(Plan.uniform(together, s), together, self.dense_bits) for s in (DENSE, *self.schemes)}
+        schemes = DENSE, *self.schemes
+        sizes = {s: plan_size(Plan.uniform(together, s), together, self.dense_bits, self.times) for s in schemes}
         if self.budget.limits_size:
-            edges = tuple(e for e in edges if sizes[e.scheme].stored_bits < sizes[DENSE].stored_bits)
+            edges = tuple(e for e in edges if self._cost(sizes[e.scheme]) < self._cost(sizes[DENSE]))
         return Unit(together, edges, sizes)
 
 
-def _course(unit: Unit) -> list[tuple[float, int, int]]:
-    """(harm, bits saved, perturbations that are legal no more) of each step in which a unit is compressed further, each
+def _course(unit: Unit, cost_of: Callable[[PlanSize], int]) -> list[tuple[float, int, int]]:
+    """(harm, cost saved, perturbations that are legal no more) of each step in which a unit is compressed further, each
     time as little as its schemes allow."""
-    sizes = sorted({unit.sizes[edge.scheme].stored_bits: unit.sizes[edge.scheme] for edge in unit.edges}.items())
-    steps, before, harm_before = [], unit.sizes[DENSE].stored_bits, 0.0
-    for bits, size in reversed(sizes):
+    sizes = {cost_of(unit.sizes[edge.scheme]): unit.sizes[edge.scheme] for edge in unit.edges}
+    steps, before, harm_before = [], cost_of(unit.sizes[DENSE]), 0.0
+    for cost, size in sorted(sizes.items(), reverse=True):
         harm = size.num_weights * 4.0**-size.bits_per_weight
-        gone = sum(bits <= unit.sizes[edge.scheme].stored_bits < before for edge in unit.edges)
-        steps.append((harm - harm_before, before - bits, gone))
-        before, harm_before = bits, harm
+        gone = sum(cost <= cost_of(unit.sizes[edge.scheme]) < before for edge in unit.edges)
+        steps.append((harm - harm_before, before - cost, gone))
+        before, harm_before = cost, harm
     return steps
 
 
@@ -268,6 +288,14 @@ def _check_shapes(components: tuple[Component, ...], schemes: tuple[Scheme, ...]
             )
 
 
+def _least_times(choices: Sequence[Sequence[PlanSize]]) -> tuple[int, int] | None:
+    """The least picoseconds that units can come to, of a token and of a prompt each; None without times."""
+    taken = [[size.picoseconds for size in sizes if size.picoseconds is not None] for sizes in choices]
+    if not all(taken):
+        return None
+    return sum(min(t[0] for t in times) for times in taken), sum(min(t[1] for t in times) for times in taken)
+
+
 def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
     """Raise `UserError` for a stop rule that no plan of these units meets."""
     choices = [[unit.sizes[DENSE], *(unit.sizes[edge.scheme] for edge in unit.edges)] for unit in units]
@@ -279,6 +307,7 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
         pruned_weights=sum(max(size.pruned_weights for size in sizes) for sizes in choices),
         read_bits=sum((min(size.active_bits for size in sizes) for sizes in choices), Fraction(0)),
         read_weights=sum((sizes[0].active_weights for sizes in choices), Fraction(0)),
+        picoseconds=_least_times(choices),
     )
     for rule, bound, most in (
         ("share", extreme.share, True),
@@ -287,9 +316,13 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
         ("sparsity", extreme.sparsity, True),
         ("size_mb", extreme.size_mb, False),
         ("active_bits_per_weight", extreme.active_bits_per_weight, False),
+        ("decode_ms", extreme.decode_ms, False),
+        ("prefill_ms", extreme.prefill_ms, False),
     ):
         wanted: float | None = getattr(budget, rule)
-        if wanted is not None and (bound < wanted if most else bound > wanted):
+        if wanted is not None and bound is None:
+            raise UserError(f"stop.{rule} needs search.times: a table of what matrices take to run (dtmsearch profile)")
+        if wanted is not None and bound is not None and (bound < wanted if most else bound > wanted):
             raise UserError(
                 f"stop.{rule}: {wanted} is out of reach of these components and schemes; the "
                 f"{'most' if most else 'least'} that they can come to is {bound}"

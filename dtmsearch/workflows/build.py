@@ -44,15 +44,18 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
         dense_bits=manifest.dense_bits,
         budget=Budget() if sparsity else section.stop.budget,
         experts=section.experts,
+        times=None if section.times is None else section.times.table,
     )
     whole = space.size(Plan())
     for rule, own in (
         ("bits_per_weight", whole.bits_per_weight),
         ("size_mb", whole.size_mb),
         ("active_bits_per_weight", whole.active_bits_per_weight),
+        ("decode_ms", whole.decode_ms),
+        ("prefill_ms", whole.prefill_ms),
     ):
         wanted: float | None = getattr(section.stop, rule)
-        if wanted is not None and wanted >= own:
+        if wanted is not None and own is not None and wanted >= own:
             raise UserError(
                 f"search.stop.{rule}: {wanted:g} asks for nothing, since the searched components have {own:.4g} "
                 "unquantized; give a smaller number"

@@ -113,9 +113,9 @@ def _validated_prompts(file: SearchFile, space: SearchSpace, count: int) -> int:
     named = set(space.schemes)
     if not prunes and len(named) == 1 and space.progress(space.uniform(space.schemes[0])) <= 1.0:
         named = set()  # its uniform plan is the plan
-    bits = space.expected_bits
-    smaller = {scheme for scheme in named if space.budget.counted_bits(space.size(space.uniform(scheme))) <= bits}
-    rivals = (set(rivals_of_size(space, bits)) - set(space.schemes)) | smaller
+    cost = space.expected_cost
+    smaller = {scheme for scheme in named if space.budget.counted(space.size(space.uniform(scheme))) <= cost}
+    rivals = (set(rivals_of_size(space, cost)) - set(space.schemes)) | smaller
     reported = len(named) + 2 + _num_milestones(file)
     if len(rivals) <= (1 if stays else 0):  # nothing is chosen
         return count * (reported + len(rivals - named))

@@ -57,6 +57,8 @@ class Recipe:
         component = job.manifest.by_name[name]
         if component.stacked or component.transposed:
             return "it is no linear layer of its own"
+        if scheme.granularity == "group" and component.shape[1] % scheme.group_size:
+            return f"its rows of {component.shape[1]} weights are no multiple of {scheme.group_size}"
         return self.obstacle(scheme)
 
 

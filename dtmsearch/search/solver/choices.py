@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
 from dtmsearch.core.schemes import DENSE
+from dtmsearch.core.times import PICOSECONDS, TimeRule
 from dtmsearch.search.solver.knapsack import Infeasible, Solution, solve
 from dtmsearch.search.space import SearchSpace
 
@@ -55,8 +56,19 @@ class Choices:
 
     @property
     def counted(self) -> tuple[Ints, ...]:
-        """The bits that the budget counts: `active_bits`, or else those that are stored."""
+        """What the budget counts: picoseconds, `active_bits`, or else the bits that are stored."""
+        if (rule := self.space.budget.takes_less) is not None:
+            return self._times(rule)
         return self.active_bits if self.space.budget.reads_less else self.bits
+
+    def _times(self, rule: TimeRule) -> tuple[Ints, ...]:
+        """Picoseconds of every option."""
+
+        def taken(size: PlanSize) -> int:
+            assert size.picoseconds is not None, "a budget of milliseconds has a table of times"
+            return size.picoseconds[rule == "prefill_ms"]
+
+        return self._costs(taken)
 
     def _costs(self, cost: Callable[[PlanSize], int]) -> tuple[Ints, ...]:
         return tuple(
@@ -78,6 +90,11 @@ class Choices:
         if budget.active_bits_per_weight is not None:
             whole = float(size.active_weights * self._parts)
             rules.append(Rule("active_bits_per_weight", self.active_bits, _most(budget.active_bits_per_weight, whole)))
+        limits: tuple[TimeRule, ...] = ("decode_ms", "prefill_ms")
+        for limit in limits:
+            most: float | None = getattr(budget, limit)
+            if most is not None:
+                rules.append(Rule(limit, self._times(limit), _most(most, PICOSECONDS)))
         counted: tuple[tuple[str, float | None, Callable[[PlanSize], int], int], ...] = (
             ("sparsity", budget.sparsity, lambda s: s.pruned_weights, size.num_weights),
             ("share", budget.share, lambda s: s.compressed_weights, size.num_weights),

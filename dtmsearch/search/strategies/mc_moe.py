@@ -45,7 +45,7 @@ class McMoe(Solver):
             raise UserError("strategy: mc_moe divides bits among experts, and none of these components is an expert's")
         if space.experts != "expert":
             raise UserError("strategy: mc_moe divides bits among the experts of a layer: set search.experts: expert")
-        if not space.budget.limits_size:
+        if not (space.budget.stores_less or space.budget.reads_less):
             raise UserError("strategy: mc_moe keeps to bits: give stop.bits_per_weight or active_bits_per_weight")
         self._uses, self._settings = uses, settings
 

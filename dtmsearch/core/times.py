@@ -1,0 +1,66 @@
+"""What a matrix takes to run under a scheme, by a table: milliseconds of one token (decode) and of a prompt (prefill).
+
+The table is measured on the device and by the kernels that serve (`dtmsearch profile`, or a serving engine's own
+figures): nothing is derived from bits, for fewer bits are not always faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.schemes import DENSE
+from dtmsearch.errors import UserError
+
+# Whole numbers add up the same in any order.
+PICOSECONDS = 1_000_000_000
+TimeRule = Literal["decode_ms", "prefill_ms"]
+# Scheme, outputs, inputs.
+Shape = tuple[str, int, int]
+_MOST_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Times:
+    """`rows`: (scheme, outputs, inputs) -> picoseconds of a token and of `prefill_tokens` tokens at once. `device` says
+    where they were measured."""
+
+    rows: Mapping[Shape, tuple[int, int]]
+    prefill_tokens: int
+    device: str = ""
+
+    def of(self, component: Component, scheme: str) -> tuple[int, int] | None:
+        """Picoseconds of a component under a scheme, an expert's by the share of the tokens that it is given; None
+        where the table has no row for its shape."""
+        found = self.rows.get((scheme, *component.shape))
+        if found is None or not component.mixture:
+            return found
+        decode, prefill = (round(taken * component.read_share) for taken in found)
+        return decode, prefill
+
+    def total(self, components: Iterable[Component], schemes: Mapping[str, str]) -> tuple[int, int] | None:
+        """Picoseconds of all components, those that `schemes` does not name unquantized; None where a row is
+        missing."""
+        decode = prefill = 0
+        for component in components:
+            found = self.of(component, schemes.get(component.name, DENSE))
+            if found is None:
+                return None
+            decode, prefill = decode + found[0], prefill + found[1]
+        return decode, prefill
+
+    def require(self, components: Iterable[Component], schemes: Iterable[str]) -> None:
+        """Raises `UserError` where a shape of these components has no row under one of these schemes."""
+        shapes = sorted({component.shape for component in components})
+        wanted = [(scheme, *shape) for scheme in (DENSE, *schemes) for shape in shapes]
+        missing = [
+            f"{scheme} of {rows} x {cols}" for scheme, rows, cols in wanted if (scheme, rows, cols) not in self.rows
+        ]
+        if missing:
+            more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+            raise UserError(
+                f"search.times has no row for {', '.join(missing[:_MOST_NAMED])}{more}: measure them on what serves "
+                "the model (dtmsearch profile), or take the scheme out of the search"
+            )

@@ -1,0 +1,159 @@
+"""Budgets of milliseconds: what components take by a table of times, and plans that keep to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeEvaluator, MemoryLog, request_for, toy_components
+from test_verdict import PLAN, rival
+
+from dtmsearch import config
+from dtmsearch.analysis.verdict import rival_of, verdict
+from dtmsearch.core.components import Component
+from dtmsearch.core.plan import Budget, Plan, plan_size
+from dtmsearch.core.times import PICOSECONDS, Times
+from dtmsearch.errors import UserError
+from dtmsearch.search.baselines import uniform_rivals
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent
+from dtmsearch.search.solver.choices import Choices
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.strategy_registry import make_strategy
+
+SCHEMES = ("int4-g32", "int8-channel")
+# Of a weight: 4 bits are read faster than 8, and take longer where many tokens are multiplied with them.
+DECODE, PREFILL = {"dense": 16, "int8-channel": 8, "int4-g32": 5}, {"dense": 10, "int8-channel": 6, "int4-g32": 12}
+
+
+def times(without: tuple[str, int, int] | None = None) -> Times:
+    shapes = sorted({component.shape for component in toy_components()})
+    rows = {
+        (scheme, *shape): (DECODE[scheme] * shape[0] * shape[1] * 1000, PREFILL[scheme] * shape[0] * shape[1] * 1000)
+        for scheme in ("dense", *SCHEMES)
+        for shape in shapes
+    }
+    return Times({key: value for key, value in rows.items() if key != without}, 512, "toy")
+
+
+def space(**budget: float) -> SearchSpace:
+    return SearchSpace(toy_components(), SCHEMES, budget=Budget(**budget), times=times())  # type: ignore[arg-type]
+
+
+def milliseconds(weight: int) -> float:
+    """Of all toy components at so much a weight."""
+    return weight * sum(c.num_weights for c in toy_components()) * 1000 / PICOSECONDS
+
+
+def test_a_plan_takes_what_its_components_take() -> None:
+    size = plan_size(Plan.of({toy_components()[0].name: "int4-g32"}), toy_components(), 16, times())
+    first, others = toy_components()[0].num_weights, sum(c.num_weights for c in toy_components()[1:])
+    assert size.picoseconds == ((5 * first + 16 * others) * 1000, (12 * first + 10 * others) * 1000)
+    assert size.decode_ms == pytest.approx((5 * first + 16 * others) * 1e-6)
+
+
+def test_an_expert_takes_its_share_of_the_tokens() -> None:
+    expert = Component("mlp.experts.0.up", 0, "up", (64, 64), mixture="mlp", num_experts=8, experts_per_token=2)
+    assert times().of(expert, "dense") == (16 * 64 * 64 * 1000 // 4, 10 * 64 * 64 * 1000 // 4)
+
+
+def test_without_a_row_there_is_no_time() -> None:
+    missing = times(without=("int4-g32", 64, 64))
+    size = plan_size(Plan.uniform(toy_components(), "int4-g32"), toy_components(), 16, missing)
+    assert size.picoseconds is None and size.decode_ms is None
+
+
+def test_a_search_says_which_rows_its_table_lacks() -> None:
+    with pytest.raises(UserError, match=r"search\.times has no row for int4-g32 of 64 x 64: measure them"):
+        SearchSpace(toy_components(), SCHEMES, times=times(without=("int4-g32", 64, 64)))
+
+
+def test_a_time_that_no_plan_comes_to_is_refused() -> None:
+    with pytest.raises(UserError, match=rf"stop\.decode_ms: 0\.01 is out of reach .* is {milliseconds(5)}"):
+        space(decode_ms=0.01)
+
+
+def test_where_time_is_counted_a_component_goes_on_to_less_time() -> None:
+    """In prefill 4 bits are slower than none."""
+    edges = space(prefill_ms=milliseconds(7)).perturbations(Plan())
+    assert {edge.scheme for edge in edges} == {"int8-channel"}
+    faster = space(decode_ms=milliseconds(7)).perturbations(Plan.uniform(toy_components(), "int8-channel"))
+    assert {edge.scheme for edge in faster} == {"int4-g32"}
+
+
+@pytest.mark.parametrize("rule", ["decode_ms", "prefill_ms"])
+def test_the_solver_finds_the_least_damage_within_the_time(rule: str) -> None:
+    choices = Choices(space(**{rule: milliseconds(9)}))
+    damages = [np.array([0.0, *np.random.default_rng(u).random(len(s) - 1)]) for u, s in enumerate(choices.schemes)]
+    found = choices.solve(damages)
+
+    def within(options: tuple[int, ...]) -> bool:
+        plan = choices.plan(options)
+        return choices.space.budget.reached(choices.space.size(plan))
+
+    every = product(*(range(len(schemes)) for schemes in choices.schemes))
+    best = min((o for o in every if within(o)), key=lambda o: sum(d[i] for d, i in zip(damages, o, strict=True)))
+    assert within(found.options) and sum(d[i] for d, i in zip(damages, found.options, strict=True)) == pytest.approx(
+        sum(d[i] for d, i in zip(damages, best, strict=True))
+    )
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "lazy_greedy", "knapsack", "local"])
+def test_a_search_keeps_to_the_time(strategy: str) -> None:
+    within = space(decode_ms=milliseconds(9))
+    made = make_strategy(strategy, within, request_for, "kl")
+    plan = search(made, FakeEvaluator(), MemoryLog(), Silent())
+    assert plan is not None
+    assert within.budget.reached(within.size(plan)) and made.expected_evaluations() is not None
+
+
+def test_rivals_are_uniform_plans_that_take_no_longer() -> None:
+    within = space(prefill_ms=milliseconds(9))
+    assert uniform_rivals(within, within.uniform("int8-channel")) == ["int8-channel"]
+
+
+def test_what_takes_longer_is_no_rival_and_a_slower_plan_says_so() -> None:
+    plan = replace(PLAN, decode_ms=1.0, prefill_ms=9.0)
+    small = replace(rival("int4-g32", 4.5, kl=0.2), decode_ms=1.0, prefill_ms=8.0)
+    slow = replace(rival("int3-g32", 3.5, kl=0.1), decode_ms=2.0, prefill_ms=8.0)
+    found = rival_of([plan, small, slow], "kl", "decode_ms")
+    assert found is small
+    said = verdict([plan, small, slow], "kl", sized_by="decode_ms")
+    assert "the best uniform plan that takes no longer for a token, int4-g32" in said
+    assert "the plan takes 1 ms for a token and 9 a prompt, int4-g32 1 and 8: slower in prefill." in said
+
+
+ROWS = [
+    {"scheme": s, "outputs": 64, "inputs": 64, "decode_ms": 1.0, "prefill_ms": 2.0} for s in ("dense", "int8-channel")
+]
+
+
+def content(**search_keys: Any) -> dict[str, Any]:
+    base = {"strategy": "auto", "rank_by": "kl", "schemes": ["int8-channel"]}
+    return {"run": "r", "model": {"path": "m"}, "prompts": {"files": ["t"]}, "search": base | search_keys}
+
+
+def test_a_table_is_read_beside_the_search_file_and_kept_with_it(tmp_path: Path) -> None:
+    (tmp_path / "times.json").write_text(json.dumps({"device": "a card", "rows": ROWS}))
+    given = content(times="times.json", stop={"decode_ms": 3})
+    file = config.from_mapping(given, "file", tmp_path)
+    assert file.search.times is not None and file.search.times.table.device == "a card"
+    (tmp_path / "times.json").unlink()
+    again = config.parse(file.to_yaml(), "file", tmp_path)
+    assert again.search.times == file.search.times
+    assert config.times_of(file.to_yaml()) == file.search.times.table
+
+
+def test_a_budget_of_milliseconds_needs_a_table() -> None:
+    with pytest.raises(UserError, match=r"stop\.decode_ms needs search\.times.*dtmsearch profile"):
+        config.from_mapping(content(stop={"decode_ms": 3}), "file", Path())
+
+
+def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no table of times at .*gone\.json"):
+        config.from_mapping(content(times="gone.json", stop={"decode_ms": 3}), "file", tmp_path)
