@@ -194,6 +194,51 @@ def components_verb(model: str, trust_remote_code: bool, tflops: float, gpu_gb: 
 
 
 @cli.command(
+    "profile",
+    epilog=examples(
+        "dtmsearch profile models/llama --schemes int8-channel,int4-g128 --out times.json",
+        "dtmsearch profile config.json --schemes w8a8,nf4 --device cuda --prefill-tokens 2048 --out times.json",
+    ),
+)
+@click.argument("model")
+@click.option("--schemes", required=True, metavar="A,B,...", help="The schemes to time, beside dense.")
+@click.option("--out", type=NewPath(dir_okay=False), required=True, help="File to write: what search.times reads.")
+@click.option("--device", default="", help="cpu, cuda, ...  [default: a GPU where there is one]")
+@click.option(
+    "--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default="bfloat16", show_default=True,
+    help="Of inputs, and of weights that stay as they are."
+)  # fmt: skip
+@click.option(
+    "--prefill-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of the prompt."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run here.")
+@format_option("table", "json")
+def profile_verb(
+    model: str,
+    schemes: str,
+    out: Path,
+    device: str,
+    dtype: str,
+    prefill_tokens: int,
+    trust_remote_code: bool,
+    form: str,
+) -> None:
+    """Time MODEL's matrices under schemes, for budgets in milliseconds.
+
+    By PyTorch's own kernels and bitsandbytes' on this machine; weights are not read. A serving engine has kernels of
+    its own: where you serve with one, put its figures into the file.
+    """
+    import json
+
+    from dtmsearch.console.text import profile_text
+    from dtmsearch.workflows.profile import profile
+
+    found = profile(model, schemes.split(","), device, dtype, prefill_tokens, trust_remote_code)
+    out.write_text(json.dumps(found.content(), indent=1) + "\n", encoding="utf-8")
+    show(found, form, profile_text)
+
+
+@cli.command(
     "schemes",
     epilog=examples(
         "dtmsearch schemes",

@@ -20,6 +20,7 @@ from dtmsearch.console.terminal_tables import table
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan, PlanSize
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.statistics import PairedDifference
 from dtmsearch.core.strategy_settings import RANK_BY
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
     from dtmsearch.workflows.export import Exported
     from dtmsearch.workflows.list_components import ModelComponents
+    from dtmsearch.workflows.profile import Profile
     from dtmsearch.workflows.score import TaskScore
     from dtmsearch.workflows.solve_budgets import SolvedPlan
     from dtmsearch.workflows.sweep import SweepOutcome
@@ -192,6 +194,25 @@ def schemes_text(facts: Sequence[SchemeFacts]) -> str:
         for f in facts
     ]
     return table(["scheme", "family", "bits", "needs", "written at its size by", "larger"], rows)
+
+
+def profile_text(found: Profile) -> str:
+    """What products take: a row for each scheme and shape, and how much faster than unquantized."""
+    dense = {(row.outputs, row.inputs): row for row in found.rows if row.scheme == DENSE}
+    rows = []
+    for row in found.rows:
+        base = dense[row.outputs, row.inputs]
+        faster = [f"{base.decode_ms / row.decode_ms:.2f}x", f"{base.prefill_ms / row.prefill_ms:.2f}x"]
+        shape = f"{row.outputs} x {row.inputs}"
+        decode, prefill = f"{row.decode_ms:.4g}", f"{row.prefill_ms:.4g}"
+        rows.append([row.scheme, shape, decode, faster[0], prefill, faster[1]])
+    lines = [
+        f"on {found.device}, a token alone (decode) and {found.prefill_tokens} at once (prefill):",
+        table(["scheme", "matrix", "decode ms", "speed-up", "prefill ms", "speed-up"], rows),
+    ]
+    if found.left_out:
+        lines.append(f"left out, for no kernel here runs them: {', '.join(found.left_out)}")
+    return "\n".join(lines)
 
 
 def _held_larger(facts: SchemeFacts) -> str:

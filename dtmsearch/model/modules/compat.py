@@ -49,6 +49,25 @@ def move_loaded(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
+def int8_product(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """PyTorch's product of bfloat16 inputs [1, tokens, inputs] with a matrix of 8-bit codes, a scale a row."""
+    codes = torch.zeros(shape, dtype=torch.int8, device=device)
+    scales = torch.ones(shape[0], dtype=torch.bfloat16, device=device)
+    return lambda inputs: torch.ops.aten._weight_int8pack_mm(inputs[0], codes, scales)
+
+
+def int4_product(shape: tuple[int, int], group: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """PyTorch's product of bfloat16 inputs [1, tokens, inputs] with a matrix of 4-bit codes in groups of a row."""
+    ops, (outputs, inputs) = torch.ops.aten, shape
+    scales = torch.ones((inputs // group, outputs, 2), dtype=torch.bfloat16, device=device)
+    if device.type == "cpu":
+        packed = ops._convert_weight_to_int4pack_for_cpu(torch.zeros(shape, dtype=torch.int32), 1)
+        return lambda given: ops._weight_int4pack_mm_for_cpu(given[0], packed, group, scales)
+    pairs = torch.zeros((outputs, inputs // 2), dtype=torch.uint8, device=device)
+    tiled = ops._convert_weight_to_int4pack(pairs, 8)
+    return lambda given: ops._weight_int4pack_mm(given[0], tiled, group, scales)
+
+
 def allow_graphs(number: int) -> None:
     """Let `torch.compile` keep so many graphs of one layer."""
     torch._dynamo.config.recompile_limit = number
@@ -324,6 +343,10 @@ def _storage_identity() -> object:
     return torch.empty(1, device="meta").untyped_storage()._cdata
 
 
+def _operation(name: str) -> Callable[[], object]:
+    return lambda: getattr(torch.ops.aten, name)
+
+
 NAMES: tuple[ForeignName, ...] = (
     ForeignName("torch.nn.Module._modules", "put modules in a component's or a layer's place", _children),
     ForeignName("torch.nn.Module._apply", "move a stage's layers to its device"),
@@ -333,6 +356,27 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("torch.utils._python_dispatch.TorchDispatchMode", "watch how a model uses its parameters"),
     ForeignName("torch.utils._pytree.tree_leaves", "watch how a model uses its parameters"),
     ForeignName("torch.UntypedStorage._cdata", "watch how a model uses its parameters", _storage_identity),
+    ForeignName(
+        "torch.ops.aten._weight_int8pack_mm", "time products with 8-bit codes", _operation("_weight_int8pack_mm")
+    ),
+    ForeignName(
+        "torch.ops.aten._weight_int4pack_mm_for_cpu",
+        "time products with 4-bit codes",
+        _operation("_weight_int4pack_mm_for_cpu"),
+    ),
+    ForeignName(
+        "torch.ops.aten._convert_weight_to_int4pack_for_cpu",
+        "time products with 4-bit codes",
+        _operation("_convert_weight_to_int4pack_for_cpu"),
+    ),
+    ForeignName(
+        "torch.ops.aten._weight_int4pack_mm", "time products with 4-bit codes", _operation("_weight_int4pack_mm")
+    ),
+    ForeignName(
+        "torch.ops.aten._convert_weight_to_int4pack",
+        "time products with 4-bit codes",
+        _operation("_convert_weight_to_int4pack"),
+    ),
     ForeignName("torch._foreach_mul_", "hold masks over gradients"),
     ForeignName("transformers.masking_utils.find_packed_sequence_indices", "spare the device a question at every pass"),
     ForeignName("transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions", "run the head alone"),

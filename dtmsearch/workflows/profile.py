@@ -1,0 +1,130 @@
+"""`profile`: what matrices of a model's shapes take under schemes on this device, as a table that searches read."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.errors import UserError
+
+# A matrix is read from memory in use, not from the cache of the last product: so many bytes of copies take turns.
+_BYTES_IN_TURN, _MOST_COPIES = 256 << 20, 16
+_LEAST_SECONDS = 0.2  # of a measurement
+
+
+@dataclass(frozen=True)
+class TimedProduct:
+    """What a matrix of `outputs` x `inputs` takes under a scheme, in milliseconds: medians over repetitions."""
+
+    scheme: str
+    outputs: int
+    inputs: int
+    decode_ms: float
+    prefill_ms: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `search.times` reads. `left_out`: schemes that no kernel here runs, with the shape where that showed."""
+
+    device: str
+    measured_at: str
+    prefill_tokens: int
+    rows: tuple[TimedProduct, ...]
+    left_out: tuple[str, ...] = ()
+
+    def content(self) -> dict[str, Any]:
+        """The keys of the file."""
+        return {
+            "device": f"{self.device}, {self.measured_at}",
+            "prefill_tokens": self.prefill_tokens,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def profile(
+    model: str,
+    schemes: Sequence[str],
+    device: str = "",
+    dtype: str = "bfloat16",
+    prefill_tokens: int = 512,
+    trust_remote_code: bool = ModelSpec.trust_remote_code,
+    heard: Callable[[str], None] = lambda _: None,
+) -> Profile:
+    """Time the products of every shape of a model's components. `model` is a folder, a config.json alone, or a hub id;
+    no weights are read. `device` is `cpu`, `cuda`, ..., by default a GPU where there is one. Raises `UserError` for a
+    scheme, a device or a model that there is not."""
+    import torch
+
+    from dtmsearch.model.modules.discovery import components_of
+    from dtmsearch.model.modules.loading import described_model
+
+    width = getattr(torch, dtype)
+    parsed = [parse_scheme(name) for name in dict.fromkeys((DENSE, *schemes))]
+    place = _device(device)
+    shapes = sorted({component.shape for component in components_of(described_model(model, trust_remote_code))})
+    rows: list[TimedProduct] = []
+    left_out = []
+    for scheme in parsed:
+        own = []
+        for shape in shapes:
+            heard(f"{scheme.name} of {shape[0]} x {shape[1]}")
+            decode, prefill = (_milliseconds(scheme, shape, width, place, n) for n in (1, prefill_tokens))
+            if decode is None or prefill is None:
+                left_out.append(f"{scheme.name} of {shape[0]} x {shape[1]}")
+                break
+            own.append(TimedProduct(scheme.name, *shape, decode, prefill))
+        rows += own if len(own) == len(shapes) else []
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Profile(_named(place), today, prefill_tokens, tuple(rows), tuple(left_out))
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def _named(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _milliseconds(scheme: Any, shape: tuple[int, int], dtype: Any, device: Any, tokens: int) -> float | None:
+    """The median time of a product with so many tokens; None where no kernel here makes it."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    from dtmsearch.model.compress.serving_kernels import served
+
+    copies = max(1, min(_MOST_COPIES, _BYTES_IN_TURN // (shape[0] * shape[1] * 2)))
+    try:
+        products = [served(scheme, shape, dtype, device) for _ in range(copies)]
+        if any(product is None for product in products):
+            return None
+        inputs = torch.randn((1, tokens, shape[1]), dtype=dtype, device=device)
+
+        def all_in_turn() -> None:
+            for product in products:
+                assert product is not None
+                product(inputs)
+
+        with torch.inference_mode():
+            all_in_turn()
+            timer = Timer("all_in_turn()", globals={"all_in_turn": all_in_turn}, num_threads=torch.get_num_threads())
+            return float(timer.blocked_autorange(min_run_time=_LEAST_SECONDS).median) / copies * 1e3
+    except (RuntimeError, NotImplementedError):  # a kernel that this device or shape lacks
+        return None

@@ -1,0 +1,81 @@
+"""What products take on this machine, as the table that searches read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import llama_config, write_model
+
+from dtmsearch import config
+from dtmsearch.cli import main
+from dtmsearch.config.sections import TimesSection
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.model.compress.serving_kernels import served
+from dtmsearch.workflows import profile as profiling
+
+SHAPE = (64, 128)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = llama_config(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    return write_model(tmp_path_factory.mktemp("model"), settings)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_LEAST_SECONDS", 0.001)
+    monkeypatch.setattr(profiling, "_MOST_COPIES", 2)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["dense", "int8-channel", "gptq-int8-channel", "int4-g32", "int4-g64-asym", "nf4", "magnitude-0.5"]
+)
+def test_a_scheme_with_a_kernel_multiplies(scheme: str) -> None:
+    product = served(parse_scheme(scheme), SHAPE, torch.bfloat16, torch.device("cpu"))
+    assert product is not None
+    found = product(torch.zeros(1, 3, SHAPE[1], dtype=torch.bfloat16))
+    assert isinstance(found, torch.Tensor) and found.shape[-2:] == (3, SHAPE[0])
+
+
+def test_what_is_dropped_multiplies_nothing() -> None:
+    product = served(parse_scheme("drop"), SHAPE, torch.bfloat16, torch.device("cpu"))
+    assert product is not None and product(torch.zeros(1, 1, SHAPE[1])) is None
+
+
+@pytest.mark.parametrize("scheme", ["int3-g32", "int4-g16", "int8-g32", "int4-channel"])
+def test_a_scheme_without_a_kernel_has_no_product(scheme: str) -> None:
+    assert served(parse_scheme(scheme), SHAPE, torch.bfloat16, torch.device("cpu")) is None
+
+
+def test_what_is_written_is_what_a_search_reads(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "times.json"
+    command = ["profile", str(model), "--schemes", "int8-channel,int3-g32", "--device", "cpu", "--out", str(out)]
+    assert main([*command, "--prefill-tokens", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "left out, for no kernel here runs them: int3-g32 of" in said and "int8-channel" in said
+    content = json.loads(out.read_text())
+    times = TimesSection.model_validate(content).table
+    assert {scheme for scheme, *_ in times.rows} == {"dense", "int8-channel"}
+    search = {"strategy": "auto", "schemes": ["int8-channel"], "times": str(out), "stop": {"decode_ms": 1.0}}
+    file = {"run": "r", "model": {"path": str(model)}, "prompts": {"files": ["t"]}, "search": search}
+    read = config.from_mapping(file, "file", tmp_path).search.times
+    assert read is not None and read.table == times
+    assert all(taken > 0 for pair in times.rows.values() for taken in pair)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [(("--device", "no-such"), "--device no-such: "), (("--schemes", "int4-x"), "int4-x")],
+)
+def test_a_mistake_is_one_line(
+    model: Path, tmp_path: Path, option: tuple[str, str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--schemes": "int8-channel", "--out": str(tmp_path / "t.json")} | dict([option])
+    assert main(["profile", str(model), *(part for pair in given.items() for part in pair)]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "t.json").exists()
