@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # folder -> what it may load that is neither ours nor Python's.
 MAY_LOAD: dict[str, set[str]] = {
     "errors": set(),
-    "logs": set(),
+    "logs": {"pythonjsonlogger"},
     "core": {"numpy"},
     "config": {"pydantic", "yaml", "pyarrow", "datasets", "tokenizers"},
     "search": {"numpy"},
@@ -73,7 +73,7 @@ MAY_LOAD: dict[str, set[str]] = {
         "numpy",
         "psutil",
     },
-    "export": {"torch", "safetensors", "compressed_tensors", "gguf", "numpy"},
+    "export": {"torch", "safetensors", "compressed_tensors", "gguf", "numpy", "yaml"},
     "cluster": {"ray", "numpy"},
     "workflows": {
         "psutil",

@@ -153,6 +153,15 @@ def test_llm_compressor_solves_by_gptq_what_the_plan_solves(wide: Measured, tmp_
     assert found["QuantizationModifier"]["int8-channel"]["weights"]["strategy"] == "channel"
 
 
+def test_llm_compressor_has_floats_and_what_is_rounded_of_inputs(wide: Measured, tmp_path: Path) -> None:
+    plan = {Q: "fp8-channel", DOWN: "nvfp4a16"}
+    measured_plan(Path(wide.manifest.model), tmp_path / "store", plan).export("llm-compressor", tmp_path / "out")
+    stage = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["compression_stage"]
+    groups = stage["compression_modifiers"]["QuantizationModifier"]["config_groups"]
+    assert groups["fp8-channel"]["input_activations"]["dynamic"] and groups["fp8-channel"]["weights"]["type"] == "float"
+    assert "input_activations" not in groups["nvfp4a16"] and groups["nvfp4a16"]["weights"]["group_size"] == 16
+
+
 def test_model_optimizers_configuration_turns_on_the_plans_weights_alone(wide: Measured, tmp_path: Path) -> None:
     wide.export("model-optimizer", tmp_path / "out")
     entries = runpy.run_path(str(tmp_path / "out" / "quant_config.py"))["QUANT_CONFIG"]["quant_cfg"]
@@ -184,9 +193,9 @@ def test_mlx_lms_predicate_says_width_and_group(in_groups: Measured, tmp_path: P
         ("mlx-lm", "int7-g32-asym", "2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128"),
         ("model-optimizer", "int4-g32-asym", "give the scheme without -asym"),
         ("auto-round", "int8-tensor", "no scale for a whole matrix"),
-        ("llm-compressor", "magnitude-0.5", "no rounding to integers"),
+        ("llm-compressor", "magnitude-0.5", "no rounding that its files"),
         ("llm-compressor", "int4-g96", "its rows of 256 weights are no multiple of 96"),
-        ("llm-compressor", "nf4", "no rounding to integers"),
+        ("llm-compressor", "nf4", "no rounding that its files"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_refused(

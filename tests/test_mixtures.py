@@ -195,9 +195,9 @@ def test_the_verdict_holds_a_plan_against_what_has_a_token_read_as_much() -> Non
     plan = replace(PLAN, active_bits_per_weight=4.0)
     five = replace(rival("int5-channel", 5.0, kl=0.1), active_bits_per_weight=5.0)
     four = replace(rival("int4-channel", 4.0, kl=0.2), active_bits_per_weight=4.0)
-    found = rival_of([plan, five, four], "kl", active=True)
+    found = rival_of([plan, five, four], "kl", sized_by="active_bits_per_weight")
     assert found is four
-    said = verdict([plan, five, four], "kl", active=True)
+    said = verdict([plan, five, four], "kl", sized_by="active_bits_per_weight")
     assert "6.00 bits per weight, 4.00 of those that a token reads" in said
     assert "better than the best uniform plan that has a token read at most as many bits, int4-channel" in said
 

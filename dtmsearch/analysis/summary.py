@@ -14,7 +14,14 @@ from typing import Literal
 import pyarrow.compute as pc
 
 from dtmsearch.analysis.failure import headline
-from dtmsearch.analysis.held_out import HeldOut, best_uniform, measured_held_out, noise_floor, sized_by, validation_rows
+from dtmsearch.analysis.held_out_rows import (
+    HeldOut,
+    best_uniform,
+    measured_held_out,
+    noise_floor,
+    sized_by,
+    validation_rows,
+)
 from dtmsearch.analysis.kept_fdt import KeptFdt, kept_fdt
 from dtmsearch.analysis.verdict import (
     PLAN,

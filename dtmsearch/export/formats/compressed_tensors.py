@@ -38,7 +38,7 @@ from dtmsearch.export.loaded import merges_experts, unmerged_names, unmerged_ten
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.number_rounding import NumberCodes, calibrated_scale
 from dtmsearch.model.compress.packing import number_bytes
-from dtmsearch.model.compress.quantization_arguments import arguments_of
+from dtmsearch.model.compress.quantization_arguments import inputs_arguments, weights_arguments
 from dtmsearch.model.compress.rounding import Codes
 from dtmsearch.model.modules.compat import packed_to_int32
 from dtmsearch.model.modules.loading import loading_obstacle
@@ -393,8 +393,8 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     groups = {
         f"group_{number}": {
             "targets": names,
-            "weights": _weights_arguments(scheme),
-            "input_activations": None if scheme.activations is None else arguments_of(scheme.activations, True),
+            "weights": weights_arguments(scheme),
+            "input_activations": inputs_arguments(scheme),
             "output_activations": None,
             "format": _format(job, scheme),
         }
@@ -447,16 +447,3 @@ def _format(job: Job, scheme: Scheme) -> str:
         number = scheme.weights.number
         return _NUMBER_FORMATS[f"{number} {scheme.weights.scale}"]
     return "pack-quantized" if is_packed(scheme, job.runtime) else "naive-quantized"
-
-
-def _weights_arguments(scheme: Scheme) -> dict[str, Any]:
-    if scheme.weights is not None:
-        return arguments_of(scheme.weights, False)
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": not scheme.asymmetric,
-        "strategy": scheme.granularity,
-        "group_size": scheme.group_size or (-1 if scheme.granularity == "channel" else None),
-        "dynamic": False,
-    }

@@ -15,13 +15,14 @@ from typing import Any
 
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.export.job import Job, Written, refuse
+from dtmsearch.model.compress.quantization_arguments import inputs_arguments, weights_arguments
 
 # Why a quantizer cannot carry out a scheme; None where it can.
 Obstacle = Callable[[Scheme], str | None]
 
 _MLX_BITS, _MLX_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 _THEIRS = "Rounding and calibration are {tool}'s own: nothing was quantized here, and FDT is to be measured afterwards."
-_MAX_WIDTH = 8
+LLM_COMPRESSOR = "llm-compressor"
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,19 @@ class Recipe:
         path = folder / self.file
         path.write_text(self.text(job), encoding="utf-8")
         notes = [self.use.format(model=job.manifest.model, file=self.file), _THEIRS.format(tool=self.tool)]
-        if any(scheme.family == "gptq" for scheme in job.plan.parsed.values()) and self.tool != "llm-compressor":
+        if any(scheme.solved for scheme in job.plan.parsed.values()) and self.tool != LLM_COMPRESSOR:
             notes.append(f"Components under `gptq-...` get their width and group; {self.tool} solves them its own way.")
         return Written((path,), notes=notes)
 
     def _obstacle(self, job: Job, name: str, scheme: Scheme) -> str | None:
-        if not is_of_integers(scheme):
-            return "it is no rounding to integers in rows or groups"
+        if not (scheme.kind.on_grid or (scheme.kind.rounds_by_number and self.tool == LLM_COMPRESSOR)):
+            return "it is no rounding that its files have a name for"
         component = job.manifest.by_name[name]
         if component.stacked or component.transposed:
             return "it is no linear layer of its own"
         if scheme.granularity == "group" and component.shape[1] % scheme.group_size:
             return f"its rows of {component.shape[1]} weights are no multiple of {scheme.group_size}"
         return self.obstacle(scheme)
-
-
-def is_of_integers(scheme: Scheme) -> bool:
-    """Whether a scheme rounds weights to integers and does nothing else, by the nearest code or by GPTQ."""
-    return scheme.family in ("rounding", "gptq") and 0 < scheme.bits <= _MAX_WIDTH
 
 
 def _by_scheme(job: Job) -> dict[str, list[str]]:
@@ -81,23 +77,14 @@ def llm_compressor_text(job: Job) -> str:
     modifiers: dict[str, Any] = {}
     for name, components in _by_scheme(job).items():
         scheme = job.plan.scheme(components[0])
-        kind = "GPTQModifier" if scheme.family == "gptq" else "QuantizationModifier"
+        kind = "QuantizationModifier" if scheme.solved is None else "GPTQModifier"
         groups = modifiers.setdefault(kind, {"config_groups": {}})["config_groups"]
-        groups[name] = {"targets": components, "weights": _compressed_tensors_weights(scheme)}
+        groups[name] = {"targets": components, "weights": weights_arguments(scheme)}
+        if (inputs := inputs_arguments(scheme)) is not None:
+            groups[name]["input_activations"] = inputs
     for modifier in modifiers.values():
         modifier["ignore"] = list(job.unquantized)
     return yaml.safe_dump({"compression_stage": {"compression_modifiers": modifiers}}, sort_keys=False, width=120)
-
-
-def _compressed_tensors_weights(scheme: Scheme) -> dict[str, Any]:
-    size = {"group_size": scheme.group_size} if scheme.granularity == "group" else {}
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": not scheme.asymmetric,
-        "strategy": scheme.granularity,
-        **size,
-    }
 
 
 def model_optimizer_text(job: Job) -> str:
@@ -158,11 +145,11 @@ RECIPES: Mapping[str, Recipe] = {
     recipe.tool: recipe
     for recipe in (
         Recipe(
-            "llm-compressor",
+            LLM_COMPRESSOR,
             "recipe.yaml",
             llm_compressor_text,
             "Apply it with llm-compressor: `oneshot(model={model!r}, recipe={file!r}, output_dir=...)`, and with "
-            "`dataset=...` where it says GPTQ. vLLM loads what it writes.",
+            "`dataset=...` where it says GPTQ or fixed scales of inputs. vLLM loads what it writes.",
             lambda _: None,
         ),
         Recipe(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dtmsearch.core.number_formats import WIDTHS, Grain, Number, Rounding, ScaleNumber
+from dtmsearch.core.schemes import Scheme
 
 _SCALE_DTYPES: dict[ScaleNumber, str | None] = {"float": None, "e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
 _FLOATS: dict[int, Number] = {8: "e4m3", 6: "e2m3", 4: "e2m1"}
@@ -28,6 +29,25 @@ def arguments_of(rounding: Rounding, of_inputs: bool) -> dict[str, Any]:
     found |= {"block_structure": [rounding.size, rounding.size]} if rounding.grain == "block" else {}
     dtype = _SCALE_DTYPES[rounding.scale]
     return found | ({} if dtype is None else {"scale_dtype": dtype, "zp_dtype": dtype})
+
+
+def weights_arguments(scheme: Scheme) -> dict[str, Any]:
+    """What a group says of the weights of its modules, under a scheme that compressed-tensors has."""
+    if scheme.weights is not None:
+        return arguments_of(scheme.weights, False)
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": not scheme.asymmetric,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size or (-1 if scheme.granularity == "channel" else None),
+        "dynamic": False,
+    }
+
+
+def inputs_arguments(scheme: Scheme) -> dict[str, Any] | None:
+    """What a group says of what its modules read; None where they read it as it is."""
+    return None if scheme.activations is None else arguments_of(scheme.activations, True)
 
 
 def rounding_of(arguments: Mapping[str, Any]) -> Rounding:

@@ -29,13 +29,13 @@ def served(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: t
     if scheme.quantizer:
         scheme = parse_scheme(scheme.quantizer)
     outputs, inputs = shape
-    if scheme.is_unquantized or scheme.family == "pruning":
+    if scheme.is_unquantized or scheme.kind.only_prunes:
         return partial(nn.functional.linear, weight=torch.zeros(shape, dtype=dtype, device=device))
     if scheme.kind.as_module:
         with torch.device("meta"):
             linear = nn.Linear(inputs, outputs, bias=False, dtype=dtype)
         return compressed_module(linear, torch.randn(shape, dtype=dtype, device=device), scheme)
-    if scheme.family not in ("rounding", "gptq") or dtype != torch.bfloat16:
+    if not scheme.kind.on_grid or dtype != torch.bfloat16:
         return None
     if scheme.bits == 8 and scheme.granularity in ("channel", "tensor") and not scheme.asymmetric:
         return int8_product(shape, device)

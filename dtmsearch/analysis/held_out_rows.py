@@ -136,6 +136,7 @@ def validation_rows(
 
 
 def noise_floor(measured: Sequence[Measured], reference: HeldOut | None) -> NoiseFloor | None:
+    """How far the base model is from itself beside how far the plan is; None where the plan was not measured."""
     plan = next((m for m in measured if m.label == PLAN and m.row["status"] == "ok"), None)
     if plan is None or reference is None:
         return None
@@ -154,6 +155,7 @@ def noise_floor(measured: Sequence[Measured], reference: HeldOut | None) -> Nois
 
 
 def measured_held_out(store: ResultStore, record: RunRecord) -> list[Measured]:
+    """What a run measured on the held-out prompts that are reported, the final plan under the label `plan`."""
     if record.validation_reference_id is None or record.final_plan_id is None:
         return []
     final = pc.field("plan_id") == record.final_plan_id
