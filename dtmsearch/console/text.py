@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from dtmsearch.analysis.summary import RunOverview, RunSummary
     from dtmsearch.analysis.verdict import ValidationRow
     from dtmsearch.core.holders import SchemeFacts
-    from dtmsearch.model.sources.unquantized_cache import UnquantizedModel
     from dtmsearch.workflows.doctor import Finding
     from dtmsearch.workflows.estimate import Estimate
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
     from dtmsearch.workflows.export import Exported
+    from dtmsearch.workflows.kept_models import KeptModels
     from dtmsearch.workflows.list_components import ModelComponents
     from dtmsearch.workflows.profile import Profile
     from dtmsearch.workflows.score import TaskScore
@@ -478,15 +478,15 @@ def _change(score: TaskScore) -> str:
     return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
 
 
-def cache_text(models: Sequence[UnquantizedModel], folder: str) -> str:
+def cache_text(kept: KeptModels) -> str:
     """The unquantized models that this machine keeps, as lines."""
     rows = [
         [m.source, f"{m.num_bytes / 1e9:.2f}", "in use" if m.in_use else f"{m.unused_days:.0f} days ago"]
-        for m in models
+        for m in kept.models
     ]
-    total = sum(model.num_bytes for model in models) / 1e9
+    total = sum(model.num_bytes for model in kept.models) / 1e9
     listed = [table(["unquantized from", "GB", "used"], rows)] if rows else []
-    return "\n".join([*listed, f"{total:.2f} GB in {folder}"])
+    return "\n".join([*listed, f"{total:.2f} GB in {kept.folder}"])
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
