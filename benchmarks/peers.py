@@ -136,11 +136,13 @@ def compared(bench: Bench, ours: Plan, other: Plan) -> tuple[float, float, float
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--cases", default="bits-3-g128,bits-4-g128", show_default=True)
 @click.option("--ours", default="auto,fisher", show_default=True)
+@click.option("--tools", default=",".join(PEERS), show_default=True, help="Empty: rules alone.")
 @click.option("--prompts", default=256, show_default=True)
 @click.option("--held-out-prompts", default=128, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 def main(
-    model: Path, text: Path, held_out: Path, python: Path, out: Path, cases: str, ours: str, prompts: int,
+    model: Path, text: Path, held_out: Path, python: Path, out: Path, cases: str, ours: str, tools: str,
+    prompts: int,
     held_out_prompts: int, dtype: str,
 ) -> None:  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,7 @@ def main(
             started_at = time.perf_counter()
             plans[name] = Plan.of(bench.run(case, name, 0, space, {}).plan)
             rows.append(judged(bench, space, case, name, "", time.perf_counter() - started_at, plans[name]))
-        for peer in PEERS:
+        for peer in filter(None, tools.split(",")):
             try:
                 found = out / f"{case.name}-{peer}.json"
                 plans[peer], version, seconds = allocated(python, peer, model, text, case, found)
