@@ -30,7 +30,7 @@ from dtmsearch.analysis.format import edge_in_words
 from dtmsearch.analysis.verdict import rival_of, verdict
 from dtmsearch.config.sections import StopSection
 from dtmsearch.console.text import run_text
-from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, Routing, calibration_id
+from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, Routing, Through, calibration_id
 from dtmsearch.core.components import Component, ModelManifest, read_header
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import holders_of
@@ -38,8 +38,10 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import McMoeSettings
 from dtmsearch.errors import UserError
+from dtmsearch.model.calibration import calibrator
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.expert_use import expert_uses
+from dtmsearch.model.calibration.input_statistics import Gatherer
 from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.rounding import round_weight
 from dtmsearch.model.modules.discovery import components_of
@@ -615,3 +617,42 @@ def test_experts_that_are_modules_of_their_own_are_refused_in_words() -> None:
     expert = Component("m.experts.0.up_proj", 0, "up", (8, 8), mixture="m", num_experts=2)
     with pytest.raises(UserError, match="the experts of m is not told: each is a module of its own"):
         expert_uses(None, None, [expert], [])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("through", ["base", "compressed"])
+def test_hessians_in_parts_have_the_same_bits(
+    through: Through, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all experts of a large layer do not fit at once."""
+    folder = tmp_path / "model"
+    tiny_model("mixtral").save_pretrained(folder)
+    write_tokenizer(folder)
+    most: list[int] = []
+    gather = Gatherer.hessians
+
+    def gathering(self: Gatherer, *arguments: Any, **options: Any) -> Any:
+        found = gather(self, *arguments, **options)
+        most.append(sum(4 * shared.hessian.numel() for shared in found))
+        return found
+
+    monkeypatch.setattr(Gatherer, "hessians", gathering)
+
+    def solved(bound: int) -> tuple[list[Any], list[Any], int]:
+        monkeypatch.setattr(calibrator, "_MOST_HESSIAN_BYTES", bound)
+        most.clear()
+        model = replica(folder)
+        calibration = model.cut_calibration([TEXT], 16, 32, 0, through)
+        model.use_calibration(calibration)
+        components = model.manifest().components
+        plan = Plan.uniform(components, "gptq-int3-g8")
+        model._calibrator.prepare([plan], calibration.id)
+        matrices = model.solve(calibration.id, plan.entries)
+        errors = model.weight_errors([c.name for c in components], ["int3-g8"], calibration.id, through == "base")
+        return matrices, errors, max(most)
+
+    whole, parts = solved(1 << 30), solved(20_000)
+    assert parts[2] <= 20_000 < whole[2]
+    assert whole[1] == parts[1]
+    for one, other in zip(whole[0], parts[0], strict=True):
+        assert one.component == other.component and np.array_equal(one.codes, other.codes)
+        assert np.array_equal(one.scales, other.scales)

@@ -7,7 +7,7 @@ Works on the unquantized model, to which it brings the replica back where that i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -41,6 +41,9 @@ from dtmsearch.model.weights.standing import Standing
 
 # Bytes of Hessians that are kept: all of a small model's, none of a large one's.
 _HESSIAN_BYTES = 1 << 30
+# Bytes of Hessians that are gathered at once, each of a component's inputs: those of 256 experts of 7,168 inputs would
+# take 53 GB.
+_MOST_HESSIAN_BYTES = 8 << 30
 # As LLM.int8() rounds weights.
 _BY_ROW = parse_scheme("int8-channel")
 # Weights that are solved for side by side: about 16 bytes of working memory for each.
@@ -213,13 +216,15 @@ class Calibrator:
         with self._standing.eagerly():
             walker = self._gatherer(self._calibrations[self.active or ""], scheme.name)
             for layer in range(self._body.own.start, top + 1):
-                shared_here = self._guarded(layer, walker.hessians(layer, stay=True))
-                for shared in shared_here:
-                    reached.update(shared.components)
-                    pairs = [(c, scheme) for c in shared.components if compressor.solved(c, scheme) is None]
-                    yield from self._solve_shared(pairs, shared.hessian) if pairs else ()
+                here: list[str] = []
+                for part in self._parts_of(layer):
+                    for shared in self._guarded(layer, walker.hessians(layer, stay=True, only=part), part):
+                        here += shared.components
+                        pairs = [(c, scheme) for c in shared.components if compressor.solved(c, scheme) is None]
+                        yield from self._solve_shared(pairs, shared.hessian) if pairs else ()
+                reached.update(here)
                 if layer < top:
-                    plan = {component: scheme.name for shared in shared_here for component in shared.components}
+                    plan = dict.fromkeys(here, scheme.name)
                     with self._weights.perturbed(Plan.of(plan)):
                         walker.advance(layer + 1)
         self._require_reached(wanted, reached)
@@ -240,12 +245,42 @@ class Calibrator:
         return layer
 
     def _solve_layer(self, layer: int, wanted: Mapping[str, Sequence[Scheme]]) -> Iterable[PackedMatrix]:
-        hessians = self.hessians(layer)
-        self._require_reached(wanted, {component for shared in hessians for component in shared.components})
-        for shared in hessians:
-            pairs = [(c, scheme) for c in shared.components for scheme in wanted.get(c, ())]
-            if pairs:
-                yield from self._solve_shared(pairs, shared.hessian)
+        reached: set[str] = set()
+        for hessians in self._in_parts(layer, wanted):
+            for shared in hessians:
+                reached.update(shared.components)
+                pairs = [(c, scheme) for c in shared.components for scheme in wanted.get(c, ())]
+                if pairs:
+                    yield from self._solve_shared(pairs, shared.hessian)
+        self._require_reached(wanted, reached)
+
+    def _in_parts(self, layer: int, wanted: Collection[str]) -> Iterator[list[SharedHessian]]:
+        """The Hessians of a layer's components, as many at once as there is room for; where that is not for all of
+        them, of those `wanted` alone, for which the text goes through the layer several times."""
+        parts = self._parts_of(layer)
+        if len(parts) == 1:
+            yield self.hessians(layer)
+            return
+        parts = self._parts_of(layer, wanted)
+        for number, part in enumerate(parts, start=1):
+            with self._standing.on_base(), self._standing.eagerly():
+                found = self._guarded(layer, self._walking().hessians(layer, stay=number < len(parts), only=part), part)
+            yield found
+
+    def _parts_of(self, layer: int, only: Collection[str] | None = None) -> list[list[str]]:
+        """The components of a layer, or some of them, in parts whose Hessians are held at once."""
+        parts: list[list[str]] = [[]]
+        held = 0
+        for component in self._manifest.components:
+            if component.layer != layer or (only is not None and component.name not in only):
+                continue
+            size = 4 * component.shape[1] ** 2
+            if parts[-1] and held + size > _MOST_HESSIAN_BYTES:
+                parts.append([])
+                held = 0
+            parts[-1].append(component.name)
+            held += size
+        return parts
 
     def _require_reached(self, wanted: Iterable[str], reached: set[str]) -> None:
         for component in sorted(set(wanted) - reached):
@@ -266,18 +301,20 @@ class Calibrator:
         if layer not in self._hessians:
             assert self.active is not None
             with self._standing.on_base(), self._standing.eagerly():
-                self._hessians[layer] = self._guarded(layer, self._walking().hessians(layer))
+                (every,) = self._parts_of(layer)
+                self._hessians[layer] = self._guarded(layer, self._walking().hessians(layer), every)
             self._hessians.move_to_end(layer)
             while _bytes(self._hessians) > _HESSIAN_BYTES and len(self._hessians) > 1:
                 self._hessians.popitem(last=False)
         return self._hessians[layer]
 
-    def _guarded(self, layer: int, found: Sequence[SharedHessian]) -> list[SharedHessian]:
-        """A layer's Hessians, with the identity for experts that too few tokens reach, or none."""
+    def _guarded(self, layer: int, found: Sequence[SharedHessian], part: Collection[str]) -> list[SharedHessian]:
+        """The Hessians of a part of a layer, with the identity for experts that too few tokens reach, or none."""
         components = self._manifest.by_name
         reached = {name for shared in found for name in shared.components}
         experts = [c for c in self._manifest.components if c.stacked and c.mixture and c.layer == layer]
-        unreached = [SharedHessian((c.name,), torch.empty(0), 0) for c in experts if c.name not in reached]
+        missing = (c.name for c in experts if c.name in part and c.name not in reached)
+        unreached = [SharedHessian((name,), torch.empty(0), 0) for name in missing]
 
         def guarded(shared: SharedHessian) -> SharedHessian:
             component = components[shared.components[0]]
@@ -334,31 +371,42 @@ class Calibrator:
     ) -> None:
         """Errors of all schemes on components of one layer; the device is asked for them once, at the end."""
         self.solve([(component, scheme) for component in components for scheme in schemes])
-        hessian_of = {
-            component: shared.hessian
-            for shared in (self.hessians(self._layer_of(components[0])) if by_hessian else [])
-            for component in shared.components
-        }
-        found: list[Tensor] = []
+        found: dict[tuple[str, str], Tensor] = {}
+        weighed: set[str] = set()
+        parts = self._in_parts(self._layer_of(components[0]), components) if by_hessian else ()
+        for shared in (shared for part in parts for shared in part):
+            for component in shared.components:
+                if component in components:
+                    weighed.add(component)
+                    found |= self._norms_of(component, schemes, calibration_id, shared.hessian)
         for component in components:
-            weight = self._weights.original(component)
-            matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
-            squares = self._squares(component, calibration_id)
-            norms = _norms(matrix.float(), squares, hessian_of.get(component))
-            for scheme in schemes:
-                change = self.applied(component, matrix, scheme).float().sub_(matrix)
-                found.append(_norms(change, squares, hessian_of.get(component)) / norms)
-        rows = torch.stack(found).tolist()
-        names = [(component, scheme.name) for component in components for scheme in schemes]
-        for (component, name), (plain, by_inputs, hessian) in zip(names, rows, strict=True):
+            if component not in weighed:
+                found |= self._norms_of(component, schemes, calibration_id, None)
+        rows = torch.stack(list(found.values())).tolist()
+        for (component, name), (plain, by_inputs, hessian) in zip(found, rows, strict=True):
             error = WeightError(
                 component,
                 name,
                 plain,
                 by_inputs if self._squares(component, calibration_id) is not None else None,
-                hessian if component in hessian_of else None,
+                hessian if component in weighed else None,
             )
             self._errors[calibration_id, component, name, by_hessian] = error
+
+    def _norms_of(
+        self, component: str, schemes: Sequence[Scheme], calibration_id: str, hessian: Tensor | None
+    ) -> dict[tuple[str, str], Tensor]:
+        """(component, scheme) -> norms of what the scheme changes, over those of the weights."""
+        weight = self._weights.original(component)
+        matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
+        squares = self._squares(component, calibration_id)
+        norms = _norms(matrix.float(), squares, hessian)
+        return {
+            (component, scheme.name): _norms(
+                self.applied(component, matrix, scheme).float().sub_(matrix), squares, hessian
+            ) / norms
+            for scheme in schemes
+        }  # fmt: skip
 
     def expert_uses(self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str) -> list[ExpertUse]:
         """See `dtmsearch.model.calibration.expert_use.expert_uses`, of a calibration's text on the base model."""

@@ -7,7 +7,7 @@ stand dense, with its layers eager, while it works.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,15 +124,16 @@ class Gatherer:
         largest = {name: float(g.largest) for g in reached if g.largest is not None for name in g.components}
         return squares, tokens, largest
 
-    def hessians(self, layer: int, stay: bool = False) -> list[SharedHessian]:
-        """The Hessians of a layer's components; without those that the text does not reach.
+    def hessians(self, layer: int, stay: bool = False, only: Collection[str] | None = None) -> list[SharedHessian]:
+        """The Hessians of a layer's components, or of some of them `only`; without those that the text does not reach.
 
         The text goes on to the next layer with it, or it is to `stay` below this one.
         """
         self.advance(layer)
         inputs = _Inputs(hessians=True)
         below = self._states
-        with self._hooked([c for c in self._components.values() if c.layer == layer], inputs):
+        here = (c for c in self._components.values() if c.layer == layer and (only is None or c.name in only))
+        with self._hooked(list(here), inputs):
             self._pass(layer, inputs)
         if stay:
             self._states, self._boundary = below, layer
