@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from fakes import FakeEvaluator, MemoryLog, request_for, toy_components
+from inprocess import run_here
 from test_verdict import PLAN, rival
+from tiny import TEXT, llama_config, replica, write_model
 
 from dtmsearch import config
 from dtmsearch.analysis.verdict import rival_of, verdict
@@ -157,3 +160,32 @@ def test_a_budget_of_milliseconds_needs_a_table() -> None:
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no table of times at .*gone\.json"):
         config.from_mapping(content(times="gone.json", stop={"decode_ms": 3}), "file", tmp_path)
+
+
+def test_a_run_by_time_is_held_against_what_takes_no_longer(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", llama_config(num_hidden_layers=2))
+    shapes = sorted({component.shape for component in replica(folder).manifest().components})
+    rows = [
+        {"scheme": s, "outputs": o, "inputs": i, "decode_ms": DECODE[s] * o * i / 1e6, "prefill_ms": PREFILL[s] / 1e3}
+        for s in ("dense", *SCHEMES)
+        for o, i in shapes
+    ]
+    (tmp_path / "times.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "text.txt").write_text(TEXT)
+    whole = sum(c.num_weights for c in replica(folder).manifest().components)
+    prompts = {"files": ["text.txt"], "count": 4, "prompt_tokens": 8, "continuation_tokens": 8}
+    file = {
+        "run": "timed", "model": {"path": str(folder), "dtype": "float32"}, "prompts": prompts,
+        "validation": {"files": ["text.txt"], "count": 4},
+        "search": {
+            "strategy": "sensitivity", "rank_by": "kl", "schemes": list(SCHEMES), "times": "times.json",
+            "stop": {"decode_ms": 7 * whole / 1e6},
+        },
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(file))
+    found = run_here(tmp_path / "search.yaml", tmp_path / "store")
+    times = {row.label: row.decode_ms for row in found.validation}
+    assert times["plan"] is not None and times["plan"] <= 7 * whole / 1e6
+    assert times["base"] == pytest.approx(16 * whole / 1e6) and times["uniform:int8-channel"] > times["plan"]
+    assert found.rival == "uniform:int4-g32" and "that takes no longer for a token" in found.verdict
+    assert "By its table of times the plan takes" in found.verdict
