@@ -156,7 +156,7 @@ ENGINES: Mapping[str, EngineRules] = {
         EngineRules(
             *("tensorrt-llm", "TensorRT-LLM", "on NVIDIA GPUs"),
             fuses=False,
-            instead="its PyTorch backend reads ModelOpt's folders (hf_quant_config.json), none of compressed-tensors",
+            instead="its PyTorch backend reads ModelOpt's folders (hf_quant_config.json): export --to modelopt",
         ),
         EngineRules(
             *("llama.cpp", "llama.cpp", "on every device"),

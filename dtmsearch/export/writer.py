@@ -72,7 +72,7 @@ def write_quantized(
     job: Job,
     folder: Path,
     parts_of: Callable[[Component, Tensor], tuple[Mapping[str, Tensor], Mapping[str, int]]],
-    quantization_config: dict[str, Any],
+    quantization_config: dict[str, Any] | None,
     tensors: Iterable[tuple[str, Component | None, Tensor]] | None = None,
 ) -> Written:
     """The job's checkpoint with every component in parts. `parts_of` a component and its weight gives its tensors by

@@ -16,6 +16,7 @@ from dtmsearch.export.formats.compressed_tensors import write_packed
 from dtmsearch.export.formats.dense import write_dense
 from dtmsearch.export.formats.evopress import write_evopress
 from dtmsearch.export.formats.gguf import write_recipe
+from dtmsearch.export.formats.modelopt import write_modelopt
 from dtmsearch.export.formats.recipes import RECIPES
 from dtmsearch.export.job import Job, Written
 
@@ -82,6 +83,8 @@ for _format in (
         is_model=True,
         library="compressed_tensors",
     ),
+    Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
+    Format("modelopt", write_modelopt, "TensorRT-LLM, and vLLM on NVIDIA GPUs", is_model=False),
     Format("source", write_as_source, "what loads the base model", is_model=True),
     Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False, library="gguf"),
     *(Format(name, recipe.write, f"{name}, which quantizes by it", is_model=False) for name, recipe in RECIPES.items()),
