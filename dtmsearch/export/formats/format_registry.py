@@ -83,7 +83,6 @@ for _format in (
         is_model=True,
         library="compressed_tensors",
     ),
-    Format("compressed-tensors", write_packed, "transformers with compressed-tensors, and vLLM", is_model=True),
     Format("modelopt", write_modelopt, "TensorRT-LLM, and vLLM on NVIDIA GPUs", is_model=False),
     Format("source", write_as_source, "what loads the base model", is_model=True),
     Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False, library="gguf"),
