@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from dtmsearch import config
 from dtmsearch.config import texts
+from dtmsearch.config.texts import check_vocabulary
 from dtmsearch.core.documents import Conversation, Mixed, conversation_of
 from dtmsearch.errors import UserError
 from dtmsearch.model.replica import tokenizing
@@ -83,6 +84,39 @@ def test_a_prompt_of_a_conversation_ends_where_the_assistant_begins(tmp_path: Pa
     for row in prompts.tokens:
         assert decoded(tokenizer, row[:20]).endswith("length</s><assistant>")
         assert decoded(tokenizer, row[20:]).startswith("answer ")
+
+
+def with_system(text: str, number: int, turns: int = 3) -> Conversation:
+    talked = talk(number, turns)
+    return conversation_of({"messages": [{"role": "system", "content": text}, *talked["messages"]]}, "row")
+
+
+def test_prompts_keep_the_system_text_and_what_was_said_last(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "model")
+    talks = [with_system("be kind", n) for n in range(4)]
+    prompts = Cutter(tokenizer, "model").prompts(talks, 8, 80, 10, 0)
+    for row in prompts.tokens:
+        assert decoded(tokenizer, row[:80]).startswith("<system>be kind</s><user>")
+        assert decoded(tokenizer, row[:80]).endswith("length</s><assistant>")
+        assert decoded(tokenizer, row[80:]).startswith("answer ")
+    assert prompts.notes == ()
+
+
+def test_a_system_text_that_is_too_long_for_prompts_is_told(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "model")
+    prompts = Cutter(tokenizer, "model").prompts([with_system("be kind " * 9, n) for n in range(4)], 4, 80, 10, 0)
+    assert "takes more than half of prompt_tokens in 4 conversations" in " ".join(prompts.notes)
+
+
+def test_tokens_that_a_model_lacks_are_found_in_conversations(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "model")
+    tokenizer.add_tokens(["<odd>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 258}')
+    rows = [{"messages": [{"role": "user", "content": "an <odd> one"}, {"role": "assistant", "content": "yes"}]}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="<odd>"):
+        check_vocabulary(search_file(tmp_path, "files: [chat.jsonl], chat: true"))
 
 
 def test_windows_of_a_conversation_of_several_turns_do_not_overlap(tmp_path: Path) -> None:

@@ -77,10 +77,19 @@ def check_vocabulary(file: SearchFile) -> None:
         return
     for section in (file.prompts, file.validation_prompts, file.calibration_text):
         for source in () if section is None else section.sources:
-            for text in () if source.chat else read_texts(file, source.files):
+            for text in _texts_of(read_files(file, source.files, source.chat)):
                 for piece in (text[at : at + _PIECE_CHARACTERS] for at in range(0, len(text), _PIECE_CHARACTERS)):
                     ids = tokenizer.encode(piece, add_special_tokens=False).ids
                     check_known(ids, size, lambda unknown: [str(tokenizer.id_to_token(i)) for i in unknown])
+
+
+def _texts_of(documents: Sequence[Document]) -> Iterator[str]:
+    """Texts, and what is said in conversations."""
+    for document in documents:
+        if isinstance(document, str):
+            yield document
+        else:
+            yield from (text for _, text in document.messages)
 
 
 def _vocabulary_size(folder: Path) -> int | None:

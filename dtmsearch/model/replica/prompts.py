@@ -156,14 +156,15 @@ def cut_windows(
     `count` extends a smaller one, and windows that repeat another's tokens come after all that do not.
 
     A conversation is written by the chat template, and its windows open as those of text do. With `prompt_tokens` they
-    are those in which one of the assistant's answers begins after so many tokens, else any.
+    are those in which one of the assistant's answers begins after so many tokens, else any; they open with the system's
+    text, where it takes no more than half of these, and go on with what was said last, as a server cuts them.
 
     No window holds text of `apart_from` ([num_windows, tokens] each, as `taken` tells it): documents are cut from where
     that ends. Raises `UserError` for tokens that a model of `vocabulary_size` embeddings lacks.
     """
     opening, closing = around(tokenizer)
     begin, borders = getattr(tokenizer, "bos_token_id", None), _borders(tokenizer, opening, closing)
-    num_borders = num_answers = num_left_out = 0
+    num_borders = num_answers = num_left_out = num_long = 0
     pieces: list[_Piece] = []
     for found in tokens_of_each(tokenizer, texts):
         tokens = found.ids
@@ -172,9 +173,16 @@ def cut_windows(
         if found.is_conversation:
             # What the template opens a conversation with, every window is opened with.
             written = len(opening) if tokens[: len(opening)].tolist() == list(opening) else 0
-            before = written + prompt_tokens - len(opening)
+            opens, first = opening, written
+            if prompt_tokens and found.system:
+                with_system = [*(() if written else opening), *tokens[: found.system].tolist()]
+                if 2 * len(with_system) <= prompt_tokens:
+                    opens, first = with_system, found.system
+                else:
+                    num_long += 1
+            before = first + prompt_tokens - len(opens)
             starts = tuple(at - before for at in found.answers) if prompt_tokens else None
-            pieces.append(_Piece(tokens[written:], opening, starts, max(found.head - written, 0)))
+            pieces.append(_Piece(tokens[first:], opens, starts, max(found.head - first, 0)))
             num_answers += len(found.answers) + found.num_left_out
             num_left_out += found.num_left_out
             continue
@@ -203,6 +211,11 @@ def cut_windows(
         notes += (
             f"{num_left_out} of {num_answers} answers {_LEFT_OUT}: with them there, the chat template writes what was "
             "said before otherwise",
+        )
+    if num_long:
+        notes += (
+            f"the system's text takes more than half of prompt_tokens in {num_long} conversations, whose prompts hold "
+            "the last of it only if at all: a larger prompt_tokens keeps it",
         )
     return Windows(windows[order[:count]], supply, notes, f"the text holds {len(windows)}")
 

@@ -24,12 +24,14 @@ _ALIKE = 64
 class Tokens:
     """A document's tokens. Of a conversation, where each of the assistant's answers begins (`answers`), how many are
     left out because the template writes what precedes them otherwise once they are there (`num_left_out`), and how many
-    tokens at its begin others may share, for they are the template's and the system's (`head`)."""
+    tokens at its begin others may share, for they are the template's and the system's (`head`; `system` is that number
+    where the conversation has a system text, else 0)."""
 
     ids: Ids
     answers: tuple[int, ...] = ()
     num_left_out: int = 0
     head: int = 0
+    system: int = 0
     is_conversation: bool = False
 
 
@@ -128,7 +130,8 @@ def _of_conversation(tokenizer: Any, conversation: Conversation) -> Tokens:
     answers = tuple(begin for begin in begins if begin is not None)
     system = [message for message in messages[:1] if message["role"] == "system"]
     other = _written(tokenizer, [*system, {"role": "user", "content": "0"}])
-    return Tokens(whole, answers, len(turns) - len(answers), _num_alike(other, whole), is_conversation=True)
+    head = _num_alike(other, whole)
+    return Tokens(whole, answers, len(turns) - len(answers), head, head if system else 0, is_conversation=True)
 
 
 def _answer(tokenizer: Any, messages: list[dict[str, str]], number: int, whole: Ids) -> int | None:
