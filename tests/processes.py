@@ -7,8 +7,10 @@ of its own would be at that for seconds each time. `ended([COMMAND, ...])` is th
 from __future__ import annotations
 
 import atexit
+import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
+import ray_forks
 import yaml
 from gate import Gate
 from tiny import TEXT, TRAINING, write_model
@@ -33,20 +37,8 @@ PATIENCE_SECONDS = 180.0
 # What differs between evaluations of two runs of one search: where and when.
 CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
 
-# What the server imports before it forks: this module with its torch, and what a command imports on its way.
-_IMPORTED = (
-    "processes",
-    "ray",
-    "pytest",
-    "transformers.models.llama.modeling_llama",
-    "dtmsearch.cluster.pool",
-    "dtmsearch.console.progress",
-    "dtmsearch.model.replica.local_replicas",
-    "dtmsearch.workflows.run",
-    "dtmsearch.workflows.evaluate",
-)
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(list(_IMPORTED))
+_FORKS.set_forkserver_preload(["imported"])
 
 Rows = list[dict[str, Any]]
 
@@ -108,14 +100,41 @@ def _start(
     returns."""
     for path in (out, err):
         path.touch()
-    with pytest.MonkeyPatch.context() as patch:  # the server, if this starts it, has the environment of its children
-        for name, value in environment().items():
+    places = (str(out), str(err), str(cwd or Path.cwd()))
+    with_forks = dict(variables) | ray_forks.environment(serving_ray())
+    process = _FORKS.Process(target=_child, args=(work, arguments, *places, with_forks))
+    process.start()
+    return process
+
+
+@functools.cache
+def serving_ray() -> Path:
+    """The folder from which Ray has its Python processes (see ray_forks.py) until this process ends, with the fork
+    server's start."""
+    folder = Path(tempfile.mkdtemp(prefix="dtm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    ray_forks.write_stub(folder)
+    with pytest.MonkeyPatch.context() as patch:  # the server has the environment of its children
+        for name, value in (environment() | ray_forks.environment(folder)).items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", _with_tests(os.environ.get("PYTHONPATH", "")))
-        places = (str(out), str(err), str(cwd or Path.cwd()))
-        process = _FORKS.Process(target=_child, args=(work, arguments, *places, dict(variables)))
-        process.start()
-    return process
+        forkserver.ensure_running()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (folder / "asked").exists():
+        assert time.monotonic() < deadline, "the fork server does not start"
+        time.sleep(0.01)
+    return folder
+
+
+def forking_python() -> str:
+    """An interpreter whose scripts and modules, and what they start, are forks too."""
+    return str(serving_ray() / "python")
+
+
+def fork_for_ray() -> None:
+    """Have a Ray that this process starts from now on fork its Python processes."""
+    os.environ.update(ray_forks.environment(serving_ray()))
+    ray_forks.use()
 
 
 def _child(
@@ -131,6 +150,7 @@ def _child(
     os.environ.update(variables)
     os.chdir(cwd)
     sys.argv = ["dtmsearch", *arguments]
+    ray_forks.use()
     code = 1
     try:
         code = work(*arguments)
@@ -196,7 +216,7 @@ class Driver:
         while not happened():
             assert self.is_running, f"ended too early, with {self._process.exitcode}:\n{self.output}"
             assert time.monotonic() < deadline, f"waited too long:\n{self.output}"
-            time.sleep(0.01)
+            time.sleep(0.03)
 
     def says(self, text: str) -> bool:
         return text in self.output
@@ -259,6 +279,7 @@ def below(pid: int, name: str) -> list[int]:
             except OSError:
                 continue
             parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    parents |= {fork: stub for stub, fork in ray_forks.forks(set(parents), serving_ray()).items()}
     below = {pid}
     while more := {child for child, parent in parents.items() if parent in below} - below:
         below |= more

@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 import ray
 from fakes import toy_components
-from processes import COMMAND, PATIENCE_SECONDS, Ended, environment, num_recorded, tiny_search
+from processes import (
+    COMMAND,
+    PATIENCE_SECONDS,
+    Ended,
+    environment,
+    fork_for_ray,
+    forking_python,
+    num_recorded,
+    tiny_search,
+)
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 from tiny import TEXT, replica, result, values, with_reference, write_model
@@ -51,7 +60,15 @@ def node(log: Path, *options: str) -> Iterator[None]:
     """A node of a cluster, as `ray start` makes it; it ends with the block."""
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [RAY, "start", "--block", "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}", *options],
+            [
+                forking_python(),
+                RAY,
+                "start",
+                "--block",
+                "--num-cpus=1",
+                f"--dashboard-agent-listen-port={free_port()}",
+                *options,
+            ],
             stdout=stream,
             stderr=stream,
             env=with_token(),
@@ -73,7 +90,7 @@ def with_token(token: str | None = TOKEN) -> dict[str, str]:
     """The environment of a user who has a token, or none."""
     own = {key: value for key, value in environment().items() if not key.startswith("RAY_A")}
     # The commands of this environment first: a job's driver is whatever `python` is on the nodes' path.
-    own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
+    own["PATH"] = os.pathsep.join((str(Path(forking_python()).parent), str(Path(sys.executable).parent), own["PATH"]))
     return own | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token is not None else own
 
 
@@ -112,7 +129,11 @@ def submit(folder: Path, dashboard: str, token: str | None = TOKEN) -> Ended:
 
 def run_command(arguments: list[str], token: str | None = TOKEN) -> Ended:
     done = subprocess.run(
-        [COMMAND, *arguments], capture_output=True, text=True, env=with_token(token), timeout=PATIENCE_SECONDS
+        [forking_python(), COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        env=with_token(token),
+        timeout=PATIENCE_SECONDS,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -169,6 +190,7 @@ def cluster() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
         patch.setattr(placement, "_COUNT_SECONDS", 0.1)
+        fork_for_ray()
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         ray.init(cluster.address, namespace="dtmsearch", log_to_driver=False)
         yield cluster
