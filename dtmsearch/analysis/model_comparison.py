@@ -32,6 +32,8 @@ _SEED = 0
 _PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 # Unusable, as `analysis.verdict` has it: a bit a token worse at human text, or more than half of the choices others.
 _RUINED_NATS, _RUINED_SHARE = math.log(2.0), 0.5
+# A value that so many decimals do not show is written with a power of ten.
+_MOST_DECIMALS = 8
 Array = NDArray[Any]
 
 
@@ -264,6 +266,6 @@ def value_text(name: str, value: Value) -> str:
         return f"{sign}{number(mean)}{unit}"
     low, high = value.low * scale, value.high * scale
     borne = interval_decimals(low, high)
-    if borne is None:
+    if borne is None or (mean and abs(mean) < 10.0 ** (1 - _MOST_DECIMALS)):  # of which decimals would show nothing
         return f"{sign}{number(mean)}{unit} [{number(low)}, {number(high)}]"
     return f"{sign}{mean:.{borne}f}{unit} [{low:.{borne}f}, {high:.{borne}f}]"

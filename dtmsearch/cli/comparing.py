@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def compare_verb(
     from dtmsearch.console.comparison_text import comparison_text, comparison_values
     from dtmsearch.workflows.interrupts import interruptible
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would stand among our own lines
     if out is not None:  # before anything is measured, as it needs packages of its own
         from dtmsearch.report.model_page import write_model_comparison
 

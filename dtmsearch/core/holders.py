@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from dtmsearch.core import gguf_types
 from dtmsearch.core.components import Component
 from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.fusion import untied_groups
@@ -223,6 +224,17 @@ def _vllm_together(plan: Plan, components: Sequence[Component]) -> str | None:
     return None
 
 
+def llama_cpp_obstacle(scheme: Scheme, shape: Shape) -> str | None:
+    """Of llama.cpp's files, by its own quantizer."""
+    if scheme.is_unquantized or scheme.name.startswith(gguf_types.PREFIX):
+        return None
+    return "llama.cpp holds its own types, such as gguf-Q4_K; the nearest in bits take the place of others"
+
+
+def _counted_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int) -> int:
+    return scheme.stored_bits(shape, dense_bits)
+
+
 HOLDERS: list[Holder] = [
     Holder("compressed-tensors", "vllm", vllm_obstacle, _packed_bits("vllm"), _vllm_together, _not_linear_in_files),
     Holder(
@@ -234,6 +246,7 @@ HOLDERS: list[Holder] = [
         misplaced=_not_linear_in_transformers,
     ),
     Holder("dense", "any", dense_obstacle, _dense_bits),
+    Holder("gguf-recipe", "llama.cpp", llama_cpp_obstacle, _counted_bits),
     Holder("source", "what loads the base model", source_obstacle, _source_bits),
 ]
 

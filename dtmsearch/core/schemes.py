@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from math import ceil
 from typing import Any, Literal, Protocol
 
-from dtmsearch.core import plugins
+from dtmsearch.core import gguf_types, plugins
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.served_schemes import SERVED, served_format
 from dtmsearch.errors import UserError
@@ -399,6 +399,30 @@ def _served_bits(scheme: Scheme, shape: Shape, dense_bits: int) -> int:
     return served.stored_bits(shape, SCALE_BITS)
 
 
+def _of_llama_cpp(weighted: bool) -> SchemeFamily:
+    """llama.cpp's types: with an importance matrix of the component's inputs, or those that none changes."""
+    family, names = "gguf" if weighted else "gguf-plain", gguf_types.names_of(weighted)
+
+    def parse(name: str) -> Scheme | None:
+        if name not in names:
+            return None
+        kind = gguf_types.type_of(name)
+        return Scheme(name, family, kind.bits, "group", kind.block)
+
+    def make(weight: Any, scheme: Scheme, mean_squares: Callable[[], Any]) -> Any:
+        return gguf_types.made(weight, scheme.name, mean_squares if weighted else None)
+
+    return SchemeFamily(
+        family,
+        parse,
+        stored_bits=lambda scheme, shape, dense_bits: gguf_types.stored_bits(scheme.name, shape),
+        make=make,
+        needs="mean_squares" if weighted else "nothing",
+        examples=names,
+        uniform_lines=lambda scheme, grains: [(name,) for name in names],
+    )
+
+
 def _quantized(name: str, family: str) -> Scheme | None:
     match = _ROUNDING.fullmatch(name)
     if match is None:
@@ -590,6 +614,8 @@ for _family in (
         )
         for family in SERVED
     ),
+    _of_llama_cpp(weighted=True),
+    _of_llama_cpp(weighted=False),
     SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
 ):

@@ -1,7 +1,9 @@
 """`gguf-recipe`: a plan in llama.cpp's words, a type for each of its tensors, for its own quantizer to apply.
 
-The rounding is llama.cpp's then, not the search's: types are the nearest in bits, and what they do to the model is for
-`dtmsearch` to measure only after a conversion back. Names come from the `gguf` package's own tables.
+Schemes of llama.cpp's own types keep them, with the importance matrix that they were measured by: its quantizer makes
+the same weights then. Of other schemes the rounding is llama.cpp's, not the search's: types are the nearest in bits,
+and what they do to the model is for `dtmsearch` to measure only after a conversion back. Names come from the `gguf`
+package's own tables.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dtmsearch.core import gguf_types
 from dtmsearch.core.components import Component
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
@@ -42,7 +47,43 @@ def write_recipe(job: Job, folder: Path) -> Written:
     path = folder / "tensor-types.txt"
     # llama.cpp reads each name as a regular expression to be found in a tensor's name.
     path.write_text("".join(f"{t.replace('.', chr(92) + '.')}={kind.lower()}\n" for t, kind in types.items()))
-    return Written((path,), notes=_notes(job, held, types))
+    matrix = _write_importance(job, held, folder / "imatrix.gguf")
+    return Written((path, *matrix), notes=_notes(job, held, types, bool(matrix)))
+
+
+def _is_own(scheme: Scheme) -> bool:
+    """Whether a scheme is one of llama.cpp's types."""
+    return scheme.name.startswith(gguf_types.PREFIX)
+
+
+def _write_importance(job: Job, held: dict[str, list[Component]], path: Path) -> tuple[Path, ...]:
+    """The mean squares of inputs that the plan's types were made by, as llama.cpp's importance matrix; nothing where
+    none of them depends on any."""
+    from gguf import GGUFWriter
+
+    parsed = job.plan.parsed
+    wanted = {
+        tensor: components
+        for tensor, components in held.items()
+        if any(c.name in parsed and _is_own(parsed[c.name]) and parsed[c.name].needs_calibration for c in components)
+    }
+    if not wanted:
+        return ()
+    writer = GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["calibration text of dtmsearch"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 1)
+    for tensor, components in wanted.items():
+        rows = np.stack([job.compressor.mean_squares(c.name).float().cpu().numpy() for c in components])
+        # A count of one, so that llama.cpp's quotient is the mean square itself.
+        writer.add_tensor(f"{tensor}.in_sum2", np.ascontiguousarray(rows, np.float32))
+        writer.add_tensor(f"{tensor}.counts", np.ones((len(components), 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return (path,)
 
 
 def _tensor_names(job: Job) -> dict[str, tuple[str, ...]]:
@@ -81,6 +122,9 @@ def _nearest_type(scheme: Scheme, component: Component) -> str:
     """The type nearest in bits per weight, of those whose blocks divide the rows."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+    if _is_own(scheme):
+        own = gguf_types.held_type(scheme.name, component.shape[1])
+        return "F16" if own is None else own.name
     wanted = float(_DENSE_BITS)
     if scheme.bits:
         codes = component.num_weights * scheme.bits + 16 * scheme.num_scales(component.shape)
@@ -98,7 +142,7 @@ def _bits_of(kind: str) -> float:
     return 8.0 * int(size) / int(weights)
 
 
-def _notes(job: Job, held: dict[str, list[Component]], types: dict[str, str]) -> list[str]:
+def _notes(job: Job, held: dict[str, list[Component]], types: dict[str, str], has_matrix: bool) -> list[str]:
     weights = {tensor: sum(c.num_weights for c in components) for tensor, components in held.items()}
     for tensor, components in held.items():  # half of a stacked matrix lies in another tensor
         if any("gate_up" in c.name and ".experts." in c.name for c in components):
@@ -106,16 +150,43 @@ def _notes(job: Job, held: dict[str, list[Component]], types: dict[str, str]) ->
     size = sum(weights[tensor] * _bits_of(kind) / 8 for tensor, kind in types.items())
     default = Counter(kind for kind in types.values() if kind != "F16").most_common(1)
     kind = default[0][0] if default else "Q8_0"
+    own = all(_is_own(scheme) for scheme in job.plan.parsed.values())
+    dense = str(job.dtype).removeprefix("torch.")
+    outtype = {"bfloat16": "bf16", "float32": "f32"}.get(dense, "f16") if own else "f16"
     notes = [
         f"The tensors listed will take {size:,.0f} bytes in GGUF, by the types' blocks; nothing was quantized here.",
-        "Apply it with llama.cpp: `python convert_hf_to_gguf.py BASE --outtype f16 --outfile base-f16.gguf`, then "
+        f"Apply it with llama.cpp: `python convert_hf_to_gguf.py BASE --outtype {outtype} --outfile base.gguf`, then "
         "`llama-quantize --imatrix imatrix.gguf --tensor-type-file tensor-types.txt --token-embedding-type f16 "
-        f"--output-tensor-type f16 base-f16.gguf compressed.gguf {kind}`.",
-        "The importance matrix says which inputs matter, as calibrated schemes know here: `llama-imatrix -m "
-        "base-f16.gguf -f calibration.txt -o imatrix.gguf`, over the search's calibration text."
-        + (" Types below 4 bits need it." if any(_bits_of(k) < _IMATRIX_BITS for k in types.values()) else ""),
+        f"--output-tensor-type f16 base.gguf compressed.gguf {kind}`.",
     ]
-    coarse = sum(c.shape[1] % 256 != 0 for c in job.manifest.components if c.name in job.plan.schemes)
+    if has_matrix:
+        notes.append(
+            "imatrix.gguf holds the mean squares of inputs by which the plan was measured: the quantizer makes the "
+            "same weights by it. With another one it would make others."
+        )
+    else:
+        notes.append(
+            "The importance matrix says which inputs matter, as calibrated schemes know here: `llama-imatrix -m "
+            "base.gguf -f calibration.txt -o imatrix.gguf`, over the search's calibration text."
+            + (" Types below 4 bits need it." if any(_bits_of(k) < _IMATRIX_BITS for k in types.values()) else "")
+        )
+    stand_in = sorted(
+        {
+            f"{scheme.name.removeprefix(gguf_types.PREFIX)} by {found.name if found else 'F16'}"
+            for name, scheme in job.plan.parsed.items()
+            if _is_own(scheme)
+            and (found := gguf_types.held_type(scheme.name, job.manifest.by_name[name].shape[1]))
+            != gguf_types.type_of(scheme.name)
+        }
+    )
+    if stand_in:
+        notes.append(
+            f"Blocks of 256 do not divide all rows: there llama.cpp replaces {', '.join(stand_in)}, as was measured."
+        )
+    parsed = job.plan.parsed
+    coarse = sum(
+        c.shape[1] % 256 != 0 for c in job.manifest.components if c.name in parsed and not _is_own(parsed[c.name])
+    )
     if coarse:
         notes.append(
             f"{coarse} components have rows that blocks of 256 do not divide: they get types of blocks of 32, or F16."

@@ -1,0 +1,170 @@
+"""llama.cpp's types as schemes: sizes, what stands in where blocks do not divide a row, and the weights themselves,
+where llama.cpp's quantizer is installed (DTMSEARCH_GGML)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from tiny import llama_config, write_model
+
+from dtmsearch.core import gguf_types
+from dtmsearch.core.calibration import InputStatistics
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.gguf_types import TYPES, held_type, quantized, round_trip, stored_bits
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import UserError
+from dtmsearch.export.formats.gguf import write_recipe
+from dtmsearch.export.job import Job
+from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.modules.discovery import read_manifest
+
+
+def has_library() -> bool:
+    try:
+        gguf_types.ggml()
+    except UserError:
+        return False
+    return True
+
+
+needs_library = pytest.mark.skipif(not has_library(), reason="llama.cpp's quantizer is not installed here")
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    gguf_types.ggml.cache_clear()
+    monkeypatch.delenv(gguf_types.VARIABLE, raising=False)
+    monkeypatch.setattr(gguf_types.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(gguf_types.importlib.util, "find_spec", lambda name: None)
+    yield
+    gguf_types.ggml.cache_clear()
+
+
+@pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: str(kind.name))
+def test_blocks_are_those_of_the_gguf_package(kind: gguf_types.GgufType) -> None:
+    number = gguf.GGMLQuantizationType[kind.name]
+    assert (int(number), gguf.GGML_QUANT_SIZES[number]) == (kind.number, (kind.block, kind.block_bytes))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cols", "held", "bits"),
+    [
+        ("gguf-Q4_K", 512, "Q4_K", 4.5),
+        ("gguf-Q6_K", 768, "Q6_K", 6.5625),
+        ("gguf-IQ4_XS", 256, "IQ4_XS", 4.25),
+        ("gguf-Q4_K", 576, "Q5_0", 5.5),  # as llama.cpp takes instead where 256 does not divide the rows
+        ("gguf-Q5_K", 576, "Q5_1", 6.0),
+        ("gguf-Q6_K", 576, "Q8_0", 8.5),
+        ("gguf-IQ4_XS", 64, "IQ4_NL", 4.5),
+        ("gguf-Q8_0", 576, "Q8_0", 8.5),
+        ("gguf-Q4_K", 40, None, 16.0),
+        ("gguf-Q4_0", 40, None, 16.0),
+    ],
+)
+def test_rows_that_blocks_do_not_divide_are_held_as_llama_cpp_holds_them(
+    scheme: str, cols: int, held: str | None, bits: float
+) -> None:
+    kind = held_type(scheme, cols)
+    assert (kind and kind.name) == held
+    assert stored_bits(scheme, (8, cols)) == 8 * cols * bits == parse_scheme(scheme).stored_bits((8, cols), 16)
+
+
+def test_types_that_an_importance_matrix_changes_are_calibrated() -> None:
+    assert parse_scheme("gguf-Q4_K").needs_calibration and not parse_scheme("gguf-Q8_0").needs_calibration
+
+
+def test_without_the_library_it_is_said_how_to_have_it(no_library: None) -> None:
+    with pytest.raises(UserError, match=r"need llama.cpp's quantizer, libggml-base: pip install llama-cpp-python, or"):
+        gguf_types.ggml()
+
+
+def test_a_variable_that_names_nothing_is_said(
+    no_library: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(gguf_types.VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match="DTMSEARCH_GGML: there is no libggml-base at "):
+        gguf_types.ggml()
+
+
+def test_a_file_that_is_no_library_is_said(no_library: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "libggml-base.so"
+    path.write_bytes(b"no library")
+    monkeypatch.setenv(gguf_types.VARIABLE, str(path))
+    with pytest.raises(UserError, match=r"is no library of llama.cpp's quantizer"):
+        gguf_types.ggml()
+
+
+def matrix(rows: int = 6, cols: int = 512) -> tuple[Any, Any]:
+    random = np.random.default_rng(0)
+    return random.normal(0, 0.02, (rows, cols)).astype(np.float32), random.exponential(1, cols).astype(np.float32)
+
+
+# Types whose quantizer begins at once.
+QUICK = [kind for name, kind in TYPES.items() if not name.startswith("IQ3")]
+
+
+@needs_library
+@pytest.mark.parametrize("kind", QUICK, ids=lambda kind: str(kind.name))
+def test_weights_are_those_that_the_gguf_package_reads(kind: gguf_types.GgufType) -> None:
+    values, importance = matrix()
+    blocks = quantized(values, kind, importance)
+    np.testing.assert_array_equal(
+        round_trip(values, kind, importance), dequantize(blocks, gguf.GGMLQuantizationType[kind.name])
+    )
+
+
+@needs_library
+def test_importance_lowers_the_error_that_it_weighs() -> None:
+    values, importance = matrix(32)
+    importance = importance**3
+
+    def error(weights: Any) -> float:
+        return float((((round_trip(values, TYPES["Q4_K"], weights) - values) ** 2) * importance).sum())
+
+    assert error(importance) < 0.95 * error(None)
+
+
+@needs_library
+def test_a_scheme_makes_them_of_a_tensor_by_its_inputs_mean_squares() -> None:
+    values, importance = matrix()
+    scheme = parse_scheme("gguf-Q4_K")
+    assert scheme.own is not None and scheme.own.make is not None
+    made = scheme.own.make(torch.from_numpy(values), scheme, lambda: torch.from_numpy(importance))
+    np.testing.assert_array_equal(made.numpy(), round_trip(values, TYPES["Q4_K"], importance))
+
+
+@needs_library
+def test_rows_in_parts_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, importance = matrix(37)
+    whole = quantized(values, TYPES["Q5_K"], importance)
+    monkeypatch.setattr(gguf_types, "_PART_WEIGHTS", 1024)
+    np.testing.assert_array_equal(quantized(values, TYPES["Q5_K"], importance), whole)
+
+
+def test_a_recipe_keeps_the_types_and_the_importance_that_they_were_made_by(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", llama_config(hidden_size=256, num_attention_heads=4))
+    manifest = read_manifest(ModelSpec(str(folder), dtype="float32"))
+    names = {"model.layers.0.self_attn.q_proj": "gguf-Q4_K", "model.layers.1.mlp.down_proj": "gguf-IQ4_XS"}
+    compressor = Compressor()
+    squares = {c.name: np.arange(1, c.shape[1] + 1, dtype=np.float32) for c in manifest.components}
+    compressor.calibrate("text", InputStatistics("text", squares), torch.device("cpu"))
+    job = Job(folder, manifest, Plan.of(names), torch.float32, torch.device("cpu"), compressor=compressor)
+    (tmp_path / "out").mkdir()
+    written = write_recipe(job, tmp_path / "out")
+    types = (tmp_path / "out" / "tensor-types.txt").read_text().splitlines()
+    assert "blk\\.0\\.attn_q\\.weight=q4_k" in types
+    assert "blk\\.1\\.ffn_down\\.weight=f16" in types  # rows of 48
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out" / "imatrix.gguf").tensors}
+    np.testing.assert_array_equal(
+        tensors["blk.0.attn_q.weight.in_sum2"] / tensors["blk.0.attn_q.weight.counts"], [squares[next(iter(names))]]
+    )
+    assert any("IQ4_XS by F16" in note for note in written.notes)
+    assert any("--outtype f32" in note for note in written.notes)
