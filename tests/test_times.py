@@ -28,6 +28,8 @@ from dtmsearch.search.protocols import Silent
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.solve_budgets import predicted_front, solve_budgets
 
 SCHEMES = ("int4-g32", "int8-channel")
 # Of a weight: 4 bits are read faster than 8, and take longer where many tokens are multiplied with them.
@@ -62,7 +64,27 @@ def test_a_plan_takes_what_its_components_take() -> None:
 
 def test_an_expert_takes_its_share_of_the_tokens() -> None:
     expert = Component("mlp.experts.0.up", 0, "up", (64, 64), mixture="mlp", num_experts=8, experts_per_token=2)
-    assert times().of(expert, "dense") == (16 * 64 * 64 * 1000 // 4, 10 * 64 * 64 * 1000 // 4)
+    assert times().of(expert, "dense") == (16 * 64 * 64 * 1000 // 4, None)
+
+
+def test_a_budget_of_a_prompts_time_is_refused_of_a_mixture() -> None:
+    expert = Component("mlp.experts.0.up", 0, "up", (64, 64), mixture="mlp", num_experts=8, experts_per_token=2)
+    with pytest.raises(UserError, match=r"stop\.prefill_ms cannot be told of this model.*Give stop\.decode_ms"):
+        SearchSpace((expert,), SCHEMES, budget=Budget(prefill_ms=1.0), times=times())
+
+
+def test_where_every_scheme_is_slower_somewhere_a_search_is_foretold_to_end_at_the_budget() -> None:
+    rows = {k: (v[0] * (9 if k[0] == "int8-channel" and k[1] == 16 else 1), v[1]) for k, v in times().rows.items()}
+    slow = {k: (v[0] * (9 if k[0] == "int4-g32" and k[1] == 96 else 1), v[1]) for k, v in rows.items()}
+    budget = Budget(decode_ms=milliseconds(14))
+    found = SearchSpace(toy_components(), SCHEMES, budget=budget, times=Times(slow, 512))
+    assert found.expected_cost == milliseconds(14) * PICOSECONDS
+
+
+def test_a_table_names_schemes_that_there_are_by_their_own_names() -> None:
+    row = {"outputs": 64, "inputs": 64, "decode_ms": 1.0, "prefill_ms": 1.0}
+    with pytest.raises(UserError, match="itn8"):
+        config.from_mapping(content(times={"rows": [row | {"scheme": "itn8-channel"}]}), "file", Path())
 
 
 def test_without_a_row_there_is_no_time() -> None:
@@ -128,7 +150,10 @@ def test_what_takes_longer_is_no_rival_and_a_slower_plan_says_so() -> None:
     assert found is small
     said = verdict([plan, small, slow], "kl", sized_by="decode_ms")
     assert "the best uniform plan that takes no longer for a token, int4-g32" in said
-    assert "the plan takes 1 ms for a token and 9 a prompt, int4-g32 1 and 8: slower in prefill." in said
+    assert (
+        "takes 1 ms for a token and 9 for a prompt, int4-g32 1 ms for a token and 8 for a prompt: slower in prefill."
+        in said
+    )
 
 
 ROWS = [
@@ -174,7 +199,7 @@ def test_a_run_by_time_is_held_against_what_takes_no_longer(tmp_path: Path) -> N
     (tmp_path / "text.txt").write_text(TEXT)
     whole = sum(c.num_weights for c in replica(folder).manifest().components)
     prompts = {"files": ["text.txt"], "count": 4, "prompt_tokens": 8, "continuation_tokens": 8}
-    file = {
+    file: dict[str, Any] = {
         "run": "timed", "model": {"path": str(folder), "dtype": "float32"}, "prompts": prompts,
         "validation": {"files": ["text.txt"], "count": 4},
         "search": {
@@ -183,9 +208,18 @@ def test_a_run_by_time_is_held_against_what_takes_no_longer(tmp_path: Path) -> N
         },
     }  # fmt: skip
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(file))
+    priced = file["search"] | {"strategy": "fisher", "fisher": {"samples": 8}}
+    (tmp_path / "priced.yaml").write_text(yaml.safe_dump(file | {"run": "priced", "search": priced}))
+    run_here(tmp_path / "priced.yaml", tmp_path / "store")
     found = run_here(tmp_path / "search.yaml", tmp_path / "store")
+    assert list(found.components) == list(replica(folder).manifest().components)
     times = {row.label: row.decode_ms for row in found.validation}
     assert times["plan"] is not None and times["plan"] <= 7 * whole / 1e6
     assert times["base"] == pytest.approx(16 * whole / 1e6) and times["uniform:int8-channel"] > times["plan"]
     assert found.rival == "uniform:int4-g32" and "that takes no longer for a token" in found.verdict
     assert "By its table of times the plan takes" in found.verdict
+    # What another run of the same store has read of the model counts once.
+    assert list(found.components) == list(replica(folder).manifest().components)
+    results = ResultStore(tmp_path / "store")
+    (solved,) = solve_budgets(results, "priced", [6.0])
+    assert solved.bits_per_weight <= 6.0 and predicted_front(results, "priced").front

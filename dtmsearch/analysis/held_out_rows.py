@@ -78,7 +78,8 @@ def _with_times(
     for row in rows:
         taken = times.total(searched, plans[row.plan_id].schemes)
         if taken is not None:
-            row = replace(row, decode_ms=taken[0] / PICOSECONDS, prefill_ms=taken[1] / PICOSECONDS)
+            prefill = None if taken[1] is None else taken[1] / PICOSECONDS
+            row = replace(row, decode_ms=taken[0] / PICOSECONDS, prefill_ms=prefill)
         found.append(row)
     return tuple(found)
 

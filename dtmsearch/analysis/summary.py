@@ -209,7 +209,8 @@ def _components(store: ResultStore, record: RunRecord) -> list[tuple[Component, 
     """The components of a run's model, each with the bits of a weight of the base model."""
     columns = [*COMPONENT_COLUMNS, "dense_bits"]
     found = store.table("components", columns, where=pc.field("manifest_id") == record.manifest_id)
-    return list(zip(components_of(found), found["dense_bits"].to_pylist(), strict=True))
+    # Every run of the model has written them.
+    return list(dict.fromkeys(zip(components_of(found), found["dense_bits"].to_pylist(), strict=True)))
 
 
 def _experts(store: ResultStore, record: RunRecord) -> str | None:

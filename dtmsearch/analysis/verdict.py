@@ -260,21 +260,20 @@ def _against(
 def _time_sentence(plan: ValidationRow, rival: ValidationRow | None) -> list[str]:
     """What the plan takes by the search's table of times beside the uniform plan that it is held against; nothing
     without a table."""
-    if plan.decode_ms is None or plan.prefill_ms is None:
+    if plan.decode_ms is None:
         return []
-    own = f"By its table of times the plan takes {plan.decode_ms:.3g} ms for a token and {plan.prefill_ms:.3g} a prompt"
-    if rival is None or rival.decode_ms is None or rival.prefill_ms is None:
+    own = f"By its table of times the plan takes {_times_of(plan)}"
+    if rival is None or rival.decode_ms is None:
         return [f"{own}."]
-    slower = [
-        name
-        for name, mine, other in (
-            ("decoding", plan.decode_ms, rival.decode_ms),
-            ("prefill", plan.prefill_ms, rival.prefill_ms),
-        )
-        if mine > other
-    ]
+    pairs = (("decoding", plan.decode_ms, rival.decode_ms), ("prefill", plan.prefill_ms, rival.prefill_ms))
+    slower = [name for name, mine, other in pairs if mine is not None and other is not None and mine > other]
     words = f": slower in {' and '.join(slower)}" if slower else ""
-    return [f"{own}, {rival.uniform_scheme} {rival.decode_ms:.3g} and {rival.prefill_ms:.3g}{words}."]
+    return [f"{own}, {rival.uniform_scheme} {_times_of(rival)}{words}."]
+
+
+def _times_of(row: ValidationRow) -> str:
+    prefill = "" if row.prefill_ms is None else f" and {row.prefill_ms:.3g} for a prompt"
+    return f"{row.decode_ms:.3g} ms for a token{prefill}"
 
 
 def _size_of_rival(rival: ValidationRow) -> str:

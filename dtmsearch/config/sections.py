@@ -234,6 +234,11 @@ class TimeRow(Section):
     prefill_ms: float = Field(ge=0)
     """Milliseconds for prefill_tokens at once."""
 
+    @field_validator("scheme")
+    @classmethod
+    def _by_its_name(cls, name: str) -> str:
+        return parse_scheme(name).name
+
 
 class TimesSection(Section):
     """What matrices take to run, as measured on the device that serves: what `dtmsearch profile` writes."""

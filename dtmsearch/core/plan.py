@@ -15,7 +15,7 @@ from typing import Any
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.schemes import ALIASES, DENSE, UNQUANTIZED, Scheme, parse_scheme
-from dtmsearch.core.times import PICOSECONDS, TimeRule, Times
+from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import UserError
 
@@ -143,7 +143,7 @@ class PlanSize:
     pruned_weights: int = 0
     read_bits: Fraction | None = None
     read_weights: Fraction | None = None
-    picoseconds: tuple[int, int] | None = None
+    picoseconds: Picoseconds | None = None
 
     @property
     def share(self) -> float:
@@ -187,8 +187,9 @@ class PlanSize:
 
     @property
     def prefill_ms(self) -> float | None:
-        """Milliseconds of the components for a prompt of the table's length."""
-        return None if self.picoseconds is None else self.picoseconds[1] / PICOSECONDS
+        """Milliseconds of the components for a prompt of the table's length; None of mixtures, too."""
+        taken = None if self.picoseconds is None else self.picoseconds[1]
+        return None if taken is None else taken / PICOSECONDS
 
     @property
     def size_mb(self) -> float:
@@ -286,9 +287,10 @@ class Budget:
         a token reads where it counts these, else all bits that are stored. Raises `ValueError` for a size without the
         time that is counted."""
         if self.takes_less is not None:
-            if size.picoseconds is None:
+            taken = None if size.picoseconds is None else size.picoseconds[self.takes_less == "prefill_ms"]
+            if taken is None:
                 raise ValueError("the table of times lacks a row for this plan")
-            return Fraction(size.picoseconds[self.takes_less == "prefill_ms"])
+            return Fraction(taken)
         return size.active_bits if self.reads_less else Fraction(size.stored_bits)
 
 

@@ -19,6 +19,8 @@ PICOSECONDS = 1_000_000_000
 TimeRule = Literal["decode_ms", "prefill_ms"]
 # Scheme, outputs, inputs.
 Shape = tuple[str, int, int]
+# Of a token, and of a prompt where that is known.
+Picoseconds = tuple[int, int | None]
 _MOST_NAMED = 4
 
 
@@ -31,24 +33,25 @@ class Times:
     prefill_tokens: int
     device: str = ""
 
-    def of(self, component: Component, scheme: str) -> tuple[int, int] | None:
-        """Picoseconds of a component under a scheme, an expert's by the share of the tokens that it is given; None
-        where the table has no row for its shape."""
+    def of(self, component: Component, scheme: str) -> Picoseconds | None:
+        """A component under a scheme; None where the table has no row for its shape. Of an expert a token takes its
+        share on average, for it runs for few tokens; a prompt's time is not known: a share of the tokens takes more
+        than that share of the time."""
         found = self.rows.get((scheme, *component.shape))
         if found is None or not component.mixture:
             return found
-        decode, prefill = (round(taken * component.read_share) for taken in found)
-        return decode, prefill
+        return round(found[0] * component.read_share), None
 
-    def total(self, components: Iterable[Component], schemes: Mapping[str, str]) -> tuple[int, int] | None:
-        """Picoseconds of all components, those that `schemes` does not name unquantized; None where a row is
-        missing."""
-        decode = prefill = 0
+    def total(self, components: Iterable[Component], schemes: Mapping[str, str]) -> Picoseconds | None:
+        """All components, those that `schemes` does not name unquantized; None where a row is missing."""
+        decode: int = 0
+        prefill: int | None = 0
         for component in components:
             found = self.of(component, schemes.get(component.name, DENSE))
             if found is None:
                 return None
-            decode, prefill = decode + found[0], prefill + found[1]
+            decode += found[0]
+            prefill = None if prefill is None or found[1] is None else prefill + found[1]
         return decode, prefill
 
     def require(self, components: Iterable[Component], schemes: Iterable[str]) -> None:

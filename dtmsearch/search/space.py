@@ -15,7 +15,7 @@ from math import ceil
 from dtmsearch.core.components import Component, Experts
 from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
 from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
-from dtmsearch.core.times import PICOSECONDS, Times
+from dtmsearch.core.times import PICOSECONDS, Picoseconds, Times
 from dtmsearch.errors import UserError
 
 
@@ -60,6 +60,7 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         _check_shapes(self.components, self.parsed)
+        _check_times(self.times, self.budget, self.components)
         if self.times is not None:
             self.times.require(self.components, self.schemes)
         _check_budget(self.budget, self.units)
@@ -182,7 +183,8 @@ class SearchSpace:
             uniform = self.uniform(scheme)
             if (progress := self.progress(uniform)) > 0:
                 ends.append(dense - (dense - float(self.budget.counted(self.size(uniform)))) / max(progress, 1.0))
-        return sum(ends) / len(ends)
+        # No uniform plan gains where each is slower in some shape: a mixed one ends at the budget.
+        return sum(ends) / len(ends) if ends else self._most_cost
 
     @cached_property
     def _dense_size(self) -> PlanSize:
@@ -288,12 +290,24 @@ def _check_shapes(components: tuple[Component, ...], schemes: tuple[Scheme, ...]
             )
 
 
-def _least_times(choices: Sequence[Sequence[PlanSize]]) -> tuple[int, int] | None:
-    """The least picoseconds that units can come to, of a token and of a prompt each; None without times."""
+def _check_times(times: Times | None, budget: Budget, components: Sequence[Component]) -> None:
+    """Raise `UserError` for a budget of milliseconds that nothing is known for."""
+    if times is None and (budget.decode_ms is not None or budget.prefill_ms is not None):
+        raise UserError("a budget of milliseconds needs search.times: what matrices take to run (dtmsearch profile)")
+    if budget.prefill_ms is not None and any(component.mixture for component in components):
+        raise UserError(
+            "stop.prefill_ms cannot be told of this model: an expert is given a share of a prompt's tokens, which "
+            "takes more than that share of the time. Give stop.decode_ms"
+        )
+
+
+def _least_times(choices: Sequence[Sequence[PlanSize]]) -> Picoseconds | None:
+    """The least picoseconds that units can come to, of a token and of a prompt each; None where they are not known."""
     taken = [[size.picoseconds for size in sizes if size.picoseconds is not None] for sizes in choices]
     if not all(taken):
         return None
-    return sum(min(t[0] for t in times) for times in taken), sum(min(t[1] for t in times) for times in taken)
+    prompts = [[prefill for _, prefill in times if prefill is not None] for times in taken]
+    return sum(min(decode for decode, _ in times) for times in taken), sum(map(min, prompts)) if all(prompts) else None
 
 
 def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
@@ -320,8 +334,6 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
         ("prefill_ms", extreme.prefill_ms, False),
     ):
         wanted: float | None = getattr(budget, rule)
-        if wanted is not None and bound is None:
-            raise UserError(f"stop.{rule} needs search.times: a table of what matrices take to run (dtmsearch profile)")
         if wanted is not None and bound is not None and (bound < wanted if most else bound > wanted):
             raise UserError(
                 f"stop.{rule}: {wanted} is out of reach of these components and schemes; the "

@@ -12,8 +12,9 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.errors import UserError
 
-# A matrix is read from memory in use, not from the cache of the last product: so many bytes of copies take turns.
-_BYTES_IN_TURN, _MOST_COPIES = 256 << 20, 16
+# A matrix is read from memory in use, not from the cache of the last product: so many bytes of copies, as they are
+# stored, take turns; of small matrices not all that.
+_BYTES_IN_TURN, _MOST_COPIES = 128 << 20, 256
 _LEAST_SECONDS = 0.2  # of a measurement
 
 
@@ -110,7 +111,8 @@ def _milliseconds(scheme: Any, shape: tuple[int, int], dtype: Any, device: Any, 
 
     from dtmsearch.model.compress.serving_kernels import served
 
-    copies = max(1, min(_MOST_COPIES, _BYTES_IN_TURN // (shape[0] * shape[1] * 2)))
+    num_bytes = max(1, int(scheme.stored_bits(shape, 8 * dtype.itemsize)) // 8)
+    copies = max(1, min(_MOST_COPIES, _BYTES_IN_TURN // num_bytes))
     try:
         products = [served(scheme, shape, dtype, device) for _ in range(copies)]
         if any(product is None for product in products):

@@ -34,6 +34,8 @@ _DTYPES = {16: "bfloat16", 32: "float32"}
 # (docs/search-quality.md).
 _CHOSEN, _BEYOND, _MOST_BEYOND, _UNMEASURED = 0.05, 1.15, 1.2, 0.15
 _NORMAL_95 = 1.96
+# A budget in bits that excludes nothing but the unquantized model.
+_ALL_BUT_DENSE = 1.0 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def predicted_front(results: ResultStore, run: str, up_to: float = 0.0, most: in
     choices = foresight.choices
     every = {scheme: choices.uniform(scheme) for scheme in choices.space.schemes}
     uniform = {scheme: foresight.of(options) for scheme, options in every.items() if options is not None}
-    up_to = max(up_to, *(plan.bits_per_weight for plan in uniform.values()))
+    largest = [plan.bits_per_weight for plan in uniform.values()] or [float(foresight.manifest.dense_bits)]
+    up_to = max(up_to, *largest)
     found = front(foresight.prices.damages(), choices.bits)
     bits = np.array([foresight.bits(options) for options in found])
     shown = np.flatnonzero(bits <= up_to + 1e-9)
@@ -131,6 +134,8 @@ def _foresight(results: ResultStore, run: str) -> _Foresight:
     manifest = _manifest(results, record)
     names, products = _products(results, record, file, manifest)
     choices = Choices(space_of(file, manifest))
+    if choices.space.budget.takes_less is not None:  # plans are foreseen by their bits, whatever the run counted
+        choices = _within_bits(file, manifest, _ALL_BUT_DENSE * manifest.dense_bits)
     prices = Prices.of(choices, names, file.search.schemes, products, file.prompts.continuation_tokens)
     return _Foresight(manifest, file, choices, prices, _ratios(results, record, choices, prices))
 
@@ -167,10 +172,15 @@ def _products(
     return names, np.concatenate([np.array(part).transpose(2, 0, 1) for part in parts])
 
 
+def _within_bits(file: SearchFile, manifest: ModelManifest, bits: float) -> Choices:
+    """The choices of a search file whose budget is so many stored bits per weight."""
+    asked = file.search.model_copy(update={"stop": StopSection(bits_per_weight=bits)})
+    return Choices(space_of(file.model_copy(update={"search": asked}), manifest))
+
+
 def _solved(foresight: _Foresight, bits: float) -> SolvedPlan:
-    section, manifest = foresight.file.search, foresight.manifest
-    asked = section.model_copy(update={"stop": StopSection(bits_per_weight=bits)})
-    choices = Choices(space_of(foresight.file.model_copy(update={"search": asked}), manifest))
+    manifest = foresight.manifest
+    choices = _within_bits(foresight.file, manifest, bits)
     try:
         options = choices.solve(foresight.prices.damages()).options
     except Infeasible:

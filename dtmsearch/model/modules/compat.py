@@ -51,7 +51,7 @@ def move_loaded(module: nn.Module, device: torch.device) -> None:
 
 def int8_product(shape: tuple[int, int], device: torch.device) -> Callable[[Tensor], Tensor]:
     """PyTorch's product of bfloat16 inputs [1, tokens, inputs] with a matrix of 8-bit codes, a scale a row."""
-    codes = torch.zeros(shape, dtype=torch.int8, device=device)
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
     scales = torch.ones(shape[0], dtype=torch.bfloat16, device=device)
     return lambda inputs: torch.ops.aten._weight_int8pack_mm(inputs[0], codes, scales)
 
@@ -61,9 +61,9 @@ def int4_product(shape: tuple[int, int], group: int, device: torch.device) -> Ca
     ops, (outputs, inputs) = torch.ops.aten, shape
     scales = torch.ones((inputs // group, outputs, 2), dtype=torch.bfloat16, device=device)
     if device.type == "cpu":
-        packed = ops._convert_weight_to_int4pack_for_cpu(torch.zeros(shape, dtype=torch.int32), 1)
+        packed = ops._convert_weight_to_int4pack_for_cpu(torch.randint(16, shape, dtype=torch.int32), 1)
         return lambda given: ops._weight_int4pack_mm_for_cpu(given[0], packed, group, scales)
-    pairs = torch.zeros((outputs, inputs // 2), dtype=torch.uint8, device=device)
+    pairs = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
     tiled = ops._convert_weight_to_int4pack(pairs, 8)
     return lambda given: ops._weight_int4pack_mm(given[0], tiled, group, scales)
 

@@ -65,8 +65,9 @@ class Choices:
         """Picoseconds of every option."""
 
         def taken(size: PlanSize) -> int:
-            assert size.picoseconds is not None, "a budget of milliseconds has a table of times"
-            return size.picoseconds[rule == "prefill_ms"]
+            found = None if size.picoseconds is None else size.picoseconds[rule == "prefill_ms"]
+            assert found is not None, "a budget of milliseconds has a table of times"
+            return found
 
         return self._costs(taken)
 
