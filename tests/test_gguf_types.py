@@ -16,7 +16,9 @@ from tiny import llama_config, write_model
 
 from dtmsearch.core import gguf_types
 from dtmsearch.core.calibration import InputStatistics
+from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.gguf_presets import preset_plan
 from dtmsearch.core.gguf_types import TYPES, held_type, quantized, round_trip, stored_bits
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
@@ -168,3 +170,41 @@ def test_a_recipe_keeps_the_types_and_the_importance_that_they_were_made_by(tmp_
     )
     assert any("IQ4_XS by F16" in note for note in written.notes)
     assert any("--outtype f32" in note for note in written.notes)
+
+
+def llama(layers: int = 32, queries: int = 512, values: int = 128) -> list[Component]:
+    shapes = {"q": (queries, 512), "k": (values, 512), "v": (values, 512), "o": (512, queries)}
+    shapes |= {"gate": (1024, 512), "up": (1024, 512), "down": (512, 1024)}
+    return [
+        Component(name=f"{layer}.{kind}", layer=layer, kind=kind, shape=shape)
+        for layer in range(layers)
+        for kind, shape in shapes.items()
+    ]
+
+
+def held_by(name: str, kind: str, components: list[Component]) -> list[str]:
+    schemes = preset_plan(name, components).schemes
+    return [schemes[c.name].removeprefix("gguf-") for c in components if c.kind == kind]
+
+
+def test_the_medium_mixture_keeps_values_and_down_in_more_bits_in_half_of_the_layers() -> None:
+    more = [at for at, kind in enumerate(held_by("Q4_K_M", "down", llama())) if kind == "Q6_K"]
+    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert held_by("Q4_K_M", "v", llama()) == held_by("Q4_K_M", "down", llama())
+    assert set(held_by("Q4_K_M", "gate", llama()) + held_by("Q4_K_M", "o", llama())) == {"Q4_K"}
+
+
+def test_the_small_mixtures_keep_the_first_layers_in_more_bits() -> None:
+    assert held_by("Q4_K_S", "v", llama()) == ["Q5_K"] * 4 + ["Q4_K"] * 28
+    assert held_by("Q3_K_M", "down", llama()) == ["Q5_K"] * 2 + ["Q4_K"] * 30
+    assert held_by("Q3_K_M", "v", llama()) == ["Q5_K"] * 2 + ["Q4_K"] * 30
+
+
+def test_values_that_four_queries_share_are_kept_in_more_bits() -> None:
+    assert set(held_by("Q2_K", "v", llama())) == {"Q4_K"} and set(held_by("IQ4_XS", "v", llama())) == {"Q5_K"}
+    assert set(held_by("Q2_K", "v", llama(values=512))) == {"Q3_K"}
+
+
+def test_a_mixture_that_is_not_known_is_said() -> None:
+    with pytest.raises(UserError, match="there is no preset:Q4; llama"):
+        preset_plan("Q4", llama())

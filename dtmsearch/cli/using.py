@@ -45,7 +45,7 @@ class _ExportFormat(click.Choice[str]):
     ),
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--plan", required=True, help="A plan file (JSON), the name of a run, or uniform:SCHEME.")
+@click.option("--plan", required=True, help="A plan file (JSON), the name of a run, uniform:SCHEME or preset:Q4_K_M.")
 @set_option
 @store_option
 @where_options

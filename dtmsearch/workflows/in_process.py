@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, EvalResult
+from dtmsearch.core.gguf_presets import PRESET, preset_plan
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize, plan_size, schemes_from_json
@@ -21,7 +22,7 @@ from dtmsearch.errors import UserError
 from dtmsearch.model.replica.in_memory import InMemoryReplica, manifest_of, weights_of
 from dtmsearch.workflows.lookup import UNIFORM
 
-# What a plan may be given as: a plan, component -> scheme, a plan file, or `uniform:SCHEME`.
+# What a plan may be given as: a plan, component -> scheme, a plan file, `uniform:SCHEME`, or `preset:NAME`.
 PlanLike = Plan | Mapping[str, str] | str | Path
 
 
@@ -57,6 +58,8 @@ def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
         found = Plan.of(plan)
     elif str(plan).startswith(UNIFORM):
         found = Plan.uniform(manifest.components, str(plan).removeprefix(UNIFORM))
+    elif str(plan).startswith(PRESET):
+        found = preset_plan(str(plan).removeprefix(PRESET), manifest.components)
     elif is_file(Path(plan)):
         found = Plan.of(schemes_from_json(read_text(Path(plan), "plan file"), str(plan)))
     else:

@@ -13,6 +13,7 @@ from dtmsearch import config
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.gguf_presets import PRESET, check_preset, preset_plan
 from dtmsearch.core.plan import Plan, plan_from_json, weights_id_from_json
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.schemes import parse_scheme
@@ -98,20 +99,27 @@ def check_plan_argument(plan: str, results: ResultStore) -> None:
     """Raises `UserError` for what can be told to be no plan before the model is known."""
     if plan.startswith(UNIFORM):
         parse_scheme(plan.removeprefix(UNIFORM))
+    elif plan.startswith(PRESET):
+        check_preset(plan.removeprefix(PRESET))
     elif not is_file(Path(plan)):
         record = results.run(plan)
         if record is None and is_file(inside := Path(plan) / "plan.json"):
             raise UserError(f"--plan {plan!r} is a folder: give the plan in it, {inside}")
         if record is None:
-            raise UserError(f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME")
+            raise UserError(
+                f"--plan {plan!r} is no file, no run of this store, and not {UNIFORM}SCHEME or {PRESET}NAME"
+            )
         if results.plan_id_so_far(record) is None:
             raise UserError(f"run {plan!r} has no plan (it is {record.status})")
 
 
 def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: ResultStore) -> Plan:
-    """The plan that a plan file, a run's name or `uniform:SCHEME` stands for over this model. Raises `UserError`."""
+    """The plan that a plan file, a run's name `uniform:SCHEME` or `preset:NAME` stands for over this model. Raises
+    `UserError`."""
     if plan.startswith(UNIFORM):
         return space.uniform(plan.removeprefix(UNIFORM))
+    if plan.startswith(PRESET):
+        return preset_plan(plan.removeprefix(PRESET), space.components)
     if is_file(Path(plan)):
         return plan_from_json(read_text(Path(plan), "plan file"), manifest, plan)
     record = record_of(results, plan)
@@ -126,7 +134,7 @@ def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: R
 
 def find_weights_id(plan: str, results: ResultStore) -> str:
     """The trained weights that such a plan is over, a plan file's or a run's; empty for the base model's own."""
-    if plan.startswith(UNIFORM):
+    if plan.startswith((UNIFORM, PRESET)):
         return ""
     if is_file(Path(plan)):
         weights_id = weights_id_from_json(read_text(Path(plan), "plan file"), plan)

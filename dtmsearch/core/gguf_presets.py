@@ -1,0 +1,105 @@
+"""llama.cpp's own mixtures (`Q4_K_M`, ...) as plans: the rivals of a plan of its types at the same bytes.
+
+Which tensor a mixture keeps in more bits follows llama-quantize, for models without experts whose keys and values have
+matrices of their own or one with the queries; its exception for models of 80 layers is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.gguf_types import PREFIX
+from dtmsearch.core.plan import Plan
+from dtmsearch.errors import UserError
+
+# How a plan is asked for by a mixture's name.
+PRESET = "preset:"
+_GROUPED = 4  # queries to a value from which values are kept in more bits
+# kind, which layer of how many, queries to a value -> the type; None: the mixture's usual one.
+_Rule = Callable[[str, int, int, float], str | None]
+
+
+def _in_more_bits(layer: int, layers: int) -> bool:
+    """The first and the last eighth, and every third layer between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _q2_k(kind: str, layer: int, layers: int, grouped: float) -> str | None:
+    if kind == "v":
+        return "Q4_K" if grouped >= _GROUPED else "Q3_K"
+    return "Q3_K" if kind in ("down", "o") else None
+
+
+def _q3_k_m(kind: str, layer: int, layers: int, grouped: float) -> str | None:
+    if kind == "v":
+        return "Q5_K" if layer < 2 else "Q4_K"
+    if kind == "down":
+        return "Q5_K" if layer < layers // 16 else "Q4_K"
+    return "Q4_K" if kind in ("o", "qkv") else None
+
+
+def _q3_k_l(kind: str, layer: int, layers: int, grouped: float) -> str | None:
+    return "Q5_K" if kind in ("v", "down", "o") else "Q4_K" if kind == "qkv" else None
+
+
+def _iq4_xs(kind: str, layer: int, layers: int, grouped: float) -> str | None:
+    return "Q5_K" if kind == "v" and grouped >= _GROUPED else None
+
+
+def _q4_k_s(kind: str, layer: int, layers: int, grouped: float) -> str | None:
+    is_early = (kind == "v" and layer < 4) or (kind == "down" and layer < layers // 8)
+    return "Q5_K" if is_early else None
+
+
+def _medium(of_qkv: str) -> _Rule:
+    def rule(kind: str, layer: int, layers: int, grouped: float) -> str | None:
+        if kind in ("v", "down") and _in_more_bits(layer, layers):
+            return "Q6_K"
+        return of_qkv if kind == "qkv" else None
+
+    return rule
+
+
+def _none(kind: str, layer: int, layers: int, grouped: float) -> str | None:
+    return None
+
+
+# Mixture -> its usual type, and what is kept otherwise.
+PRESETS: dict[str, tuple[str, _Rule]] = {
+    "Q2_K": ("Q2_K", _q2_k),
+    "Q3_K_S": ("Q3_K", _none),
+    "Q3_K_M": ("Q3_K", _q3_k_m),
+    "Q3_K_L": ("Q3_K", _q3_k_l),
+    "IQ4_XS": ("IQ4_XS", _iq4_xs),
+    "Q4_K_S": ("Q4_K", _q4_k_s),
+    "Q4_K_M": ("Q4_K", _medium("Q5_K")),
+    "Q5_K_S": ("Q5_K", _none),
+    "Q5_K_M": ("Q5_K", _medium("Q6_K")),
+    "Q6_K": ("Q6_K", _none),
+}
+
+
+def check_preset(name: str) -> None:
+    """Raises `UserError` for a mixture that is not known here."""
+    if name not in PRESETS:
+        raise UserError(f"there is no {PRESET}{name}; llama.cpp's mixtures here are {', '.join(PRESETS)}")
+
+
+def preset_plan(name: str, components: Sequence[Component]) -> Plan:
+    """The plan of a mixture over some components. Raises `UserError` for one that is not known, and for a model with
+    experts, which llama.cpp treats otherwise."""
+    check_preset(name)
+    if any(component.mixture for component in components):
+        raise UserError(f"{PRESET}{name}: llama.cpp's mixtures of models with experts are not known here")
+    usual, rule = PRESETS[name]
+    layers = 1 + max(component.layer for component in components)
+    rows = {(component.layer, component.kind): component.shape[0] for component in components}
+
+    def scheme(component: Component) -> str:
+        layer = component.layer
+        grouped = rows.get((layer, "q"), 0) / rows.get((layer, "v"), 1)
+        return f"{PREFIX}{rule(component.kind, layer, layers, grouped) or usual}"
+
+    return Plan.of({component.name: scheme(component) for component in components})
