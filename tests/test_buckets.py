@@ -107,7 +107,7 @@ def url(server: tuple[Faulty, int], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.2)
     options = f"endpoint_override=http://127.0.0.1:{server[1]}&region=us-east-1&allow_bucket_creation=true"
     bucket = f"bucket-{next(_NUMBERS)}"
     fs.FileSystem.from_uri(f"s3://{bucket}?{options}")[0].create_dir(bucket)
