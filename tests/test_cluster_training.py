@@ -98,7 +98,7 @@ def two_workers(folder: Path, patched: pytest.MonkeyPatch) -> Trained:
     start_ray(num_cpus=2)
     try:
         gate.bound("steps", 10)
-        stopped = train_on_cluster(str(job), str(stop_file), lambda: step_of(training) >= 10, 1, "gated:worker")
+        stopped = train_on_cluster(str(job), str(stop_file), lambda: step_of(training) >= 10, 2, "gated:worker")
         stopped_at = step_of(training)
         gate.bound("steps", stopped_at + 10)
         killer = threading.Thread(target=kill_a_worker, args=(training, stopped_at, killed, gate), daemon=True)
