@@ -34,6 +34,11 @@ class UserError(DtmError, ValueError):
     exit_code = USAGE
 
 
+class LibraryMissing(UserError):
+    """This machine lacks a library that a scheme is computed by: nothing is wrong with what was asked, and another
+    machine, or this one tomorrow, may answer it."""
+
+
 class SearchStopped(DtmError):
     """The user asked the search to stop; it can be resumed."""
 

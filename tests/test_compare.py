@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import reported
 import torch
 from completions import Behaviour, Dialect, serving
+from exports import in_process, measured_plan
 from fakes import MODE
 from reported import model_comparison
 from rich.cells import cell_len
@@ -164,6 +166,53 @@ def test_a_server_that_is_down(folders: tuple[Path, Path], text: Path, capsys: p
     assert line.startswith("error: no server answers at http://127.0.0.1:9/v1 (")
 
 
+@pytest.mark.parametrize("url", ["http://localhost:abc", "http://local host:80"])
+def test_an_address_that_is_none(
+    folders: tuple[Path, Path], text: Path, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    assert "is no address of a server" in refused(capsys, text, str(folders[0]), url)
+
+
+def test_a_port_of_something_else(folders: tuple[Path, Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=_greet, args=(listening,), daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        assert f"no server answers at {url}/v1 (" in refused(capsys, text, str(folders[0]), url, code=5)
+
+
+def _greet(listening: socket.socket) -> None:
+    connection, _ = listening.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(b"220 mail.example ESMTP\r\n")
+
+
+def test_windows_longer_than_a_model_reads(
+    folders: tuple[Path, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = write_model(tmp_path / "short", llama_config(max_position_embeddings=16))
+    assert f"is 20, but {short} reads 16 at most" in refused(capsys, text, str(folders[0]), str(short))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-channel", "fp8-channel"])
+def test_what_layers_read_is_rounded_however_a_folder_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """Other quantizers name a class of modules, and what they leave out."""
+    in_process(monkeypatch)
+    base = write_model(tmp_path / "base", llama_config(hidden_size=128, intermediate_size=128, num_hidden_layers=1))
+    folder = tmp_path / "out"
+    measured_plan(base, tmp_path / "store", scheme).export("compressed-tensors", folder, check=False)
+    named = dtm.compare(base, folder, TEXT, **SETTINGS)
+    config = json.loads((folder / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    group["targets"], config["quantization_config"]["ignore"] = ["Linear"], ["lm_head"]
+    (folder / "config.json").write_text(json.dumps(config))
+    by_class = dtm.compare(base, folder, TEXT, **SETTINGS)
+    assert by_class.other.way == named.other.way and "as transformers runs it" in named.other.way
+    assert by_class.values["kl"].mean == named.values["kl"].mean > 0.0
+
+
 def test_a_server_that_is_slow(folders: tuple[Path, Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(folders[1], Behaviour(hangs=threading.Event())) as url:
         line = refused(capsys, text, str(folders[0]), url, "--timeout", "0.2", code=5)
@@ -181,7 +230,7 @@ def test_a_server_that_is_slow(folders: tuple[Path, Path], text: Path, capsys: p
         ),
         (Behaviour(instead=(200, b"<html>")), "does not complete token ids: its answer is no JSON"),
         (Behaviour(instead=(401, b"{}")), "does not let us in (HTTP 401: {{}}): set OPENAI_API_KEY"),
-        (Behaviour(context=16), "is 20, but the server reads 15 at most"),
+        (Behaviour(context=16), "is 20, but tiny at {url}/v1 reads 15 at most"),
     ],
 )
 def test_a_server_that_cannot_be_used(

@@ -11,22 +11,27 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import yaml
 from gguf.quants import dequantize
-from tiny import llama_config, write_model
+from tiny import TEXT, llama_config, replica, with_reference, write_model
 
+from dtmsearch import config
+from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core import gguf_types
 from dtmsearch.core.calibration import InputStatistics
 from dtmsearch.core.components import Component
-from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec
 from dtmsearch.core.gguf_presets import preset_plan
 from dtmsearch.core.gguf_types import TYPES, held_type, quantized, round_trip, stored_bits
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.errors import UserError
+from dtmsearch.errors import LibraryMissing, UserError
 from dtmsearch.export.formats.gguf import write_recipe
 from dtmsearch.export.job import Job
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.workflows.check_search import check_search
+from dtmsearch.workflows.run import run
 
 
 def has_library() -> bool:
@@ -86,6 +91,30 @@ def test_types_that_an_importance_matrix_changes_are_calibrated() -> None:
 def test_without_the_library_it_is_said_how_to_have_it(no_library: None) -> None:
     with pytest.raises(UserError, match=r"need llama.cpp's quantizer, libggml-base: pip install llama-cpp-python, or"):
         gguf_types.ggml()
+
+
+def test_a_search_that_needs_the_library_is_refused_before_it_begins(no_library: None, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", llama_config(num_hidden_layers=1))
+    (tmp_path / "text.txt").write_text(TEXT)
+    prompts = {"files": ["text.txt"], "count": 4, "prompt_tokens": 8, "continuation_tokens": 8}
+    search = {"strategy": "probe", "schemes": ["gguf-Q8_0"]}
+    file = {"run": "r", "model": {"path": str(model)}, "prompts": prompts, "search": search}
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(file))
+    loaded = config.load(tmp_path / "search.yaml")
+    with pytest.raises(LibraryMissing, match="pip install llama-cpp-python"):
+        check_search(loaded)
+    with pytest.raises(LibraryMissing, match="pip install llama-cpp-python"):
+        run(loaded, str(tmp_path / "store"), PoolSettings(in_process=True))
+    assert not (tmp_path / "store" / "evaluations").exists()
+
+
+def test_a_library_that_a_replica_lacks_is_no_failure_of_the_plan(no_library: None, tmp_path: Path) -> None:
+    """It would be recorded, and hold wherever the library is."""
+    model = replica(write_model(tmp_path / "model", llama_config(num_hidden_layers=1)))
+    reference = with_reference(model)
+    plan = Plan.of({"model.layers.0.mlp.up_proj": "gguf-Q8_0"})
+    with pytest.raises(LibraryMissing):
+        model.evaluate([EvalRequest(plan, reference.id, (0, reference.num_prompts))])
 
 
 def test_a_variable_that_names_nothing_is_said(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.errors import UserError
+from dtmsearch.errors import LibraryMissing, UserError
 
 PREFIX = "gguf-"
 # Names the library, or the folder that holds it.
@@ -177,7 +177,7 @@ class Ggml:
             self._init = library.ggml_quantize_init
             self._traits = library.ggml_get_type_traits
         except (OSError, AttributeError) as error:
-            raise UserError(f"{path} is no library of llama.cpp's quantizer: {error}") from None
+            raise LibraryMissing(f"{path} is no library of llama.cpp's quantizer: {error}") from None
         self._quantize.restype = ctypes.c_size_t
         self._quantize.argtypes = [
             *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
@@ -216,7 +216,7 @@ def ggml() -> Ggml:
         found = _library_at(place)
         if found is not None:
             return Ggml(found)
-    raise UserError(
+    raise LibraryMissing(
         f"schemes such as gguf-Q4_K need llama.cpp's quantizer, {_LIBRARY}: pip install llama-cpp-python, or name the "
         f"library of any build of llama.cpp, or its folder, by {VARIABLE}"
     )
@@ -226,7 +226,7 @@ def _places() -> list[Path]:
     named = os.environ.get(VARIABLE)
     if named:
         if _library_at(Path(named)) is None:
-            raise UserError(f"{VARIABLE}: there is no {_LIBRARY} at {named}")
+            raise LibraryMissing(f"{VARIABLE}: there is no {_LIBRARY} at {named}")
         return [Path(named)]
     spec = importlib.util.find_spec("llama_cpp")
     places = [] if spec is None or spec.origin is None else [Path(spec.origin).parent / "lib"]

@@ -258,6 +258,7 @@ class SchemeFamily:
     scheme, of the same shape and dtype, and a function of its arguments alone. `needs` says whether `make` asks for
     these mean squares. `examples` are names to show and to suggest.
 
+    `check_installed` raises `LibraryMissing` where this machine lacks a library that `make` computes by.
     `as_module`: its schemes stand in a layer's place as a module of bitsandbytes, not as other weights.
     `rounds_by_number`: they say by `Scheme.weights` and `activations` what they do. `on_grid`: they are codes with
     scales of a tensor, a row or a group, and nothing else. `only_prunes`: they make weights zero, and change no other.
@@ -273,6 +274,7 @@ class SchemeFamily:
     make: Callable[[Any, Scheme, Callable[[], Any]], Any] | None = None
     needs: Literal["nothing", "mean_squares"] = "nothing"
     examples: tuple[str, ...] = ()
+    check_installed: Callable[[], object] = lambda: None
     as_module: bool = False
     rounds_by_number: bool = False
     on_grid: bool = False
@@ -296,6 +298,12 @@ def register(family: SchemeFamily) -> SchemeFamily:
     _FAMILIES[family.name] = family
     parse_scheme.cache_clear()
     return family
+
+
+def check_libraries(schemes: Iterable[str]) -> None:
+    """Raises `LibraryMissing` where this machine lacks a library that one of these schemes is computed by."""
+    for name in schemes:
+        parse_scheme(name).kind.check_installed()
 
 
 def unregister(name: str) -> None:
@@ -417,6 +425,7 @@ def _of_llama_cpp(weighted: bool) -> SchemeFamily:
         parse,
         stored_bits=lambda scheme, shape, dense_bits: gguf_types.stored_bits(scheme.name, shape),
         make=make,
+        check_installed=gguf_types.ggml,
         needs="mean_squares" if weighted else "nothing",
         examples=names,
         uniform_lines=lambda scheme, grains: [(name,) for name in names],

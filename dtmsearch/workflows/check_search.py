@@ -12,6 +12,7 @@ from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.holders import source_note
+from dtmsearch.core.schemes import check_libraries
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import cut_calibration, text_lines
@@ -26,6 +27,7 @@ def check_search(file: SearchFile) -> list[str]:
     texts and its model's folder; of a model that is not on this machine nothing can be told."""
     texts.check_readable(file)
     texts.check_model(file)
+    check_libraries(file.search.schemes)
     spec = file.model_spec
     lines: list[str] = []
     if _is_here(spec):

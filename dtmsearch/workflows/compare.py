@@ -16,7 +16,7 @@ import numpy as np
 
 from dtmsearch.analysis.format import counted
 from dtmsearch.analysis.model_comparison import ComparedModel, ModelComparison, compared
-from dtmsearch.core.components import is_gguf
+from dtmsearch.core.components import is_gguf, read_model_config
 from dtmsearch.core.documents import Document, Texts
 from dtmsearch.core.evaluation import (
     Continuation,
@@ -139,10 +139,11 @@ def compare_by(
     """As `compare`."""
     sides = [_side(name, role, settings, on_stage) for role, name in (("BASE", base), ("OTHER", other))]
     tokenizer, notes = _tokenizer(sides, settings)
-    contexts = [side.served.context for side in sides if side.served is not None and side.served.context]
     # A server answers with one token more than it is asked about.
-    context = min(contexts) - 1 if contexts else None
-    cutter = Cutter(tokenizer, "the server" if contexts else base, context, len(tokenizer))
+    contexts = {side.name: side.served.context - 1 for side in sides if side.served is not None and side.served.context}
+    contexts |= {side.name: context for side in sides if side.spec and (context := _context(side.spec))}
+    shortest = min(contexts, key=lambda name: contexts[name], default=base)
+    cutter = Cutter(tokenizer, shortest, contexts.get(shortest), len(tokenizer))
     lengths = settings.prompt_tokens, settings.continuation_tokens
     prompts = cutter.prompts(documents, settings.count, *lengths, settings.seed, (), "count")
     notes += [*prompts.notes, *_checked_servers(sides, tokenizer, prompts)]
@@ -170,6 +171,14 @@ def _side(name: str, role: str, settings: CompareSettings, on_stage: OnStage) ->
     )
     own_folder(spec)
     return _Side(name, spec)
+
+
+def _context(spec: ModelSpec) -> int | None:
+    """What a model on this machine reads at most, by its configuration; None where that does not say."""
+    config = read_model_config(_folder(spec))
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
 
 
 def _facts(side: _Side, way: str) -> ComparedModel:

@@ -9,6 +9,7 @@ only text is known. Knows nothing of what is compared with what.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import math
 import os
@@ -377,7 +378,9 @@ def _sent(served: Served, request: urllib.request.Request) -> dict[str, Any]:
             if error.code >= 500:
                 raise ServerUnreachable(f"{served.url} fails ({reason})") from None
             raise _Refused(reason) from None
-        except (urllib.error.URLError, OSError, ValueError) as error:
+        except http.client.InvalidURL as error:
+            raise UserError(f"{served.url} is no address of a server ({error})") from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             raise _unreachable(served, error) from None
     raise AssertionError("every attempt returns or raises")
 
@@ -391,7 +394,8 @@ def _unreachable(served: Served, error: Exception) -> Exception:
         )
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return _Refused(f"its answer is no JSON ({error})")
-    return ServerUnreachable(f"no server answers at {served.url} ({reason}): start it, or check the address")
+    words = " ".join(str(reason).split())
+    return ServerUnreachable(f"no server answers at {served.url} ({words}): start it, or check the address")
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import Purpose
+from dtmsearch.core.schemes import check_libraries
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import UserError
 from dtmsearch.search.evaluator import ModelEvaluator
@@ -133,6 +134,7 @@ def pool_for(
     if where.address is None:
         texts.check_model(file)
         texts.check_vocabulary(file)
+        check_libraries(file.search.schemes)
     if where.in_process:
         settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
         with uncollected():

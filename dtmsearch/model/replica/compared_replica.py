@@ -31,7 +31,7 @@ from dtmsearch.model.forward.head_metrics import Divergence
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model, own_folder, suppressed_tokens
-from dtmsearch.model.replica.exported import ServedReplica
+from dtmsearch.model.replica.exported import ServedReplica, rounds_inputs
 from dtmsearch.model.replica.loaded_reference import BaseOutputs
 from dtmsearch.model.replica.replica import LoadedModel
 from dtmsearch.model.replica.samples import written_out
@@ -87,6 +87,8 @@ class ComparedReplica(ServedReplica):
             self.way = (
                 f"by the weights that its files stand for, since transformers cannot run it here ({reason_of(error)})"
             )
+            if rounds_inputs(folder):
+                self.way += "; what its layers read is not rounded, as it is where it is served"
             return self._plainly(checkpoint_folder(spec), spec, settings)
 
     def _plainly(self, folder: Path, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:

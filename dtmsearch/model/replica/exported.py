@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,9 +39,13 @@ from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_param
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_model, load_tokenizer, loader
 from dtmsearch.model.replica.replica import LoadedModel, Replica
+from dtmsearch.model.sources.library_formats import group_of
 from dtmsearch.model.sources.stored import settings_of
 from dtmsearch.model.sources.unquantized import StoredCheckpoint, is_read_here
 from dtmsearch.model.weights.applied import Checkpoint
+
+# An expert's part in the files.
+_OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class ServedReplica(Replica):
@@ -79,16 +83,30 @@ def round_as_engines_do(model: Any, folder: Path) -> None:
     """Let components that a folder of compressed-tensors gives rounded inputs round them as was measured: in 32 bits
     whatever the model's dtype, as engines' kernels do. That library's own forward pass rounds scales and quotients to
     the model's dtype, and has 127.5 steps of 8-bit integers where engines have 127."""
-    groups = [group for group in _groups(folder) if group.get("input_activations")]
-    if not groups:
+    if not rounds_inputs(folder):
         return
+    settings = settings_of(read_model_config(folder)) or {}
     held = {name: path for path in weight_files(folder) for name in read_header(path)}
-    for group in groups:
+    modules = dict(model.named_modules())
+    for name in _quantized_modules(held):
+        group = group_of(name, settings)
+        if group is None or not group.get("input_activations"):
+            continue
+        if name not in modules:
+            raise UserError(f"{folder} has what {name} reads rounded, and the model has no module of that name")
         rounding = rounding_of(group["input_activations"])
-        for name in group["targets"]:
-            module = model.get_submodule(name)
-            module.quantization_enabled = False  # what the library would do itself
-            module.register_forward_pre_hook(_rounding(rounding, _calibrated(name, rounding, held)))
+        modules[name].quantization_enabled = False  # what the library would do itself
+        modules[name].register_forward_pre_hook(_rounding(rounding, _calibrated(name, rounding, held)))
+
+
+def rounds_inputs(folder: Path) -> bool:
+    """Whether a folder of compressed-tensors has what some layers read rounded."""
+    return any(group.get("input_activations") for group in _groups(folder))
+
+
+def _quantized_modules(tensors: Iterable[str]) -> list[str]:
+    """The modules that compressed-tensors' tensors belong to."""
+    return [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
 
 
 def _calibrated(module: str, rounding: Rounding, held: Mapping[str, Path]) -> Tensor | None:
@@ -150,7 +168,8 @@ def _has_packed_zeros(folder: Path) -> bool:
 def _has_packed_experts(folder: Path) -> bool:
     """Whether experts are in the files as engines look for them, each by itself and packed: transformers would put
     them together as if all had one scheme."""
-    return any(target.startswith("re:") for group in _groups(folder) for target in group["targets"])
+    headers = (read_header(path) for path in weight_files(folder))
+    return any(_OF_AN_EXPERT.search(module) for header in headers for module in _quantized_modules(header))
 
 
 def _loses_by_loading(folder: Path, spec: ModelSpec) -> bool:
@@ -185,8 +204,10 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
     quantization = QuantizationConfig.model_validate(config.quantization_config)
     del config.quantization_config
     state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path, str(device)).items()}
+    settings = settings_of(read_model_config(folder)) or {}
+    groups = {m: (group_of(m, settings) or {"targets": []})["targets"] for m in _quantized_modules(state)}
     for scheme in quantization.config_groups.values():
-        for module in _targeted(scheme.targets, state):
+        for module in (name for name, targets in groups.items() if targets == scheme.targets):
             parts = [name for name in state if name.startswith(f"{module}.weight")]
             own = {name.removeprefix(f"{module}."): state.pop(name) for name in parts}
             if own["weight_scale"].dtype.itemsize > 1:  # of floats
@@ -210,14 +231,6 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
     model.tie_weights()
     assert not unexpected and set(missing) <= tied_parameters(model), (missing, unexpected)
     return model
-
-
-def _targeted(targets: Sequence[str], state: Mapping[str, Tensor]) -> list[str]:
-    """The quantized modules of a group: those that it names, or has a pattern for."""
-    patterns = [re.compile(target.removeprefix("re:")) for target in targets if target.startswith("re:")]
-    named = {target for target in targets if not target.startswith("re:")}
-    quantized = [name.removesuffix(".weight_scale") for name in state if name.endswith(".weight_scale")]
-    return [name for name in quantized if name in named or any(pattern.match(name) for pattern in patterns)]
 
 
 def measure(spec: ModelSpec, settings: ReplicaSettings, reference: Reference, repacked: bool = False) -> EvalResult:

@@ -32,6 +32,7 @@ from dtmsearch.core.library_versions import versions
 from dtmsearch.core.metric_registry import METRICS, Metric, perplexity, share_of_divergent_tokens
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.variant import BASE, Variant
+from dtmsearch.errors import LibraryMissing
 from dtmsearch.model.calibration.calibrator import AnyCalibrator
 from dtmsearch.model.forward.activation_cache import ActivationCache, CacheMemory
 from dtmsearch.model.forward.batch_size import Batches, is_out_of_memory
@@ -193,6 +194,8 @@ class PlanEvaluator:
         loaded = self.references[request.reference_id]
         try:
             return Launched(request, self._bench.batches.halving(lambda: self._score(loaded, request, shared)))
+        except LibraryMissing:  # of this machine, not of the plan: nothing to record
+            raise
         except ValueError as error:
             return Launched(request, failure=("invalid", str(error)))
         except RuntimeError as error:
