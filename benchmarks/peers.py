@@ -21,6 +21,7 @@ from pathlib import Path
 import click
 from search_quality import CASES, Bench, Case, space_of
 
+from dtmsearch.core.gguf_presets import in_more_bits
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
@@ -28,13 +29,6 @@ from dtmsearch.core.statistics import paired_difference
 from dtmsearch.search.space import SearchSpace
 
 PEERS = ("modelopt", "modelopt-groups", "auto-round")
-
-
-def in_more_bits(layer: int, layers: int) -> bool:
-    """Whether a layer is one of those that llama.cpp, and mlx-lm after it, keep in more bits: the first and the last
-    eighth, and every third between."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
 
 
 def mixed(low: int, high: int) -> Callable[[str, int, int], int]:
@@ -47,19 +41,10 @@ def mixed(low: int, high: int) -> Callable[[str, int, int], int]:
     return width
 
 
-def q3_k_m(kind: str, layer: int, layers: int) -> int:
-    """llama.cpp's Q3_K_M on a Llama of few experts, its 5 bits taken for 6: what `kind` of matrix stands in 4 bits."""
-    if kind == "v":
-        return 6 if layer < 2 else 4
-    if kind == "down":
-        return 6 if layer < layers // 16 else 4
-    return 4 if kind == "o" else 3
-
-
 # Case -> the rules that go with its schemes.
 RULES: dict[str, dict[str, Callable[[str, int, int], int]]] = {
     "bits-4-g128": {"mlx 4_6, Q4_K_M": mixed(4, 6)},
-    "bits-3-g128": {"mlx 3_4": mixed(3, 4), "mlx 3_6": mixed(3, 6), "llama.cpp Q3_K_M": q3_k_m},
+    "bits-3-g128": {"mlx 3_4": mixed(3, 4), "mlx 3_6": mixed(3, 6)},
 }
 
 

@@ -212,7 +212,7 @@ def llama(layers: int = 32, queries: int = 512, values: int = 128) -> list[Compo
 
 
 def held_by(name: str, kind: str, components: list[Component]) -> list[str]:
-    schemes = preset_plan(name, components).schemes
+    schemes = preset_plan(name, components, 1 + max(c.layer for c in components)).schemes
     return [schemes[c.name].removeprefix("gguf-") for c in components if c.kind == kind]
 
 
@@ -236,4 +236,4 @@ def test_values_that_four_queries_share_are_kept_in_more_bits() -> None:
 
 def test_a_mixture_that_is_not_known_is_said() -> None:
     with pytest.raises(UserError, match="there is no preset:Q4; llama"):
-        preset_plan("Q4", llama())
+        preset_plan("Q4", llama(), 32)

@@ -213,7 +213,9 @@ def _verdict(found: ModelComparison) -> str:
     positions = found.num_prompts * found.continuation_tokens
     flips, floor = found.values.get("flips"), found.floor["flips"]
     if found.same:
-        looked = "choice and probability" if "kl" in found.values else "token"
+        looked = "token"
+        if (kl := found.values.get("kl")) is not None:
+            looked = "choice and every probability that was told" if kl.at_least else "choice and probability"
         return f"{base} and {other} are the same on {where}: every {looked} is, at {positions:,} positions."
     if flips is None:
         differ = (
@@ -226,7 +228,7 @@ def _verdict(found: ModelComparison) -> str:
             f"{floor.mean:.2%})"
         )
     ruined = _ruined(found)
-    if ruined:
+    if ruined and found.num_prompts >= FEWEST:
         return f"{other} is no stand-in for {base}: {ruined}. {differ}."
     over = found.over_floor
     if flips is not None and not flips.mean and found.num_prompts >= FEWEST:

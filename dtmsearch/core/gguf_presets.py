@@ -20,7 +20,7 @@ _GROUPED = 4  # queries to a value from which values are kept in more bits
 _Rule = Callable[[str, int, int, float], str | None]
 
 
-def _in_more_bits(layer: int, layers: int) -> bool:
+def in_more_bits(layer: int, layers: int) -> bool:
     """The first and the last eighth, and every third layer between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
@@ -55,7 +55,7 @@ def _q4_k_s(kind: str, layer: int, layers: int, grouped: float) -> str | None:
 
 def _medium(of_qkv: str) -> _Rule:
     def rule(kind: str, layer: int, layers: int, grouped: float) -> str | None:
-        if kind in ("v", "down") and _in_more_bits(layer, layers):
+        if kind in ("v", "down") and in_more_bits(layer, layers):
             return "Q6_K"
         return of_qkv if kind == "qkv" else None
 
@@ -87,14 +87,13 @@ def check_preset(name: str) -> None:
         raise UserError(f"there is no {PRESET}{name}; llama.cpp's mixtures here are {', '.join(PRESETS)}")
 
 
-def preset_plan(name: str, components: Sequence[Component]) -> Plan:
-    """The plan of a mixture over some components. Raises `UserError` for one that is not known, and for a model with
-    experts, which llama.cpp treats otherwise."""
+def preset_plan(name: str, components: Sequence[Component], layers: int) -> Plan:
+    """The plan of a mixture over some components of a model of so many layers. Raises `UserError` for one that is not
+    known, and for a model with experts, which llama.cpp treats otherwise."""
     check_preset(name)
     if any(component.mixture for component in components):
         raise UserError(f"{PRESET}{name}: llama.cpp's mixtures of models with experts are not known here")
     usual, rule = PRESETS[name]
-    layers = 1 + max(component.layer for component in components)
     rows = {(component.layer, component.kind): component.shape[0] for component in components}
 
     def scheme(component: Component) -> str:

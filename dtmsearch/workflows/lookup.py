@@ -119,7 +119,7 @@ def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: R
     if plan.startswith(UNIFORM):
         return space.uniform(plan.removeprefix(UNIFORM))
     if plan.startswith(PRESET):
-        return preset_plan(plan.removeprefix(PRESET), space.components)
+        return preset_plan(plan.removeprefix(PRESET), space.components, manifest.num_layers)
     if is_file(Path(plan)):
         return plan_from_json(read_text(Path(plan), "plan file"), manifest, plan)
     record = record_of(results, plan)

@@ -139,6 +139,8 @@ def pack(file: SearchFile) -> Parcel:
         ]
         if placed != list(parts):
             overrides.append(f"{section_name}.mix={json.dumps([part.model_dump(mode='json') for part in placed])}")
+    if file.search.times is not None:  # what its file holds
+        overrides.append(f"search.times={file.search.times.model_dump_json()}")
     return Parcel(files, str(home / _SEARCH_FILE), tuple(overrides))
 
 

@@ -115,6 +115,8 @@ def unquantized_folder(path: Path, dtype: str, load_with: Callable[[Any], Any]) 
     is_new = not (target / RECORD).is_file()
     found = _made(target, write)
     hold(found)
+    if is_new:
+        keep_within_limits()  # with the new one, which is in use
     if not (found / RECORD).is_file():  # removed by another process, just before it was held
         return _made(target, write)
     if is_new:

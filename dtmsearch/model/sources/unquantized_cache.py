@@ -60,8 +60,8 @@ def hold(folder: Path) -> None:
 def unquantized_models() -> list[UnquantizedModel]:
     """All that the cache holds, the largest first."""
     folders = [path.parent for path in cache_folder().glob(f"*/{RECORD}") if not path.parent.name.endswith(".partial")]
-    found = [_described(folder) for folder in folders]
-    return sorted(found, key=lambda model: model.num_bytes, reverse=True)
+    found = (_described(folder) for folder in folders)
+    return sorted((model for model in found if model), key=lambda model: model.num_bytes, reverse=True)
 
 
 def remove(models: list[UnquantizedModel]) -> list[UnquantizedModel]:
@@ -71,15 +71,17 @@ def remove(models: list[UnquantizedModel]) -> list[UnquantizedModel]:
 
 def keep_within_limits() -> list[UnquantizedModel]:
     """Remove what nobody has used for too long and, where the cache may hold so much only, what was not used for
-    longest; those that were removed. Raises `UserError` for limits that are no numbers."""
+    longest; those that were removed. What is in use stays, and what may not be removed. Raises `UserError` for limits
+    that are no numbers."""
     most_days, most_gb = _number(MOST_DAYS, _USUAL_DAYS), _number(MOST_GB, float("inf"))
     models = sorted((m for m in unquantized_models()), key=lambda model: model.unused_days, reverse=True)
     total = sum(model.num_bytes for model in models)
     removed: list[UnquantizedModel] = []
     for model in models:
-        if (model.unused_days > most_days or total > most_gb * _GB) and remove([model]):
-            total -= model.num_bytes
-            removed.append(model)
+        if model.unused_days > most_days or total > most_gb * _GB:
+            with suppress(UserError):  # another's: a search does not end for it
+                removed += (gone := remove([model]))
+                total -= sum(each.num_bytes for each in gone)
     return removed
 
 
@@ -94,10 +96,19 @@ def _lock_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _described(folder: Path) -> UnquantizedModel:
-    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    source = str(json.loads((folder / RECORD).read_text(encoding="utf-8")).get("path", ""))
-    used_at = (folder / RECORD).stat().st_mtime
+def _described(folder: Path) -> UnquantizedModel | None:
+    """None of one that another process removes meanwhile."""
+    try:
+        files = [path.stat() for path in folder.rglob("*") if path.is_file()]
+        used_at = (folder / RECORD).stat().st_mtime
+        text = (folder / RECORD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    source = str(record.get("path", "")) if isinstance(record, dict) else "not known: its record is damaged"
     return UnquantizedModel(
         str(folder), source, sum(512 * file.st_blocks for file in files),
         max(0.0, time.time() - used_at) / _DAY_SECONDS, not _is_free(folder),
@@ -120,7 +131,10 @@ def _is_free(folder: Path) -> bool:
 
 
 def _removed(folder: Path) -> bool:
-    descriptor = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(_lock_of(folder), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be removed: {error}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (folder / RECORD).unlink(missing_ok=True)  # first: what is left of a removal that is cut off is made anew
