@@ -27,6 +27,7 @@ from dtmsearch.console import terminal_tables
 from dtmsearch.console.comparison_text import comparison_text
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.positions import Likeliest, Positions, common, least_kl
+from dtmsearch.workflows import served_model
 
 LENGTHS = {"count": 10, "prompt_tokens": 12, "continuation_tokens": 8}
 SETTINGS: dict[str, Any] = {**LENGTHS, "dtype": "float32"}
@@ -280,10 +281,16 @@ def test_a_model_of_another_vocabulary(
     assert "have different vocabularies (258 and 258 tokens; token 0 is" in line
 
 
-def test_logprobs_that_a_server_does_not_give_are_asked_fewer(folders: tuple[Path, Path]) -> None:
-    with serving(folders[1], Behaviour(most_top=5)) as url:
+@pytest.mark.parametrize("most", [5, 10])
+def test_logprobs_that_a_server_does_not_give_are_asked_fewer(folders: tuple[Path, Path], most: int) -> None:
+    with serving(folders[1], Behaviour(most_top=most)) as url:
         found = dtm.compare(folders[0], url, TEXT, **SETTINGS)
-    assert "the 5 likeliest tokens" in found.other.way
+    assert f"the {most} likeliest tokens" in found.other.way
+
+
+@pytest.mark.parametrize("told", [[None, {"1": {"logprob": None}}, {"1": {"logprob": None}}], [1, 2, 3], ["a"] * 3])
+def test_probabilities_in_a_form_that_is_not_known_are_none(told: list[Any]) -> None:
+    assert served_model._read("prompt_logprobs", {"prompt_logprobs": told}, [1, 2, 3], 1) is None
 
 
 def test_a_server_that_takes_no_bias_is_used_and_said(folders: tuple[Path, Path], local: ModelComparison) -> None:

@@ -233,7 +233,9 @@ def profile_verb(
     from dtmsearch.console.text import profile_text
     from dtmsearch.workflows.profile import profile
 
-    found = profile(model, schemes.split(","), device, dtype, prefill_tokens, trust_remote_code)
+    found = profile(
+        model, [name.strip() for name in schemes.split(",")], device, dtype, prefill_tokens, trust_remote_code
+    )
     out.write_text(json.dumps(found.content(), indent=1) + "\n", encoding="utf-8")
     show(found, form, profile_text)
 

@@ -81,6 +81,8 @@ def profile(
                 break
             own.append(TimedProduct(scheme.name, *shape, decode, prefill))
         rows += own if len(own) == len(shapes) else []
+    if not rows or rows[0].scheme != DENSE:
+        raise UserError(f"nothing can be timed here: this device has no product of {dtype} matrices")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return Profile(_named(place), today, prefill_tokens, tuple(rows), tuple(left_out))
 
@@ -90,7 +92,7 @@ def _device(name: str) -> Any:
 
     try:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=found)
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return found
@@ -128,5 +130,7 @@ def _milliseconds(scheme: Any, shape: tuple[int, int], dtype: Any, device: Any, 
             all_in_turn()
             timer = Timer("all_in_turn()", globals={"all_in_turn": all_in_turn}, num_threads=torch.get_num_threads())
             return float(timer.blocked_autorange(min_run_time=_LEAST_SECONDS).median) / copies * 1e3
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{scheme.name} of {shape[0]} x {shape[1]} does not fit the device: {error}") from None
     except (RuntimeError, NotImplementedError):  # a kernel that this device or shape lacks
         return None

@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -38,7 +39,7 @@ _TOKEN_ID = "token_id:"  # noqa: S105 - as servers write a token by its id
 _ATTEMPTS, _FIRST_WAIT_SECONDS = 3, 0.5
 _BUSY = (429, 502, 503, 504)
 # What the first OpenAI servers gave at most; newer ones give 20.
-_FEWEST_TOP = 5
+_FEWER_TOP = 20, 10, 5
 _LONGEST_REASON = 200
 Progress = Callable[[int, int], None]
 
@@ -108,20 +109,17 @@ def connect(name: str, timeout_seconds: float, top: int) -> Served:
 def _probed(served: Served, top: int) -> Served:
     """What the server makes of a short prompt under each way of asking."""
     row = [1, 2, 3]
-    ways: tuple[tuple[Tells, Mapping[str, Any]], ...] = (
-        ("prompt_logprobs", {"prompt_logprobs": top}),
-        ("prompt_logprobs", {"prompt_logprobs": _FEWEST_TOP}),
-        ("echo", {"echo": True, "logprobs": top, "return_tokens_as_token_ids": True}),
-        ("echo", {"echo": True, "logprobs": _FEWEST_TOP, "return_tokens_as_token_ids": True}),
-        ("next", {"logprobs": top}),
-        ("next", {"logprobs": _FEWEST_TOP}),
+    numbers = sorted({top, *(fewer for fewer in _FEWER_TOP if fewer < top)}, reverse=True)
+    ways: tuple[tuple[Tells, str, Mapping[str, Any]], ...] = (
+        ("prompt_logprobs", "prompt_logprobs", {}),
+        ("echo", "logprobs", {"echo": True, "return_tokens_as_token_ids": True}),
+        ("next", "logprobs", {}),
     )
-    for tells, asked in ways:
-        with contextlib.suppress(_Refused):
-            choice = _complete(served, row, 1, asked)
-            if _READ[tells](choice, row, 1) is not None:
-                most = int(next(value for value in asked.values() if not isinstance(value, bool)))
-                return replace(served, tells=tells, top=most)
+    for (tells, key, further), number in product(ways, numbers):
+        with contextlib.suppress(_Refused, _Failed):  # a parameter that it does not know may be its error, or ours
+            choice = _complete(served, row, 1, {key: number, **further})
+            if _read(tells, choice, row, 1) is not None:
+                return replace(served, tells=tells, top=number)
     try:
         _complete(served, row, 1, {})
     except _Refused as refused:
@@ -174,6 +172,14 @@ _READ: Mapping[str, Callable[[Mapping[str, Any], Sequence[int], int], list[dict[
 }
 
 
+def _read(tells: Tells, choice: Mapping[str, Any], row: Sequence[int], first: int) -> list[dict[int, float]] | None:
+    """What an answer tells in a way of telling; None where it does not, or in another form."""
+    try:
+        return _READ[tells](choice, row, first)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return None
+
+
 def _id_of(token: str) -> int:
     return int(str(token).removeprefix(_TOKEN_ID))
 
@@ -207,7 +213,7 @@ def _prompt_of(served: Served, first: int, row: Sequence[int]) -> list[dict[int,
     key = {"prompt_logprobs": served.top} if served.tells == "prompt_logprobs" else {}
     echo = {"echo": True, "logprobs": served.top, "return_tokens_as_token_ids": True}
     choice = _answered(served, row, 1, key or echo)
-    found = _READ[served.tells](choice, row, first)
+    found = _read(served.tells, choice, row, first)
     if found is None:
         raise UserError(f"{served.url} answered a prompt of {len(row)} tokens without their probabilities")
     return found
@@ -215,7 +221,7 @@ def _prompt_of(served: Served, first: int, row: Sequence[int]) -> list[dict[int,
 
 def _next_of(served: Served, row: Sequence[int]) -> dict[int, float]:
     # llama.cpp's own word for going on from what the last request has computed.
-    found = _read_next(_answered(served, row, 1, {"logprobs": served.top, "cache_prompt": True}), row, 0)
+    found = _read("next", _answered(served, row, 1, {"logprobs": served.top, "cache_prompt": True}), row, 0)
     if found is None:
         raise UserError(f"{served.url} answered a prompt of {len(row)} tokens without probabilities of the next")
     return found[0]
@@ -326,6 +332,10 @@ def _check_counts(served: Served, tokenizer: Any, texts: Sequence[str]) -> str:
 # HTTP.
 
 
+class _Failed(ServerUnreachable):
+    """The server answered that it failed."""
+
+
 class _Refused(Exception):
     """The server answered, and did not do what was asked."""
 
@@ -376,7 +386,7 @@ def _sent(served: Served, request: urllib.request.Request) -> dict[str, Any]:
             if error.code in (401, 403):
                 raise UserError(f"{served.url} does not let us in ({reason}): set {KEY_VARIABLE}") from None
             if error.code >= 500:
-                raise ServerUnreachable(f"{served.url} fails ({reason})") from None
+                raise _Failed(f"{served.url} fails ({reason})") from None
             raise _Refused(reason) from None
         except http.client.InvalidURL as error:
             raise UserError(f"{served.url} is no address of a server ({error})") from None
