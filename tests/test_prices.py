@@ -359,16 +359,20 @@ def test_products_that_are_grouped_by_the_device_give_the_same_prices(
     assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4 * float(np.abs(found[1]).max()))
 
 
-def test_auto_takes_prices_of_a_mixture(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "effort"), [("fisher", {"samples": 40}), ("auto", {"slopes": 4, "prompts": 2, "probe_prompts": 2})]
+)
+def test_of_a_mixture_fisher_takes_prices_and_auto_probes(
+    tmp_path: Path, strategy: str, effort: dict[str, int]
+) -> None:
     write_family("mixtral", tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
-    effort = {"samples": 40, "slopes": 4, "prompts": 2}
-    search = {"strategy": "auto", "rank_by": "kl", "schemes": ["int3-channel", "int4-channel"], "auto": effort}
+    search = {"strategy": strategy, "rank_by": "kl", "schemes": ["int3-channel", "int4-channel"], strategy: effort}
     run_here(tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 3.6}}), tmp_path / "store")
     results = ResultStore(tmp_path / "store")
     assert [run.status for run in results.runs()] == ["finished"]
     priced = {name for name in results.table("prices")["component"].to_pylist() if ".experts." in name}
-    assert len(priced) == 2 * 4 * 2
+    assert len(priced) == (2 * 4 * 2 if strategy == "fisher" else 0)
 
 
 def test_a_replica_in_stages_has_no_prices_and_it_says_so(folder: Path) -> None:
