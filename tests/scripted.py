@@ -33,7 +33,7 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
-from dtmsearch.errors import UserError
+from dtmsearch.errors import LibraryMissing, UserError
 
 SECONDS_VARIABLE = "SCRIPTED_SECONDS"
 
@@ -43,7 +43,8 @@ class Scripted:
     `bad-start=FOLDER` (the first to start fails), `liar=FOLDER` (the first to start has another model), `liars` (each),
     `hang-once=FOLDER` and `wrong-once=FOLDER` (of the replicas that have evaluated `after=N` requests the first stops
     answering, or returns wrong numbers from then on), `fast=FOLDER` (the first is fast), `wrong-on=SCHEME` (and so does
-    each that evaluates it), `mistake` (a user's mistake at the start), `broken` (every start fails)."""
+    each that evaluates it), `mistake` (a user's mistake at the start), `broken` (every start fails),
+    `lacking` (no library to evaluate by)."""
 
     def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str, node: str) -> None:
         self._orders = dict(order.partition("=")[::2] for order in spec.path.split())
@@ -96,6 +97,8 @@ class Scripted:
         return found.sdt, found.dppl
 
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
+        if "lacking" in self._orders:
+            raise LibraryMissing("no quantizer here")
         return [self._answer(request) for request in requests]
 
     def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:

@@ -20,7 +20,7 @@ from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.cluster.replicas import _reason, _whole
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.errors import ClusterUnreachable, ReplicasFailed, UserError
+from dtmsearch.errors import ClusterUnreachable, LibraryMissing, ReplicasFailed, UserError
 
 # Ray leaves the sockets and files of its own processes to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -185,6 +185,11 @@ def test_what_a_replica_raised_is_said_whole() -> None:
 def test_a_users_mistake_comes_back_as_itself() -> None:
     with pytest.raises(ValueError, match="no model at all"), pool_of("mistake") as pool:
         pool.manifest()
+
+
+def test_a_library_that_a_replica_lacks_ends_the_search_and_is_no_failure_of_a_plan() -> None:
+    with pytest.raises(LibraryMissing, match=r"^on .+: no quantizer here"), pool_of("lacking") as pool:
+        answers(pool, requests())
 
 
 def test_a_replica_with_another_model_is_dismissed_by_its_canary(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from dtmsearch.cluster.prometheus import Metrics
 from dtmsearch.cluster.ray_compat import was_preempted
 from dtmsearch.cluster.replica_calls import Services
 from dtmsearch.cluster.replica_handle import Call, ReplicaHandle
-from dtmsearch.cluster.replicas import ReplicaSet
+from dtmsearch.cluster.replicas import ReplicaSet, cause_of
 from dtmsearch.cluster.train import train_on_cluster
 from dtmsearch.cluster.verifier import Verifier
 from dtmsearch.core.components import ModelManifest
@@ -37,7 +37,7 @@ from dtmsearch.core.evaluation import (
     Outcome,
     ReplicaSettings,
 )
-from dtmsearch.errors import UserError
+from dtmsearch.errors import LibraryMissing, UserError
 from dtmsearch.model.training.main import STOP_FILE, STOPPED
 from dtmsearch.model.training.training_process import train_apart
 
@@ -233,6 +233,8 @@ class ReplicaPool(Services):
                         raise answer
                     self._accept(member.calls.pop(reference), answer, member)
         except (RayError, WrongNumbers) as error:
+            if isinstance(lacking := cause_of(error), LibraryMissing):  # another replica there would lack it too
+                raise LibraryMissing(f"on {member.node}: {lacking}") from None
             self._replicas.lose(member, error)
 
     def _accept(self, call: Call, answer: Any, member: ReplicaHandle) -> None:

@@ -73,7 +73,9 @@ def least_kl(base: Floats, other: Floats) -> tuple[Floats, Floats]:
     covered = np.minimum(p.sum(axis=-1), 1.0)
     rest, other_rest = 1.0 - covered, np.maximum(1.0 - q.sum(axis=-1), _LEAST_REST)
     with np.errstate(divide="ignore", invalid="ignore"):
-        of_rest = np.where(rest > _LEAST_REST, rest * np.log(rest / other_rest), 0.0)
+        # Of a rest that rounding hides, the least that it can add.
+        hidden = _LEAST_REST * (np.log(_LEAST_REST / other_rest) - 1.0 / np.e)
+        of_rest = np.where(rest > _LEAST_REST, rest * np.log(rest / other_rest), hidden)
     return np.maximum(terms.sum(axis=-1) + of_rest, 0.0).astype(np.float32), covered.astype(np.float32)
 
 
