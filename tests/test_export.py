@@ -201,7 +201,7 @@ def test_a_folder_with_something_in_it_is_not_overwritten(mixed: Measured, tmp_p
 def test_activations_that_are_rounded_have_no_dense_form(tmp_path: Path) -> None:
     plan = {"model.layers.0.mlp.up_proj": "w8a8"}
     measured = measured_plan(write_model(tmp_path / "model"), tmp_path / "store", plan)
-    with pytest.raises(ValueError, match=r"round activations as well[^$]*\n  model.layers.0.mlp.up_proj: w8a8"):
+    with pytest.raises(ValueError, match=r"rounds activations as well[^$]*\n  model.layers.0.mlp.up_proj: w8a8"):
         measured.export("dense", tmp_path / "out")
 
 

@@ -64,7 +64,7 @@ class CompareSettings:
     seed: int = 0
     dtype: str = DTYPE
     attention: str = ATTENTION
-    trust_remote_code: bool = False
+    trust_remote_code: bool = ModelSpec.trust_remote_code
     batch_tokens: int = 0
     tokenizer: str | None = None
     timeout_seconds: float = 60.0
