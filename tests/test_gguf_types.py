@@ -30,6 +30,8 @@ from dtmsearch.export.formats.gguf import write_recipe
 from dtmsearch.export.job import Job
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.search.baselines import uniform_rivals
+from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.check_search import check_search
 from dtmsearch.workflows.run import run
 
@@ -82,6 +84,18 @@ def test_rows_that_blocks_do_not_divide_are_held_as_llama_cpp_holds_them(
     kind = held_type(scheme, cols)
     assert (kind and kind.name) == held
     assert stored_bits(scheme, (8, cols)) == 8 * cols * bits == parse_scheme(scheme).stored_bits((8, cols), 16)
+
+
+def test_every_type_is_in_one_line_of_its_make() -> None:
+    lines = [line for weighted in (True, False) for line in gguf_types.lines_of(gguf_types.names_of(weighted))]
+    assert sorted(name for line in lines for name in line) == sorted(f"gguf-{kind}" for kind in TYPES)
+    assert ("gguf-Q6_K", "gguf-Q5_K", "gguf-Q4_K", "gguf-Q3_K", "gguf-Q2_K") in lines
+
+
+def test_uniform_rivals_are_the_least_compressed_of_each_make_that_fit() -> None:
+    components = tuple(Component(f"layers.{i}.up", i, "up", (512, 512)) for i in range(2))
+    space = SearchSpace(components, ("gguf-Q4_K",))
+    assert uniform_rivals(space, space.uniform("gguf-Q4_K")) == ["gguf-Q4_K", "gguf-Q4_0", "gguf-IQ4_NL", "gguf-IQ4_XS"]
 
 
 def test_types_that_an_importance_matrix_changes_are_calibrated() -> None:

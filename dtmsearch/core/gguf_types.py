@@ -11,7 +11,7 @@ import ctypes
 import ctypes.util
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,6 +72,14 @@ TYPES = {
         GgufType("IQ4_XS", 23, 256, 136, 4, "IQ4_NL"),
     )
 }
+# Of one make each.
+_LINES = (
+    ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"),
+    ("Q8_0", "Q5_0", "Q4_0"),
+    ("Q5_1", "Q4_1"),
+    ("IQ4_XS", "IQ3_S", "IQ3_XXS"),
+    ("IQ4_NL",),
+)
 # Which no importance matrix changes.
 _WITHOUT_IMPORTANCE = ("Q8_0",)
 F16_BITS = 16
@@ -80,6 +88,12 @@ F16_BITS = 16
 def names_of(weighted: bool) -> tuple[str, ...]:
     """Schemes of types that an importance matrix changes, or of those that none does."""
     return tuple(f"{PREFIX}{name}" for name in TYPES if (name not in _WITHOUT_IMPORTANCE) == weighted)
+
+
+def lines_of(schemes: Collection[str]) -> list[tuple[str, ...]]:
+    """Of these schemes, those that differ only in how much they compress: types of one make."""
+    lines = (tuple(name for kind in line if (name := f"{PREFIX}{kind}") in schemes) for line in _LINES)
+    return [line for line in lines if line]
 
 
 def type_of(scheme: str) -> GgufType:

@@ -428,7 +428,7 @@ def _of_llama_cpp(weighted: bool) -> SchemeFamily:
         check_installed=gguf_types.ggml,
         needs="mean_squares" if weighted else "nothing",
         examples=names,
-        uniform_lines=lambda scheme, grains: [(name,) for name in names],
+        uniform_lines=lambda scheme, grains: gguf_types.lines_of(names),
     )
 
 

@@ -138,7 +138,9 @@ def described_folder(path: Path, dtype: str, load_with: Callable[[Any], Any]) ->
     itself."""
     if is_gguf(path):
         return unquantized_folder(path, dtype, load_with)
-    return _made(cache_folder() / f"{_key(path)}-described", lambda folder: StoredCheckpoint(path).describe(folder))
+    found = _made(cache_folder() / f"{_key(path)}-described", lambda folder: StoredCheckpoint(path).describe(folder))
+    hold(found)
+    return found
 
 
 def _key(path: Path) -> str:
