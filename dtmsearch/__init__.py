@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel, recover
     from dtmsearch.workflows.export import export
     from dtmsearch.workflows.in_process import Measurement, apply, measure
+    from dtmsearch.workflows.profile import profile
     from dtmsearch.workflows.score import score
     from dtmsearch.workflows.submit import submit
     from dtmsearch.workflows.sweep import sweep
@@ -126,6 +127,7 @@ __all__ = [
     "open_store",
     "pareto",
     "parse_scheme",
+    "profile",
     "query",
     "recover",
     "report",
@@ -197,6 +199,7 @@ _LAZY = {
     "open_store": ("dtmsearch.workflows.api", "open_store"),
     "pareto": ("dtmsearch.workflows.api", "pareto"),
     "parse_scheme": ("dtmsearch.core.schemes", "parse_scheme"),
+    "profile": ("dtmsearch.workflows.profile", "profile"),
     "query": ("dtmsearch.workflows.api", "query"),
     "recover": ("dtmsearch.workflows.evaluate", "recover"),
     "report": ("dtmsearch.report.writing", "write_report"),

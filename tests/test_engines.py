@@ -15,7 +15,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.workflows.build import space_of
-from dtmsearch.workflows.engines import ENGINES, EngineName, menu
+from dtmsearch.workflows.engines import WANTED, EngineName, menu
 from dtmsearch.workflows.init_config import Machine, NamedText, propose, read_model
 
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), llama_config(hidden_size=64, intermediate_size=128))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", WANTED)
 def test_plans_of_a_template_export_to_its_engine(
     engine: EngineName, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,11 +38,11 @@ def test_plans_of_a_template_export_to_its_engine(
     assert len(set(plan.schemes.values())) == len(file.search.schemes)
     recorded = measured_plan(model, tmp_path / "store", plan.schemes, scale_dtype=file.model.scale_dtype)
     options: dict[str, Any] = {"runtime": "vllm"} if engine == "vllm" else {}
-    to = ENGINES[engine].export.split()[1]
+    to = WANTED[engine].export.split()[1]
     assert recorded.export(to, tmp_path / "out", **options).files
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", WANTED)
 @pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6.5, 8])
 @pytest.mark.parametrize("largest_group", [0, 32, 64, 128, 256])
 def test_a_budget_always_leaves_a_choice(engine: EngineName, bits: float | None, largest_group: int) -> None:

@@ -177,6 +177,20 @@ def test_a_table_is_read_beside_the_search_file_and_kept_with_it(tmp_path: Path)
     assert config.times_of(file.to_yaml()) == file.search.times.table
 
 
+def test_a_table_that_has_changed_is_told_in_short_and_told_apart() -> None:
+    many = [row | {"outputs": 64 + at} for at in range(40) for row in ROWS]
+    files = [content(times={"rows": rows}, stop={"decode_ms": 3}) for rows in (many, many[:-2])]
+    old, new = (config.from_mapping(file, "file", Path()).to_yaml() for file in files)
+    (line,) = config.difference(old, new)
+    before, _, after = line.removeprefix("search.times.rows: ").partition(" -> ")
+    assert len(line) < 400 and before != after
+
+
+def test_schemes_of_the_table_are_among_those_that_may_be_measured() -> None:
+    file = config.from_mapping(content(times={"rows": ROWS}, stop={"decode_ms": 3}), "file", Path())
+    assert file.search.every_scheme == ("int8-channel", "dense")
+
+
 def test_a_budget_of_milliseconds_needs_a_table() -> None:
     with pytest.raises(UserError, match=r"stop\.decode_ms needs search\.times.*dtmsearch profile"):
         config.from_mapping(content(stop={"decode_ms": 3}), "file", Path())

@@ -61,7 +61,7 @@ def init_verb(
 
     It fits the model, this machine and the engine that shall run the plan. Ends with the commands to go on with.
     """
-    from dtmsearch.workflows.engines import ENGINES
+    from dtmsearch.workflows.engines import WANTED
     from dtmsearch.workflows.init_config import find_texts, propose, proposed_dtype, read_model, this_machine
 
     if out is not None and out.exists() and not force:
@@ -111,7 +111,7 @@ def init_verb(
             "data set section in its place, of which the file has an example"
         )
     say(f"next:\n  dtmsearch validate {file}\n  dtmsearch run {file}{proposal.options}")
-    say(f"  dtmsearch export {proposal.run} {ENGINES[engine].export} --out {proposal.run}-{engine}")
+    say(f"  dtmsearch export {proposal.run} {WANTED[engine].export} --out {proposal.run}-{engine}")
 
 
 def _cost_of(text: str) -> str | None:
@@ -233,9 +233,8 @@ def profile_verb(
     from dtmsearch.console.text import profile_text
     from dtmsearch.workflows.profile import profile
 
-    found = profile(
-        model, [name.strip() for name in schemes.split(",")], device, dtype, prefill_tokens, trust_remote_code
-    )
+    names = [name.strip() for name in schemes.split(",")]
+    found = profile(model, names, device, dtype, prefill_tokens, trust_remote_code, say)
     out.write_text(json.dumps(found.content(), indent=1) + "\n", encoding="utf-8")
     show(found, form, profile_text)
 

@@ -33,6 +33,7 @@ from dtmsearch.config.sections import (
 from dtmsearch.core.calibration import Routing, Through
 from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.metric_registry import BUILT_IN, is_metric_name
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.times import Times
@@ -56,6 +57,9 @@ __all__ = [
     "recovery_of",
     "section_of",
 ]
+
+# Of a value where two files differ.
+_LONGEST_VALUE = 120
 
 
 def _source_of(section: ValidationSection | CalibrationSection) -> dict[str, Any]:
@@ -239,10 +243,17 @@ def difference(old: str, new: str) -> list[str]:
     """What changed between two search files' YAML texts: `key: old -> new`, one line a key."""
     before, after = flatten(yaml.safe_load(old)), flatten(yaml.safe_load(new))
     return [
-        f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}"
+        f"{key}: {_in_short(before.get(key, 'unset'))} -> {_in_short(after.get(key, 'unset'))}"
         for key in dict.fromkeys([*before, *after])
         if before.get(key, "unset") != after.get(key, "unset")
     ]
+
+
+def _in_short(value: Any) -> str:
+    """A value as text; of a long one, such as a table of times, its beginning and its digest, by which two that begin
+    alike are told apart."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({identity_of_text(text)[:8]})"
 
 
 def json_schema() -> str:

@@ -457,6 +457,12 @@ class SearchSection(Section):
     recovery: RecoverySettings | None = None
     """sparsity: training after every round."""
 
+    @property
+    def every_scheme(self) -> tuple[str, ...]:
+        """The schemes to choose from, and those that uniform plans may be measured under by the table of times."""
+        timed = () if self.times is None else tuple(row.scheme for row in self.times.rows)
+        return tuple(dict.fromkeys((*self.schemes, *timed)))
+
     @field_validator("schemes")
     @classmethod
     def _known_schemes(cls, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -21,9 +21,6 @@ Shape = tuple[int, int]
 
 # A file that is larger than the plan by no more than this part of it counts as being of its size.
 SIZE_TOLERANCE = 0.01
-# What a search for vLLM is proposed: what its fastest kernels for weight-only integers take.
-VLLM_BITS = (4, 8)
-VLLM_GROUPS = (32, 64, 128)
 _WORD_BITS = 32
 
 

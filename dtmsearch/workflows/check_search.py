@@ -27,7 +27,7 @@ def check_search(file: SearchFile) -> list[str]:
     texts and its model's folder; of a model that is not on this machine nothing can be told."""
     texts.check_readable(file)
     texts.check_model(file)
-    check_libraries(file.search.schemes)
+    check_libraries(file.search.every_scheme)
     spec = file.model_spec
     lines: list[str] = []
     if _is_here(spec):

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dtmsearch.core.holders import VLLM_BITS, VLLM_GROUPS
 from dtmsearch.core.schemes import SCALE_BITS
 
+# Of all that vLLM takes (core.engine_rules), what its fastest kernels for weight-only integers do.
+_VLLM_BITS = (4, 8)
+_VLLM_GROUPS = (32, 64, 128)
 EngineName = Literal["transformers", "vllm", "llama.cpp"]
 # Between the smallest scheme and a budget at least so much, or there is next to nothing to choose.
 _LEAST_ROOM = 0.25
@@ -29,7 +31,7 @@ class Engine:
     fused: bool = False
 
 
-ENGINES: Mapping[EngineName, Engine] = {
+WANTED: Mapping[EngineName, Engine] = {
     "transformers": Engine("--to compressed-tensors", 4.5),
     "vllm": Engine("--to compressed-tensors --runtime vllm", 5.0, fused=True),
     "llama.cpp": Engine("--to gguf-recipe", 4.5),
@@ -53,7 +55,7 @@ def menu(name: EngineName, bits: float | None, largest_group: int) -> Menu:
     widths = _widths(name, largest_group)
     scales = SCALE_BITS / group if group else 0.0  # of rows next to nothing
     least = widths[0] + scales
-    budget, notes = bits or ENGINES[name].usual_bits, []
+    budget, notes = bits or WANTED[name].usual_bits, []
     if budget < least + _LEAST_ROOM:
         asked, budget = budget, least + _ROOM
         if bits is not None:
@@ -71,14 +73,14 @@ def menu(name: EngineName, bits: float | None, largest_group: int) -> Menu:
 def _group(name: EngineName, largest_group: int) -> int:
     """The inputs that share a scale; 0 for whole rows."""
     if name == "vllm":
-        return max((group for group in VLLM_GROUPS if group <= largest_group), default=0)
+        return max((group for group in _VLLM_GROUPS if group <= largest_group), default=0)
     return _BLOCK if largest_group >= _BLOCK else 0
 
 
 def _widths(name: EngineName, largest_group: int) -> tuple[int, ...]:
     """Bits of codes, the fewest first."""
     if name == "vllm":
-        return VLLM_BITS
+        return _VLLM_BITS
     if name == "llama.cpp":
         return (2, 3, 4, 5, 6, 8) if largest_group >= _K_BLOCK else (4, 5, 8)
     return 2, 3, 4, 6, 8

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dtmsearch.core.components import checkpoint_dtype, is_gguf, read_header, read_model_config, weight_files
 from dtmsearch.errors import UserError
-from dtmsearch.workflows.engines import ENGINES, EngineName, menu
+from dtmsearch.workflows.engines import WANTED, EngineName, menu
 
 _GIB = 1 << 30
 # Beside its weights a replica takes activations, and on a GPU the libraries' own memory.
@@ -199,7 +199,7 @@ def propose(
 
     Raises `UserError` when the model fits into no memory here.
     """
-    wants = ENGINES[engine]
+    wants = WANTED[engine]
     dtype = proposed_dtype(model, machine)
     need = model.num_weights * (4 if dtype == "float32" else 2) * _REPLICA_FACTOR
     where = _where(machine, need)
@@ -219,7 +219,7 @@ def propose(
 # {where.comment}
 {_cost_comment(cost, out)}
 # To run it: dtmsearch run {out}{options}
-# For {engine}: dtmsearch export {run} {ENGINES[engine].export} --out {run}-{engine}
+# For {engine}: dtmsearch export {run} {WANTED[engine].export} --out {run}-{engine}
 run: {run}      # a name inside the store
 
 model:

@@ -55,11 +55,11 @@ def profile(
     dtype: str = "bfloat16",
     prefill_tokens: int = 512,
     trust_remote_code: bool = ModelSpec.trust_remote_code,
-    heard: Callable[[str], None] = lambda _: None,
+    on_stage: Callable[[str], None] = lambda _: None,
 ) -> Profile:
     """Time the products of every shape of a model's components. `model` is a folder, a config.json alone, or a hub id;
     no weights are read. `device` is `cpu`, `cuda`, ..., by default a GPU where there is one. Raises `UserError` for a
-    scheme, a device or a model that there is not."""
+    scheme, a device or a model that there is not. `on_stage` is told which scheme is timed."""
     import torch
 
     from dtmsearch.model.modules.discovery import components_of
@@ -72,9 +72,9 @@ def profile(
     rows: list[TimedProduct] = []
     left_out = []
     for scheme in parsed:
+        on_stage(f"timing {scheme.name} in {len(shapes)} shapes")
         own = []
         for shape in shapes:
-            heard(f"{scheme.name} of {shape[0]} x {shape[1]}")
             decode, prefill = (_milliseconds(scheme, shape, width, place, n) for n in (1, prefill_tokens))
             if decode is None or prefill is None:
                 left_out.append(f"{scheme.name} of {shape[0]} x {shape[1]}")

@@ -134,7 +134,7 @@ def pool_for(
     if where.address is None:
         texts.check_model(file)
         texts.check_vocabulary(file)
-        check_libraries(file.search.schemes)
+        check_libraries(file.search.every_scheme)
     if where.in_process:
         settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
         with uncollected():

@@ -266,6 +266,7 @@ class Calibrator:
             with self._standing.on_base(), self._standing.eagerly():
                 found = self._guarded(layer, self._walking().hessians(layer, stay=number < len(parts), only=part), part)
             yield found
+            found.clear()  # before the next ones are gathered, whoever still holds the list
 
     def _parts_of(self, layer: int, only: Collection[str] | None = None) -> list[list[str]]:
         """The components of a layer, or some of them, in parts whose Hessians are held at once."""
