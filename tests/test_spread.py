@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from dtmsearch.model.forward.gpu_hops import Hops, moved
+from dtmsearch.model.forward.gpu_hops import Hops, connect, moved
 from dtmsearch.model.replica.spread_model import cut
 
 ELSEWHERE = torch.device("meta")
@@ -59,9 +59,22 @@ def test_every_weight_lies_somewhere() -> None:
     assert all(any(name.startswith(f"{own}.") for own in found) for name, _ in model.named_parameters())
 
 
-def test_models_that_cannot_lie_so_are_left_to_be_balanced() -> None:
-    assert cut(tree(llama(4, tied=True)), torch.float32, [PLENTY] * 2) is None
-    assert cut(tree(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64)), torch.float32, [PLENTY] * 2) is None
+def test_a_head_that_is_the_embedding_lies_where_passes_begin() -> None:
+    found = cut(tree(llama(4, tied=True)), torch.float32, [PLENTY] * 2)
+    assert found is not None
+    assert found["model.embed_tokens"] == found["lm_head"] == 0
+    assert found["model.norm"] == 1
+    assert [layers_on(found, device) for device in range(2)] == [3, 1]
+
+
+def test_layers_of_any_family_are_cut() -> None:
+    found = cut(tree(GPT2Config(n_layer=4, n_embd=32, n_head=4, vocab_size=64)), torch.float32, [PLENTY] * 2)
+    assert found is not None
+    assert [found[f"transformer.h.{layer}"] for layer in range(4)] == [0, 0, 0, 1]
+    assert found["transformer.wpe"] == found["transformer.wte"] == found["lm_head"] == 0
+
+
+def test_models_that_do_not_fit_so_are_left_to_be_balanced() -> None:
     layer_bytes = (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) * 4
     assert cut(tree(llama(4)), torch.float32, [3 * layer_bytes, PLENTY]) is None  # three layers, and the embedding
     assert cut(tree(llama(4)), torch.float32, [5 * layer_bytes, PLENTY]) is not None
@@ -84,6 +97,24 @@ def test_a_tensor_that_is_gone_is_not_taken_for_another() -> None:
     del state
     gc.collect()
     assert not hops._there
+
+
+def test_layers_of_a_list_that_lies_on_one_gpu_as_a_whole_are_connected_one_by_one() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(2, 2)
+            self.layers = nn.ModuleList([nn.Linear(2, 2, device=ELSEWHERE) for _ in range(2)])
+
+        def forward(self, state: torch.Tensor) -> torch.Tensor:
+            state = self.embed(state)
+            for layer in self.layers:
+                state = layer(state)
+            return state
+
+    model = Model()
+    connect(model, model, {"embed": torch.device("cpu"), "layers": ELSEWHERE})
+    assert model(torch.ones(1, 2)).device == ELSEWHERE
 
 
 def test_what_is_there_is_not_moved() -> None:

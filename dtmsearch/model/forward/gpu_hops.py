@@ -8,7 +8,7 @@ go by streams of their own: what is next on the GPU that sends does not wait. Wh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -76,8 +76,18 @@ def connect(model: Any, around_layers: nn.Module, devices: Mapping[str, torch.de
     hops, first = Hops(), next(iter(devices.values()))
     around_layers.register_forward_pre_hook(hops.begin)
     for name, device in devices.items():
-        module = model.get_submodule(name)
-        if next(module.parameters(), None) is None:
-            module.to(first)
-            device = first
-        hops.before(module, device)
+        for module in _called(model.get_submodule(name)):
+            if next(module.parameters(), None) is None:
+                module.to(first)
+                hops.before(module, first)
+            else:
+                hops.before(module, device)
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, or those that it holds where it only holds: code calls each of them, never the list."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        for child in module.children():
+            yield from _called(child)
+    else:
+        yield module

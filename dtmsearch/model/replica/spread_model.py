@@ -33,14 +33,13 @@ def load_spread_model(folder: Path, spec: ModelSpec, num_devices: int) -> nn.Mod
 
 def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] | None:
     """Where the parts of a model (a module tree, with or without weights) lie: name of a module -> GPU, of which `free`
-    bytes are. None where they do not fit so, or the head's weights are those of the embedding.
+    bytes are. None where they do not fit so. A head whose weights are those of the embedding lies where it does: on the
+    first GPU, to which the last layer's states for it return.
 
     Candidates run from the first layer in which they differ, so layer i of L runs for (i + 1) / L of those that differ
     in one layer: the layers are cut where each GPU has as much to do, not as much to hold.
     """
     num_devices = len(free)
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return None
     name, layers = find_layers(model)
     ends = [round(len(layers) * ((at + 1) / num_devices) ** 0.5) for at in range(num_devices)]
     found = {f"{name}.{i}": next(at for at, end in enumerate(ends) if i < end) for i in range(len(layers))}
@@ -51,6 +50,9 @@ def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] |
         for at, child in enumerate(beside):
             if child != part:
                 found[f"{parent}.{child}" if parent else child] = num_devices - 1 if at > beside.index(part) else 0
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        head = model.get_output_embeddings()
+        found |= {own: 0 for own in found if model.get_submodule(own) is head}
     needed = [0] * num_devices
     for parameter, values in model.named_parameters():
         holder = next((own for own in found if parameter.startswith(f"{own}.")), None)
