@@ -3,8 +3,10 @@ where llama.cpp's quantizer is installed (DTMSEARCH_GGML)."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -28,7 +30,9 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import LibraryMissing, UserError
 from dtmsearch.export.formats.gguf import write_recipe
 from dtmsearch.export.job import Job
+from dtmsearch.model.compress import compressor as compressor_module
 from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.compress.number_rounding import round_inputs
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.search.baselines import uniform_rivals
 from dtmsearch.search.space import SearchSpace
@@ -213,6 +217,137 @@ def test_a_recipe_keeps_the_types_and_the_importance_that_they_were_made_by(tmp_
     )
     assert any("IQ4_XS by F16" in note for note in written.notes)
     assert any("--outtype f32" in note for note in written.notes)
+
+
+def inputs(cols: int = 512) -> torch.Tensor:
+    """Of several sizes, a block of zeros and halves of steps among them."""
+    values = torch.randn(5, cols, generator=torch.Generator().manual_seed(3)) * torch.tensor(
+        [[1e-4], [1], [0], [30], [1]]
+    )
+    values[4, :256] = torch.arange(256) - 127.0
+    values[4, 256:] = (torch.arange(256) - 127.0) / 2
+    return values
+
+
+def as_q8_0(block: Any) -> Any:
+    scale = np.float32(np.abs(block).max()) / np.float32(127)
+    factor = np.float32(1) / scale if scale else np.float32(0)
+    scaled = block * factor
+    codes = [np.sign(v) * np.floor(np.float64(abs(v)) + 0.5) for v in scaled]
+    return np.array([np.float32(code) * np.float32(np.float16(scale)) for code in codes])
+
+
+def as_q8_k(block: Any) -> Any:
+    largest = block[int(np.abs(block).argmax())]
+    if largest == 0:
+        return np.zeros_like(block)
+    factor = np.float32(-127) / largest
+    codes = [min(127.0, float(np.rint(v * factor))) for v in block]
+    return np.array([np.float32(1) / factor * np.float32(code) for code in codes], np.float32)
+
+
+@pytest.mark.parametrize(("scheme", "size", "plain"), [("gguf-Q5_0", 32, as_q8_0), ("gguf-Q4_K", 256, as_q8_k)])
+def test_inputs_are_rounded_in_blocks_of_8_bits(scheme: str, size: int, plain: Any) -> None:
+    values = inputs()
+    rounding = parse_scheme(scheme).inputs(512)
+    assert rounding is not None and rounding.size == size
+    expected = np.stack([plain(block) for block in values.numpy().reshape(-1, size)]).reshape(values.shape)
+    np.testing.assert_array_equal(round_inputs(values, rounding).numpy(), expected)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("scheme", "name", "size", "room"), [("gguf-Q8_0", "q8_0", 32, 34), ("gguf-Q6_K", "q8_K", 256, 292)]
+)
+def test_inputs_are_rounded_to_the_bit_as_by_ggml_itself(scheme: str, name: str, size: int, room: int) -> None:
+    values = inputs().numpy()
+    rounding = parse_scheme(scheme).inputs(values.shape[1])
+    assert rounding is not None
+    library = ctypes.CDLL(str(gguf_types.ggml().path))
+    blocks, back = np.zeros(values.size // size * room, np.uint8), np.empty_like(values)
+    for function, *arrays in (
+        (f"quantize_row_{name}_ref", values, blocks),
+        (f"dequantize_row_{name}", blocks, back),
+    ):
+        pointers = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+        getattr(library, function)(*pointers, ctypes.c_int64(values.size))
+    np.testing.assert_array_equal(round_inputs(torch.from_numpy(values), rounding).numpy(), back)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cols", "size"), [("gguf-Q4_K", 512, 256), ("gguf-Q4_K", 576, 32), ("gguf-IQ4_NL", 512, 32)]
+)
+def test_what_is_read_has_blocks_of_the_type_that_is_held(scheme: str, cols: int, size: int) -> None:
+    rounding = parse_scheme(scheme).inputs(cols)
+    assert rounding is not None and rounding.size == size
+    assert parse_scheme("gguf-Q4_K").inputs(40) is None
+
+
+class Halves:
+    """In the place of llama.cpp's quantizer: weights as halves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.quantized = 0
+        monkeypatch.setattr(gguf_types, "quantized", self._quantized)
+        monkeypatch.setattr(gguf_types, "dequantized", lambda blocks, kind, cols: blocks.view(np.float16).astype("f4"))
+
+    def _quantized(self, values: Any, kind: Any, importance: Any) -> Any:
+        self.quantized += 1
+        return values.astype(np.float16).view(np.uint8)
+
+
+def test_a_component_under_a_type_reads_rounded_inputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Halves(monkeypatch)
+    folder = write_model(tmp_path / "model", llama_config(hidden_size=64, num_attention_heads=2))
+    weights = replica(folder)._weights
+    name = "model.layers.0.mlp.up_proj"
+    scheme, values = parse_scheme("gguf-Q8_0"), torch.randn(3, 64)
+    with torch.no_grad():
+        found = weights.made(name, scheme)(values)
+    rounding = scheme.inputs(64)
+    assert rounding is not None
+    held = weights.original(name).half().float()
+    torch.testing.assert_close(found, torch.nn.functional.linear(round_inputs(values, rounding), held))
+    assert not torch.equal(round_inputs(values, rounding), values)
+
+
+def test_a_matrix_is_quantized_once_as_long_as_its_calibration_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, compressor = Halves(monkeypatch), Compressor()
+    scheme, weight = parse_scheme("gguf-Q4_0"), torch.randn(4, 64)
+    statistics = InputStatistics("text", {"up": np.ones(64, np.float32)})
+    compressor.calibrate("text", statistics, torch.device("cpu"))
+    first = compressor.compress("up", weight, scheme)
+    first.zero_()  # what is made is the caller's own
+    torch.testing.assert_close(compressor.compress("up", weight, scheme), weight.half().float())
+    assert library.quantized == 1
+    compressor.calibrate("another", statistics, torch.device("cpu"))
+    compressor.compress("up", weight, scheme)
+    assert library.quantized == 2
+
+
+def test_quantized_matrices_beyond_what_is_kept_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, compressor = Halves(monkeypatch), Compressor()
+    monkeypatch.setattr(compressor_module, "_KEPT_BYTES", 3 * 4 * 64 * 2)
+    scheme, weight = parse_scheme("gguf-Q8_0"), torch.randn(4, 64)
+    for name in ("a", "b", "c", "a", "d", "a"):
+        compressor.compress(name, weight, scheme)
+    assert library.quantized == 4  # b went for d
+    compressor.compress("b", weight, scheme)
+    assert library.quantized == 5
+
+
+def test_a_value_of_another_build_of_the_library_is_another_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def request_id(build: str) -> str:
+        monkeypatch.setattr(gguf_types, "ggml", lambda: SimpleNamespace(build=build))
+        plan = Plan.of({"model.layers.0.mlp.up_proj": "gguf-Q8_0"})
+        return EvalRequest(plan, "reference", (0, 4)).id
+
+    assert request_id("ggml 0.25.1 0ad4a86") == request_id("ggml 0.25.1 0ad4a86") != request_id("ggml 0.26.0 1234567")
+
+
+@needs_library
+def test_the_library_says_which_build_it_is() -> None:
+    assert gguf_types.build().startswith("ggml ") and len(gguf_types.build()) > len("ggml ")
 
 
 def llama(layers: int = 32, queries: int = 512, values: int = 128) -> list[Component]:

@@ -60,7 +60,7 @@ class EngineRules:
         """The smallest scheme of no fewer bits that it takes for such a matrix, of the same kind if there is one: its
         name; None where it takes none."""
         own = scheme.stored_bits(shape, dense_bits)
-        rounds = scheme.rounds_activations
+        rounds = scheme.rounds_activations and scheme.weights is not None
         named = [name for names in SERVED.values() for name in names] if scheme.weights is not None else _INTEGERS
         for candidates in (named, _INTEGERS):
             found = [parse_scheme(name) for name in candidates]

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.core.identity import file_digest
+from dtmsearch.core.number_formats import Rounding
 from dtmsearch.errors import LibraryMissing, UserError
 
 PREFIX = "gguf-"
@@ -30,6 +32,9 @@ _LIBRARY = "libggml-base"
 _ENDINGS = (".so", ".dylib", ".dll")
 # Matrices of fewer weights are quantized by one thread.
 _PART_WEIGHTS = 1 << 18
+# Of a digest that stands for a build, and what a build says that knows none.
+_DIGITS = 16
+_NOT_KNOWN = ("", "unknown")
 _MOST_THREADS = 8
 
 
@@ -83,6 +88,10 @@ _LINES = (
 # Which no importance matrix changes.
 _WITHOUT_IMPORTANCE = ("Q8_0",)
 F16_BITS = 16
+# What llama.cpp's products with a type read: blocks of 8-bit integers, by `vec_dot_type` of ggml-cpu.c. (Q8_1, which
+# Q4_1 and Q5_1 have, is Q8_0 and a sum for each block.)
+_Q8_0 = Rounding("int8", "group", 32, "float16")
+_Q8_K = Rounding("int8", "group", 256, "signed")
 
 
 def names_of(weighted: bool) -> tuple[str, ...]:
@@ -111,6 +120,12 @@ def held_type(scheme: str, cols: int) -> GgufType | None:
     return other if other is not None and cols % other.block == 0 else None
 
 
+def inputs_of(scheme: str, cols: int) -> Rounding | None:
+    """How llama.cpp rounds what a matrix of `cols` inputs reads under a scheme; None where it is held in F16."""
+    kind = held_type(scheme, cols)
+    return None if kind is None else _Q8_K if kind.block == _Q8_K.size else _Q8_0
+
+
 def stored_bits(scheme: str, shape: tuple[int, int]) -> int:
     """Bits that a matrix of `shape` takes in a GGUF file under a scheme."""
     rows, cols = shape
@@ -118,20 +133,34 @@ def stored_bits(scheme: str, shape: tuple[int, int]) -> int:
     return rows * cols * F16_BITS if kind is None else 8 * rows * (cols // kind.block) * kind.block_bytes
 
 
-def made(weight: Any, scheme: str, mean_squares: Callable[[], Any] | None) -> Any:
-    """The weights that llama.cpp holds of `weight`, a tensor [rows, cols], quantized in 32 bits with the importance of
-    each input, `mean_squares` [cols]; of the same shape, in 32 bits. Where no token has reached the inputs, all count
-    alike, as in llama.cpp. Raises `UserError` where its library is not found, or is not the one that this is made for.
-    """
+def blocks_of(weight: Any, scheme: str, mean_squares: Callable[[], Any] | None) -> NDArray[np.uint8] | None:
+    """The blocks [rows, bytes of a row] in which llama.cpp holds `weight`, a tensor [rows, cols], quantized in 32 bits
+    with the importance of each input, `mean_squares` [cols]; None for F16. Where no token has reached the inputs, all
+    count alike, as in llama.cpp. Raises `UserError` where its library is not found, or is not the one that this is made
+    for."""
     kind = held_type(scheme, weight.shape[1])
     if kind is None:
-        return weight.half().to(weight.dtype)
+        return None
     values: NDArray[np.float32] = np.ascontiguousarray(weight.detach().float().cpu().numpy())
     importance: NDArray[np.float32] | None = None
     if mean_squares is not None:
         squares = np.ascontiguousarray(mean_squares().float().cpu().numpy(), np.float32)
         importance = squares if (squares > 0.0).any() else np.ones_like(squares)
-    return weight.new_tensor(round_trip(values, kind, importance), dtype=None).to(weight.dtype)
+    return quantized(values, kind, importance)
+
+
+def weights_of(blocks: NDArray[np.uint8] | None, scheme: str, like: Any) -> Any:
+    """The weights that `blocks_of` stand for, as a tensor of the shape, dtype and device of `like`, of which they were
+    made."""
+    kind = held_type(scheme, like.shape[1])
+    if blocks is None or kind is None:
+        return like.half().to(like.dtype)
+    return like.new_tensor(dequantized(blocks, kind, like.shape[1]), dtype=None).to(like.dtype)
+
+
+def made(weight: Any, scheme: str, mean_squares: Callable[[], Any] | None) -> Any:
+    """The weights that llama.cpp holds of `weight` (see `blocks_of`), of the same shape and dtype."""
+    return weights_of(blocks_of(weight, scheme, mean_squares), scheme, weight)
 
 
 def round_trip(
@@ -164,6 +193,15 @@ def dequantized(blocks: NDArray[np.uint8], kind: GgufType, cols: int) -> NDArray
     return found
 
 
+def build() -> str:
+    """Which build of llama.cpp's quantizer is found here: its release and commit or, where it does not tell them, the
+    digest of its file. Empty where there is none."""
+    try:
+        return ggml().build
+    except UserError:
+        return ""
+
+
 class _Traits(ctypes.Structure):
     """The head of ggml_type_traits."""
 
@@ -175,6 +213,16 @@ class _Traits(ctypes.Structure):
         ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.c_void_p),
     )
+
+
+def _told(library: ctypes.CDLL, function: str) -> str:
+    """What a function without arguments says of the library; empty where there is none, or it does not know."""
+    if not hasattr(library, function):
+        return ""
+    asked = getattr(library, function)
+    asked.restype = ctypes.c_char_p
+    said = bytes(asked() or b"").decode(errors="replace")
+    return "" if said in _NOT_KNOWN else said
 
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
@@ -201,6 +249,8 @@ class Ggml:
         self._traits.argtypes, self._traits.restype = [ctypes.c_int], ctypes.POINTER(_Traits)
         for kind in TYPES.values():
             self._check(kind)
+        told = [_told(library, name) for name in ("ggml_version", "ggml_commit")]
+        self.build = f"ggml {' '.join(told)}" if all(told) else f"ggml {file_digest(path)[:_DIGITS]}"
 
     def _check(self, kind: GgufType) -> None:
         traits = self._traits(kind.number).contents

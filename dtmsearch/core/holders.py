@@ -78,6 +78,7 @@ def dense_obstacle(scheme: Scheme, shape: Shape) -> str | None:
     """Why a checkpoint of unquantized tensors cannot hold a scheme; None where it can."""
     if scheme.rounds_activations:
         holds = "bitsandbytes" if scheme.kind.as_module else "compressed-tensors"
+        holds = "gguf" if scheme.name.startswith(gguf_types.PREFIX) else holds
         return f"it rounds activations as well, which no weights can tell; `{holds}` holds it"
     return None
 

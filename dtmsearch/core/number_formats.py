@@ -9,8 +9,9 @@ from typing import Literal
 Number = Literal["int4", "int8", "e2m1", "e2m3", "e4m3"]
 Grain = Literal["tensor", "channel", "token", "group", "block"]
 # Of a scale as it is stored: a float of the width that scales have in a file, or 8 bits beside one float32 for the
-# tensor (`e4m3`), or a power of two (`e8m0`).
-ScaleNumber = Literal["float", "e4m3", "e8m0"]
+# tensor (`e4m3`), or a power of two (`e8m0`). llama.cpp's two kinds of blocks of 8-bit integers: codes by the scale in
+# 32 bits, which is kept in 16 (`float16`); or the value of largest size, with its sign, is -127 scales (`signed`).
+ScaleNumber = Literal["float", "e4m3", "e8m0", "float16", "signed"]
 
 WIDTHS: dict[Number, int] = {"int4": 4, "int8": 8, "e2m1": 4, "e2m3": 6, "e4m3": 8}
 # The largest value of a number format. OCP Microscaling Formats (MX) 1.0, sections 5.3.1 to 5.3.3; OCP 8-bit Floating

@@ -139,8 +139,9 @@ class Scheme:
 
     @property
     def version(self) -> int | str:
-        """Of the arithmetic of its family."""
-        return self.kind.version
+        """Of the arithmetic of its family, and the build of a library that it is computed by."""
+        build = self.kind.build()
+        return f"{self.kind.version}, {build}" if build else self.kind.version
 
     @property
     def scale_bits(self) -> int:
@@ -193,6 +194,10 @@ class Scheme:
     def needs_largest_inputs(self) -> bool:
         """Whether a scale of what the component reads is fixed beforehand, by the largest that it reads of a text."""
         return self.activations is not None and self.activations.static
+
+    def inputs(self, cols: int) -> Rounding | None:
+        """How what a matrix of `cols` inputs reads is rounded; None where it is not, or bitsandbytes does it."""
+        return self.activations or self.kind.inputs(self, cols)
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of `shape` cannot be under the scheme in any format, None where it can."""
@@ -258,7 +263,10 @@ class SchemeFamily:
     scheme, of the same shape and dtype, and a function of its arguments alone. `needs` says whether `make` asks for
     these mean squares. `examples` are names to show and to suggest.
 
-    `check_installed` raises `LibraryMissing` where this machine lacks a library that `make` computes by.
+    `check_installed` raises `LibraryMissing` where this machine lacks a library that `make` computes by, `build` names
+    the build of it that is found, which is then part of every version. `pack` and `unpack` are the two halves of a
+    `make` that takes long: what is small and kept (an array, or None), and the weights of it.
+    `inputs` (scheme, cols): how what a matrix of so many inputs reads is rounded, where that depends on their number.
     `as_module`: its schemes stand in a layer's place as a module of bitsandbytes, not as other weights.
     `rounds_by_number`: they say by `Scheme.weights` and `activations` what they do. `on_grid`: they are codes with
     scales of a tensor, a row or a group, and nothing else. `only_prunes`: they make weights zero, and change no other.
@@ -275,6 +283,10 @@ class SchemeFamily:
     needs: Literal["nothing", "mean_squares"] = "nothing"
     examples: tuple[str, ...] = ()
     check_installed: Callable[[], object] = lambda: None
+    build: Callable[[], str] = lambda: ""
+    pack: Callable[[Any, Scheme, Callable[[], Any]], Any] | None = None
+    unpack: Callable[[Any, Scheme, Any], Any] | None = None
+    inputs: Callable[[Scheme, int], Rounding | None] = lambda scheme, cols: None
     as_module: bool = False
     rounds_by_number: bool = False
     on_grid: bool = False
@@ -415,17 +427,28 @@ def _of_llama_cpp(weighted: bool) -> SchemeFamily:
         if name not in names:
             return None
         kind = gguf_types.type_of(name)
-        return Scheme(name, family, kind.bits, "group", kind.block)
+        return Scheme(name, family, kind.bits, "group", kind.block, rounds_activations=True)
+
+    def pack(weight: Any, scheme: Scheme, mean_squares: Callable[[], Any]) -> Any:
+        return gguf_types.blocks_of(weight, scheme.name, mean_squares if weighted else None)
+
+    def unpack(blocks: Any, scheme: Scheme, like: Any) -> Any:
+        return gguf_types.weights_of(blocks, scheme.name, like)
 
     def make(weight: Any, scheme: Scheme, mean_squares: Callable[[], Any]) -> Any:
-        return gguf_types.made(weight, scheme.name, mean_squares if weighted else None)
+        return unpack(pack(weight, scheme, mean_squares), scheme, weight)
 
     return SchemeFamily(
         family,
         parse,
+        version=2,
         stored_bits=lambda scheme, shape, dense_bits: gguf_types.stored_bits(scheme.name, shape),
         make=make,
         check_installed=gguf_types.ggml,
+        build=gguf_types.build,
+        pack=pack,
+        unpack=unpack,
+        inputs=lambda scheme, cols: gguf_types.inputs_of(scheme.name, cols),
         needs="mean_squares" if weighted else "nothing",
         examples=names,
         uniform_lines=lambda scheme, grains: gguf_types.lines_of(names),

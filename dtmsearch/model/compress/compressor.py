@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.pruning import Pruner
 from dtmsearch.model.compress.rounding import round_weight
 
-# Bytes of solved matrices that are kept at hand.
+# Bytes of solved matrices that are kept at hand, and of those that a family packs.
 _KEPT_BYTES = 2 << 30
 Fetch = Callable[[str, str], PackedMatrix | None]
 
@@ -41,6 +42,7 @@ class Compressor:
         self._largest: dict[str, Tensor] = {}
         self._solved: OrderedDict[tuple[str, str], PackedMatrix] = OrderedDict()
         self._fetch: Fetch | None = None
+        self._packed: OrderedDict[tuple[str, str], Any] = OrderedDict()
 
     def share_scales(self, largest: Callable[[str], Tensor]) -> None:
         """Take what gives the largest absolute weight among those that share the scale of a tensor with a component;
@@ -51,6 +53,7 @@ class Compressor:
         """Take the statistics of a calibration; what followed from another's is forgotten."""
         self._pruner = Pruner()
         self._solved.clear()
+        self._packed.clear()
         self._fetch = None
         self._calibrated = calibration_id
         squares = statistics.mean_squares
@@ -62,6 +65,7 @@ class Compressor:
         self._pruner = Pruner()
         self._largest.clear()
         self._solved.clear()
+        self._packed.clear()
         self._fetch = None
 
     def fetch_from(self, fetch: Fetch | None) -> None:
@@ -163,12 +167,30 @@ class Compressor:
         return round_weight(pruned, scheme, self._scale_dtype) if scheme.bits else pruned
 
     def _made(self, component: str, weight: Tensor, scheme: Scheme, make: Callable[..., object]) -> Tensor:
-        """What a plugin's family makes of a matrix."""
-        made = make(weight, scheme, lambda: self.mean_squares(component).to(weight.device))
+        """What a family of its own arithmetic makes of a matrix."""
+        if scheme.kind.pack is not None and scheme.kind.unpack is not None:
+            made = scheme.kind.unpack(self.packed(component, weight, scheme), scheme, weight)
+        else:
+            made = make(weight, scheme, lambda: self.mean_squares(component).to(weight.device))
         if not isinstance(made, Tensor) or made.shape != weight.shape:
             got = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise UserError(f"{scheme.name} made {got} of {component}, wanted a tensor of {list(weight.shape)}")
         return made.to(weight.dtype)
+
+    def packed(self, component: str, weight: Tensor, scheme: Scheme) -> Any:
+        """What a family keeps of a component's own weights, made once: what was asked for longest ago is let go where
+        there is too much."""
+        assert scheme.kind.pack is not None
+        key = component, scheme.name
+        if key in self._packed:
+            self._packed.move_to_end(key)
+            return self._packed[key]
+        found = scheme.kind.pack(weight, scheme, lambda: self.mean_squares(component).to(weight.device))
+        self._packed[key] = found
+        held = sum(_bytes_of(packed) for packed in self._packed.values())
+        while held > _KEPT_BYTES and len(self._packed) > 1:
+            held -= _bytes_of(self._packed.popitem(last=False)[1])
+        return found
 
     def _pruned(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         assert scheme.pruning is not None
@@ -184,3 +206,7 @@ class Compressor:
         if scheme.pruning.saliency == "sparsegpt":
             return Job(weight, quantizer, pruning=scheme.pruning)
         return Job(weight, quantizer, kept=self._pruned(component, weight, scheme) != 0)
+
+
+def _bytes_of(packed: Any) -> int:
+    return int(getattr(packed, "nbytes", 0))

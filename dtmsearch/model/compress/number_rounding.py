@@ -16,6 +16,7 @@ from dtmsearch.core.number_formats import LARGEST, Number, Rounding
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.rounding import stored_scales
+from dtmsearch.model.modules.matrices import is_matrix
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST_E4M3 = LARGEST["e4m3"]
@@ -101,6 +102,8 @@ def round_inputs(values: Tensor, rounding: Rounding, calibrated: Tensor | None =
         scale = scale.clamp_min_(torch.finfo(torch.float32).eps)
         return to_number(given / scale, rounding.number).mul_(scale).to(values.dtype)
     groups = given.unflatten(-1, (-1, rounding.size))
+    if rounding.scale in ("float16", "signed"):
+        return _as_ggml_rounds(groups, rounding).flatten(-2).to(values.dtype)
     tensor_scale = torch.ones((), device=values.device)
     if rounding.has_tensor_scale:
         assert calibrated is not None
@@ -111,6 +114,23 @@ def round_inputs(values: Tensor, rounding: Rounding, calibrated: Tensor | None =
     elif rounding.scale == "float":
         scale = scale.clamp_min_(torch.finfo(torch.float32).eps)
     return to_number(groups / scale, rounding.number).mul_(scale).flatten(-2).to(values.dtype)
+
+
+def _as_ggml_rounds(groups: Tensor, rounding: Rounding) -> Tensor:
+    """Blocks [..., size] of float32 as llama.cpp's products read them: `quantize_row_q8_0_ref` and
+    `quantize_row_q8_K_ref` of ggml-quants.c, to the bit. Vector code of its own rounds halves the other way, or has the
+    last bit of a factor otherwise."""
+    if rounding.scale == "float16":
+        scale = groups.abs().amax(dim=-1, keepdim=True).div_(LARGEST["int8"])
+        factor = torch.where(scale > 0, 1 / scale, 0.0)
+        scaled = groups * factor
+        whole = scaled.trunc()
+        away = (scaled - whole).abs() >= 0.5  # exact: halves go away from zero
+        return (whole + torch.copysign(away.float(), scaled)) * scale.half().float()
+    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
+    factor = torch.where(largest != 0, -LARGEST["int8"] / largest, 0.0)
+    scale = torch.where(largest != 0, 1 / factor, 0.0)
+    return (groups * factor).round_().clamp_(max=LARGEST["int8"]) * scale
 
 
 def to_number(values: Tensor, number: Number) -> Tensor:
@@ -185,25 +205,23 @@ class RoundsInputs(nn.Module):
     FP8 and FP4 differ from it by the order of sums and by the rounding of outputs alone.
     """
 
-    def __init__(self, linear: nn.Linear, weight: Tensor, rounding: Rounding, calibrated: Tensor | None) -> None:
+    def __init__(self, linear: nn.Module, weight: Tensor, rounding: Rounding, calibrated: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
         self.rounding, self.calibrated = rounding, calibrated
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        return nn.functional.linear(round_inputs(values, self.rounding, self.calibrated), self.weight, self.bias)
+        rounded = round_inputs(values, self.rounding, self.calibrated)
+        return nn.functional.linear(rounded, self.weight, self.bias)  # type: ignore[arg-type]
 
 
-def rounding_module(
-    component: str, linear: nn.Module, weight: Tensor, scheme: Scheme, largest: Tensor | None
-) -> nn.Module:
-    """What stands in the place of `linear` under a scheme that rounds what it reads; `weight` is rounded already.
-    Raises `UserError` for a component that is no linear layer."""
-    if not isinstance(linear, nn.Linear):
-        raise UserError(f"{scheme.name} needs a linear layer; {component} is {type(linear).__name__}")
-    assert scheme.activations is not None
-    calibrated = None if largest is None else calibrated_scale(largest, scheme.activations)
-    return RoundsInputs(linear, weight, scheme.activations, calibrated).eval()
+def inputs_rounding(component: str, module: nn.Module, scheme: Scheme, cols: int) -> Rounding | None:
+    """How what a component of `cols` inputs reads is rounded under a scheme; None where it stays as it is, as under
+    llama.cpp's types in what is no layer of its own: stacks of experts, embeddings. Raises `UserError` where `module`,
+    the component's own, is no linear layer and the scheme needs one."""
+    if scheme.activations is not None and not isinstance(module, nn.Linear):
+        raise UserError(f"{scheme.name} needs a linear layer; {component} is {type(module).__name__}")
+    return scheme.inputs(cols) if is_matrix(module) else None

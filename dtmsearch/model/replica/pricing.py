@@ -26,7 +26,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import FloatArray, PriceKind, PriceRequest
-from dtmsearch.core.schemes import Scheme, parse_scheme
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import AnyCalibrator
 from dtmsearch.model.calibration.expert_inputs import ExpertProducts
@@ -143,11 +143,12 @@ class Pricer:
         """What schemes make of a component, beside what stands there."""
         parsed = [parse_scheme(scheme) for scheme in schemes]
         own, now = self._weights.original(component), self._weights.dense_standing(component)
-        runs = [at for at, scheme in enumerate(parsed) if now is None or _runs(scheme)]
+        changes_more = [self._weights.rounds_inputs(component, scheme, own.shape[-1]) for scheme in parsed]
+        runs = [at for at in range(len(parsed)) if now is None or changes_more[at]]
         rounds = [at for at in range(len(parsed)) if at not in runs]
         modules = [
             self._weights.made(component, parsed[at])
-            if _runs(parsed[at])
+            if changes_more[at]
             else _Linear(self._calibrator.applied(component, own, parsed[at]), self._weights.module(component))
             for at in runs
         ]
@@ -163,11 +164,6 @@ class Pricer:
             else:
                 row.copy_((changed.to(torch.promote_types(dtype, torch.float32)) - now).reshape(-1))
         return Change(rounds, changes, runs, modules)
-
-
-def _runs(scheme: Scheme) -> bool:
-    """Whether a scheme changes more than weights, so that it has to be run."""
-    return scheme.rounds_activations
 
 
 class _Linear(nn.Module):

@@ -22,7 +22,7 @@ from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
-from dtmsearch.model.compress.number_rounding import largest_of, rounding_module
+from dtmsearch.model.compress.number_rounding import RoundsInputs, calibrated_scale, inputs_rounding, largest_of
 from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
@@ -198,10 +198,21 @@ class Weights:
             return _Installed(compressed_module(dense, weight, scheme), None)
         matrix = weight if weight.ndim == 2 else weight.unsqueeze(0)
         made = self.compressor.compress(component, matrix, scheme).reshape(weight.shape)
-        if scheme.activations is None:
+        rounding = inputs_rounding(component, dense, scheme, matrix.shape[1])
+        if rounding is None:
             return _Installed(dense, made)
-        largest = self.compressor.largest_input(component).to(made.device) if scheme.needs_largest_inputs else None
-        return _Installed(rounding_module(component, dense, made, scheme, largest), None)
+        scale = None
+        if rounding.static:
+            scale = calibrated_scale(self.compressor.largest_input(component).to(made.device), rounding)
+        return _Installed(RoundsInputs(dense, made, rounding, scale).eval(), None)
+
+    def rounds_inputs(self, component: str, scheme: Scheme, cols: int) -> bool:
+        """Whether what a component of `cols` inputs reads is rounded under a scheme, so that it changes more than
+        weights."""
+        dense = self._dense_modules.get(component, self._places.get(component))
+        if scheme.kind.as_module:
+            return scheme.rounds_activations
+        return inputs_rounding(component, dense, scheme, cols) is not None
 
     def _original(self, component: str, now: _Installed) -> Tensor:
         """The component's own weights, on its device."""
