@@ -127,6 +127,9 @@ def loader(config: Any) -> Any:
 def load_model(folder: Path, spec: ModelSpec, placed: torch.device | Mapping[str, int] | str) -> nn.Module:
     """The model in evaluation mode: on a device, or spread over GPUs as `placed` says, by accelerate."""
     transformers_logging.disable_progress_bar()
+    # cuDNN's attention of one token to many before it gives other bits every time (torch 2.11, H200): what a model
+    # says would change from one reference to the next. That of torch's own kernels does not, and is no slower.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if spec.trust_remote_code:
         log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
     with _explained("model", folder):
