@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from dtmsearch.workflows.in_process import Measurement, apply, measure
     from dtmsearch.workflows.profile import profile
     from dtmsearch.workflows.score import score
+    from dtmsearch.workflows.serve_check import serve_check
     from dtmsearch.workflows.submit import submit
     from dtmsearch.workflows.sweep import sweep
 
@@ -135,6 +136,7 @@ __all__ = [
     "run",
     "score",
     "search_file",
+    "serve_check",
     "status",
     "stop",
     "submit",
@@ -207,6 +209,7 @@ _LAZY = {
     "run": ("dtmsearch.workflows.api", "run"),
     "score": ("dtmsearch.workflows.score", "score"),
     "search_file": ("dtmsearch.workflows.api", "search_file"),
+    "serve_check": ("dtmsearch.workflows.serve_check", "serve_check"),
     "status": ("dtmsearch.workflows.api", "status"),
     "stop": ("dtmsearch.workflows.api", "stop"),
     "submit": ("dtmsearch.workflows.submit", "submit"),

@@ -31,6 +31,7 @@ def test_vllm_takes_it_on_gpus(scheme: str) -> None:
         ("vllm", "mxfp6", "vLLM 0.32 has no kernel for it on NVIDIA GPUs"),
         ("vllm-cpu", "int8-channel", "its kernel for CPUs reads 4 bits"),
         ("vllm-cpu", "nvfp4", "vLLM 0.32 has no kernel for it on CPUs"),
+        ("vllm-cpu", "fp8-channel", "by its reference implementation (matmul,ref:any): tens of seconds"),
         ("sglang", "int4-g128-asym", "without zero points"),
         ("tensorrt-llm", "fp8-channel", "hf_quant_config.json"),
         ("llama.cpp", "int4-g32", "gguf-recipe"),

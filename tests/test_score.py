@@ -12,7 +12,8 @@ from tiny import write_model
 
 from dtmsearch.errors import UserError
 from dtmsearch.workflows import score as score_module
-from dtmsearch.workflows.score import Asked, TaskScore, _compared, answer_of, base_model_of, score
+from dtmsearch.workflows.described_folder import base_model_of
+from dtmsearch.workflows.score import Asked, TaskScore, _compared, answer_of, score
 
 # The harness and what it loads warn of much that is not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,18 +1,20 @@
-"""The verb `compare`: two models, whatever holds them."""
+"""The verbs `compare` and `serve-check`: two models, whatever holds them; a folder in the engine that serves it."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dtmsearch.cli.driving import observing
-from dtmsearch.cli.options import NewPath, examples, format_option
+from dtmsearch.cli.options import NewPath, check_store, examples, format_option, store_option
 from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import say, show
-from dtmsearch.errors import STOPPED
+from dtmsearch.errors import FAILED, STOPPED
 
 
 @cli.command(
@@ -119,3 +121,99 @@ def compare_verb(
     show(found, form, comparison_text, comparison_values)
     if out is not None:
         say(f"the page is {out}")
+
+
+@cli.command(
+    "serve-check",
+    epilog=examples(
+        "dtmsearch serve-check my-model-int4 --engine vllm --python ~/vllm-env/bin/python",
+        "dtmsearch serve-check my-model-int4 --text validation.txt --count 32",
+        "dtmsearch serve-check my-model-fp8 --dtype bfloat16 --engine-args '--gpu-memory-utilization 0.5'",
+    ),
+)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--engine", type=click.Choice(("vllm", "sglang")), default="vllm", show_default=True, help="What serves it."
+)
+@click.option(
+    "--python",
+    metavar="PATH",
+    help="Python of the environment that has the engine, if not this one.",
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="FILE",
+    help="Measure both models by transformers on windows of this text, in the place of what is recorded; repeatable.",
+)
+@click.option("--base", help="The base model, if not the one that the folder's README names.")
+@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Prompts at most.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Of --text.")
+@click.option("--continuation-tokens", type=click.IntRange(min=1), default=100, show_default=True, help="Of --text.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Draws the windows of --text.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("auto", "bfloat16", "float16", "float32")),
+    default="auto",
+    show_default=True,
+    help="What the engine computes in; auto: the folder's dtype, bfloat16 where that has 32 bits.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the engine, if not one that is free.")
+@click.option(
+    "--engine-args", metavar="TEXT", help="Options of the engine's own, in the place of the usual (--enforce-eager)."
+)
+@click.option(
+    "--start-timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, help="Seconds until it answers."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=300.0, show_default=True, help="Seconds for one answer."
+)
+@click.option("--threads", type=click.IntRange(1, 256), default=4, show_default=True, help="Questions at a time.")
+@click.option("--examples", type=click.IntRange(min=0), default=4, show_default=True, help="Prompts to write out.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@store_option
+@format_option("table", "json")
+def serve_check_verb(
+    folder: Path,
+    texts: tuple[str, ...],
+    base: str | None,
+    python: str | None,
+    port: int | None,
+    engine_args: str | None,
+    start_timeout: float,
+    timeout: float,
+    quiet: bool,
+    store: str,
+    form: str,
+    **settings: Any,
+) -> int:
+    """Start an engine on the exported folder DIR, and see whether it serves what was measured.
+
+    Its greedy continuations of the recorded prompts, and its choice at each of their tokens, are held against what the
+    store has recorded of the plan, and against how far the same engine moves the base model. The engine is ended in
+    every case. Exits 1 unless the folder is served as measured.
+    """
+    from dtmsearch.config.texts import documents_of
+    from dtmsearch.console.comparison_text import serve_check_text, serve_check_values
+    from dtmsearch.workflows.interrupts import interruptible
+
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not texts:
+        check_store(store)
+    options = None if engine_args is None else tuple(shlex.split(engine_args))
+    documents = [document for path in texts for document in documents_of(Path(path))] if texts else None
+    try:
+        with interruptible(), observing(quiet) as observer:
+            observer.on_stage("starting")
+            from dtmsearch.workflows.engine_process import EngineSettings
+            from dtmsearch.workflows.serve_check import ServeSettings, serve_check_by  # which loads torch
+
+            start = EngineSettings(python or sys.executable, port or 0, start_timeout, options)
+            asked = ServeSettings(start=start, timeout_seconds=timeout, **settings)
+            found = serve_check_by(folder, store, documents, base, asked, observer.on_stage)
+    except KeyboardInterrupt:
+        say("stopped; the engine was ended")
+        raise click.exceptions.Exit(STOPPED) from None
+    show(found, form, serve_check_text, serve_check_values)
+    return 0 if found.outcome == "served as measured" else FAILED

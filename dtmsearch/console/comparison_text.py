@@ -6,7 +6,9 @@ from typing import Any
 
 from dtmsearch.analysis.format import plain
 from dtmsearch.analysis.model_comparison import ModelComparison, value_text
+from dtmsearch.analysis.serve_comparison import TITLES, ServeComparison
 from dtmsearch.console.terminal_tables import table
+from dtmsearch.core.statistics import PairedDifference
 
 # Metric -> what it is called and says.
 _ROWS = {
@@ -82,3 +84,39 @@ def comparison_values(found: ModelComparison) -> dict[str, Any]:
     kl = found.values.get("kl")
     values["kl_is"] = None if kl is None else "lower bound" if kl.at_least else "exact"
     return {"verdict": found.verdict, **values}
+
+
+def serve_check_text(found: ServeComparison) -> str:
+    """The verdict, values beside the recorded ones, and the prompts that differ most."""
+    rows = [
+        [
+            TITLES[name],
+            value.recorded,
+            value.served.mean,
+            _span(value.difference),
+            value.floor,
+        ]
+        for name, value in found.values.items()
+    ]
+    parts = [
+        found.verdict,
+        table(["tokens", "recorded", "served", "difference [95%]", "base moves by"], rows),
+        f"{found.folder} and {found.base} in {found.dtype}; {found.expected}; {found.seconds:.0f} s",
+    ]
+    if found.examples:
+        shown = [[str(e.prompt), str(e.recorded), str(e.served), e.base_text, e.served_text] for e in found.examples]
+        parts.append(table(["prompt", "recorded", "served", "BASE goes on", "served"], shown))
+    parts += [f"note: {note}" for note in found.notes]
+    return "\n\n".join(parts)
+
+
+def _span(difference: PairedDifference) -> str:
+    if not difference.is_known:
+        return f"{difference.mean:+.2f}"
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def serve_check_values(found: ServeComparison) -> dict[str, Any]:
+    """Everything, for programs."""
+    values: dict[str, Any] = plain(found)
+    return {"outcome": found.outcome, "verdict": found.verdict, **values}

@@ -30,7 +30,8 @@ class EngineRules:
     `served` are the schemes of FP8, NVFP4, MX and rounded activations that it takes; `integers` says why weight-only
     integers cannot be, None where they can. `where_served` are devices that some of the former need. `fuses`: it runs
     q, k, v and gate, up as one matrix each, of one scheme. `mixes`: layers may be in several formats. `instead` is what
-    else it reads, where it takes no folder of compressed-tensors at all."""
+    else it reads, where it takes no folder of compressed-tensors at all. `slow`: schemes that it runs as nobody would
+    serve them, and why."""
 
     name: str
     says: str
@@ -41,6 +42,7 @@ class EngineRules:
     fuses: bool = True
     mixes: bool = True
     instead: str = ""
+    slow: Mapping[str, str] | None = None
 
     def obstacle(self, scheme: Scheme, shape: Shape) -> str | None:
         """Why the engine does not take a matrix [rows, cols] under a scheme that the format has; None where it does."""
@@ -50,6 +52,8 @@ class EngineRules:
             return None
         if scheme.weights is None:
             return self.integers(scheme, shape)
+        if (slow := (self.slow or {}).get(scheme.name)) is not None:
+            return slow
         if scheme.name not in self.served and not (_is_w4a8(scheme) and "w4a8-g128" in self.served):
             return f"{self.says} has no kernel for it {self.where}"
         if scheme.weights.grain == "block" and shape[0] % scheme.weights.size and self.fuses:
@@ -117,6 +121,11 @@ def _sglang_integers(scheme: Scheme, shape: Shape) -> str | None:
     return None
 
 
+# Measured: 60 ns a multiplication on one core; its batches are padded to 17 tokens.
+_FP8_ON_CPUS = (
+    "vLLM 0.32 multiplies it on CPUs by torch._scaled_mm, which oneDNN carries out by its reference implementation "
+    "(matmul,ref:any): tens of seconds a token of a model of 21 million weights"
+)
 _FP8_NEEDS = "compute capability 8.9; older GPUs round weights alone"
 ENGINES: Mapping[str, EngineRules] = {
     rules.name: rules
@@ -145,6 +154,7 @@ ENGINES: Mapping[str, EngineRules] = {
             *("vllm-cpu", "vLLM 0.32", "on CPUs"),
             served=_all("w8a8-channel"),
             integers=_vllm_cpu_integers,
+            slow=dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-block128"), _FP8_ON_CPUS),
         ),
         EngineRules(
             *("sglang", "SGLang", "on NVIDIA GPUs"),

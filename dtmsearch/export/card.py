@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dtmsearch.core.plan import Plan, PlanSize
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card tells. `files`: name -> bytes. `measured` has a line for each metric or says why there is none."""
+    """What a card tells. `files`: name -> bytes. `measured` has a line for each metric or says why there is none;
+    `recorded` names what it was measured against, for programs: run, reference, weights."""
 
     base_model: str
     format_name: str
@@ -23,6 +25,7 @@ class Card:
     notes: Sequence[str]
     command: str
     version: str
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
 
 def card_text(card: Card) -> str:
@@ -36,6 +39,7 @@ def card_text(card: Card) -> str:
         f"base_model: {card.base_model}",
         "library_name: transformers",
         "tags: [dtmsearch, compressed]",
+        *_front(card),
         "---",
         "",
         f"# {card.base_model.rstrip('/').rpartition('/')[2]}, compressed",
@@ -71,3 +75,9 @@ def card_text(card: Card) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _front(card: Card) -> list[str]:
+    """What a program finds the plan's measurement by."""
+    lines = [f"  {name}: {json.dumps(value)}" for name, value in {"plan": card.plan.id, **card.recorded}.items()]
+    return ["dtmsearch:", *lines]

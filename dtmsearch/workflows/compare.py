@@ -88,7 +88,7 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class _Base:
+class BaseSide:
     """BASE's side of the comparison: the reference, and what is known of its distributions: all (`outputs`), of the
     likeliest tokens, or nothing. `text_nll` [num_prompts, text positions]."""
 
@@ -100,7 +100,7 @@ class _Base:
 
 
 @dataclass(frozen=True)
-class _Other:
+class OtherSide:
     """OTHER's: what it makes of BASE's positions, and how it goes on itself from some prompts (tokens, margins)."""
 
     found: Positions
@@ -253,10 +253,10 @@ def _checked_servers(sides: Sequence[_Side], tokenizer: Any, prompts: PromptToke
 
 def _measured(
     base: _Side, other: _Side, prompts: PromptTokens, tokenizer: Any, settings: CompareSettings, on_stage: OnStage
-) -> tuple[_Base, _Other]:
+) -> tuple[BaseSide, OtherSide]:
     replicas = ReplicaSettings(batch_tokens=settings.batch_tokens)
     if base.spec is not None:
-        one, suppressed = _local_base(base.spec, prompts, replicas, on_stage)
+        one, suppressed = local_base(base.spec, prompts, replicas, on_stage)
         mode = one.reference.mode
     if other.spec is not None:
         on_stage("OTHER: loading", other.name)
@@ -264,17 +264,18 @@ def _measured(
         if base.spec is None:
             mode, rules = replica.conditions()
             one = _served_base(base.at, prompts, rules.suppressed, mode, settings, on_stage)
-        return one, _local_other(replica, one, on_stage)
+        return one, local_other(replica, one, on_stage)
     if base.spec is None:
         folder = Path(settings.tokenizer or base.at.root or other.at.root)
         mode = NumericMode("unknown", "server", "unknown")
-        one = _served_base(base.at, prompts, _end_tokens(folder, tokenizer), mode, settings, on_stage)
-    return one, _served_other(other.at, one, tokenizer, settings, on_stage)
+        one = _served_base(base.at, prompts, end_tokens(folder, tokenizer), mode, settings, on_stage)
+    return one, served_other(other.at, one, tokenizer, settings, on_stage)
 
 
-def _local_base(
+def local_base(
     spec: ModelSpec, prompts: PromptTokens, settings: ReplicaSettings, on_stage: OnStage
-) -> tuple[_Base, tuple[int, ...]]:
+) -> tuple[BaseSide, tuple[int, ...]]:
+    """BASE on this machine: its reference and outputs, and the tokens that are never chosen. Its layers are let go."""
     on_stage("BASE: loading", spec.path)
     replica = ComparedReplica(spec, settings)
     on_stage("BASE: greedy continuations", counted(len(prompts.tokens), "prompt"))
@@ -284,14 +285,15 @@ def _local_base(
     text_nll = replica.positions(reference, ("ppl",))["text"].nll
     outputs = replica.outputs(reference)
     replica.drop_layers()
-    return _Base(reference, _way(replica), outputs, text_nll=text_nll), reference.suppressed
+    return BaseSide(reference, _way(replica), outputs, text_nll=text_nll), reference.suppressed
 
 
 def _way(replica: ComparedReplica) -> str:
     return f"{replica.mode.dtype} on {replica.mode.device.upper()}, {replica.way}"
 
 
-def _local_other(replica: ComparedReplica, one: _Base, on_stage: OnStage) -> _Other:
+def local_other(replica: ComparedReplica, one: BaseSide, on_stage: OnStage) -> OtherSide:
+    """What a model on this machine makes of BASE's positions. Raises `UserError` for logits that are not finite."""
     on_stage("OTHER: measuring", counted(one.reference.num_prompts, "prompt"))
     reference = one.reference
     replica.use_from(reference, one.outputs)
@@ -314,7 +316,7 @@ def _local_other(replica: ComparedReplica, one: _Base, on_stage: OnStage) -> _Ot
         return list(tokens), list(margins)
 
     notes = (_CUT.format(side="BASE", top=one.likeliest.ids.shape[-1]),) if one.likeliest is not None else ()
-    return _Other(found, _way(replica), go_on, notes)
+    return OtherSide(found, _way(replica), go_on, notes)
 
 
 _CUT = (
@@ -343,7 +345,7 @@ def _served_base(
     mode: NumericMode,
     settings: CompareSettings,
     on_stage: OnStage,
-) -> _Base:
+) -> BaseSide:
     served = served_model.without_bias(served, suppressed)
     stage = "BASE: greedy continuations by its server"
     starts, length = prompts.tokens[:, : prompts.prompt_tokens], prompts.continuation_tokens
@@ -372,11 +374,11 @@ def _served_base(
     if served.tells == "text":
         again = generate("BASE: the same once more, for its own noise")
         first = (again != continuation) & (np.cumsum(again != continuation, axis=1) == 1)
-        return _Base(_agreeing(reference, ~first), _told(served))
+        return BaseSide(_agreeing(reference, ~first), _told(served))
     told = _likeliest(served, greedy(reference, slice(None)), prompts.prompt_tokens, settings, on_stage, "BASE")
     agrees = told.best(suppressed) == continuation
     text_nll = _text_nll(served, prompts.tokens, settings, on_stage, "BASE")
-    return _Base(_agreeing(reference, agrees), _told(served), likeliest=told, text_nll=text_nll)
+    return BaseSide(_agreeing(reference, agrees), _told(served), likeliest=told, text_nll=text_nll)
 
 
 def _agreeing(reference: Reference, agrees: Any) -> Reference:
@@ -401,7 +403,15 @@ def _text_nll(served: Served, rows: IntArray, settings: CompareSettings, on_stag
     return served_model.nats_of(served_model.likeliest(served, rows, 1, settings.threads, told), rows[:, 1:])
 
 
-def _served_other(served: Served, one: _Base, tokenizer: Any, settings: CompareSettings, on_stage: OnStage) -> _Other:
+def served_other(
+    served: Served,
+    one: BaseSide,
+    tokenizer: Any,
+    settings: CompareSettings,
+    on_stage: OnStage,
+    human_text: bool = True,
+) -> OtherSide:
+    """What a server makes of BASE's positions, and of `human_text`, and how it goes on itself."""
     reference = one.reference
     served = served_model.without_bias(served, reference.suppressed)
     notes = [] if served.takes_bias else ["OTHER's server cannot be kept from end-of-text: it counts as a divergence"]
@@ -421,7 +431,7 @@ def _served_other(served: Served, one: _Base, tokenizer: Any, settings: CompareS
         first = np.array([_first_difference(*pair) for pair in zip(reference.continuation, written, strict=True)])
         diverged = np.arange(reference.continuation_tokens)[None] == first[:, None]
         notes.append("OTHER's server tells its text alone: FDT is all that can be said")
-        return _Other(Positions(diverged, first_only=True), _told(served), go_on_without_margins, tuple(notes))
+        return OtherSide(Positions(diverged, first_only=True), _told(served), go_on_without_margins, tuple(notes))
     rows, start = greedy(reference, slice(None)), reference.prompt_tokens
     told = _likeliest(served, rows, start, settings, on_stage, "OTHER")
     kl, covered = None, None
@@ -434,10 +444,10 @@ def _served_other(served: Served, one: _Base, tokenizer: Any, settings: CompareS
     if np.isnan(told.of(reference.continuation)).any():
         notes.append(_UNTOLD)
     nll = served_model.nats_of(told, reference.continuation)
-    text_nll = _text_nll(served, reference.text, settings, on_stage, "OTHER")
+    text_nll = _text_nll(served, reference.text, settings, on_stage, "OTHER") if human_text else None
     diverged = told.best(reference.suppressed) != reference.continuation
     found = Positions(diverged, nll, kl, covered, text_nll)
-    return _Other(found, _told(served), go_on_without_margins, tuple(notes))
+    return OtherSide(found, _told(served), go_on_without_margins, tuple(notes))
 
 
 def _tokens(written: served_model.Generated, tokenizer: Any, reference: Reference, row: int) -> IntArray:
@@ -478,7 +488,7 @@ def _first_difference(own: IntArray, other: IntArray) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def _end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """End-of-text tokens of a model that only servers have: the tokenizer's, and those of a configuration beside it."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
@@ -504,7 +514,7 @@ def _most_divergent(reference: Reference, found: Positions, most: int) -> list[i
     return [row for row in order if fdt[row] < reference.continuation_tokens][:most]
 
 
-def _texts(tokenizer: Any, one: _Base, two: _Other, rows: Sequence[int]) -> list[Continuation]:
+def _texts(tokenizer: Any, one: BaseSide, two: OtherSide, rows: Sequence[int]) -> list[Continuation]:
     reference = one.reference
     own = two.go_on(rows)
     base = reference.continuation[list(rows)]

@@ -89,8 +89,16 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             notes=[*_weights_notes(found), *_size_notes(result), *result.notes],
             command=shlex.join(parts),
             version=dtmsearch.__version__,
+            recorded=_recorded(found),
         )
     )
+
+
+def _recorded(found: Source) -> dict[str, str]:
+    if found.recorded is None:
+        return {}
+    named = {"run": found.recorded.run, "reference": found.recorded.reference.id, "weights": found.weights_id}
+    return {name: value for name, value in named.items() if value}
 
 
 def _repacked_lines(check: Check) -> list[str]:

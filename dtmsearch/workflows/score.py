@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from dtmsearch.core.components import read_model_config
 from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.core.user_files import is_folder
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.described_folder import base_model_of
 from dtmsearch.workflows.export import export
 from dtmsearch.workflows.export_source import find
 
@@ -118,16 +117,6 @@ def _exported(run: str, store: str, base: str | None, out: str, say: Callable[[s
     form = "dense" if not rounding else "bitsandbytes" if rounding[0].kind.as_module else "compressed-tensors"
     export(run, form, out, store, check=False, model=base, say=say)
     return out
-
-
-def base_model_of(folder: Path) -> str:
-    """The base model that a folder's README names. Raises `UserError` when it names none."""
-    card = folder / "README.md"
-    match = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
-    front = yaml.safe_load(match.group(1)) if match else None
-    if not isinstance(front, dict) or "base_model" not in front:
-        raise UserError(f"{folder} has no README.md that names its base model: say with --base what it is")
-    return str(front["base_model"])
 
 
 def _tasks(asked: Asked) -> Any:
