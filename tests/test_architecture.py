@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -96,9 +97,19 @@ MAY_LOAD: dict[str, set[str]] = {
 }
 
 
-def imported(path: Path) -> Iterator[str]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imported(path: Path) -> tuple[str, ...]:
     """Every module that a file imports, at its top or inside its functions, or names in a string to import it later."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -123,10 +134,10 @@ def ours(module: str) -> set[str]:
     return {name for name in names if name != module}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_folder_imports_only_folders_above_it_in_the_list(module: str) -> None:
-    allowed = {folder_of(module)} | MAY_IMPORT[folder_of(module)]
-    assert {name for name in ours(module) if folder_of(name) not in allowed} == set()
+def test_a_folder_imports_only_folders_above_it_in_the_list() -> None:
+    allowed = {folder: {folder} | others for folder, others in MAY_IMPORT.items()}
+    upward = {(module, name) for module in MODULES for name in ours(module)}
+    assert {(m, name) for m, name in upward if folder_of(name) not in allowed[folder_of(m)]} == set()
 
 
 def test_the_list_runs_one_way() -> None:
@@ -163,17 +174,19 @@ def test_few_things_at_the_top() -> None:
     assert len({folder_of(module) for module in MODULES if not module.startswith("__")} - {"errors", "logs"}) <= 14
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_folder_loads_only_its_own_libraries(module: str) -> None:
+def libraries(module: str) -> set[str]:
+    """What a module of the package imports that is neither ours nor Python's."""
     roots = {name.partition(".")[0] for name in imported(MODULES[module])}
-    foreign = roots - sys.stdlib_module_names - {"dtmsearch"} - MAY_LOAD[folder_of(module)]
-    assert foreign == set()
+    return roots - sys.stdlib_module_names - {"dtmsearch"}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_torch_and_ray_never_meet_in_one_file(module: str) -> None:
-    roots = {name.partition(".")[0] for name in imported(MODULES[module])}
-    assert not {"torch", "ray"} <= roots
+def test_a_folder_loads_only_its_own_libraries() -> None:
+    foreign = {module: libraries(module) - MAY_LOAD[folder_of(module)] for module in MODULES}
+    assert {module: names for module, names in foreign.items() if names} == {}
+
+
+def test_torch_and_ray_never_meet_in_one_file() -> None:
+    assert [module for module in MODULES if {"torch", "ray"} <= libraries(module)] == []
 
 
 def loaded_by(code: str) -> set[str]:
@@ -203,12 +216,14 @@ def test_the_driver_runs_without_torch_and_starts_without_ray() -> None:
 @pytest.mark.parametrize("library", ["bitsandbytes", "lm_eval", "datasets"])
 def test_what_is_slow_to_import_is_imported_where_it_is_used(library: str) -> None:
     """Not at the top of a module, with which it would delay every start."""
-    at_the_top = {
-        name: [ast.unparse(node) for node in ast.parse(path.read_text(encoding="utf-8")).body]
-        for name, path in MODULES.items()
-    }
     importing = (f"import {library}", f"from {library}")
-    assert [name for name, lines in at_the_top.items() if any(line.startswith(importing) for line in lines)] == []
+    assert [name for name in MODULES if any(line.startswith(importing) for line in imports_at_the_top(name))] == []
+
+
+@functools.cache
+def imports_at_the_top(module: str) -> list[str]:
+    statements = (node for node in parsed(MODULES[module]).body if isinstance(node, ast.Import | ast.ImportFrom))
+    return [ast.unparse(node) for node in statements]
 
 
 def test_what_replicas_are_sent_is_decided_without_ray() -> None:
@@ -224,9 +239,7 @@ def test_the_search_needs_nothing_but_numpy() -> None:
 
 def compares_families(path: Path) -> bool:
     """Whether a module tells schemes apart by their family's name, as a package's family could not be told."""
-    comparisons = (
-        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Compare)
-    )
+    comparisons = (node for node in ast.walk(parsed(path)) if isinstance(node, ast.Compare))
     sides = (side for node in comparisons for side in (node.left, *node.comparators))
     return any(isinstance(side, ast.Attribute) and side.attr == "family" for side in sides)
 
@@ -235,10 +248,14 @@ def test_a_scheme_is_asked_never_told_apart_by_its_family_s_name() -> None:
     assert [name for name, path in MODULES.items() if compares_families(path)] == []
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_what_is_public_says_what_it_is(module: str) -> None:
-    """A module, and every class and function at its top."""
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    named = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-    silent = [node.name for node in named if not node.name.startswith("_") and not ast.get_docstring(node)]
-    assert silent == [] and (ast.get_docstring(tree) or module == "__main__")
+def test_what_is_public_says_what_it_is() -> None:
+    """Every module, and every class and function at its top."""
+    assert [silent for module in MODULES for silent in without_docstring(module)] == []
+
+
+def without_docstring(module: str) -> Iterator[str]:
+    tree = parsed(MODULES[module])
+    if not ast.get_docstring(tree) and module != "__main__":
+        yield module
+    public = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_"]
+    yield from (f"{module}.{node.name}" for node in public if not ast.get_docstring(node))
