@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["imported"])
+_STARTING = threading.Lock()
 
 Rows = list[dict[str, Any]]
 
@@ -107,10 +109,15 @@ def _start(
     return process
 
 
-@functools.cache
 def serving_ray() -> Path:
     """The folder from which Ray has its Python processes (see ray_forks.py) until this process ends, with the fork
     server's start."""
+    with _STARTING:  # once, also where threads ask for it together
+        return _serving_ray()
+
+
+@functools.cache
+def _serving_ray() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="dtm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     ray_forks.write_stub(folder)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, Mistra
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.model.modules import discovery
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.in_memory import manifest_of as manifest_in_memory
 
@@ -49,6 +50,18 @@ def test_the_same_model_in_another_folder_is_the_same_model(tmp_path: Path) -> N
     first = write_model(tmp_path / "a")
     shutil.copytree(first, tmp_path / "b")
     assert manifest_of(tmp_path / "b").id == manifest_of(first).id
+
+
+def test_what_is_known_of_a_model_is_told_of_its_copy_under_its_own_name(tmp_path: Path) -> None:
+    first = manifest_of(write_model(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert (first.model, manifest_of(tmp_path / "b").model) == (str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_a_model_is_laid_out_once_for_all_that_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = manifest_of(write_model(tmp_path))
+    monkeypatch.setattr(discovery, "empty_model", lambda *_: pytest.fail("its tree was made again"))
+    assert manifest_of(tmp_path) == first
 
 
 def test_other_weights_are_another_model(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,16 @@ from dtmsearch.core.components import (
 )
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.compat import is_custom_code, loaded_by
 from dtmsearch.model.modules.fingerprints import custom_code
-from dtmsearch.model.modules.loading import check_tensors, described_checkpoint, empty_model, own_folder
+from dtmsearch.model.modules.loading import (
+    check_tensors,
+    described_checkpoint,
+    empty_model,
+    loader,
+    own_folder,
+    read_config,
+)
 from dtmsearch.model.modules.matrices import Matrix, Mixture, found_in, known_usage, matrices_of, mixtures_of
 from dtmsearch.model.modules.tensor_names import tensors_of
 from dtmsearch.model.sources.unquantized import SourceRecord, is_quantized, record_of, source_hash
@@ -28,6 +36,9 @@ from dtmsearch.model.sources.unquantized import SourceRecord, is_quantized, reco
 _KIND_ENDINGS = ("_proj", "_weight", "_layer")
 # Without its ending it would say nothing.
 _WHOLE_KINDS = {"c_proj"}
+# What is known of models, by what it follows from: a run asks for the same several times before it has weights.
+_known: dict[Hashable, Survey] = {}
+_MOST_KNOWN = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,40 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
 def survey(spec: ModelSpec) -> Survey:
     """What the headers of the weights and the configuration say of a model. Raises `UserError` as `read_manifest`."""
     folder = described_checkpoint(spec)
+    key = _described_by(folder, spec)
+    found = None if key is None else _known.get(key)
+    if found is None:
+        found = _survey(folder, spec)
+        if key is not None:
+            while len(_known) >= _MOST_KNOWN:
+                del _known[next(iter(_known))]
+            _known[key] = found
     source = record_of(folder) if is_quantized(own_folder(spec)) else None
+    manifest = replace(
+        found.manifest,
+        model=spec.path,
+        revision=spec.revision,
+        dtype=checkpoint_dtype(weight_files(folder)) if source is None else source.dtype,
+        components=_as_in(source, folder, found.manifest.components),
+        others=_as_in(source, folder, found.manifest.others),
+        source="" if source is None else source.says,
+    )
+    return replace(found, manifest=manifest)
+
+
+def _described_by(folder: Path, spec: ModelSpec) -> Hashable | None:
+    """All that a model's tree, and what is found in it, follow from; None where that is not told by the model's class,
+    its configuration and the headers of its files."""
+    config = read_config(folder, spec)
+    kind = loaded_by(loader(config), config)
+    if kind is None or is_custom_code(kind) or getattr(config, "auto_map", None):
+        return None
+    headers = tuple(tuple(read_header(file).items()) for file in weight_files(folder))
+    return kind, spec.trust_remote_code, config.to_json_string(use_diff=False), headers
+
+
+def _survey(folder: Path, spec: ModelSpec) -> Survey:
+    """What the model's code and the headers in `folder` say, whatever source they were made from."""
     model = empty_model(folder, spec)
     layers_name, layers = find_layers(model)
     components = _apart_in(folder, components_of(model))
@@ -65,17 +109,15 @@ def survey(spec: ModelSpec) -> Survey:
             f"{spec.path} has no components: no weight matrix lies inside {layers_name} ({type(layers[0]).__name__})"
         )
     check_tensors(folder, model)
-    files = weight_files(folder)
     manifest = ModelManifest(
         model=spec.path,
         revision=spec.revision,
-        dtype=checkpoint_dtype(files) if source is None else source.dtype,
+        dtype="",
         num_layers=len(layers),
         content_hash="",
-        components=_as_in(source, folder, components),
-        others=_as_in(source, folder, other_components(model)),
+        components=components,
+        others=other_components(model),
         routers=routers_of(model),
-        source="" if source is None else source.says,
     )
     config: Any = model.config
     inside: Any = model

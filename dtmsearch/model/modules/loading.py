@@ -153,6 +153,12 @@ def model_as_loaded(folder: Path, dtype: torch.dtype) -> Any:
     return kind.from_pretrained(folder, dtype=dtype, device_map={"": "cpu"}, use_safetensors=True)
 
 
+def read_config(folder: Path, spec: ModelSpec) -> Any:
+    """A checkpoint's configuration. Raises `UserError` where transformers cannot read it."""
+    with _explained("model", folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+
+
 def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     """The module tree without weights."""
     with _explained("model", folder), torch.device("meta"):
