@@ -22,10 +22,10 @@ from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core import gguf_types
 from dtmsearch.core.calibration import InputStatistics
 from dtmsearch.core.components import Component
-from dtmsearch.core.evaluation import EvalRequest, ModelSpec
-from dtmsearch.core.gguf_presets import preset_plan
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec
+from dtmsearch.core.gguf_presets import PRESETS, preset_plan
 from dtmsearch.core.gguf_types import TYPES, held_type, quantized, round_trip, stored_bits
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Budget, Perturbation, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import LibraryMissing, UserError
 from dtmsearch.export.formats.gguf import write_recipe
@@ -34,10 +34,17 @@ from dtmsearch.model.compress import compressor as compressor_module
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.compress.number_rounding import round_inputs
 from dtmsearch.model.modules.discovery import read_manifest
-from dtmsearch.search.baselines import uniform_rivals
+from dtmsearch.search.baselines import (
+    best_rival,
+    better_uniform,
+    may_take_its_place,
+    preset_rivals,
+    uniform_rivals,
+)
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.check_search import check_search
 from dtmsearch.workflows.run import run
+from dtmsearch.workflows.validate import validation_plans
 
 
 def has_library() -> bool:
@@ -386,3 +393,39 @@ def test_values_that_four_queries_share_are_kept_in_more_bits() -> None:
 def test_a_mixture_that_is_not_known_is_said() -> None:
     with pytest.raises(UserError, match="there is no preset:Q4; llama"):
         preset_plan("Q4", llama(), 32)
+
+
+# Of a search among types that Q4_K_M has: 32 layers of rows of 512 and 1,024.
+SPACE = SearchSpace(tuple(llama()), ("gguf-Q3_K", "gguf-Q4_K", "gguf-Q6_K"), budget=Budget(bits_per_weight=5.5))
+
+
+def of_bits(bits: float) -> float:
+    return bits * sum(component.num_weights for component in SPACE.components)
+
+
+def test_a_plan_is_held_against_the_largest_mixture_of_its_size() -> None:
+    sizes = {name: SPACE.size(preset_plan(name, llama(), 32)).bits_per_weight for name in PRESETS}
+    assert list(preset_rivals(SPACE, of_bits(sizes["Q4_K_M"]))) == ["preset:Q4_K_M"]
+    assert list(preset_rivals(SPACE, of_bits(sizes["Q4_K_M"] * 0.98))) == ["preset:Q4_K_S"]
+    assert preset_rivals(SPACE, of_bits(2.0)) == {}
+
+
+def test_searches_among_other_schemes_are_not_held_against_mixtures() -> None:
+    space = SearchSpace(tuple(llama()), ("int4-g128", "int8-channel"))
+    assert preset_rivals(space, of_bits(8.0)) == {}
+
+
+def test_held_out_prompts_are_run_under_the_mixture_and_one_that_is_better_takes_the_plan_s_place() -> None:
+    plan = preset_plan("Q4_K_M", llama(), 32).with_(Perturbation("0.q", "gguf-Q6_K"))
+    label = "preset:Q4_K_M"
+    plans = validation_plans(SPACE, plan, only_rivals=True)
+    assert label in plans and label in validation_plans(SPACE, plan)
+    ones, kl = np.ones(8, np.int32), {name: 0.1 if name == label else 0.2 for name in plans}
+    outcomes = {n: EvalResult("id", ones, ones, np.ones(8, np.float32), np.full(8, kl[n], np.float32)) for n in plans}
+    assert best_rival(SPACE, plans, outcomes, "kl") == better_uniform(SPACE, plans, outcomes, "kl") == label
+
+
+def test_a_mixture_of_types_that_the_search_does_not_name_takes_no_plan_s_place() -> None:
+    plan = SPACE.uniform("gguf-Q4_K")
+    assert may_take_its_place(SPACE, plan, preset_plan("Q4_K_M", llama(), 32))
+    assert not may_take_its_place(SPACE, plan, preset_plan("Q4_K_S", llama(), 32))

@@ -40,6 +40,18 @@ def test_the_rival_is_the_best_uniform_plan_of_at_most_the_plans_size_not_the_ne
     assert "worse than the best uniform plan of at most its size, int5-channel (5.21 bits)" in verdict(rows, "kl")
 
 
+def test_llama_cpp_s_own_mixture_is_a_rival_too() -> None:
+    preset = replace(row("preset:Q4_K_M", 5.9, kl=0.12), kl_vs_plan=difference(0.036, 0.005))
+    said = verdict([PLAN, BASE, rival("gguf-Q4_K", 5.3, kl=0.136), preset], "kl")
+    assert "worse than the best known plan of at most its size, llama.cpp's mixture Q4_K_M (5.90 bits), with" in said
+
+
+def test_a_mixture_that_took_the_place_of_what_was_found_says_so() -> None:
+    plan = replace(PLAN, measured_as="preset:Q4_K_M")
+    said = verdict([plan, rival("int5-channel", 5.21, kl=0.2), row("found", 6.0, kl=0.3)], "kl")
+    assert "It is llama.cpp's mixture Q4_K_M: what the search found did no better (6.00 bits per weight" in said
+
+
 @pytest.mark.parametrize(("bits", "counts"), [(6.059, True), (6.061, False)])
 def test_a_rival_may_be_one_percent_larger_and_no_more(bits: float, counts: bool) -> None:
     assert (rival_of([PLAN, rival("int6-g128", bits, kl=0.1)], "kl") is not None) == counts

@@ -203,6 +203,7 @@ def _row(measured: Measured, plan: Measured | None, reference: HeldOut | None) -
         failure=None if ok else f"{row['status']}: {row['message']}",
         decode_ms=None,
         prefill_ms=None,
+        measured_as=row["label"] or "",
         **{f"{metric}_vs_plan": _difference(plan, measured, metric, length) for metric in BUILT_IN},
         others_vs_plan={m: _difference(plan, measured, m, length) for m in measured.per_prompt if m not in BUILT_IN},
     )

@@ -26,7 +26,7 @@ LEFT JOIN (SELECT manifest_id, any_value(model) AS model FROM components GROUP B
   ON c.manifest_id = r.manifest_id
 WHERE r.run GLOB '{pattern}' AND e.status = 'ok' AND (e.purpose = 'validation' OR e.plan_id = r.final_plan_id)
   AND e.purpose != 'race'
-  AND (e.plan_id = r.final_plan_id OR e.label LIKE 'uniform%')
+  AND (e.plan_id = r.final_plan_id OR e.label LIKE 'uniform%' OR e.label LIKE 'preset:%')
 ORDER BY e.reference_id, e.plan_id, e.plan_id != r.final_plan_id, r.created_at
 """
 
@@ -87,5 +87,5 @@ def _mark(rows: list[dict[str, Any]], metric: str, fronts: dict[int, list[str]])
 
 
 def _plan_row(row: dict[str, Any]) -> dict[str, Any]:
-    is_uniform = (row["label"] or "").startswith("uniform")
-    return row | {"label": row["label"] if is_uniform else "plan"}
+    is_rival = (row["label"] or "").startswith(("uniform", "preset:"))
+    return row | {"label": row["label"] if is_rival else "plan"}

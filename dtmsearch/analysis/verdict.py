@@ -23,6 +23,7 @@ PLAN, BASE = "plan", "base"
 FOUND = "found"
 # Of earlier versions the second, which was the one nearest in size.
 _UNIFORM = ("uniform:", "uniform-nearest:")
+_PRESET = "preset:"
 # Unusable: a bit a token worse at human text, or another choice at more than half of the positions.
 _RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
 
@@ -43,7 +44,8 @@ class ValidationRow:
     tokens for fdt and sdt, in nats per token for kl and for perplexities (of their logarithms); None for the final plan
     itself and where either was not measured. `active_bits_per_weight` is what a token reads of a mixture of experts,
     None of other models; `decode_ms` and `prefill_ms` are those of the components by the search's table of times, None
-    where it has none. `weights_id` names the weights that a training came to, None of the base model's."""
+    where it has none. `weights_id` names the weights that a training came to, None of the base model's. `measured_as`
+    is the label under which it was measured, which the final plan's may be of another."""
 
     label: str
     plan_id: str
@@ -62,6 +64,7 @@ class ValidationRow:
     weights_id: str | None = None
     decode_ms: float | None = None
     prefill_ms: float | None = None
+    measured_as: str = ""
 
     def counted(self, by: SizedBy) -> float:
         """What plans are held against each other by: bits per weight where something else is not known."""
@@ -76,6 +79,16 @@ class ValidationRow:
     def uniform_scheme(self) -> str | None:
         """The scheme of a uniform plan; None of any other."""
         return next((self.label.removeprefix(p) for p in _UNIFORM if self.label.startswith(p)), None)
+
+    @property
+    def rival_name(self) -> str | None:
+        """What a plan that others are held against is called: a uniform one's scheme, or a mixture of llama.cpp's own;
+        None of any other."""
+        return self.uniform_scheme or _mixture_in(self.label)
+
+
+def _mixture_in(label: str) -> str | None:
+    return f"llama.cpp's mixture {label.removeprefix(_PRESET)}" if label.startswith(_PRESET) else None
 
 
 @dataclass(frozen=True)
@@ -148,13 +161,13 @@ def _number(value: float | None, metric: str, spec: str | None = None) -> str:
 def rival_of(
     rows: Sequence[ValidationRow], rank_by: str, sized_by: SizedBy = "bits_per_weight"
 ) -> ValidationRow | None:
-    """The best uniform plan in `rank_by` that comes to at most the plan's `sized_by` and 1%; one that could not be
-    measured only where none could; None where there is none of that size."""
+    """The best uniform plan, or mixture of llama.cpp, in `rank_by` that comes to at most the plan's `sized_by` and 1%;
+    one that could not be measured only where none could; None where there is none of that size."""
     plan = next((row for row in rows if row.label == PLAN), None)
     if plan is None:
         return None
     most = LARGER * plan.counted(sized_by)
-    small = [row for row in rows if row.uniform_scheme is not None and row.counted(sized_by) <= most]
+    small = [row for row in rows if row.rival_name is not None and row.counted(sized_by) <= most]
     measured = [row for row in small if _value(row, rank_by) is not None]
     if measured:
         return min(measured, key=lambda row: _rank(row, rank_by))
@@ -218,7 +231,8 @@ def verdict(
     said += _time_sentence(plan, found)
     instead = next((row for row in rows if row.label == FOUND), None)
     if instead is not None:
-        said.append(f"It is a uniform plan: what the search found did no better ({_figures(instead, metric)}).")
+        kind = _mixture_in(plan.measured_as) or "a uniform plan"
+        said.append(f"It is {kind}: what the search found did no better ({_figures(instead, metric)}).")
     return " ".join(said)
 
 
@@ -243,8 +257,9 @@ def _against(
     fdt = "" if metric == "fdt" else f" (FDT {plan.summary.fdt_mean:.1f})"
     if rival is None:
         return f"{found}{fdt}; no uniform plan {of_its_size} was measured, so it is called neither better nor worse."
+    best = "best uniform plan" if rival.uniform_scheme else "best known plan"
     other = (
-        f"the best uniform plan {of_its_size}, {rival.uniform_scheme} ({_size_of_rival(rival)}"
+        f"the {best} {of_its_size}, {rival.rival_name} ({_size_of_rival(rival)}"
         f"{', unusable' if unusable(rival, base, continuation_tokens) else ''})"
     )
     if rival.summary is None or difference is None:
@@ -268,7 +283,7 @@ def _time_sentence(plan: ValidationRow, rival: ValidationRow | None) -> list[str
     pairs = (("decoding", plan.decode_ms, rival.decode_ms), ("prefill", plan.prefill_ms, rival.prefill_ms))
     slower = [name for name, mine, other in pairs if mine is not None and other is not None and mine > other]
     words = f": slower in {' and '.join(slower)}" if slower else ""
-    return [f"{own}, {rival.uniform_scheme} {_times_of(rival)}{words}."]
+    return [f"{own}, {rival.rival_name} {_times_of(rival)}{words}."]
 
 
 def _times_of(row: ValidationRow) -> str:

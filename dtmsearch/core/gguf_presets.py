@@ -102,3 +102,20 @@ def preset_plan(name: str, components: Sequence[Component], layers: int) -> Plan
         return f"{PREFIX}{rule(component.kind, layer, layers, grouped) or usual}"
 
     return Plan.of({component.name: scheme(component) for component in components})
+
+
+def largest_preset(components: Sequence[Component], layers: int, fits: Callable[[Plan], bool]) -> dict[str, Plan]:
+    """How it is asked for -> the plan, of the mixture that stores most among those that fit; empty where none does, or
+    the model has experts."""
+    if any(component.mixture for component in components):
+        return {}
+    plans = {name: preset_plan(name, components, layers) for name in PRESETS}
+    sizes = {
+        name: sum(plan.scheme(c.name).stored_bits(c.shape, 16) for c in components)
+        for name, plan in plans.items()
+        if fits(plan)
+    }
+    if not sizes:
+        return {}
+    name = max(sizes, key=lambda name: (sizes[name], list(PRESETS).index(name)))
+    return {f"{PRESET}{name}": plans[name]}

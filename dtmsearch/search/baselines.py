@@ -1,5 +1,5 @@
-"""What uniform plans say of a plan on held-out prompts: which of at most its size are its rivals, whether one does as
-well, and whether the plan's divergence is that of small noise.
+"""What uniform plans, and llama.cpp's own mixtures, say of a plan on held-out prompts: which of at most its size are
+its rivals, whether one does as well, and whether the plan's divergence is that of small noise.
 
 Divergence follows the square root of KL, whatever caused the damage; the factor is the model's and the text's own, and
 uniform plans show it.
@@ -13,6 +13,8 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 
 from dtmsearch.core.evaluation import EvalResult, Outcome
+from dtmsearch.core.gguf_presets import PRESET, largest_preset
+from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
 from dtmsearch.core.schemes import DENSE, family_lines, parse_scheme
@@ -68,6 +70,17 @@ def rivals_of_size(space: SearchSpace, counted: float) -> list[str]:
     return list(in_turn)[:_MOST_RIVALS]
 
 
+def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
+    """Of a search among llama.cpp's types, its own mixture (`preset:NAME` -> plan) that stores most among those of at
+    most 1% more than so much of what the budget counts; empty of other searches, of mixtures of experts, and where
+    there is a table of times."""
+    if space.times is not None or not any(scheme.name.startswith(PREFIX) for scheme in space.parsed):
+        return {}
+    most = LARGER * counted
+    layers = 1 + max(component.layer for component in space.components)
+    return largest_preset(space.components, layers, lambda plan: float(space.budget.counted(space.size(plan))) <= most)
+
+
 def _rivals_in_time(space: SearchSpace, most: float) -> list[str]:
     """The schemes of the table of times whose uniform plans take at most `most` picoseconds, the least compressed
     first."""
@@ -79,11 +92,14 @@ def _rivals_in_time(space: SearchSpace, most: float) -> list[str]:
 
 
 def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
-    """Whether a uniform plan is one that the search could have come to: of a scheme that it names, or of another width
-    in the same granularity and near the plan's size."""
-    scheme = other.entries[0][1]
-    if scheme in space.schemes:
+    """Whether a rival is one that the search could have come to: of schemes that it names, or a uniform plan of another
+    width in the same granularity and near the plan's size."""
+    schemes = set(other.schemes.values())
+    if schemes <= set(space.schemes):
         return True
+    if len(schemes) > 1:
+        return False
+    (scheme,) = schemes
     kin = {sibling for named in space.parsed for sibling in named.kind.siblings(named)}
     count = space.budget.counted
     gap = abs(float(count(space.size(other))) / max(1.0, float(count(space.size(plan)))) - 1.0)
@@ -93,35 +109,36 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
 def best_rival(
     space: SearchSpace, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome], metric: str
 ) -> str | None:
-    """The label of the best measured one in `metric` of the uniform plans among `plans` that store at most 1% more than
-    `plan`, one of them; None where there is none."""
+    """The label of the best measured one in `metric` of the uniform plans and mixtures of llama.cpp among `plans` that
+    store at most 1% more than `plan`, one of them; None where there is none."""
     count = space.budget.counted
     most = LARGER * float(count(space.size(plans["plan"])))
     keys = {
         label: rank_key(summarize(outcome), metric)
         for label, other in plans.items()
-        if label != "plan" and _is_uniform(space, other) and count(space.size(other)) <= most
+        if label != "plan" and _is_rival(space, label, other) and count(space.size(other)) <= most
         if isinstance(outcome := outcomes.get(label), EvalResult)
     }
     return min(keys, key=lambda label: keys[label], default=None)
 
 
 def rivals_of(space: SearchSpace, plans: Mapping[str, Plan]) -> list[str]:
-    """The labels of what `plan`, one of the plans, must beat: uniform ones within the budget that store no more."""
+    """The labels of what `plan`, one of the plans, must beat: uniform ones, and mixtures of llama.cpp, within the
+    budget that store no more."""
     plan = plans["plan"]
     size = space.size(plan)
     return [
         label
         for label, other in plans.items()
-        if other.id != plan.id and _is_uniform(space, other) and _fits(space, space.size(other), size)
+        if other.id != plan.id and _is_rival(space, label, other) and _fits(space, space.size(other), size)
     ]
 
 
 def better_uniform(
     space: SearchSpace, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome], metric: str
 ) -> str | None:
-    """The label of the best uniform plan that `plan`, one of `plans`, does not beat in `metric`; None if it beats them
-    all. A plan that could not be measured beats nothing."""
+    """The label of the best such plan (`rivals_of`) that `plan`, one of `plans`, does not beat in `metric`; None if it
+    beats them all. A plan that could not be measured beats nothing."""
     measured = {label: outcomes[label] for label in rivals_of(space, plans)}
     rivals = {
         label: rank_key(summarize(outcome), metric)
@@ -178,3 +195,7 @@ def _fits(space: SearchSpace, size: PlanSize, plan_size: PlanSize) -> bool:
 def _is_uniform(space: SearchSpace, plan: Plan) -> bool:
     """Whether all components of the search have one scheme, and a scheme at all."""
     return len(plan) == len(space.components) and len(set(plan.schemes.values())) == 1
+
+
+def _is_rival(space: SearchSpace, label: str, plan: Plan) -> bool:
+    return label.startswith(PRESET) or _is_uniform(space, plan)

@@ -19,7 +19,7 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_ch
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PASSES, PriceKind, priced_schemes
-from dtmsearch.search.baselines import rivals_of_size
+from dtmsearch.search.baselines import preset_rivals, rivals_of_size
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.generator import Procedure
@@ -106,8 +106,8 @@ def estimate(
 
 def _validated_prompts(file: SearchFile, space: SearchSpace, count: int) -> int:
     """Held-out prompts that validation runs whole plans over, as `workflows.validate` does: on one half the rivals, and
-    the plan where one of them may take its place; on the other the plan, the base model, every scheme's uniform plan
-    and the rival that was chosen."""
+    the plan where one of them may take its place; on the other the plan, the base model, every scheme's uniform plan,
+    llama.cpp's mixture and the rival that was chosen."""
     prunes = file.search.strategy == "sparsity"
     stays = prunes or file.search.stop.min_fdt is not None
     named = set(space.schemes)
@@ -116,11 +116,12 @@ def _validated_prompts(file: SearchFile, space: SearchSpace, count: int) -> int:
     cost = space.expected_cost
     smaller = {scheme for scheme in named if space.budget.counted(space.size(space.uniform(scheme))) <= cost}
     rivals = (set(rivals_of_size(space, cost)) - set(space.schemes)) | smaller
-    reported = len(named) + 2 + _num_milestones(file)
-    if len(rivals) <= (1 if stays else 0):  # nothing is chosen
+    presets = len(preset_rivals(space, cost))
+    reported = len(named) + presets + 2 + _num_milestones(file)
+    if len(rivals) + presets <= (1 if stays else 0):  # nothing is chosen
         return count * (reported + len(rivals - named))
     reported += 0 if rivals <= named else 1
-    return count // 2 * (len(rivals) + (0 if stays else 1)) + (count - count // 2) * reported
+    return count // 2 * (len(rivals) + presets + (0 if stays else 1)) + (count - count // 2) * reported
 
 
 def _num_milestones(file: SearchFile) -> int:

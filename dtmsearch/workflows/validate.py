@@ -12,6 +12,7 @@ import numpy as np
 
 from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
+from dtmsearch.core.gguf_presets import PRESET
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import ContinuationRecord
 from dtmsearch.core.variant import Variant
@@ -21,6 +22,7 @@ from dtmsearch.search.baselines import (
     better_uniform,
     law_remarks,
     may_take_its_place,
+    preset_rivals,
     rivals_of,
     uniform_rivals,
 )
@@ -67,6 +69,7 @@ class Validation:
         if self.choice is not None:
             better, rival = self._chosen(plans, self.choice, calibration_id)
             named = {f"uniform:{scheme}" for scheme in self.space.schemes}
+            named |= {label for label in plans if label.startswith(PRESET)}
             plans = {k: other for k, other in plans.items() if k in {*named, "base", _PLAN, better, rival}}
         requests = self._requests(plans, calibration_id)
         outcomes = self.session.measure(requests, "validation")
@@ -84,7 +87,7 @@ class Validation:
     def _chosen(
         self, plans: Mapping[str, Plan], choice: Reference, calibration_id: str
     ) -> tuple[str | None, str | None]:
-        """The uniform plan that takes the place of the plan, and its rival: the best known one of at most its size."""
+        """The plan that takes the place of the plan, and its rival: the best known one of at most its size."""
         asked, stays = (
             validation_plans(self.space, plans[_PLAN], only_rivals=True),
             stays_the_plan(self.session.file, self.milestones),
@@ -156,13 +159,15 @@ def validation_plans(space: SearchSpace, plan: Plan, only_rivals: bool = False) 
 
     The base model (`base`, whose unmasked FDT and SDT are its noise), and uniform plans
     (`uniform:SCHEME`): of each scheme of the search, and those of its families that may be the best known of at most
-    the plan's size (`uniform_rivals`). `only_rivals`: no others than what `rivals_of` names and these.
+    the plan's size (`uniform_rivals`); of llama.cpp's types its own mixture of the plan's size (`preset_rivals`).
+    `only_rivals`: no others than what `rivals_of` names and these.
     """
     rivals = uniform_rivals(space, plan)
+    presets = preset_rivals(space, float(space.budget.counted(space.size(plan))))
     plans = {f"uniform:{scheme}": space.uniform(scheme) for scheme in dict.fromkeys((*space.schemes, *rivals))}
-    plans = {label: other for label, other in plans.items() if other.id != plan.id}
+    plans = {label: other for label, other in (plans | presets).items() if other.id != plan.id}
     if only_rivals:
-        named = {*rivals_of(space, plans | {_PLAN: plan}), *(f"uniform:{scheme}" for scheme in rivals)}
+        named = {*rivals_of(space, plans | {_PLAN: plan}), *(f"uniform:{scheme}" for scheme in rivals), *presets}
         return {label: other for label, other in plans.items() if label in named} | {_PLAN: plan}
     return plans | {"base": Plan(), _PLAN: plan}
 

@@ -107,6 +107,8 @@ def plan_name(label: str) -> str:
     kind, _, rest = label.partition(":")
     if kind.startswith("uniform"):
         return f"uniform {rest}"
+    if kind == "preset":
+        return f"llama.cpp's {rest}"
     if kind.startswith("round-"):  # of a search in rounds: `round-2:35.0%:trained`
         pruned, _, trained = rest.partition(":")
         return f"round {kind.removeprefix('round-')}, {pruned} pruned" + (", trained" if trained else "")

@@ -94,7 +94,11 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
 def _named_beside(points: Any, facts: RunFacts, x: str) -> list[Any]:
     """Names of the plan and of uniform plans, the plan's to its right, theirs to their left where there is room. Rounds
     have their names in the table, and would lie on each other here."""
-    labels = [row["label"] for row in facts.uniform if row["label"] == "plan" or row["label"].startswith("uniform")]
+    labels = [
+        row["label"]
+        for row in facts.uniform
+        if row["label"] == "plan" or row["label"].startswith(("uniform", "preset"))
+    ]
     places = {row["label"]: row[x] for row in facts.uniform}
     drawn = [row[x] for row in (*facts.points, *facts.path, *facts.uniform) if row.get("label") != "base"]
     least, span = min(drawn), max(max(drawn) - min(drawn), 1e-9)

@@ -105,7 +105,11 @@ def plans_of(found: Sequence[Candidate]) -> list[Row]:
             "sdt": c.sdt_mean,
             "fronts": list(c.fronts),
             "name": c.run if c.label == "plan" else c.label.replace("uniform-nearest:", "uniform:").replace(":", " "),
-            "whose": "a run" if c.label == "plan" else "uniform plan",
+            "whose": "a run"
+            if c.label == "plan"
+            else "llama.cpp's mixture"
+            if c.label.startswith("preset")
+            else "uniform plan",
         }
         for c in found
     ]
