@@ -313,3 +313,49 @@ def test_an_export_of_another_scale_dtype_is_another_measurement(tmp_path: Path)
 
 def test_the_plan_is_in_the_folder_as_it_was(mixed: Measured, tmp_path: Path) -> None:
     assert mixed.export("compressed-tensors", tmp_path / "out", check=False).plan == Plan.of(MIXED)
+
+
+HEAD = {
+    "model.embed_tokens": "int4-g32",
+    "lm_head": "w8a8-channel",
+    f"{LAYERS}.0.mlp.down_proj": "int4-g32",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embeddings_and_the_head_are_held_as_vllm_reads_them(tmp_path: Path, dtype: str) -> None:
+    """Of a model whose head is its own; the check measures it by the library's own decompression."""
+    base = write_model(tmp_path / "base", llama_config(hidden_size=64, intermediate_size=64, num_hidden_layers=1))
+    made = measured_plan(base, tmp_path / "store", HEAD, dtype, dtype).export(
+        "compressed-tensors", tmp_path / "out", runtime="vllm"
+    )
+    assert made.check is not None and made.check.equal and made.check.sdt_recorded > 0.0
+    assert made.size.num_compressed == 3
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.embed_tokens.weight_packed"].shape == (258, 64 // 8)
+    assert tensors["lm_head.weight"].dtype == torch.int8
+    on_disk = sum(tensor.nbytes for tensor in tensors.values())
+    assert 8 * on_disk == made.plan_bits + sum(made.extra_bits.values())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "scheme", "tied", "said"),
+    [
+        ("transformers", "int4-g32", False, "asks embeddings for their own weight as it loads"),
+        ("vllm-cpu", "int4-g32", False, "by a Triton kernel, which CPUs do not have"),
+        ("vllm", "int4-g32-asym", False, "of embeddings it stores integers of rows or groups, without zero points"),
+        ("vllm", "int4-g32", True, "its weights are the head's too"),
+    ],
+)
+def test_embeddings_that_nothing_reads_are_refused(
+    tmp_path: Path, runtime: str, scheme: str, tied: bool, said: str
+) -> None:
+    config = llama_config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=288, tie_word_embeddings=tied
+    )
+    base = write_model(tmp_path / "base", config)
+    spec = ModelSpec(str(base), dtype="float32")
+    plan = Plan.of({"model.embed_tokens": scheme})
+    job = Job(base, read_manifest(spec), plan, torch.float32, torch.device("cpu"), runtime=runtime)
+    with pytest.raises(UserError, match=said):
+        check_packed(job)

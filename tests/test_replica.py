@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import DEMO_MODEL, TEXT, llama_config, replica, result, values, with_reference, write_model
+from transformers import AutoModelForCausalLM
 
+import dtmsearch as dtm
 from dtmsearch.core.evaluation import (
     EvalFailure,
     EvalRequest,
@@ -181,8 +183,6 @@ def test_fdt_and_sdt_are_those_of_a_plain_forward_pass(folder: Path) -> None:
 
 
 def write_rounded(folder: Path, plan: Plan) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
     from dtmsearch.core.schemes import parse_scheme
     from dtmsearch.model.compress.rounding import round_weight
 
@@ -396,6 +396,28 @@ def test_a_tied_head_feels_rounded_embeddings(tmp_path: Path) -> None:
     plan = Plan.of({"model.embed_tokens": "int2-tensor"})
     measured = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL)])[0])
     assert measured.sdt.sum() > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("parent", [False, True])
+def test_kl_of_a_plan_that_changes_the_head_is_against_the_base_models_head(
+    tmp_path: Path, tied: bool, parent: bool
+) -> None:
+    folder = write_model(tmp_path, llama_config(tie_word_embeddings=tied))
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.of({"model.embed_tokens": "int4-g16"} | ({} if tied else {"lm_head": "w8a8-channel"}))
+    request = EvalRequest(plan, reference.id, (0, 6), ("kl",), plan if parent else Plan())
+    found = result(model.evaluate([request])[0])
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    other = dtm.apply(plan, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+    rows = torch.tensor(np.concatenate([reference.text[:, :10], reference.continuation], 1))
+    with torch.inference_mode():
+        p, q = (each(input_ids=rows).logits[:, 9:-1].log_softmax(-1) for each in (base, other))
+    assert found.kl is not None and found.kl.mean() > 0.0
+    np.testing.assert_allclose(found.kl, (p.exp() * (p - q)).sum(-1).mean(1).numpy(), rtol=1e-3, atol=1e-6)
+    assert values(model.evaluate([request])[0]) == values(found)
+    assert model.canary(reference.id) == 0.0
 
 
 def test_the_packaged_model_continues_python(tmp_path: Path) -> None:

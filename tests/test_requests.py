@@ -25,6 +25,7 @@ START = ['reference "ü"', [0, 8], ["kl", "ppl"], METRICS_VERSION]
         (PLAN, "", "", [{"schemes": {"rounding": 2}}]),
         (PLAN, "calibration", "", [{"schemes": {"rounding": 2}}]),
         (Plan(), "calibration", "", []),
+        (Plan.of({"lm_head": "int8-channel"}), "", "", [{"schemes": {"head": 2, "rounding": 2}}]),
         (CALIBRATED, "calibration", "", ["calibration", {"schemes": {"gptq": 2}}]),
         (
             Plan.of({"a": "wanda-0.5", "b": "nf4"}),

@@ -7,7 +7,7 @@ modules of the tree are components is decided in `dtmsearch.model.modules.discov
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -113,6 +113,10 @@ class ModelManifest:
     def by_name(self) -> dict[str, Component]:
         """Components by their names."""
         return {c.name: c for c in (*self.components, *self.others)}
+
+    def in_plans(self, named: Container[str]) -> tuple[Component, ...]:
+        """The matrices inside the layers, and what else a plan names: embeddings, the head."""
+        return (*self.components, *(other for other in self.others if other.name in named))
 
     def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:
         """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).

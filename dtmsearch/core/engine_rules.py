@@ -30,8 +30,8 @@ class EngineRules:
     `served` are the schemes of FP8, NVFP4, MX and rounded activations that it takes; `integers` says why weight-only
     integers cannot be, None where they can. `where_served` are devices that some of the former need. `fuses`: it runs
     q, k, v and gate, up as one matrix each, of one scheme. `mixes`: layers may be in several formats. `instead` is what
-    else it reads, where it takes no folder of compressed-tensors at all. `slow`: schemes that it runs as nobody would
-    serve them, and why."""
+    else it reads, where it takes no folder of compressed-tensors at all. `embeddings`: why it takes no quantized ones.
+    `slow`: schemes that it runs as nobody would serve them, and why."""
 
     name: str
     says: str
@@ -42,6 +42,7 @@ class EngineRules:
     fuses: bool = True
     mixes: bool = True
     instead: str = ""
+    embeddings: str | None = None
     slow: Mapping[str, str] | None = None
 
     def obstacle(self, scheme: Scheme, shape: Shape) -> str | None:
@@ -134,6 +135,7 @@ ENGINES: Mapping[str, EngineRules] = {
             *("transformers", "transformers 5.23 with compressed-tensors 0.20", "on every device"),
             served=frozenset(name for names in SERVED.values() for name in names),
             fuses=False,
+            embeddings="transformers 5.23 asks embeddings for their own weight as it loads, and packed ones have none",
         ),
         EngineRules(
             *("vllm", "vLLM 0.32", "on NVIDIA GPUs"),
@@ -154,12 +156,14 @@ ENGINES: Mapping[str, EngineRules] = {
             *("vllm-cpu", "vLLM 0.32", "on CPUs"),
             served=_all("w8a8-channel"),
             integers=_vllm_cpu_integers,
+            embeddings="vLLM 0.32 looks packed embeddings up by a Triton kernel, which CPUs do not have",
             slow=dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-block128"), _FP8_ON_CPUS),
         ),
         EngineRules(
             *("sglang", "SGLang", "on NVIDIA GPUs"),
             served=_all("fp8-channel", "fp8-tensor", "w8a8-channel"),
             integers=_sglang_integers,
+            embeddings="SGLang builds embeddings without quantization",
             where_served=dict.fromkeys(("fp8-channel", "fp8-tensor"), _FP8_NEEDS),
             mixes=False,
         ),

@@ -5,6 +5,7 @@ Values only. Arrays are numpy's, so that neither side needs the other's librarie
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, lru_cache
@@ -203,6 +204,11 @@ def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens, rul
     )
 
 
+# Plans that change the head, or embeddings that may be tied to it: their KL was once taken with the plan's head on both
+# sides, and such values are not used again.
+_CHANGES_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_\w+|wte|word_embeddings|embeddings|output)$")
+
+
 @dataclass(frozen=True)
 class EvalRequest:
     """An evaluation to make: `plan` against a reference, on its prompts from `prompts[0]` up to `prompts[1]`.
@@ -226,6 +232,8 @@ class EvalRequest:
     def id(self) -> str:
         """Identity over the canonical JSON of [plan, reference, ...]; put together, for all but the plan repeats."""
         schemes = tuple(sorted(self.plan.scheme_versions.items()))
+        if any(_CHANGES_HEAD.search(name) for name, _ in self.plan.entries):
+            schemes += (("head", 2),)
         metrics = tuple(metric_versions(self.extra_metrics).items()) if self.extra_metrics else ()
         rest = _rest_of_identity(
             self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id, schemes, metrics

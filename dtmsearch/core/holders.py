@@ -59,8 +59,22 @@ STACKED_IN_FILES = "the files hold the experts of a layer in one tensor, where e
 VLLM_TOGETHER = "vLLM runs q, k, v and gate, up as one matrix each, and all experts of a layer alike, of one scheme"
 
 
+EMBEDDINGS = "of embeddings it stores integers of rows or groups, without zero points, and activations as they are"
+TIED = (
+    "its weights are the head's too, which loaders of packed weights look for elsewhere: `dense` holds it, or leave it "
+    "out"
+)
+
+
+def embedding_obstacle(scheme: Scheme) -> str | None:
+    """Of an embedding as compressed-tensors stores it and vLLM looks it up (its CompressedTensorsEmbeddingWNA16Int)."""
+    is_plain = scheme.is_unquantized or (scheme.weights is None and scheme.granularity != "tensor")
+    return None if is_plain and not scheme.asymmetric and not scheme.needs_hessians else EMBEDDINGS
+
+
 def _not_linear(component: Component) -> str | None:
-    """Of embeddings and of modules that keep the transpose (GPT-2's Conv1D), as the files name them."""
+    """Of modules that keep the transpose (GPT-2's Conv1D), as the files name them; and of embeddings, as a component
+    does not tell whether they are tied to the head, which `embedding_obstacle` is not asked of then."""
     return LINEAR_ONLY if component.transposed or component.layer < 0 else None
 
 

@@ -89,6 +89,18 @@ class Job:
         return empty_model(self.folder, spec)
 
     @cached_property
+    def embedding(self) -> str:
+        """The name of the tokens' embedding."""
+        embedding = self.empty.get_input_embeddings()
+        return next((name for name, module in self.empty.named_modules() if module is embedding), "")
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether the head's weights are the embedding's."""
+        head = self.empty.get_output_embeddings()
+        return head is not None and head.weight is self.empty.get_input_embeddings().weight
+
+    @cached_property
     def stored(self) -> StoredCheckpoint | None:
         """The base model's own files, where it comes quantized in safetensors."""
         record = record_of(self.folder) if self.manifest.source else None

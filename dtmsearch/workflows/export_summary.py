@@ -45,7 +45,7 @@ def described(form: Format, target: Path, partial: Path, found: Source, job: Job
         format=form.name,
         folder=str(target.absolute()),
         plan=found.plan,
-        size=plan_size(found.plan, found.manifest.components, dense_bits),
+        size=plan_size(found.plan, found.manifest.in_plans(found.plan.schemes), dense_bits),
         files={
             str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
         },

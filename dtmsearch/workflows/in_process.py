@@ -131,7 +131,7 @@ def measure(
         replica.restore()
     if isinstance(outcome, EvalFailure):
         raise UserError(f"the plan could not be measured ({outcome.kind}): {outcome.message}")
-    size = plan_size(found, manifest.components, manifest.dense_bits)
+    size = plan_size(found, manifest.in_plans(found.schemes), manifest.dense_bits)
     return Measurement(found, size, summarize(outcome), _per_prompt(outcome))
 
 

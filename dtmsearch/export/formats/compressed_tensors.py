@@ -24,6 +24,8 @@ from dtmsearch.core.holders import (
     LINEAR_ONLY,
     STACKED_IN_FILES,
     SYMMETRIC_EXPERTS,
+    TIED,
+    embedding_obstacle,
     engine_obstacle,
     is_packed,
     packed_obstacle,
@@ -290,11 +292,20 @@ def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
         if component.apart:
             return SYMMETRIC_EXPERTS if scheme.asymmetric else None
         return STACKED_IN_FILES
+    if obstacle is None and component.name == job.embedding:
+        return _embedding_obstacle(job, scheme)
     if obstacle is None and (component.transposed or component.name not in job.linear):
         return LINEAR_ONLY
     if obstacle is None and job.fuses and component.name in job.manifest.routers:
         return "it builds what routes tokens to experts, or weighs one, without quantization"
     return obstacle
+
+
+def _embedding_obstacle(job: Job, scheme: Scheme) -> str | None:
+    """Why the tokens' embedding cannot be written under a scheme that a linear layer could be."""
+    if job.is_tied:
+        return TIED
+    return embedding_obstacle(scheme) or ENGINES[job.runtime].embeddings
 
 
 def _parts(job: Job, component: Component, codes: Codes | NumberCodes) -> dict[str, Tensor]:

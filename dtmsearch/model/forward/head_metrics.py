@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -83,14 +83,15 @@ def compare(
     never: Tensor,
     metrics: Sequence[Metric] = (),
     base: Body | None = None,
+    as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Scores:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
     The choice is what greedy generation takes: the largest logit in the model's dtype, the lowest index among equals,
     tokens marked in `never` [vocabulary] not at all. Likelihoods are of the full distribution. `metrics` look at the
     logits themselves, and need `base_hidden`. `base_hidden` are inputs of the same head or, where `base` is given, of
-    that model's, which may be of another width; of two vocabularies the tokens that both have are compared. Returns
-    before a GPU has done the work.
+    that model's, which may be of another width; of two vocabularies the tokens that both have are compared. Within
+    `as_base` the head is the base model's, where it is another now. Returns before a GPU has done the work.
     """
     score = _fused_score() if hidden.is_cuda else _score
     shape = targets.shape
@@ -108,7 +109,10 @@ def compare(
             part = slice(at, at + chunk)
             logits = body.logits(rows[part])
             wanted = moved(wanted, logits.device)
-            base_logits = None if base_rows is None else base_body.logits(base_rows[part])
+            base_logits = None
+            if base_rows is not None:
+                with as_base():
+                    base_logits = base_body.logits(base_rows[part])
             if base is not None and base_logits is not None:
                 logits, base_logits = _of_both(logits, base_logits)
             for metric in metrics:

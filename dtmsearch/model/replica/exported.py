@@ -61,7 +61,14 @@ class ServedReplica(Replica):
         folder = Path(spec.path)
         if is_read_here(settings_of(read_model_config(folder)) or {}):
             load: Callable[..., Any] = _model_as_read
-        elif _has_packed_zeros(folder) or _has_packed_experts(folder) or _loses_by_loading(folder, spec):
+        elif any(
+            (
+                _has_packed_zeros(folder),
+                _has_packed_experts(folder),
+                _loses_by_loading(folder, spec),
+                _has_packed_embeddings(folder),
+            )
+        ):
             load = decompressed_model
         else:
             load = partial(_plain_model, self._repacked)
@@ -163,6 +170,17 @@ def _has_packed_zeros(folder: Path) -> bool:
     """Whether it has what transformers cannot load: compressed-tensors' packed zero points."""
     headers = (read_header(path) for path in weight_files(folder))
     return any(name.endswith(".weight_zero_point") and kind == "I32" for h in headers for name, (kind, _) in h.items())
+
+
+def _has_packed_embeddings(folder: Path) -> bool:
+    """Whether embeddings are packed, as vLLM looks them up: transformers asks them for the weight that they lack."""
+    modules = [module for path in weight_files(folder) for module in _quantized_modules(read_header(path))]
+    if not modules:
+        return False
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        embedding = (model := loader(config).from_config(config)).get_input_embeddings()
+    return any(module is embedding and name in modules for name, module in model.named_modules())
 
 
 def _has_packed_experts(folder: Path) -> bool:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +89,7 @@ class PlanEvaluator:
         self._states_of = BASE
         self._place_before: _Place | None = None
         self._finished_at = 0.0
+        self._head, self._in_head = _head_of(self._body.model, bench.manifest)
 
     def use(self, reference: Reference, base: BaseOutputs | None = None) -> None:
         """Take a reference, against which requests may be made from now on; `base`: of another model than this one."""
@@ -239,6 +242,11 @@ class PlanEvaluator:
             loaded.caches[name].carry(boundary)
             if shared:
                 loaded.caches[name].look_ahead(boundary)
+        # Of the head itself, or of embeddings that are the head as well.
+        changed_head = next((name for name in self._in_head if name in request.plan.schemes), None)
+        own_head: dict[str, Tensor] = {}
+        if with_base and loaded.base is None and changed_head is not None:
+            own_head[self._head] = standing.weights.original(changed_head)
         with standing.weights.perturbed(request.plan):
             return {
                 name: self._measure(
@@ -247,6 +255,7 @@ class PlanEvaluator:
                     loaded.base_hidden if name == "continuation" and with_base else None,
                     own if name == "continuation" else (),
                     None if loaded.base is None else loaded.base.body,
+                    partial(standing.weights.with_original, own_head) if own_head else nullcontext,
                 )
                 for name in names
             }
@@ -294,6 +303,7 @@ class PlanEvaluator:
         base_hidden: list[Tensor] | None,
         metrics: Sequence[Metric] = (),
         base: Body | None = None,
+        as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> list[Scores]:
         return [
             compare(
@@ -304,6 +314,18 @@ class PlanEvaluator:
                 self._bench.never,
                 metrics,
                 base if base_hidden else None,
+                as_base,
             )
             for index, (tokens, hidden) in enumerate(head_inputs)
         ]
+
+
+def _head_of(model: Any, manifest: ModelManifest) -> tuple[str, tuple[str, ...]]:
+    """The head's name, and the components whose weights are its: itself, or embeddings that it is tied to."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return "", ()
+    sharing = [name for name, module in model.named_modules() if getattr(module, "weight", None) is weight]
+    name = next(name for name, module in model.named_modules() if module is head)
+    return name, tuple(component.name for component in manifest.others if component.name in sharing)

@@ -131,6 +131,22 @@ class Weights:
             for component, installed in reversed(replaced):
                 self._install(component, installed)
 
+    @contextmanager
+    def with_original(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, components are the model's own modules with these weights, as `original` gave them, whatever plan
+        stands; by pointer."""
+        before = {component: self._installed(component) for component in weights}
+        dense = {component: self._dense_modules.get(component, now.module) for component, now in before.items()}
+        held = {component: read(module) for component, module in dense.items()}
+        try:
+            for component, weight in weights.items():
+                self._install(component, _Installed(dense[component], weight))
+            yield
+        finally:
+            for component, now in before.items():
+                write(dense[component], held[component])
+                self._install(component, now)
+
     def rest_on(self, trained: Path | None) -> None:
         """Let the model's own weights be those of a file of trained ones, or the base model's again. No plan stands."""
         assert self.plan == Plan(), "the plan of the weights before is taken back first"
