@@ -74,7 +74,7 @@ MAY_LOAD: dict[str, set[str]] = {
         "numpy",
         "psutil",
     },
-    "export": {"torch", "safetensors", "compressed_tensors", "gguf", "numpy", "yaml"},
+    "export": {"torch", "safetensors", "compressed_tensors", "gguf", "conversion", "numpy", "yaml"},
     "cluster": {"ray", "numpy"},
     "workflows": {
         "psutil",

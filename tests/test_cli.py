@@ -633,7 +633,7 @@ def test_an_output_that_cannot_be_written_is_said_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["export", "run", "--to", "gguf", "--out", "new"], ["there are json, dense,", "did you mean gguf-recipe?"]),
+        (["export", "run", "--to", "ggufs", "--out", "new"], ["there are json, dense,", "did you mean gguf?"]),
         (["statsu", "run"], ["No such command 'statsu'", "'status'", "`dtmsearch --help`"]),
         (["run"], ["Missing argument 'FILE'", "`dtmsearch run --help`"]),
         (["run", "a.yaml", "--replicas", "many"], ["'--replicas'", "many", "`dtmsearch run --help`"]),

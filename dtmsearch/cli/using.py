@@ -16,7 +16,7 @@ from dtmsearch.errors import FAILED
 
 # What `dtmsearch.export.formats` can write, by name, because naming them must not load torch; a test holds them equal.
 EXPORT_FORMATS = (
-    *("json", "dense", "bitsandbytes", "compressed-tensors", "modelopt", "source", "gguf-recipe"),
+    *("json", "dense", "bitsandbytes", "compressed-tensors", "modelopt", "source", "gguf", "gguf-recipe"),
     *("llm-compressor", "model-optimizer", "auto-round", "mlx-lm", "evopress"),
 )
 

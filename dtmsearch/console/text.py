@@ -391,7 +391,7 @@ def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:
 
 def exported_text(result: Exported) -> str:
     """What an export wrote, how large it is, and what its check measured."""
-    from dtmsearch.workflows.export import size_account
+    from dtmsearch.workflows.export_summary import engine_lines, size_account
 
     size, check = result.size, result.check
     lines = [
@@ -403,6 +403,9 @@ def exported_text(result: Exported) -> str:
     lines += [_line("weights", f"trained, {result.weights_id}")] if result.weights_id else []
     account = size_account(result)
     lines += [] if account is None else [_line("tensors", account)]
+    if result.engine is not None:
+        lines += [_line("note", note) for note in result.notes]
+        return "\n".join([*lines, *(_line("check", said) for said in engine_lines(result.engine))])
     if check is None:
         return "\n".join([*lines, *(_line("note", note) for note in result.notes), _line("check", "not measured")])
     verdict = "as recorded" if check.equal else f"{check.differing} prompts differ"

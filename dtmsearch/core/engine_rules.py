@@ -175,7 +175,7 @@ ENGINES: Mapping[str, EngineRules] = {
         EngineRules(
             *("llama.cpp", "llama.cpp", "on every device"),
             fuses=False,
-            instead="it reads GGUF files: export --to gguf-recipe",
+            instead="it reads GGUF files: export --to gguf, or --to gguf-recipe for its own quantizer",
         ),
     )
 }

@@ -142,11 +142,14 @@ def blocks_of(weight: Any, scheme: str, mean_squares: Callable[[], Any] | None) 
     if kind is None:
         return None
     values: NDArray[np.float32] = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-    importance: NDArray[np.float32] | None = None
-    if mean_squares is not None:
-        squares = np.ascontiguousarray(mean_squares().float().cpu().numpy(), np.float32)
-        importance = squares if (squares > 0.0).any() else np.ones_like(squares)
+    importance = None if mean_squares is None else importance_of(mean_squares().float().cpu().numpy())
     return quantized(values, kind, importance)
+
+
+def importance_of(mean_squares: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The importance of inputs [cols] by their mean squares."""
+    squares = np.ascontiguousarray(mean_squares, np.float32)
+    return squares if (squares > 0.0).any() else np.ones_like(squares)
 
 
 def weights_of(blocks: NDArray[np.uint8] | None, scheme: str, like: Any) -> Any:

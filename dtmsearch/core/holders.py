@@ -258,7 +258,7 @@ HOLDERS: list[Holder] = [
         misplaced=_not_linear_in_transformers,
     ),
     Holder("dense", "any", dense_obstacle, _dense_bits),
-    Holder("gguf-recipe", "llama.cpp", llama_cpp_obstacle, _counted_bits),
+    Holder("gguf", "llama.cpp", llama_cpp_obstacle, _counted_bits),
     Holder("source", "what loads the base model", source_obstacle, _source_bits),
 ]
 

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
+from dtmsearch.core import llama_library
 from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_format
+from dtmsearch.export.formats.gguf_file import FILE, base_beside
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.export_check import check_bytes, measured
+from dtmsearch.workflows.export_check import check_bytes, measured, measured_by_llama_cpp
 from dtmsearch.workflows.export_repair import require_tied
 from dtmsearch.workflows.export_source import Source, find
 from dtmsearch.workflows.export_summary import Exported, card_of, described, size_account
@@ -61,6 +63,8 @@ def export(
     except BaseException:
         shutil.rmtree(draft.folder, ignore_errors=True)
         raise
+    finally:
+        base_beside(draft.folder).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,16 @@ def resolve(
         raise UserError(f"--out {target} is there already: give a folder that is new or empty")
     results = ResultStore(store)
     found = find(source, results, model, weights)
-    is_checked = check and form.is_model
+    is_checked = check and form.is_checked
+    if is_checked and form.by_llama_cpp:
+        llama_library.check_installed()
     if is_checked and found.recorded is None:
         raise UserError(
             f"the store {store} holds no measurement of this plan{_over(found)} to hold the export against. "
             f"Measure it first (dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
         )
     job = _job(found, runtime, results)
-    if form.is_model:
+    if form.is_checked:
         _check_solved(found, to)
     if job.fuses and to == PACKED:
         require_tied(found, target, job)
@@ -140,7 +146,11 @@ def verify(draft: Draft, batch_tokens: int = 0) -> Draft:
     order, result = draft.order, draft.result
     if order.is_checked:
         assert order.found.recorded is not None
-        result = replace(result, check=measured(draft.folder, order.found, order.found.recorded, batch_tokens))
+        if order.form.by_llama_cpp:
+            files = draft.folder / FILE, base_beside(draft.folder)
+            result = replace(result, engine=measured_by_llama_cpp(*files, order.found.recorded))
+        else:
+            result = replace(result, check=measured(draft.folder, order.found, order.found.recorded, batch_tokens))
     card = card_of(result, order.form, order.found, order.source, order.store)
     (draft.folder / "README.md").write_text(card, encoding="utf-8")
     _raise_unless_equal(result, draft.folder)
@@ -210,7 +220,13 @@ def _check_solved(found: Source, to: str) -> None:
 
 
 def _raise_unless_equal(result: Exported, folder: Path) -> None:
-    check = result.check
+    check, engine = result.check, result.engine
+    if engine is not None and engine.faults:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ExportFailed(
+            f"{result.format}: llama.cpp's own logits do not say what the plan said when it was measured: "
+            f"{'; '.join(engine.faults)}, on {engine.num_prompts} prompts. Nothing was written"
+        )
     if check is not None and not check.equal:
         raise ExportFailed(
             f"the {result.format} folder does not say what the plan said when it was measured: "

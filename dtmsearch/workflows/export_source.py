@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from dtmsearch import config
 from dtmsearch.config import SearchFile
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import IntArray, ModelSpec, Reference
+from dtmsearch.core.evaluation import FloatArray, IntArray, ModelSpec, Reference
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan, model_from_json, plan_from_json, plan_to_json, weights_id_from_json
 from dtmsearch.core.user_files import is_file, read_text
@@ -22,7 +22,10 @@ from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.weights.trained import trained_file
 from dtmsearch.store.store import ResultStore
 
-_COLUMNS = ["run", "reference_id", "weights_id", "calibration_id", "extra_metrics", "num_prompts", "fdt", "sdt"]
+_COLUMNS = [
+    *("run", "reference_id", "weights_id", "calibration_id", "extra_metrics", "num_prompts"),
+    *("fdt", "sdt", "kl_list"),
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Recorded:
     fdt: IntArray
     sdt: IntArray
     calibration_id: str
+    kl: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ def _recorded(
             silent.append(row["run"])
             continue
         fdt, sdt = np.array(row["fdt"], np.int32), np.array(row["sdt"], np.int32)
-        return Recorded(row["run"], reference, fdt, sdt, row["calibration_id"] or "")
+        kl = None if row["kl_list"] is None else np.array(row["kl_list"], np.float32)
+        return Recorded(row["run"], reference, fdt, sdt, row["calibration_id"] or "", kl)
     if silent:
         raise UserError(
             f"the plan has calibrated schemes, and its measurement in run {silent[0]!r} of {results.url} was recorded "

@@ -13,7 +13,7 @@ from dtmsearch.core.plan import Plan, PlanSize, plan_size
 from dtmsearch.export.card import Card, card_text
 from dtmsearch.export.formats.format_registry import Format
 from dtmsearch.export.job import Job, Written
-from dtmsearch.workflows.export_check import Check
+from dtmsearch.workflows.export_check import Check, EngineCheck
 from dtmsearch.workflows.export_source import Source
 
 
@@ -21,8 +21,8 @@ from dtmsearch.workflows.export_source import Source
 class Exported:
     """What an export made. `files`: name -> bytes. `tensor_bytes` are those of the files without headers, `plan_bits`
     what the plan's arithmetic gives, `extra_bits` what the format stores beyond it, by what it is; None where no
-    weights are written. `check` is None where nothing was measured. `weights_id` names the trained weights that the
-    plan is over, if it is."""
+    weights are written. `check` is None where nothing was measured, `engine` where llama.cpp has measured nothing.
+    `weights_id` names the trained weights that the plan is over, if it is."""
 
     format: str
     folder: str
@@ -35,6 +35,7 @@ class Exported:
     notes: Sequence[str]
     check: Check | None
     weights_id: str = ""
+    engine: EngineCheck | None = None
 
 
 def described(form: Format, target: Path, partial: Path, found: Source, job: Job, written: Written) -> Exported:
@@ -61,9 +62,11 @@ def described(form: Format, target: Path, partial: Path, found: Source, job: Job
 def card_of(result: Exported, form: Format, found: Source, source: str, store: str) -> str:
     """The exported folder's README."""
     check = result.check
-    if check is None:
+    if result.engine is not None:
+        measured = engine_lines(result.engine)
+    elif check is None:
         measured = [
-            "not measured: " + ("checked by nobody (`--no-check`)" if form.is_model else "it is no model to load")
+            "not measured: " + ("checked by nobody (`--no-check`)" if form.is_checked else "it is no model to load")
         ]
     else:
         on = counted(check.num_prompts, "prompt")
@@ -92,6 +95,23 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             recorded=_recorded(found),
         )
     )
+
+
+def engine_lines(check: EngineCheck) -> list[str]:
+    """What llama.cpp has measured, in words."""
+    on = counted(check.num_prompts, "prompt")
+    lines = [
+        f"FDT {check.fdt_measured:.2f} on {on} of run `{check.run}` (reference `{check.reference_id}`) by llama.cpp's "
+        f"own logits, in a fresh process; the base model's own file has {check.fdt_base:.2f}",
+        f"recorded by the search: FDT {check.fdt_recorded:.2f}",
+    ]
+    if check.kl_recorded is None:
+        return [*lines, f"KL {check.kl_measured:.4f} nats per token by llama.cpp; the search recorded none"]
+    part = check.kl_measured / check.kl_recorded - 1.0 if check.kl_recorded else 0.0
+    return [
+        *lines,
+        f"KL {check.kl_measured:.4f} nats per token by llama.cpp, {check.kl_recorded:.4f} recorded ({part:+.1%})",
+    ]
 
 
 def _recorded(found: Source) -> dict[str, str]:

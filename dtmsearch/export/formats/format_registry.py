@@ -16,6 +16,7 @@ from dtmsearch.export.formats.compressed_tensors import write_packed
 from dtmsearch.export.formats.dense import write_dense
 from dtmsearch.export.formats.evopress import write_evopress
 from dtmsearch.export.formats.gguf import write_recipe
+from dtmsearch.export.formats.gguf_file import check_installed, write_gguf
 from dtmsearch.export.formats.modelopt import write_modelopt
 from dtmsearch.export.formats.recipes import RECIPES
 from dtmsearch.export.job import Job, Written
@@ -27,19 +28,28 @@ PLAN_FILE = "plan.json"
 @dataclass(frozen=True)
 class Format:
     """`write` puts a job into a folder that exists; `loads` says who reads it. `is_model`: whether it is a checkpoint
-    that `AutoModelForCausalLM.from_pretrained` loads, and so can be measured. `library` is a module of the extra
-    `export` that it cannot be written without."""
+    that `AutoModelForCausalLM.from_pretrained` loads, and so can be measured; `by_llama_cpp`: whether it is a file that
+    llama.cpp measures. `library` is a module of the extra `export` that it cannot be written without; `needs` raises
+    `LibraryMissing` where something else is missing."""
 
     name: str
     write: Callable[[Job, Path], Written]
     loads: str
     is_model: bool
     library: str = ""
+    by_llama_cpp: bool = False
+    needs: Callable[[], None] = lambda: None
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether what is written can be measured."""
+        return self.is_model or self.by_llama_cpp
 
     def check_library(self) -> None:
-        """Raises `UserError` where the format's library is not installed."""
+        """Raises `UserError` where something is not installed that the format is written by."""
         if self.library and importlib.util.find_spec(self.library) is None:
             raise UserError(f"{self.name} needs an extra: pip install 'dtmsearch[export]'")
+        self.needs()
 
 
 def write_json(job: Job, folder: Path) -> Written:
@@ -85,6 +95,13 @@ for _format in (
     ),
     Format("modelopt", write_modelopt, "TensorRT-LLM, and vLLM on NVIDIA GPUs", is_model=False),
     Format("source", write_as_source, "what loads the base model", is_model=True),
+    Format(
+        *("gguf", write_gguf, "llama.cpp, and what is built on it"),
+        is_model=False,
+        library="gguf",
+        by_llama_cpp=True,
+        needs=check_installed,
+    ),
     Format("gguf-recipe", write_recipe, "llama.cpp's quantizer", is_model=False, library="gguf"),
     *(Format(name, recipe.write, f"{name}, which quantizes by it", is_model=False) for name, recipe in RECIPES.items()),
     Format("evopress", write_evopress, "EvoPress's search", is_model=False),

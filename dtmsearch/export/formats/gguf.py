@@ -35,10 +35,7 @@ _IMATRIX_BITS = 4
 
 def write_recipe(job: Job, folder: Path) -> Written:
     """Raises `UserError` for an architecture that llama.cpp does not have, and for components it has no tensor for."""
-    names = _tensor_names(job)
-    missing = [name for name, tensors in names.items() if not tensors and name in job.plan.schemes]
-    if missing:
-        raise refuse(NAME, "llama.cpp has no tensor for", missing)
+    names = tensor_names(job, NAME)
     held: dict[str, list[Component]] = {}
     for name, tensors in names.items():
         for tensor in tensors:
@@ -86,8 +83,9 @@ def _write_importance(job: Job, held: dict[str, list[Component]], path: Path) ->
     return (path,)
 
 
-def _tensor_names(job: Job) -> dict[str, tuple[str, ...]]:
-    """The tensors of llama.cpp that hold each component of the model."""
+def tensor_names(job: Job, form: str) -> dict[str, tuple[str, ...]]:
+    """The tensors of llama.cpp that hold each component of the model, for a format. Raises `UserError` for an
+    architecture that llama.cpp does not have, and for components of the plan that it has no tensor for."""
     from gguf.constants import MODEL_ARCH_NAMES
     from gguf.tensor_mapping import get_tensor_name_map
 
@@ -95,9 +93,13 @@ def _tensor_names(job: Job) -> dict[str, tuple[str, ...]]:
     wanted = _ARCHITECTURES.get(config["model_type"], config["model_type"])
     by_name = {_bare(name): architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     if _bare(wanted) not in by_name:
-        raise UserError(f"{NAME}: llama.cpp has no architecture for models of type {config['model_type']!r}")
+        raise UserError(f"{form}: llama.cpp has no architecture for models of type {config['model_type']!r}")
     table = get_tensor_name_map(by_name[_bare(wanted)], job.manifest.num_layers)
-    return {c.name: _names_in(table, c.name) for c in job.manifest.components}
+    names = {c.name: _names_in(table, c.name) for c in job.manifest.components}
+    missing = [name for name, tensors in names.items() if not tensors and name in job.plan.schemes]
+    if missing:
+        raise refuse(form, "llama.cpp has no tensor for", missing)
+    return names
 
 
 def _bare(name: str) -> str:

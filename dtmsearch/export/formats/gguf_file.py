@@ -1,0 +1,152 @@
+"""`gguf`: a plan of llama.cpp's types as the file that it loads: the base model by its own converter, the plan's
+tensors quantized by its own quantizer with the importance that they were measured by, all others as they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.core import gguf_types
+from dtmsearch.core.components import Component
+from dtmsearch.errors import ExportFailed, UserError
+from dtmsearch.export.formats.gguf import tensor_names
+from dtmsearch.export.formats.gguf_base import check_converter, convert
+from dtmsearch.export.job import Job, Written, refuse
+
+NAME = "gguf"
+FILE = "model.gguf"
+_OUTTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
+# By ggml.h: of the layout of blocks.
+_QUANTIZATION_VERSION = 2
+
+
+def check_installed() -> None:
+    """Raises `LibraryMissing` where something is missing that the file is made by."""
+    gguf_types.ggml()
+    check_converter()
+
+
+def base_beside(folder: Path) -> Path:
+    """Where the base model's file lies while an export is written into `folder` and checked."""
+    return folder.with_name(f"{folder.name}.base.gguf")
+
+
+def write_gguf(job: Job, folder: Path) -> Written:
+    """Write the file, and the base model's beside the folder (`base_beside`). Raises `UserError` for what llama.cpp
+    does not hold, `ExportFailed` where tensors take other bytes than the plan's arithmetic gives them."""
+    _check_plan(job)
+    names = tensor_names(job, NAME)
+    held: dict[str, list[Component]] = {}
+    for component, tensors in names.items():
+        for tensor in tensors if component in job.plan.schemes else ():
+            held.setdefault(tensor, []).append(job.manifest.by_name[component])
+    mixed = [tensor for tensor, parts in held.items() if len({job.plan.scheme(c.name).name for c in parts}) > 1]
+    if mixed:
+        raise refuse(NAME, "a tensor of llama.cpp has one type, and the plan gives its parts several:", mixed)
+    base, path = base_beside(folder), folder / FILE
+    convert(job.folder, base, _OUTTYPES[str(job.dtype).removeprefix("torch.")])
+    try:
+        types = _rewrite(job, base, path, held)
+    except BaseException:
+        base.unlink(missing_ok=True)
+        raise
+    return Written((path,), notes=_notes(job, types))
+
+
+def _check_plan(job: Job) -> None:
+    if job.trained is not None:
+        raise UserError(
+            f"{NAME} is converted from the base model's folder, and this plan is over trained weights: export them as "
+            "`dense`, and search that folder"
+        )
+    foreign = [f"{n}: {s.name}" for n, s in job.plan.parsed.items() if not s.name.startswith(gguf_types.PREFIX)]
+    if foreign:
+        raise refuse(NAME, "it has types of its own; `gguf-recipe` names the nearest:", foreign)
+
+
+def _rewrite(job: Job, base: Path, path: Path, held: Mapping[str, Sequence[Component]]) -> dict[str, str]:
+    """Write the base model's file with the plan's tensors quantized, one at a time: tensor -> its type."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(base)
+    absent = [tensor for tensor in held if tensor not in {own.name for own in reader.tensors}]
+    if absent:
+        raise refuse(NAME, "llama.cpp's converter makes no tensor of these names, which the plan has:", absent)
+    architecture = str(reader.fields["general.architecture"].contents())
+    writer: Any = GGUFWriter(path, architecture)
+    for field in reader.fields.values():
+        if field.name in ("general.architecture", "general.quantization_version") or field.name.startswith("GGUF."):
+            continue
+        first, *rest = field.types
+        writer.add_key_value(field.name, field.contents(), first, rest[-1] if first == GGUFValueType.ARRAY else None)
+    writer.add_quantization_version(_QUANTIZATION_VERSION)
+    types: dict[str, str] = {}
+    for tensor in reader.tensors:
+        shape, kind = [int(n) for n in reversed(tensor.shape)], tensor.tensor_type
+        found = _type_in_file(job, held.get(tensor.name, ()))
+        if found is not None:
+            types[tensor.name] = found.name
+            shape, kind = [*shape[:-1], shape[-1] // found.block * found.block_bytes], GGMLQuantizationType[found.name]
+        is_bytes = found is not None or tensor.data.dtype == np.uint8
+        stored = shape if found is not None else list(tensor.data.shape)
+        nbytes = int(np.prod(stored)) * (1 if is_bytes else tensor.data.dtype.itemsize)
+        writer.add_tensor_info(tensor.name, stored, np.dtype(np.uint8) if is_bytes else tensor.data.dtype, nbytes, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in reader.tensors:
+            components = held.get(tensor.name, ())
+            found = _type_in_file(job, components)
+            writer.write_tensor_data(tensor.data if found is None else _blocks(job, tensor, found, components))
+    finally:
+        writer.close()
+    return types
+
+
+def _type_in_file(job: Job, components: Sequence[Component]) -> gguf_types.GgufType | None:
+    """The type of a tensor that these components lie in; None for one that stays as it is."""
+    if not components:
+        return None
+    return gguf_types.held_type(job.plan.scheme(components[0].name).name, components[0].shape[1])
+
+
+def _blocks(job: Job, tensor: Any, kind: gguf_types.GgufType, components: Sequence[Component]) -> NDArray[np.uint8]:
+    """A tensor's blocks; of a stack of experts each by its own inputs. The converter may have put rows in another
+    order, which no block knows of."""
+    from gguf.quants import dequantize
+
+    values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    parts = values.reshape(-1, *values.shape[-2:])
+    if len(components) not in (1, len(parts)):
+        raise UserError(
+            f"{NAME}: {tensor.name} has {len(parts)} matrices, the plan {len(components)} components for it"
+        )
+    found = []
+    for at, part in enumerate(parts):
+        component = components[at if len(components) > 1 else 0]
+        importance = None
+        if job.plan.scheme(component.name).needs_calibration:
+            squares = job.compressor.mean_squares(component.name).float().cpu().numpy()
+            importance = gguf_types.importance_of(squares)
+        found.append(gguf_types.quantized(np.ascontiguousarray(part), kind, importance))
+    blocks = np.stack(found).reshape(*values.shape[:-1], -1)
+    stored = sum(job.plan.scheme(c.name).stored_bits(c.shape, 16) for c in components)
+    if len(components) == 1 and 8 * blocks.nbytes != stored:
+        raise ExportFailed(f"{tensor.name} takes {blocks.nbytes} bytes, where the plan counts {stored / 8:g}")
+    return blocks
+
+
+def _notes(job: Job, types: Mapping[str, str]) -> list[str]:
+    counts = ", ".join(f"{number} {kind}" for kind, number in Counter(types.values()).most_common())
+    dense = str(job.dtype).removeprefix("torch.")
+    return [
+        f"{FILE} holds {counts} tensors; all others, embeddings and output among them where the search left them out, "
+        f"are {dense} as converted.",
+        f"Quantized by {gguf_types.build()} with the search's own importance matrix.",
+    ]

