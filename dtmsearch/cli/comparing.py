@@ -178,6 +178,7 @@ def serve_check_verb(
     folder: Path,
     texts: tuple[str, ...],
     base: str | None,
+    dtype: str,
     python: str | None,
     port: int | None,
     engine_args: str | None,
@@ -210,7 +211,8 @@ def serve_check_verb(
             from dtmsearch.workflows.serve_check import ServeSettings, serve_check_by  # which loads torch
 
             start = EngineSettings(python or sys.executable, port or 0, start_timeout, options)
-            asked = ServeSettings(start=start, timeout_seconds=timeout, **settings)
+            own = "" if dtype == "auto" else dtype
+            asked = ServeSettings(start=start, dtype=own, timeout_seconds=timeout, **settings)
             found = serve_check_by(folder, store, documents, base, asked, observer.on_stage)
     except KeyboardInterrupt:
         say("stopped; the engine was ended")

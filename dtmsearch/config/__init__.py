@@ -159,6 +159,7 @@ class SearchFile(Section):
         options = (
             *(section.dtype, section.attention, section.trust_remote_code, section.compile),
             section.scale_dtype,
+            *((section.kv_cache.context, section.kv_cache.batch) if section.kv_cache else ()),
         )
         return ModelSpec(path, section.revision, *options)
 

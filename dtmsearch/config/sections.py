@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PositiveInt,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -68,6 +69,16 @@ class Section(BaseModel):
         return self
 
 
+class CacheSection(Section):
+    """What layers keep of tokens, whose keys and values are components then, by the names of their attention:
+    `model.layers.3.self_attn.kv_cache.keys` and `.values`."""
+
+    context: PositiveInt
+    """Tokens of each text that are kept."""
+    batch: PositiveInt = 1
+    """Texts at a time. Bytes of caches are those of so many texts of so many tokens."""
+
+
 class ModelSection(Section):
     """The model that is searched, and the numbers that it computes in."""
 
@@ -86,6 +97,8 @@ class ModelSection(Section):
     """Compile layers with torch.compile; auto: on GPUs, for models at least 1,024 wide."""
     scale_dtype: Literal["float32", "float16", "bfloat16"] = SCALE_DTYPE
     """The dtype that scales of rounded weights are stored in. vLLM keeps them in the model's."""
+    kv_cache: CacheSection | None = None
+    """Count KV caches, and let them be searched: by patterns of components.include that name keys or values."""
 
 
 class DatasetSection(Section):

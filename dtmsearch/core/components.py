@@ -29,6 +29,8 @@ _SAFETENSORS_DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+# Kinds of what a layer keeps of every token: the keys and the values of its attention.
+CACHE_KINDS = ("cached_keys", "cached_values")
 # What of a mixture's experts must share a scheme: all that stand in a layer, or nothing.
 Experts = Literal["layer", "expert"]
 _ALL = Fraction(1)
@@ -60,6 +62,12 @@ class Component:
     experts_per_token: int = 0
     source_bits: int = 0
     apart: bool = False
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is no weights but what a layer keeps of every token: a row a token and head, of `model.kv_cache`'s
+        tokens."""
+        return self.kind in CACHE_KINDS
 
     @property
     def num_weights(self) -> int:

@@ -38,7 +38,8 @@ StatesKept = Literal["auto", "device", "host", "sweep"]
 @dataclass(frozen=True)
 class ModelSpec:
     """Which model a replica loads, and in which numeric mode. `path` is a folder or a hub id; scales of rounded weights
-    are those that `scale_dtype` can hold, as they are once they are stored in it."""
+    are those that `scale_dtype` can hold, as they are once they are stored in it. What its layers keep of `kv_batch`
+    texts of `kv_context` tokens each are components, too; of no tokens they are none."""
 
     path: str
     revision: str | None = None
@@ -47,6 +48,8 @@ class ModelSpec:
     trust_remote_code: bool = False
     compile: Literal["auto", "always", "never"] = "auto"
     scale_dtype: str = SCALE_DTYPE
+    kv_context: int = 0
+    kv_batch: int = 1
 
 
 @dataclass(frozen=True)

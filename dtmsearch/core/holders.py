@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from dtmsearch.core import gguf_types
-from dtmsearch.core.components import Component
+from dtmsearch.core.components import CACHE_KINDS, Component
 from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.fusion import untied_groups
 from dtmsearch.core.plan import Plan
@@ -60,6 +60,7 @@ VLLM_TOGETHER = "vLLM runs q, k, v and gate, up as one matrix each, and all expe
 
 
 EMBEDDINGS = "of embeddings it stores integers of rows or groups, without zero points, and activations as they are"
+CACHED = "it holds weights, and a KV cache is none"
 TIED = (
     "its weights are the head's too, which loaders of packed weights look for elsewhere: `dense` holds it, or leave it "
     "out"
@@ -299,7 +300,7 @@ class SchemeFacts:
 def scheme_facts(name: str, shape: Shape = (4096, 4096), dense_bits: int = 16, scale_bits: int = 16) -> SchemeFacts:
     """Raises `ValueError` for an unknown scheme."""
     scheme = parse_scheme(name)
-    component = Component(name="matrix", layer=0, kind="o", shape=shape)
+    component = Component(name="matrix", layer=0, kind=CACHE_KINDS[0] if scheme.is_of_cache else "o", shape=shape)
     plan, counted = Plan.of({component.name: name}), scheme.stored_bits(shape, dense_bits)
     parts = [(component, scheme)]
     held = tuple(
@@ -337,7 +338,7 @@ def _held(
     scale_bits: int,
     source: str,
 ) -> Held:
-    found = (holder.obstacle(scheme, c.shape) or holder.misplaced(c) for c, scheme in parts)
+    found = ((CACHED if c.is_cache else holder.obstacle(scheme, c.shape)) or holder.misplaced(c) for c, scheme in parts)
     obstacles = Counter(why for why in found if why is not None)
     why = next(iter(obstacles), None) or holder.together(plan, components)
     if holder.export == "source":

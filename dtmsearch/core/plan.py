@@ -62,8 +62,10 @@ class Plan:
 
     @staticmethod
     def uniform(components: Iterable[Component], scheme: str) -> Plan:
-        """Every one of some components under one scheme."""
-        return Plan.of({c.name: scheme for c in components})
+        """Every one of some components under one scheme; those that it is not for stay as they are (KV caches, under
+        schemes of weights)."""
+        parsed = parse_scheme(scheme)
+        return Plan.of({c.name: scheme for c in components if parsed.takes(c)})
 
     @cached_property
     def id(self) -> str:
@@ -318,7 +320,11 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
     for component, scheme in schemes.items():
         if component not in manifest.by_name:
             raise UserError(f"{source} names {shown(component)}, which {manifest.model} does not have")
-        parse_scheme(scheme)
+        if not parse_scheme(scheme).takes(manifest.by_name[component]):
+            raise UserError(
+                f"{source} gives {component} the scheme {scheme}: schemes of KV caches (kv-fp8, kv-int8, kv-int4) are "
+                "for caches, all others for weights"
+            )
     return Plan.of(schemes)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from dtmsearch.core import gguf_types, plugins
 from dtmsearch.core.number_formats import Rounding
-from dtmsearch.core.served_schemes import SERVED, served_format
+from dtmsearch.core.served_schemes import CACHE_SCALE_BITS, CACHES, SERVED, served_format
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
@@ -99,6 +99,9 @@ class StoredSomewhere(Protocol):
 
     @property
     def source_bits(self) -> int: ...
+
+    @property
+    def is_cache(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,15 @@ class Scheme:
         """Whether a scale of what the component reads is fixed beforehand, by the largest that it reads of a text."""
         return self.activations is not None and self.activations.static
 
+    @property
+    def is_of_cache(self) -> bool:
+        """Whether it rounds what layers keep of tokens, and no weights."""
+        return self.kind.of_cache
+
+    def takes(self, component: StoredSomewhere) -> bool:
+        """Whether it is one for such a component: caches have schemes of their own."""
+        return self.is_unquantized or self.is_of_cache == component.is_cache
+
     def inputs(self, cols: int) -> Rounding | None:
         """How what a matrix of `cols` inputs reads is rounded; None where it is not, or bitsandbytes does it."""
         return self.activations or self.kind.inputs(self, cols)
@@ -270,6 +282,7 @@ class SchemeFamily:
     `as_module`: its schemes stand in a layer's place as a module of bitsandbytes, not as other weights.
     `rounds_by_number`: they say by `Scheme.weights` and `activations` what they do. `on_grid`: they are codes with
     scales of a tensor, a row or a group, and nothing else. `only_prunes`: they make weights zero, and change no other.
+    `of_cache`: they round what attention keeps of tokens, and no weights.
     `scale_bits` are those of a stored scale. `siblings` are the names of schemes that differ from one only in how much
     they compress, itself among them. `uniform_lines` (scheme, granularities) are what a uniform plan of a scheme's kind
     may be, in lines of schemes that differ only in how much they compress.
@@ -291,6 +304,7 @@ class SchemeFamily:
     rounds_by_number: bool = False
     on_grid: bool = False
     only_prunes: bool = False
+    of_cache: bool = False
     scale_bits: int = SCALE_BITS
     siblings: Callable[[Scheme], tuple[str, ...]] = lambda scheme: (scheme.name,)
     uniform_lines: Callable[[Scheme, Collection[str]], Sequence[Line]] = lambda scheme, grains: ()
@@ -359,6 +373,17 @@ def _parsed(name: str) -> Scheme | None:
 
 def _unquantized(name: str) -> Scheme | None:
     return Scheme(name, name, 0, "none") if name == DENSE else None
+
+
+def _of_cache(name: str) -> Scheme | None:
+    found = CACHES.get(name)
+    return None if found is None else Scheme(name, "kv_cache", found.bits, "none")
+
+
+def _cache_bits(scheme: Scheme, shape: Shape, dense_bits: int) -> int:
+    """Of rows that are each a token's head: codes, and a scale of 32 bits for each, or for all."""
+    per_row = CACHES[scheme.name].scale_of_row
+    return shape[0] * shape[1] * scheme.bits + (shape[0] if per_row else 1) * CACHE_SCALE_BITS
 
 
 def _as_stored(name: str) -> Scheme | None:
@@ -648,6 +673,14 @@ for _family in (
     ),
     _of_llama_cpp(weighted=True),
     _of_llama_cpp(weighted=False),
+    SchemeFamily(
+        "kv_cache",
+        _of_cache,
+        stored_bits=_cache_bits,
+        examples=tuple(CACHES),
+        of_cache=True,
+        uniform_lines=lambda scheme, grains: [(scheme.name,)],
+    ),
     SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
 ):

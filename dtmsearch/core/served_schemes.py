@@ -70,3 +70,21 @@ def served_format(family: str, name: str) -> Served | None:
         return found
     weights = Rounding("int4", "channel") if match[1] else Rounding("int4", "group", int(match[2]))
     return Served(weights, _INT8_BY_TOKEN)
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How keys or values are kept: bits of a code, and whether every row, a token's head, has a scale of its own."""
+
+    bits: int
+    scale_of_row: bool
+    engine_name: str
+
+
+CACHE_SCALE_BITS = 32
+# Scheme -> what vLLM calls it (`--kv-cache-dtype`). Its 4 bits are of rotated rows, ours of rows as they are.
+CACHES: dict[str, CacheFormat] = {
+    "kv-fp8": CacheFormat(8, False, "fp8"),
+    "kv-int8": CacheFormat(8, True, "int8_per_token_head"),
+    "kv-int4": CacheFormat(4, True, "int4_per_token_head"),
+}

@@ -17,7 +17,7 @@ from dtmsearch.core.gguf_presets import PRESET, largest_preset
 from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
-from dtmsearch.core.schemes import DENSE, family_lines, parse_scheme
+from dtmsearch.core.schemes import DENSE, UNQUANTIZED, family_lines, parse_scheme
 from dtmsearch.search.space import SearchSpace
 
 # So many rivals are measured at most, the largest of each family first.
@@ -42,14 +42,19 @@ def rivals_of_size(space: SearchSpace, counted: float) -> list[str]:
     if space.budget.takes_less is not None:
         return _rivals_in_time(space, LARGER * counted)
     active = space.budget.reads_less
-    kinds = Counter((replace(c, name="", layer=0, kind="", mixture=""), c.read_share) for c in space.components)
+    kinds = Counter(
+        (replace(c, name="", layer=0, kind=c.kind if c.is_cache else "", mixture=""), c.read_share)
+        for c in space.components
+    )
     longest = max(component.shape[1] for component, _ in kinds)
     most = LARGER * counted
 
     def bits(scheme: str) -> float:
         parsed = parse_scheme(scheme)
         sizes = (
-            (read if active else 1) * number * parsed.bits_of(component, space.dense_bits)
+            (read if active else 1)
+            * number
+            * (parsed if parsed.takes(component) else UNQUANTIZED).bits_of(component, space.dense_bits)
             for (component, read), number in kinds.items()
         )
         return float(sum(sizes))

@@ -205,7 +205,8 @@ class SearchSpace:
 
     def _unit(self, together: tuple[Component, ...]) -> Unit:
         first, *others = (c.name for c in together)
-        edges = tuple(Perturbation(first, scheme, tuple(others)) for scheme in self.schemes)
+        taken = [scheme.name for scheme in self.parsed if all(scheme.takes(c) for c in together)]
+        edges = tuple(Perturbation(first, scheme, tuple(others)) for scheme in taken)
         schemes = DENSE, *self.schemes
         sizes = {s: plan_size(Plan.uniform(together, s), together, self.dense_bits, self.times) for s in schemes}
         if self.budget.limits_size:
@@ -278,9 +279,23 @@ def _unknown_tied(entry: str, names: Iterable[str], kinds: Iterable[str]) -> str
 
 
 def _check_shapes(components: tuple[Component, ...], schemes: tuple[Scheme, ...]) -> None:
-    """Raise `UserError` for a scheme that no format has for the shape of a component."""
+    """Raise `UserError` for a scheme that no format has for the shape of a component, and for components that no scheme
+    is for, or schemes that are for none."""
+    idle = [c.name for c in components if not any(scheme.takes(c) for scheme in schemes)]
+    if idle:
+        raise UserError(
+            f"search.schemes has none for {idle[0]} and {len(idle) - 1} others: KV caches take kv-fp8, kv-int8 and "
+            "kv-int4, weights all others. Add one, or leave these out (components)"
+        )
+    unused = [scheme.name for scheme in schemes if scheme.is_of_cache and not any(scheme.takes(c) for c in components)]
+    if unused:
+        raise UserError(
+            f"search.schemes: {unused[0]} is for KV caches, and the search has none: give model.kv_cache a context, "
+            "and components.include patterns such as '*.kv_cache.keys' and '*.kv_cache.values'"
+        )
     for scheme in schemes:
-        misfits = [(c.name, why) for c in components if (why := scheme.misfit(c.shape)) is not None]
+        own = [c for c in components if scheme.takes(c)]
+        misfits = [(c.name, why) for c in own if (why := scheme.misfit(c.shape)) is not None]
         if misfits:
             name, why = misfits[0]
             others = f" and {len(misfits) - 1} others" if len(misfits) > 1 else ""

@@ -51,13 +51,13 @@ _SHOWN_TOKENS = 12
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a folder is checked: `engine` by its name and how it is started; `dtype` that it computes in (`auto`: the
+    """How a folder is checked: `engine` by its name and how it is started; `dtype` that it computes in (empty: the
     folder's, or bfloat16 where that has 32 bits); the first `count` prompts (0: all). Of a text: how long its windows
     are. `timeout_seconds`, `top`, `threads`: of the questions. `examples` are written out."""
 
     engine: str = "vllm"
     start: EngineSettings = field(default_factory=EngineSettings)
-    dtype: str = "auto"
+    dtype: str = ""
     count: int = 64
     prompt_tokens: int = 100
     continuation_tokens: int = 100
@@ -116,7 +116,7 @@ def serve_check_by(
     base = base or base_model_of(folder)
     check_port(asked.start.port)
     engine = find_engine(asked.engine, asked.start)
-    dtype = asked.dtype if asked.dtype != "auto" else _dtype_of(config)
+    dtype = asked.dtype or _dtype_of(config)
     if texts is None:
         expected = _recorded(folder, card, ResultStore(str(store)), asked.count)
     else:

@@ -153,6 +153,8 @@ class Compressor:
     def _compressed(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         if scheme.own is not None and scheme.own.make is not None:
             return self._made(component, weight, scheme, scheme.own.make)
+        if scheme.is_of_cache:
+            return weight
         if scheme.weights is not None:
             return self.number_codes(component, weight, scheme).dense(weight.dtype)
         if scheme.is_dropped:

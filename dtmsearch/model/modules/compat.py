@@ -347,7 +347,32 @@ def _operation(name: str) -> Callable[[], object]:
     return lambda: getattr(torch.ops.aten, name)
 
 
+_WRAPPED: set[str] = set()
+SeesCache = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def wrap_attention(name: str, through: SeesCache) -> bool:
+    """Have all attentions of an implementation of transformers' read keys and values (both [prompts, heads, tokens,
+    head_dim], of all tokens that are kept) as `through` gives them back; False where it has none of that name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    if name in _WRAPPED:
+        return True
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        return False
+    original = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(module, query, *through(module, key, value), *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    _WRAPPED.add(name)
+    return True
+
+
 NAMES: tuple[ForeignName, ...] = (
+    ForeignName("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "round what attention keeps of tokens"),
+    ForeignName("transformers.modeling_utils.AttentionInterface.register", "round what attention keeps of tokens"),
     ForeignName("torch.nn.Module._modules", "put modules in a component's or a layer's place", _children),
     ForeignName("torch.nn.Module._apply", "move a stage's layers to its device"),
     ForeignName("torch.nn.Module._compiled_call_impl", "run compiled layers eagerly for a while"),

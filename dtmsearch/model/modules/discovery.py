@@ -18,9 +18,11 @@ from dtmsearch.core.components import (
     weight_files,
 )
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.identity import identity
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compat import is_custom_code, loaded_by
 from dtmsearch.model.modules.fingerprints import custom_code
+from dtmsearch.model.modules.kv_caches import caches_of
 from dtmsearch.model.modules.loading import (
     check_tensors,
     described_checkpoint,
@@ -60,8 +62,24 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
     found = survey(spec)
     folder = own_folder(spec)
     if is_quantized(folder):
-        return replace(found.manifest, content_hash=source_hash(folder, found.code))
-    return replace(found.manifest, content_hash=content_hash(folder, weight_files(folder), found.code))
+        return _with_caches(replace(found.manifest, content_hash=source_hash(folder, found.code)), spec)
+    return _with_caches(
+        replace(found.manifest, content_hash=content_hash(folder, weight_files(folder), found.code)), spec
+    )
+
+
+def _with_caches(manifest: ModelManifest, spec: ModelSpec) -> ModelManifest:
+    """The manifest with KV caches of the tokens that `spec` says, which its identity names then."""
+    if not spec.kv_context:
+        return manifest
+    model = empty_model(described_checkpoint(spec), spec)
+    caches = caches_of(model, find_layers(model)[0], manifest.num_layers, spec.kv_context, spec.kv_batch)
+    tokens = [spec.kv_context, spec.kv_batch]
+    return replace(
+        manifest,
+        others=(*manifest.others, *caches),
+        content_hash=identity({"model": manifest.content_hash, "kv_cache": tokens}),
+    )
 
 
 def survey(spec: ModelSpec) -> Survey:

@@ -97,6 +97,8 @@ class Part:
 
 def load_part(spec: ModelSpec, settings: ReplicaSettings, device: torch.device) -> Part:
     """Load a stage's part. The host's memory maps the files, and holds only what a device gets of them."""
+    if spec.kv_context:
+        raise UserError("model.kv_cache is for replicas of one process: leave out --nodes-per-replica, or kv_cache")
     folder = checkpoint_folder(spec)
     manifest = read_manifest(spec)
     layers = cut(manifest.num_layers, settings.num_stages)[settings.stage]

@@ -32,6 +32,7 @@ from dtmsearch.model.calibration.calibrator import AnyCalibrator
 from dtmsearch.model.calibration.expert_inputs import ExpertProducts
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.compat import Conv1D
+from dtmsearch.model.modules.kv_caches import CachedPart
 from dtmsearch.model.replica.loaded_reference import greedy
 from dtmsearch.model.weights.applied import Weights
 
@@ -82,7 +83,7 @@ class Pricer:
         rows_in_batch: Callable[[int], int],
     ) -> None:
         self._body, self._weights, self._calibrator = body, weights, calibrator
-        self._layer_of = {component.name: component.layer for component in manifest.components}
+        self._layer_of = {name: component.layer for name, component in manifest.by_name.items()}
         self._eager, self._rows_in_batch = eager, rows_in_batch
 
     def unpriceable(self, components: Sequence[str]) -> str:
@@ -93,7 +94,9 @@ class Pricer:
             return f"no backward pass goes layer by layer: {self._body.how_it_runs() or 'its head runs within it'}"
         watched = self._experts(components).components
         for component in components:
-            if component not in watched and not isinstance(self._weights.module(component), nn.Linear | Conv1D):
+            if component not in watched and not isinstance(
+                self._weights.module(component), nn.Linear | Conv1D | CachedPart
+            ):
                 return f"{component} lies in a stack of matrices in which no product is told from another's"
             if not 0 <= self._layer_of[component] < self._body.num_layers:
                 return f"{component} lies outside the layers"

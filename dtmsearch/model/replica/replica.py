@@ -55,6 +55,7 @@ from dtmsearch.model.forward.batch_size import Batches
 from dtmsearch.model.forward.expert_routing import routed_tokens
 from dtmsearch.model.forward.layer_reuse import Reuse
 from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compiled import Slot, compile_layers
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
@@ -153,6 +154,8 @@ class Replica:
         )
         checkpoint = Checkpoint(weight_files(folder))
         checkpoint.map_apart(model)
+        if spec.kv_context:
+            kv_caches.attach(model, spec.attention)
         tokenizer = load_tokenizer(folder, spec)
         return LoadedModel(model, tokenizer, manifest, checkpoint, tokenizer_fingerprint(folder, tokenizer))
 
@@ -380,6 +383,8 @@ class Replica:
 
 def _pays_to_compile(spec: ModelSpec, model: Any, device: torch.device) -> bool:
     """Narrow models spend their time on launches, and a search of theirs is over before compiling has paid."""
+    if spec.kv_context:  # parts of caches are exchanged, for which compiled layers have no slots
+        return False
     if spec.compile == "auto":
         return device.type == "cuda" and bool(model.config.get_text_config().hidden_size >= _WIDE)
     return spec.compile == "always"

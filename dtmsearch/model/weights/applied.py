@@ -24,6 +24,7 @@ from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.compress.number_rounding import RoundsInputs, calibrated_scale, inputs_rounding, largest_of
 from dtmsearch.model.modules.compat import Conv1D
+from dtmsearch.model.modules.kv_caches import CachedPart
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
 
@@ -183,6 +184,9 @@ class Weights:
 
     def made(self, component: str, scheme: Scheme) -> nn.Module:
         """A module that computes what the component does under a scheme that is more than other weights."""
+        dense = self._dense_modules.get(component, self._places.get(component))
+        if isinstance(dense, CachedPart):
+            return _cached(dense, scheme)
         made = self._make(component, scheme, self._installed(component))
         assert made.weight is None, f"{scheme.name} is no more than other weights"
         return made.module
@@ -208,6 +212,8 @@ class Weights:
         weight = self._original(component, now)
         if scheme.is_unquantized:
             return _Installed(dense, weight)
+        if isinstance(dense, CachedPart):
+            return _Installed(_cached(dense, scheme), None)
         if scheme.kind.as_module:
             if not isinstance(dense, nn.Linear):
                 raise UserError(f"{scheme.name} needs a linear layer; {component} is {type(dense).__name__}")
@@ -226,6 +232,8 @@ class Weights:
         """Whether what a component of `cols` inputs reads is rounded under a scheme, so that it changes more than
         weights."""
         dense = self._dense_modules.get(component, self._places.get(component))
+        if isinstance(dense, CachedPart):
+            return True
         if scheme.kind.as_module:
             return scheme.rounds_activations
         return inputs_rounding(component, dense, scheme, cols) is not None
@@ -269,6 +277,11 @@ class Weights:
         if self._untrimmed_bytes > _MOST_UNTRIMMED_BYTES:
             self._untrimmed_bytes = 0
             _trim_heap()
+
+
+def _cached(part: CachedPart, scheme: Scheme) -> CachedPart:
+    """Keys or values under a scheme; those of weights leave them as they are, as theirs leave weights."""
+    return CachedPart(part.head_dim, scheme if scheme.is_of_cache else None)
 
 
 def _trim_heap() -> None:

@@ -1,0 +1,188 @@
+"""KV caches as components: what a layer keeps of tokens, rounded as a cache would hold it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import llama_config, result, values, with_reference, write_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
+from dtmsearch.core.plan import Budget, Plan, plan_from_json, plan_to_json
+from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.errors import UserError
+from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.model.modules.kv_caches import round_cached
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.space import SearchSpace
+
+SCHEMES = ("kv-fp8", "kv-int8", "kv-int4")
+KEYS, VALUES = "model.layers.{}.self_attn.kv_cache.keys", "model.layers.{}.self_attn.kv_cache.values"
+MIXED = Plan.of({
+    KEYS.format(0): "kv-int4",
+    VALUES.format(1): "kv-fp8",
+    KEYS.format(2): "kv-int8",
+    "model.layers.1.mlp.down_proj": "int4-g16",
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def spec(folder: Path, **changes: Any) -> ModelSpec:
+    return ModelSpec(str(folder), dtype="float32", **({"kv_context": 100} | changes))
+
+
+def replica(folder: Path, batch_tokens: int = 0) -> Replica:
+    return Replica(spec(folder), ReplicaSettings(batch_tokens, num_threads=1))
+
+
+def caches(folder: Path) -> tuple[Component, ...]:
+    return tuple(other for other in read_manifest(spec(folder)).others if other.is_cache)
+
+
+class RoundedLayer(DynamicLayer):
+    """A layer of a cache that holds nothing but what its format can hold."""
+
+    def __init__(self, keys: str | None, values: str | None) -> None:
+        super().__init__()
+        self.formats = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        held = [
+            states if name is None else round_cached(states, states.shape[-1], parse_scheme(name))
+            for name, states in zip(self.formats, (key_states, value_states), strict=True)
+        ]
+        return super().update(held[0], held[1], *args, **kwargs)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, None])
+def test_fdt_is_that_of_generation_with_such_a_cache(folder: Path, scheme: str | None) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    plan = Plan.uniform(caches(folder), scheme) if scheme else _only_caches()
+    found = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0])
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    fdt = []
+    for prompt, continuation in zip(reference.text[:, :10], reference.continuation, strict=True):
+        cache = DynamicCache()
+        cache.layers = [
+            RoundedLayer(plan.schemes.get(KEYS.format(i)), plan.schemes.get(VALUES.format(i))) for i in range(3)
+        ]
+        row, written = torch.tensor(prompt[None].astype(np.int64)), []
+        with torch.inference_mode():
+            for _ in range(12):
+                logits = plain(input_ids=row, past_key_values=cache, use_cache=True).logits[0, -1]
+                logits[list(reference.suppressed)] = -torch.inf
+                written.append(int(logits.argmax()))
+                row = torch.tensor([[written[-1]]])
+        fdt.append(next((at for at, (a, b) in enumerate(zip(written, continuation, strict=True)) if a != b), 12))
+    assert reference.agrees.all() and found.fdt.tolist() == fdt
+
+
+def _only_caches() -> Plan:
+    return Plan.of({name: scheme for name, scheme in MIXED.entries if "kv_cache" in name})
+
+
+def test_the_base_model_is_the_same_bit_by_bit(folder: Path) -> None:
+    model, plain = replica(folder), Replica(spec(folder, kv_context=0), ReplicaSettings(num_threads=1))
+    ours, theirs = with_reference(model), with_reference(plain)
+    assert (ours.continuation == theirs.continuation).all()
+    plan = Plan.of({"model.layers.1.mlp.down_proj": "int4-g16"})
+    requests = [EvalRequest(plan, reference.id, (0, 6), ("kl", "ppl")) for reference in (ours, theirs)]
+    assert values(model.evaluate([requests[0]])[0]) == values(plain.evaluate([requests[1]])[0])
+
+
+@pytest.mark.parametrize("parent", [Plan(), _only_caches(), Plan.of({KEYS.format(0): "kv-int4"})])
+def test_parents_and_what_came_before_change_no_bit(folder: Path, parent: Plan) -> None:
+    model = replica(folder)
+    reference = with_reference(model)
+    alone = values(model.evaluate([EvalRequest(MIXED, reference.id, (0, 6), ("kl", "ppl"))])[0])
+    others = [Plan.of({VALUES.format(2): "kv-int4"}), Plan.uniform(caches(folder), "kv-fp8"), parent]
+    model.evaluate([EvalRequest(other, reference.id, (0, 6)) for other in others])
+    again = EvalRequest(MIXED, reference.id, (0, 6), ("kl", "ppl"), parent)
+    assert values(model.evaluate([again])[0]) == alone
+    assert model.canary(reference.id) == 0.0
+
+
+def test_a_token_reads_the_same_of_a_cache_whatever_else_is_in_the_batch(folder: Path) -> None:
+    rows = torch.randn(3, 5, 16) * 3
+    for scheme in map(parse_scheme, SCHEMES):
+        whole = round_cached(rows, 8, scheme)
+        alone = round_cached(rows[1:2, 3:4], 8, scheme)
+        assert torch.equal(whole[1:2, 3:4], alone) and not torch.equal(whole, rows)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_are_those_of_three_lines(scheme: str) -> None:
+    rows = torch.randn(40, 8) * 2
+    if scheme == "kv-fp8":
+        expected = rows.to(torch.float8_e4m3fn).float()
+    elif scheme == "kv-int8":
+        scales = [float(row.abs().max()) / 127 for row in rows]
+        expected = torch.stack([torch.round(row / s) * s for row, s in zip(rows, scales, strict=True)])
+    else:
+        expected = torch.stack([_in_16_codes(row) for row in rows])
+    torch.testing.assert_close(round_cached(rows, 8, parse_scheme(scheme)), expected, rtol=1e-5, atol=1e-6)
+
+
+def _in_16_codes(row: Tensor) -> Tensor:
+    scale = (row.max() - row.min()) / 15
+    zero = torch.round(-row.min() / scale).clamp(0, 15)
+    return (torch.round(row / scale) + zero).clamp(0, 15).sub(zero) * scale
+
+
+def test_sizes_are_those_of_the_tokens_that_are_kept(folder: Path) -> None:
+    (keys, *others) = [c for c in read_manifest(spec(folder, kv_batch=3)).others if c.is_cache]
+    assert len(others) == 5 and keys.name == KEYS.format(0)
+    assert keys.shape == (3 * 100 * 2, 8)  # two heads of 8
+    numbers, rows = keys.num_weights, keys.shape[0]
+    bits = {scheme: parse_scheme(scheme).bits_of(keys, 16) for scheme in SCHEMES}
+    assert bits == {"kv-fp8": numbers * 8 + 32, "kv-int8": numbers * 8 + rows * 32, "kv-int4": numbers * 4 + rows * 32}
+
+
+def test_a_sliding_window_keeps_no_more_than_it_is_long(tmp_path: Path) -> None:
+    from transformers import MistralConfig
+
+    sizes = {name: getattr(llama_config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = MistralConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16
+    )
+    found = [c for c in read_manifest(spec(write_model(tmp_path, config))).others if c.is_cache]
+    assert found[0].shape == (16 * 2, 8)
+
+
+def test_tokens_that_are_kept_are_part_of_the_models_identity_and_of_nothing_else(folder: Path) -> None:
+    plain = read_manifest(spec(folder, kv_context=0))
+    assert not any(other.is_cache for other in plain.others)
+    assert len({plain.id, read_manifest(spec(folder)).id, read_manifest(spec(folder, kv_batch=2)).id}) == 3
+
+
+def test_schemes_are_for_caches_or_for_weights(folder: Path) -> None:
+    manifest = read_manifest(spec(folder))
+    components = (*manifest.components, *caches(folder))
+    space = SearchSpace(components, ("int8-channel", "kv-fp8"), dense_bits=16, budget=Budget(bits_per_weight=9.0))
+    offered = {edge.component: {e.scheme for e in unit.edges} for unit in space.units for edge in unit.edges}
+    assert offered[KEYS.format(0)] == {"kv-fp8"} and offered["model.layers.0.mlp.up_proj"] == {"int8-channel"}
+    assert set(space.uniform("kv-fp8").schemes) == {c.name for c in caches(folder)}
+    with pytest.raises(UserError, match=r"search\.schemes has none for model\.layers\.0\.self_attn\.kv_cache\.keys"):
+        SearchSpace(components, ("int8-channel",))
+    with pytest.raises(UserError, match="kv-fp8 is for KV caches, and the search has none"):
+        SearchSpace(manifest.components, ("int8-channel", "kv-fp8"))
+    wrong = plan_to_json(Plan.of({KEYS.format(0): "int8-channel"}), manifest)
+    with pytest.raises(UserError, match="are for caches, all others for weights"):
+        plan_from_json(wrong, manifest, "plan.json")
+
+
+def test_an_attention_that_does_not_tell_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="does not tell keys and values of attention 'eager'"):
+        Replica(spec(folder, attention="eager"), ReplicaSettings(num_threads=1))
