@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from dtmsearch.errors import UserError
@@ -27,12 +30,29 @@ class Plugin:
 
 def plugins(group: str) -> Iterator[Plugin]:
     """What installed packages add to a group, in order of name. Raises `UserError` for one that cannot be loaded."""
-    return (_loaded(point) for point in sorted(entry_points(group=group), key=lambda point: point.name))
+    return (_loaded(point) for point in sorted(_points(group), key=lambda point: point.name))
 
 
 def plugin_names(group: str) -> tuple[str, ...]:
     """Their names, without loading any."""
-    return tuple(sorted(point.name for point in entry_points(group=group)))
+    return tuple(sorted(point.name for point in _points(group)))
+
+
+def _points(group: str) -> EntryPoints:
+    return _points_of(tuple((path, _changed_at(path)) for path in sys.path)).select(group=group)
+
+
+@functools.lru_cache(maxsize=1)
+def _points_of(installed: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """The entry points of all that is installed, which are read again where a folder of packages has changed."""
+    return entry_points()
+
+
+def _changed_at(path: str) -> int:
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def nearest(name: str, names: Iterable[str], what: str) -> str:
@@ -86,7 +106,7 @@ class Registry(Generic[Entry]):
 
     def _plugin(self, name: str) -> Plugin:
         if name not in self._plugins:
-            for point in entry_points(group=self._group, name=name):
+            for point in _points(self._group).select(name=name):
                 found = _loaded(point)
                 self._check(name, found.added)
                 self._plugins[name] = found
