@@ -32,8 +32,8 @@ os.environ |= {"RAY_enable_pipe_based_agent_to_parent_health_check": "1"}
 # Workers of pytest share the CPUs: threads of torch that wait for each other spinning would take them from the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Stores sync every commit: on a disk a test waits milliseconds for each, in memory none. What a kill of a process leaves
-# is the same in both. Folders are there during a run only (`tmp_path_retention_policy`), some 400 MB.
+# Stores sync every commit: on a disk a test waits milliseconds for each, in memory none. What a kill of a process
+# leaves is the same in both. Folders are there during a run only (`tmp_path_retention_policy`), some 400 MB.
 _MEMORY = Path("/dev/shm")
 if os.access(_MEMORY, os.W_OK) and min(shutil.disk_usage(_MEMORY).free, psutil.virtual_memory().available) > 6 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))

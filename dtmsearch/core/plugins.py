@@ -39,13 +39,13 @@ def plugin_names(group: str) -> tuple[str, ...]:
 
 
 def _points(group: str) -> EntryPoints:
-    return _points_of(tuple((path, _changed_at(path)) for path in sys.path)).select(group=group)
+    return _points_of(group, tuple((path, _changed_at(path)) for path in sys.path))
 
 
-@functools.lru_cache(maxsize=1)
-def _points_of(installed: tuple[tuple[str, int], ...]) -> EntryPoints:
-    """The entry points of all that is installed, which are read again where a folder of packages has changed."""
-    return entry_points()
+@functools.lru_cache(maxsize=8)
+def _points_of(group: str, installed: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """What all that is installed adds to a group, read again where a folder of packages has changed."""
+    return entry_points(group=group)
 
 
 def _changed_at(path: str) -> int:
