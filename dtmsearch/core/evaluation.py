@@ -33,6 +33,8 @@ FailureKind = Literal["replica_lost", "out_of_memory", "nonfinite", "invalid"]
 EXTRA_METRICS = ("kl", "ppl")
 # Where a replica keeps its parent's hidden states: beside the model, in the host's memory, or one boundary at a time.
 StatesKept = Literal["auto", "device", "host", "sweep"]
+# Where the weights of a replica's layers are: on its device, or brought there one layer at a time.
+WeightsKept = Literal["auto", "device", "streamed"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class ReplicaSettings:
 
     `batch_tokens` bounds the tokens of one forward batch (0: chosen by device), `num_devices` spreads the model over
     several GPUs, `num_threads` bounds the CPU threads (0: torch's choice), `states` says where hidden states of
-    the parent plan are kept (`auto`: by the memory there is), `weights_folder` where trained weights are found. A model
+    the parent plan are kept (`auto`: by the memory there is), `weights` whether those of layers stay on the device or
+    pass through it (`auto`: by the memory of the GPU), `weights_folder` where trained weights are found. A model
     of several stages is cut at its layers, and a process has one of them, the `stage`-th.
     """
 
@@ -66,6 +69,7 @@ class ReplicaSettings:
     num_devices: int = 1
     num_threads: int = 0
     states: StatesKept = "auto"
+    weights: WeightsKept = "auto"
     weights_folder: str = ""
     num_stages: int = 1
     stage: int = 0

@@ -47,10 +47,19 @@ class CacheMemory:
         if device.type != "cuda":
             room = max(_PROCESSOR_BYTES, _PROCESSOR_SHARE * weight_bytes)
             return CacheMemory(room, 0.0, room)
-        # What the allocator holds and nothing uses is free too.
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free -= torch.cuda.memory_allocated(device)
+        free = free_bytes(device)
         return CacheMemory(_STATES_SHARE * free, _HOST_SHARE * psutil.virtual_memory().available, _OUTPUTS_SHARE * free)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory of a device that this process may still take: of a GPU within the share of it that torch may use, what
+    torch's allocator holds and nothing uses included."""
+    if device.type != "cuda":
+        return float(psutil.virtual_memory().available)
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    most = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_allocated(device)
+    return float(min(free + unused, most))
 
 
 class ActivationCache:
@@ -139,6 +148,14 @@ class ActivationCache:
                 yield self._ended(*begun.popleft())
         while begun:
             yield self._ended(*begun.popleft())
+
+    def ended(self, index: int, state: State | None) -> tuple[Tensor, Tensor]:
+        """(tokens, head inputs [rows, targets, hidden]) of a batch from its state at the last layer's boundary, by the
+        model as it stands there and above."""
+        batch = self.batches[index]
+        with ExitStack() as stack:
+            self._enter_part(stack)
+            return self._ended(batch, self._body.begin(batch, state, self._body.num_layers - 1))
 
     def _ended(self, batch: Tensor, finish: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         return batch, finish()[:, self._wanted]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.model.compress.bitsandbytes_layers import runs_by_token
 from dtmsearch.model.forward.call_trace import blocks_of, watch
-from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.forward.partial import Body, State
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.slots import Places
 
@@ -100,7 +100,7 @@ class Reuse:
             if body.is_cut(self._last):
                 self._in_part = self._proved_in_part(body, tokens, self._that_run_in_part(body, tokens))
             self._reusing = frozenset(range(body.num_layers))  # none is spared while they are tried
-            self._reusing = frozenset(layer for layer in self._reusing if self._proves_reuse(body, tokens, layer))
+            self._reusing = self._proved_reusing(body, tokens)
 
     def _proved_in_part(self, body: Body, tokens: Tensor, components: frozenset[str]) -> frozenset[str]:
         """The components if the last layer gives the same where something is predicted when they run there only; none
@@ -120,12 +120,21 @@ class Reuse:
         # Fewer rows may be multiplied by another kernel, so that last bits differ.
         return components if torch.allclose(found, expected, rtol=0.02, atol=0.02) else frozenset()
 
-    def _proves_reuse(self, body: Body, tokens: Tensor, layer: int) -> bool:
-        """Whether a layer gives the same, bit by bit, with what was recorded in place of what a change spares."""
+    def _proved_reusing(self, body: Body, tokens: Tensor) -> frozenset[int]:
+        """The layers that give the same, bit by bit, with what was recorded in place of what a change spares."""
+        found: set[int] = set()
+        state: State | None = None
+        for layer in range(body.num_layers):
+            if self._proves_reuse(body, tokens, state, layer):
+                found.add(layer)
+            if layer < self._last:
+                state = body.advance(tokens, state, layer, layer + 1)
+        return frozenset(found)
+
+    def _proves_reuse(self, body: Body, tokens: Tensor, state: State | None, layer: int) -> bool:
         last = layer == self._last
         if not body.is_cut(layer) or not (last or body.is_cut(layer + 1)) or not self._watched.calls[layer].components:
             return False
-        state = None if layer == 0 else body.advance(tokens, None, 0, layer)
 
         def run() -> Any:
             return body.finish(tokens, state, layer) if last else body.advance(tokens, state, layer, layer + 1)

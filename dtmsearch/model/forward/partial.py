@@ -149,6 +149,8 @@ class Body:
 
     # Passes that are begun before the first is waited for.
     passes_ahead = 0
+    # Tokens of a continuation by which its way of generating is proved.
+    _proved_continuation = PROVED_TOKENS // 2
 
     def __init__(self, model: Any, own: range | None = None) -> None:
         self.model = model
@@ -241,7 +243,6 @@ class Body:
         everywhere = range(1, self.num_layers + 1)
         self.cuts = frozenset(range(self.num_layers + 1))  # none is spared while they are tried
         right = {b for b in reversed(everywhere) if self._proves(lambda b=b: same(b))}  # type: ignore[misc]
-        right.discard(0)
         start = 0
         for boundary in sorted(right - {self.num_layers}):
             if self._proves(lambda b=boundary, a=start: reached(a, b)):  # type: ignore[misc]
@@ -262,7 +263,7 @@ class Body:
     def generates_own(self, tokens: Tensor) -> bool:
         """Whether what is generated from the first half of `tokens` are the best tokens of single passes, or near."""
         prompts = tokens[:, : PROVED_TOKENS // 2]
-        found = self.generate(prompts, PROVED_TOKENS // 2, ())
+        found = self.generate(prompts, self._proved_continuation, ())
         own = self._whole_logits(torch.cat([prompts, found], dim=1))[:, prompts.shape[1] - 1 : -1].float()
         chosen = own.gather(2, found.to(own.device).unsqueeze(2)).squeeze(2)
         return bool((own.amax(2) - chosen <= _TIE * own.std(2)).all())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -242,11 +242,7 @@ class PlanEvaluator:
             loaded.caches[name].carry(boundary)
             if shared:
                 loaded.caches[name].look_ahead(boundary)
-        # Of the head itself, or of embeddings that are the head as well.
-        changed_head = next((name for name in self._in_head if name in request.plan.schemes), None)
-        own_head: dict[str, Tensor] = {}
-        if with_base and loaded.base is None and changed_head is not None:
-            own_head[self._head] = standing.weights.original(changed_head)
+        as_base = self._own_head(request.plan.schemes) if with_base and loaded.base is None else nullcontext
         with standing.weights.perturbed(request.plan):
             return {
                 name: self._measure(
@@ -255,7 +251,7 @@ class PlanEvaluator:
                     loaded.base_hidden if name == "continuation" and with_base else None,
                     own if name == "continuation" else (),
                     None if loaded.base is None else loaded.base.body,
-                    partial(standing.weights.with_original, own_head) if own_head else nullcontext,
+                    as_base,
                 )
                 for name in names
             }
@@ -306,18 +302,26 @@ class PlanEvaluator:
         as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> list[Scores]:
         return [
-            compare(
-                self._body,
-                hidden,
-                tokens[:, targets_from:],
-                base_hidden[index] if base_hidden else None,
-                self._bench.never,
-                metrics,
-                base if base_hidden else None,
-                as_base,
+            self._compared(
+                hidden, tokens[:, targets_from:], base_hidden[index] if base_hidden else None, metrics, base, as_base
             )
             for index, (tokens, hidden) in enumerate(head_inputs)
         ]
+
+    def _compared(
+        self, hidden: Tensor, targets: Tensor, base_hidden: Tensor | None, metrics: Sequence[Metric], base: Body | None,
+        as_base: Callable[[], AbstractContextManager[None]],
+    ) -> Scores:  # fmt: skip
+        """See `head_metrics.compare`."""
+        other = None if base_hidden is None else base
+        return compare(self._body, hidden, targets, base_hidden, self._bench.never, metrics, other, as_base)
+
+    def _own_head(self, changed: Collection[str]) -> Callable[[], AbstractContextManager[None]]:
+        """Within what it gives, the head is the base model's, where it is among what a plan changes, by itself or as
+        embeddings. To be asked for before the plan stands."""
+        weights = self._bench.standing.weights
+        name = next((name for name in self._in_head if name in changed), None)
+        return nullcontext if name is None else partial(weights.with_original, {self._head: weights.original(name)})
 
 
 def _head_of(model: Any, manifest: ModelManifest) -> tuple[str, tuple[str, ...]]:

@@ -55,6 +55,7 @@ from dtmsearch.model.forward.batch_size import Batches
 from dtmsearch.model.forward.expert_routing import routed_tokens
 from dtmsearch.model.forward.layer_reuse import Reuse
 from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.forward.streamed_body import StreamedBody
 from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compiled import Slot, compile_layers
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
@@ -67,11 +68,14 @@ from dtmsearch.model.modules.loading import (
     vocabulary_size,
 )
 from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.modules.streamed_layers import StreamedLayers
 from dtmsearch.model.replica.loaded_reference import greedy
 from dtmsearch.model.replica.plan_evaluator import Bench, PlanEvaluator
 from dtmsearch.model.replica.pricing import Pricer
 from dtmsearch.model.replica.reference_maker import ReferenceMaker
 from dtmsearch.model.replica.spread_model import load_spread_model
+from dtmsearch.model.replica.streamed_evaluator import StreamedEvaluator
+from dtmsearch.model.replica.streamed_model import bringing, load_streamed_model, streams
 from dtmsearch.model.replica.timing import measured_speed
 from dtmsearch.model.weights.applied import Checkpoint, Weights
 from dtmsearch.model.weights.standing import Standing
@@ -90,6 +94,7 @@ class LoadedModel:
     manifest: ModelManifest
     checkpoint: Checkpoint
     tokenizer_fingerprint: str
+    streamed: StreamedLayers | None = None
 
 
 class Replica:
@@ -113,10 +118,12 @@ class Replica:
         suppressed = self._suppressed_tokens(loaded)
         never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         never[list(suppressed)] = True
-        self._body = self._make_body(model)
+        streamed = loaded.streamed
+        self._body = self._make_body(model) if streamed is None else StreamedBody(model)
         slots: dict[str, Slot] = {}
         places = Places(model, slots)
-        compiled = settings.num_devices == settings.num_stages == 1 and _pays_to_compile(spec, model, self._device)
+        alone = settings.num_devices == settings.num_stages == 1 and streamed is None
+        compiled = alone and _pays_to_compile(spec, model, self._device)
         self._reuse = Reuse(self._body, self._manifest, places, compiled)
         if compiled:
             slots.update(compile_layers(*find_layers(model)))
@@ -134,7 +141,11 @@ class Replica:
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta),
             states=settings.states,
         )
-        self._evaluator = PlanEvaluator(self._bench, name, node)
+        self._evaluator = (
+            PlanEvaluator(self._bench, name, node)
+            if streamed is None
+            else StreamedEvaluator(self._bench, name, node, streamed)
+        )
         self._references = ReferenceMaker(
             *(self._bench, self._evaluator, spec, self._mode),
             *(loaded.tokenizer, loaded.tokenizer_fingerprint, suppressed),
@@ -148,16 +159,21 @@ class Replica:
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         folder = checkpoint_folder(spec)
         manifest = read_manifest(spec)
-        many = settings.num_devices > 1
-        model = (
-            load_spread_model(folder, spec, settings.num_devices) if many else load_model(folder, spec, self._device)
-        )
         checkpoint = Checkpoint(weight_files(folder))
-        checkpoint.map_apart(model)
+        streamed = None
+        if settings.num_devices > 1:
+            model = load_spread_model(folder, spec, settings.num_devices)
+        elif streams(settings.weights, manifest, self._device):
+            model, streamed = load_streamed_model(folder, spec, checkpoint, self._device)
+        else:
+            model = load_model(folder, spec, self._device)
+        if streamed is None:
+            checkpoint.map_apart(model)
         if spec.kv_context:
             kv_caches.attach(model, spec.attention)
         tokenizer = load_tokenizer(folder, spec)
-        return LoadedModel(model, tokenizer, manifest, checkpoint, tokenizer_fingerprint(folder, tokenizer))
+        fingerprint = tokenizer_fingerprint(folder, tokenizer)
+        return LoadedModel(model, tokenizer, manifest, checkpoint, fingerprint, streamed)
 
     def _suppressed_tokens(self, loaded: LoadedModel) -> tuple[int, ...]:
         return suppressed_tokens(loaded.model, loaded.tokenizer)
@@ -166,7 +182,8 @@ class Replica:
         return Body(model)
 
     def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
-        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype)
+        bring = None if loaded.streamed is None else bringing(loaded.streamed, loaded.manifest)
+        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, bring)
         weights.share_scales(scale_partners(loaded.manifest.components))
         return weights
 

@@ -7,7 +7,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,12 @@ from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.kv_caches import CachedPart
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.modules.weight_reading import Span, spans
 
 # Replaced weights in the CPU's memory after which the heap is trimmed, which takes milliseconds.
 _MOST_UNTRIMMED_BYTES = 1 << 25
+# Values by which tensors are compared that are too many to be read whole.
+_SAMPLED = 10_000
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,49 @@ class Checkpoint:
                 else:  # it makes something else of what has this name in the files
                     del self._file_of[name]
 
+    def located(self, model: nn.Module) -> dict[str, Span]:
+        """Where the parameters of a model in the host's memory lie in files, as they are there, by name. What the
+        loader has made something else of is no longer taken for the original weights."""
+        spans_in = {path: spans(path) for path in set(self._file_of.values())}
+        found: dict[str, Span] = {}
+        for name, parameter in model.named_parameters():
+            if name not in self._file_of or parameter.device.type != "cpu":
+                continue
+            own = self._tensor(name)
+            if own.dtype != parameter.dtype:
+                continue
+            if own.shape == parameter.shape and torch.equal(_sample(own), _sample(parameter.data)):
+                found[name] = spans_in[self._file_of[name]][name]
+            else:
+                del self._file_of[name]
+        return found
+
     def _tensor(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
 
+def _sample(tensor: Tensor) -> Tensor:
+    """Some of a tensor's values, from all over it."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLED)]
+
+
 class Weights:
-    """A model's components under a plan, `Plan()` to begin with; scales of rounded ones as `scale_dtype` holds them."""
+    """A model's components under a plan, `Plan()` to begin with; scales of rounded ones as `scale_dtype` holds them.
+
+    Where weights pass through the device, `bring` has those of a component there until the next one's are asked for:
+    what is handed out is a copy then, and plans that stand for a while change one layer."""
 
     def __init__(
-        self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32,
+        bring: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
         self._model = model
         self._places = places
         self._checkpoint = checkpoint
+        self._bring = bring
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
@@ -172,11 +203,12 @@ class Weights:
         """A component's weights as the plan has made them."""
         weight = self._installed(component).weight
         assert weight is not None, f"{component} is no plain matrix under this plan"
-        return weight
+        return self._to_keep(weight)
 
     def dense_standing(self, component: str) -> Tensor | None:
         """As `standing`; None where the component is no plain matrix under this plan."""
-        return self._installed(component).weight
+        weight = self._installed(component).weight
+        return None if weight is None else self._to_keep(weight)
 
     def module(self, component: str) -> nn.Module:
         """What stands in a component's place."""
@@ -200,7 +232,11 @@ class Weights:
 
     def original(self, component: str) -> Tensor:
         """A component's own weights, whatever the plan makes of it, on its device."""
-        return self._original(component, self._installed(component))
+        return self._to_keep(self._original(component, self._installed(component)))
+
+    def _to_keep(self, weight: Tensor) -> Tensor:
+        """Weights that stay what they are when another layer's take their place."""
+        return weight if self._bring is None else weight.clone()
 
     def _replace(self, component: str, scheme: Scheme) -> _Installed:
         now = self._installed(component)
@@ -255,6 +291,8 @@ class Weights:
         return dtype
 
     def _installed(self, component: str) -> _Installed:
+        if self._bring is not None:
+            self._bring(component)
         module = self._places.get(component)
         dense = self._dense_modules.get(component, module)
         return _Installed(module, read(module) if module is dense else None)
@@ -268,7 +306,7 @@ class Weights:
         """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""
         if self.plan.scheme(component).is_unquantized and not self._checkpoint.holds(component):
             assert replaced.weight is not None
-            self._kept[component] = replaced.weight
+            self._kept[component] = self._to_keep(replaced.weight)
         dense = self._dense_modules[component]
         if self._places.get(component) is not dense:
             dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]

@@ -1,0 +1,172 @@
+"""Layers of a model that does not fit a device: their weights stay in files or in the host's memory, and each layer's
+are on the device while it runs.
+
+The first layers stay on the device as far as memory goes; two places are for all others, of which one is filled while
+the layer in the other runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dtmsearch.model.modules.weight_reading import Fetched, Source, Span, WeightReader
+
+# Where a tensor may begin within a place.
+_ALIGNED = 256
+# Places that layers take in turn.
+_IN_TURN = 2
+
+
+@dataclass
+class _Moved:
+    """A parameter on the device: `there`, a part of a place; `here`, what it is when it is not there."""
+
+    parameter: nn.Parameter
+    there: Tensor
+    here: Tensor
+
+
+@dataclass
+class _Place:
+    """Memory on the device for the weights of one layer: its bytes, and which layer's they are."""
+
+    memory: Tensor
+    layer: int | None = None
+    moved: list[_Moved] = field(default_factory=list)
+    fetched: Fetched | None = None
+
+
+class StreamedLayers:
+    """Brings each layer to a device before it runs, by a hook.
+
+    `located` says where in files a parameter lies, by its name in a layer's list ("3.mlp.up_proj.weight"); what it does
+    not name is read from the host's memory. `most_bytes` is what weights of layers may take on the device: at least
+    two layers, whatever it says.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], device: torch.device, located: Mapping[str, Span], most_bytes: float
+    ) -> None:
+        self._layers, self._device = layers, device
+        self._reader = WeightReader(device)
+        self._in_files: dict[nn.Parameter, tuple[int, Span]] = {}
+        for index, layer in enumerate(layers):
+            for name, parameter in layer.named_parameters():
+                if f"{index}.{name}" in located:
+                    self._in_files[parameter] = parameter.data_ptr(), located[f"{index}.{name}"]
+        self.layer_bytes = max(sum(_aligned(p.nbytes) for p in layer.parameters()) for layer in layers)
+        count = min(len(layers), max(_IN_TURN, int(most_bytes // self.layer_bytes)))
+        self.num_resident = count - _IN_TURN if count < len(layers) else count
+        with torch.inference_mode(False):
+            places = [_Place(torch.empty(self.layer_bytes, dtype=torch.uint8, device=device)) for _ in range(count)]
+        self._fixed, self._in_turn = places[: self.num_resident], places[self.num_resident :]
+        self._last, self._step = -1, 1
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda _module, _inputs, index=index: self.need(index))
+
+    @property
+    def place_bytes(self) -> int:
+        """What weights of layers take on the device."""
+        return self.layer_bytes * (len(self._fixed) + len(self._in_turn))
+
+    def need(self, index: int) -> None:
+        """Have a layer's weights on the device, for what is launched from now on until another layer is needed; begin
+        to fetch the next one in the direction in which layers are asked for. Raises `OSError`."""
+        if index != self._last:
+            self._step = -1 if index == self._last - 1 else 1
+            self._last = index
+        place = self._holding(index) or self._begin(index, self._place_for(index))
+        if place.fetched is not None:
+            self._arrive(place)
+        coming = self._coming(index)
+        ahead = next((other for other in coming if self._holding(other) is None), None)
+        if ahead is not None:
+            for_it = self._place_for(ahead)
+            if for_it.layer is None or coming.index(for_it.layer) > coming.index(ahead):
+                self._begin(ahead, for_it)
+
+    def _coming(self, index: int) -> list[int]:
+        """All layers but one, in the order in which they are asked for if it goes on as it has."""
+        count = len(self._layers)
+        return [(index + self._step * far) % count for far in range(1, count)]
+
+    def _place_for(self, index: int) -> _Place:
+        """Its own; else one of those that are taken in turn: an empty one or what is needed last."""
+        if index < len(self._fixed):
+            return self._fixed[index]
+        coming = [*self._coming(self._last), self._last]
+        others = [place for place in self._in_turn if place.layer != self._last]
+        return max(others, key=lambda place: len(coming) if place.layer is None else coming.index(place.layer))
+
+    def _holding(self, index: int) -> _Place | None:
+        if index < len(self._fixed):
+            return self._fixed[index] if self._fixed[index].layer == index else None
+        return next((place for place in self._in_turn if place.layer == index), None)
+
+    def _begin(self, index: int, place: _Place) -> _Place:
+        self._leave(place)
+        place.layer, place.moved = index, []
+        parts: list[tuple[Source, Tensor]] = []
+        at = 0
+        for parameter in dict.fromkeys(self._layers[index].parameters()):
+            here, size = parameter.data, parameter.nbytes
+            # One that was made in inference mode takes no part of a place, which is an ordinary tensor.
+            if parameter.is_inference() or not size or at + size > len(place.memory):
+                continue
+            with torch.inference_mode(False):
+                part = place.memory[at : at + size]
+                there = part.view(here.dtype).view(here.shape)
+            known = self._in_files.get(parameter)
+            parts.append((known[1] if known and known[0] == here.data_ptr() else here, part))
+            place.moved.append(_Moved(parameter, there, here))
+            at += _aligned(size)
+        done = None
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self._device))
+        place.fetched = self._reader.begin(parts, done)
+        return place
+
+    def _arrive(self, place: _Place) -> None:
+        assert place.fetched is not None and place.layer is not None
+        place.fetched.wait()
+        place.fetched = None
+        for moved in place.moved:
+            if moved.parameter.data_ptr() != moved.here.data_ptr():
+                moved.here = moved.parameter.data  # it was replaced meanwhile
+                moved.there.copy_(moved.here)
+            moved.parameter.data = moved.there
+        layer = self._layers[place.layer]
+        for module in layer.modules():  # of modules that came since, and what never was in a place
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.device != self._device:
+                    module.register_buffer(name, buffer.to(self._device), persistent=False)
+        _move_others(layer, place, self._device)
+
+    def _leave(self, place: _Place) -> None:
+        """Let go of a place. Weights that were replaced for good on the device go to the host's memory."""
+        if place.fetched is not None:
+            place.fetched.wait()
+        else:
+            for moved in place.moved:
+                ours = moved.parameter.data_ptr() == moved.there.data_ptr()
+                moved.parameter.data = moved.here if ours else moved.parameter.data.cpu()
+            if place.layer is not None:
+                _move_others(self._layers[place.layer], place, torch.device("cpu"))
+        place.layer, place.moved, place.fetched = None, [], None
+
+
+def _move_others(layer: nn.Module, place: _Place, device: torch.device) -> None:
+    """Move weights of a layer that have no part in its place."""
+    placed = {moved.parameter for moved in place.moved}
+    for parameter in layer.parameters():
+        if parameter not in placed and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED

@@ -1,0 +1,69 @@
+"""A model whose weights pass through a device: when it is one, and how it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.evaluation import ModelSpec, WeightsKept
+from dtmsearch.model.forward.activation_cache import free_bytes
+from dtmsearch.model.modules.discovery import find_layers
+from dtmsearch.model.modules.loading import load_model
+from dtmsearch.model.modules.streamed_layers import StreamedLayers
+from dtmsearch.model.weights.applied import Checkpoint
+
+log = logging.getLogger(__name__)
+
+# The part of a GPU's free memory that all weights may take, beside states and activations, if they are to stay there.
+_MOST_WEIGHTS = 0.85
+# The part that weights of layers take of which not all stay there.
+_STREAMED_WEIGHTS = 0.4
+
+
+def streams(weights: WeightsKept, manifest: ModelManifest, device: torch.device) -> bool:
+    """Whether the weights of layers pass through a device, as settings say or, on a GPU, its memory."""
+    if weights != "auto" or device.type != "cuda":
+        return weights == "streamed"
+    of_components = sum(component.num_weights for component in manifest.components) * manifest.dense_bits / 8
+    return of_components > _MOST_WEIGHTS * free_bytes(device)
+
+
+def load_streamed_model(
+    folder: Path, spec: ModelSpec, checkpoint: Checkpoint, device: torch.device
+) -> tuple[nn.Module, StreamedLayers]:
+    """The model in evaluation mode, all but its layers on a device, and what brings these there."""
+    model = load_model(folder, spec, torch.device("cpu"))
+    name, layers = find_layers(model)
+    start = f"{name}."
+    located = {
+        path.removeprefix(start): span for path, span in checkpoint.located(model).items() if path.startswith(start)
+    }
+    for path, parameter in model.named_parameters():
+        if not path.startswith(start):
+            parameter.data = parameter.data.to(device)
+    for path, buffer in list(model.named_buffers()):
+        owner, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    most = _STREAMED_WEIGHTS * free_bytes(device) if device.type == "cuda" else 0.0
+    streamed = StreamedLayers(layers, device, located, most)
+    log.info(
+        "%s: %d of %d layers stay on the GPU, the others pass through it, %.1f GB each",
+        folder, streamed.num_resident, len(layers), streamed.layer_bytes / 1e9,
+    )  # fmt: skip
+    return model, streamed
+
+
+def bringing(streamed: StreamedLayers, manifest: ModelManifest) -> Callable[[str], None]:
+    """What brings the weights of a component to the device."""
+    layer_of = {c.name: c.layer for c in manifest.components if 0 <= c.layer < manifest.num_layers}
+
+    def bring(component: str) -> None:
+        if component in layer_of:
+            streamed.need(layer_of[component])
+
+    return bring

@@ -1,0 +1,206 @@
+"""A model whose weights pass through the device has the bits of one that lies there, whatever is asked of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import llama_config, values, with_reference, write_model
+from torch import nn
+
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import PriceRequest
+from dtmsearch.core.variant import Variant
+from dtmsearch.model.modules.streamed_layers import StreamedLayers
+from dtmsearch.model.modules.weight_reading import Span, WeightReader, bytes_of, spans
+from dtmsearch.model.replica.replica import Replica
+
+CPU = torch.device("cpu")
+ALL = ("kl", "ppl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), llama_config(num_hidden_layers=4))
+
+
+def made(folder: Path, weights: Literal["device", "streamed"]) -> Replica:
+    settings = ReplicaSettings(num_threads=1, batch_tokens=50, weights=weights)
+    return Replica(ModelSpec(str(folder), dtype="float32", compile="never"), settings)
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> tuple[Replica, Replica]:
+    return made(folder, "device"), made(folder, "streamed")
+
+
+def plans(model: Replica) -> list[Plan]:
+    """Alone, low and high; several that share what is below; all of the model; the model as it is."""
+    names = [component.name for component in model.manifest().components]
+    below = {names[1]: "int4-channel", names[8]: "int3-g8"}
+    return [
+        *(Plan.of({name: "int3-g8"}) for name in names[::5]),
+        *(Plan.of(below | {name: "magnitude-0.5"}) for name in names[10::6]),
+        Plan.of(dict.fromkeys(names, "w8a8-channel")),
+        Plan.of({names[3]: "w8a8", names[-1]: "nf4"}),
+        Plan(),
+    ]
+
+
+def test_every_value_is_that_of_a_model_that_lies_on_the_device(both: tuple[Replica, Replica]) -> None:
+    found = []
+    for model in both:
+        reference = with_reference(model)
+        requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in plans(model)]
+        found.append((reference.id, [values(outcome) for outcome in model.evaluate(requests)]))
+    assert found[0] == found[1]
+
+
+def test_blocks_of_prompts_change_no_bit(both: tuple[Replica, Replica], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = both
+    reference = with_reference(model)
+    requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in plans(model)]
+    together = [values(outcome) for outcome in model.evaluate(requests)]
+    model.release_memory()
+    monkeypatch.setattr("dtmsearch.model.replica.streamed_evaluator.free_bytes", lambda device: 0.0)
+    assert [values(outcome) for outcome in model.evaluate(requests)] == together
+
+
+def test_each_layer_is_brought_once_for_all_candidates(
+    both: tuple[Replica, Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = both
+    reference = with_reference(model)
+    requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in plans(model)]
+    model.evaluate(requests)
+    brought: list[int] = []
+    begin = StreamedLayers._begin
+    monkeypatch.setattr(
+        StreamedLayers, "_begin", lambda self, index, place: brought.append(index) or begin(self, index, place)
+    )
+    model.evaluate(requests)
+    # Two lie there from the pass before, and the first is fetched ahead again.
+    assert sorted(set(brought)) == [0, 1, 2, 3] or sorted(brought) == [0, 1, 2, 3]
+    assert len(brought) <= 6
+
+
+def test_calibrated_schemes_and_what_is_said_of_plans_that_cannot_be(both: tuple[Replica, Replica]) -> None:
+    found = []
+    for model in both:
+        reference = with_reference(model)
+        text = model.cut_calibration(["abc def ghi " * 200], 4, 16, 0)
+        model.use_calibration(text)
+        names = [component.name for component in model.manifest().components]
+        some = [
+            Plan.of({names[2]: "gptq-int3-g16"}),
+            Plan.of({names[2]: "gptq-int3-g16", names[12]: "wanda-0.5"}),
+            Plan.of({names[20]: "sparsegpt-0.5"}),
+        ]
+        requests = [EvalRequest(plan, reference.id, (0, 6), ALL, Plan(), text.id) for plan in some]
+        found.append([values(outcome) for outcome in model.evaluate(requests)])
+        (refused,) = model.evaluate([EvalRequest(some[0], reference.id, (0, 6), ALL)])
+        assert isinstance(refused, EvalFailure)
+        assert refused.kind == "invalid"
+        (fine,) = model.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ALL)])
+        assert not isinstance(fine, EvalFailure)
+    assert found[0] == found[1]
+
+
+def test_prices_are_those_of_a_model_that_lies_on_the_device(both: tuple[Replica, Replica]) -> None:
+    found = []
+    for model in both:
+        reference = with_reference(model)
+        names = tuple(component.name for component in model.manifest().components)
+        request = PriceRequest(reference.id, (0, 6), names, ("int4-g8", "w8a8-channel", "magnitude-0.5"))
+        found.append(model.price(request).products)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_texts_under_a_plan_and_its_check(both: tuple[Replica, Replica]) -> None:
+    found = []
+    for model in both:
+        reference = with_reference(model)
+        names = [component.name for component in model.manifest().components]
+        plan = Plan.of({names[0]: "int3-g8", names[9]: "w8a8-channel", names[-1]: "int4-channel"})
+        said = model.continuations(Variant(plan), reference.id, [0, 1])
+        sdt, dppl = model.check(plan, reference.id, 3)
+        after = values(model.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ALL)])[0])
+        found.append(([one.variant for one in said] if hasattr(said[0], "variant") else said, sdt.tolist(), after))
+    assert found[0] == found[1]
+
+
+# --- the layers ---
+
+
+def layers(count: int = 5) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(3, 3) for _ in range(count)]
+
+
+def test_weights_are_there_while_a_layer_is_needed_and_back_afterwards() -> None:
+    stack = layers()
+    before = [layer.weight.data.clone() for layer in stack]
+    streamed = StreamedLayers(stack, CPU, {}, 0.0)
+    here = [layer.weight.data_ptr() for layer in stack]
+    for index in (0, 1, 2, 3, 4, 3, 2, 1, 0, 4, 2, 2, 0):
+        streamed.need(index)
+        assert stack[index].weight.data_ptr() != here[index]
+        torch.testing.assert_close(stack[index].weight.data, before[index], rtol=0, atol=0)
+    assert sum(layer.weight.data_ptr() != own for layer, own in zip(stack, here, strict=True)) <= 2
+
+
+def test_weights_that_are_replaced_stay_replaced_wherever_the_layer_was() -> None:
+    stack = layers()
+    streamed = StreamedLayers(stack, CPU, {}, 0.0)
+    streamed.need(1)
+    stack[1].weight.data = torch.full((3, 3), 7.0)  # while it is there
+    stack[4].weight.data = torch.full((3, 3), 9.0)  # while it is not
+    for index in range(5):
+        streamed.need(index)
+    for index, value in ((1, 7.0), (4, 9.0)):
+        streamed.need(index)
+        assert (stack[index].weight == value).all()
+
+
+def test_the_first_layers_stay_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = layers()
+    streamed = StreamedLayers(stack, CPU, {}, 4 * 512.0)
+    assert streamed.num_resident == 2
+    for index in range(5):
+        streamed.need(index)
+    begun: list[int] = []
+    begin = StreamedLayers._begin
+    monkeypatch.setattr(
+        StreamedLayers, "_begin", lambda self, index, place: begun.append(index) or begin(self, index, place)
+    )
+    for index in range(5):
+        streamed.need(index)
+    assert not {0, 1} & set(begun)
+
+
+# --- what reads weights ---
+
+
+def test_bytes_come_from_files_and_from_memory(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(1_000.0), "b": torch.arange(64, dtype=torch.int16).reshape(8, 8)}
+    save_file(tensors, tmp_path / "weights.safetensors")
+    places = spans(tmp_path / "weights.safetensors")
+    reader = WeightReader(CPU)
+    for name, tensor in tensors.items():
+        from_file, from_memory = (torch.zeros(tensor.nbytes, dtype=torch.uint8) for _ in range(2))
+        reader.begin([(places[name], from_file), (tensor, from_memory)]).wait()
+        assert torch.equal(from_file, bytes_of(tensor))
+        assert torch.equal(from_memory, bytes_of(tensor))
+
+
+def test_a_file_that_was_cut_meanwhile_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(b"0123")
+    fetched = WeightReader(CPU).begin([(Span(path, 0, 8), torch.zeros(8, dtype=torch.uint8))])
+    with pytest.raises(OSError, match=r"cut\.safetensors ended before"):
+        fetched.wait()
