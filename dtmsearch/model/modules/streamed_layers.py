@@ -51,7 +51,7 @@ class StreamedLayers:
     def __init__(
         self, layers: Sequence[nn.Module], device: torch.device, located: Mapping[str, Span], most_bytes: float
     ) -> None:
-        self._layers, self._device = layers, device
+        self._layers, self._device = layers, torch.empty(0, device=device).device  # with its number
         self._reader = WeightReader(device)
         self._in_files: dict[nn.Parameter, tuple[int, Span]] = {}
         for index, layer in enumerate(layers):
@@ -124,11 +124,7 @@ class StreamedLayers:
             parts.append((known[1] if known and known[0] == here.data_ptr() else here, part))
             place.moved.append(_Moved(parameter, there, here))
             at += _aligned(size)
-        done = None
-        if self._device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self._device))
-        place.fetched = self._reader.begin(parts, done)
+        place.fetched = self._reader.begin(parts)
         return place
 
     def _arrive(self, place: _Place) -> None:

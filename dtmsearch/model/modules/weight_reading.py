@@ -7,17 +7,20 @@ from __future__ import annotations
 import json
 import os
 import queue
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from torch import Tensor, nn
 
 # Of an H200's host one thread copies 5 GB a second from the page cache, four 16 and eight 20.
 _MOST_THREADS = {"cuda": 16, "cpu": 2}
 _CHUNK_BYTES = 32 << 20
+# Values by which tensors are compared that are too many to be read whole.
+_SAMPLED = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,55 @@ def spans(path: Path) -> dict[str, Span]:
         start, end = entry["data_offsets"]
         found[name] = Span(path, 8 + size + start, end - start)
     return found
+
+
+def located(model: nn.Module, files: Mapping[str, Path]) -> tuple[dict[str, Span], set[str]]:
+    """Where the parameters of a model in the host's memory lie as they are there, by name, of `files` that hold tensors
+    by name; and the names of what the loader has made something else of, by samples of their values."""
+    spans_in = {path: spans(path) for path in set(files.values())}
+    found: dict[str, Span] = {}
+    other: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if name not in files or parameter.device.type != "cpu":
+            continue
+        with safe_open(files[name], framework="pt") as file:
+            own = file.get_tensor(name)
+        if own.dtype != parameter.dtype:
+            continue
+        if own.shape == parameter.shape and torch.equal(_sample(own), _sample(parameter.data)):
+            found[name] = spans_in[files[name]][name]
+        else:
+            other.add(name)
+    return found, other
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some of a tensor's values, from all over it."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLED)]
+
+
+def move_to_devices(model: nn.Module, found: Mapping[str, Span], device_of: Callable[[str], torch.device]) -> None:
+    """Move a model from the host's memory to GPUs, `device_of` by the names of parameters and buffers; what was found
+    in files is read from there. Raises `OSError`."""
+    readers: dict[torch.device, WeightReader] = {}
+    fetched: list[Fetched] = []
+    for name, parameter in model.named_parameters():
+        device = device_of(name)
+        if name in found:
+            there = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            reader = readers.setdefault(device, WeightReader(device))
+            fetched.append(reader.begin([(found[name], bytes_of(there))]))
+            parameter.data = there
+        else:
+            parameter.data = parameter.data.to(device)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device_of(name)))
+    for part in fetched:
+        part.wait()
+    for reader in readers.values():
+        reader.close()
 
 
 Source = Span | Tensor
@@ -75,11 +127,11 @@ class WeightReader:
                 buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
                 self._staging.put((buffer, torch.cuda.Event()))
 
-    def begin(self, parts: Iterable[tuple[Source, Tensor]], after: torch.cuda.Event | None = None) -> Fetched:
-        """Begin to copy sources to destinations: bytes [length] on the device, which nothing reads or writes until
-        then, on a GPU from the event `after` on."""
-        if self._stream is not None and after is not None:
-            self._stream.wait_event(after)
+    def begin(self, parts: Iterable[tuple[Source, Tensor]]) -> Fetched:
+        """Begin to copy sources to destinations: bytes [length] on the device, which what is launched later does not
+        read or write until then."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         begun = [
             self._threads.submit(self._copy, source, start, destination[start : start + _CHUNK_BYTES])
             for source, destination in parts

@@ -27,12 +27,10 @@ from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.kv_caches import CachedPart
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
-from dtmsearch.model.modules.weight_reading import Span, spans
+from dtmsearch.model.modules.weight_reading import Span, located
 
 # Replaced weights in the CPU's memory after which the heap is trimmed, which takes milliseconds.
 _MOST_UNTRIMMED_BYTES = 1 << 25
-# Values by which tensors are compared that are too many to be read whole.
-_SAMPLED = 10_000
 
 
 @dataclass(frozen=True)
@@ -87,30 +85,15 @@ class Checkpoint:
     def located(self, model: nn.Module) -> dict[str, Span]:
         """Where the parameters of a model in the host's memory lie in files, as they are there, by name. What the
         loader has made something else of is no longer taken for the original weights."""
-        spans_in = {path: spans(path) for path in set(self._file_of.values())}
-        found: dict[str, Span] = {}
-        for name, parameter in model.named_parameters():
-            if name not in self._file_of or parameter.device.type != "cpu":
-                continue
-            own = self._tensor(name)
-            if own.dtype != parameter.dtype:
-                continue
-            if own.shape == parameter.shape and torch.equal(_sample(own), _sample(parameter.data)):
-                found[name] = spans_in[self._file_of[name]][name]
-            else:
-                del self._file_of[name]
+        found, other = located(model, self._file_of)
+        for name in other:
+            del self._file_of[name]
         return found
 
     def _tensor(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """Some of a tensor's values, from all over it."""
-    flat = tensor.reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED)]
 
 
 class Weights:

@@ -1,0 +1,202 @@
+"""What a model takes that is as large as the GPU or larger: a probe of some components against the floor of the matrix
+products, over several GPUs, with weights that pass through one GPU, or with a part of its memory.
+
+    PYTHONPATH=benchmarks python benchmarks/large.py 34b --folder FOLDER --run gpus=1 --run gpus=2 --run streamed,cap=24
+
+Writes a Llama of random weights into FOLDER unless it is there. A run is `gpus=N`, `streamed`, or with `,cap=GB` either
+with so much of the GPU's memory. Continuations are the text's own: the same work as with the model's, without
+generating them. The floor is the products of the unquantized model's pass, of every candidate from its layer upward,
+and of the heads, at the rate of a large product on the GPUs of the run, measured in the same process. Each run is a
+process of its own; the last column counts evaluations with any other bit than the first run's.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from replica import make_reference
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaConfig
+
+import dtmsearch
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
+from dtmsearch.core.plan import Plan
+from dtmsearch.model.replica.replica import Replica
+
+# Layers, width, inner width, heads, heads of keys.
+SHAPES = {
+    "7b": (32, 4_096, 11_008, 32, 32),
+    "34b": (48, 8_192, 22_016, 64, 8),
+    "70b": (80, 8_192, 28_672, 64, 8),
+    "small": (6, 256, 688, 4, 2),
+}
+_VOCABULARY = 8_192
+_PRODUCT = 8_192
+
+
+def write(folder: Path, shape: str, layers: int) -> None:
+    """A Llama of random weights with the demo's tokenizer, a file for each layer."""
+    _, width, inner, heads, groups = SHAPES[shape]
+    folder.mkdir(parents=True)
+    AutoTokenizer.from_pretrained(Path(dtmsearch.__file__).parent / "demo" / "model").save_pretrained(folder)
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"], vocab_size=_VOCABULARY, hidden_size=width, intermediate_size=inner,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, dtype="bfloat16",
+        tie_word_embeddings=False, eos_token_id=2, bos_token_id=1, max_position_embeddings=4_096,
+    ).save_pretrained(folder)  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def random(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, device=device, dtype=torch.bfloat16) * (0.7 / columns**0.5)).cpu()
+
+    def save(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+        save_file(tensors, folder / name, {"format": "pt"})
+        return dict.fromkeys(tensors, name)
+
+    def layer(number: int) -> dict[str, str]:
+        start, keys = f"model.layers.{number}.", width // heads * groups
+        matrices = {
+            "self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+        }  # fmt: skip
+        tensors = {f"{start}{name}.weight": random(*sides) for name, sides in matrices.items()}
+        ones = torch.ones(width, dtype=torch.bfloat16)
+        norms = {f"{start}{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
+        return save(f"model-{number:03d}.safetensors", tensors | norms)
+
+    torch.manual_seed(0)
+    around = {"model.embed_tokens.weight": random(_VOCABULARY, width) * width**0.5}
+    around |= {"lm_head.weight": random(_VOCABULARY, width), "model.norm.weight": torch.ones(width).bfloat16()}
+    index = save("model-embed.safetensors", around)
+    with ThreadPoolExecutor(8) as threads:
+        for names in threads.map(layer, range(layers)):
+            index |= names
+    content = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def rate(devices: Sequence[torch.device]) -> float:
+    """Operations a second of large products on all devices together."""
+    total = 0.0
+    for device in devices:
+        a, b = (torch.randn(_PRODUCT, _PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(2))
+        for count in (3, 20):
+            _wait(device)
+            started_at = time.perf_counter()
+            for _ in range(count):
+                a @ b
+            _wait(device)
+        total += 20 * 2.0 * _PRODUCT**3 / (time.perf_counter() - started_at)
+    return total
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(folder: Path, run: str, prompts: int, tokens: int, num_components: int, repeat: int) -> dict[str, object]:
+    """One run, in this process."""
+    words = {word.partition("=")[0]: word.partition("=")[2] for word in run.split(",")}
+    on_gpu, gpus = torch.cuda.is_available(), int(words.get("gpus", "1"))
+    devices = [torch.device("cuda", index) for index in range(gpus)] if on_gpu else [torch.device("cpu")]
+    operations = rate(devices)
+    if "cap" in words:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(words["cap"]) * 1e9 / total)
+    started_at = time.perf_counter()
+    replica = Replica(
+        ModelSpec(str(folder), dtype="bfloat16", compile="never"),
+        ReplicaSettings(num_devices=gpus, weights="streamed" if "streamed" in words else "device"),
+    )
+    loaded = time.perf_counter() - started_at
+    reference = make_reference(replica, None, prompts, tokens // 2, tokens // 2)
+    components = replica.manifest().components
+    chosen = components[:: max(1, len(components) // num_components)][:num_components]
+    plans = [Plan(), *(Plan.of({component.name: "int4-g128"}) for component in chosen)]
+    requests = [EvalRequest(plan, reference.id, (0, prompts), ("kl",)) for plan in plans]
+    seconds, values = [], []
+    for _ in range(repeat):
+        replica.release_memory()
+        for device in devices:
+            _wait(device)
+        started_at = time.perf_counter()
+        outcomes = replica.evaluate(requests)
+        for device in devices:
+            _wait(device)
+        seconds.append(time.perf_counter() - started_at)
+        bad = [outcome for outcome in outcomes if not isinstance(outcome, EvalResult)]
+        assert not bad, bad[0]
+        results = [outcome for outcome in outcomes if isinstance(outcome, EvalResult)]
+        values.append([[np.asarray(x).tolist() for x in (r.fdt, r.sdt, r.dppl, r.kl)] for r in results])
+    above = sum(sum(c.num_weights for c in components if c.layer >= own.layer) for own in chosen)
+    whole = sum(component.num_weights for component in components)
+    head = replica._body.model.get_output_embeddings().weight.numel()
+    work = 2.0 * prompts * ((above + whole) * tokens + head * (tokens // 2) * len(plans))
+    peak = [torch.cuda.max_memory_allocated(device) / 1e9 for device in devices] if on_gpu else []
+    return {
+        "run": run, "device": torch.cuda.get_device_name(0) if on_gpu else "CPU", "loaded": loaded,
+        "seconds": min(seconds), "all_seconds": seconds, "floor": work / operations, "rate": operations / 1e12,
+        "peak_gb": peak, "repeats": all(value == values[0] for value in values), "values": values[0],
+    }  # fmt: skip
+
+
+@click.command()
+@click.argument("shape", type=click.Choice(list(SHAPES)))
+@click.option("--folder", type=click.Path(path_type=Path), required=True)
+@click.option("--layers", type=int, help="Fewer than the shape has.")
+@click.option("--run", "runs", multiple=True, required=True)
+@click.option("--prompts", default=64, show_default=True)
+@click.option("--tokens", default=200, show_default=True, help="Of a prompt and its continuation together.")
+@click.option("--components", default=35, show_default=True)
+@click.option("--repeat", default=1, show_default=True)
+@click.option("--alone", is_flag=True, hidden=True, help="One run, in this process, as JSON.")
+def main(
+    shape: str, folder: Path, layers: int | None, runs: tuple[str, ...], prompts: int, tokens: int, components: int,
+    repeat: int, alone: bool,
+) -> None:  # fmt: skip
+    if alone:
+        click.echo(json.dumps(measure(folder, runs[0], prompts, tokens, components, repeat)))
+        return
+    if not folder.exists():
+        started_at = time.perf_counter()
+        write(folder, shape, layers or SHAPES[shape][0])
+        click.echo(f"written in {time.perf_counter() - started_at:.0f} s", err=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    click.echo(
+        f"{'run':20s} {'loaded':>7s} {'probe s':>8s} {'floor s':>8s} {'ratio':>6s} {'TFLOP/s':>8s}  peak GB, differing"
+    )
+    first: list[object] | None = None
+    same = ["--folder", str(folder), "--prompts", str(prompts), "--tokens", str(tokens)]
+    same += ["--components", str(components), "--repeat", str(repeat), "--alone"]
+    for run in runs:
+        command = [sys.executable, __file__, shape, *same, "--run", run]
+        done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE)  # noqa: S603 - ourselves
+        if done.returncode:
+            click.echo(f"{run:20s} ended with {done.returncode}")
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        values = found.pop("values")
+        first = values if first is None else first
+        differing = sum(own != other for own, other in zip(values, first, strict=True))
+        peak = ", ".join(f"{value:.1f}" for value in found["peak_gb"])
+        click.echo(
+            f"{run:20s} {found['loaded']:7.1f} {found['seconds']:8.1f} {found['floor']:8.1f} "
+            f"{found['seconds'] / found['floor']:6.2f} {found['rate']:8.0f}  {peak}, {differing} of {len(values)}"
+            f"{'' if found['repeats'] else ', DOES NOT REPEAT'}"
+        )
+
+
+if __name__ == "__main__":
+    main()
