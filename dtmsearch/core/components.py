@@ -7,6 +7,7 @@ modules of the tree are components is decided in `dtmsearch.model.modules.discov
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -298,7 +299,7 @@ def checkpoint_dtype(files: list[Path]) -> str:
 def content_hash(folder: Path, files: list[Path], code: Mapping[str, str] | None = None) -> str:
     """Identity of a checkpoint by content: its weights' files, the configuration, and `code` of its own (name ->
     digest), if it runs any, wherever the folder lies."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=min(16, max(4, os.cpu_count() or 1))) as pool:
         digests = list(pool.map(file_digest, files))
     config = {key: value for key, value in read_model_config(folder).items() if key not in _CONFIG_NOISE}
     return identity({"config": config, "files": digests} | ({"code": dict(code)} if code else {}))

@@ -56,6 +56,7 @@ def free_bytes(device: torch.device) -> float:
     torch's allocator holds and nothing uses included."""
     if device.type != "cuda":
         return float(psutil.virtual_memory().available)
+    device = torch.empty(0, device=device).device  # with its number
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     most = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_allocated(device)

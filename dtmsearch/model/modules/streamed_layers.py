@@ -7,7 +7,7 @@ the layer in the other runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -49,9 +49,11 @@ class StreamedLayers:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], device: torch.device, located: Mapping[str, Span], most_bytes: float
+        self, layers: Iterable[nn.Module], device: torch.device, located: Mapping[str, Span], most_bytes: float
     ) -> None:
-        self._layers, self._device = layers, torch.empty(0, device=device).device  # with its number
+        # As they are now: others may stand in their places in a list of the model's.
+        self._layers = layers = list(layers)
+        self._device = torch.empty(0, device=device).device  # with its number
         self._reader = WeightReader(device)
         self._in_files: dict[nn.Parameter, tuple[int, Span]] = {}
         for index, layer in enumerate(layers):

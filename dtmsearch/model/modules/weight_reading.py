@@ -168,7 +168,7 @@ def _fill(destination: Tensor, source: Source, start: int) -> None:
     if isinstance(source, Tensor):
         destination.copy_(bytes_of(source)[start : start + len(destination)])
         return
-    view = memoryview(destination.numpy())
+    view = memoryview(destination.numpy())  # type: ignore[arg-type]
     with source.path.open("rb", buffering=0) as file:
         file.seek(source.start + start)
         while view:

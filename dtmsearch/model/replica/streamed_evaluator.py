@@ -185,7 +185,9 @@ class StreamedEvaluator(PlanEvaluator):
                     with self._bench.standing.weights.perturbed(Plan.of(dict(schemes))):
                         for line, members in parts:
                             if layer < last:
-                                states = {item: self._advanced(common, item, line, layer) for item in block}
+                                states: dict[_Item, State | None] = {
+                                    item: self._advanced(common, item, line, layer) for item in block
+                                }
                                 lines.append(_Line(members, states))
                             else:
                                 self._end(common, block, line, members, scores, hidden, as_base)
