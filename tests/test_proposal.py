@@ -50,10 +50,13 @@ def test_a_model_larger_than_a_gpu_is_spread_over_several() -> None:
     assert "--gpus-per-replica 3" in proposed(LARGE, Machine((80 * GIB,) * 4, None, 64))
 
 
-@pytest.mark.parametrize("machine", [Machine((80 * GIB,), None, 64), Machine((), 16 * GIB, 4)])
-def test_a_model_that_fits_nowhere_is_said(machine: Machine) -> None:
+def test_weights_of_a_model_larger_than_all_gpus_pass_through_one() -> None:
+    assert "--weights streamed" in proposed(LARGE, Machine((80 * GIB,), None, 64))
+
+
+def test_a_model_that_fits_nowhere_is_said() -> None:
     with pytest.raises(ValueError, match=r"run on a larger machine, or on a cluster"):
-        proposed(LARGE, machine)
+        proposed(LARGE, Machine((), 16 * GIB, 4))
 
 
 def test_a_model_with_a_short_context_gets_short_windows() -> None:

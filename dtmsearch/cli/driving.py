@@ -13,6 +13,7 @@ from dtmsearch.cli.speech import LOG_FORMAT, say
 from dtmsearch.errors import STOPPED, SearchStopped
 
 if TYPE_CHECKING:
+    from dtmsearch.core.evaluation import WeightsKept
     from dtmsearch.workflows.run import Where
 
 
@@ -24,6 +25,7 @@ def where_of(
     batch_tokens: int | None,
     nodes_per_replica: int | None,
     in_process: bool = False,
+    weights: WeightsKept = "auto",
     retry_out_of_memory: bool = False,
 ) -> Where:
     """Where replicas run, from the command line's options."""
@@ -39,6 +41,7 @@ def where_of(
         cpus_per_replica,
         nodes_per_replica=nodes_per_replica or 1,
         in_process=in_process,
+        weights=weights,
         retry_out_of_memory=retry_out_of_memory,
     )
 

@@ -85,6 +85,13 @@ def replica_options(verb: Verb) -> Verb:
             help="Nodes of each, for a model too large for one; GPUs and CPUs are then of each node.",
         ),
         click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch."),
+        click.option(
+            "--weights",
+            type=click.Choice(("auto", "device", "streamed")),
+            default="auto",
+            show_default=True,
+            help="Whether weights stay on the device or pass through it layer by layer; auto: by the GPU's memory.",
+        ),
     )
 
 

@@ -72,6 +72,7 @@ class ReplicaPool(Services):
             batch_tokens=settings.batch_tokens,
             num_devices=max(1, int(self._share.num_gpus / self._share.stages_on_node)),
             num_threads=0 if self._share.num_gpus else max(1, int(self._share.num_cpus)),
+            weights=settings.weights,
             weights_folder=settings.weights_folder,
             num_stages=self._share.num_stages,
         )

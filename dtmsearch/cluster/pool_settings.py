@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtmsearch.core.evaluation import WeightsKept
+
 
 @dataclass(frozen=True)
 class PoolSettings:
@@ -11,6 +13,7 @@ class PoolSettings:
     None are chosen from what the cluster has, and are of each of `nodes_per_replica` nodes. From `guess_from` replicas
     on, those that idle are offered to guesses: with fewer, the end of a round costs too little. `weights_folder` is
     where trained weights lie, for all nodes. `in_process`: one replica in the driver's own process, without Ray.
+    `weights` of a model's layers stay on the device or pass through it (`auto`: by the memory of the GPU).
     `retry_out_of_memory`: what ran out of memory before is asked again, for replicas may have more now."""
 
     address: str | None = None
@@ -22,4 +25,5 @@ class PoolSettings:
     weights_folder: str = ""
     nodes_per_replica: int = 1
     in_process: bool = False
+    weights: WeightsKept = "auto"
     retry_out_of_memory: bool = False

@@ -52,6 +52,7 @@ _STATES_KEPT = {
     "auto": "chosen by the memory there is",
     "device": "hidden states of the parent are kept at every layer, beside the model",
     "host": "hidden states of the parent are kept at every layer, in the host's memory",
+    "together": "weights pass through the device, all candidates go up the layers together",
     "sweep": "hidden states of the parent are kept at one layer, carried upward as candidates come",
 }
 

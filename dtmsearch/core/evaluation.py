@@ -33,6 +33,8 @@ FailureKind = Literal["replica_lost", "out_of_memory", "nonfinite", "invalid"]
 EXTRA_METRICS = ("kl", "ppl")
 # Where a replica keeps its parent's hidden states: beside the model, in the host's memory, or one boundary at a time.
 StatesKept = Literal["auto", "device", "host", "sweep"]
+# The same as it is found; "together": those of all candidates go up the layers with weights that pass through.
+StatesFound = Literal["auto", "device", "host", "sweep", "together"]
 # Where the weights of a replica's layers are: on its device, or brought there one layer at a time.
 WeightsKept = Literal["auto", "device", "streamed"]
 
@@ -328,7 +330,7 @@ class Speed:
     text_head_factor: float
     generation_seconds: float
     memory_bytes: int
-    states_kept: StatesKept
+    states_kept: StatesFound
 
 
 def mean_speed(speeds: Sequence[Speed]) -> Speed:

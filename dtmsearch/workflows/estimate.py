@@ -15,7 +15,7 @@ from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.calibration import ExpertUse
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesKept, first_changed_layer
+from dtmsearch.core.evaluation import EXTRA_METRICS, Speed, StatesFound, first_changed_layer
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PASSES, PriceKind, priced_schemes
@@ -45,7 +45,7 @@ class Estimate:
     operations: float
     replicas: int
     memory_bytes: int
-    states_kept: StatesKept
+    states_kept: StatesFound
     evaluation_seconds: float
     search_seconds: float
     other_seconds: float

@@ -280,10 +280,10 @@ def _where(machine: Machine, need: float) -> _Where:
         if each <= len(machine.gpu_bytes):
             options = f" --gpus-per-replica {each}"
             return _Where(f"A replica takes about {need / _GIB:.1f} GiB and is spread over {each} GPUs.", options)
-        raise UserError(
-            f"a replica takes about {need / _GIB:.0f} GiB, and the GPUs here have "
-            f"{sum(machine.gpu_bytes) / _GIB:.0f} GiB together: run on a larger machine, "
-            "or on a cluster (--address) with several nodes to a replica (--nodes-per-replica)"
+        return _Where(
+            f"A replica takes about {need / _GIB:.0f} GiB, more than the GPUs here have: its weights pass through one, "
+            "layer by layer.",
+            " --weights streamed",
         )
     if machine.memory_bytes is None:
         return _Where(f"A replica takes about {need / _GIB:.1f} GiB.", "")

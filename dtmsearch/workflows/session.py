@@ -136,7 +136,7 @@ def pool_for(
         texts.check_vocabulary(file)
         check_libraries(file.search.every_scheme)
     if where.in_process:
-        settings = ReplicaSettings(where.batch_tokens, weights_folder=where.weights_folder)
+        settings = ReplicaSettings(where.batch_tokens, weights=where.weights, weights_folder=where.weights_folder)
         with uncollected():
             tell_stage(observer, "loading PyTorch and transformers")
             from dtmsearch.model.replica.local_replicas import LocalReplicas

@@ -26,6 +26,7 @@ from dtmsearch.core.evaluation import (
     Outcome,
     Provenance,
     Reference,
+    StatesFound,
     StatesKept,
     first_changed_layer,
 )
@@ -100,11 +101,11 @@ class PlanEvaluator:
         del self.references[reference_id]
 
     @property
-    def states_kept(self) -> StatesKept:
+    def states_kept(self) -> StatesFound:
         """Where the states of parents are kept for the prompts in use; what the bench says while there are none."""
         return next((cache.kept for cache in self._caches()), self._bench.states)
 
-    def kept_for(self, tokens: IntArray, targets_from: int) -> StatesKept:
+    def kept_for(self, tokens: IntArray, targets_from: int) -> StatesFound:
         """Where they would be kept for other rows."""
         return self._cache(tokens, targets_from).kept
 

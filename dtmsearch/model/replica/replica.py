@@ -39,7 +39,7 @@ from dtmsearch.core.evaluation import (
     Reference,
     ReplicaSettings,
     Speed,
-    StatesKept,
+    StatesFound,
 )
 from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.numeric_mode import NumericMode
@@ -108,6 +108,8 @@ class Replica:
             torch.set_num_threads(settings.num_threads)
         self._spec = spec
         self._device = self._choose_device()
+        if settings.weights == "streamed" and (settings.num_devices > 1 or settings.num_stages > 1):
+            raise UserError("weights pass through one GPU: --weights streamed goes without shares of several")
         if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
             raise UserError(f"{settings.num_devices} GPUs a replica, but it sees {torch.cuda.device_count()}")
         self._batches = Batches(
@@ -207,7 +209,7 @@ class Replica:
         return self._references.conditions()
 
     @property
-    def states_kept(self) -> StatesKept:
+    def states_kept(self) -> StatesFound:
         """Where the states of parents are kept for the prompts in use; what the settings say while there are none."""
         return self._evaluator.states_kept
 

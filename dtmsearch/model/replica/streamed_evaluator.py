@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dtmsearch.core.evaluation import EvalRequest, FloatArray, IntArray, Outcome
+from dtmsearch.core.evaluation import EvalRequest, FloatArray, IntArray, Outcome, StatesFound
 from dtmsearch.core.metric_registry import METRICS, Metric, perplexity, share_of_divergent_tokens
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import LibraryMissing
@@ -63,6 +63,13 @@ class StreamedEvaluator(PlanEvaluator):
         ends = frozenset({0, self._body.num_layers - 1})
         self._stages = {component.name: frozenset({component.layer}) for component in bench.manifest.components}
         self._stages |= {component.name: ends for component in bench.manifest.others}
+
+    @property
+    def states_kept(self) -> StatesFound:
+        return "together"
+
+    def kept_for(self, tokens: IntArray, targets_from: int) -> StatesFound:
+        return "together"
 
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         """An outcome for each request, in the order of the requests."""
