@@ -126,6 +126,21 @@ def test_calibrated_schemes_and_what_is_said_of_plans_that_cannot_be(both: tuple
     assert found[0] == found[1]
 
 
+def test_embeddings_and_head_are_compared_with_the_base_models_own(both: tuple[Replica, Replica]) -> None:
+    found = []
+    for model in both:
+        reference = with_reference(model)
+        others = {component.name: "int3-channel" for component in model.manifest().others if component.kind != "norm"}
+        others = {name: scheme for name, scheme in others.items() if name.endswith(("lm_head", "embed_tokens"))}
+        assert others
+        names = [component.name for component in model.manifest().components]
+        some = [Plan.of(others), *(Plan.of({name: scheme}) for name, scheme in others.items()), Plan()]
+        some.append(Plan.of(others | {names[5]: "int3-g8"}))
+        requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in some]
+        found.append([values(outcome) for outcome in model.evaluate(requests)])
+    assert found[0] == found[1]
+
+
 def test_prices_are_those_of_a_model_that_lies_on_the_device(both: tuple[Replica, Replica]) -> None:
     found = []
     for model in both:
