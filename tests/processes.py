@@ -28,7 +28,7 @@ import pytest
 import ray_forks
 import yaml
 from gate import Gate
-from tiny import TEXT, TRAINING, write_model
+from tiny import TEXT, TRAINING, llama_config, write_model
 
 from dtmsearch.store.store import ResultStore
 
@@ -304,7 +304,7 @@ def tiny_search(folder: Path, **changes: Any) -> Path:
     """A search file over a tiny model of random weights, both in `folder`; `changes` replace its keys, such as
     `search__width`."""
     if not (folder / "model").is_dir():
-        write_model(folder / "model")
+        write_model(folder / "model", llama_config(num_hidden_layers=2))
         (folder / "text.txt").write_text(TEXT)
         (folder / "train.txt").write_text(TRAINING)
     content: dict[str, Any] = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
@@ -58,6 +59,7 @@ def found(name: str, budget: Budget = BUDGET, evaluator: FakeEvaluator | None = 
     return plan
 
 
+@functools.cache
 def best_by_trying(budget: Budget) -> Plan:
     space = space_with(budget)
     plans = (
