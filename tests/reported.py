@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import fakes
 import numpy as np
@@ -30,6 +34,7 @@ from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.validate import validation_plans
 
+P = ParamSpec("P")
 NUM_LAYERS = 4
 NUM_PROMPTS = 8
 SCHEMES = ("int8-channel", "int4-channel")
@@ -42,6 +47,29 @@ CONFIG = {
 }
 
 
+_MADE = tempfile.TemporaryDirectory(prefix="dtm-reported-")
+_PLACES: dict[tuple[object, ...], Path] = {}
+
+
+def once(make: Callable[Concatenate[Path, P], ResultStore]) -> Callable[Concatenate[Path, P], ResultStore]:
+    """Stores of one kind are made once, and copied where a folder is to hold nothing else."""
+
+    @functools.wraps(make)
+    def made(folder: Path, *arguments: P.args, **changes: P.kwargs) -> ResultStore:
+        if folder.exists() and any(folder.iterdir()):
+            return make(folder, *arguments, **changes)
+        key = (make.__name__, arguments, *sorted(changes.items()))
+        if key not in _PLACES:
+            place = Path(_MADE.name) / str(len(_PLACES))
+            make(place, *arguments, **changes)
+            _PLACES[key] = place
+        shutil.copytree(_PLACES[key], folder, dirs_exist_ok=True)
+        return ResultStore(folder)
+
+    return made
+
+
+@once
 def make_run(
     folder: Path,
     run: str = "toy",
@@ -93,6 +121,7 @@ def make_run(
     return store
 
 
+@once
 def make_probe_run(folder: Path, run: str = "probe") -> ResultStore:
     """A finished probe: a ranking, no plan."""
     store, one = ResultStore(folder), reference("search", NUM_LAYERS)
@@ -126,6 +155,7 @@ def make_probe_run(folder: Path, run: str = "probe") -> ResultStore:
     return store
 
 
+@once
 def make_priced_run(folder: Path, run: str = "priced", num_samples: int = 32) -> ResultStore:
     """A finished search by prices, whose options' products are drawn from their names."""
     store = ResultStore(folder)
