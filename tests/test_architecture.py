@@ -1,18 +1,24 @@
-"""Who may import whom: docs/architecture.md has the picture."""
+"""What holds of all the package's code: who may import whom (docs/architecture.md has the picture), which names it may
+use, what stands in one place."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import dtmsearch
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.strategy_settings import PruningSettings, TreeSettings
+from dtmsearch.core.training_settings import RecoverySettings
 
 PACKAGE = Path(dtmsearch.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
@@ -259,3 +265,98 @@ def without_docstring(module: str) -> Iterator[str]:
         yield module
     public = [node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_"]
     yield from (f"{module}.{node.name}" for node in public if not ast.get_docstring(node))
+
+
+# Private names of other libraries, which a release can take away.
+COMPAT = {PACKAGE / "model" / "modules" / "compat.py", PACKAGE / "cluster" / "ray_compat.py"}
+# What foreign names may be written as elsewhere: of Python itself, and of notebooks.
+OTHERS = {"_exit", "_repr_html_"}
+
+
+def private(tree: ast.AST) -> Iterator[str]:
+    """Private names of other objects than `self` that a module takes, and private modules that it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr):
+            if not _is_self(node.value):
+                yield node.attr
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(("dtmsearch", "__")):
+            yield from (part for part in node.module.split(".") if part.startswith("_"))
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+
+
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """Names that our classes and modules define."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
+            yield node.attr
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_no_other_module_takes_a_private_name_of_a_library() -> None:
+    trees = {path: parsed(path) for path in MODULES.values()}
+    ours = OTHERS | {name for tree in trees.values() for name in own_names(tree)}
+    taken = {(path.name, name) for path, tree in trees.items() if path not in COMPAT for name in private(tree)}
+    assert {(file, name) for file, name in taken if name not in ours} == set()
+
+
+# Elsewhere these name another thing: the tokens of a forward batch, the confidence of an interval.
+_OTHER_MEANINGS = {"batch_tokens", "confidence"}
+
+
+def defaults_of(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """(name, default) of every field of a class and every argument of a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            yield node.target.id, node.value
+        elif isinstance(node, ast.arguments):
+            places = [*node.posonlyargs, *node.args]
+            pairs = [*zip(reversed(places), reversed(node.defaults), strict=False)]
+            pairs += [(arg, value) for arg, value in zip(node.kwonlyargs, node.kw_defaults, strict=True) if value]
+            yield from ((arg.arg, value) for arg, value in pairs)
+
+
+def says_something(default: ast.expr) -> bool:
+    """Whether a default is a value written out, and one that means more than `not given`."""
+    if isinstance(default, ast.Call) and isinstance(default.func, ast.Name) and default.func.id == "Field":
+        default = next((keyword.value for keyword in default.keywords if keyword.arg == "default"), default)
+    try:
+        return ast.literal_eval(default) not in (None, "", (), [], {})
+    except ValueError:
+        return False
+
+
+def test_the_default_of_a_knob_stands_in_one_place() -> None:
+    """Others refer to it: `width: Positive = TreeSettings.width`."""
+    settings = (TreeSettings, PruningSettings, RecoverySettings, ModelSpec)
+    knobs = {field.name for one in settings for field in fields(one)} | {"rank_by", "through"}
+    places: dict[str, list[str]] = {}
+    for path in MODULES.values():
+        for name, default in defaults_of(parsed(path)):
+            if name in knobs - _OTHER_MEANINGS and says_something(default):
+                places.setdefault(name, []).append(f"{path.name}:{default.lineno}")
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+    assert {"width", "expand", "audit", "lr", "cap", "compile"} <= places.keys()
+
+
+# The one place; and those whose output a process of ours reads, as JSON in ASCII.
+PRINTING = {"console.printing", "model.replica.exported", "model.replica.by_llama_cpp"}
+
+
+def test_nothing_is_printed_but_through_one_place() -> None:
+    """Neither printed, nor given to rich as anything but text that is shown."""
+    printing = {"print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "Text"}
+    found = {name: calls_in(parsed(path)) & printing for name, path in MODULES.items() if name not in PRINTING}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+def calls_in(tree: ast.AST) -> set[str]:
+    """What a module calls by a name, or by a name's attributes."""
+    called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return {ast.unparse(function) for function in called if isinstance(function, ast.Name | ast.Attribute)}

@@ -1,28 +1,19 @@
-"""Names of other libraries that a release can take away: each is there, and none is used but through the two modules
-that list them."""
+"""Names of other libraries that a release can take away: each is there. tests/test_architecture.py holds that none is
+used but through the two modules that list them."""
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-import dtmsearch
 from dtmsearch.cluster import ray_compat
 from dtmsearch.core.library_versions import ForeignName
 from dtmsearch.model.modules import compat
 from dtmsearch.model.modules.swapping import put, swapped
-
-PACKAGE = Path(dtmsearch.__file__).parent
-COMPAT = {PACKAGE / "model" / "modules" / "compat.py", PACKAGE / "cluster" / "ray_compat.py"}
-# What foreign names may be written as elsewhere: of Python itself, and of notebooks.
-OTHERS = {"_exit", "_repr_html_"}
 
 
 @pytest.mark.parametrize("name", [*compat.NAMES, *ray_compat.NAMES], ids=lambda name: name.name)
@@ -39,39 +30,6 @@ def test_a_name_that_is_gone_is_told_with_its_release_and_its_use() -> None:
 
 def test_a_library_that_is_not_there_is_told() -> None:
     assert "no_such_library of no known version has no" in ForeignName("no_such_library.name", "do a thing").broken()
-
-
-def private(tree: ast.AST) -> Iterator[str]:
-    """Private names of other objects than `self` that a module takes, and private modules that it imports."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr):
-            if not _is_self(node.value):
-                yield node.attr
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(("dtmsearch", "__")):
-            yield from (part for part in node.module.split(".") if part.startswith("_"))
-            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
-
-
-def own_names(tree: ast.AST) -> Iterator[str]:
-    """Names that our classes and modules define."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
-            yield node.attr
-
-
-def _is_self(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and node.id in ("self", "cls")
-
-
-def test_no_other_module_takes_a_private_name_of_a_library() -> None:
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
-    ours = OTHERS | {name for tree in trees.values() for name in own_names(tree)}
-    taken = {(path.name, name) for path, tree in trees.items() if path not in COMPAT for name in private(tree)}
-    assert {(file, name) for file, name in taken if name not in ours} == set()
 
 
 def a_model() -> nn.Sequential:

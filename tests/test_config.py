@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,10 @@ from numpy.typing import NDArray
 from solving import errors_of
 from stores import run_record
 
-import dtmsearch
 from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse, recorded, texts
 from dtmsearch.config.sections import BUILT_IN_STRATEGIES, USED_BY
-from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.strategy_settings import AutoSettings, PruningSettings, TreeSettings
-from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
@@ -408,45 +402,6 @@ def test_what_else_ends_lines_may_stand_in_a_string_of_json(tmp_path: Path) -> N
     (tmp_path / "rows.jsonl").write_text('{"text": "one\u2028line"}\r\n{"text": "and\u0085one"}\n', encoding="utf-8")
     file = parse(TEXT.replace("text.txt", "rows.jsonl"), "search.yaml", tmp_path)
     assert texts.read_files(file, ("rows.jsonl",)) == ["one\u2028line", "and\u0085one"]
-
-
-# Elsewhere these name another thing: the tokens of a forward batch, the confidence of an interval.
-_OTHER_MEANINGS = {"batch_tokens", "confidence"}
-
-
-def defaults_of(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    """(name, default) of every field of a class and every argument of a function."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            yield node.target.id, node.value
-        elif isinstance(node, ast.arguments):
-            places = [*node.posonlyargs, *node.args]
-            pairs = [*zip(reversed(places), reversed(node.defaults), strict=False)]
-            pairs += [(arg, value) for arg, value in zip(node.kwonlyargs, node.kw_defaults, strict=True) if value]
-            yield from ((arg.arg, value) for arg, value in pairs)
-
-
-def says_something(default: ast.expr) -> bool:
-    """Whether a default is a value written out, and one that means more than `not given`."""
-    if isinstance(default, ast.Call) and isinstance(default.func, ast.Name) and default.func.id == "Field":
-        default = next((keyword.value for keyword in default.keywords if keyword.arg == "default"), default)
-    try:
-        return ast.literal_eval(default) not in (None, "", (), [], {})
-    except ValueError:
-        return False
-
-
-def test_the_default_of_a_knob_stands_in_one_place() -> None:
-    """Others refer to it: `width: Positive = TreeSettings.width`."""
-    settings = (TreeSettings, PruningSettings, RecoverySettings, ModelSpec)
-    knobs = {field.name for one in settings for field in fields(one)} | {"rank_by", "through"}
-    places: dict[str, list[str]] = {}
-    for path in Path(dtmsearch.__file__).parent.rglob("*.py"):
-        for name, default in defaults_of(ast.parse(path.read_text(encoding="utf-8"))):
-            if name in knobs - _OTHER_MEANINGS and says_something(default):
-                places.setdefault(name, []).append(f"{path.name}:{default.lineno}")
-    assert {name: where for name, where in places.items() if len(where) > 1} == {}
-    assert {"width", "expand", "audit", "lr", "cap", "compile"} <= places.keys()
 
 
 def test_a_search_file_has_the_defaults_of_the_strategies_settings() -> None:

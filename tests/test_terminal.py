@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import logging
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import dtmsearch
 from dtmsearch.analysis.format import duration, json_text, number
 from dtmsearch.cli import main
 from dtmsearch.console.printing import shown
@@ -307,18 +305,3 @@ def test_a_line_of_the_log_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with json_lines(out):
         logging.getLogger("dtmsearch").warning(HOSTILE)
     assert harmless(out.getvalue()) and json.loads(out.getvalue())["event"] == HOSTILE
-
-
-PRINTING = Path(dtmsearch.__file__).parent / "console" / "printing.py"
-# Its output is read by a process of ours, as JSON in ASCII.
-NO_TERMINAL = Path(dtmsearch.__file__).parent / "model" / "replica" / "exported.py"
-
-
-@pytest.mark.parametrize("path", sorted(Path(dtmsearch.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
-def test_nothing_is_printed_but_through_one_place(path: Path) -> None:
-    """Neither printed, nor given to rich as anything but text that is shown."""
-    if path in (PRINTING, NO_TERMINAL):
-        return
-    called = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    printing = {"print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "Text"}
-    assert printing & set(called) == set()
