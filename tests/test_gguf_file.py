@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +29,13 @@ from dtmsearch.workflows.export import _raise_unless_equal
 from dtmsearch.workflows.export_check import EngineCheck, _fault
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+NAMES = {"up": UP, "down": DOWN, "head": "lm_head"}
 
 
 def job(tmp_path: Path, **schemes: str) -> Job:
     folder = write_model(tmp_path / "model", llama_config(hidden_size=64, intermediate_size=64, num_attention_heads=2))
     manifest = read_manifest(ModelSpec(str(folder), dtype="float32"))
-    plan = Plan.of({{"up": UP, "down": DOWN}[name]: scheme for name, scheme in schemes.items()})
+    plan = Plan.of({NAMES[name]: scheme for name, scheme in schemes.items()})
     return Job(folder, manifest, plan, torch.float32, torch.device("cpu"))
 
 
@@ -85,6 +87,17 @@ def test_the_plan_s_tensors_are_quantized_and_all_others_are_the_base_model_s(tm
     assert reader.fields["general.architecture"].contents() == "llama"
     assert written.notes[0].startswith("model.gguf holds 1 Q8_0 tensors")
     assert gguf_file.base_beside(tmp_path / "out").is_file()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_head_of_the_plan_is_quantized_too(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    made = job(tmp_path, head="gguf-Q8_0")
+    head = made.manifest.by_name["lm_head"]
+    made = replace(made, manifest=replace(made.manifest, others=(replace(head, shape=(64, 64)),)))
+    gguf_file.write_gguf(made, tmp_path / "out")
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    assert [tensor.name for tensor in reader.tensors if tensor.tensor_type.name == "Q8_0"] == ["output.weight"]
 
 
 @pytest.mark.usefixtures("stand_ins")

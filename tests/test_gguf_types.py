@@ -390,6 +390,17 @@ def test_values_that_four_queries_share_are_kept_in_more_bits() -> None:
     assert set(held_by("Q2_K", "v", llama(values=512))) == {"Q3_K"}
 
 
+def outside(*kinds: str) -> list[Component]:
+    return [Component(name=kind, layer=-1, kind=kind, shape=(1000, 512)) for kind in kinds]
+
+
+def test_mixtures_keep_the_head_in_more_bits_be_it_the_embedding_or_not() -> None:
+    tied = preset_plan("Q4_K_M", [*llama(), *outside("embed_tokens")], 32).schemes
+    assert tied["embed_tokens"] == "gguf-Q6_K"
+    apart = preset_plan("Q4_K_M", [*llama(), *outside("embed_tokens", "lm_head")], 32).schemes
+    assert (apart["embed_tokens"], apart["lm_head"]) == ("gguf-Q4_K", "gguf-Q6_K")
+
+
 def test_a_mixture_that_is_not_known_is_said() -> None:
     with pytest.raises(UserError, match="there is no preset:Q4; llama"):
         preset_plan("Q4", llama(), 32)

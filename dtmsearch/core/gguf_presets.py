@@ -15,6 +15,9 @@ from dtmsearch.errors import UserError
 
 # How a plan is asked for by a mixture's name.
 PRESET = "preset:"
+# The head's type, which becomes Q8_0 where its blocks do not divide the rows; and how the head is called.
+_HEAD = "Q6_K"
+_HEAD_KINDS = ("lm_head", "output", "embed_out")
 _GROUPED = 4  # queries to a value from which values are kept in more bits
 # kind, which layer of how many, queries to a value -> the type; None: the mixture's usual one.
 _Rule = Callable[[str, int, int, float], str | None]
@@ -94,14 +97,24 @@ def preset_plan(name: str, components: Sequence[Component], layers: int) -> Plan
     if any(component.mixture for component in components):
         raise UserError(f"{PRESET}{name}: llama.cpp's mixtures of models with experts are not known here")
     usual, rule = PRESETS[name]
+    heads = _heads(components)
     rows = {(component.layer, component.kind): component.shape[0] for component in components}
 
     def scheme(component: Component) -> str:
         layer = component.layer
+        if layer < 0:  # an embedding, or the head
+            return f"{PREFIX}{_HEAD if component.name in heads else usual}"
         grouped = rows.get((layer, "q"), 0) / rows.get((layer, "v"), 1)
         return f"{PREFIX}{rule(component.kind, layer, layers, grouped) or usual}"
 
     return Plan.of({component.name: scheme(component) for component in components})
+
+
+def _heads(components: Sequence[Component]) -> set[str]:
+    """The head, or the embedding that is the head too where there is none beside it."""
+    outside = [component for component in components if component.layer < 0]
+    own = {component.name for component in outside if component.kind in _HEAD_KINDS}
+    return own or {component.name for component in outside}
 
 
 def largest_preset(components: Sequence[Component], layers: int, fits: Callable[[Plan], bool]) -> dict[str, Plan]:

@@ -95,7 +95,7 @@ def tensor_names(job: Job, form: str) -> dict[str, tuple[str, ...]]:
     if _bare(wanted) not in by_name:
         raise UserError(f"{form}: llama.cpp has no architecture for models of type {config['model_type']!r}")
     table = get_tensor_name_map(by_name[_bare(wanted)], job.manifest.num_layers)
-    names = {c.name: _names_in(table, c.name) for c in job.manifest.components}
+    names = {c.name: _names_in(table, c.name) for c in job.manifest.in_plans(job.plan.schemes)}
     missing = [name for name, tensors in names.items() if not tensors and name in job.plan.schemes]
     if missing:
         raise refuse(form, "llama.cpp has no tensor for", missing)
