@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import DEMO_MODEL, TEXT, llama_config, replica, result, values, with_reference, write_model
+from tiny import DEMO_MODEL, TEXT, llama_config, measuring, replica, result, values, with_reference, write_model
 from transformers import AutoModelForCausalLM
 
 import dtmsearch as dtm
@@ -55,23 +55,20 @@ MIXED = Plan.of(
 
 
 def test_the_dense_plan_has_no_divergent_token(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     measured = result(model.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ALL)])[0])
     assert (measured.sdt.tolist(), measured.fdt.tolist()) == ([0] * 6, [12] * 6)
 
 
 def test_the_dense_plan_has_no_kl(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     measured = result(model.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ALL)])[0])
     assert measured.kl is not None
     assert measured.kl.max() < 1e-6
 
 
 def test_the_same_plan_gives_the_same_bits_after_others(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     a = EvalRequest(MIXED, reference.id, (0, 6), ALL)
     b = EvalRequest(Plan.uniform(model.manifest().components, "int3-g8"), reference.id, (0, 6), ALL)
     first = values(model.evaluate([a])[0])
@@ -82,11 +79,15 @@ def test_the_same_plan_gives_the_same_bits_after_others(folder: Path) -> None:
 PRUNED = ["magnitude-0.5", "magnitude-2:4", "random-0.1", "drop", "int4-g8-asym+magnitude-0.25"]
 
 
-@pytest.mark.parametrize("scheme", ["int4-channel", "nf4", "w8a8", "int2-g8-asym", *PRUNED])
+SHARED = ["int4-channel", "nf4", "w8a8", "int2-g8-asym", *PRUNED]
+
+
+@pytest.mark.parametrize("scheme", SHARED)
 def test_shared_prefixes_change_no_bit(folder: Path, scheme: str) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
-    plans = [MIXED.with_(Perturbation(c.name, scheme)) for c in model.manifest().components]
+    model, reference = measuring(folder)
+    # Every kind of component and every layer with each scheme, and all components over the schemes.
+    components, at = model.manifest().components, SHARED.index(scheme)
+    plans = [MIXED.with_(Perturbation(c.name, scheme)) for i, c in enumerate(components) if (i % 7 + at) % 3 == c.layer]
     shared = model.evaluate([EvalRequest(p, reference.id, (0, 6), ALL, parent=MIXED) for p in plans])
     # A fresh replica that runs each plan whole, from the tokens up.
     alone = replica(folder)
@@ -96,8 +97,7 @@ def test_shared_prefixes_change_no_bit(folder: Path, scheme: str) -> None:
 
 
 def test_any_order_of_requests_gives_the_same_bits(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     plans = [Plan().with_(Perturbation(c.name, "int3-g8")) for c in model.manifest().components]
     requests = [EvalRequest(p, reference.id, (0, 6), ALL, parent=MIXED) for p in plans]
     forwards = {o.request_id: values(o) for o in model.evaluate(requests)}
@@ -115,8 +115,7 @@ def test_a_second_reference_does_not_disturb_the_first(folder: Path) -> None:
 
 
 def test_a_canary_finds_what_evaluations_of_its_plan_found(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     measured = result(model.evaluate([EvalRequest(MIXED, reference.id, (0, 6))])[0])
     sdt, dppl = model.check(MIXED, reference.id, 4)
     assert (sdt.tolist(), dppl.tolist()) == (measured.sdt[:4].tolist(), pytest.approx(measured.dppl[:4].tolist()))
@@ -140,8 +139,7 @@ def dense_outcome(folder: Path, reference: Reference) -> Outcome:
 
 @pytest.mark.parametrize("plan", [Plan(), MIXED])
 def test_a_canary_does_not_disturb_what_follows(folder: Path, plan: Plan) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     request = EvalRequest(
         MIXED.with_(Perturbation(component(2, "mlp.up_proj"), "nf4")), reference.id, (0, 6), ALL, MIXED
     )
@@ -169,8 +167,7 @@ def test_batch_size_changes_no_more_than_rounding_noise(folder: Path) -> None:
 
 
 def test_fdt_and_sdt_are_those_of_a_plain_forward_pass(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     plan = Plan.uniform(model.manifest().components, "int4-g16")
     measured = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0])
     plain = write_rounded(folder, plan)
@@ -194,8 +191,7 @@ def write_rounded(folder: Path, plan: Plan) -> torch.nn.Module:
 
 
 def test_kl_is_the_mean_over_positions_of_the_definition(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     plan = Plan.uniform(model.manifest().components, "int4-g16")
     measured = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL)])[0])
     tokens = torch.from_numpy(np.concatenate([reference.text[:, :10], reference.continuation], axis=1)).long()
@@ -302,8 +298,7 @@ def test_out_of_memory_with_single_prompts_is_a_failure_value(folder: Path, monk
 
 
 def test_a_scheme_that_a_component_cannot_take_is_a_failure_value(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     plan = Plan.of({"model.embed_tokens": "nf4"})
     outcome = model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0]
     assert isinstance(outcome, EvalFailure)
@@ -311,15 +306,13 @@ def test_a_scheme_that_a_component_cannot_take_is_a_failure_value(folder: Path) 
 
 
 def test_embeddings_and_norms_can_be_rounded_by_name(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     plan = Plan.of({"model.embed_tokens": "int2-g8", "model.norm": "int2-g8"})
     assert result(model.evaluate([EvalRequest(plan, reference.id, (0, 6))])[0]).sdt.sum() > 0
 
 
 def test_weights_are_the_checkpoints_again_after_any_plans(folder: Path) -> None:
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     for scheme in ("int4-g16", "nf4", "w8a8", "int2-g8", *PRUNED):
         plan = Plan.uniform(model.manifest().components, scheme)
         model.evaluate([EvalRequest(MIXED, reference.id, (0, 6), parent=plan)])
@@ -404,8 +397,7 @@ def test_kl_of_a_plan_that_changes_the_head_is_against_the_base_models_head(
     tmp_path: Path, tied: bool, parent: bool
 ) -> None:
     folder = write_model(tmp_path, llama_config(tie_word_embeddings=tied))
-    model = replica(folder)
-    reference = with_reference(model)
+    model, reference = measuring(folder)
     plan = Plan.of({"model.embed_tokens": "int4-g16"} | ({} if tied else {"lm_head": "w8a8-channel"}))
     request = EvalRequest(plan, reference.id, (0, 6), ("kl",), plan if parent else Plan())
     found = result(model.evaluate([request])[0])

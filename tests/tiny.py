@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ def with_reference(model: Replica, count: int = 6, prompt: int = 10, continuatio
     reference = model.make_reference(prompts)
     model.use(reference)
     return reference
+
+
+@functools.lru_cache(maxsize=1)
+def measuring(folder: Path) -> tuple[Replica, Reference]:
+    """A replica and a reference that it uses, which tests share that leave both as they are: what it did before changes
+    nothing of what it measures."""
+    model = replica(folder)
+    return model, with_reference(model)
 
 
 def result(outcome: Outcome) -> EvalResult:
