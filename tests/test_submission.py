@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 
-from dtmsearch.cli.searching import _whole
+from dtmsearch.cli import main
+from dtmsearch.cli.searching import _written, run_verb
 from dtmsearch.cluster import versions as pins
 from dtmsearch.cluster.jobs import Jobs, Order, _exit_code
 from dtmsearch.cluster.tokens import refused
@@ -137,7 +138,24 @@ def test_training_text_travels_too(texts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "text"), [(1234567, "1234567"), (0.1, "0.1"), (2.0, "2"), (1 / 3, repr(1 / 3))])
 def test_a_number_is_passed_on_whole(number: float, text: str) -> None:
-    assert _whole(number) == text
+    assert _written(number) == text
+
+
+def test_where_replicas_run_is_passed_on_as_options_that_run_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, whatever kind of value they have."""
+    passed: list[str] = []
+
+    def caught(file: SearchFile, overrides: object, address: str, store: str, options: list[str], *_: object) -> None:
+        passed.extend(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr("dtmsearch.workflows.submit.submit", caught)
+    search_file(tmp_path, "text.txt")
+    assert main(["submit", str(tmp_path / "mine.yaml"), "--address", "http://a:1", "--batch-tokens", "1234567"]) == 2
+    given = run_verb.make_context("run", ["file.yaml", *passed]).params
+    assert given["batch_tokens"] == 1234567 and given["weights"] == "auto"
 
 
 def test_a_dashboard_that_is_not_there_is_said_at_once() -> None:

@@ -187,7 +187,7 @@ def submit_verb(
     from dtmsearch.workflows.loggers import in_any_folder
     from dtmsearch.workflows.submit import submit
 
-    options = [part for name, value in where.items() if value for part in (_option(name), _whole(value))]
+    options = [part for name, value in where.items() if value for part in (_option(name), _written(value))]
     options += [part for name in in_any_folder(log_to) for part in ("--log-to", name)]
     submission = submit(file, overrides, address, store, options, pins, any_file)
     for note in submission.notes:
@@ -215,8 +215,10 @@ def _follow(address: str, job_id: str) -> int:
         return 0
 
 
-def _whole(value: float) -> str:
-    """A number with all its digits, as an option takes it."""
+def _written(value: float | str) -> str:
+    """A value as an option takes it: a number with all its digits."""
+    if isinstance(value, str):
+        return value
     return str(int(value)) if value == int(value) else repr(value)
 
 
