@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(folder: Path, weights: Literal["device", "streamed"]) -> Replica:
-    settings = ReplicaSettings(num_threads=1, batch_tokens=50, weights=weights)
+    settings = ReplicaSettings(num_threads=1, batch_tokens=70, weights=weights)
     return Replica(ModelSpec(str(folder), dtype="float32", compile="never"), settings)
 
 
@@ -45,8 +45,8 @@ def plans(model: Replica) -> list[Plan]:
     names = [component.name for component in model.manifest().components]
     below = {names[1]: "int4-channel", names[8]: "int3-g8"}
     return [
-        *(Plan.of({name: "int3-g8"}) for name in names[::5]),
-        *(Plan.of(below | {name: "magnitude-0.5"}) for name in names[10::6]),
+        *(Plan.of({name: "int3-g8"}) for name in names[::9]),
+        *(Plan.of(below | {name: "magnitude-0.5"}) for name in names[10::9]),
         Plan.of(dict.fromkeys(names, "w8a8-channel")),
         Plan.of({names[3]: "w8a8", names[-1]: "nf4"}),
         Plan(),
@@ -162,6 +162,20 @@ def test_texts_under_a_plan_and_its_check(both: tuple[Replica, Replica]) -> None
         after = values(model.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ALL)])[0])
         found.append(([one.variant for one in said] if hasattr(said[0], "variant") else said, sdt.tolist(), after))
     assert found[0] == found[1]
+
+
+def test_a_file_that_is_gone_is_said_and_read_again_when_it_is_back(tmp_path: Path) -> None:
+    model = made(write_model(tmp_path, llama_config(num_hidden_layers=4)), "streamed")
+    reference = with_reference(model, count=2)
+    request = EvalRequest(Plan(), reference.id, (0, 2), ALL)
+    before = values(model.evaluate([request])[0])
+    weights = tmp_path / "model.safetensors"
+    weights.rename(tmp_path / "gone")
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"weights of layer \d cannot be read: .*model\.safetensors"):
+            model.evaluate([request])
+    (tmp_path / "gone").rename(weights)
+    assert values(model.evaluate([request])[0]) == before
 
 
 # --- the layers ---

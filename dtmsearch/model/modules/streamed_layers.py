@@ -8,6 +8,7 @@ the layer in the other runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -131,7 +132,12 @@ class StreamedLayers:
 
     def _arrive(self, place: _Place) -> None:
         assert place.fetched is not None and place.layer is not None
-        place.fetched.wait()
+        try:
+            place.fetched.wait()
+        except OSError as error:
+            said = f"the weights of layer {place.layer} cannot be read: {error}"
+            place.layer, place.moved, place.fetched = None, [], None  # it may be asked for again
+            raise OSError(said) from error
         place.fetched = None
         for moved in place.moved:
             if moved.parameter.data_ptr() != moved.here.data_ptr():
@@ -148,7 +154,8 @@ class StreamedLayers:
     def _leave(self, place: _Place) -> None:
         """Let go of a place. Weights that were replaced for good on the device go to the host's memory."""
         if place.fetched is not None:
-            place.fetched.wait()
+            with suppress(OSError):  # nobody needs them any more
+                place.fetched.wait()
         else:
             for moved in place.moved:
                 ours = moved.parameter.data_ptr() == moved.there.data_ptr()

@@ -8,6 +8,7 @@ import json
 import os
 import queue
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,7 @@ class Fetched:
         self._parts, self._arrived, self._stream = parts, arrived, stream
 
     def wait(self) -> None:
+        futures.wait(self._parts)  # all, for what is still on its way would be written later
         for part in self._parts:
             part.result()
         if self._arrived is not None and self._stream is not None:
