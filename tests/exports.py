@@ -43,9 +43,10 @@ def measured_plan(
     dtype: str = "float32",
     scale_dtype: str = "float32",
     attention: str = "sdpa",
+    kv_context: int = 0,
 ) -> Measured:
     """Measure a plan (component -> scheme, or one scheme for all) and record it as the outcome of a run."""
-    spec = ModelSpec(str(model), dtype=dtype, scale_dtype=scale_dtype, attention=attention)
+    spec = ModelSpec(str(model), dtype=dtype, scale_dtype=scale_dtype, attention=attention, kv_context=kv_context)
     base = Replica(spec, ReplicaSettings(num_threads=1))
     manifest = base.manifest()
     plan = Plan.uniform(manifest.components, schemes) if isinstance(schemes, str) else Plan.of(schemes)
@@ -58,9 +59,10 @@ def measured_plan(
     outcome = result(base.evaluate([request])[0])
     text = store.parent / "text.txt"
     text.write_text(TEXT)
+    caches = f", kv_cache: {{context: {kv_context}}}" if kv_context else ""
     file = f"""
 run: {RUN}
-model: {{path: {model}, dtype: {dtype}, scale_dtype: {scale_dtype}, attention: {attention}}}
+model: {{path: {model}, dtype: {dtype}, scale_dtype: {scale_dtype}, attention: {attention}{caches}}}
 prompts: {{files: [{text}], count: 6, prompt_tokens: 10, continuation_tokens: 12}}
 search: {{schemes: [int8-channel, int4-g16]}}
 """

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import llama_config, result, values, with_reference, write_model
+from exports import in_process, measured_plan
+from tiny import TEXT, llama_config, result, values, with_reference, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+import dtmsearch as dtm
+from dtmsearch.cluster.pool_settings import PoolSettings as Where
+from dtmsearch.console.text import run_text
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Budget, Plan, plan_from_json, plan_to_json
+from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.modules.kv_caches import round_cached
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.workflows.export import export
 
 SCHEMES = ("kv-fp8", "kv-int8", "kv-int4")
 KEYS, VALUES = "model.layers.{}.self_attn.kv_cache.keys", "model.layers.{}.self_attn.kv_cache.values"
@@ -186,3 +193,95 @@ def test_schemes_are_for_caches_or_for_weights(folder: Path) -> None:
 def test_an_attention_that_does_not_tell_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="does not tell keys and values of attention 'eager'"):
         Replica(spec(folder, attention="eager"), ReplicaSettings(num_threads=1))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = llama_config(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    return write_model(tmp_path_factory.mktemp("wide"), config)
+
+
+@pytest.mark.parametrize("weights", [{}, {"model.layers.0.mlp.down_proj": "int4-g32"}])
+def test_fp8_of_all_layers_is_exported_for_vllm_and_measures_as_recorded(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: dict[str, str]
+) -> None:
+    in_process(monkeypatch)
+    plan = weights | Plan.uniform(caches(wide), "kv-fp8").schemes
+    made = measured_plan(wide, tmp_path / "store", plan, kv_context=100).export(
+        "compressed-tensors", tmp_path / "out", runtime="vllm"
+    )
+    assert made.check is not None and made.check.equal and made.check.fdt_recorded < 12.0
+    assert made.size.num_compressed == len(plan)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (settings["kv_cache_scheme"]["num_bits"], settings["kv_cache_scheme"]["type"]) == (8, "float")
+    assert len(settings["config_groups"]) == len(weights)
+
+
+def test_a_plan_file_says_of_how_many_tokens_its_caches_are(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    plan = Plan.uniform(caches(wide), "kv-fp8").schemes
+    made = measured_plan(wide, tmp_path / "store", plan, kv_context=100)
+    made.export("json", tmp_path / "plan.json")
+    again = export(str(tmp_path / "plan.json"), "compressed-tensors", tmp_path / "out", str(made.store), runtime="vllm")
+    assert again.check is not None and again.check.equal and again.plan == made.plan
+
+
+@pytest.mark.parametrize(
+    ("to", "runtime", "schemes", "said"),
+    [
+        ("dense", "transformers", ("kv-fp8", "kv-fp8"), "it says nothing of KV caches"),
+        ("compressed-tensors", "transformers", ("kv-fp8", "kv-fp8"), "it says nothing of KV caches"),
+        ("compressed-tensors", "vllm", ("kv-fp8", "kv-int8"), "one scheme for the keys and values of all layers"),
+        ("compressed-tensors", "vllm", ("kv-fp8", ""), "values: as it is"),
+    ],
+)
+def test_caches_that_no_folder_holds_are_refused(
+    wide: Path, tmp_path: Path, to: str, runtime: str, schemes: tuple[str, str], said: str
+) -> None:
+    plan = {c.name: scheme for c, scheme in zip(caches(wide), schemes, strict=True) if scheme}
+    made = measured_plan(wide, tmp_path / "store", plan, kv_context=100)
+    with pytest.raises(UserError, match=said):
+        made.export(to, tmp_path / "out", runtime=runtime)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_prices_foresee_what_caches_do(folder: Path) -> None:
+    """Of every part alone under 4 bits, to second order."""
+    model = replica(folder)
+    reference = with_reference(model)
+    names = [c.name for c in caches(folder)]
+    assert model.unpriceable([*names, "model.layers.0.mlp.up_proj"]) == ""
+    schemes = ("kv-int4", "int8-channel")
+    products = model.price(PriceRequest(reference.id, (0, 192), tuple(names), schemes)).products.astype(np.float64)
+    assert (products[:, :, 1] == 0.0).all()  # a scheme of weights leaves them as they are
+    foreseen = (products[:, :, 0] ** 2).mean(axis=0) / (2 * reference.continuation_tokens)
+    requests = [EvalRequest(Plan.of({name: "kv-int4"}), reference.id, (0, 6), ("kl",)) for name in names]
+    measured = [np.mean(result(outcome).kl) for outcome in model.evaluate(requests)]  # type: ignore[arg-type]
+    assert abs(np.log(foreseen / np.array(measured))).max() < 0.7
+
+
+def test_a_search_tells_what_its_caches_take(wide: Path, tmp_path: Path) -> None:
+    """A search among weights and caches, in one process; status says of how many tokens."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    file = f"""
+run: cached
+model: {{path: {wide}, dtype: float32, kv_cache: {{context: 1000, batch: 2}}}}
+prompts: {{files: [{text}], count: 8, prompt_tokens: 10, continuation_tokens: 12}}
+validation: {{files: [{text}], count: 8}}
+search:
+  strategy: fisher
+  rank_by: kl
+  schemes: [int8-channel, kv-fp8, kv-int4]
+  components: {{include: ["*", "*.kv_cache.keys", "*.kv_cache.values"]}}
+  stop: {{size_mb: 0.15}}
+"""
+    (tmp_path / "search.yaml").write_text(file)
+    run = dtm.run(tmp_path / "search.yaml", tmp_path / "store", Where(in_process=True))
+    schemes = run.plan.schemes
+    assert {schemes.get(c.name, "") for c in caches(wide)} <= {"kv-fp8", "kv-int4"}
+    # 2 x 2 x 1,000 x 2 heads of 16 numbers, in 32 bits; codes of 8 bits and of 4 with a scale a row.
+    assert str(run.summary.kv_cache).startswith("2 texts of 1,000 tokens: 0.512 MB unquantized, ")
+    assert "KV cache   2 texts of 1,000 tokens" in run_text(run.summary)

@@ -14,6 +14,7 @@ from typing import Literal
 import pyarrow.compute as pc
 
 from dtmsearch.analysis.failure import headline
+from dtmsearch.analysis.format import counted, number
 from dtmsearch.analysis.held_out_rows import (
     HeldOut,
     best_uniform,
@@ -66,6 +67,7 @@ class RunSummary:
     of an FDT to be kept. `written` says by which export the final plan can be written at its counted size; `source`,
     where the base model comes quantized, says how large it is beside the plan, `source_format` in which format it
     comes. `components` are all that the model has, in the model's order.
+    `kv_cache` says of how many tokens KV caches are counted and what they take, where they are.
     """
 
     run: str
@@ -95,6 +97,7 @@ class RunSummary:
     held_out_text: str | None = None
     min_fdt: KeptFdt | None = None
     already_complete: bool = False
+    kv_cache: str | None = None
     missing: tuple[str, ...] = ()
     rank_by: str = RANK_BY
     rival: str | None = None
@@ -168,6 +171,7 @@ def summarize_run(store: ResultStore, run: str) -> RunSummary:
         manifest_id=record.manifest_id,
         reference_id=record.reference_id,
         validation_reference_id=record.validation_reference_id,
+        kv_cache=_kv_cache(record, plan, components),
         num_evaluations=sum(statuses.values()),
         failures={kind: number for kind, number in sorted(statuses.items()) if kind != "ok"},
         num_steps=len(steps),
@@ -203,6 +207,20 @@ def _rank_by(record: RunRecord) -> str:
     """The metric that a run's search ranks by; FDT for one that is not known here."""
     rank_by = str(section_of(record.config, "search").get("rank_by", "fdt"))
     return rank_by if rank_by in METRICS else "fdt"
+
+
+def _kv_cache(record: RunRecord, plan: Plan | None, components: Sequence[tuple[Component, int]]) -> str | None:
+    """Of how many tokens KV caches are counted, and their megabytes; None where none are."""
+    caches = [(component, bits) for component, bits in components if component.is_cache]
+    told = section_of(record.config, "model").get("kv_cache")
+    if not caches or not isinstance(told, dict):
+        return None
+    own = sum(component.num_weights * bits for component, bits in caches) / 8e6
+    said = f"{counted(told.get('batch', 1), 'text')} of {told.get('context'):,} tokens: {number(own)} MB unquantized"
+    if plan is None:
+        return said
+    under = sum(plan.scheme(component.name).bits_of(component, bits) for component, bits in caches) / 8e6
+    return f"{said}, {number(under)} MB under the plan"
 
 
 def _components(store: ResultStore, record: RunRecord) -> list[tuple[Component, int]]:

@@ -62,6 +62,7 @@ def run_text(summary: RunSummary, long: bool = False) -> str:
     lines = [f"run {summary.run}: {_status(summary)}"]
     lines += [_message(summary.status, summary.message)] if summary.message else []
     lines.append(_line("model", summary.model or "not read yet"))
+    lines += [_line("KV cache", summary.kv_cache)] if summary.kv_cache else []
     lines.append(_line("search", _effort(summary)))
     lines += [_line("prompts", summary.search_text)] if summary.search_text else []
     lines += [_line("held out", summary.held_out_text)] if summary.held_out_text else []

@@ -95,7 +95,8 @@ class ModelManifest:
     head, which a search includes only by name. `routers` names the linear layers that choose among experts, or weigh
     one, which published checkpoints and engines keep unquantized. `dtype` is that of the checkpoint's weights. `id`
     follows the content of the weights' files and the configuration, not the folder. `source` describes the format of a
-    base model that comes quantized; `dtype` is then that which it is unquantized to.
+    base model that comes quantized; `dtype` is then that which it is unquantized to. `kv_cache`: the tokens, and the
+    texts of so many, whose KV caches are among `others`; None where none are.
     """
 
     model: str
@@ -107,6 +108,7 @@ class ModelManifest:
     others: tuple[Component, ...] = field(default=())
     routers: tuple[str, ...] = field(default=())
     source: str = ""
+    kv_cache: tuple[int, int] | None = None
 
     @property
     def id(self) -> str:

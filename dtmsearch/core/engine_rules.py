@@ -31,6 +31,7 @@ class EngineRules:
     integers cannot be, None where they can. `where_served` are devices that some of the former need. `fuses`: it runs
     q, k, v and gate, up as one matrix each, of one scheme. `mixes`: layers may be in several formats. `instead` is what
     else it reads, where it takes no folder of compressed-tensors at all. `embeddings`: why it takes no quantized ones.
+    `caches`: schemes that a folder may give the keys and values of all layers.
     `slow`: schemes that it runs as nobody would serve them, and why."""
 
     name: str
@@ -43,6 +44,7 @@ class EngineRules:
     mixes: bool = True
     instead: str = ""
     embeddings: str | None = None
+    caches: frozenset[str] = frozenset()
     slow: Mapping[str, str] | None = None
 
     def obstacle(self, scheme: Scheme, shape: Shape) -> str | None:
@@ -142,6 +144,7 @@ ENGINES: Mapping[str, EngineRules] = {
             served=_all("fp8-channel", "fp8-tensor", "fp8-block128", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16")
             | _all("mxfp8", "mxfp8a16", "w8a8-channel", "w4a8-g128", "w4afp8"),
             integers=_vllm_integers,
+            caches=_all("kv-fp8"),
             where_served={
                 **dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-block128"), _FP8_NEEDS),
                 "nvfp4": "compute capability 10.0; older GPUs round weights alone",
@@ -156,6 +159,7 @@ ENGINES: Mapping[str, EngineRules] = {
             *("vllm-cpu", "vLLM 0.32", "on CPUs"),
             served=_all("w8a8-channel"),
             integers=_vllm_cpu_integers,
+            caches=_all("kv-fp8"),
             embeddings="vLLM 0.32 looks packed embeddings up by a Triton kernel, which CPUs do not have",
             slow=dict.fromkeys(("fp8-channel", "fp8-tensor", "fp8-block128"), _FP8_ON_CPUS),
         ),

@@ -301,10 +301,12 @@ def _is_within(taken: float | None, most: float | None) -> bool:
 
 
 def plan_to_json(plan: Plan, manifest: ModelManifest, weights_id: str = "") -> str:
-    """The plan file: model, manifest_id, the trained weights that the plan is over, if it is, and every compressed
-    component's scheme, in order of name."""
-    trained = {"weights_id": weights_id} if weights_id else {}
-    content = {"model": manifest.model, "manifest_id": manifest.id, **trained, "schemes": dict(plan.entries)}
+    """The plan file: model, manifest_id, the trained weights that the plan is over, if it is, the tokens and texts
+    whose KV caches are components, if they are, and every compressed component's scheme, in order of name."""
+    further: dict[str, Any] = {"weights_id": weights_id} if weights_id else {}
+    if manifest.kv_cache is not None:
+        further["kv_cache"] = list(manifest.kv_cache)
+    content = {"model": manifest.model, "manifest_id": manifest.id, **further, "schemes": dict(plan.entries)}
     return json.dumps(content, indent=2) + "\n"
 
 
@@ -345,6 +347,15 @@ def weights_id_from_json(text: str, source: str) -> str:
     if weights_id:
         check_weights_id(weights_id)
     return weights_id
+
+
+def kv_cache_from_json(text: str, source: str) -> tuple[int, int]:
+    """The tokens and texts whose KV caches are components of a plan file's model; (0, 1) where none are. Raises
+    `UserError`."""
+    found = _plan_content(text, source).get("kv_cache", [0, 1])
+    if not (isinstance(found, list) and len(found) == 2 and all(type(n) is int and 0 <= n < 1 << 40 for n in found)):
+        raise UserError(f"{source} is no plan file: kv_cache should be two numbers, tokens and texts")
+    return found[0], found[1]
 
 
 def check_weights_id(weights_id: str) -> None:

@@ -36,7 +36,7 @@ class Job:
     `runtime` is what shall load it, where a format has several. `compressor` makes a component's weights out of its
     own; it has what calibrated schemes need. `schemes` are those of the search, beyond the plan's. `trained` is a file
     of weights that stand in the place of the checkpoint's own, `weights_id` names them. `trust_remote_code` runs code
-    that comes with the model.
+    that comes with the model. `cache_scheme` is that of the keys and values of all layers, where they are kept rounded.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class Job:
     trust_remote_code: bool = ModelSpec.trust_remote_code
     trained: Path | None = None
     weights_id: str = ""
+    cache_scheme: str = ""
 
     def __post_init__(self) -> None:
         partners = scale_partners(self.manifest.components)

@@ -15,6 +15,7 @@ import torch
 
 from dtmsearch.core import llama_library
 from dtmsearch.core.engine_rules import ENGINES
+from dtmsearch.core.plan import Plan
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_format
@@ -117,7 +118,8 @@ def resolve(
             f"the store {store} holds no measurement of this plan{_over(found)} to hold the export against. "
             f"Measure it first (dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
         )
-    job = _job(found, runtime, results)
+    of_weights, cache_scheme = _told_apart(found, form, runtime)
+    job = _job(replace(found, plan=of_weights), runtime, results, cache_scheme)
     if form.is_checked:
         _check_solved(found, to)
     if job.fuses and to == PACKED:
@@ -170,7 +172,35 @@ def publish(draft: Draft) -> Exported:
     return draft.result
 
 
-def _job(found: Source, runtime: str, results: ResultStore) -> Job:
+def _told_apart(found: Source, form: Format, runtime: str) -> tuple[Plan, str]:
+    """What a format writes of weights, and the scheme of all KV caches, where the plan has any. Raises `UserError`
+    for caches that it cannot hold."""
+    named = found.manifest.by_name
+    caches = {name: scheme for name, scheme in found.plan.entries if named[name].is_cache}
+    if not caches or form.name == "json":
+        return found.plan, ""
+    taken = ENGINES[runtime].caches if form.name == PACKED else frozenset[str]()
+    if not taken:
+        raise refuse(
+            f"{form.name}, for {runtime}," if form.name == PACKED else form.name,
+            "it says nothing of KV caches. compressed-tensors for --runtime vllm or vllm-cpu holds kv-fp8 of all "
+            "layers, json the whole plan",
+            [f"{name}: {scheme}" for name, scheme in caches.items()],
+        )
+    every = [other.name for other in found.manifest.others if other.is_cache]
+    if len({caches.get(name, "") for name in every} - taken):
+        raise refuse(
+            PACKED,
+            f"{ENGINES[runtime].says} reads one scheme for the keys and values of all layers from a folder, kv-fp8. "
+            "Export --to json keeps the plan; what vLLM is told itself: --kv-cache-dtype int8_per_token_head or fp8, "
+            "and --kv-cache-dtype-skip-layers for layers whose keys and values both stay",
+            [f"{name}: {caches.get(name, 'as it is')}" for name in every if caches.get(name) not in taken],
+        )
+    weights = Plan.of({name: scheme for name, scheme in found.plan.entries if name not in caches})
+    return weights, next(iter(caches.values()))
+
+
+def _job(found: Source, runtime: str, results: ResultStore, cache_scheme: str = "") -> Job:
     mode = None if found.recorded is None else found.recorded.reference.mode
     dtype = getattr(torch, found.spec.dtype)
     on_gpu = torch.cuda.is_available() and (mode is None or mode.device == "cuda")
@@ -190,6 +220,7 @@ def _job(found: Source, runtime: str, results: ResultStore) -> Job:
         schemes=() if found.file is None else found.file.search.schemes,
         trained=found.trained,
         weights_id=found.weights_id,
+        cache_scheme=cache_scheme,
         trust_remote_code=found.spec.trust_remote_code,
     )
 

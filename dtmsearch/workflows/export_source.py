@@ -14,7 +14,14 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import FloatArray, IntArray, ModelSpec, Reference
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.plan import Plan, model_from_json, plan_from_json, plan_to_json, weights_id_from_json
+from dtmsearch.core.plan import (
+    Plan,
+    kv_cache_from_json,
+    model_from_json,
+    plan_from_json,
+    plan_to_json,
+    weights_id_from_json,
+)
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats.evopress import is_configuration, read_configuration
@@ -95,7 +102,8 @@ def _find_file(source: str, results: ResultStore, model: str | None, weights_id:
     where = model_from_json(text, str(path))
     if model is None and where is None:
         raise UserError(f"{path} does not name its model: say with --model where it lies")
-    spec = ModelSpec(str(model or where))
+    context, batch = kv_cache_from_json(text, str(path))
+    spec = ModelSpec(str(model or where), kv_context=context, kv_batch=batch)
     manifest = read_manifest(spec)
     plan = plan_from_json(text, manifest, str(path))
     over = weights_id_from_json(text, str(path)) if weights_id is None else weights_id
@@ -104,7 +112,8 @@ def _find_file(source: str, results: ResultStore, model: str | None, weights_id:
         return Source(plan, replace(spec, dtype=manifest.dtype), manifest, None, None, over)
     record = results.run(recorded.run)
     if record is None:  # measured by `evaluate`, which keeps no record of its file
-        return Source(plan, _spec_of_mode(spec.path, recorded.reference.mode), manifest, recorded, None, over)
+        own = replace(_spec_of_mode(spec.path, recorded.reference.mode), kv_context=context, kv_batch=batch)
+        return Source(plan, own, manifest, recorded, None, over)
     file = config.recorded(record)
     return Source(plan, _spec(file, spec.path), manifest, recorded, file, over)
 

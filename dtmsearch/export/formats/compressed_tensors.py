@@ -40,7 +40,7 @@ from dtmsearch.export.loaded import merges_experts, unmerged_names, unmerged_ten
 from dtmsearch.export.writer import write_quantized
 from dtmsearch.model.compress.number_rounding import NumberCodes, calibrated_scale
 from dtmsearch.model.compress.packing import number_bytes
-from dtmsearch.model.compress.quantization_arguments import inputs_arguments, weights_arguments
+from dtmsearch.model.compress.quantization_arguments import CACHE_ARGUMENTS, inputs_arguments, weights_arguments
 from dtmsearch.model.compress.rounding import Codes
 from dtmsearch.model.modules.compat import packed_to_int32
 from dtmsearch.model.modules.loading import loading_obstacle
@@ -99,6 +99,11 @@ def _notes(job: Job) -> list[str]:
     """What who loads the folder should know."""
     schemes = list({scheme.name: scheme for scheme in job.plan.parsed.values()}.values())
     notes = []
+    if job.cache_scheme:
+        notes.append(
+            "Keys and values are kept in e4m3 with a scale of 1: vLLM takes it from this folder's kv_cache_scheme, and "
+            "says that it finds no calibrated scales (--kv-cache-dtype fp8 says the same)."
+        )
     if needs := where_note(job.runtime, frozenset(scheme.name for scheme in schemes)):
         notes.append(needs)
     if job.runtime == "transformers" and any(scheme.activations is not None for scheme in schemes):
@@ -419,11 +424,11 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     ignored += [_all_experts(block) for mixture, block in mixtures.items() if mixture not in compressed]
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(dict.fromkeys(ignored)),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": CACHE_ARGUMENTS if job.cache_scheme else None,
         "global_compression_ratio": None,
     }
 

@@ -13,6 +13,16 @@ _FLOATS: dict[int, Number] = {8: "e4m3", 6: "e2m3", 4: "e2m1"}
 _INTEGERS: dict[int, Number] = {8: "int8", 4: "int4"}
 
 
+# A configuration's `kv_cache_scheme`, of `kv-fp8`: vLLM takes a scale of 1 where the files hold none.
+CACHE_ARGUMENTS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
+
+
 def arguments_of(rounding: Rounding, of_inputs: bool) -> dict[str, Any]:
     """A group's `weights` or, for what components read, its `input_activations`."""
     dynamic: bool | str = of_inputs and not rounding.static

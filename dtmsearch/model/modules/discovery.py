@@ -74,11 +74,12 @@ def _with_caches(manifest: ModelManifest, spec: ModelSpec) -> ModelManifest:
         return manifest
     model = empty_model(described_checkpoint(spec), spec)
     caches = caches_of(model, find_layers(model)[0], manifest.num_layers, spec.kv_context, spec.kv_batch)
-    tokens = [spec.kv_context, spec.kv_batch]
+    tokens = (spec.kv_context, spec.kv_batch)
     return replace(
         manifest,
         others=(*manifest.others, *caches),
-        content_hash=identity({"model": manifest.content_hash, "kv_cache": tokens}),
+        content_hash=identity({"model": manifest.content_hash, "kv_cache": list(tokens)}),
+        kv_cache=tokens,
     )
 
 

@@ -41,9 +41,9 @@ class CachedPart(nn.Module):
 class KvCache(nn.Module):
     """Both parts of an attention."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, scheme: Scheme | None = None) -> None:
         super().__init__()
-        self.keys, self.values = CachedPart(head_dim), CachedPart(head_dim)
+        self.keys, self.values = CachedPart(head_dim, scheme), CachedPart(head_dim, scheme)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Of keys and values [prompts, heads, tokens, head_dim]."""
@@ -121,16 +121,16 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
             yield name, module, head_dim, key.out_features // head_dim
 
 
-def attach(model: Any, attention: str) -> None:
-    """Give every attention of a loaded model its `kv_cache`, through which its keys and values go from now on. Raises
-    `UserError` for an attention implementation that does not tell."""
+def attach(model: Any, attention: str, scheme: Scheme | None = None) -> None:
+    """Give every attention of a loaded model its `kv_cache`, through which its keys and values go from now on, under a
+    scheme or as they are. Raises `UserError` for an attention implementation that does not tell."""
     if not wrap_attention(attention, _given):
         raise UserError(
             f"model.kv_cache: transformers does not tell keys and values of attention {attention!r}: take sdpa"
         )
     for _, module, head_dim, _ in list(_attentions(model)):
         like = next(module.parameters())
-        setattr(module, _CHILD, KvCache(head_dim).to(like.device))
+        setattr(module, _CHILD, KvCache(head_dim, scheme).to(like.device))
 
 
 def _given(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

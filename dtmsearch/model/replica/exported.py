@@ -31,10 +31,12 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Refere
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import run_row_by_row, runs_by_token
 from dtmsearch.model.compress.number_rounding import round_inputs
 from dtmsearch.model.compress.quantization_arguments import rounding_of
+from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_model, load_tokenizer, loader
@@ -67,6 +69,7 @@ class ServedReplica(Replica):
                 _has_packed_experts(folder),
                 _loses_by_loading(folder, spec),
                 _has_packed_embeddings(folder),
+                _rounds_caches(folder),
             )
         ):
             load = decompressed_model
@@ -74,6 +77,8 @@ class ServedReplica(Replica):
             load = partial(_plain_model, self._repacked)
         model = load(folder, spec, self._device).eval().requires_grad_(False)
         round_as_engines_do(model, folder)
+        if _rounds_caches(folder):
+            kv_caches.attach(model, spec.attention, parse_scheme("kv-fp8"))
         return self._as_loaded(model, folder, spec)
 
     def _as_loaded(self, model: Any, folder: Path, spec: ModelSpec) -> LoadedModel:
@@ -170,6 +175,12 @@ def _has_packed_zeros(folder: Path) -> bool:
     """Whether it has what transformers cannot load: compressed-tensors' packed zero points."""
     headers = (read_header(path) for path in weight_files(folder))
     return any(name.endswith(".weight_zero_point") and kind == "I32" for h in headers for name, (kind, _) in h.items())
+
+
+def _rounds_caches(folder: Path) -> bool:
+    """Whether keys and values are kept rounded where the folder is served."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
 
 
 def _has_packed_embeddings(folder: Path) -> bool:
