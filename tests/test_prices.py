@@ -428,6 +428,7 @@ def test_another_run_takes_no_price_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
     search = {"strategy": "fisher", "schemes": ["int3-channel", "int4-channel"], "fisher": {"samples": 40}}
     path = tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 4.5}})
+    write_model(tmp_path / "model")  # of three layers, on which no uniform plan is chosen on held-out prompts
     run_here(path, tmp_path / "store")
     results = ResultStore(tmp_path / "store")
     (again, small) = solve_budgets(results, "tiny", [4.5, 4.0])
