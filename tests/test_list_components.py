@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from dtmsearch.cli import main
 from dtmsearch.console.text import model_components_text
-from dtmsearch.workflows.list_components import ModelComponents, list_components
+from dtmsearch.workflows.list_components import Machine, ModelComponents, list_components
 
 
 def listed(tmp_path: Path, family: str) -> ModelComponents:
@@ -90,8 +90,49 @@ def test_released_models_are_described_by_their_configurations_alone(
 
 def test_the_cost_of_a_search_is_told_for_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
-    found = list_components(str(tmp_path), tflops=1e-6, gpu_gb=1e-4)
+    found = list_components(str(tmp_path), machine=Machine(1, gpu_gb=1e-4, tflops=1e-6))
     assert found.cost.price_seconds == pytest.approx(6 * found.cost.active_weights * 192 * 200 / 1e6)
     assert found.cost.num_gpus == -(-found.cost.replica_bytes // 10**5)
     assert main(["components", str(tmp_path), "--tflops", "0.000001"]) == 0
     assert "At 1e-06 x 10^12 operations a second" in capsys.readouterr().out
+
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8_192, "intermediate_size": 28_672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("8xH200", ["--gpus-per-replica 2", "--weights streamed"]),
+        ("H200", ["--nodes-per-replica 2", "--weights streamed"]),
+        ("8xB200", [""]),
+    ],
+)
+def test_ways_to_search_a_large_model_on_a_machine(tmp_path: Path, name: str, options: list[str]) -> None:
+    large = tmp_path / "config.json"
+    large.write_text(json.dumps(LLAMA_70B | ({"num_hidden_layers": 40} if "B200" in name else {})))
+    cost = list_components(str(large), machine=Machine.named(name)).cost
+    assert [way.options for way in cost.ways] == options
+    # Each GPU gives what it is known to: all of it alone, three quarters of it among others.
+    rates = [1.0 if "streamed" in way.options or not way.options else 0.75 for way in cost.ways]
+    for way, rate in zip(cost.ways, rates, strict=True):
+        gpus = int(name.partition("x")[0]) if "x" in name else 1
+        gpus *= 2 if "nodes" in way.options else 1
+        assert way.price_seconds == pytest.approx(cost.price_seconds / (gpus * rate), rel=0.01)
+
+
+def test_weights_that_pass_through_take_at_least_the_time_to_read_them(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    cost = list_components(str(tmp_path), machine=Machine(4, gpu_gb=1e-4, tflops=1e6)).cost
+    (streamed,) = (way for way in cost.ways if "streamed" in way.options)
+    weights = cost.replica_bytes / 1.2
+    assert streamed.probe_seconds == pytest.approx(4 * weights / 20e9, rel=0.01)
+
+
+def test_a_machine_that_nobody_knows_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    assert main(["components", str(tmp_path), "--as", "8xK80"]) == 2
+    assert "give one like 8xH100" in capsys.readouterr().err

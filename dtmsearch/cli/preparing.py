@@ -161,36 +161,45 @@ def validate_verb(file: Path, overrides: tuple[str, ...], quick: bool) -> None:
         "dtmsearch components models/llama",
         "dtmsearch components Qwen3-30B/config.json --format json",
         "dtmsearch components model.Q8_0.gguf --tflops 30 --gpu-gb 24",
+        "dtmsearch components Llama-70B/config.json --as 8xH100",
     ),
 )
 @click.argument("model")
 @click.option("--trust-remote-code", is_flag=True, help="Let Python code that comes with the model run here.")
 @click.option(
+    "--as",
+    "name",
+    metavar="NxGPU",
+    help="A machine, such as 8xH100: its GPUs, their memory and a rate by their peak.",
+)
+@click.option(
     "--tflops",
     type=click.FloatRange(min=0, min_open=True),
-    default=240.0,
-    show_default=True,
+    show_default="240",
     help="10^12 operations a second of the machine that a search is to run on. 240: one H200, as measured on a "
     "Llama-2-7B shape.",
 )
 @click.option(
     "--gpu-gb",
     type=click.FloatRange(min=0, min_open=True),
-    default=80.0,
-    show_default=True,
+    show_default="80",
     help="Memory of one of its GPUs, in GB.",
 )
 @format_option("table", "json")
-def components_verb(model: str, trust_remote_code: bool, tflops: float, gpu_gb: float, form: str) -> None:
+def components_verb(
+    model: str, trust_remote_code: bool, name: str | None, tflops: float | None, gpu_gb: float | None, form: str
+) -> None:
     """Say what a search of MODEL chooses among, what it leaves out, and why.
 
     MODEL is a folder, a config.json alone, or a hub id; weights are not needed. The model's own code is run without
     values to see what it multiplies tokens with.
     """
     from dtmsearch.console.text import model_components_text
-    from dtmsearch.workflows.list_components import list_components
+    from dtmsearch.workflows.list_components import Machine, list_components
 
-    show(list_components(model, trust_remote_code, tflops, gpu_gb), form, model_components_text)
+    machine = Machine.named(name) if name else Machine()
+    machine = replace(machine, gpu_gb=gpu_gb or machine.gpu_gb, tflops=tflops or machine.tflops)
+    show(list_components(model, trust_remote_code, machine), form, model_components_text)
 
 
 @cli.command(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dtmsearch.workflows.evaluate import PlanMeasurement, RecoveredModel
     from dtmsearch.workflows.export import Exported
     from dtmsearch.workflows.kept_models import KeptModels
-    from dtmsearch.workflows.list_components import ModelComponents
+    from dtmsearch.workflows.list_components import Cost, ModelComponents
     from dtmsearch.workflows.profile import Profile
     from dtmsearch.workflows.score import TaskScore
     from dtmsearch.workflows.solve_budgets import SolvedPlan
@@ -172,8 +172,23 @@ def _cost_lines(found: ModelComponents) -> list[str]:
         f"prices of every option ({cost.samples} samples of {cost.row_tokens} tokens): {_time(cost.price_seconds)}",
         f"each of {counted(cost.num_units, 'unit')} measured alone under one scheme{tied} ({cost.prompts} prompts): "
         f"{_time(cost.probe_seconds)}",
+        *_way_lines(cost),
     ]
     return [line for text in said for line in textwrap.wrap(text, 60, subsequent_indent="  ")]
+
+
+def _way_lines(cost: Cost) -> list[str]:
+    """The ways of a machine of several GPUs, or of one that does not hold the model."""
+    if not cost.ways or (len(cost.ways) == 1 and cost.ways[0].replicas == 1 and not cost.ways[0].options):
+        return []
+    return [
+        "On the whole machine, prices and that probe:",
+        *(
+            f"- {way.means}{f' ({way.options})' if way.options else ''}, {counted(way.replicas, 'replica')}: "
+            f"{_time(way.price_seconds)}, {_time(way.probe_seconds)}"
+            for way in cost.ways
+        ),
+    ]
 
 
 def _time(seconds: float) -> str:

@@ -22,6 +22,19 @@ _BYTES = 2
 # reached 600 x 10^12 (docs/performance.md).
 TFLOPS = 240.0
 GPU_GB = 80.0
+# GPUs by name: GB, and peak of dense bfloat16 products in 10^12 operations a second, by their makers. Of an H200's peak
+# `TFLOPS` were reached; of the others the same part is assumed.
+GPUS = {
+    "L4": (24.0, 121.0), "L40S": (48.0, 362.0), "A100": (80.0, 312.0), "H100": (80.0, 989.0), "H200": (141.0, 989.0),
+    "B200": (180.0, 2250.0),
+}  # fmt: skip
+_MEASURED_PEAK = GPUS["H200"][1]
+# What a GPU of a replica over several does of what one alone does: measured for two (docs/performance.md).
+_SPREAD_RATE = 0.75
+# Bytes a second from the page cache into a GPU (docs/performance.md), shared by the GPUs of a machine.
+_READ_RATE = 20e9
+# How often all weights are read: for prices forth and back, for a probe once.
+_PRICE_READS, _PROBE_READS = 2, 1
 # Of a probe: tokens of a prompt and its continuation, and prompts; samples of prices as `auto` takes them.
 _ROW_TOKENS, _PROBE_PROMPTS = 200, 128
 _SAMPLES = AutoSettings.samples
@@ -57,13 +70,45 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to run a search on a machine: the options that choose it, how many replicas there are, and seconds as in
+    `Cost`, by all of them."""
+
+    means: str
+    options: str
+    replicas: int
+    price_seconds: float
+    probe_seconds: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that is not here: its GPUs, each of `gpu_gb` GB that runs `tflops` x 10^12 operations a second."""
+
+    gpus: int = 1
+    gpu_gb: float = GPU_GB
+    tflops: float = TFLOPS
+
+    @staticmethod
+    def named(name: str) -> Machine:
+        """Of a name such as 8xH100. Raises `UserError`."""
+        count, _, gpu = name.rpartition("x")
+        if gpu.upper() not in GPUS or not (count or "1").isdigit() or count == "0":
+            raise UserError(
+                f"no machine {name!r}: give one like 8xH100, of {', '.join(GPUS)}; or --gpu-gb and --tflops"
+            )
+        memory, peak = GPUS[gpu.upper()]
+        return Machine(int(count or 1), memory, round(TFLOPS * peak / _MEASURED_PEAK))
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a search of a model would take, by arithmetic: `num_units` are what gets a scheme of its own where all
     experts of a layer share one, `active_weights` what a token is multiplied with. A replica takes `replica_bytes` in
     16 bits, on at least `num_gpus` of `gpu_gb` GB. At `tflops` x 10^12 operations a second `price_seconds` are those of
     prices of every option by backward passes (`samples` of `row_tokens` tokens, three passes each), `probe_seconds`
     those of measuring every unit alone under one scheme, on `prompts` prompts, from its layer on. Loading, references
-    and validation are not in them."""
+    and validation are not in them. `ways` are those of the whole machine."""
 
     num_units: int
     active_weights: int
@@ -76,6 +121,7 @@ class Cost:
     row_tokens: int
     price_seconds: float
     probe_seconds: float
+    ways: tuple[Way, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,11 +148,10 @@ class ModelComponents:
 def list_components(
     model: str,
     trust_remote_code: bool = ModelSpec.trust_remote_code,
-    tflops: float = TFLOPS,
-    gpu_gb: float = GPU_GB,
+    machine: Machine = Machine(),
 ) -> ModelComponents:
-    """The components of a model: a folder, its config.json alone, or a hub id; and what a search costs on GPUs of
-    `gpu_gb` GB that run `tflops` x 10^12 operations a second. Raises `UserError`."""
+    """The components of a model: a folder, its config.json alone, or a hub id; and what a search costs on a machine.
+    Raises `UserError`."""
     from dtmsearch.model.modules.discovery import components_of, find_layers
     from dtmsearch.model.modules.loading import described_model
     from dtmsearch.model.modules.matrices import found_in, known_usage
@@ -146,7 +191,7 @@ def list_components(
             for reason, (number, example, weights) in sorted(left.items(), key=lambda entry: -entry[1][2])
         ),
         untried=usage.failed,
-        cost=_cost(components, total, _head_weights(empty), num_layers, tflops, gpu_gb),
+        cost=_cost(components, total, _head_weights(empty), num_layers, machine),
         source=_source(model, empty),
         experts=_experts(components, total),
     )
@@ -165,28 +210,58 @@ def _head_weights(model: Any) -> int:
     return 0 if head is None else int(head.weight.numel())
 
 
-def _cost(
-    components: Sequence[Component], num_weights: int, head: int, num_layers: int, tflops: float, gpu_gb: float
-) -> Cost:
+def _cost(components: Sequence[Component], num_weights: int, head: int, num_layers: int, machine: Machine) -> Cost:
     """See `Cost`. A token takes two operations for each weight that it is multiplied with, in a backward pass four."""
     units = SearchSpace(tuple(components), ("int8-channel",)).units
     layers = float(sum(component.num_weights * component.read_share for component in components))
-    rate = tflops * 1e12
+    rate = machine.tflops * 1e12
     suffixes = sum(layers * (num_layers - unit.components[0].layer) / num_layers + head for unit in units)
     replica_bytes = round(_REPLICA_FACTOR * _BYTES * num_weights)
+    price_seconds = 6 * (layers + head) * _SAMPLES * _ROW_TOKENS / rate
+    probe_seconds = 2 * suffixes * _PROBE_PROMPTS * _ROW_TOKENS / rate
     return Cost(
         num_units=len(units),
         active_weights=round(layers) + head,
         replica_bytes=replica_bytes,
-        num_gpus=ceil(replica_bytes / (gpu_gb * 1e9)),
-        gpu_gb=gpu_gb,
-        tflops=tflops,
+        num_gpus=ceil(replica_bytes / (machine.gpu_gb * 1e9)),
+        gpu_gb=machine.gpu_gb,
+        tflops=machine.tflops,
         samples=_SAMPLES,
         prompts=_PROBE_PROMPTS,
         row_tokens=_ROW_TOKENS,
-        price_seconds=6 * (layers + head) * _SAMPLES * _ROW_TOKENS / rate,
-        probe_seconds=2 * suffixes * _PROBE_PROMPTS * _ROW_TOKENS / rate,
+        price_seconds=price_seconds,
+        probe_seconds=probe_seconds,
+        ways=_ways(machine, replica_bytes, _BYTES * num_weights, price_seconds, probe_seconds),
     )
+
+
+def _ways(
+    machine: Machine, replica_bytes: int, weight_bytes: int, price_seconds: float, probe_seconds: float
+) -> tuple[Way, ...]:
+    """The ways of a search on a machine, of which one GPU alone would take such seconds if it held the model."""
+    gpus, each = machine.gpus, ceil(replica_bytes / (machine.gpu_gb * 1e9))
+    ways = []
+    if each == 1:
+        ways.append(Way("a replica on each GPU", "", gpus, price_seconds / gpus, probe_seconds / gpus))
+    elif each <= gpus:
+        replicas = gpus // each
+        rate = replicas * each * _SPREAD_RATE
+        means = f"a replica over {each} GPUs"
+        ways.append(Way(means, f"--gpus-per-replica {each}", replicas, price_seconds / rate, probe_seconds / rate))
+    else:
+        nodes = ceil(each / gpus)
+        rate = nodes * gpus * _SPREAD_RATE
+        means = f"a replica over {nodes} such machines"
+        ways.append(Way(means, f"--nodes-per-replica {nodes}", 1, price_seconds / rate, probe_seconds / rate))
+    if each > 1:
+        reading = weight_bytes / _READ_RATE
+        price, probe = (
+            max(seconds / gpus, reads * gpus * reading)
+            for seconds, reads in ((price_seconds, _PRICE_READS), (probe_seconds, _PROBE_READS))
+        )
+        means = f"weights pass through each GPU, {weight_bytes / 1e9:,.0f} GB of them in the host's memory"
+        ways.append(Way(means, "--weights streamed", gpus, price, probe))
+    return tuple(ways)
 
 
 def _experts(components: Sequence[Component], total: int) -> str:
