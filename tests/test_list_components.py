@@ -116,12 +116,12 @@ def test_ways_to_search_a_large_model_on_a_machine(tmp_path: Path, name: str, op
     large.write_text(json.dumps(LLAMA_70B | ({"num_hidden_layers": 40} if "B200" in name else {})))
     cost = list_components(str(large), machine=Machine.named(name)).cost
     assert [way.options for way in cost.ways] == options
-    # Each GPU gives what it is known to: all of it alone, three quarters of it among others.
-    rates = [1.0 if "streamed" in way.options or not way.options else 0.75 for way in cost.ways]
-    for way, rate in zip(cost.ways, rates, strict=True):
-        gpus = int(name.partition("x")[0]) if "x" in name else 1
-        gpus *= 2 if "nodes" in way.options else 1
-        assert way.price_seconds == pytest.approx(cost.price_seconds / (gpus * rate), rel=0.01)
+    gpus = int(name.partition("x")[0]) if "x" in name else 1
+    way = cost.ways[0]
+    # Each GPU gives all of what it can alone, three quarters of it among others.
+    rate = (0.75 if way.options else 1.0) * gpus * (2 if "nodes" in way.options else 1)
+    assert way.price_seconds == pytest.approx(cost.price_seconds / rate, rel=0.01)
+    assert way.probe_seconds == pytest.approx(cost.probe_seconds / rate, rel=0.01)
 
 
 def test_weights_that_pass_through_take_at_least_the_time_to_read_them(tmp_path: Path) -> None:
