@@ -126,7 +126,7 @@ def test_ways_to_search_a_large_model_on_a_machine(tmp_path: Path, name: str, op
 
 def test_weights_that_pass_through_take_at_least_the_time_to_read_them(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
-    cost = list_components(str(tmp_path), machine=Machine(4, gpu_gb=1e-4, tflops=1e6)).cost
+    cost = list_components(str(tmp_path), machine=Machine(4, gpu_gb=1e-6, tflops=1e6)).cost
     (streamed,) = (way for way in cost.ways if "streamed" in way.options)
     weights = cost.replica_bytes / 1.2
     assert streamed.probe_seconds == pytest.approx(4 * weights / 20e9, rel=0.01)
