@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -160,6 +161,19 @@ def test_later_samples_of_a_prompt_have_labels_of_their_own(folder: Path) -> Non
     reference = with_reference(model, count=2)
     found = model.price(PriceRequest(reference.id, (0, 4), (UP,), SCHEMES)).products
     assert not np.allclose(found[:2], found[2:])
+
+
+def test_slopes_go_through_components_that_round_what_they_read(folder: Path) -> None:
+    """As if nothing were rounded there: rounding has no slope of its own."""
+    model = replica(folder)
+    reference = with_reference(model, 3)
+    at_top, below = (f"model.layers.{layer}.mlp.up_proj" for layer in (1, 0))
+    request = PriceRequest(reference.id, (0, 2), (below,), ("int3-channel",), kind="slope")
+    around = {scheme: Plan.of({at_top: scheme, below: scheme}) for scheme in ("int8-channel", "w8a8-channel")}
+    assert model.unpriceable((below, at_top)) == ""
+    by_weights, rounded = (model.price(replace(request, around=plan)).products for plan in around.values())
+    assert np.all(np.sign(rounded) == np.sign(by_weights))
+    np.testing.assert_allclose(rounded, by_weights, rtol=0.5)
 
 
 def test_a_component_that_is_a_module_that_rounds_activations_is_priced_around(folder: Path) -> None:

@@ -214,7 +214,9 @@ class RoundsInputs(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        rounded = round_inputs(values, self.rounding, self.calibrated)
+        rounded = round_inputs(values.detach(), self.rounding, self.calibrated)
+        if values.requires_grad:  # rounding has no slope: gradients go through as if there were none
+            rounded = values + (rounded - values).detach()
         return nn.functional.linear(rounded, self.weight, self.bias)  # type: ignore[arg-type]
 
 

@@ -30,6 +30,7 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import AnyCalibrator
 from dtmsearch.model.calibration.expert_inputs import ExpertProducts
+from dtmsearch.model.compress.number_rounding import RoundsInputs
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.kv_caches import CachedPart
@@ -95,7 +96,7 @@ class Pricer:
         watched = self._experts(components).components
         for component in components:
             if component not in watched and not isinstance(
-                self._weights.module(component), nn.Linear | Conv1D | CachedPart
+                self._weights.module(component), nn.Linear | Conv1D | CachedPart | RoundsInputs
             ):
                 return f"{component} lies in a stack of matrices in which no product is told from another's"
             if not 0 <= self._layer_of[component] < self._body.num_layers:
