@@ -72,8 +72,11 @@ def _is_ours(module: object) -> bool:
     return file is not None and Path(file).parent == _HERE and not Path(file).name.startswith(("test_", "conftest"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark kinds, and put the costly ones first: no worker begins a long file when the others are done."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `covering` marks do, mark kinds, and put the costly ones first: no worker begins a long file when
+    the others are done."""
+    if not config.getoption("all_cases"):
+        items[:] = [item for item in items if _is_covering(item)]
     found: dict[object, str] = {None: "unit"}
     for item in items:
         module = getattr(item, "module", None)
@@ -85,6 +88,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: costly_first.index(found[getattr(item, "module", None)]))
 
 
+def _is_covering(item: pytest.Item) -> bool:
+    """Whether a case of a product of cases is one of those that hold every value, and every pair that matters."""
+    mark, call = item.get_closest_marker("covering"), getattr(item, "callspec", None)
+    return mark is None or call is None or bool(mark.args[0](**call.params))
+
+
 def pytest_collection_finish() -> None:
     """What torch, transformers and Ray hold stays until the end: without it a full collection of garbage, which some
     tests ask for at every step, takes milliseconds instead of a second."""
@@ -93,6 +102,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-cases", action="store_true", help="whole products of cases, of which a part covers all pairs"
+    )
     parser.addoption("--kinds", metavar="FILE", help="draw the seconds of each kind of test into FILE (SVG)")
 
 

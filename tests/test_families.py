@@ -197,6 +197,12 @@ def test_a_beam_that_is_stopped_resumes_to_the_same_plan(running: tuple[Replica,
     assert resumed == _searched(running, tmp_path / "whole", stop_after=None) != None  # noqa: E711
 
 
+# Every family unpacked, every format that packs with families that keep their matrices differently: tied heads, fused
+# matrices, biases. All of both: --all-cases.
+PACKED = {"compressed-tensors": {"gemma2", "phi3", "opt"}, "bitsandbytes": {"mistral", "qwen2", "gpt-neox"}}
+
+
+@pytest.mark.covering(lambda family, to: to == "dense" or family in PACKED[to])
 @pytest.mark.parametrize("to", sorted(SCHEMES))
 def test_exports_measure_as_recorded(
     family: tuple[str, Path], to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
