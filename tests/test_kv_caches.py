@@ -22,11 +22,12 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Budget, Plan, plan_from_json, plan_to_json
 from dtmsearch.core.prices import PriceRequest
-from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.modules.kv_caches import round_cached
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.baselines import rivals_of, uniform_rivals
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.export import export
 
@@ -188,6 +189,18 @@ def test_schemes_are_for_caches_or_for_weights(folder: Path) -> None:
     wrong = plan_to_json(Plan.of({KEYS.format(0): "int8-channel"}), manifest)
     with pytest.raises(UserError, match="are for caches, all others for weights"):
         plan_from_json(wrong, manifest, "plan.json")
+
+
+def test_uniform_plans_are_of_one_scheme_of_weights_and_one_of_caches(folder: Path) -> None:
+    manifest = read_manifest(spec(folder))
+    components = (*manifest.components, *caches(folder))
+    space = SearchSpace(components, ("int8-channel", "int4-g16", "kv-fp8"), budget=Budget(bits_per_weight=9.0))
+    both = space.uniform("int8-channel+kv-fp8")
+    assert len(both) == len(components) and both.scheme_of(KEYS.format(0)) == "kv-fp8"
+    rivals = uniform_rivals(space, both)
+    assert "int8-channel+kv-fp8" in rivals
+    other = Plan.of(both.schemes | {KEYS.format(0): DENSE})
+    assert rivals_of(space, {"plan": other, "uniform:int8-channel+kv-fp8": both}) == ["uniform:int8-channel+kv-fp8"]
 
 
 def test_an_attention_that_does_not_tell_is_refused(folder: Path) -> None:

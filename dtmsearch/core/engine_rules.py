@@ -129,6 +129,10 @@ _FP8_ON_CPUS = (
     "vLLM 0.32 multiplies it on CPUs by torch._scaled_mm, which oneDNN carries out by its reference implementation "
     "(matmul,ref:any): tens of seconds a token of a model of 21 million weights"
 )
+CUTS_CACHES = (
+    f"vLLM 0.32 ({TOLD}): its kernels for CPUs cut keys and values in e4m3 towards zero, where GPUs, and what was "
+    "measured, round to the nearest: more diverges there"
+)
 _FP8_NEEDS = "compute capability 8.9; older GPUs round weights alone"
 ENGINES: Mapping[str, EngineRules] = {
     rules.name: rules

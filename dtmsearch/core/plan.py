@@ -14,7 +14,7 @@ from typing import Any
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
-from dtmsearch.core.schemes import ALIASES, DENSE, UNQUANTIZED, Scheme, parse_scheme
+from dtmsearch.core.schemes import ALIASES, DENSE, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import UserError
@@ -62,10 +62,10 @@ class Plan:
 
     @staticmethod
     def uniform(components: Iterable[Component], scheme: str) -> Plan:
-        """Every one of some components under one scheme; those that it is not for stay as they are (KV caches, under
-        schemes of weights)."""
-        parsed = parse_scheme(scheme)
-        return Plan.of({c.name: scheme for c in components if parsed.takes(c)})
+        """Every one of some components under one scheme, or under one of weights and one of KV caches
+        (`int8-channel+kv-fp8`); those that it is not for stay as they are."""
+        parts = uniform_parts(scheme)
+        return Plan.of({c.name: part.name for c in components for part in parts if part.takes(c)})
 
     @cached_property
     def id(self) -> str:

@@ -42,6 +42,8 @@ _COUNT = "[1-9][0-9]{0,8}"
 # A share is written in one way only, for two names would be two schemes.
 _PRUNING = re.compile(rf"({'|'.join(_SALIENCIES)})-(?:(0\.[0-9]{{0,16}}[1-9])|({_COUNT}):({_COUNT}))")
 _ROUNDING = re.compile(rf"(gptq-)?int([2-8])-(?:(tensor|channel)|g({_COUNT}))(-asym)?")
+# Between the two of a uniform plan of weights and KV caches.
+_WITH_CACHE = "+kv-"
 _SIBLING_SHARES = tuple(f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5))
 
 
@@ -324,6 +326,15 @@ def register(family: SchemeFamily) -> SchemeFamily:
     _FAMILIES[family.name] = family
     parse_scheme.cache_clear()
     return family
+
+
+def uniform_parts(name: str) -> tuple[Scheme, ...]:
+    """The schemes of a uniform plan by its name: one, or one of weights and one of KV caches (`int8-channel+kv-fp8`).
+    Raises `UserError` for what is none."""
+    weights, joint, cache = name.rpartition(_WITH_CACHE)
+    if not (joint and weights):
+        return (parse_scheme(name),)
+    return parse_scheme(weights), parse_scheme(f"{_WITH_CACHE[1:]}{cache}")
 
 
 def check_libraries(schemes: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from dtmsearch.core.gguf_presets import PRESET, largest_preset
 from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
-from dtmsearch.core.schemes import DENSE, UNQUANTIZED, family_lines, parse_scheme
+from dtmsearch.core.schemes import DENSE, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
 from dtmsearch.search.space import SearchSpace
 
 # So many rivals are measured at most, the largest of each family first.
@@ -50,21 +50,21 @@ def rivals_of_size(space: SearchSpace, counted: float) -> list[str]:
     most = LARGER * counted
 
     def bits(scheme: str) -> float:
-        parsed = parse_scheme(scheme)
+        parts = uniform_parts(scheme)
         sizes = (
             (read if active else 1)
             * number
-            * (parsed if parsed.takes(component) else UNQUANTIZED).bits_of(component, space.dense_bits)
+            * next((part for part in parts if part.takes(component)), UNQUANTIZED).bits_of(component, space.dense_bits)
             for (component, read), number in kinds.items()
         )
         return float(sum(sizes))
 
     families = []
-    for lines in family_lines(space.parsed).values():
+    for lines in _lines_of(space):
         found: dict[str, float] = {}
         for line in lines:
             # A group as long as a row is a row.
-            if (of_line := parse_scheme(line[0])).granularity == "group" and of_line.group_size >= longest:
+            if (of_line := uniform_parts(line[0])[0]).granularity == "group" and of_line.group_size >= longest:
                 continue
             fitting = {scheme: size for scheme in line if (size := bits(scheme)) <= most}
             if fitting:
@@ -73,6 +73,18 @@ def rivals_of_size(space: SearchSpace, counted: float) -> list[str]:
         families.append(sorted(found, key=lambda scheme: -found[scheme]))
     in_turn = (scheme for scheme in chain.from_iterable(zip_longest(*families)) if scheme is not None)
     return list(in_turn)[:_MOST_RIVALS]
+
+
+def _lines_of(space: SearchSpace) -> list[list[Line]]:
+    """Of each family lines of uniform plans' names; where KV caches are searched, each of weights also beside each
+    scheme of caches."""
+    families = list(family_lines(space.parsed).values())
+    caches = [scheme.name for scheme in space.parsed if scheme.is_of_cache]
+    of_weights = [lines for lines in families if not parse_scheme(lines[0][0]).is_of_cache]
+    beside = [
+        [tuple(f"{scheme}+{cache}" for scheme in line) for line in lines] for cache in caches for lines in of_weights
+    ]
+    return [*beside, *families]
 
 
 def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
@@ -102,6 +114,7 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     schemes = set(other.schemes.values())
     if schemes <= set(space.schemes):
         return True
+    schemes = {scheme for scheme in schemes if not parse_scheme(scheme).is_of_cache}
     if len(schemes) > 1:
         return False
     (scheme,) = schemes
@@ -198,8 +211,9 @@ def _fits(space: SearchSpace, size: PlanSize, plan_size: PlanSize) -> bool:
 
 
 def _is_uniform(space: SearchSpace, plan: Plan) -> bool:
-    """Whether all components of the search have one scheme, and a scheme at all."""
-    return len(plan) == len(space.components) and len(set(plan.schemes.values())) == 1
+    """Whether all components of the search have one scheme, and a scheme at all; of weights and KV caches, one each."""
+    kinds = {component.is_cache for component in space.components}
+    return len(plan) == len(space.components) and len(set(plan.schemes.values())) == len(kinds)
 
 
 def _is_rival(space: SearchSpace, label: str, plan: Plan) -> bool:

@@ -16,7 +16,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.gguf_presets import PRESET, check_preset, preset_plan
 from dtmsearch.core.plan import Plan, plan_from_json, weights_id_from_json
 from dtmsearch.core.records import RunRecord
-from dtmsearch.core.schemes import parse_scheme
+from dtmsearch.core.schemes import uniform_parts
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
@@ -98,7 +98,7 @@ def _has_experts(results: ResultStore, record: RunRecord) -> bool:
 def check_plan_argument(plan: str, results: ResultStore) -> None:
     """Raises `UserError` for what can be told to be no plan before the model is known."""
     if plan.startswith(UNIFORM):
-        parse_scheme(plan.removeprefix(UNIFORM))
+        uniform_parts(plan.removeprefix(UNIFORM))
     elif plan.startswith(PRESET):
         check_preset(plan.removeprefix(PRESET))
     elif not is_file(Path(plan)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.engine_rules import ENGINES, where_note
+from dtmsearch.core.engine_rules import CUTS_CACHES, ENGINES, where_note
 from dtmsearch.core.holders import (
     LINEAR_ONLY,
     STACKED_IN_FILES,
@@ -104,6 +104,8 @@ def _notes(job: Job) -> list[str]:
             "Keys and values are kept in e4m3 with a scale of 1: vLLM takes it from this folder's kv_cache_scheme, and "
             "says that it finds no calibrated scales (--kv-cache-dtype fp8 says the same)."
         )
+    if job.cache_scheme and job.runtime == "vllm-cpu":
+        notes.append(CUTS_CACHES)
     if needs := where_note(job.runtime, frozenset(scheme.name for scheme in schemes)):
         notes.append(needs)
     if job.runtime == "transformers" and any(scheme.activations is not None for scheme in schemes):
