@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import llama_config, values, with_reference, write_model
 from torch import nn
+from transformers import MixtralConfig
 
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Plan
@@ -118,6 +119,8 @@ def test_calibrated_schemes_and_what_is_said_of_plans_that_cannot_be(both: tuple
         ]
         requests = [EvalRequest(plan, reference.id, (0, 6), ALL, Plan(), text.id) for plan in some]
         found.append([values(outcome) for outcome in model.evaluate(requests)])
+        sdt, _ = model.check(some[0], reference.id, 3)
+        found[-1].append([sdt.tolist()])
         (refused,) = model.evaluate([EvalRequest(some[0], reference.id, (0, 6), ALL)])
         assert isinstance(refused, EvalFailure)
         assert refused.kind == "invalid"
@@ -176,6 +179,65 @@ def test_a_file_that_is_gone_is_said_and_read_again_when_it_is_back(tmp_path: Pa
             model.evaluate([request])
     (tmp_path / "gone").rename(weights)
     assert values(model.evaluate([request])[0]) == before
+
+
+KEYS = "model.layers.{}.self_attn.kv_cache.keys"
+
+
+def test_caches_of_keys_and_values_are_rounded_in_their_own_layers(folder: Path) -> None:
+    found = []
+    for weights in ("device", "streamed"):
+        settings = ReplicaSettings(num_threads=1, weights=weights)  # type: ignore[arg-type]
+        model = Replica(ModelSpec(str(folder), dtype="float32", compile="never", kv_context=100), settings)
+        reference = with_reference(model)
+        some = [Plan.of({KEYS.format(layer): "kv-int4"}) for layer in range(4)]
+        requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in some]
+        found.append([values(outcome) for outcome in model.evaluate(requests)])
+    assert found[0] == found[1]
+    assert all(max(measured[3]) > 0 for measured in found[0])
+
+
+def test_a_plan_over_trained_weights_is_compared_with_the_base_model(folder: Path, tmp_path: Path) -> None:
+    moved = "model.layers.1.mlp.up_proj.weight"
+    trained = load_file(folder / "model.safetensors")[moved] * 1.5
+    save_file({moved: trained}, tmp_path / "0123456789abcdef.safetensors")
+    found = []
+    for weights in ("device", "streamed"):
+        settings = ReplicaSettings(num_threads=1, weights=weights, weights_folder=str(tmp_path))  # type: ignore[arg-type]
+        model = Replica(ModelSpec(str(folder), dtype="float32", compile="never"), settings)
+        reference = with_reference(model)
+        plan = Plan.of({"model.layers.2.mlp.up_proj": "int4-g8"})
+        over = [
+            model.evaluate([EvalRequest(plan, reference.id, (0, 6), ALL, Plan(), "", weights_id)])[0]
+            for weights_id in ("0123456789abcdef", "")
+        ]
+        found.append([values(outcome) for outcome in over])
+    assert found[0] == found[1]
+
+
+def test_experts_and_routers_of_a_mixture_and_texts_under_plans_of_them(tmp_path: Path) -> None:
+    shape = {
+        name: getattr(llama_config(), name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")
+    }
+    config = MixtralConfig(
+        vocab_size=258, num_key_value_heads=2, num_local_experts=4, num_hidden_layers=4, initializer_range=0.5, **shape
+    )
+    write_model(tmp_path, config)
+    found = []
+    for weights in ("device", "streamed"):
+        model = made(tmp_path, weights)  # type: ignore[arg-type]
+        reference = with_reference(model)
+        manifest = model.manifest()
+        experts = [component.name for component in manifest.components if component.stacked]
+        whole = Plan.of(dict.fromkeys(experts, "int2-g8"))
+        some = [whole, Plan.of({manifest.routers[2]: "int3-channel"}), Plan.of({experts[5]: "int3-g8"}), Plan()]
+        requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in some]
+        before = [values(outcome) for outcome in model.evaluate(requests)]
+        said = str(model.continuations(Variant(whole), reference.id, [0, 1]))
+        after = [values(outcome) for outcome in model.evaluate(requests)]
+        assert before == after
+        found.append((said, before))
+    assert found[0] == found[1]
 
 
 # --- the layers ---

@@ -56,11 +56,15 @@ def free_bytes(device: torch.device) -> float:
     torch's allocator holds and nothing uses included."""
     if device.type != "cuda":
         return float(psutil.virtual_memory().available)
+    free = torch.cuda.mem_get_info(device)[0]
+    used = torch.cuda.memory_allocated(device)
+    return float(min(free + torch.cuda.memory_reserved(device) - used, most_bytes(device) - used))
+
+
+def most_bytes(device: torch.device) -> float:
+    """Memory of a GPU that this process may take at most, whoever has it now."""
     device = torch.empty(0, device=device).device  # with its number
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    most = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_allocated(device)
-    return float(min(free + unused, most))
+    return torch.cuda.mem_get_info(device)[1] * torch.cuda.get_per_process_memory_fraction(device)
 
 
 class ActivationCache:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dtmsearch.model.modules.matrices import StackedMatrix
 from dtmsearch.model.modules.weight_reading import Fetched, Source, Span, WeightReader
 
 # Where a tensor may begin within a place.
@@ -67,6 +68,7 @@ class StreamedLayers:
         with torch.inference_mode(False):
             places = [_Place(torch.empty(self.layer_bytes, dtype=torch.uint8, device=device)) for _ in range(count)]
         self._fixed, self._in_turn = places[: self.num_resident], places[self.num_resident :]
+        self._written: set[nn.Parameter] = set()
         self._last, self._step = -1, 1
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda _module, _inputs, index=index: self.need(index))
@@ -91,6 +93,12 @@ class StreamedLayers:
             for_it = self._place_for(ahead)
             if for_it.layer is None or coming.index(for_it.layer) > coming.index(ahead):
                 self._begin(ahead, for_it)
+
+    def written(self, module: nn.Module) -> None:
+        """The weights of a module were changed for good. Of what is one matrix its pointer tells, of one among others
+        nothing would."""
+        if isinstance(module, StackedMatrix):
+            self._written.update(module.parameters())
 
     def _coming(self, index: int) -> list[int]:
         """All layers but one, in the order in which they are asked for if it goes on as it has."""
@@ -158,11 +166,20 @@ class StreamedLayers:
                 place.fetched.wait()
         else:
             for moved in place.moved:
-                ours = moved.parameter.data_ptr() == moved.there.data_ptr()
-                moved.parameter.data = moved.here if ours else moved.parameter.data.cpu()
+                unchanged = (
+                    moved.parameter.data_ptr() == moved.there.data_ptr() and moved.parameter not in self._written
+                )
+                moved.parameter.data = moved.here if unchanged else _on_host(moved.parameter.data)
+            self._written -= {moved.parameter for moved in place.moved}
             if place.layer is not None:
                 _move_others(self._layers[place.layer], place, torch.device("cpu"))
         place.layer, place.moved, place.fetched = None, [], None
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory, as an ordinary tensor."""
+    with torch.inference_mode(False):
+        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
 def _move_others(layer: nn.Module, place: _Place, device: torch.device) -> None:

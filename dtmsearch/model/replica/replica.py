@@ -75,7 +75,7 @@ from dtmsearch.model.replica.pricing import Pricer
 from dtmsearch.model.replica.reference_maker import ReferenceMaker
 from dtmsearch.model.replica.spread_model import load_spread_model
 from dtmsearch.model.replica.streamed_evaluator import StreamedEvaluator
-from dtmsearch.model.replica.streamed_model import bringing, load_streamed_model, streams
+from dtmsearch.model.replica.streamed_model import PassingWeights, load_streamed_model, streams
 from dtmsearch.model.replica.timing import measured_speed
 from dtmsearch.model.weights.applied import Checkpoint, Weights
 from dtmsearch.model.weights.standing import Standing
@@ -184,8 +184,9 @@ class Replica:
         return Body(model)
 
     def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
-        bring = None if loaded.streamed is None else bringing(loaded.streamed, loaded.manifest)
-        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, bring)
+        streamed = loaded.streamed
+        passing = None if streamed is None else PassingWeights(streamed, loaded.manifest, places)
+        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, passing)
         weights.share_scales(scale_partners(loaded.manifest.components))
         return weights
 

@@ -60,9 +60,12 @@ class StreamedEvaluator(PlanEvaluator):
     def __init__(self, bench: Bench, name: str, node: str, streamed: StreamedLayers) -> None:
         super().__init__(bench, name, node)
         self._streamed = streamed
-        ends = frozenset({0, self._body.num_layers - 1})
-        self._stages = {component.name: frozenset({component.layer}) for component in bench.manifest.components}
-        self._stages |= {component.name: ends for component in bench.manifest.others}
+        layers = range(self._body.num_layers)
+        ends = frozenset({layers[0], layers[-1]})
+        self._stages = {
+            name: frozenset({component.layer}) if component.layer in layers else ends
+            for name, component in bench.manifest.by_name.items()
+        }
 
     @property
     def states_kept(self) -> StatesFound:
@@ -89,7 +92,10 @@ class StreamedEvaluator(PlanEvaluator):
         """See `Replica.check`."""
         loaded = self.references[reference_id]
         request = EvalRequest(plan, reference_id, (0, num_prompts))
-        found = fetch(self._bench.batches.halving(lambda: self._score(loaded, request))["continuation"])
+        (scores,) = self._bench.batches.halving(lambda: self._passed(loaded, [request], None))
+        if isinstance(scores, str):
+            raise ValueError(scores)
+        found = fetch(scores["continuation"])
         agrees = loaded.reference.agrees[:num_prompts]
         return share_of_divergent_tokens(found.diverged & agrees), perplexity(found.nll)
 
@@ -102,7 +108,7 @@ class StreamedEvaluator(PlanEvaluator):
     def _launched(self, requests: Sequence[EvalRequest]) -> list[Launched]:
         loaded = self.references[requests[0].reference_id]
         try:
-            found = self._bench.batches.halving(lambda: self._passed(loaded, requests))
+            found = self._bench.batches.halving(lambda: self._passed(loaded, requests, requests[0].calibration_id))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -114,26 +120,31 @@ class StreamedEvaluator(PlanEvaluator):
         ]
 
     def _score(self, loaded: Loaded, request: EvalRequest, shared: bool = False) -> dict[str, list[Scores]]:
-        (found,) = self._passed(loaded, [request])
+        (found,) = self._passed(loaded, [request], request.calibration_id)
         if isinstance(found, str):
             raise ValueError(found)
         return found
 
-    def _passed(self, loaded: Loaded, requests: Sequence[EvalRequest]) -> list[dict[str, list[Scores]] | str]:
+    def _passed(
+        self, loaded: Loaded, requests: Sequence[EvalRequest], calibration_id: str | None
+    ) -> list[dict[str, list[Scores]] | str]:
         """For each request what its plan makes of each text, or why there is nothing. They differ in their plans
-        alone."""
+        alone. A calibration that is None is the active one."""
         one, bench = requests[0], self._bench
         loaded.set_range(one.prompts, self._cache)
         asked = [METRICS[name] for name in one.extra_metrics]
         texts = ("continuation", *(("text",) if any("text" in metric.needs for metric in asked) else ()))
         own = tuple(metric for metric in asked if metric.at_positions is not None)
         common = _Asked(loaded, texts, any(metric.needs_base for metric in asked), own)
-        bench.standing.rest_on(one.weights_id)
-        plans = [request.plan for request in requests]
-        failures = self._prepared(plans, one.calibration_id)
-        base_too = common.with_base and loaded.base is None and loaded.base_hidden is None
         if common.with_base and loaded.base is not None:
             loaded.base_hidden = loaded.base_in_batches()
+        base_too = common.with_base and loaded.base_hidden is None
+        if base_too and one.weights_id:  # another model than the one that these plans change
+            loaded.base_hidden = self._base_hidden(loaded)
+            base_too = False
+        bench.standing.rest_on(one.weights_id)
+        plans = [request.plan for request in requests]
+        failures = self._prepared(plans, calibration_id)
         if base_too:
             plans.append(Plan())
         hidden: list[Tensor] = []
@@ -145,7 +156,16 @@ class StreamedEvaluator(PlanEvaluator):
             loaded.base_hidden = hidden
         return [failures.get(number, scores[number]) for number in range(len(requests))]
 
-    def _prepared(self, plans: Sequence[Plan], calibration_id: str) -> dict[int, str]:
+    def _base_hidden(self, loaded: Loaded) -> list[Tensor]:
+        """The base model's inputs of the head, kept to compare distributions with."""
+        self._bench.standing.rest_on("")
+        hidden: list[Tensor] = []
+        common = _Asked(loaded, ("continuation",), True, ())
+        for block in self._blocks(common, 1):
+            self._pass(common, block, [Plan()], [0], [{"continuation": []}], {}, hidden)
+        return hidden
+
+    def _prepared(self, plans: Sequence[Plan], calibration_id: str | None) -> dict[int, str]:
         """Solve what the plans need solved, all together; by number, why some cannot be applied."""
         prepare = self._bench.calibrator.prepare
         try:

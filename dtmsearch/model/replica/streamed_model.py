@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,15 +10,17 @@ from torch import nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, WeightsKept
-from dtmsearch.model.forward.activation_cache import free_bytes
+from dtmsearch.model.forward.activation_cache import free_bytes, most_bytes
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import load_model
+from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.modules.streamed_layers import StreamedLayers
 from dtmsearch.model.weights.applied import Checkpoint
 
 log = logging.getLogger(__name__)
 
-# The part of a GPU's free memory that all weights may take, beside states and activations, if they are to stay there.
+# The part of a GPU's memory that all weights may take, beside states and activations, if they are to stay there. Of all
+# of it, not of what is free now: whether layers are compiled follows from it, and with that the bits of all values.
 _MOST_WEIGHTS = 0.85
 # The part that weights of layers take of which not all stay there.
 _STREAMED_WEIGHTS = 0.4
@@ -30,7 +31,7 @@ def streams(weights: WeightsKept, manifest: ModelManifest, device: torch.device)
     if weights != "auto" or device.type != "cuda":
         return weights == "streamed"
     of_components = sum(component.num_weights for component in manifest.components) * manifest.dense_bits / 8
-    return of_components > _MOST_WEIGHTS * free_bytes(device)
+    return of_components > _MOST_WEIGHTS * most_bytes(device)
 
 
 def load_streamed_model(
@@ -58,12 +59,17 @@ def load_streamed_model(
     return model, streamed
 
 
-def bringing(streamed: StreamedLayers, manifest: ModelManifest) -> Callable[[str], None]:
-    """What brings the weights of a component to the device."""
-    layer_of = {c.name: c.layer for c in manifest.components if 0 <= c.layer < manifest.num_layers}
+class PassingWeights:
+    """See `Passing`: by the layers in which components lie."""
 
-    def bring(component: str) -> None:
-        if component in layer_of:
-            streamed.need(layer_of[component])
+    def __init__(self, streamed: StreamedLayers, manifest: ModelManifest, places: Places) -> None:
+        self._streamed, self._places = streamed, places
+        inside = range(manifest.num_layers)
+        self._layer_of = {name: c.layer for name, c in manifest.by_name.items() if c.layer in inside}
 
-    return bring
+    def need(self, component: str) -> None:
+        if component in self._layer_of:
+            self._streamed.need(self._layer_of[component])
+
+    def written(self, component: str) -> None:
+        self._streamed.written(self._places.get(component))

@@ -7,10 +7,11 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -39,6 +40,15 @@ class _Installed:
 
     module: nn.Module
     weight: Tensor | None
+
+
+class Passing(Protocol):
+    """Weights that pass through the device: `need` has those of a component there until the next one's are needed;
+    what was `written` into them for good is not to be lost."""
+
+    def need(self, component: str) -> None: ...
+
+    def written(self, component: str) -> None: ...
 
 
 class Checkpoint:
@@ -99,17 +109,17 @@ class Checkpoint:
 class Weights:
     """A model's components under a plan, `Plan()` to begin with; scales of rounded ones as `scale_dtype` holds them.
 
-    Where weights pass through the device, `bring` has those of a component there until the next one's are asked for:
-    what is handed out is a copy then, and plans that stand for a while change one layer."""
+    Where weights pass through the device, `passing` has those of a component there until the next one's are asked for:
+    what is handed out is a copy then, and plans that stand within a `with` statement change one layer."""
 
     def __init__(
         self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32,
-        bring: Callable[[str], None] | None = None,
+        passing: Passing | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._places = places
         self._checkpoint = checkpoint
-        self._bring = bring
+        self._passing = passing
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
@@ -129,6 +139,8 @@ class Weights:
         """Apply `plan` for good; what it replaces is let go."""
         for component, scheme in plan.changes(self.plan).items():
             replaced = self._replace(component, scheme)
+            if self._passing is not None:
+                self._passing.written(component)
             self._let_go(component, replaced)
             changed = self.plan.schemes | {component: scheme.name}
             self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
@@ -219,7 +231,7 @@ class Weights:
 
     def _to_keep(self, weight: Tensor) -> Tensor:
         """Weights that stay what they are when another layer's take their place."""
-        return weight if self._bring is None else weight.clone()
+        return weight if self._passing is None else weight.clone()
 
     def _replace(self, component: str, scheme: Scheme) -> _Installed:
         now = self._installed(component)
@@ -263,7 +275,7 @@ class Weights:
             assert now.weight is not None
             return now.weight
         if component in self._kept:
-            return self._kept[component]
+            return self._kept[component].to(next(now.module.parameters()).device)
         here = next(now.module.parameters())
         weight = self._checkpoint.read(component).to(here.device, self._dtype)
         return weight.t() if isinstance(self._dense_modules[component], Conv1D) else weight
@@ -274,8 +286,8 @@ class Weights:
         return dtype
 
     def _installed(self, component: str) -> _Installed:
-        if self._bring is not None:
-            self._bring(component)
+        if self._passing is not None:
+            self._passing.need(component)
         module = self._places.get(component)
         dense = self._dense_modules.get(component, module)
         return _Installed(module, read(module) if module is dense else None)
@@ -289,7 +301,7 @@ class Weights:
         """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""
         if self.plan.scheme(component).is_unquantized and not self._checkpoint.holds(component):
             assert replaced.weight is not None
-            self._kept[component] = self._to_keep(replaced.weight)
+            self._kept[component] = replaced.weight if self._passing is None else replaced.weight.cpu().clone()
         dense = self._dense_modules[component]
         if self._places.get(component) is not dense:
             dense.weight.data = torch.empty(0, device=replaced.module.weight.device)  # type: ignore[arg-type]
