@@ -266,6 +266,7 @@ def test_prices_foresee_what_caches_do(folder: Path) -> None:
     reference = with_reference(model)
     names = [c.name for c in caches(folder)]
     assert model.unpriceable([*names, "model.layers.0.mlp.up_proj"]) == ""
+    assert model.unpriceable(["lm_head"]) == "lm_head lies outside the layers"
     schemes = ("kv-int4", "int8-channel")
     products = model.price(PriceRequest(reference.id, (0, 192), tuple(names), schemes)).products.astype(np.float64)
     assert (products[:, :, 1] == 0.0).all()  # a scheme of weights leaves them as they are
@@ -292,6 +293,7 @@ search:
   stop: {{size_mb: 0.15}}
 """
     (tmp_path / "search.yaml").write_text(file)
+    dtm.validate(tmp_path / "search.yaml")
     run = dtm.run(tmp_path / "search.yaml", tmp_path / "store", Where(in_process=True))
     schemes = run.plan.schemes
     assert {schemes.get(c.name, "") for c in caches(wide)} <= {"kv-fp8", "kv-int4"}

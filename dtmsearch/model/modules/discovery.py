@@ -62,25 +62,21 @@ def read_manifest(spec: ModelSpec) -> ModelManifest:
     found = survey(spec)
     folder = own_folder(spec)
     if is_quantized(folder):
-        return _with_caches(replace(found.manifest, content_hash=source_hash(folder, found.code)), spec)
-    return _with_caches(
-        replace(found.manifest, content_hash=content_hash(folder, weight_files(folder), found.code)), spec
-    )
+        content = source_hash(folder, found.code)
+    else:
+        content = content_hash(folder, weight_files(folder), found.code)
+    if found.manifest.kv_cache is not None:
+        content = identity({"model": content, "kv_cache": list(found.manifest.kv_cache)})
+    return replace(found.manifest, content_hash=content)
 
 
 def _with_caches(manifest: ModelManifest, spec: ModelSpec) -> ModelManifest:
-    """The manifest with KV caches of the tokens that `spec` says, which its identity names then."""
+    """The manifest with KV caches of the tokens that `spec` says."""
     if not spec.kv_context:
         return manifest
     model = empty_model(described_checkpoint(spec), spec)
     caches = caches_of(model, find_layers(model)[0], manifest.num_layers, spec.kv_context, spec.kv_batch)
-    tokens = (spec.kv_context, spec.kv_batch)
-    return replace(
-        manifest,
-        others=(*manifest.others, *caches),
-        content_hash=identity({"model": manifest.content_hash, "kv_cache": list(tokens)}),
-        kv_cache=tokens,
-    )
+    return replace(manifest, others=(*manifest.others, *caches), kv_cache=(spec.kv_context, spec.kv_batch))
 
 
 def survey(spec: ModelSpec) -> Survey:
@@ -104,7 +100,7 @@ def survey(spec: ModelSpec) -> Survey:
         others=_as_in(source, folder, found.manifest.others),
         source="" if source is None else source.says,
     )
-    return replace(found, manifest=manifest)
+    return replace(found, manifest=_with_caches(manifest, spec))
 
 
 def _described_by(folder: Path, spec: ModelSpec) -> Hashable | None:
