@@ -67,6 +67,15 @@ def test_everyone_has_a_first_call_before_anyone_has_a_second() -> None:
     assert [len(set(names)) for names in [[replica.name for replica, _ in world.send()][:3]]] == [3]
 
 
+def test_a_replica_that_reads_all_weights_in_a_call_gets_its_part_of_a_round_in_one() -> None:
+    world = World(2)
+    for replica in world.replicas:
+        replica.together = True
+    world.dispatcher.add(requests(16))
+    sizes = [len(call.requests) for _, call in world.send()]
+    assert sizes == [8, 8]
+
+
 def test_nobody_is_sent_a_guess_while_something_real_waits() -> None:
     world = World(1)
     world.dispatcher.add(requests(4)[:3])

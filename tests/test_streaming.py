@@ -19,6 +19,7 @@ from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.variant import Variant
 from dtmsearch.model.modules.streamed_layers import StreamedLayers
 from dtmsearch.model.modules.weight_reading import Span, WeightReader, bytes_of, spans
+from dtmsearch.model.replica.local_replicas import LocalReplicas
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.replica.streamed_evaluator import StreamedEvaluator
 
@@ -302,6 +303,22 @@ def test_bytes_come_from_files_and_from_memory(tmp_path: Path) -> None:
         reader.begin([(places[name], from_file), (tensor, from_memory)]).wait()
         assert torch.equal(from_file, bytes_of(tensor))
         assert torch.equal(from_memory, bytes_of(tensor))
+
+
+def test_layers_that_share_weights_are_refused() -> None:
+    stack = layers()
+    stack[3].weight = stack[1].weight
+    with pytest.raises(ValueError, match=r"several layers share"):
+        StreamedLayers(stack, CPU, {}, 0.0)
+
+
+def test_a_search_in_one_process_takes_a_round_up_the_layers_together(folder: Path) -> None:
+    spec = ModelSpec(str(folder), dtype="float32", compile="never")
+    pool = LocalReplicas(spec, ReplicaSettings(num_threads=1, weights="streamed"))
+    reference = with_reference(pool._replica, count=2)
+    names = [component.name for component in pool.manifest().components[:20]]
+    pool.submit([EvalRequest(Plan.of({name: "int3-g8"}), reference.id, (0, 2)) for name in names])
+    assert len(pool.poll(0.0)) == 20
 
 
 def test_a_file_that_was_cut_meanwhile_is_an_error_that_names_it(tmp_path: Path) -> None:

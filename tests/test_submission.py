@@ -153,9 +153,10 @@ def test_where_replicas_run_is_passed_on_as_options_that_run_takes(
 
     monkeypatch.setattr("dtmsearch.workflows.submit.submit", caught)
     search_file(tmp_path, "text.txt")
-    assert main(["submit", str(tmp_path / "mine.yaml"), "--address", "http://a:1", "--batch-tokens", "1234567"]) == 2
+    where = ["--address", "http://a:1", "--batch-tokens", "1234567", "--weights", "streamed"]
+    assert main(["submit", str(tmp_path / "mine.yaml"), *where]) == 2
     given = run_verb.make_context("run", ["file.yaml", *passed]).params
-    assert given["batch_tokens"] == 1234567 and given["weights"] == "auto"
+    assert given["batch_tokens"] == 1234567 and given["weights"] == "streamed"
 
 
 def test_a_dashboard_that_is_not_there_is_said_at_once() -> None:

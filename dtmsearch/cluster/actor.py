@@ -35,8 +35,9 @@ class _Host:
         """Where this process runs: (host name, process id)."""
         return socket.gethostname(), os.getpid()
 
-    def load(self, spec: ModelSpec, settings: ReplicaSettings) -> tuple[str, int]:
-        """Load the model; where this process runs: (host name, process id)."""
+    def load(self, spec: ModelSpec, settings: ReplicaSettings) -> tuple[str, int, bool]:
+        """Load the model; where this process runs (host name, process id), and whether it reads all weights in every
+        call."""
         pins.check()
         # Threads that wait for each other spinning, as is the default, bring a busy machine to a standstill.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,7 +50,7 @@ class _Host:
             ]
             peers = [_Peer(other, loaded) for other, loaded in zip(self._others, loading, strict=True)]
             self._replica = replica(spec, settings, self._name, socket.gethostname(), *([peers] if peers else []))
-        return self.where()
+        return *self.where(), getattr(self._replica, "states_kept", "") == "together"
 
     def take(self, *references: Reference) -> float:
         """Take references; the canary's share of divergent tokens on the first."""

@@ -14,7 +14,7 @@ from dtmsearch.cluster.queue import RequestQueue
 from dtmsearch.cluster.replica_handle import Call, ReplicaHandle
 from dtmsearch.cluster.sizing import CALL_SECONDS, call_seconds, guess_seconds
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome, Provenance
+from dtmsearch.core.evaluation import MOST_TOGETHER, EvalFailure, EvalRequest, Outcome, Provenance
 
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
@@ -66,9 +66,11 @@ class Dispatcher:
                 elif replica.calls and (work.real.has_suspects or self._holds_suspect(replica)):
                     continue
                 elif len(work.real) > ahead * len(ready):
-                    yield self._order(replica, work.real, call_seconds(self._seconds_in(work.real), len(ready)))
+                    seconds = call_seconds(self._seconds_in(work.real), len(ready))
+                    yield self._order(replica, work.real, seconds, sum(not each.calls for each in ready))
                 elif not len(work.real) and len(work.guesses):
-                    yield self._order(replica, work.guesses, guess_seconds(self._seconds_in(work.guesses), num_free))
+                    seconds = guess_seconds(self._seconds_in(work.guesses), num_free)
+                    yield self._order(replica, work.guesses, seconds, num_free)
 
     def _holds_suspect(self, replica: ReplicaHandle) -> bool:
         """Whether a request is under way there that may have killed replicas. Nothing goes before or behind it, so that
@@ -83,10 +85,16 @@ class Dispatcher:
         """How long what waits would take one replica; 0 while no pace is known."""
         return queue.cost * (self._pace.seconds_per_cost or 0.0)
 
-    def _order(self, replica: ReplicaHandle, queue: RequestQueue, seconds: float) -> tuple[ReplicaHandle, Call]:
-        """What the replica will be at for about so long, one request at least."""
+    def _order(
+        self, replica: ReplicaHandle, queue: RequestQueue, seconds: float, num_sharing: int
+    ) -> tuple[ReplicaHandle, Call]:
+        """What the replica will be at for about so long, one request at least; of one that reads all weights in every
+        call its part of all that is left for `num_sharing`."""
         rate = self._pace.seconds_per_cost
-        requests, replica.parent_id, cost = queue.take(seconds / rate if rate else 0.0, replica.parent_id)
+        budget, most = (seconds / rate if rate else 0.0), None
+        if replica.together:
+            budget, most = queue.cost / max(num_sharing, 1), MOST_TOGETHER
+        requests, replica.parent_id, cost = queue.take(budget, replica.parent_id, most)
         if not replica.calls:
             replica.idle_since = self._clock()
         return replica, Call(requests, cost, self._clock())

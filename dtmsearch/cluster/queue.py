@@ -87,8 +87,11 @@ class RequestQueue:
         """Whether the next to be taken is one that is to be sent by itself."""
         return bool(self._alone)
 
-    def take(self, budget: float, parent_id: str | None) -> tuple[list[EvalRequest], str, float]:
-        """The next requests of about `budget` in cost, at least one, all of one parent: (requests, parent, cost).
+    def take(
+        self, budget: float, parent_id: str | None, most: int | None = None
+    ) -> tuple[list[EvalRequest], str, float]:
+        """The next requests of about `budget` in cost, at least one and at most so many, all of one parent: (requests,
+        parent, cost).
 
         `parent_id` is the parent whose states the replica holds.
         """
@@ -97,7 +100,7 @@ class RequestQueue:
             parent = taken[0].request.parent.id
         else:
             parent = self._choose(parent_id)
-            taken = _take_from(self._groups[parent], budget)
+            taken = _take_from(self._groups[parent], budget, most)
             if not self._groups[parent].requests:
                 del self._groups[parent]
         cost = sum(waiting.cost for waiting in taken)
@@ -111,9 +114,10 @@ class RequestQueue:
         return max(self._groups, key=lambda parent: (self._groups[parent].taken == 0, self._groups[parent].cost))
 
 
-def _take_from(group: _Group, budget: float) -> list[_Waiting]:
+def _take_from(group: _Group, budget: float, most: int | None) -> list[_Waiting]:
     count, cost = 0, 0.0
-    while count < len(group.requests) and (count == 0 or cost < budget):
+    available = len(group.requests) if most is None else min(most, len(group.requests))
+    while count < available and (count == 0 or cost < budget):
         cost += group.requests[count].cost
         count += 1
     taken, group.requests[:count] = group.requests[:count], []

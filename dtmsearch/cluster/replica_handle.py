@@ -35,7 +35,7 @@ class Held:
 @dataclass(eq=False)
 class ReplicaHandle:
     """A replica. `calls` by object reference, oldest first; `starting` is what it was last given to begin with,
-    `taking` the reference against which its base model is then held."""
+    `taking` the reference against which its base model is then held; `together`: it reads all weights in every call."""
 
     name: str
     actor: Any
@@ -43,6 +43,7 @@ class ReplicaHandle:
     host: Hosted
     node: str = ""
     parent_id: str | None = None
+    together: bool = False
     ready: bool = False
     taking: str = ""
     taking_since: float | None = None

@@ -150,9 +150,10 @@ class ReplicaSet:
             except RayError as error:
                 self.lose(member, error)
 
-    def _advance_start(self, member: ReplicaHandle, answer: tuple[str, int] | float) -> None:
+    def _advance_start(self, member: ReplicaHandle, answer: tuple[str, int, bool] | float) -> None:
         if isinstance(answer, tuple):
-            member.node = f"{answer[0]}:{answer[1]}"
+            host, process, member.together = answer
+            member.node = f"{host}:{process}"
         elif member.taking:
             self._check_first(member, self.references[member.taking], answer)
         self._begin_or_take(member)

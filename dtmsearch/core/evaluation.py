@@ -35,6 +35,9 @@ EXTRA_METRICS = ("kl", "ppl")
 StatesKept = Literal["auto", "device", "host", "sweep"]
 # The same as it is found; "together": those of all candidates go up the layers with weights that pass through.
 StatesFound = Literal["auto", "device", "host", "sweep", "together"]
+# Candidates that go up the layers together at most: enough that reading all weights for them is a small part, few
+# enough that what is lost with a worker is little.
+MOST_TOGETHER = 64
 # Where the weights of a replica's layers are: on its device, or brought there one layer at a time.
 WeightsKept = Literal["auto", "device", "streamed"]
 

@@ -127,12 +127,17 @@ def loader(config: Any) -> Any:
     return AutoModelForImageTextToText if causal is None or named == wrapped.__name__ else AutoModelForCausalLM
 
 
+def use_repeatable_attention() -> None:
+    """Have no attention by cuDNN in this process. That of one token to many before it gives other bits every time
+    (torch 2.11, H200): what a model says would change from one reference to the next. That of torch's own kernels does
+    not, and is no slower."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def load_model(folder: Path, spec: ModelSpec, placed: torch.device | Mapping[str, int] | str) -> nn.Module:
     """The model in evaluation mode: on a device, or spread over GPUs as `placed` says, by accelerate."""
     transformers_logging.disable_progress_bar()
-    # cuDNN's attention of one token to many before it gives other bits every time (torch 2.11, H200): what a model
-    # says would change from one reference to the next. That of torch's own kernels does not, and is no slower.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    use_repeatable_attention()
     if spec.trust_remote_code:
         log.warning("trust_remote_code is on: Python code that came with %s runs in this process", spec.path)
     with _explained("model", folder):
@@ -165,9 +170,9 @@ def _reads_itself(folder: Path, spec: ModelSpec, placed: torch.device | Mapping[
     files = weight_files(folder)
     if sum(path.stat().st_size for path in files) < _LARGE_BYTES:
         return False
-    tensors = {name: shape for path in files for name, (_, shape) in read_header(path).items()}
+    tensors = {name: tensor for path in files for name, tensor in read_header(path).items()}
     tree = empty_model(folder, spec)
-    return all(tensors.get(name) == tuple(parameter.shape) for name, parameter in tree.named_parameters())
+    return all(tensors.get(name) == (spec.dtype, tuple(own.shape)) for name, own in tree.named_parameters())
 
 
 def _device_of(name: str, places: Mapping[str, int | str]) -> torch.device:

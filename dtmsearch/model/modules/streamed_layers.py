@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dtmsearch.errors import UserError
 from dtmsearch.model.modules.matrices import StackedMatrix
 from dtmsearch.model.modules.weight_reading import Fetched, Source, Span, WeightReader
 
@@ -47,7 +48,7 @@ class StreamedLayers:
 
     `located` says where in files a parameter lies, by its name in a layer's list ("3.mlp.up_proj.weight"); what it does
     not name is read from the host's memory. `most_bytes` is what weights of layers may take on the device: at least
-    two layers, whatever it says.
+    two layers, whatever it says. Raises `UserError` for layers that share weights.
     """
 
     def __init__(
@@ -57,11 +58,17 @@ class StreamedLayers:
         self._layers = layers = list(layers)
         self._device = torch.empty(0, device=device).device  # with its number
         self._reader = WeightReader(device)
-        self._in_files: dict[nn.Parameter, tuple[int, Span]] = {}
+        # With the tensors as they are now, so that no other ever lies where they do.
+        self._in_files: dict[nn.Parameter, tuple[Tensor, Span]] = {}
+        seen: set[nn.Parameter] = set()
         for index, layer in enumerate(layers):
-            for name, parameter in layer.named_parameters():
+            own = dict(layer.named_parameters())
+            if seen & set(own.values()):
+                raise UserError("weights that several layers share cannot pass through a GPU: give it all of them")
+            seen.update(own.values())
+            for name, parameter in own.items():
                 if f"{index}.{name}" in located:
-                    self._in_files[parameter] = parameter.data_ptr(), located[f"{index}.{name}"]
+                    self._in_files[parameter] = parameter.data, located[f"{index}.{name}"]
         self.layer_bytes = max(sum(_aligned(p.nbytes) for p in layer.parameters()) for layer in layers)
         count = min(len(layers), max(_IN_TURN, int(most_bytes // self.layer_bytes)))
         self.num_resident = count - _IN_TURN if count < len(layers) else count
@@ -132,7 +139,8 @@ class StreamedLayers:
                 part = place.memory[at : at + size]
                 there = part.view(here.dtype).view(here.shape)
             known = self._in_files.get(parameter)
-            parts.append((known[1] if known and known[0] == here.data_ptr() else here, part))
+            in_file = known is not None and known[0].data_ptr() == here.data_ptr()
+            parts.append((known[1] if known is not None and in_file else here, part))
             place.moved.append(_Moved(parameter, there, here))
             at += _aligned(size)
         place.fetched = self._reader.begin(parts)

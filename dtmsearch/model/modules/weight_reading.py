@@ -77,22 +77,25 @@ def move_to_devices(model: nn.Module, found: Mapping[str, Span], device_of: Call
     in files is read from there. Raises `OSError`."""
     readers: dict[torch.device, WeightReader] = {}
     fetched: list[Fetched] = []
-    for name, parameter in model.named_parameters():
-        device = device_of(name)
-        if name in found:
-            there = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            reader = readers.setdefault(device, WeightReader(device))
-            fetched.append(reader.begin([(found[name], bytes_of(there))]))
-            parameter.data = there
-        else:
-            parameter.data = parameter.data.to(device)
-    for name, buffer in list(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer.to(device_of(name)))
-    for part in fetched:
-        part.wait()
-    for reader in readers.values():
-        reader.close()
+    try:
+        for name, parameter in model.named_parameters():
+            device = device_of(name)
+            if name in found:
+                there = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                if device not in readers:
+                    readers[device] = WeightReader(device)
+                fetched.append(readers[device].begin([(found[name], bytes_of(there))]))
+                parameter.data = there
+            else:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(device_of(name)))
+        for part in fetched:
+            part.wait()
+    finally:
+        for reader in readers.values():
+            reader.close()  # which waits for what is still on its way
 
 
 Source = Span | Tensor

@@ -33,7 +33,7 @@ from dtmsearch.model.forward.expert_routing import counting
 from dtmsearch.model.forward.partial import Below, Body, Elsewhere, State
 from dtmsearch.model.modules.compat import Cache, each_tensor, move_loaded
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
-from dtmsearch.model.modules.loading import checkpoint_folder, load_model
+from dtmsearch.model.modules.loading import checkpoint_folder, load_model, use_repeatable_attention
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.weights.applied import Checkpoint, Weights
 from dtmsearch.model.weights.standing import Standing
@@ -126,6 +126,7 @@ class Stage:
     def __init__(self, spec: ModelSpec, settings: ReplicaSettings) -> None:
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
+        use_repeatable_attention()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         part = load_part(spec, settings, self._device)
         self._manifest = part.manifest

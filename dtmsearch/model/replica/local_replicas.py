@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix
-from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, ReplicaSettings
+from dtmsearch.core.evaluation import MOST_TOGETHER, EvalRequest, ModelSpec, Outcome, ReplicaSettings
 from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.model.training.training_process import train_apart
@@ -36,7 +36,8 @@ class LocalReplicas:
 
     def poll(self, timeout_seconds: float) -> list[Outcome]:
         """Outcomes of the next few requests, in the order in which they were submitted."""
-        now, self._waiting = self._waiting[:_REQUESTS_PER_CALL], self._waiting[_REQUESTS_PER_CALL:]
+        most = MOST_TOGETHER if self._replica.states_kept == "together" else _REQUESTS_PER_CALL
+        now, self._waiting = self._waiting[:most], self._waiting[most:]
         return self._replica.evaluate(now)
 
     def use_calibration(self, calibration: Calibration, statistics: InputStatistics) -> None:

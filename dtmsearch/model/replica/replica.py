@@ -65,6 +65,7 @@ from dtmsearch.model.modules.loading import (
     load_model,
     load_tokenizer,
     suppressed_tokens,
+    use_repeatable_attention,
     vocabulary_size,
 )
 from dtmsearch.model.modules.slots import Places
@@ -106,6 +107,7 @@ class Replica:
     def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str = "local", node: str = "") -> None:
         if settings.num_threads:
             torch.set_num_threads(settings.num_threads)
+        use_repeatable_attention()
         self._spec = spec
         self._device = self._choose_device()
         if settings.weights == "streamed" and (settings.num_devices > 1 or settings.num_stages > 1):
