@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.evaluation import MOST_TOGETHER, ModelSpec
 from dtmsearch.core.strategy_settings import AutoSettings
 from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
@@ -33,8 +33,9 @@ _MEASURED_PEAK = GPUS["H200"][1]
 _SPREAD_RATE = 0.75
 # Bytes a second from the page cache into a GPU (docs/performance.md), shared by the GPUs of a machine.
 _READ_RATE = 20e9
-# How often all weights are read: for prices forth and back, for a probe once.
-_PRICE_READS, _PROBE_READS = 2, 1
+# How often all weights are read: for prices twice forth, in two batches, and once back; for a probe once for so many
+# candidates as go up the layers together.
+_PRICE_READS = 3
 # Of a probe: tokens of a prompt and its continuation, and prompts; samples of prices as `auto` takes them.
 _ROW_TOKENS, _PROBE_PROMPTS = 200, 128
 _SAMPLES = AutoSettings.samples
@@ -231,12 +232,12 @@ def _cost(components: Sequence[Component], num_weights: int, head: int, num_laye
         row_tokens=_ROW_TOKENS,
         price_seconds=price_seconds,
         probe_seconds=probe_seconds,
-        ways=_ways(machine, replica_bytes, _BYTES * num_weights, price_seconds, probe_seconds),
+        ways=_ways(machine, replica_bytes, _BYTES * num_weights, price_seconds, probe_seconds, len(units)),
     )
 
 
 def _ways(
-    machine: Machine, replica_bytes: int, weight_bytes: int, price_seconds: float, probe_seconds: float
+    machine: Machine, replica_bytes: int, weight_bytes: int, price_seconds: float, probe_seconds: float, num_units: int
 ) -> tuple[Way, ...]:
     """The ways of a search on a machine, of which one GPU alone would take such seconds if it held the model."""
     gpus, each = machine.gpus, ceil(replica_bytes / (machine.gpu_gb * 1e9))
@@ -255,10 +256,9 @@ def _ways(
         ways.append(Way(means, f"--nodes-per-replica {nodes}", 1, price_seconds / rate, probe_seconds / rate))
     if each > 1:
         reading = weight_bytes / _READ_RATE
-        price, probe = (
-            max(seconds / gpus, reads * gpus * reading)
-            for seconds, reads in ((price_seconds, _PRICE_READS), (probe_seconds, _PROBE_READS))
-        )
+        probe_reads = max(ceil(num_units / MOST_TOGETHER), gpus)
+        price = max(price_seconds / gpus, _PRICE_READS * gpus * reading)
+        probe = max(probe_seconds / gpus, probe_reads * reading)
         means = f"weights pass through each GPU, {weight_bytes / 1e9:,.0f} GB of them in the host's memory"
         ways.append(Way(means, "--weights streamed", gpus, price, probe))
     return tuple(ways)

@@ -158,6 +158,8 @@ class StreamedEvaluator(PlanEvaluator):
 
     def _base_hidden(self, loaded: Loaded) -> list[Tensor]:
         """The base model's inputs of the head, kept to compare distributions with."""
+        if loaded.base_hidden is not None:
+            return loaded.base_hidden
         self._bench.standing.rest_on("")
         hidden: list[Tensor] = []
         common = _Asked(loaded, ("continuation",), True, ())
