@@ -27,6 +27,7 @@ from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.modules.kv_caches import round_cached
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.report.writing import write_report
 from dtmsearch.search.baselines import rivals_of, uniform_rivals
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.export import export
@@ -300,3 +301,6 @@ search:
     # 2 x 2 x 1,000 x 2 heads of 16 numbers, in 32 bits; codes of 8 bits and of 4 with a scale a row.
     assert str(run.summary.kv_cache).startswith("2 texts of 1,000 tokens: 0.512 MB unquantized, ")
     assert "KV cache   2 texts of 1,000 tokens" in run_text(run.summary)
+    assert run.summary.rival is not None and "+kv-" in run.summary.rival
+    (page, *_) = write_report(run.store, "cached", tmp_path / "page.html")
+    assert f"Beside {run.summary.rival.removeprefix('uniform:')} everywhere" in page.read_text()

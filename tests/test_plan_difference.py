@@ -30,3 +30,16 @@ def test_a_zero_point_less_is_about_as_many_bits() -> None:
 
 def test_a_uniform_plan_is_said_to_be_one() -> None:
     assert difference_from_uniform([part(0, "q", "int4-g32", 4.5)], "int4-g32") == "It is int4-g32 everywhere."
+
+
+def test_a_plan_of_weights_and_caches_is_held_against_one_scheme_of_each() -> None:
+    parts = [
+        part(0, "q", "int4-g32", 4.5),
+        Part(0, "cached_keys", "kv-fp8", 8.0, 8.0),
+        Part(0, "cached_values", "kv-int4", 5.0, 8.0),
+    ]
+    assert difference_from_uniform(parts, "int4-g32+kv-fp8") == (
+        "Beside int4-g32+kv-fp8 everywhere, of its 3 components 1 has fewer bits (most in cached_values; layer 0) and "
+        "2 the same scheme."
+    )
+    assert difference_from_uniform(parts[:2], "int4-g32+kv-fp8") == "It is int4-g32+kv-fp8 everywhere."

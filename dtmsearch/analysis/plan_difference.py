@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from dtmsearch.analysis.format import components as counted_components
+from dtmsearch.core.schemes import uniform_parts
 
 # Within this part of each other, bits are about as many: a zero point more or less.
 _ABOUT = 0.05
@@ -28,8 +29,10 @@ class Part:
 
 
 def difference_from_uniform(parts: Sequence[Part], scheme: str) -> str:
-    """In how many components, and where most, a plan has more bits and fewer than `scheme` everywhere has."""
-    same = sum(part.scheme == scheme for part in parts)
+    """In how many components, and where most, a plan has more bits and fewer than `scheme` everywhere has; or than one
+    scheme of weights and one of KV caches (`int8-channel+kv-fp8`)."""
+    everywhere = {each.name for each in uniform_parts(scheme)}
+    same = sum(part.scheme in everywhere for part in parts)
     if same == len(parts):
         return f"It is {scheme} everywhere."
     more = [part for part in parts if part.bits > part.uniform_bits * (1 + _ABOUT)]

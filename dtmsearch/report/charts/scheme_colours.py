@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
+from dtmsearch.core.schemes import DENSE, Scheme, uniform_parts
 from dtmsearch.report.charts.drawing import DENSE_COLOUR
 from dtmsearch.report.facts import bits_of
 
@@ -24,11 +24,12 @@ _GPTQ, _BITSANDBYTES, _PRUNED, _OTHER, _ASYMMETRIC = 305.0, 60.0, 15.0, 100.0, 1
 
 
 def colour_of(scheme: str) -> str:
-    """`#rrggbb`; grey for what is not compressed. Raises `ValueError` for an unknown scheme."""
-    parsed = parse_scheme(scheme)
+    """`#rrggbb`; grey for what is not compressed; of a uniform plan with KV caches (`int8-channel+kv-fp8`) the weights'.
+    Raises `ValueError` for an unknown scheme."""
+    parsed = uniform_parts(scheme)[0]
     if parsed.is_unquantized:
         return DENSE_COLOUR
-    place = (min(max(bits_of(scheme), _FEWEST), _MOST) - _FEWEST) / (_MOST - _FEWEST)
+    place = (min(max(bits_of(parsed.name), _FEWEST), _MOST) - _FEWEST) / (_MOST - _FEWEST)
     return _hex(_LIGHTEST + place * (_DARKEST - _LIGHTEST), _CHROMA, _hue(parsed))
 
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from dtmsearch.analysis.plan_difference import Part, difference_from_uniform
 from dtmsearch.analysis.summary import RunSummary, scale_bits_of
+from dtmsearch.core.components import CACHE_KINDS
 from dtmsearch.core.holders import HOLDERS, holders_of
 from dtmsearch.core.records import RunRecord
-from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
+from dtmsearch.core.schemes import DENSE, Scheme, uniform_parts
 from dtmsearch.report.facts.rows import Row, bits_of, damage
 
 
@@ -74,22 +75,26 @@ def difference_of(plan_rows: Sequence[Row], summary: RunSummary) -> str | None:
     uniform = uniform if rival is None or rival.uniform_scheme is None else rival.uniform_scheme
     if uniform is None:
         return None
-    parsed = parse_scheme(uniform)
+    schemes_there = uniform_parts(uniform)
     parts = [
         Part(
             layer=row["layer"],
             kind=row["kind"],
             scheme=row["scheme"],
             bits=row["bits"],
-            uniform_bits=_uniform_bits(parsed, row),
+            uniform_bits=_uniform_bits(schemes_there, row),
         )
         for row in plan_rows
     ]
     return difference_from_uniform(parts, uniform)
 
 
-def _uniform_bits(scheme: Scheme, row: Row) -> float:
-    """Bits per weight of a component's row under another scheme."""
+def _uniform_bits(schemes: Sequence[Scheme], row: Row) -> float:
+    """Bits per weight of a component's row under a uniform plan of these schemes, unquantized if none is for it."""
+    is_cache = row["kind"] in CACHE_KINDS
+    scheme = next((scheme for scheme in schemes if scheme.is_unquantized or scheme.is_of_cache == is_cache), None)
+    if scheme is None:
+        return float(row["dense_bits"])
     if scheme.is_source and row.get("source_bits"):
         return float(row["source_bits"] / row["num_weights"])
     return scheme.stored_bits((row["rows"], row["cols"]), row["dense_bits"]) / float(row["num_weights"])
