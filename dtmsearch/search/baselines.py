@@ -115,7 +115,7 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     if schemes <= set(space.schemes):
         return True
     schemes = {scheme for scheme in schemes if not parse_scheme(scheme).is_of_cache}
-    if len(schemes) > 1:
+    if len(schemes) != 1:
         return False
     (scheme,) = schemes
     kin = {sibling for named in space.parsed for sibling in named.kind.siblings(named)}
@@ -211,9 +211,10 @@ def _fits(space: SearchSpace, size: PlanSize, plan_size: PlanSize) -> bool:
 
 
 def _is_uniform(space: SearchSpace, plan: Plan) -> bool:
-    """Whether all components of the search have one scheme, and a scheme at all; of weights and KV caches, one each."""
-    kinds = {component.is_cache for component in space.components}
-    return len(plan) == len(space.components) and len(set(plan.schemes.values())) == len(kinds)
+    """Whether the weights that are searched have one scheme, all of them, and the KV caches one; or either one, and the
+    others none."""
+    groups = [{plan.scheme_of(c.name) for c in space.components if c.is_cache == cache} for cache in (False, True)]
+    return bool(plan.entries) and all(len(schemes) <= 1 for schemes in groups)
 
 
 def _is_rival(space: SearchSpace, label: str, plan: Plan) -> bool:
