@@ -207,8 +207,9 @@ def test_uniform_plans_are_of_one_scheme_of_weights_and_one_of_caches(folder: Pa
 def test_uniform_plans_that_leave_caches_as_they_are_are_rivals_too(folder: Path) -> None:
     components = (*read_manifest(spec(folder)).components, *caches(folder))
     space = SearchSpace(components, ("int8-channel", "int4-g16", "kv-fp8"), dense_bits=32, budget=Budget(size_mb=1.0))
-    weights, mixed = space.uniform("int4-g16"), Plan.of(space.uniform("int8-channel").schemes | MIXED.schemes)
-    assert rivals_of(space, {"plan": mixed, "uniform:int4-g16": weights, "other": MIXED}) == ["uniform:int4-g16"]
+    weights = space.uniform("int4-g16")
+    plan = Plan.of(space.uniform("int8-channel").schemes | {KEYS.format(0): "kv-fp8"})
+    assert rivals_of(space, {"plan": plan, "uniform:int4-g16": weights, "other": MIXED}) == ["uniform:int4-g16"]
 
 
 def test_an_attention_that_does_not_tell_is_refused(folder: Path) -> None:

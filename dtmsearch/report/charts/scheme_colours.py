@@ -24,8 +24,8 @@ _GPTQ, _BITSANDBYTES, _PRUNED, _OTHER, _ASYMMETRIC = 305.0, 60.0, 15.0, 100.0, 1
 
 
 def colour_of(scheme: str) -> str:
-    """`#rrggbb`; grey for what is not compressed; of a uniform plan with KV caches (`int8-channel+kv-fp8`) the weights'.
-    Raises `ValueError` for an unknown scheme."""
+    """`#rrggbb`; grey for what is not compressed; of a scheme of weights beside one of KV caches
+    (`int8-channel+kv-fp8`) the former's. Raises `ValueError` for an unknown scheme."""
     parsed = uniform_parts(scheme)[0]
     if parsed.is_unquantized:
         return DENSE_COLOUR
