@@ -103,7 +103,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--all-cases", action="store_true", help="whole products of cases, of which a part holds each value at least once"
+        "--all-cases", action="store_true", help="whole products of cases; a part holds each value at least once"
     )
     parser.addoption("--kinds", metavar="FILE", help="draw the seconds of each kind of test into FILE (SVG)")
 
