@@ -223,6 +223,15 @@ def test_what_the_engine_does_to_the_base_model_is_no_fault_of_the_folder() -> N
     assert ruined.outcome == "not served as measured" and "Not served as measured by E on 32 prompts" in ruined.verdict
 
 
+def test_an_engine_that_moves_the_base_model_as_far_as_the_plan_tells_nothing() -> None:
+    random = np.random.default_rng(0)
+    recorded, floor = random.integers(5, 15, 32), random.integers(20, 40, 32)
+    found = values(50, served=recorded // 5, expected=recorded, base=floor)
+    assert found.outcome == "cannot be told" and "Cannot be told whether E serves it as measured" in found.verdict
+    unquantized = values(50, served=np.full(32, 50), expected=recorded, base=floor)
+    assert unquantized.outcome == "not served as measured"
+
+
 def test_text_alone_gives_its_fdt(folders: tuple[Path, Path, Path], engine: Callable[[dict[str, str]], Path]) -> None:
     store, base, out = folders
     with serving(base, Behaviour("text", tokenize=None)) as one, serving(out, Behaviour("text", tokenize=None)) as two:

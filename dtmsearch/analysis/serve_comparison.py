@@ -20,7 +20,7 @@ from dtmsearch.core.statistics import FEWEST, PairedDifference, mean_interval, p
 
 _SEED = 0
 Bools = NDArray[np.bool_]
-Verdict = Literal["served as measured", "not served as measured", "too few prompts"]
+Verdict = Literal["served as measured", "not served as measured", "cannot be told", "too few prompts"]
 # What is compared, in the order in which it is said: of an engine's own greedy text, and of its choice at each token
 # of the base model's.
 TITLES = {"fdt_text": "FDT of its text", "fdt": "FDT", "sdt": "SDT"}
@@ -48,13 +48,20 @@ class ServedPositions:
 
 @dataclass(frozen=True)
 class ServedValue:
-    """A metric, in tokens: as recorded, as served, the paired difference of the two; and `floor`, how far the base
-    model itself is from its own continuations in the same engine."""
+    """A metric, in tokens: as recorded, as served, the paired difference of the two; `floor`, how far the base model
+    itself is from its own continuations in the same engine; and `room`, how far from the recorded value a folder is
+    that is served as badly as can be."""
 
     recorded: float
     served: PairedDifference
     difference: PairedDifference
     floor: float
+    room: float
+
+    @property
+    def tells(self) -> bool:
+        """Whether a folder that is served wrongly could be seen: not where the engine moves the base model as far."""
+        return self.room > self.floor
 
     @property
     def leaves(self) -> bool:
@@ -97,8 +104,9 @@ class ServeComparison:
     def outcome(self) -> Verdict:
         if self.num_prompts < FEWEST:
             return "too few prompts"
-        leaves = any(value.leaves for value in self.values.values())
-        return "not served as measured" if leaves else "served as measured"
+        if any(value.leaves for value in self.values.values()):
+            return "not served as measured"
+        return "served as measured" if any(value.tells for value in self.values.values()) else "cannot be told"
 
     @property
     def verdict(self) -> str:
@@ -121,12 +129,13 @@ def served_values(
         metric = _METRIC[name]
         if name not in floor:
             continue
-        at_rest = float(floor[name].mean())
+        at_rest, recorded = float(floor[name].mean()), float(expected[name].mean())
         found[name] = ServedValue(
-            float(expected[name].mean()),
+            recorded,
             mean_interval(values, _SEED, value_limits(metric, length)),
             paired_difference(values, expected[name], _SEED, limits=difference_limits(metric, length)),
             at_rest if metric == "sdt" else length - at_rest,
+            length - recorded if metric == "sdt" else recorded,
         )
     return found
 
@@ -143,6 +152,11 @@ def _verdict(found: ServeComparison) -> str:
     said = "; ".join(_said(name, value) for name, value in found.values.items())
     if found.outcome == "too few prompts":
         return f"Too few prompts to say whether {found.engine} serves it as measured ({where}): {said}."
+    if found.outcome == "cannot be told":
+        return (
+            f"Cannot be told whether {found.engine} serves it as measured ({where}): it moves the base model itself as "
+            f"far as a folder that is served wrongly could be from what is recorded: {said}."
+        )
     outcome = found.outcome[0].upper() + found.outcome[1:]
     return (
         f"{outcome} by {found.engine} on {where}: {said}. {found.equal_prompts} of {found.num_prompts} prompts leave "
