@@ -17,6 +17,7 @@ from tiny import TEXT, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dtmsearch as dtm
+from dtmsearch.errors import UserError
 from dtmsearch.model.replica.local_replicas import LocalReplicas
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.protocols import Evaluator
@@ -152,6 +153,13 @@ def test_a_plan_for_another_model_is_refused(loaded: tuple[Any, Any]) -> None:
 def test_applying_a_calibrated_plan_says_what_to_use(loaded: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="dtmsearch export"):
         dtm.apply("uniform:gptq-int4-channel", loaded[0])
+
+
+def test_schemes_of_caches_are_not_for_weights(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(UserError, match="all that is searched are weights"):
+        dtm.apply("uniform:kv-int8", loaded[0])
+    with pytest.raises(UserError, match=r"schemes of KV caches .* are for caches"):
+        dtm.apply({"model.layers.0.mlp.up_proj": "kv-int4"}, loaded[0])
 
 
 def test_everything_exported_is_there() -> None:

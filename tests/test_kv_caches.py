@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 import dtmsearch as dtm
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
+from dtmsearch.config import from_mapping
 from dtmsearch.console.text import run_text
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
@@ -30,7 +31,10 @@ from dtmsearch.model.replica.replica import Replica
 from dtmsearch.report.writing import write_report
 from dtmsearch.search.baselines import rivals_of, uniform_rivals
 from dtmsearch.search.space import SearchSpace
+from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.export import export
+from dtmsearch.workflows.lookup import uniform_plan
+from dtmsearch.workflows.take_prices import missing_prices
 
 SCHEMES = ("kv-fp8", "kv-int8", "kv-int4")
 KEYS, VALUES = "model.layers.{}.self_attn.kv_cache.keys", "model.layers.{}.self_attn.kv_cache.values"
@@ -210,6 +214,43 @@ def test_uniform_plans_that_leave_caches_as_they_are_are_rivals_too(folder: Path
     weights = space.uniform("int4-g16")
     plan = Plan.of(space.uniform("int8-channel").schemes | {KEYS.format(0): "kv-fp8"})
     assert rivals_of(space, {"plan": plan, "uniform:int4-g16": weights, "other": MIXED}) == ["uniform:int4-g16"]
+
+
+@pytest.mark.parametrize("strategy", ["sensitivity", "spdy"])
+def test_strategies_by_errors_of_weights_take_no_caches(folder: Path, strategy: str) -> None:
+    found = {
+        "run": "one",
+        "model": {"path": str(folder), "kv_cache": {"context": 100}},
+        "prompts": {"files": ["text.txt"], "count": 4, "prompt_tokens": 10, "continuation_tokens": 10},
+        "search": {
+            "strategy": strategy,
+            "schemes": ["int8-channel", "kv-fp8"],
+            "components": {"include": ["*", "*.kv_cache.keys", "*.kv_cache.values"]},
+            "stop": {"bits_per_weight": 9.0},
+        },
+    }
+    file = from_mapping(found, "search.yaml", folder)
+    with pytest.raises(UserError, match=f"{strategy} goes by errors of weights, and KV caches have none: use fisher"):
+        space_of(file, read_manifest(spec(folder)))
+
+
+def test_without_prices_auto_takes_no_caches(folder: Path) -> None:
+    space = SearchSpace((*read_manifest(spec(folder)).components, *caches(folder)), ("int8-channel", "kv-fp8"))
+
+    class Unpriced:
+        def unpriceable(self, components: list[str]) -> str:
+            return "its layers cannot be run backwards"
+
+    with pytest.raises(UserError, match=r"prices cannot be had \(its layers .*\), and KV caches have none"):
+        missing_prices("auto", space, Unpriced())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is a KV cache: it has no weights"):
+        replica(folder).weight_errors([KEYS.format(1)], ["kv-int4"])
+
+
+def test_a_uniform_plan_that_is_for_nothing_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="int8-channel is for weights, and all that is searched are KV caches"):
+        uniform_plan("uniform:int8-channel", caches(folder))
+    assert uniform_plan("uniform:kv-fp8", caches(folder)) == Plan.uniform(caches(folder), "kv-fp8")
 
 
 def test_an_attention_that_does_not_tell_is_refused(folder: Path) -> None:

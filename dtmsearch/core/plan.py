@@ -322,12 +322,17 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
     for component, scheme in schemes.items():
         if component not in manifest.by_name:
             raise UserError(f"{source} names {shown(component)}, which {manifest.model} does not have")
-        if not parse_scheme(scheme).takes(manifest.by_name[component]):
-            raise UserError(
-                f"{source} gives {component} the scheme {scheme}: schemes of KV caches (kv-fp8, kv-int8, kv-int4) are "
-                "for caches, all others for weights"
-            )
+        check_takes(parse_scheme(scheme), manifest.by_name[component], source)
     return Plan.of(schemes)
+
+
+def check_takes(scheme: Scheme, component: Component, source: str) -> None:
+    """Raises `UserError` for a scheme that is not one for such a component."""
+    if not scheme.takes(component):
+        raise UserError(
+            f"{source} gives {component.name} the scheme {scheme.name}: schemes of KV caches (kv-fp8, kv-int8, "
+            "kv-int4) are for caches, all others for weights"
+        )
 
 
 def schemes_from_json(text: str, source: str) -> dict[str, str]:

@@ -21,9 +21,14 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.priced import TakePrices
 from dtmsearch.search.strategies.rounds import RequestFactory
 from dtmsearch.search.strategies.sparsity import Sparsity, SparsitySettings
-from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
+from dtmsearch.search.strategies.strategy_registry import STRATEGIES, SolverSettings, make_strategy
 from dtmsearch.search.strategies.task import Task
 from dtmsearch.store.schemas import EVALUATIONS
+
+# Ends the sentence on a strategy that KV caches are nothing for.
+WITHOUT_ERRORS = (
+    "KV caches have none: use fisher, knapsack, beam or evolution, or leave caches out (search.components.exclude)"
+)
 
 
 def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
@@ -46,6 +51,9 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
         experts=section.experts,
         times=None if section.times is None else section.times.table,
     )
+    kind = None if sparsity else STRATEGIES[section.strategy]
+    if kind is not None and kind.needs_errors and not kind.takes_prices and any(c.is_cache for c in components):
+        raise UserError(f"search.strategy: {section.strategy} goes by errors of weights, and {WITHOUT_ERRORS}")
     whole = space.size(Plan())
     for rule, own in (
         ("bits_per_weight", whole.bits_per_weight),

@@ -15,12 +15,12 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, E
 from dtmsearch.core.gguf_presets import PRESET, preset_plan
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, summarize
-from dtmsearch.core.plan import Plan, PlanSize, plan_size, schemes_from_json
+from dtmsearch.core.plan import Plan, PlanSize, check_takes, plan_size, schemes_from_json
 from dtmsearch.core.schemes import parse_scheme, solved_pairs
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.model.replica.in_memory import InMemoryReplica, manifest_of, weights_of
-from dtmsearch.workflows.lookup import UNIFORM
+from dtmsearch.workflows.lookup import UNIFORM, uniform_plan
 
 # What a plan may be given as: a plan, component -> scheme, a plan file, `uniform:SCHEME`, or `preset:NAME`.
 PlanLike = Plan | Mapping[str, str] | str | Path
@@ -57,7 +57,7 @@ def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
     elif isinstance(plan, Mapping):
         found = Plan.of(plan)
     elif str(plan).startswith(UNIFORM):
-        found = Plan.uniform(manifest.components, str(plan).removeprefix(UNIFORM))
+        found = uniform_plan(str(plan), manifest.components)
     elif str(plan).startswith(PRESET):
         found = preset_plan(str(plan).removeprefix(PRESET), manifest.components, manifest.num_layers)
     elif is_file(Path(plan)):
@@ -65,12 +65,13 @@ def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
     else:
         raise UserError(f"plan {str(plan)!r} is no plan file, and not {UNIFORM}SCHEME")
     for component, scheme in found.entries:
-        parse_scheme(scheme)
+        parsed = parse_scheme(scheme)
         if component not in manifest.by_name:
             raise UserError(
                 f"the plan names {component!r}, which {manifest.model} does not have; its components are named like "
                 f"{manifest.components[0].name!r}"
             )
+        check_takes(parsed, manifest.by_name[component], "the plan")
     return found
 
 

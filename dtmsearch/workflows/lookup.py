@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from dtmsearch import config
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile, texts
-from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.gguf_presets import PRESET, check_preset, preset_plan
 from dtmsearch.core.plan import Plan, plan_from_json, weights_id_from_json
 from dtmsearch.core.records import RunRecord
@@ -113,11 +113,24 @@ def check_plan_argument(plan: str, results: ResultStore) -> None:
             raise UserError(f"run {plan!r} has no plan (it is {record.status})")
 
 
+def uniform_plan(plan: str, components: Sequence[Component]) -> Plan:
+    """The plan `uniform:SCHEME` over some components. Raises `UserError` for a scheme that is for none of them."""
+    scheme = plan.removeprefix(UNIFORM)
+    for part in uniform_parts(scheme):
+        if not any(part.takes(component) for component in components):
+            own, given = ("KV caches", "weights") if part.is_of_cache else ("weights", "KV caches")
+            raise UserError(
+                f"{plan}: {part.name} is for {own}, and all that is searched are {given}: give a scheme of these, or "
+                "name others (search.components.include; of KV caches model.kv_cache as well)"
+            )
+    return Plan.uniform(components, scheme)
+
+
 def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: ResultStore) -> Plan:
     """The plan that a plan file, a run's name `uniform:SCHEME` or `preset:NAME` stands for over this model. Raises
     `UserError`."""
     if plan.startswith(UNIFORM):
-        return space.uniform(plan.removeprefix(UNIFORM))
+        return uniform_plan(plan, space.components)
     if plan.startswith(PRESET):
         return preset_plan(plan.removeprefix(PRESET), space.components, manifest.num_layers)
     if is_file(Path(plan)):

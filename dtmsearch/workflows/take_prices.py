@@ -15,6 +15,7 @@ from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES
+from dtmsearch.workflows.build import WITHOUT_ERRORS
 from dtmsearch.workflows.session import Session
 
 # Samples of a block: what a device takes well at once. They are the same however many replicas share them.
@@ -31,9 +32,14 @@ def missing_prices(strategy: str, space: SearchSpace, pool: ModelEvaluator) -> s
                 f"strategy: {strategy} needs prices, which cannot be had: {problem}. Use auto or sensitivity"
             )
         return ""
-    if any(component.mixture for component in space.components):
+    if not problem and any(component.mixture for component in space.components):
         # What it finds of mixtures by probes was measured (docs/search-quality.md), by prices not yet.
-        return problem or "those of experts see no token that goes to other experts (fisher takes them all the same)"
+        problem = "those of experts see no token that goes to other experts (fisher takes them all the same)"
+    if problem and any(component.is_cache for component in space.components):
+        raise UserError(
+            f"search.strategy: {strategy} goes by errors of weights where prices cannot be had ({problem}), and "
+            f"{WITHOUT_ERRORS}"
+        )
     return problem
 
 

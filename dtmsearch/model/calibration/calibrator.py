@@ -358,6 +358,8 @@ class Calibrator:
         if any(scheme.needs_calibration for scheme in schemes) and not calibration_id:
             names = ", ".join(scheme.name for scheme in schemes)
             raise ValueError(f"errors of {names} need calibration text; no calibration is named")
+        if caches := [name for name in components if self._manifest.by_name[name].is_cache]:
+            raise ValueError(f"{caches[0]} is a KV cache: it has no weights that could have errors")
         by_layer: dict[int, list[str]] = {}
         for component in components:
             if any((calibration_id, component, s.name, by_hessian) not in self._errors for s in schemes):
