@@ -21,7 +21,7 @@ from dtmsearch import config
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.core import gguf_types
 from dtmsearch.core.calibration import InputStatistics
-from dtmsearch.core.components import Component
+from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec
 from dtmsearch.core.gguf_presets import PRESETS, preset_plan
 from dtmsearch.core.gguf_types import TYPES, held_type, quantized, round_trip, stored_bits
@@ -367,8 +367,13 @@ def llama(layers: int = 32, queries: int = 512, values: int = 128) -> list[Compo
     ]
 
 
+def whole(components: list[Component], *others: Component) -> ModelManifest:
+    layers = 1 + max(component.layer for component in components)
+    return ModelManifest("toy", None, "bfloat16", layers, "id", tuple(components), others)
+
+
 def held_by(name: str, kind: str, components: list[Component]) -> list[str]:
-    schemes = preset_plan(name, components, 1 + max(c.layer for c in components)).schemes
+    schemes = preset_plan(name, components, whole(components)).schemes
     return [schemes[c.name].removeprefix("gguf-") for c in components if c.kind == kind]
 
 
@@ -390,24 +395,63 @@ def test_values_that_four_queries_share_are_kept_in_more_bits() -> None:
     assert set(held_by("Q2_K", "v", llama(values=512))) == {"Q3_K"}
 
 
-def outside(*kinds: str) -> list[Component]:
-    return [Component(name=kind, layer=-1, kind=kind, shape=(1000, 512)) for kind in kinds]
+def manifest_of(folder: Path, kv_context: int = 0, **changes: object) -> ModelManifest:
+    shapes = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512}
+    written = write_model(folder, llama_config(**shapes, **changes))
+    return read_manifest(ModelSpec(str(written), dtype="float32", kv_context=kv_context))
 
 
-def test_mixtures_keep_the_head_in_more_bits_be_it_the_embedding_or_not() -> None:
-    tied = preset_plan("Q4_K_M", [*llama(), *outside("embed_tokens")], 32).schemes
-    assert tied["embed_tokens"] == "gguf-Q6_K"
-    apart = preset_plan("Q4_K_M", [*llama(), *outside("embed_tokens", "lm_head")], 32).schemes
-    assert (apart["embed_tokens"], apart["lm_head"]) == ("gguf-Q4_K", "gguf-Q6_K")
+def test_mixtures_keep_the_head_in_more_bits_and_not_an_embedding_beside_it(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path)
+    both = manifest.select(("*", "lm_head", "*embed_tokens"))
+    schemes = preset_plan("Q4_K_M", both, manifest).schemes
+    assert (schemes["model.embed_tokens"], schemes["lm_head"]) == ("gguf-Q4_K", "gguf-Q6_K")
+    # Whatever part of the model is searched.
+    (embedding,) = manifest.select(("*embed_tokens",))
+    assert preset_plan("Q4_K_M", [embedding], manifest).schemes == {"model.embed_tokens": "gguf-Q4_K"}
+
+
+def test_mixtures_keep_an_embedding_in_more_bits_that_is_the_head_too(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, tie_word_embeddings=True)
+    schemes = preset_plan("Q4_K_M", manifest.select(("*", "*embed_tokens")), manifest).schemes
+    assert schemes["model.embed_tokens"] == "gguf-Q6_K"
+
+
+def test_the_mixture_that_is_a_rival_is_that_of_the_whole_model_s_layers(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path)
+    own = preset_plan("Q4_K_M", (*manifest.components, *manifest.others), manifest).schemes
+    for include in (("*", "lm_head"), ("model.layers.0.*", "model.layers.1.*"), ("down",)):
+        components = manifest.select(include)
+        space = SearchSpace(components, ("gguf-Q4_K", "gguf-Q6_K"), manifest=manifest)
+        plan = Plan.of({c.name: own[c.name] for c in components})
+        found = preset_rivals(space, space.size(plan).stored_bits)
+        assert plan in found.values(), include
+
+
+def test_values_are_told_by_the_queries_to_each_though_these_are_not_searched() -> None:
+    only = [component for component in llama() if component.kind == "v"]
+    assert set(preset_plan("IQ4_XS", only, whole(llama())).schemes.values()) == {"gguf-Q5_K"}
+
+
+def test_mixtures_leave_kv_caches_as_they_are(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, kv_context=100)
+    caches = [component for component in manifest.others if component.is_cache]
+    plan = preset_plan("Q4_K_M", (*manifest.components, *caches), manifest)
+    assert len(caches) == 16 and set(plan.schemes) == {component.name for component in manifest.components}
 
 
 def test_a_mixture_that_is_not_known_is_said() -> None:
     with pytest.raises(UserError, match="there is no preset:Q4; llama"):
-        preset_plan("Q4", llama(), 32)
+        preset_plan("Q4", llama(), whole(llama()))
 
 
 # Of a search among types that Q4_K_M has: 32 layers of rows of 512 and 1,024.
-SPACE = SearchSpace(tuple(llama()), ("gguf-Q3_K", "gguf-Q4_K", "gguf-Q6_K"), budget=Budget(bits_per_weight=5.5))
+SPACE = SearchSpace(
+    tuple(llama()),
+    ("gguf-Q3_K", "gguf-Q4_K", "gguf-Q6_K"),
+    budget=Budget(bits_per_weight=5.5),
+    manifest=whole(llama()),
+)
 
 
 def of_bits(bits: float) -> float:
@@ -415,7 +459,7 @@ def of_bits(bits: float) -> float:
 
 
 def test_a_plan_is_held_against_the_largest_mixture_of_its_size() -> None:
-    sizes = {name: SPACE.size(preset_plan(name, llama(), 32)).bits_per_weight for name in PRESETS}
+    sizes = {name: SPACE.size(preset_plan(name, llama(), whole(llama()))).bits_per_weight for name in PRESETS}
     assert list(preset_rivals(SPACE, of_bits(sizes["Q4_K_M"]))) == ["preset:Q4_K_M"]
     assert list(preset_rivals(SPACE, of_bits(sizes["Q4_K_M"] * 0.98))) == ["preset:Q4_K_S"]
     assert preset_rivals(SPACE, of_bits(2.0)) == {}
@@ -427,7 +471,7 @@ def test_searches_among_other_schemes_are_not_held_against_mixtures() -> None:
 
 
 def test_held_out_prompts_are_run_under_the_mixture_and_one_that_is_better_takes_the_plan_s_place() -> None:
-    plan = preset_plan("Q4_K_M", llama(), 32).with_(Perturbation("0.q", "gguf-Q6_K"))
+    plan = preset_plan("Q4_K_M", llama(), whole(llama())).with_(Perturbation("0.q", "gguf-Q6_K"))
     label = "preset:Q4_K_M"
     plans = validation_plans(SPACE, plan, only_rivals=True)
     assert label in plans and label in validation_plans(SPACE, plan)
@@ -438,5 +482,5 @@ def test_held_out_prompts_are_run_under_the_mixture_and_one_that_is_better_takes
 
 def test_a_mixture_of_types_that_the_search_does_not_name_takes_no_plan_s_place() -> None:
     plan = SPACE.uniform("gguf-Q4_K")
-    assert may_take_its_place(SPACE, plan, preset_plan("Q4_K_M", llama(), 32))
-    assert not may_take_its_place(SPACE, plan, preset_plan("Q4_K_S", llama(), 32))
+    assert may_take_its_place(SPACE, plan, preset_plan("Q4_K_M", llama(), whole(llama())))
+    assert not may_take_its_place(SPACE, plan, preset_plan("Q4_K_S", llama(), whole(llama())))

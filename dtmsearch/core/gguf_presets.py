@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dtmsearch.core.components import Component
+from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
@@ -18,6 +18,8 @@ PRESET = "preset:"
 # The head's type, which becomes Q8_0 where its blocks do not divide the rows; and how the head is called.
 _HEAD = "Q6_K"
 _HEAD_KINDS = ("lm_head", "output", "embed_out")
+# Which llama.cpp never quantizes.
+_TABLES_OF_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _GROUPED = 4  # queries to a value from which values are kept in more bits
 # kind, which layer of how many, queries to a value -> the type; None: the mixture's usual one.
 _Rule = Callable[[str, int, int, float], str | None]
@@ -90,39 +92,42 @@ def check_preset(name: str) -> None:
         raise UserError(f"there is no {PRESET}{name}; llama.cpp's mixtures here are {', '.join(PRESETS)}")
 
 
-def preset_plan(name: str, components: Sequence[Component], layers: int) -> Plan:
-    """The plan of a mixture over some components of a model of so many layers. Raises `UserError` for one that is not
-    known, and for a model with experts, which llama.cpp treats otherwise."""
+def preset_plan(name: str, components: Sequence[Component], manifest: ModelManifest) -> Plan:
+    """The plan of a mixture over some components of a model; KV caches stay as they are. Raises `UserError` for a
+    mixture that is not known, and for a model with experts, which llama.cpp treats otherwise."""
     check_preset(name)
-    if any(component.mixture for component in components):
+    if any(component.mixture for component in manifest.components):
         raise UserError(f"{PRESET}{name}: llama.cpp's mixtures of models with experts are not known here")
     usual, rule = PRESETS[name]
-    heads = _heads(components)
-    rows = {(component.layer, component.kind): component.shape[0] for component in components}
+    layers = manifest.num_layers
+    heads = _heads(manifest)
+    rows = {(component.layer, component.kind): component.shape[0] for component in manifest.components}
 
     def scheme(component: Component) -> str:
         layer = component.layer
-        if layer < 0:  # an embedding, or the head
+        if not 0 <= layer < layers:  # an embedding, or the head
             return f"{PREFIX}{_HEAD if component.name in heads else usual}"
         grouped = rows.get((layer, "q"), 0) / rows.get((layer, "v"), 1)
         return f"{PREFIX}{rule(component.kind, layer, layers, grouped) or usual}"
 
-    return Plan.of({component.name: scheme(component) for component in components})
+    quantized = (c for c in components if not c.is_cache and c.shape[0] > 1 and c.kind not in _TABLES_OF_POSITIONS)
+    return Plan.of({component.name: scheme(component) for component in quantized})
 
 
-def _heads(components: Sequence[Component]) -> set[str]:
-    """The head, or the embedding that is the head too where there is none beside it."""
-    outside = [component for component in components if component.layer < 0]
-    own = {component.name for component in outside if component.kind in _HEAD_KINDS}
-    return own or {component.name for component in outside}
+def _heads(manifest: ModelManifest) -> set[str]:
+    """The model's head, or the embedding that is the head too where there is none beside it."""
+    own = {c.name for c in manifest.others if c.layer >= manifest.num_layers and c.kind in _HEAD_KINDS}
+    return own or {c.name for c in manifest.others if c.layer < 0}
 
 
-def largest_preset(components: Sequence[Component], layers: int, fits: Callable[[Plan], bool]) -> dict[str, Plan]:
+def largest_preset(
+    components: Sequence[Component], manifest: ModelManifest, fits: Callable[[Plan], bool]
+) -> dict[str, Plan]:
     """How it is asked for -> the plan, of the mixture that stores most among those that fit; empty where none does, or
     the model has experts."""
-    if any(component.mixture for component in components):
+    if any(component.mixture for component in manifest.components):
         return {}
-    plans = {name: preset_plan(name, components, layers) for name in PRESETS}
+    plans = {name: preset_plan(name, components, manifest) for name in PRESETS}
     sizes = {
         name: sum(plan.scheme(c.name).stored_bits(c.shape, 16) for c in components)
         for name, plan in plans.items()

@@ -93,9 +93,11 @@ def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
     there is a table of times."""
     if space.times is not None or not any(scheme.name.startswith(PREFIX) for scheme in space.parsed):
         return {}
+    assert space.manifest is not None, "a search among llama.cpp's types knows its model"
     most = LARGER * counted
-    layers = 1 + max(component.layer for component in space.components)
-    return largest_preset(space.components, layers, lambda plan: float(space.budget.counted(space.size(plan))) <= most)
+    return largest_preset(
+        space.components, space.manifest, lambda plan: float(space.budget.counted(space.size(plan))) <= most
+    )
 
 
 def _rivals_in_time(space: SearchSpace, most: float) -> list[str]:

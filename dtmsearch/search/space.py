@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cached_property
 from math import ceil
 
-from dtmsearch.core.components import Component, Experts
+from dtmsearch.core.components import Component, Experts, ModelManifest
 from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
 from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, Times
@@ -44,7 +44,8 @@ class SearchSpace:
     (components of that group's kinds in the same parent module change together) or a component's full name (the named
     components of the group change together). `experts`: with `layer` all matrices of all experts of a mixture change
     together, as engines run them. `dense_bits` is the size of an uncompressed weight, `times` what components take to
-    run, for budgets of milliseconds.
+    run, for budgets of milliseconds. `manifest` is of the whole model, which rivals that follow a rule of its layers
+    need.
 
     Raises `UserError` for tied names that match nothing, a component in two groups, a scheme that a component's shape
     does not fit, a budget out of reach, and times that lack a row.
@@ -57,6 +58,7 @@ class SearchSpace:
     budget: Budget = field(default_factory=Budget)
     experts: Experts = "layer"
     times: Times | None = None
+    manifest: ModelManifest | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self.components, self.parsed)

@@ -50,6 +50,7 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
         budget=Budget() if sparsity else section.stop.budget,
         experts=section.experts,
         times=None if section.times is None else section.times.table,
+        manifest=manifest,
     )
     kind = None if sparsity else STRATEGIES[section.strategy]
     if kind is not None and kind.needs_errors and not kind.takes_prices and any(c.is_cache for c in components):

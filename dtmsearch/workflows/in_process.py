@@ -59,7 +59,7 @@ def plan_of(plan: PlanLike, manifest: ModelManifest) -> Plan:
     elif str(plan).startswith(UNIFORM):
         found = uniform_plan(str(plan), manifest.components)
     elif str(plan).startswith(PRESET):
-        found = preset_plan(str(plan).removeprefix(PRESET), manifest.components, manifest.num_layers)
+        found = preset_plan(str(plan).removeprefix(PRESET), manifest.components, manifest)
     elif is_file(Path(plan)):
         found = Plan.of(schemes_from_json(read_text(Path(plan), "plan file"), str(plan)))
     else:

@@ -132,7 +132,7 @@ def find_plan(plan: str, space: SearchSpace, manifest: ModelManifest, results: R
     if plan.startswith(UNIFORM):
         return uniform_plan(plan, space.components)
     if plan.startswith(PRESET):
-        return preset_plan(plan.removeprefix(PRESET), space.components, manifest.num_layers)
+        return preset_plan(plan.removeprefix(PRESET), space.components, manifest)
     if is_file(Path(plan)):
         return plan_from_json(read_text(Path(plan), "plan file"), manifest, plan)
     record = record_of(results, plan)
