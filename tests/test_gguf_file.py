@@ -20,13 +20,15 @@ from tiny import DEMO_MODEL, llama_config, write_model
 from dtmsearch.core import gguf_types, llama_library
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.statistics import FEWEST
 from dtmsearch.errors import ExportFailed, LibraryMissing, UserError
 from dtmsearch.export.formats import gguf_base, gguf_file
 from dtmsearch.export.job import Job
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica import by_llama_cpp
 from dtmsearch.workflows.export import _raise_unless_equal
-from dtmsearch.workflows.export_check import EngineCheck, _fault
+from dtmsearch.workflows.export_check import EngineCheck, _fault, check_enough_prompts
+from dtmsearch.workflows.export_source import Recorded
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 NAMES = {"up": UP, "down": DOWN, "head": "lm_head"}
@@ -174,6 +176,22 @@ def test_a_value_fails_that_is_off_by_more_than_noise(off: float, fails: bool) -
     recorded = np.random.default_rng(0).exponential(0.1, 64).astype(np.float32)
     noise = np.random.default_rng(1).normal(0, 0.01, 64).astype(np.float32)
     assert bool(_fault("KL", recorded * np.float32(1 + off) + noise, recorded)) == fails
+
+
+@pytest.mark.parametrize("found", [0.0, 3.0, float("nan"), float("inf")])
+def test_a_value_fails_that_is_off_and_has_no_interval(found: float) -> None:
+    recorded = np.full(64, 0.5, np.float32)
+    assert _fault("KL", np.full(64, found, np.float32), recorded).startswith("KL ")
+    assert not _fault("KL", recorded, recorded)
+
+
+def test_too_few_prompts_to_tell_a_fault_from_noise_are_refused_before_anything_is_written() -> None:
+    ones = np.ones(FEWEST, np.int32)
+    reference: Any = None
+    few = Recorded("run", reference, ones[1:], ones[1:], "")
+    with pytest.raises(UserError, match=r"of 7 prompts, where llama.cpp's check of a file needs 8.*--no-check"):
+        check_enough_prompts(few)
+    check_enough_prompts(replace(few, fdt=ones, sdt=ones))
 
 
 def test_a_file_that_llama_cpp_finds_other_than_recorded_is_removed(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.export_check import check_bytes, measured, measured_by_llama_cpp
+from dtmsearch.workflows.export_check import check_bytes, check_enough_prompts, measured, measured_by_llama_cpp
 from dtmsearch.workflows.export_repair import require_tied
 from dtmsearch.workflows.export_source import Source, find
 from dtmsearch.workflows.export_summary import Exported, card_of, described, size_account
@@ -118,6 +118,8 @@ def resolve(
             f"the store {store} holds no measurement of this plan{_over(found)} to hold the export against. "
             f"Measure it first (dtmsearch evaluate FILE --plan {source} --store {store}), or give --no-check"
         )
+    if is_checked and form.by_llama_cpp and found.recorded is not None:
+        check_enough_prompts(found.recorded)
     of_weights, cache_scheme = _told_apart(found, form, runtime)
     job = _job(replace(found, plan=of_weights), runtime, results, cache_scheme)
     if form.is_checked:

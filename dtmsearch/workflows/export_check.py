@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import FloatArray, ModelSpec, Reference, ReplicaSettings
-from dtmsearch.core.statistics import paired_difference
-from dtmsearch.errors import ExportFailed
+from dtmsearch.core.statistics import FEWEST, paired_difference
+from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.job import Job, Written
 from dtmsearch.export.writer import header_bytes
 from dtmsearch.model.modules.compat import repacks_4bit
@@ -81,6 +81,16 @@ class EngineCheck:
     faults: tuple[str, ...]
 
 
+def check_enough_prompts(recorded: Recorded) -> None:
+    """Raises `UserError` where too few prompts are recorded to tell a fault of a file from noise."""
+    if len(recorded.fdt) < FEWEST:
+        raise UserError(
+            f"the store's measurement of this plan (run {recorded.run}) is of {len(recorded.fdt)} prompts, where "
+            f"llama.cpp's check of a file needs {FEWEST}, since its sums run in another order. Measure the plan on "
+            "more (dtmsearch evaluate), or give --no-check"
+        )
+
+
 def measured_by_llama_cpp(file: Path, base: Path, recorded: Recorded) -> EngineCheck:
     """A file as a fresh process of llama.cpp finds it. Raises `ExportFailed` when it cannot be loaded and measured."""
     with tempfile.TemporaryDirectory(prefix="dtmsearch-check-") as scratch:
@@ -102,12 +112,18 @@ def measured_by_llama_cpp(file: Path, base: Path, recorded: Recorded) -> EngineC
 
 
 def _fault(name: str, found: NDArray[np.generic], recorded: NDArray[np.generic]) -> str:
-    """In words, where a metric is off by more than `_TOLERANCE` and its interval; empty where it is not."""
+    """In words, where a metric is off by more than `_TOLERANCE` and its interval, or by the tolerance where there is no
+    interval (values that are no numbers, or that are all the same); empty where it is not."""
     difference = paired_difference(found, recorded, _SEED, _CONFIDENCE[name])
     own = float(recorded.astype(np.float64).mean())
-    if not difference.excludes_zero or abs(difference.mean) <= _TOLERANCE * own:
+    if abs(difference.mean) <= _TOLERANCE * own:
         return ""
-    return f"{name} {own + difference.mean:.4g} instead of {own:.4g} ({difference.low:+.2g} to {difference.high:+.2g})"
+    interval = ""
+    if np.isfinite([difference.low, difference.high]).all():
+        if not difference.excludes_zero:
+            return ""
+        interval = f" ({difference.low:+.2g} to {difference.high:+.2g})"
+    return f"{name} {own + difference.mean:.4g} instead of {own:.4g}{interval}"
 
 
 def check_bytes(job: Job, written: Written) -> None:
