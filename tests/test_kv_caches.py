@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exports import in_process, measured_plan
+from safetensors.torch import load_file, save_file
 from tiny import TEXT, llama_config, result, values, with_reference, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -25,8 +26,11 @@ from dtmsearch.core.plan import Budget, Plan, plan_from_json, plan_to_json
 from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.errors import UserError
+from dtmsearch.model.compress.quantization_arguments import CACHE_ARGUMENTS
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.modules.kv_caches import round_cached
+from dtmsearch.model.replica.compared_replica import ComparedReplica
+from dtmsearch.model.replica.exported import rounds_caches
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.report.writing import write_report
 from dtmsearch.search.baselines import rivals_of, uniform_rivals
@@ -278,6 +282,28 @@ def test_fp8_of_all_layers_is_exported_for_vllm_and_measures_as_recorded(
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (settings["kv_cache_scheme"]["num_bits"], settings["kv_cache_scheme"]["type"]) == (8, "float")
     assert len(settings["config_groups"]) == len(weights)
+
+
+def test_scales_of_caches_that_a_folder_has_of_its_own_are_left_to_engines_and_said(wide: Path, tmp_path: Path) -> None:
+    """As published folders have them: run as transformers runs them."""
+    plan = {"model.layers.0.mlp.down_proj": "int4-g32"} | Plan.uniform(caches(wide), "kv-fp8").schemes
+    made = measured_plan(wide, tmp_path / "store", plan, kv_context=100)
+    made.export("compressed-tensors", out := tmp_path / "out", runtime="vllm", check=False)
+    own = ModelSpec(str(out), dtype="float32")
+    assert rounds_caches(out) and ComparedReplica(own, ReplicaSettings(num_threads=1)).way == "as transformers runs it"
+    tensors = load_file(out / "model.safetensors")
+    scales = {f"model.layers.0.self_attn.{side}_scale": torch.tensor([0.5]) for side in "kv"}
+    save_file(tensors | scales, out / "model.safetensors", {"format": "pt"})
+    assert not rounds_caches(out)
+    found = ComparedReplica(own, ReplicaSettings(num_threads=1))
+    assert found.way == "as transformers runs it; its KV caches are not rounded, as they are where it is served"
+
+
+@pytest.mark.parametrize("changes", [{"quant_method": "fp8", "kv_cache_scheme": "static"}, {"kv_cache_scheme": None}])
+def test_what_other_formats_say_of_caches_is_not_ours(tmp_path: Path, changes: dict[str, Any]) -> None:
+    own = {"quant_method": "compressed-tensors", "kv_cache_scheme": CACHE_ARGUMENTS}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": own | changes}))
+    assert not rounds_caches(tmp_path)
 
 
 def test_a_plan_file_says_of_how_many_tokens_its_caches_are(

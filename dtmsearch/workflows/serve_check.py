@@ -85,7 +85,7 @@ def serve_check(
     texts: Texts | None = None,
     base: str | None = None,
     engine: str = "vllm",
-    python: str = sys.executable,
+    python: str = "",
     port: int = 0,
     options: Sequence[str] | None = None,
     start_seconds: float = EngineSettings.start_seconds,
@@ -96,13 +96,13 @@ def serve_check(
 
     What is recorded of its plan in `store` is what it is held against, or, of `texts`, what transformers makes of both
     models here. `base` is where the base model lies, if not where the folder's README says. `python` is that of the
-    environment which has the engine, `options` are the engine's own in the place of the usual ones. Further settings
-    as `ServeSettings` has them. The engine is ended whatever happens.
+    environment which has the engine, by default this one; `options` are the engine's own in the place of the usual
+    ones. Further settings as `ServeSettings` has them. The engine is ended whatever happens.
 
     Raises `UserError` for a folder without what it would be held against and an engine that is not there,
     `ServerUnreachable` where it cannot serve the base model, `ExportFailed` where it cannot serve the folder alone.
     """
-    start = EngineSettings(python, port, start_seconds, None if options is None else tuple(options))
+    start = EngineSettings(python or sys.executable, port, start_seconds, None if options is None else tuple(options))
     asked = ServeSettings(engine, start, **settings)
     return serve_check_by(Path(folder), None if store is None else str(store), texts, base, asked, on_stage)
 

@@ -31,7 +31,7 @@ from dtmsearch.model.forward.head_metrics import Divergence
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model, own_folder, suppressed_tokens
-from dtmsearch.model.replica.exported import ServedReplica, rounds_inputs
+from dtmsearch.model.replica.exported import ServedReplica, rounds_caches, rounds_inputs
 from dtmsearch.model.replica.loaded_reference import BaseOutputs
 from dtmsearch.model.replica.replica import LoadedModel
 from dtmsearch.model.replica.samples import written_out
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 # Rows of the head's inputs of which distributions are looked up at a time.
 _ROWS = 256
+_CACHES_UNROUNDED = "; its KV caches are not rounded, as they are where it is served"
 
 
 def described(spec: ModelSpec) -> str:
@@ -78,6 +79,9 @@ class ComparedReplica(ServedReplica):
             return self._plainly(checkpoint_folder(spec), spec, settings)
         if not is_quantized(folder):
             return self._plainly(folder, spec, settings)
+        has_caches = bool((settings_of(read_model_config(folder)) or {}).get("kv_cache_scheme"))
+        if has_caches and not rounds_caches(folder):
+            self.way += _CACHES_UNROUNDED
         try:
             return super()._load(replace(spec, path=str(folder)), settings)
         except Exception as error:  # whatever a format's own library raises
@@ -87,6 +91,8 @@ class ComparedReplica(ServedReplica):
             self.way = (
                 f"by the weights that its files stand for, since transformers cannot run it here ({reason_of(error)})"
             )
+            if has_caches:
+                self.way += _CACHES_UNROUNDED
             if rounds_inputs(folder):
                 self.way += "; what its layers read is not rounded, as it is where it is served"
             return self._plainly(checkpoint_folder(spec), spec, settings)

@@ -35,7 +35,7 @@ from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import run_row_by_row, runs_by_token
 from dtmsearch.model.compress.number_rounding import round_inputs
-from dtmsearch.model.compress.quantization_arguments import rounding_of
+from dtmsearch.model.compress.quantization_arguments import CACHE_ARGUMENTS, rounding_of
 from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
@@ -46,6 +46,7 @@ from dtmsearch.model.sources.stored import settings_of
 from dtmsearch.model.sources.unquantized import StoredCheckpoint, is_read_here
 from dtmsearch.model.weights.applied import Checkpoint
 
+_SCALES_OF_CACHES = (".k_scale", ".v_scale")
 # An expert's part in the files.
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -69,7 +70,7 @@ class ServedReplica(Replica):
                 _has_packed_experts(folder),
                 _loses_by_loading(folder, spec),
                 _has_packed_embeddings(folder),
-                _rounds_caches(folder),
+                rounds_caches(folder),
             )
         ):
             load = decompressed_model
@@ -77,7 +78,7 @@ class ServedReplica(Replica):
             load = partial(_plain_model, self._repacked)
         model = load(folder, spec, self._device).eval().requires_grad_(False)
         round_as_engines_do(model, folder)
-        if _rounds_caches(folder):
+        if rounds_caches(folder):
             kv_caches.attach(model, spec.attention, parse_scheme("kv-fp8"))
         return self._as_loaded(model, folder, spec)
 
@@ -177,10 +178,16 @@ def _has_packed_zeros(folder: Path) -> bool:
     return any(name.endswith(".weight_zero_point") and kind == "I32" for h in headers for name, (kind, _) in h.items())
 
 
-def _rounds_caches(folder: Path) -> bool:
-    """Whether keys and values are kept rounded where the folder is served."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
+def rounds_caches(folder: Path) -> bool:
+    """Whether keys and values are kept rounded where a folder of compressed-tensors is served, as `kv-fp8` has them: in
+    e4m3, by a scale of 1. Not so of other formats, and where the files hold scales of their own."""
+    settings = settings_of(read_model_config(folder)) or {}
+    given = settings.get("kv_cache_scheme")
+    if settings.get("quant_method") != "compressed-tensors" or not isinstance(given, dict):
+        return False
+    held = (name for path in weight_files(folder) for name in read_header(path))
+    is_plain = {key: given.get(key) for key in CACHE_ARGUMENTS} == CACHE_ARGUMENTS
+    return is_plain and not any(name.endswith(_SCALES_OF_CACHES) for name in held)
 
 
 def _has_packed_embeddings(folder: Path) -> bool:
