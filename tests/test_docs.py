@@ -26,6 +26,11 @@ def generate() -> ModuleType:
     return module
 
 
+def test_pages_name_nothing_of_the_machine_that_made_them() -> None:
+    made = (DOCS / "api.md").read_text() + (DOCS / "cli.md").read_text()
+    assert [part for part in (sys.executable, str(ROOT)) if part in made] == []
+
+
 def test_pages_that_are_made_from_the_code_are_fresh(generate: ModuleType) -> None:
     """`python docs/generate.py` writes them."""
     made = generate.pages()

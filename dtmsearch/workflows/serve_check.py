@@ -85,7 +85,7 @@ def serve_check(
     texts: Texts | None = None,
     base: str | None = None,
     engine: str = "vllm",
-    python: str = "",
+    python: str | None = None,
     port: int = 0,
     options: Sequence[str] | None = None,
     start_seconds: float = EngineSettings.start_seconds,
