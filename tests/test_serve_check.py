@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +26,15 @@ import dtmsearch as dtm
 from dtmsearch.analysis.serve_comparison import ServeComparison, ServedPositions, served_values
 from dtmsearch.cli import main
 from dtmsearch.console.comparison_text import serve_check_text
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.records import EvaluationRecord
+from dtmsearch.errors import UserError
+from dtmsearch.model.modules.discovery import read_manifest
+from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows import engine_process
+from dtmsearch.workflows.described_folder import read_card
+from dtmsearch.workflows.serve_check import _recorded
 
 ENGINE = Path(__file__).parent / "fake_engine"
 LENGTHS = {"count": 10, "prompt_tokens": 12, "continuation_tokens": 8}
@@ -202,6 +212,43 @@ def test_a_folder_that_was_never_measured_wants_a_text(
     assert code == 2 and "say with --base what it is" in errors
     code, _, errors = check(capsys, copy, "--store", store, "--base", base)
     assert code == 2 and "give --text" in errors
+
+
+def test_the_recorded_values_are_of_the_calibration_that_the_folder_was_made_with(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    store = ResultStore(shutil.copytree(folders[0], tmp_path / "store"))
+    reference = store.reference(read_card(folders[2])["dtmsearch"]["reference"])
+    assert reference is not None
+    manifest = read_manifest(ModelSpec(str(folders[1]), dtype="float32"))
+    plan, few = Plan.of({"model.layers.0.mlp.up_proj": "gptq-int4-channel"}), np.zeros(6, np.int32)
+    for run, fdt in (("one", 1), ("two", 2)):
+        request = EvalRequest(plan, reference.id, (0, 6), calibration_id=f"by-{run}")
+        outcome = EvalResult(request.id, few + fdt, few, np.ones(6, np.float32))
+        with store.writer(run) as writer:
+            writer.put_components(manifest, manifest.components)
+            writer.append([EvaluationRecord(request, outcome, "search")])
+    named = {"plan": plan.id, "reference": reference.id}
+    for card in ({"run": "two"}, {"run": "other", "calibration": "by-two"}):
+        assert (_recorded(tmp_path, {"dtmsearch": named | card}, store, 0).values["fdt"] == 2).all()
+    with pytest.raises(UserError, match="holds no measurement of plan"):
+        _recorded(tmp_path, {"dtmsearch": named | {"calibration": "by-three"}}, store, 0)
+
+
+def test_an_end_that_is_broken_off_leaves_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a second Ctrl-C, while the engine that was asked to end takes its time."""
+
+    def impatient(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_process, "_TERM_SECONDS", 0.01)
+    monkeypatch.setattr("psutil.wait_procs", impatient)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        with pytest.raises(KeyboardInterrupt):
+            engine_process._end(process)
+        assert process.poll() == -signal.SIGKILL
 
 
 def values(length: int, *, served: Any, expected: Any, base: Any) -> ServeComparison:

@@ -261,13 +261,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         below = psutil.Process(process.pid).children(recursive=True)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _TERM_SECONDS
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_TERM_SECONDS)
-    psutil.wait_procs(below, timeout=max(0.0, deadline - time.monotonic()))
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for child in below:
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    process.wait()
+    try:
+        deadline = time.monotonic() + _TERM_SECONDS
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_TERM_SECONDS)
+        psutil.wait_procs(below, timeout=max(0.0, deadline - time.monotonic()))
+    finally:  # also where the wait is broken off by another Ctrl-C
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for child in below:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        process.wait()

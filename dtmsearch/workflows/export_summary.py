@@ -118,6 +118,7 @@ def _recorded(found: Source) -> dict[str, str]:
     if found.recorded is None:
         return {}
     named = {"run": found.recorded.run, "reference": found.recorded.reference.id, "weights": found.weights_id}
+    named |= {"calibration": found.recorded.calibration_id}
     return {name: value for name, value in named.items() if value}
 
 

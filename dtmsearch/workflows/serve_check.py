@@ -177,17 +177,19 @@ def _recorded(folder: Path, card: Mapping[str, Any], store: ResultStore, count: 
         )
     reference = store.reference(str(named["reference"]))
     fits = (pc.field("plan_id") == str(named.get("plan"))) & (pc.field("reference_id") == str(named["reference"]))
-    columns = ["run", "num_prompts", "weights_id", "fdt", "sdt", "fdt_unmasked"]
+    columns = ["run", "num_prompts", "weights_id", "calibration_id", "fdt", "sdt", "fdt_unmasked"]
     rows = store.table("evaluations", columns, None, fits & (pc.field("status") == "ok")).to_pylist()
     weights = str(named.get("weights", ""))
     rows = [row for row in rows if (row["weights_id"] or "") == weights and row["fdt"] is not None]
     rows = [row for row in rows if reference is not None and row["num_prompts"] == reference.num_prompts]
+    if "calibration" in named:  # cards of older exports name the run alone
+        rows = [row for row in rows if (row["calibration_id"] or "") == named["calibration"]]
     if reference is None or not rows:
         raise UserError(
             f"the store {store.url} holds no measurement of plan {named.get('plan')} against reference "
             f"{named['reference']}, which {folder} was checked by: name the store with --store, or give --text"
         )
-    row = rows[0]
+    row = min(rows, key=lambda row: row["run"] != named.get("run"))
     values = {"fdt_text": row["fdt_unmasked"] or row["fdt"], "fdt": row["fdt"], "sdt": row["sdt"]}
     few = slice(0, count or None)
     return Expected(
