@@ -4,7 +4,9 @@ where llama.cpp's quantizer is installed (DTMSEARCH_GGML)."""
 from __future__ import annotations
 
 import ctypes
+import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +21,14 @@ from tiny import TEXT, llama_config, replica, with_reference, write_model
 
 from dtmsearch import config
 from dtmsearch.cluster.pool_settings import PoolSettings
-from dtmsearch.core import gguf_types
+from dtmsearch.core import gguf_types, schemes
 from dtmsearch.core.calibration import InputStatistics
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec
 from dtmsearch.core.gguf_presets import PRESETS, preset_plan
 from dtmsearch.core.gguf_types import TYPES, held_type, quantized, round_trip, stored_bits
 from dtmsearch.core.plan import Budget, Perturbation, Plan
+from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import LibraryMissing, UserError
 from dtmsearch.export.formats.gguf import write_recipe
@@ -60,12 +63,12 @@ needs_library = pytest.mark.skipif(not has_library(), reason="llama.cpp's quanti
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    gguf_types.ggml.cache_clear()
+    gguf_types._found.cache_clear()
     monkeypatch.delenv(gguf_types.VARIABLE, raising=False)
     monkeypatch.setattr(gguf_types.ctypes.util, "find_library", lambda name: None)
     monkeypatch.setattr(gguf_types.importlib.util, "find_spec", lambda name: None)
     yield
-    gguf_types.ggml.cache_clear()
+    gguf_types._found.cache_clear()
 
 
 @pytest.mark.parametrize("kind", TYPES.values(), ids=lambda kind: str(kind.name))
@@ -140,6 +143,36 @@ def test_a_library_that_a_replica_lacks_is_no_failure_of_the_plan(no_library: No
     plan = Plan.of({"model.layers.0.mlp.up_proj": "gguf-Q8_0"})
     with pytest.raises(LibraryMissing):
         model.evaluate([EvalRequest(plan, reference.id, (0, reference.num_prompts))])
+
+
+def test_the_library_is_looked_for_once_where_there_is_none(no_library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every identity of an evaluation asks for its build."""
+    looked: list[str] = []
+    monkeypatch.setattr(gguf_types.ctypes.util, "find_library", looked.append)
+    assert [gguf_types.build() for _ in range(3)] == ["", "", ""] and looked == ["ggml-base"]
+
+
+def of_another_build(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A request as it comes out of a process with another build of the quantizer than this one's."""
+    with monkeypatch.context() as there:
+        family = replace(schemes._FAMILIES["gguf-plain"], build=lambda: "ggml of there")
+        there.setitem(schemes._FAMILIES, family.name, family)
+        return pickle.loads(pickle.dumps(request))
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "prices"])
+def test_a_replica_refuses_what_another_build_of_the_library_would_be_recorded_for(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = replica(write_model(tmp_path / "model", llama_config(num_hidden_layers=1)))
+    reference = with_reference(model)
+    name, prompts = "model.layers.0.mlp.up_proj", (0, reference.num_prompts)
+    with pytest.raises(LibraryMissing, match=r"of the family gguf-plain.*than where the search runs \(.*of there"):
+        if kind == "evaluation":
+            made = EvalRequest(Plan.of({name: "gguf-Q8_0"}), reference.id, prompts)
+            model.evaluate([of_another_build(made, monkeypatch)])
+        else:
+            model.price(of_another_build(PriceRequest(reference.id, prompts, (name,), ("gguf-Q8_0",)), monkeypatch))
 
 
 def test_a_variable_that_names_nothing_is_said(

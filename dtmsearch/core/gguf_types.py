@@ -276,21 +276,32 @@ class Ggml:
         _TO_FLOAT(self._traits(kind.number).contents.to_float)(blocks.ctypes.data, out.ctypes.data, out.size)
 
 
-@lru_cache(maxsize=1)
 def ggml() -> Ggml:
-    """The library, found once. Raises `UserError` that says how to have it."""
-    for place in _places():
-        found = _library_at(place)
-        if found is not None:
-            return Ggml(found)
-    raise LibraryMissing(
+    """The library, looked for once. Raises `UserError` that says how to have it."""
+    found = _found(os.environ.get(VARIABLE, ""))
+    if isinstance(found, UserError):
+        raise type(found)(str(found))
+    return found
+
+
+@lru_cache(maxsize=1)
+def _found(named: str) -> Ggml | UserError:
+    """What is found while `VARIABLE` names this, or why nothing is: every identity asks for the build."""
+    try:
+        found = next((at for place in _places(named) if (at := _library_at(place)) is not None), None)
+        return _not_found() if found is None else Ggml(found)
+    except UserError as error:
+        return error.with_traceback(None)
+
+
+def _not_found() -> LibraryMissing:
+    return LibraryMissing(
         f"schemes such as gguf-Q4_K need llama.cpp's quantizer, {_LIBRARY}: pip install llama-cpp-python, or name the "
         f"library of any build of llama.cpp, or its folder, by {VARIABLE}"
     )
 
 
-def _places() -> list[Path]:
-    named = os.environ.get(VARIABLE)
+def _places(named: str) -> list[Path]:
     if named:
         if _library_at(Path(named)) is None:
             raise LibraryMissing(f"{VARIABLE}: there is no {_LIBRARY} at {named}")

@@ -17,7 +17,7 @@ from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.schemes import ALIASES, DENSE, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
-from dtmsearch.errors import UserError
+from dtmsearch.errors import LibraryMissing, UserError
 
 _WEIGHTS_ID = re.compile("[0-9A-Za-z_-]{1,100}")
 # A uniform plan that stores up to so much more than a plan counts as of at most its size.
@@ -78,8 +78,10 @@ class Plan:
         return dict(self.entries)
 
     def __getstate__(self) -> dict[str, object]:
-        """What crosses a process border: the entries and the identity, which takes longer to find than to send."""
-        return {"entries": self.entries, "id": self.id}
+        """What crosses a process border: the entries, the identity, which takes longer to find than to send, and the
+        versions of schemes that who asks knows (see `check_versions`)."""
+        versions = self.scheme_versions
+        return {"entries": self.entries, "id": self.id} | ({"scheme_versions": versions} if versions else {})
 
     @cached_property
     def parsed(self) -> dict[str, Scheme]:
@@ -203,6 +205,19 @@ def versions_of(schemes: Iterable[str]) -> dict[str, int | str]:
     """Scheme family -> version of its arithmetic, of those that have had another or come from another package."""
     found = {parse_scheme(scheme) for scheme in set(schemes)}
     return {scheme.family: scheme.version for scheme in found if scheme.version != 1 or scheme.own is not None}
+
+
+def check_versions(asked: Mapping[str, int | str], schemes: Iterable[str]) -> None:
+    """Raises `LibraryMissing` unless schemes are computed here as who asks for them says: what is made here is recorded
+    under the versions, and builds of libraries, of there."""
+    here = versions_of(schemes)
+    for family in sorted(asked.keys() | here.keys()):
+        if asked.get(family) != here.get(family):
+            own, theirs = (found.get(family, "no version of its own") for found in (here, asked))
+            raise LibraryMissing(
+                f"schemes of the family {family} are computed here by another version or build ({own}) than where the "
+                f"search runs ({theirs}), under which values are recorded: have the same on every machine"
+            )
 
 
 def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, times: Times | None = None) -> PlanSize:

@@ -10,13 +10,14 @@ which no part is assumed (Amari, Natural Gradient Works Efficiently in Learning,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.identity import identity
-from dtmsearch.core.plan import Plan, versions_of
+from dtmsearch.core.plan import Plan, check_versions, versions_of
 from dtmsearch.core.schemes import DENSE
 
 # Raise it when the same samples would give other products.
@@ -62,11 +63,28 @@ class PriceRequest:
     around: Plan = field(default=Plan())
     calibration_id: str = ""
 
+    @cached_property
+    def scheme_versions(self) -> dict[str, int | str]:
+        """See `versions_of`."""
+        return versions_of(self._all_schemes)
+
+    @property
+    def _all_schemes(self) -> tuple[str, ...]:
+        return (*self.schemes, *self.around.schemes.values())
+
+    def __getstate__(self) -> dict[str, object]:
+        """What crosses a process border: versions, too, that who asks knows."""
+        return self.__dict__ | {"scheme_versions": self.scheme_versions}
+
+    def check_versions(self) -> None:
+        """See `dtmsearch.core.plan.check_versions`."""
+        check_versions(self.scheme_versions, self._all_schemes)
+
     @property
     def id(self) -> str:
         """Identity of what determines the products of a sample: all but `samples`, the components and the schemes.
         Versions of the schemes' arithmetic are part of it (`versions_of`)."""
-        versions = versions_of((*self.schemes, *self.around.schemes.values()))
+        versions = self.scheme_versions
         return identity(
             {
                 "reference": self.reference_id,

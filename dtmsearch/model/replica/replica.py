@@ -43,7 +43,7 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Plan, check_versions
 from dtmsearch.core.prices import PASSES, PriceBlock, PriceRequest
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.variant import BASE, Variant
@@ -271,7 +271,10 @@ class Replica:
 
     @torch.inference_mode()
     def evaluate(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
-        """An outcome for each request, in the order of the requests."""
+        """An outcome for each request, in the order of the requests. Raises `LibraryMissing` where schemes are computed
+        here by another build than where the requests were made."""
+        for request in requests:
+            check_versions(request.plan.scheme_versions, (scheme for _, scheme in request.plan.entries))
         return self._evaluator.evaluate(requests)
 
     @torch.inference_mode()
@@ -295,8 +298,9 @@ class Replica:
     def price(self, request: PriceRequest) -> PriceBlock:
         """Products of a request's options over its samples (see `dtmsearch.core.prices`). Layers run eagerly.
 
-        Raises `UserError` for components of which prices cannot be had.
+        Raises `UserError` for components of which prices cannot be had, `LibraryMissing` as `evaluate`.
         """
+        request.check_versions()
         started_at = time.perf_counter()
         reference = self._evaluator.references[request.reference_id].reference
         pricer, stand_on = self._pricer(), lambda plan: self._bench.become(Variant(plan))
