@@ -155,6 +155,29 @@ def test_prices_are_those_of_a_model_that_lies_on_the_device(both: tuple[Replica
     np.testing.assert_array_equal(found[0], found[1])
 
 
+def test_prices_of_several_batches_read_each_layer_once_up_and_once_down(
+    both: tuple[Replica, Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    brought: list[int] = []
+    begin = StreamedLayers._begin
+    monkeypatch.setattr(
+        StreamedLayers, "_begin", lambda self, index, place: brought.append(index) or begin(self, index, place)
+    )
+    for model in both:
+        reference = with_reference(model)
+        assert model._batches.rows(reference.text.shape[1]) < 6  # several batches
+        names = tuple(component.name for component in model.manifest().components)
+        brought.clear()
+        request = PriceRequest(
+            reference.id, (0, 6), names, ("int4-g8",), kind="slope", around=Plan.of({names[9]: "int3-g8"})
+        )
+        found.append(model.price(request).products)
+        # The base model's head inputs, the plan that stands, up and down: whatever the number of batches.
+        assert len(brought) <= 5 * 4
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_texts_under_a_plan_and_its_check(both: tuple[Replica, Replica]) -> None:
     found = []
     for model in both:

@@ -33,9 +33,9 @@ _MEASURED_PEAK = GPUS["H200"][1]
 _SPREAD_RATE = 0.75
 # Bytes a second from the page cache into a GPU (docs/performance.md), shared by the GPUs of a machine.
 _READ_RATE = 20e9
-# How often all weights are read: for prices twice forth, in two batches, and once back; for a probe once for so many
-# candidates as go up the layers together.
-_PRICE_READS = 3
+# How often all weights are read for prices: up and down. For a probe it is once for so many candidates as go up the
+# layers together.
+_PRICE_READS = 2
 # Of a probe: tokens of a prompt and its continuation, and prompts; samples of prices as `auto` takes them.
 _ROW_TOKENS, _PROBE_PROMPTS = 200, 128
 _SAMPLES = AutoSettings.samples

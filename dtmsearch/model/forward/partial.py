@@ -433,6 +433,10 @@ class Body:
                 hook.remove()
         return found
 
+    def boundaries_of(self, batches: Sequence[Tensor]) -> list[list[Tensor]]:
+        """`boundaries` of each batch."""
+        return [self.boundaries(batch) for batch in batches]
+
     def _enter(self, state: State | None, start: int) -> None:
         assert (state is None) == (start == 0) and not isinstance(state, Elsewhere | Below)
         if state is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +34,25 @@ class StreamedBody(Body):
 
     def device_of(self, layer: int) -> torch.device:
         return self.input_device
+
+    def boundaries_of(self, batches: Sequence[Tensor]) -> list[list[Tensor]]:
+        """See `Body`. A layer takes all batches before the next is brought."""
+        found: list[list[Tensor]] = [[] for _ in batches]
+        for layer in range(self.num_layers):
+            for states, tokens in zip(found, batches, strict=True):
+                if layer == 0:
+                    states.append(self._first_inputs(tokens))
+                start = states[layer] if layer else None
+                states.append(self.through(start, layer, layer + 1, partial(self.run, tokens)))
+        return found
+
+    def _first_inputs(self, tokens: Tensor) -> Tensor:
+        """The state at the first boundary."""
+        with self._only(0, 0):
+            self.run(tokens)
+            seen = self._stand_ins[0].seen
+        assert seen is not None
+        return seen
 
     def _proved_cuts(self, tokens: Tensor, others: Tensor, whole: Tensor) -> set[int]:
         """See `Body`. A layer that gives each next state by itself does so in a pass of several, too."""

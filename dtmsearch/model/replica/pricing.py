@@ -208,7 +208,7 @@ def _products(
     for component in request.components:
         by_layer.setdefault(layer_of[component], []).append(component)
     with torch.no_grad():
-        states = [body.boundaries(batch) for batch in batches]
+        states = body.boundaries_of(batches)
     gradients = [
         _of_head(body, request, batch, state[-1], targets_from, start, None if base_hidden is None else base_hidden[at])
         for at, (batch, state, start) in enumerate(zip(batches, states, starts, strict=True))
