@@ -16,6 +16,7 @@ import pytest
 import torch
 from gguf.quants import dequantize
 from tiny import DEMO_MODEL, llama_config, write_model
+from transformers import MixtralConfig
 
 from dtmsearch.core import gguf_types, llama_library
 from dtmsearch.core.evaluation import ModelSpec
@@ -100,6 +101,34 @@ def test_a_head_of_the_plan_is_quantized_too(tmp_path: Path) -> None:
     gguf_file.write_gguf(made, tmp_path / "out")
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     assert [tensor.name for tensor in reader.tensors if tensor.tensor_type.name == "Q8_0"] == ["output.weight"]
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_llama_cpp_rounds_more_than_the_search_of_a_head_that_is_the_embedding_is_said(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "_rewrite", lambda *given: {"token_embd.weight": "Q8_0"})
+    (tmp_path / "out").mkdir()
+    folder = write_model(tmp_path / "model", llama_config(tie_word_embeddings=tied))
+    manifest = read_manifest(ModelSpec(str(folder), dtype="float32"))
+    plan = Plan.of({"model.embed_tokens": "gguf-Q8_0"})
+    made = Job(folder, manifest, plan, torch.float32, torch.device("cpu"))
+    notes = " ".join(gguf_file.write_gguf(made, tmp_path / "out").notes)
+    assert ("model.embed_tokens is the head too, and llama.cpp rounds what a quantized head reads" in notes) == tied
+
+
+def test_a_plan_that_leaves_some_of_a_layer_s_experts_is_refused_before_anything_is_converted(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=258, num_key_value_heads=2, num_local_experts=4, **sizes)
+    folder = write_model(tmp_path / "model", config)
+    manifest = read_manifest(ModelSpec(str(folder), dtype="float32"))
+    experts = [c.name for c in manifest.components if ".experts." in c.name and c.layer == 0]
+    made = Job(folder, manifest, Plan.of({experts[0]: "gguf-Q8_0"}), torch.float32, torch.device("cpu"))
+    with pytest.raises(
+        UserError, match=r"stack of all experts, has one type, .* leaves some as they are:\n  blk\.0\.ff"
+    ):
+        gguf_file.write_gguf(made, tmp_path)
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -100,7 +100,7 @@ def preset_plan(name: str, components: Sequence[Component], manifest: ModelManif
         raise UserError(f"{PRESET}{name}: llama.cpp's mixtures of models with experts are not known here")
     usual, rule = PRESETS[name]
     layers = manifest.num_layers
-    heads = _heads(manifest)
+    heads = heads_of(manifest)
     rows = {(component.layer, component.kind): component.shape[0] for component in manifest.components}
 
     def scheme(component: Component) -> str:
@@ -114,7 +114,7 @@ def preset_plan(name: str, components: Sequence[Component], manifest: ModelManif
     return Plan.of({component.name: scheme(component) for component in quantized})
 
 
-def _heads(manifest: ModelManifest) -> set[str]:
+def heads_of(manifest: ModelManifest) -> set[str]:
     """The model's head, or the embedding that is the head too where there is none beside it."""
     own = {c.name for c in manifest.others if c.layer >= manifest.num_layers and c.kind in _HEAD_KINDS}
     return own or {c.name for c in manifest.others if c.layer < 0}

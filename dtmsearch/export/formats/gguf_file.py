@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core import gguf_types
 from dtmsearch.core.components import Component
+from dtmsearch.core.gguf_presets import heads_of
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.gguf import tensor_names
 from dtmsearch.export.formats.gguf_base import check_converter, convert
@@ -43,11 +44,17 @@ def write_gguf(job: Job, folder: Path) -> Written:
     names = tensor_names(job, NAME)
     held: dict[str, list[Component]] = {}
     for component, tensors in names.items():
-        for tensor in tensors if component in job.plan.schemes else ():
+        for tensor in tensors:
             held.setdefault(tensor, []).append(job.manifest.by_name[component])
+    held = {tensor: parts for tensor, parts in held.items() if any(c.name in job.plan.schemes for c in parts)}
     mixed = [tensor for tensor, parts in held.items() if len({job.plan.scheme(c.name).name for c in parts}) > 1]
     if mixed:
-        raise refuse(NAME, "a tensor of llama.cpp has one type, and the plan gives its parts several:", mixed)
+        raise refuse(
+            NAME,
+            "a tensor of llama.cpp, such as a stack of all experts, has one type, and the plan gives its parts several "
+            "or leaves some as they are:",
+            mixed,
+        )
     base, path = base_beside(folder), folder / FILE
     convert(job.folder, base, _OUTTYPES[str(job.dtype).removeprefix("torch.")])
     try:
@@ -145,8 +152,17 @@ def _blocks(job: Job, tensor: Any, kind: gguf_types.GgufType, components: Sequen
 def _notes(job: Job, types: Mapping[str, str]) -> list[str]:
     counts = ", ".join(f"{number} {kind}" for kind, number in Counter(types.values()).most_common())
     dense = str(job.dtype).removeprefix("torch.")
-    return [
+    notes = [
         f"{FILE} holds {counts} tensors; all others, embeddings and output among them where the search left them out, "
         f"are {dense} as converted.",
         f"Quantized by {gguf_types.build()} with the search's own importance matrix.",
     ]
+    tied = [
+        c for c in job.manifest.others if c.layer < 0 and c.name in heads_of(job.manifest) & job.plan.schemes.keys()
+    ]
+    if tied:
+        notes.append(
+            f"{tied[0].name} is the head too, and llama.cpp rounds what a quantized head reads to 8 bits. The search "
+            "measured its weights alone, so llama.cpp's logits differ by that more than of other plans."
+        )
+    return notes
