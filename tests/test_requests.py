@@ -28,7 +28,7 @@ START = ['reference "ü"', [0, 8], ["kl", "ppl"], METRICS_VERSION]
         (Plan.of({"lm_head": "int8-channel"}), "", "", [{"schemes": {"head": 2, "rounding": 2}}]),
         (CALIBRATED, "calibration", "", ["calibration", {"schemes": {"gptq": 2}}]),
         (
-            Plan.of({"a": "wanda-0.5", "b": "nf4"}),
+            Plan.of({"layers.0.a": "wanda-0.5", "layers.0.b": "nf4"}),
             "calibration",
             "trained",
             ["calibration", {"weights": "trained"}],
@@ -40,6 +40,17 @@ def test_an_identity_is_that_of_what_determines_the_value(
 ) -> None:
     request = EvalRequest(plan, str(START[0]), (0, 8), ("ppl", "kl"), Plan(), calibration_id, weights_id)
     assert request.id == identity([plan.id, *START, *members])
+
+
+@pytest.mark.parametrize("head", ["head", "output_projection", "lm_head.decoder", "model.embed_in"])
+def test_divergences_of_plans_that_change_the_head_are_anew_and_nothing_else(head: str) -> None:
+    """Whatever the head is called."""
+    plan = Plan.of({head: "int8-channel"})
+    request = EvalRequest(plan, str(START[0]), (0, 8), ("ppl", "kl"))
+    assert request.id == identity([plan.id, *START, {"schemes": {"head": 2, "rounding": 2}}])
+    without = EvalRequest(plan, str(START[0]), (0, 8), ("ppl",))
+    rest = [START[0], [0, 8], ["ppl"], METRICS_VERSION]
+    assert without.id == identity([plan.id, *rest, {"schemes": {"rounding": 2}}])
 
 
 def test_a_request_comes_out_of_another_process_as_it_went_in() -> None:

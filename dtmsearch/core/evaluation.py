@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.identity import canonical, identity, identity_of_text
-from dtmsearch.core.metric_registry import metric_versions
+from dtmsearch.core.metric_registry import METRICS, metric_versions
 from dtmsearch.core.numeric_mode import ATTENTION, DTYPE, SCALE_DTYPE, NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.variant import Variant
@@ -216,9 +216,10 @@ def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens, rul
     )
 
 
-# Plans that change the head, or embeddings that may be tied to it: their KL was once taken with the plan's head on both
-# sides, and such values are not used again.
-_CHANGES_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_\w+|wte|word_embeddings|embeddings|output)$")
+# Plans that change the head, or embeddings that may be tied to it, whatever a model calls them: what lies in no layer
+# has no number in its name. Their KL was once taken with the plan's head on both sides, and such values are not used
+# again.
+_IN_A_LAYER = re.compile(r"(?:^|\.)\d+\.")
 
 
 @dataclass(frozen=True)
@@ -244,13 +245,18 @@ class EvalRequest:
     def id(self) -> str:
         """Identity over the canonical JSON of [plan, reference, ...]; put together, for all but the plan repeats."""
         schemes = tuple(sorted(self.plan.scheme_versions.items()))
-        if any(_CHANGES_HEAD.search(name) for name, _ in self.plan.entries):
+        if self._is_beside_the_base and any(not _IN_A_LAYER.search(name) for name, _ in self.plan.entries):
             schemes += (("head", 2),)
         metrics = tuple(metric_versions(self.extra_metrics).items()) if self.extra_metrics else ()
         rest = _rest_of_identity(
             self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id, schemes, metrics
         )
         return identity_of_text(f'["{self.plan.id}",{rest}]')
+
+    @property
+    def _is_beside_the_base(self) -> bool:
+        """Whether the base model's distributions are asked for as well."""
+        return any(METRICS[name].needs_base for name in self.extra_metrics)
 
     @staticmethod
     def of(
