@@ -31,6 +31,7 @@ from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.modules.kv_caches import round_cached
 from dtmsearch.model.replica.compared_replica import ComparedReplica
 from dtmsearch.model.replica.exported import rounds_caches
+from dtmsearch.model.replica.plan_evaluator import PlanEvaluator
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.report.writing import write_report
 from dtmsearch.search.baselines import rivals_of, uniform_rivals
@@ -129,6 +130,15 @@ def test_parents_and_what_came_before_change_no_bit(folder: Path, parent: Plan) 
     again = EvalRequest(MIXED, reference.id, (0, 6), ("kl", "ppl"), parent)
     assert values(model.evaluate([again])[0]) == alone
     assert model.canary(reference.id) == 0.0
+
+
+def test_plans_that_differ_in_caches_alone_share_what_lies_below(folder: Path) -> None:
+    """However many numbers the caches have: rounded as they pass, they take no memory."""
+    parent = Plan.of({"model.layers.0.mlp.up_proj": "int8-channel"})
+    plan = Plan.of(parent.schemes | {VALUES.format(i): "kv-int4" for i in (1, 2)})
+    request = EvalRequest(plan, "reference", (0, 6), parent=parent)
+    evaluator = replica(folder)._evaluator
+    assert isinstance(evaluator, PlanEvaluator) and evaluator._with_near_parent(request).parent == parent
 
 
 def test_a_token_reads_the_same_of_a_cache_whatever_else_is_in_the_batch(folder: Path) -> None:

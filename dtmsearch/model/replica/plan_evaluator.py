@@ -259,9 +259,10 @@ class PlanEvaluator:
 
     def _with_near_parent(self, request: EvalRequest) -> EvalRequest:
         """The request; with the plan as its own parent where the two are so far apart that memory would hold much of
-        the model twice, once for each."""
+        the model twice, once for each. KV caches are rounded as tokens pass and held nowhere."""
         manifest = self._bench.manifest
         changed = [manifest.by_name[component] for component in request.plan.diff(request.parent)]
+        changed = [component for component in changed if not component.is_cache]
         if len({component.layer for component in changed}) <= 1:
             return request
         share = sum(c.num_weights for c in changed) / sum(c.num_weights for c in manifest.components)
