@@ -22,6 +22,7 @@ from dtmsearch.config import from_mapping
 from dtmsearch.console.text import run_text
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
+from dtmsearch.core.holders import CACHED, CACHED_TOGETHER, holders_of, size_sentence
 from dtmsearch.core.plan import Budget, Plan, plan_from_json, plan_to_json
 from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import DENSE, parse_scheme
@@ -292,6 +293,22 @@ def test_fp8_of_all_layers_is_exported_for_vllm_and_measures_as_recorded(
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (settings["kv_cache_scheme"]["num_bits"], settings["kv_cache_scheme"]["type"]) == (8, "float")
     assert len(settings["config_groups"]) == len(weights)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "told"),
+    [(("kv-fp8", "kv-fp8"), None), (("kv-fp8", "kv-int8"), CACHED_TOGETHER), (("kv-fp8", ""), CACHED_TOGETHER)],
+)
+def test_what_is_told_of_caches_before_an_export_is_what_it_does(
+    wide: Path, schemes: tuple[str, str], told: str | None
+) -> None:
+    components = (*read_manifest(spec(wide)).components, *caches(wide))
+    chosen = {c.name: scheme for c, scheme in zip(caches(wide), schemes, strict=True) if scheme}
+    plan = Plan.of({"model.layers.0.mlp.down_proj": "int8-channel"} | chosen)
+    held = {each.holder: each.obstacle for each in holders_of(plan, components, 16, 16)}
+    assert held["compressed-tensors (vllm)"] == told
+    assert held["compressed-tensors (transformers)"] == held["dense (any)"] == CACHED
+    assert ("compressed-tensors (vllm)" in size_sentence(plan, components, 16, 16)) == (told is None)
 
 
 def test_scales_of_caches_that_a_folder_has_of_its_own_are_left_to_engines_and_said(wide: Path, tmp_path: Path) -> None:

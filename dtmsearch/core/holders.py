@@ -39,7 +39,8 @@ class Holder:
     `obstacle` says why a matrix [rows, cols] cannot be written under a scheme, None where it can; `misplaced` why a
     component cannot be under any, for how the model keeps it. `file_bits` are the
     bits of a matrix in the files, by scheme, shape, bits of an unquantized weight and of a stored scale. `together`
-    says why one model cannot hold what each of its matrices could.
+    says why one model cannot hold what each of its matrices could. `caches`: schemes that it can give the KV caches of
+    all layers.
     """
 
     export: str
@@ -48,6 +49,7 @@ class Holder:
     file_bits: Callable[[Scheme, Shape, int, int], int]
     together: Callable[[Plan, Sequence[Component]], str | None] = _nothing_together
     misplaced: Callable[[Component], str | None] = _any_place
+    caches: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -61,6 +63,7 @@ VLLM_TOGETHER = "vLLM runs q, k, v and gate, up as one matrix each, and all expe
 
 EMBEDDINGS = "of embeddings it stores integers of rows or groups, without zero points, and activations as they are"
 CACHED = "it holds weights, and a KV cache is none"
+CACHED_TOGETHER = "it gives the keys and values of all layers one scheme, kv-fp8"
 TIED = (
     "its weights are the head's too, which loaders of packed weights look for elsewhere: `dense` holds it, or leave it "
     "out"
@@ -249,7 +252,10 @@ def _counted_bits(scheme: Scheme, shape: Shape, dense_bits: int, scale_bits: int
 
 
 HOLDERS: list[Holder] = [
-    Holder("compressed-tensors", "vllm", vllm_obstacle, _packed_bits("vllm"), _vllm_together, _not_linear_in_files),
+    Holder(
+        *("compressed-tensors", "vllm", vllm_obstacle, _packed_bits("vllm"), _vllm_together, _not_linear_in_files),
+        caches=ENGINES["vllm"].caches,
+    ),
     Holder(
         *("compressed-tensors", "transformers", packed_obstacle, _packed_bits("transformers")),
         misplaced=_not_linear_in_transformers,
@@ -338,7 +344,8 @@ def _held(
     scale_bits: int,
     source: str,
 ) -> Held:
-    found = ((CACHED if c.is_cache else holder.obstacle(scheme, c.shape)) or holder.misplaced(c) for c, scheme in parts)
+    cached = _cache_obstacle(holder, plan, components)
+    found = (cached if c.is_cache else holder.obstacle(scheme, c.shape) or holder.misplaced(c) for c, scheme in parts)
     obstacles = Counter(why for why in found if why is not None)
     why = next(iter(obstacles), None) or holder.together(plan, components)
     if holder.export == "source":
@@ -350,8 +357,16 @@ def _held(
     return Held(holder.name, bits / max(num_weights, 1), bits <= counted * (1 + SIZE_TOLERANCE))
 
 
+def _cache_obstacle(holder: Holder, plan: Plan, components: Sequence[Component]) -> str | None:
+    """Why a holder cannot say how the KV caches of a plan are kept; None where it can."""
+    if not holder.caches:
+        return CACHED
+    found = {plan.scheme_of(component.name) for component in components if component.is_cache}
+    return None if len(found) == 1 and found <= holder.caches else CACHED_TOGETHER
+
+
 def _file_bits(holder: Holder, component: Component, scheme: Scheme, dense_bits: int, scale_bits: int) -> int:
-    if scheme.is_source and holder.export == "source":
+    if component.is_cache or (scheme.is_source and holder.export == "source"):
         return scheme.bits_of(component, dense_bits)
     return holder.file_bits(scheme, component.shape, dense_bits, scale_bits)
 
