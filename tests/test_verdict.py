@@ -122,7 +122,7 @@ def test_too_few_prompts_are_said() -> None:
 
 def test_without_a_uniform_plan_of_its_size_a_plan_is_called_neither_better_nor_worse() -> None:
     said = verdict([PLAN, BASE, rival("int8-channel", 8.1, kl=0.01)], "kl")
-    assert "no uniform plan of at most its size was measured, so it is called neither better nor worse" in said
+    assert "no known plan of at most its size was measured, so it is called neither better nor worse" in said
 
 
 def test_a_ruined_plan_is_unusable_however_it_does_against_others() -> None:

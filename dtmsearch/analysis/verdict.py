@@ -256,7 +256,7 @@ def _against(
     )
     fdt = "" if metric == "fdt" else f" (FDT {plan.summary.fdt_mean:.1f})"
     if rival is None:
-        return f"{found}{fdt}; no uniform plan {of_its_size} was measured, so it is called neither better nor worse."
+        return f"{found}{fdt}; no known plan {of_its_size} was measured, so it is called neither better nor worse."
     best = "best uniform plan" if rival.uniform_scheme else "best known plan"
     other = (
         f"the {best} {of_its_size}, {rival.rival_name} ({_size_of_rival(rival)}"
