@@ -78,15 +78,9 @@ def test_the_demo_shows_its_plan(demo: Demo) -> None:
     assert re.search(r"^  layer +0\n  q ", demo.said.out, re.MULTILINE), demo.said
 
 
-def test_the_demo_s_plan_is_nearer_to_the_base_model_than_uniform_ones_of_its_size(demo: Demo) -> None:
-    """Whether surely so depends on its prompts, which are this package's source files as they stand: one that rounding
-    upsets makes an interval wide."""
-    found = {
-        row["label"]: row["kl"]
-        for row in rows(demo.folder / "dtm-store", "evaluations", "demo")
-        if row["purpose"] == "validation"
-    }
-    assert found["plan"] < 0.8 * min(found["uniform:int4-g32"], found["uniform:int4-g32-asym"])
+def test_the_demo_s_plan_is_better_than_the_best_uniform_one_of_its_size(demo: Demo) -> None:
+    """As docs/screens.md shows; its texts are files that nothing else changes."""
+    assert ": better than the best uniform plan of at most its size" in demo.said.out
 
 
 def test_the_commands_after_the_demo_work(demo: Demo) -> None:

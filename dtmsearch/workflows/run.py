@@ -130,7 +130,7 @@ def resume(
 
 
 def demo(store: StoreLike, where: Where = Where(), observer: Observer | None = None) -> RunSummary:
-    """A whole search of the model inside the package, over the package's own source text."""
+    """A whole search of the model inside the package, over texts that lie beside it."""
     package = Path(dtmsearch.__file__).parent
     text = (package / "demo" / "demo.yaml").read_text(encoding="utf-8")
     return run(config.parse(text, "demo.yaml", package), store, where, observer)
