@@ -28,8 +28,19 @@ from dtmsearch.export.job import Job
 from dtmsearch.model.replica.by_llama_cpp import measured
 from dtmsearch.workflows.export import resolve
 
-# By llama.h, enum llama_ftype.
-_FTYPES = {"Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_XS": 30}
+# By llama.h, enum llama_ftype: all of `core.gguf_presets`.
+_FTYPES = {
+    "Q2_K": 10,
+    "Q3_K_S": 11,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
+    "IQ4_XS": 30,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+}
 _F32 = 0
 
 
@@ -48,15 +59,18 @@ class _Parameters(ctypes.Structure):
     )
 
 
-def quantize(base: Path, out: Path, preset: str, importance: Mapping[str, NDArray[np.float32]]) -> None:
-    """llama-quantize, by the function that it calls."""
+def quantize(
+    base: Path, out: Path, preset: str, importance: Mapping[str, NDArray[np.float32]], outside: bool = False
+) -> None:
+    """llama-quantize, by the function that it calls; `outside`: the embedding and the output too."""
     library: Any = llama_library._library()
     library.llama_model_quantize_default_params.restype = _Parameters
     library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_Parameters)]
     library.llama_model_quantize.restype = ctypes.c_uint32
     parameters = library.llama_model_quantize_default_params()
     parameters.threads, parameters.ftype = 1, _FTYPES[preset]
-    parameters.output_type = parameters.embedding_type = _F32
+    if not outside:
+        parameters.output_type = parameters.embedding_type = _F32
     entries = (_Importance * (len(importance) + 1))()
     for entry, (name, values) in zip(entries, importance.items(), strict=False):
         entry.name, entry.data, entry.size = name.encode(), values.ctypes.data, values.size

@@ -3,6 +3,7 @@ library and its converter are installed, by themselves; else with others in thei
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,11 +20,14 @@ from tiny import DEMO_MODEL, llama_config, write_model
 from transformers import MixtralConfig
 
 from dtmsearch.core import gguf_types, llama_library
+from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.gguf_presets import preset_plan
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import FEWEST
 from dtmsearch.errors import ExportFailed, LibraryMissing, UserError
 from dtmsearch.export.formats import gguf_base, gguf_file
+from dtmsearch.export.formats.gguf import tensor_names
 from dtmsearch.export.job import Job
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica import by_llama_cpp
@@ -255,3 +259,55 @@ def test_llama_cpp_s_logits_of_the_converted_model_are_transformers_own(tmp_path
     with torch.no_grad():
         expected = own(torch.from_numpy(tokens).long()[None]).logits[0, 8:].log_softmax(1)
     assert float((expected.exp() * (expected - found)).sum(1).mean()) < 1e-5
+
+
+def own_gguf(path: Path, names: dict[Component, str]) -> None:
+    """A model of llama's architecture, its components by their tensors' names."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1 + max(component.layer for component in names if component.kind == "q"))
+    writer.add_context_length(128)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(64)
+    writer.add_vocab_size(258)
+    random = np.random.default_rng(0)
+    for component, name in names.items():
+        writer.add_tensor(name, random.normal(size=component.shape).astype(np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def has_llama() -> bool:
+    try:
+        llama_library.check_installed()
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_llama(), reason="llama.cpp's library is not installed here")
+@pytest.mark.parametrize(("tied", "presets"), [(False, ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M")), (True, ("Q4_K_M",))])
+def test_mixtures_are_llama_cpp_s_own_head_and_embedding_among_them(
+    tmp_path: Path, tied: bool, presets: tuple[str, ...]
+) -> None:
+    quantize = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "gguf_presets.py"))["quantize"]
+    sizes = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    folder = write_model(tmp_path / "model", llama_config(**sizes, **heads))
+    manifest = read_manifest(ModelSpec(str(folder), dtype="float32"))
+    components = manifest.select(("*", "*embed_tokens", *(() if tied else ("lm_head",))))
+    plans = {name: preset_plan(name, components, manifest) for name in presets}
+    tensors = tensor_names(Job(folder, manifest, plans["Q4_K_M"], torch.float32, torch.device("cpu")), "gguf")
+    names = {component: tensors[component.name][0] for component in components}
+    own_gguf(tmp_path / "base.gguf", names)
+    importance = {name: np.ones(256, np.float32) for name in names.values()}
+    for preset, plan in plans.items():
+        quantize(tmp_path / "base.gguf", tmp_path / "out.gguf", preset, importance, True)
+        found = {t.name: f"gguf-{t.tensor_type.name}" for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+        assert {c.name: found[name] for c, name in names.items()} == plan.schemes, preset

@@ -1,7 +1,8 @@
 """llama.cpp's own mixtures (`Q4_K_M`, ...) as plans: the rivals of a plan of its types at the same bytes.
 
-Which tensor a mixture keeps in more bits follows llama-quantize, for models without experts whose keys and values have
-matrices of their own or one with the queries; its exception for models of 80 layers is left out.
+Which tensor a mixture keeps in more bits follows llama-quantize with an importance matrix, for models without experts
+whose keys and values have matrices of their own or one with the queries; its exception for models of 80 layers is left
+out.
 """
 
 from __future__ import annotations
