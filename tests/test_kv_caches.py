@@ -35,7 +35,7 @@ from dtmsearch.model.replica.exported import rounds_caches
 from dtmsearch.model.replica.plan_evaluator import PlanEvaluator
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.report.writing import write_report
-from dtmsearch.search.baselines import rivals_of, uniform_rivals
+from dtmsearch.search.baselines import may_take_its_place, rivals_of, uniform_rivals
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.export import export
@@ -229,6 +229,22 @@ def test_uniform_plans_that_leave_caches_as_they_are_are_rivals_too(folder: Path
     weights = space.uniform("int4-g16")
     plan = Plan.of(space.uniform("int8-channel").schemes | {KEYS.format(0): "kv-fp8"})
     assert rivals_of(space, {"plan": plan, "uniform:int4-g16": weights, "other": MIXED}) == ["uniform:int4-g16"]
+
+
+def test_every_pair_of_a_family_and_a_scheme_of_caches_has_rivals(folder: Path) -> None:
+    components = (*read_manifest(spec(folder)).components, *caches(folder))
+    space = SearchSpace(components, ("int8-channel", "gptq-int4-g16", *SCHEMES), budget=Budget(bits_per_weight=7.0))
+    rivals = uniform_rivals(space, space.uniform("int6-g16+kv-int8"))
+    pairs = [(f, c) for f in ("int", "gptq-int") for c in SCHEMES]
+    found = {(f, c): sum(r.startswith(f) and r.endswith(f"+{c}") for r in rivals) for f, c in pairs}
+    assert min(found.values()) >= 3, found
+
+
+def test_caches_alone_of_a_scheme_that_the_search_lacks_take_no_place(folder: Path) -> None:
+    components = (*read_manifest(spec(folder)).components, *caches(folder))
+    space = SearchSpace(components, ("int8-channel", "kv-fp8"), budget=Budget(bits_per_weight=9.0))
+    assert may_take_its_place(space, space.uniform("int8-channel"), space.uniform("kv-fp8"))
+    assert not may_take_its_place(space, space.uniform("int8-channel"), space.uniform("kv-int8"))
 
 
 @pytest.mark.parametrize("strategy", ["sensitivity", "spdy"])

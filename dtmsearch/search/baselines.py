@@ -20,8 +20,9 @@ from dtmsearch.core.plan import LARGER, Plan, PlanSize
 from dtmsearch.core.schemes import DENSE, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
 from dtmsearch.search.space import SearchSpace
 
-# So many rivals are measured at most, the largest of each family first.
-_MOST_RIVALS = 12
+# So many rivals are measured at most, the largest of each family first; where families stand beside several schemes of
+# KV caches, so many of each pair at least.
+_MOST_RIVALS, _RIVALS_OF_A_PAIR = 12, 3
 # A scheme that the search does not name may take the plan's place within this relative difference in stored bits.
 _SAME_SIZE = 0.05
 # A share of divergent tokens off that of uniform plans by more than this factor was caused by something else.
@@ -72,7 +73,8 @@ def rivals_of_size(space: SearchSpace, counted: float) -> list[str]:
                 found[best] = fitting[best]
         families.append(sorted(found, key=lambda scheme: -found[scheme]))
     in_turn = (scheme for scheme in chain.from_iterable(zip_longest(*families)) if scheme is not None)
-    return list(in_turn)[:_MOST_RIVALS]
+    has_caches = any(component.is_cache for component in space.components)
+    return list(in_turn)[: max(_MOST_RIVALS, _RIVALS_OF_A_PAIR * len(families) if has_caches else 0)]
 
 
 def _lines_of(space: SearchSpace) -> list[list[Line]]:
