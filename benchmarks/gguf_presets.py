@@ -21,11 +21,13 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 
 from dtmsearch.core import llama_library
+from dtmsearch.core.evaluation import Reference
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.export.formats import gguf_file
 from dtmsearch.export.formats.gguf import tensor_names
 from dtmsearch.export.job import Job
 from dtmsearch.model.replica.by_llama_cpp import measured
+from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.export import resolve
 
 # By llama.h, enum llama_ftype: all of `core.gguf_presets`.
@@ -90,6 +92,17 @@ def tensor_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
     return {tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in GGUFReader(path).tensors}
 
 
+def held_out(store: str, run: str) -> Reference:
+    """The reference of a run's held-out prompts; ends where it has none, as a run that was cut short."""
+    results = ResultStore(store)
+    record = results.run(run)
+    known = None if record is None else record.validation_reference_id
+    reference = None if known is None else results.reference(known)
+    if reference is None:
+        raise SystemExit(f"run {run!r} of {store} has no held-out prompts: finish it (dtmsearch resume)")
+    return reference
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store")
@@ -98,6 +111,7 @@ def main() -> None:
     parser.add_argument("--plan", help="another plan that the store holds a measurement of")
     parser.add_argument("--prompts", type=int, default=64)
     given = parser.parse_args()
+    reference = held_out(given.store, given.run)
     with tempfile.TemporaryDirectory() as scratch:
         own_folder, theirs = Path(scratch) / "own", Path(scratch) / f"{given.preset}.gguf"
         own_folder.mkdir()
@@ -105,8 +119,6 @@ def main() -> None:
         gguf_file.write_gguf(order.job, own_folder)
         base, own = gguf_file.base_beside(own_folder), own_folder / gguf_file.FILE
         quantize(base, theirs, given.preset, importance_of(order.job))
-        assert order.found.recorded is not None
-        reference = order.found.recorded.reference
         rows = slice(0, given.prompts)
         arguments = reference.text[rows, : reference.prompt_tokens], reference.continuation[rows]
         suppressed = np.array(reference.suppressed, np.int64)
@@ -117,7 +129,9 @@ def main() -> None:
         kl = {path: values["kl"] for path, values in found.items()}
         difference = paired_difference(kl[own], kl[theirs], 0)
         for name, path in (("plan", own), (given.preset, theirs)):
-            print(f"{name}: {path.stat().st_size:,} bytes, KL {kl[path].mean():.5f} on {len(kl[path])} prompts")
+            print(
+                f"{name}: {path.stat().st_size:,} bytes, KL {kl[path].mean():.5f} on {len(kl[path])} held-out prompts"
+            )
         print(f"difference {difference.mean:+.5f} ({difference.low:+.5f} to {difference.high:+.5f})")
         print(f"{same} of {len(alike)} tensors of one type in both files have the same bytes")
 
