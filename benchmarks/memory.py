@@ -150,12 +150,13 @@ def in_fresh_process(*arguments: Any) -> Memory:
 @click.option("--layers", default=16, show_default=True)
 @click.option("--hidden", default=1_024, show_default=True)
 @click.option("--batch-tokens", default=1_600, show_default=True)
-def main(dtypes: str, layers: int, hidden: int, batch_tokens: int) -> None:
+@click.option("--case", "cases", multiple=True, type=click.Choice(CASES), default=CASES, help="All, unless given.")
+def main(dtypes: str, layers: int, hidden: int, batch_tokens: int, cases: tuple[str, ...]) -> None:
     click.echo(f"{'dtype':9s} {'measuring':27s} {'weights':>10s} {'activations':>12s} {'peak':>10s} {'ratio':>6s}")
     for dtype in dtypes.split(","):
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), dtype, layers, hidden)
-            for case in CASES:
+            for case in cases:
                 memory = in_fresh_process(Path(folder), dtype, case, batch_tokens)
                 sizes = [f"{n / _MEGABYTE:.0f} MB" for n in (memory.weights, memory.activations, memory.peak)]
                 click.echo(f"{dtype:9s} {case:27s} {sizes[0]:>10s} {sizes[1]:>12s} {sizes[2]:>10s} {memory.ratio:6.2f}")
