@@ -264,6 +264,16 @@ def test_experts_and_routers_of_a_mixture_and_texts_under_plans_of_them(tmp_path
     assert found[0] == found[1]
 
 
+def test_plans_of_several_layers_do_not_stand_for_a_while(both: tuple[Replica, Replica]) -> None:
+    resident, streamed = both
+    names = [component.name for component in streamed.manifest().components]
+    plan = Plan.of({names[0]: "int4-g8", names[-1]: "int4-g8"})
+    with torch.inference_mode(), resident._weights.perturbed(plan):
+        pass
+    with torch.inference_mode(), pytest.raises(AssertionError, match="one layer at a time"):
+        streamed._weights.perturbed(plan).__enter__()
+
+
 # --- the layers ---
 
 

@@ -71,6 +71,7 @@ def _uses(
         weight += float(call.weights[call.chosen == expert].sum(dtype=torch.float64))
         inputs += [arguments] if len(arguments[0]) else []
     num_tokens = sum(len(call.chosen) for call in calls)
+    weights.need(names[0])
     before = [_output(module, arguments) for arguments in inputs]
     for scheme in schemes:
         with weights.perturbed(Plan.of(dict.fromkeys(names, scheme.name))):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.matrices import StackedMatrix
-from dtmsearch.model.modules.weight_reading import Fetched, Source, Span, WeightReader
+from dtmsearch.model.modules.weight_reading import Fetched, Source, Span, WeightReader, move_buffers
 
 # Where a tensor may begin within a place.
 _ALIGNED = 256
@@ -79,11 +79,6 @@ class StreamedLayers:
         self._last, self._step = -1, 1
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda _module, _inputs, index=index: self.need(index))
-
-    @property
-    def place_bytes(self) -> int:
-        """What weights of layers take on the device."""
-        return self.layer_bytes * (len(self._fixed) + len(self._in_turn))
 
     def need(self, index: int) -> None:
         """Have a layer's weights on the device, for what is launched from now on until another layer is needed; begin
@@ -161,10 +156,7 @@ class StreamedLayers:
                 moved.there.copy_(moved.here)
             moved.parameter.data = moved.there
         layer = self._layers[place.layer]
-        for module in layer.modules():  # of modules that came since, and what never was in a place
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device != self._device:
-                    module.register_buffer(name, buffer.to(self._device), persistent=False)
+        move_buffers(layer, lambda _: self._device)  # of modules that came since
         _move_others(layer, place, self._device)
 
     def _leave(self, place: _Place) -> None:

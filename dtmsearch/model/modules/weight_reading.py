@@ -88,14 +88,20 @@ def move_to_devices(model: nn.Module, found: Mapping[str, Span], device_of: Call
                 parameter.data = there
             else:
                 parameter.data = parameter.data.to(device)
-        for name, buffer in list(model.named_buffers()):
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, buffer.to(device_of(name)))
+        move_buffers(model, device_of)
         for part in fetched:
             part.wait()
     finally:
         for reader in readers.values():
             reader.close()  # which waits for what is still on its way
+
+
+def move_buffers(module: nn.Module, device_of: Callable[[str], torch.device]) -> None:
+    """Move the buffers of a module and all below it, `device_of` by their names."""
+    for name, buffer in list(module.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        if buffer.device != device_of(name):
+            setattr(module.get_submodule(owner), leaf, buffer.to(device_of(name)))
 
 
 Source = Span | Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import load_model
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.modules.streamed_layers import StreamedLayers
+from dtmsearch.model.modules.weight_reading import move_buffers
 from dtmsearch.model.weights.applied import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,7 @@ def load_streamed_model(
     for path, parameter in model.named_parameters():
         if not path.startswith(start):
             parameter.data = parameter.data.to(device)
-    for path, buffer in list(model.named_buffers()):
-        owner, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    move_buffers(model, lambda _: device)
     most = _STREAMED_WEIGHTS * free_bytes(device) if device.type == "cuda" else 0.0
     streamed = StreamedLayers(layers, device, located, most)
     log.info(
@@ -70,6 +70,10 @@ class PassingWeights:
     def need(self, component: str) -> None:
         if component in self._layer_of:
             self._streamed.need(self._layer_of[component])
+
+    def check_together(self, components: Iterable[str]) -> None:
+        layers = {self._layer_of[component] for component in components if component in self._layer_of}
+        assert len(layers) <= 1, f"weights of layers {sorted(layers)} pass through the device one layer at a time"
 
     def written(self, component: str) -> None:
         self._streamed.written(self._places.get(component))

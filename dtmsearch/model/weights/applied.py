@@ -7,7 +7,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,12 @@ class _Installed:
 
 class Passing(Protocol):
     """Weights that pass through the device: `need` has those of a component there until the next one's are needed;
-    what was `written` into them for good is not to be lost."""
+    what was `written` into them for good is not to be lost. `check_together` refuses, by an `AssertionError`,
+    components that are not there at once."""
 
     def need(self, component: str) -> None: ...
+
+    def check_together(self, components: Iterable[str]) -> None: ...
 
     def written(self, component: str) -> None: ...
 
@@ -149,6 +152,8 @@ class Weights:
     def perturbed(self, plan: Plan) -> Iterator[None]:
         """`plan` within, the current plan again after it, by pointer."""
         replaced: list[tuple[str, _Installed]] = []
+        if self._passing is not None:  # what is put back must lie where it was taken from
+            self._passing.check_together(plan.changes(self.plan))
         try:
             self.compressor.note_shared(plan.changes(self.plan))
             for component, scheme in plan.changes(self.plan).items():
@@ -193,6 +198,11 @@ class Weights:
         self._trained_names |= names
         self._kept.clear()
         self.compressor.forget_weights()
+
+    def need(self, component: str) -> None:
+        """Have a component's weights on the device, for one who runs its module alone."""
+        if self._passing is not None:
+            self._passing.need(component)
 
     def standing(self, component: str) -> Tensor:
         """A component's weights as the plan has made them."""
@@ -286,8 +296,7 @@ class Weights:
         return dtype
 
     def _installed(self, component: str) -> _Installed:
-        if self._passing is not None:
-            self._passing.need(component)
+        self.need(component)
         module = self._places.get(component)
         dense = self._dense_modules.get(component, module)
         return _Installed(module, read(module) if module is dense else None)
