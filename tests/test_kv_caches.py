@@ -163,9 +163,17 @@ def test_values_are_those_of_three_lines(scheme: str) -> None:
     torch.testing.assert_close(round_cached(rows, 8, parse_scheme(scheme)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shift", [-6.0, 6.0])
+def test_rows_of_one_sign_are_rounded_and_not_cut(scheme: str, shift: float) -> None:
+    rows = torch.rand(20, 8) + shift
+    assert float((round_cached(rows, 8, parse_scheme(scheme)) - rows).abs().max()) <= 0.55 * 7.0 / 15
+
+
 def _in_16_codes(row: Tensor) -> Tensor:
-    scale = (row.max() - row.min()) / 15
-    zero = torch.round(-row.min() / scale).clamp(0, 15)
+    zeroed = torch.cat([row, torch.zeros(1)])
+    scale = (zeroed.max() - zeroed.min()) / 15
+    zero = torch.round(-zeroed.min() / scale).clamp(0, 15)
     return (torch.round(row / scale) + zero).clamp(0, 15).sub(zero) * scale
 
 

@@ -62,7 +62,7 @@ def round_cached(values: Tensor, head_dim: int, scheme: Scheme) -> Tensor:
 
     `kv-fp8`: e4m3 with a scale of 1, larger values cut, as vLLM keeps it where nothing was calibrated. `kv-int8`: codes
     of -128 to 127, a scale for each token's head, the largest over 127. `kv-int4`: 16 codes between the least and the
-    largest of each token's head, with a zero point.
+    largest of each token's head and 0, which has one of them (the zero point): else a row of one sign would be cut.
     """
     rows = values.float().unflatten(-1, (-1, head_dim))
     if scheme.name == "kv-fp8":
@@ -71,7 +71,8 @@ def round_cached(values: Tensor, head_dim: int, scheme: Scheme) -> Tensor:
         scale = (rows.abs().amax(dim=-1, keepdim=True) / 127.0).clamp_min(_LEAST_SCALE)
         found = (rows / scale).round().clamp(-128.0, 127.0) * scale
     else:
-        least, largest = rows.amin(dim=-1, keepdim=True), rows.amax(dim=-1, keepdim=True)
+        least = rows.amin(dim=-1, keepdim=True).clamp_max(0.0)
+        largest = rows.amax(dim=-1, keepdim=True).clamp_min(0.0)
         scale = ((largest - least) / 15.0).clamp_min(_LEAST_SCALE)
         zero = (-least / scale).round().clamp(0.0, 15.0)
         found = (((rows / scale).round() + zero).clamp(0.0, 15.0) - zero) * scale
