@@ -26,7 +26,8 @@ from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.numeric_mode import ATTENTION, DTYPE, SCALE_DTYPE
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.records import RUN_NAME
-from dtmsearch.core.schemes import ALIASES, parse_scheme
+from dtmsearch.core.scheme_names import ALIASES
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import (
     LARGEST,
     RANK_BY,

@@ -14,7 +14,8 @@ from typing import Any
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
-from dtmsearch.core.schemes import ALIASES, DENSE, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
+from dtmsearch.core.scheme_names import ALIASES
+from dtmsearch.core.schemes import DENSE, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import LibraryMissing, UserError

@@ -1,50 +1,30 @@
 """Schemes: how a component is compressed. A scheme's name is its whole identity.
 
-Holds the grammar of the names and the arithmetic of stored sizes; the tensors are rounded and pruned in
+Holds what a scheme is, the families that schemes are of, and the arithmetic of stored sizes. `scheme_names` has the
+grammar of names, `built_in_schemes` the families of this package; the tensors are rounded and pruned in
 `dtmsearch.model.compress`.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import ceil
 from typing import Any, Literal, Protocol
 
-from dtmsearch.core import gguf_types, plugins
+from dtmsearch.core import plugins
 from dtmsearch.core.number_formats import Rounding
-from dtmsearch.core.served_schemes import CACHE_SCALE_BITS, CACHES, SERVED, served_format
+from dtmsearch.core.scheme_names import ALIASES, BITSANDBYTES, SALIENCIES, nearest
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
 DROP = "drop"
 SOURCE = "source"
-# Of a scale as it is stored: in a model's 16 bits, but bitsandbytes' modules keep theirs in float32.
+# Of a scale as it is stored: in a model's 16 bits.
 SCALE_BITS = 16
-BITSANDBYTES_SCALE_BITS = 32
-BITSANDBYTES_BLOCK = 64
-
-# name -> bits of a code and weights that share a scale (None: a row)
-_BITSANDBYTES: dict[str, tuple[int, int | None]] = {
-    "w8a8": (8, None),
-    "llm-int8": (8, None),
-    "nf4": (4, BITSANDBYTES_BLOCK),
-    "fp4": (4, BITSANDBYTES_BLOCK),
-}
-# Other names of schemes: what a person may write for one.
-ALIASES = {"bnb-w8a8": "w8a8"}
-_SALIENCIES = ("magnitude", "wanda", "sparsegpt", "random")
-# Of inputs: no matrix has more.
-_COUNT = "[1-9][0-9]{0,8}"
-# A share is written in one way only, for two names would be two schemes.
-_PRUNING = re.compile(rf"({'|'.join(_SALIENCIES)})-(?:(0\.[0-9]{{0,16}}[1-9])|({_COUNT}):({_COUNT}))")
-_ROUNDING = re.compile(rf"(gptq-)?int([2-8])-(?:(tensor|channel)|g({_COUNT}))(-asym)?")
 # Between the two of a uniform plan of weights and KV caches.
 _WITH_CACHE = "+kv-"
-_SIBLING_SHARES = tuple(f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5))
 
 
 @dataclass(frozen=True)
@@ -262,6 +242,7 @@ class Scheme:
         return self.stored_bits(component.shape, dense_bits)
 
 
+UNQUANTIZED = Scheme(DENSE, DENSE, 0, "none")
 Shape = tuple[int, int]
 Line = tuple[str, ...]
 
@@ -382,139 +363,13 @@ def _parsed(name: str) -> Scheme | None:
     return None
 
 
-def _unquantized(name: str) -> Scheme | None:
-    return Scheme(name, name, 0, "none") if name == DENSE else None
-
-
-def _of_cache(name: str) -> Scheme | None:
-    found = CACHES.get(name)
-    return None if found is None else Scheme(name, "kv_cache", found.bits, "none")
-
-
-def _cache_bits(scheme: Scheme, shape: Shape, dense_bits: int) -> int:
-    """Of rows that are each a token's head: codes, and a scale of 32 bits for each, or for all."""
-    per_row = CACHES[scheme.name].scale_of_row
-    return shape[0] * shape[1] * scheme.bits + (shape[0] if per_row else 1) * CACHE_SCALE_BITS
-
-
-def _as_stored(name: str) -> Scheme | None:
-    return Scheme(name, name, 0, "none") if name == SOURCE else None
-
-
-def _dropped(name: str) -> Scheme | None:
-    return Scheme(name, name, 0, "none") if name == DROP else None
-
-
-def _bitsandbytes(name: str) -> Scheme | None:
-    if name not in _BITSANDBYTES:
-        return None
-    bits, block = _BITSANDBYTES[name]
-    grain = "block" if block else "channel"
-    return Scheme(name, "bitsandbytes", bits, grain, block or 0, rounds_activations=bits == 8)
-
-
-def _pruned(name: str) -> Scheme | None:
-    pruning = _pruning(name)
-    return None if pruning is None else Scheme(name, "pruning", 0, "none", pruning=pruning)
-
-
-def _rounded(name: str) -> Scheme | None:
-    return None if name.startswith("gptq-") else _quantized(name, "rounding")
-
-
-def _solved(name: str) -> Scheme | None:
-    return _quantized(name, "gptq") if name.startswith("gptq-") else None
-
-
-def _paired(name: str) -> Scheme | None:
-    quantized, plus, pruned = name.partition("+")
-    pruning = _pruning(pruned) if plus else None
-    found = None if pruning is None else _quantized(quantized, "pair")
-    return None if found is None else replace(found, name=name, pruning=pruning, quantizer=quantized)
-
-
-def _served(family: str) -> Callable[[str], Scheme | None]:
-    def parse(name: str) -> Scheme | None:
-        served = served_format(family, name)
-        if served is None:
-            return None
-        weights, activations = served.weights, served.activations
-        return Scheme(
-            *(name, family, weights.bits, weights.grain, weights.size),
-            rounds_activations=activations is not None,
-            weights=weights,
-            activations=activations,
-        )
-
-    return parse
-
-
-def _served_bits(scheme: Scheme, shape: Shape, dense_bits: int) -> int:
-    served = served_format(scheme.family, scheme.name)
-    assert served is not None
-    return served.stored_bits(shape, SCALE_BITS)
-
-
-def _of_llama_cpp(weighted: bool) -> SchemeFamily:
-    """llama.cpp's types: with an importance matrix of the component's inputs, or those that none changes."""
-    family, names = "gguf" if weighted else "gguf-plain", gguf_types.names_of(weighted)
-
-    def parse(name: str) -> Scheme | None:
-        if name not in names:
-            return None
-        kind = gguf_types.type_of(name)
-        return Scheme(name, family, kind.bits, "group", kind.block, rounds_activations=True)
-
-    def pack(weight: Any, scheme: Scheme, mean_squares: Callable[[], Any]) -> Any:
-        return gguf_types.blocks_of(weight, scheme.name, mean_squares if weighted else None)
-
-    def unpack(blocks: Any, scheme: Scheme, like: Any) -> Any:
-        return gguf_types.weights_of(blocks, scheme.name, like)
-
-    def make(weight: Any, scheme: Scheme, mean_squares: Callable[[], Any]) -> Any:
-        return unpack(pack(weight, scheme, mean_squares), scheme, weight)
-
-    return SchemeFamily(
-        family,
-        parse,
-        version=2,
-        stored_bits=lambda scheme, shape, dense_bits: gguf_types.stored_bits(scheme.name, shape),
-        make=make,
-        check_installed=gguf_types.ggml,
-        build=gguf_types.build,
-        pack=pack,
-        unpack=unpack,
-        inputs=lambda scheme, cols: gguf_types.inputs_of(scheme.name, cols),
-        needs="mean_squares" if weighted else "nothing",
-        examples=names,
-        uniform_lines=lambda scheme, grains: gguf_types.lines_of(names),
-    )
-
-
-def _quantized(name: str, family: str) -> Scheme | None:
-    match = _ROUNDING.fullmatch(name)
-    if match is None:
-        return None
-    _, width, whole, group, asymmetric = match.groups()
-    return Scheme(name, family, int(width), whole or "group", int(group or 0), asymmetric is not None)
-
-
-def _pruning(name: str) -> Pruning | None:
-    match = _PRUNING.fullmatch(name)
-    if match is None:
-        return None
-    saliency, share, kept, of = match.groups()
-    if share is not None:
-        return Pruning(name, saliency, float(share))
-    return Pruning(name, saliency, pattern=(int(kept), int(of))) if int(kept) < int(of) else None
-
-
 def _unknown(name: str) -> str:
     name = name[:100]
+    near = nearest(name, (DENSE, DROP, *_examples_of_plugins()))
     return (
-        f"unknown scheme {name!r}; the nearest is {_nearest(name)!r}. Schemes are {DENSE}, {', '.join(_BITSANDBYTES)}, "
+        f"unknown scheme {name!r}; the nearest is {near!r}. Schemes are {DENSE}, {', '.join(BITSANDBYTES)}, "
         "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "
-        f"with gptq- before it; {', '.join(f'{s}-S' for s in _SALIENCIES)} (S the pruned share between 0 and 1, such "
+        f"with gptq- before it; {', '.join(f'{s}-S' for s in SALIENCIES)} (S the pruned share between 0 and 1, such "
         "as 0.5, or N:M for N kept of every M inputs, such as 2:4); an int one, a plus sign and a pruning one for "
         f"both; and {DROP}{''.join(f'; {example}' for example in _examples_of_plugins())}"
     )
@@ -523,33 +378,6 @@ def _unknown(name: str) -> str:
 def _examples_of_plugins() -> tuple[str, ...]:
     further = (family for family in _FAMILIES.values() if family.make is not None or family.rounds_by_number)
     return tuple(example for family in further for example in family.examples)
-
-
-def _nearest(name: str) -> str:
-    first, plus, second = name.partition("+")
-    if not plus:
-        return _alike(
-            name, (DENSE, DROP, *_BITSANDBYTES, *_quantizing_examples(), *_pruning_examples(), *_examples_of_plugins())
-        )
-    if _pruning(first) is not None:  # the wrong way round
-        first, second = second, first
-    return f"{_alike(first, _quantizing_examples())}+{_alike(second, _pruning_examples())}"
-
-
-def _alike(name: str, known: tuple[str, ...]) -> str:
-    return name if name in known else difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
-
-
-@lru_cache(maxsize=1)
-def _quantizing_examples() -> tuple[str, ...]:
-    grains = ("tensor", "channel", "g32", "g64", "g128")
-    names = [f"int{bits}-{grain}{asym}" for bits in range(2, 9) for grain in grains for asym in ("", "-asym")]
-    return (*names, *(f"gptq-{name}" for name in names))
-
-
-@lru_cache(maxsize=1)
-def _pruning_examples() -> tuple[str, ...]:
-    return tuple(f"{s}-{amount}" for s in _SALIENCIES for amount in (*_SIBLING_SHARES, "2:4", "4:8", "1:4"))
 
 
 def solved_pairs(pairs: Iterable[tuple[str, Scheme]]) -> list[tuple[str, Scheme]]:
@@ -565,20 +393,6 @@ def siblings(name: str) -> tuple[str, ...]:
     """
     scheme = parse_scheme(name)
     return scheme.kind.siblings(scheme)
-
-
-def _widths(scheme: Scheme) -> Line:
-    at = scheme.name.index("int") + len("int")
-    return tuple(f"{scheme.name[:at]}{bits}{scheme.name[at + 1 :]}" for bits in range(2, 9))
-
-
-def _pruning_siblings(scheme: Scheme) -> Line:
-    assert scheme.pruning is not None
-    name, pruning = scheme.name, scheme.pruning
-    if pruning.pattern is not None:
-        of = pruning.pattern[1]
-        return tuple(f"{pruning.saliency}-{kept}:{of}" for kept in range(1, of))
-    return tuple(dict.fromkeys((*(f"{pruning.saliency}-{share}" for share in _SIBLING_SHARES), name)))
 
 
 # Granularities that uniform plans are made in, beside those of the schemes that a search names.
@@ -602,98 +416,3 @@ def family_lines(schemes: Iterable[Scheme]) -> dict[str, list[Line]]:
             own = lines.setdefault(scheme.family, [])
             own += [line for line in found if line not in own]
     return lines
-
-
-def _rounding_lines(scheme: Scheme, grains: Collection[str]) -> Sequence[Line]:
-    prefix = "gptq-" if (scheme.quantizer or scheme.name).startswith("gptq-") else ""
-    pruned = f"+{scheme.pruning.name}" if scheme.pruning is not None else ""
-    return [
-        tuple(f"{prefix}int{bits}-{grain}{asym}{pruned}" for bits in range(2, 9))
-        for grain in grains
-        for asym in ("", "-asym")
-    ]
-
-
-def _bitsandbytes_lines(scheme: Scheme, grains: Collection[str]) -> Sequence[Line]:
-    return [(name,) for name, (bits, _) in _BITSANDBYTES.items() if bits == scheme.bits]
-
-
-def _pruning_lines(scheme: Scheme, grains: Collection[str]) -> Sequence[Line]:
-    assert scheme.pruning is not None
-    if scheme.pruning.pattern is not None:
-        return [_pruning_siblings(scheme)]
-    hundredths = (f"0.{share:02}".rstrip("0") for share in range(1, 100))
-    return [tuple(f"{scheme.pruning.saliency}-{share}" for share in hundredths)]
-
-
-# Versions of families whose weights once were others under the same name are above 1.
-for _family in (
-    SchemeFamily(DENSE, _unquantized, examples=(DENSE,)),
-    SchemeFamily(
-        "rounding",
-        _rounded,
-        version=2,
-        examples=("int8-tensor", "int8-channel", "int4-g128", "int4-g32-asym", "int3-g128", "int2-g32"),
-        on_grid=True,
-        siblings=_widths,
-        uniform_lines=_rounding_lines,
-    ),
-    SchemeFamily(
-        "gptq",
-        _solved,
-        version=2,
-        examples=("gptq-int4-g128", "gptq-int3-g128-asym"),
-        on_grid=True,
-        siblings=_widths,
-        uniform_lines=_rounding_lines,
-    ),
-    SchemeFamily(
-        "bitsandbytes",
-        _bitsandbytes,
-        examples=tuple(_BITSANDBYTES),
-        as_module=True,
-        scale_bits=BITSANDBYTES_SCALE_BITS,
-        uniform_lines=_bitsandbytes_lines,
-    ),
-    SchemeFamily(
-        "pruning",
-        _pruned,
-        examples=("magnitude-0.5", "wanda-0.5", "wanda-2:4", "sparsegpt-0.5", "random-0.5"),
-        only_prunes=True,
-        siblings=_pruning_siblings,
-        uniform_lines=_pruning_lines,
-    ),
-    SchemeFamily(
-        "pair",
-        _paired,
-        version=2,
-        examples=("int4-g128+wanda-0.5", "gptq-int4-g128+magnitude-0.5"),
-        siblings=_widths,
-        uniform_lines=_rounding_lines,
-    ),
-    *(
-        SchemeFamily(
-            family,
-            _served(family),
-            stored_bits=_served_bits,
-            examples=tuple(SERVED[family]),
-            rounds_by_number=True,
-            uniform_lines=lambda scheme, grains: [(scheme.name,)],
-        )
-        for family in SERVED
-    ),
-    _of_llama_cpp(weighted=True),
-    _of_llama_cpp(weighted=False),
-    SchemeFamily(
-        "kv_cache",
-        _of_cache,
-        stored_bits=_cache_bits,
-        examples=tuple(CACHES),
-        of_cache=True,
-        uniform_lines=lambda scheme, grains: [(scheme.name,)],
-    ),
-    SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
-    SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
-):
-    register(_family)
-UNQUANTIZED = parse_scheme(DENSE)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtmsearch.core.schemes import BITSANDBYTES_BLOCK, Scheme
+from dtmsearch.core.scheme_names import BITSANDBYTES_BLOCK
+from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compat import keep_scales
 
