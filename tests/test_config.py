@@ -18,7 +18,7 @@ from solving import errors_of
 from stores import run_record
 
 from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse, recorded, texts
-from dtmsearch.config.sections import BUILT_IN_STRATEGIES, USED_BY
+from dtmsearch.config.search_section import BUILT_IN_STRATEGIES, USED_BY
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.strategy_settings import AutoSettings, PruningSettings, TreeSettings
 from dtmsearch.errors import UserError

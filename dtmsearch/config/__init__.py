@@ -16,6 +16,7 @@ import yaml
 from pydantic import PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from dtmsearch.config.reading import MOST_BYTES, explain, flatten, override_key, read_yaml, read_yaml_file
+from dtmsearch.config.search_section import SearchSection, TimesSection, leave_out_unused
 from dtmsearch.config.sections import (
     CalibrationSection,
     DatasetSection,
@@ -23,12 +24,9 @@ from dtmsearch.config.sections import (
     ModelSection,
     PromptsSection,
     RunName,
-    SearchSection,
     Section,
     Seed,
-    TimesSection,
     ValidationSection,
-    leave_out_unused,
 )
 from dtmsearch.core.calibration import Routing, Through
 from dtmsearch.core.components import is_gguf

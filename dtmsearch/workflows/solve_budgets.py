@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile
-from dtmsearch.config.sections import StopSection
+from dtmsearch.config.search_section import StopSection
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan, plan_to_json
 from dtmsearch.core.records import RunRecord
