@@ -25,7 +25,7 @@ from fakes import toy_components, toy_manifest
 import dtmsearch
 from dtmsearch.analysis.summary import RunSummary, ValidationRow
 from dtmsearch.cli import cli, main
-from dtmsearch.console.text import PLAN_QUERY, run_text
+from dtmsearch.console.run_text import PLAN_QUERY, run_text
 from dtmsearch.core.metrics import PairedDifference, Summary
 from dtmsearch.core.plan import Plan, plan_size
 from dtmsearch.core.records import RunRecord, StepRecord

@@ -15,7 +15,7 @@ from processes import rows, tiny_search
 from tiny import llama_config, replica, write_model
 
 from dtmsearch.config import load
-from dtmsearch.console.text import estimate_text
+from dtmsearch.console.model_text import estimate_text
 from dtmsearch.core.evaluation import Outcome, Speed
 from dtmsearch.errors import UserError
 from dtmsearch.search.evaluator import ModelEvaluator

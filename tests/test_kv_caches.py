@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 import dtmsearch as dtm
 from dtmsearch.cluster.pool_settings import PoolSettings as Where
 from dtmsearch.config import from_mapping
-from dtmsearch.console.text import run_text
+from dtmsearch.console.run_text import run_text
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import CACHED, CACHED_TOGETHER, holders_of, size_sentence

@@ -10,7 +10,7 @@ from families_of_models import tiny_config
 from transformers import AutoConfig
 
 from dtmsearch.cli import main
-from dtmsearch.console.text import model_components_text
+from dtmsearch.console.model_text import model_components_text
 from dtmsearch.workflows.list_components import Machine, ModelComponents, list_components
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dtmsearch as dtm
 from dtmsearch.analysis.verdict import ValidationRow, verdict
 from dtmsearch.config import parse
-from dtmsearch.console.text import validation_table
+from dtmsearch.console.run_text import validation_table
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Speed, combine
 from dtmsearch.core.metric_registry import ALWAYS, BUILT_IN, METRICS, Metric, mean_of_positions
 from dtmsearch.core.metrics import rank_key, summarize

@@ -18,7 +18,7 @@ from tiny import TEXT, write_model
 
 from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, summarize_run
-from dtmsearch.console.text import run_text
+from dtmsearch.console.run_text import run_text
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.statistics import Values, lower_bound

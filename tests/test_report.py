@@ -17,7 +17,7 @@ from reported import HOSTILE, NUM_LAYERS, SCHEMES, make_priced_run, make_probe_r
 
 from dtmsearch.analysis.summary import runs_overview, summarize_run
 from dtmsearch.cli import main
-from dtmsearch.console.text import overview_text, run_text
+from dtmsearch.console.run_text import overview_text, run_text
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
 from dtmsearch.report.charts import figures, plan_name, save
 from dtmsearch.report.charts.scheme_colours import by_bits, colour_of, ink_on

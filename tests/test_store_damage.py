@@ -18,7 +18,7 @@ from test_store_kills import Killed, killed_at
 
 from dtmsearch.analysis.sql import query
 from dtmsearch.analysis.summary import runs_overview, summarize_run
-from dtmsearch.console.text import run_text
+from dtmsearch.console.run_text import run_text
 from dtmsearch.console.watch import glance
 from dtmsearch.core.records import RunRecord
 from dtmsearch.errors import UserError

@@ -12,7 +12,7 @@ from reported import make_probe_run
 
 from dtmsearch.analysis.pareto_runs import candidates
 from dtmsearch.analysis.summary import RunSummary, runs_overview, summarize_run
-from dtmsearch.console.text import overview_text, run_text
+from dtmsearch.console.run_text import overview_text, run_text
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome, Reference
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.numeric_mode import NumericMode

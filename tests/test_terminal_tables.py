@@ -14,8 +14,8 @@ from rich.cells import cell_len
 from dtmsearch.analysis.summary import RunOverview
 from dtmsearch.analysis.verdict import ValidationRow
 from dtmsearch.console import terminal_tables as tables
+from dtmsearch.console.run_text import overview_text, validation_table
 from dtmsearch.console.terminal_tables import table
-from dtmsearch.console.text import overview_text, validation_table
 from dtmsearch.core.metrics import Summary
 from dtmsearch.core.statistics import PairedDifference
 

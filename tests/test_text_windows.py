@@ -16,7 +16,7 @@ from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, summarize_run
 from dtmsearch.cli import cli
 from dtmsearch.config import SearchFile, texts
-from dtmsearch.console.text import run_text
+from dtmsearch.console.run_text import run_text
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.windows import TooLittleText, num_touching
 from dtmsearch.errors import UserError

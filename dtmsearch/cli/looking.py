@@ -21,7 +21,7 @@ from dtmsearch.cli.speech import print_text, resume_command, say, show
 def ls_verb(store: str, form: str) -> None:
     """List the runs of a store."""
     from dtmsearch.analysis.summary import runs_overview
-    from dtmsearch.console.text import overview_text
+    from dtmsearch.console.run_text import overview_text
 
     runs = runs_overview(open_store(store))
     show(runs, form, overview_text)
@@ -37,7 +37,7 @@ def ls_verb(store: str, form: str) -> None:
 def status_verb(name: str, store: str, form: str, long: bool) -> None:
     """Say how far a run is and what it found."""
     from dtmsearch.analysis.summary import summarize_run
-    from dtmsearch.console.text import run_text, run_values
+    from dtmsearch.console.run_text import run_text, run_values
 
     show(summarize_run(open_store(store), name), form, lambda found: run_text(found, long), run_values)
 
@@ -164,7 +164,7 @@ def pareto_verb(pattern: str, everything: bool, store: str, form: str) -> None:
     PATTERN chooses runs by name. Plans are compared on the same held-out prompts, by FDT, SDT and KL.
     """
     from dtmsearch.analysis.pareto_runs import candidates
-    from dtmsearch.console.text import front_text
+    from dtmsearch.console.plan_text import front_text
 
     found = candidates(open_store(store), pattern)
     show([c for c in found if everything or c.fronts], form, front_text)
@@ -190,7 +190,7 @@ def solve_verb(name: str, bits: str, out: Path | None, store: str, form: str) ->
 
     Nothing is measured: KL is predicted, with a 95% interval.
     """
-    from dtmsearch.console.text import solved_text
+    from dtmsearch.console.plan_text import solved_text
     from dtmsearch.errors import UserError
     from dtmsearch.workflows.solve_budgets import solve_budgets
 

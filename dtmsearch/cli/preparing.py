@@ -117,7 +117,7 @@ def init_verb(
 def _cost_of(text: str) -> str | None:
     """What a search will cost, or None where it cannot be told, which is said."""
     from dtmsearch.config import parse
-    from dtmsearch.console.text import estimate_text
+    from dtmsearch.console.model_text import estimate_text
     from dtmsearch.workflows.estimate import estimate
 
     say("timing a replica of the model, which takes a minute or more where others use the machine ...")
@@ -194,7 +194,7 @@ def components_verb(
     MODEL is a folder, a config.json alone, or a hub id; weights are not needed. The model's own code is run without
     values to see what it multiplies tokens with.
     """
-    from dtmsearch.console.text import model_components_text
+    from dtmsearch.console.model_text import model_components_text
     from dtmsearch.workflows.list_components import Machine, list_components
 
     machine = Machine.named(name) if name else Machine()
@@ -239,7 +239,7 @@ def profile_verb(
     """
     import json
 
-    from dtmsearch.console.text import profile_text
+    from dtmsearch.console.model_text import profile_text
     from dtmsearch.workflows.profile import profile
 
     names = [name.strip() for name in schemes.split(",")]
@@ -267,7 +267,7 @@ def schemes_verb(names: tuple[str, ...], shape: str, form: str) -> None:
     One of each family, or those named. Bits count codes, scales, zero points and masks, in a model of 16 bits whose
     scales have 16, too.
     """
-    from dtmsearch.console.text import schemes_text
+    from dtmsearch.console.model_text import schemes_text
     from dtmsearch.core.holders import examples as known
     from dtmsearch.core.holders import scheme_facts
 
@@ -308,7 +308,7 @@ def doctor_verb(store: str, form: str) -> int:
 
     Exits 1 if something that a search needs is missing.
     """
-    from dtmsearch.console.text import findings_text
+    from dtmsearch.console.model_text import findings_text
     from dtmsearch.workflows.doctor import examine
 
     findings = examine(store)
@@ -331,7 +331,7 @@ def cache_verb(removes: bool, older_than: float | None, form: str) -> None:
     when another is written (DTMSEARCH_CACHE_DAYS), and what was not used for longest where DTMSEARCH_CACHE_GB says how
     much may be kept. DTMSEARCH_CACHE says where.
     """
-    from dtmsearch.console.text import cache_text
+    from dtmsearch.console.model_text import cache_text
     from dtmsearch.workflows.kept_models import kept_models, remove_kept
 
     kept = kept_models(older_than or 0.0)

@@ -94,7 +94,7 @@ def run_verb(
 
     search_file = load(file, (*overrides, "search.fused=true") if fused else overrides)
     if dry_run:
-        from dtmsearch.console.text import estimate_text
+        from dtmsearch.console.model_text import estimate_text
         from dtmsearch.workflows.estimate import estimate
 
         show(estimate(search_file, where_of(**where)), form, estimate_text)
@@ -261,7 +261,7 @@ def sweep_verb(
     if dry_run:
         show({"sweep": plan.sweep, "runs": [f.run for f in files]}, form, lambda v: "\n".join(v["runs"]))
         return 0
-    from dtmsearch.console.text import sweep_text
+    from dtmsearch.console.run_text import sweep_text
     from dtmsearch.core.pareto import Race
     from dtmsearch.workflows.sweep import sweep
 
@@ -278,7 +278,7 @@ def sweep_verb(
 
 
 def _show_run(summary: RunSummary, store: str, form: str) -> None:
-    from dtmsearch.console.text import PLAN_QUERY, run_text, run_values
+    from dtmsearch.console.run_text import PLAN_QUERY, run_text, run_values
 
     show(summary, form, run_text, run_values)
     if form == "table" and summary.final_plan_id is not None:

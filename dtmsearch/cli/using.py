@@ -58,7 +58,7 @@ def evaluate_verb(
     Exits 1 if it cannot be measured.
     """
     from dtmsearch.config import load
-    from dtmsearch.console.text import measurement_text, measurement_values
+    from dtmsearch.console.plan_text import measurement_text, measurement_values
     from dtmsearch.workflows.run import evaluate
 
     search_file = load(file, overrides)
@@ -87,7 +87,7 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
 
     What the plan prunes stays zero. The same command goes on with a training that was stopped.
     """
-    from dtmsearch.console.text import recovered_text
+    from dtmsearch.console.plan_text import recovered_text
 
     check_store(store)
     from dtmsearch.workflows.run import recover
@@ -138,7 +138,7 @@ def export_verb(
 
     A model is loaded again in a fresh process and measured: FDT and SDT as recorded, or the export fails.
     """
-    from dtmsearch.console.text import exported_text, exported_values
+    from dtmsearch.console.plan_text import exported_text, exported_values
 
     check_store(store)
     from dtmsearch.workflows.export import export  # which loads torch
@@ -192,7 +192,7 @@ def score_verb(
 
     Differences are paired over the same questions; flips are answers that went from right to wrong or back.
     """
-    from dtmsearch.console.text import scores_text
+    from dtmsearch.console.plan_text import scores_text
 
     check_store(store)
     from dtmsearch.workflows.score import Asked, score

@@ -18,12 +18,19 @@ from dtmsearch.analysis.format import number
 from dtmsearch.console.printing import shown_in_line
 
 _GAP = 2
+# A label before its text, as `status` shows them.
+_LABEL_WIDTH = 11
 # Text wraps to columns of this width at least; a longer word is cut there.
 _NARROWEST = 12
 # So many columns say enough for the others to be left out, however many these are.
 _ENOUGH = 5
 _UNMEASURED = "-"
 _NUMBER = re.compile(r"[-+]?\d")
+
+
+def labelled(label: str, text: str) -> str:
+    """A line that says what it is about."""
+    return f"  {label:<{_LABEL_WIDTH}}{text}"
 
 
 def table(
