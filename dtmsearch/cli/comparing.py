@@ -109,7 +109,8 @@ def compare_verb(
     try:
         with interruptible(), observing(quiet) as observer:
             observer.on_stage("starting")
-            from dtmsearch.workflows.compare import CompareSettings, compare_by  # which loads torch
+            from dtmsearch.workflows.compare import compare_by  # which loads torch
+            from dtmsearch.workflows.compared_sides import CompareSettings
 
             asked = CompareSettings(timeout_seconds=timeout, batch_tokens=batch_tokens or 0, **settings)
             found = compare_by(base, other, documents, asked, observer.on_stage)

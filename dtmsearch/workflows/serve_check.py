@@ -33,7 +33,7 @@ from dtmsearch.model.replica.compared_replica import ComparedReplica
 from dtmsearch.model.replica.prompts import Cutter
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import served_model
-from dtmsearch.workflows.compare import BaseSide, CompareSettings, OnStage, local_base, local_other, served_other
+from dtmsearch.workflows.compared_sides import BaseSide, CompareSettings, OnStage, local_base, local_other, served_other
 from dtmsearch.workflows.described_folder import base_model_of, read_card
 from dtmsearch.workflows.engine_process import (
     EngineEnded,

@@ -9,59 +9,34 @@ only text is known. Knows nothing of what is compared with what.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import math
-import os
-import queue
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.positions import Likeliest
-from dtmsearch.errors import ServerUnreachable, UserError
+from dtmsearch.errors import UserError
+from dtmsearch.workflows.server_requests import (
+    Failed,
+    Progress,
+    Refused,
+    Served,
+    Tells,
+    ask_all,
+    complete,
+    get,
+    post,
+    require_completion,
+)
 
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-Tells = Literal["prompt_logprobs", "echo", "next", "text"]
-KEY_VARIABLE = "OPENAI_API_KEY"
 _TOKEN_ID = "token_id:"  # noqa: S105 - as servers write a token by its id
-_ATTEMPTS, _FIRST_WAIT_SECONDS = 3, 0.5
-_BUSY = (429, 502, 503, 504)
 # What the first OpenAI servers gave at most; newer ones give 20.
 _FEWER_TOP = 20, 10, 5
-_LONGEST_REASON = 200
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Served:
-    """Where a model is served, and what was found out of its server: `tells` how it tells probabilities, of `top`
-    tokens a position at most; `context` the most tokens that it reads, None where it does not say; `takes_bias`:
-    whether tokens can be kept from being chosen."""
-
-    url: str
-    model: str
-    timeout_seconds: float
-    tells: Tells = "text"
-    top: int = 0
-    context: int | None = None
-    takes_bias: bool = True
-    root: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.model} at {self.url}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +58,7 @@ def connect(name: str, timeout_seconds: float, top: int) -> Served:
     url, _, wanted = name.partition("#")
     url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
     found = Served(url, wanted, timeout_seconds)
-    listed = _get(found, "models").get("data")
+    listed = get(found, "models").get("data")
     models = [each for each in listed if isinstance(each, dict) and "id" in each] if isinstance(listed, list) else []
     names = [str(each["id"]) for each in models]
     if wanted and names and wanted not in names:
@@ -116,13 +91,13 @@ def _probed(served: Served, top: int) -> Served:
         ("next", "logprobs", {}),
     )
     for (tells, key, further), number in product(ways, numbers):
-        with contextlib.suppress(_Refused, _Failed):  # a parameter that it does not know may be its error, or ours
-            choice = _complete(served, row, 1, {key: number, **further})
+        with contextlib.suppress(Refused, Failed):  # a parameter that it does not know may be its error, or ours
+            choice = complete(served, row, 1, {key: number, **further})
             if _read(tells, choice, row, 1) is not None:
                 return replace(served, tells=tells, top=number)
     try:
-        _complete(served, row, 1, {})
-    except _Refused as refused:
+        complete(served, row, 1, {})
+    except Refused as refused:
         raise UserError(f"{served.url} does not complete token ids: {refused}") from None
     return served
 
@@ -191,12 +166,12 @@ def likeliest(served: Served, rows: IntArray, first: int, threads: int, on_done:
     if served.tells == "next":
         wanted = [(row, at) for row in range(num_rows) for at in range(first, length)]
         asked = [rows[row, :at].tolist() for row, at in wanted]
-        answers = _all(partial(_next_of, served), asked, threads, on_done)
+        answers = ask_all(partial(_next_of, served), asked, threads, on_done)
         found = [answers[start : start + length - first] for start in range(0, len(answers), length - first)]
     elif served.tells == "text":
         raise UserError(f"{served.url} tells no probabilities by token id: only its text can be compared")
     else:
-        found = _all(partial(_prompt_of, served, first), rows.tolist(), threads, on_done)
+        found = ask_all(partial(_prompt_of, served, first), rows.tolist(), threads, on_done)
     most = max(len(position) for row in found for position in row)
     ids = np.full((num_rows, length - first, most), -1, np.int32)
     values = np.full(ids.shape, -np.inf, np.float32)
@@ -212,7 +187,7 @@ def likeliest(served: Served, rows: IntArray, first: int, threads: int, on_done:
 def _prompt_of(served: Served, first: int, row: Sequence[int]) -> list[dict[int, float]]:
     key = {"prompt_logprobs": served.top} if served.tells == "prompt_logprobs" else {}
     echo = {"echo": True, "logprobs": served.top, "return_tokens_as_token_ids": True}
-    choice = _answered(served, row, 1, key or echo)
+    choice = require_completion(served, row, 1, key or echo)
     found = _read(served.tells, choice, row, first)
     if found is None:
         raise UserError(f"{served.url} answered a prompt of {len(row)} tokens without their probabilities")
@@ -221,7 +196,7 @@ def _prompt_of(served: Served, first: int, row: Sequence[int]) -> list[dict[int,
 
 def _next_of(served: Served, row: Sequence[int]) -> dict[int, float]:
     # llama.cpp's own word for going on from what the last request has computed.
-    found = _read("next", _answered(served, row, 1, {"logprobs": served.top, "cache_prompt": True}), row, 0)
+    found = _read("next", require_completion(served, row, 1, {"logprobs": served.top, "cache_prompt": True}), row, 0)
     if found is None:
         raise UserError(f"{served.url} answered a prompt of {len(row)} tokens without probabilities of the next")
     return found[0]
@@ -242,10 +217,10 @@ def generated(
         asked.pop("logprobs")
 
     def one(row: Sequence[int]) -> Generated:
-        choice = _answered(served, row, num_tokens, asked)
+        choice = require_completion(served, row, num_tokens, asked)
         return Generated(str(choice.get("text") or ""), _tokens_of(choice))
 
-    return _all(one, rows.tolist(), threads, on_done)
+    return ask_all(one, rows.tolist(), threads, on_done)
 
 
 def without_bias(served: Served, suppressed: Sequence[int]) -> Served:
@@ -254,8 +229,8 @@ def without_bias(served: Served, suppressed: Sequence[int]) -> Served:
     if not suppressed:
         return served
     try:
-        _complete(served, [1, 2, 3], 1, {"logit_bias": {str(token): -100 for token in suppressed}})
-    except _Refused:
+        complete(served, [1, 2, 3], 1, {"logit_bias": {str(token): -100 for token in suppressed}})
+    except Refused:
         return replace(served, takes_bias=False)
     return served
 
@@ -289,7 +264,7 @@ def check_tokenizer(served: Served, tokenizer: Any, texts: Sequence[str]) -> str
         own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         try:
             theirs = _tokenized(served, text)
-        except _Refused:
+        except Refused:
             return _check_counts(served, tokenizer, texts)
         if theirs != own:
             at = next((i for i, (a, b) in enumerate(zip(own, theirs, strict=False)) if a != b), 0)
@@ -304,9 +279,9 @@ def check_tokenizer(served: Served, tokenizer: Any, texts: Sequence[str]) -> str
 def _tokenized(served: Served, text: str) -> list[int]:
     # Both servers' words in one body: either ignores the other's.
     body = {"model": served.model, "prompt": text, "content": text, "add_special_tokens": False, "add_special": False}
-    tokens = _post(served, served.url.removesuffix("/v1") + "/tokenize", body).get("tokens")
+    tokens = post(served, served.url.removesuffix("/v1") + "/tokenize", body).get("tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-        raise _Refused("no tokens")
+        raise Refused("no tokens")
     return tokens
 
 
@@ -314,8 +289,8 @@ def _check_counts(served: Served, tokenizer: Any, texts: Sequence[str]) -> str:
     for text in texts:
         body = {"model": served.model, "prompt": text, "max_tokens": 1, "temperature": 0}
         try:
-            usage = _post(served, f"{served.url}/completions", body).get("usage")
-        except _Refused:
+            usage = post(served, f"{served.url}/completions", body).get("usage")
+        except Refused:
             return ""
         count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if not isinstance(count, int):
@@ -327,139 +302,6 @@ def _check_counts(served: Served, tokenizer: Any, texts: Sequence[str]) -> str:
                 f"{min(own)} are wanted. Only models of one vocabulary can be compared token by token"
             )
     return "it counted as many tokens in each text"
-
-
-# HTTP.
-
-
-class _Failed(ServerUnreachable):
-    """The server answered that it failed."""
-
-
-class _Refused(Exception):
-    """The server answered, and did not do what was asked."""
-
-
-def _answered(served: Served, row: Sequence[int], num_tokens: int, asked: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return _complete(served, row, num_tokens, asked)
-    except _Refused as refused:
-        raise UserError(f"{served.url} refused a prompt of {len(row)} tokens: {refused}") from None
-
-
-def _complete(served: Served, row: Sequence[int], num_tokens: int, asked: Mapping[str, Any]) -> dict[str, Any]:
-    body = {"model": served.model, "prompt": list(row), "max_tokens": num_tokens, "temperature": 0, **asked}
-    answer = _post(served, f"{served.url}/completions", body)
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise _Refused(f"its answer has no choices: {json.dumps(answer)[:_LONGEST_REASON]}")
-    return choices[0]
-
-
-def _get(served: Served, path: str) -> dict[str, Any]:
-    try:
-        return _sent(served, urllib.request.Request(f"{served.url}/{path}"))  # noqa: S310 - http(s), as `is_url` has it
-    except _Refused as refused:
-        raise UserError(f"{served.url} is no server of the OpenAI kind: {refused}") from None
-
-
-def _post(served: Served, url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    content = json.dumps(body).encode()
-    return _sent(served, urllib.request.Request(url, content, {"Content-Type": "application/json"}))  # noqa: S310
-
-
-def _sent(served: Served, request: urllib.request.Request) -> dict[str, Any]:
-    """The JSON of an answer. Raises `ServerUnreachable` where none comes, and `_Refused` for one that is an error."""
-    key = os.environ.get(KEY_VARIABLE)
-    if key:
-        request.add_header("Authorization", f"Bearer {key}")
-    for attempt in range(_ATTEMPTS):
-        last = attempt + 1 == _ATTEMPTS
-        try:
-            with urllib.request.urlopen(request, timeout=served.timeout_seconds) as answer:  # noqa: S310
-                return _parsed(answer.read())
-        except urllib.error.HTTPError as error:
-            if error.code in _BUSY and not last:
-                time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
-                continue
-            reason = f"HTTP {error.code}: {_reason(error.read())}"
-            if error.code in (401, 403):
-                raise UserError(f"{served.url} does not let us in ({reason}): set {KEY_VARIABLE}") from None
-            if error.code >= 500:
-                raise _Failed(f"{served.url} fails ({reason})") from None
-            raise _Refused(reason) from None
-        except http.client.InvalidURL as error:
-            raise UserError(f"{served.url} is no address of a server ({error})") from None
-        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-            raise _unreachable(served, error) from None
-    raise AssertionError("every attempt returns or raises")
-
-
-def _unreachable(served: Served, error: Exception) -> Exception:
-    reason = getattr(error, "reason", error)
-    if isinstance(reason, socket.timeout | TimeoutError):
-        return ServerUnreachable(
-            f"{served.url} gave no answer in {served.timeout_seconds:g} s: give it longer with --timeout, or fewer "
-            "questions at a time with --threads 1"
-        )
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return _Refused(f"its answer is no JSON ({error})")
-    words = " ".join(str(reason).split())
-    return ServerUnreachable(f"no server answers at {served.url} ({words}): start it, or check the address")
-
-
-def _parsed(content: bytes) -> dict[str, Any]:
-    answer = json.loads(content)
-    if not isinstance(answer, dict):
-        raise ValueError(f"got a {type(answer).__name__}")
-    return answer
-
-
-def _reason(content: bytes) -> str:
-    """What an error's body says, in one line."""
-    try:
-        told = json.loads(content)
-        inner = told.get("error", told) if isinstance(told, dict) else told
-        text = inner.get("message", inner) if isinstance(inner, dict) else inner
-    except ValueError:
-        text = content.decode(errors="replace")
-    return " ".join(str(text).split())[:_LONGEST_REASON] or "no reason given"
-
-
-def _all(work: Callable[[_T], _R], items: Iterable[_T], threads: int, on_done: Progress) -> list[_R]:
-    """`work` of each item, in their order, so many at a time; the first error ends it. Threads are daemons: what waits
-    for a slow server does not keep an interrupted process."""
-    todo: queue.SimpleQueue[tuple[int, _T]] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
-    listed = list(items)
-    for entry in enumerate(listed):
-        todo.put(entry)
-    stopped = threading.Event()
-
-    def run() -> None:
-        while not stopped.is_set():
-            try:
-                index, item = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                done.put((index, work(item), None))
-            except BaseException as error:  # told to the one who waits
-                done.put((index, None, error))
-
-    for _ in range(max(1, min(threads, len(listed)))):
-        threading.Thread(target=run, daemon=True).start()
-    found: dict[int, Any] = {}
-    try:
-        while len(found) < len(listed):
-            index, value, error = done.get()
-            if error is not None:
-                raise error
-            found[index] = value
-            on_done(len(found), len(listed))
-    finally:
-        stopped.set()
-    return [found[index] for index in range(len(listed))]
 
 
 def nats_of(told: Likeliest, rows: IntArray) -> np.ndarray[Any, np.dtype[np.float32]]:
