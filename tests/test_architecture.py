@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": {"errors", "core", "model"},  # of the model only names: torch and Ray never meet in one file
     "workflows": {"errors", "logs", "core", "config", "search", "store", "analysis", "model", "export", "cluster"},
     "report": {"errors", "core", "config", "store", "analysis", "workflows"},
+    "studies": {"errors", "core", "config", "search", "store", "analysis", "cluster", "workflows"},
     "console": {"errors", "core", "config", "search", "store", "analysis", "workflows"},
     "ui": {"errors", "core", "store", "analysis", "report", "console"},
     "cli": {
@@ -51,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cluster",
         "workflows",
         "report",
+        "studies",
         "console",
         "ui",
     },
@@ -95,6 +97,7 @@ MAY_LOAD: dict[str, set[str]] = {
         "lm_eval",
     },
     "report": {"altair", "jinja2", "markupsafe", "vl_convert", "pyarrow", "numpy"},
+    "studies": {"numpy", "pyarrow"},
     "console": {"rich", "pyarrow"},
     "ui": {"aiohttp"},
     "cli": {"click", "pyarrow"},

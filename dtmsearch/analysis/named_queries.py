@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dtmsearch.analysis.sql import query
+from dtmsearch.analysis.study_queries import STUDY_QUERIES
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 
@@ -153,6 +154,7 @@ WHERE run = :run AND reused_from IS NULL
 GROUP BY replica, node
 ORDER BY replica, node""",
         ),
+        *(Question(f"study-{name}", asks, sql) for name, asks, sql in STUDY_QUERIES),
     )
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import click
 
-from dtmsearch.cli import comparing, looking, preparing, searching, using  # noqa: F401 - each adds its verbs
+from dtmsearch.cli import comparing, looking, preparing, searching, studying, using  # noqa: F401 - each adds its verbs
 from dtmsearch.cli.root import cli
 from dtmsearch.cli.speech import LOG_FORMAT, say
 from dtmsearch.errors import FAILED, DtmError

@@ -140,6 +140,8 @@ BUILT_IN_STRATEGIES = (
     *("probe", "greedy", "beam", "lazy_greedy", "lazy_beam", "knapsack", "sensitivity", "auto", "fisher", "spdy"),
     *("evolution", "local", "squared_gradients", "gradient_changes", "mc_moe", "sparsity"),
 )
+# Those that answer a study's question: they only measure, and `search.options` says what.
+STUDY_STRATEGIES = ("discriminability", "ladder", "costs", "domains")
 
 
 # The widest weights that a model has, and the narrowest that are pruned: float32 and float8.
@@ -158,7 +160,7 @@ def _least_bits(scheme: str) -> float:
 
 def _known_strategy(name: str) -> str:
     """A built-in strategy, or one that an installed package has registered; it is not imported for that."""
-    known = (*BUILT_IN_STRATEGIES, *plugins.plugin_names(plugins.STRATEGIES))
+    known = (*BUILT_IN_STRATEGIES, *STUDY_STRATEGIES, *plugins.plugin_names(plugins.STRATEGIES))
     if name not in known:
         raise ValueError(plugins.nearest(name, known, "strategy"))
     return name
@@ -243,7 +245,7 @@ class SearchSection(Section):
     indifference: NonNegativeFloat = TreeSettings.indifference
     """With a confidence below 1: candidates leave that cannot be better by more than this, in the metric's unit."""
     options: dict[str, Any] = Field(default={})
-    """Settings of a strategy that another package has registered."""
+    """Settings of a study's strategy, or of one that another package has registered."""
     audit: Part = TreeSettings.audit
     """lazy_greedy, lazy_beam: share of the skipped children that is measured all the same, to tell how often the order
     was wrong."""
@@ -396,7 +398,9 @@ class SearchSection(Section):
     @model_validator(mode="after")
     def _whose_options(self) -> SearchSection:
         if self.options and self.strategy in BUILT_IN_STRATEGIES:
-            raise ValueError(f"options are for strategies of other packages; {self.strategy} has keys of its own")
+            raise ValueError(
+                f"options are for strategies of other packages and of studies; {self.strategy} has keys of its own"
+            )
         return self
 
     @model_validator(mode="after")

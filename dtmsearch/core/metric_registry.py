@@ -27,8 +27,9 @@ class PromptOutputs:
     """What a model makes of prompts where something is predicted, each [num_prompts, positions].
 
     `diverged`: its greedy choice is another token than the base model's, positions left out at which the base model
-    leaves its own continuation. `nll`: nats of the base model's token. `kl` and `text_nll`, where a metric needs them:
-    KL(base || model), and nats of human text. `own`: what the metric's own `at_positions` found.
+    leaves its own continuation. `nll`: nats of the base model's token. `kl`, `text_nll` and `text_missed`, where a
+    metric needs them: KL(base || model), nats of human text, and where its greedy choice is another token than human
+    text has. `own`: what the metric's own `at_positions` found.
     """
 
     diverged: NDArray[np.bool_]
@@ -36,6 +37,7 @@ class PromptOutputs:
     kl: NDArray[np.float32] | None = None
     text_nll: NDArray[np.float32] | None = None
     own: NDArray[np.float32] | None = None
+    text_missed: NDArray[np.bool_] | None = None
 
 
 Limits = tuple[float, float]
@@ -232,6 +234,47 @@ for _metric in (
     ),
 ):
     METRICS.add(_metric.name, _metric)
+
+
+def _top1(outputs: PromptOutputs) -> Numbers:
+    assert outputs.text_missed is not None
+    return 1.0 - outputs.text_missed.mean(axis=1)
+
+
+# How near the two likeliest tokens are to each other, in nats, where a density of near ties is counted.
+TIE_WIDTH = 0.25
+
+
+def _own_mean(outputs: PromptOutputs) -> Numbers:
+    assert outputs.own is not None
+    return mean_of_positions(outputs.own)
+
+
+def _near_ties(logits: Any, base_logits: Any, tokens: Any) -> Any:
+    best = logits.float().topk(2, dim=1).values
+    return ((best[:, 0] - best[:, 1]) < TIE_WIDTH).float() / TIE_WIDTH
+
+
+def _uncertainty(logits: Any, base_logits: Any, tokens: Any) -> Any:
+    return 1.0 - logits.float().softmax(dim=1).square().sum(dim=1)
+
+
+# Had by their names (`search.metrics`), for studies; in no list. `top1`: the share of human text that is the greedy
+# choice. Of a model's own distribution: `tie_density`, the density per nat of the two likeliest tokens' distance at
+# zero, and `uncertainty`, the chance that two draws from it differ.
+for _metric in (
+    Metric(
+        "top1",
+        _top1,
+        needs=frozenset({"text"}),
+        higher_is_better=True,
+        limits=lambda continuation_tokens: (0.0, 1.0),
+        title="top-1 on text",
+    ),
+    Metric("tie_density", _own_mean, at_positions=_near_ties, limits=_from_zero, unit="per nat"),
+    Metric("uncertainty", _own_mean, at_positions=_uncertainty, limits=lambda continuation_tokens: (0.0, 1.0)),
+):
+    METRICS.add(_metric.name, _metric, listed=False)
 
 BUILT_IN = ("fdt", "sdt", "dppl", "ppl", "kl")
 # What is measured of every plan, for next to nothing.

@@ -71,12 +71,16 @@ class Registry(Generic[Entry]):
         self._group, self._what, self._check = group, what, check
         self._entries: dict[str, Entry] = {}
         self._plugins: dict[str, Plugin] = {}
+        self._unlisted: set[str] = set()
 
-    def add(self, name: str, entry: Entry) -> Entry:
-        """Register `entry`. Raises `UserError` where the name is another's."""
+    def add(self, name: str, entry: Entry, listed: bool = True) -> Entry:
+        """Register `entry`; one that is not `listed` is had by its name alone. Raises `UserError` where the name is
+        another's."""
         if self._entries.get(name, entry) is not entry:
             raise UserError(f"there is a {self._what} {name!r} already; give yours another name")
         self._entries[name] = entry
+        if not listed:
+            self._unlisted.add(name)
         return entry
 
     def remove(self, name: str) -> None:
@@ -96,7 +100,8 @@ class Registry(Generic[Entry]):
         return len(list(iter(self)))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._entries, *plugin_names(self._group)]))
+        listed = (name for name in self._entries if name not in self._unlisted)
+        return iter(dict.fromkeys([*listed, *plugin_names(self._group)]))
 
     def __getitem__(self, name: str) -> Entry:
         """The entry of a name. Raises `UserError`, naming the nearest one, where there is none."""

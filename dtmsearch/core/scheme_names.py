@@ -20,7 +20,8 @@ SALIENCIES = ("magnitude", "wanda", "sparsegpt", "random")
 # Of inputs: no matrix has more.
 _COUNT = "[1-9][0-9]{0,8}"
 # A share is written in one way only, for two names would be two schemes.
-_PRUNING = re.compile(rf"({'|'.join(SALIENCIES)})-(?:(0\.[0-9]{{0,16}}[1-9])|({_COUNT}):({_COUNT}))")
+# Random pruning may name what its mask is drawn by, so that there are many of one share: random-0.001-s17.
+_PRUNING = re.compile(rf"({'|'.join(SALIENCIES)})-(?:(0\.[0-9]{{0,16}}[1-9])|({_COUNT}):({_COUNT}))(-s(?:0|{_COUNT}))?")
 _ROUNDING = re.compile(rf"(gptq-)?int([2-8])-(?:(tensor|channel)|g({_COUNT}))(-asym)?")
 _SIBLING_SHARES = tuple(f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5))
 
@@ -40,7 +41,9 @@ def pruned_parts(name: str) -> tuple[str, float, tuple[int, int] | None] | None:
     match = _PRUNING.fullmatch(name)
     if match is None:
         return None
-    saliency, share, kept, of = match.groups()
+    saliency, share, kept, of, seed = match.groups()
+    if seed is not None and saliency != "random":
+        return None
     if share is not None:
         return saliency, float(share), None
     return (saliency, 0.0, (int(kept), int(of))) if int(kept) < int(of) else None

@@ -370,7 +370,8 @@ def _unknown(name: str) -> str:
         f"unknown scheme {name!r}; the nearest is {near!r}. Schemes are {DENSE}, {', '.join(BITSANDBYTES)}, "
         "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "
         f"with gptq- before it; {', '.join(f'{s}-S' for s in SALIENCIES)} (S the pruned share between 0 and 1, such "
-        "as 0.5, or N:M for N kept of every M inputs, such as 2:4); an int one, a plus sign and a pruning one for "
+        "as 0.5, or N:M for N kept of every M inputs, such as 2:4; random-0.5-s1 has another mask than random-0.5); an "
+        "int one, a plus sign and a pruning one for "
         f"both; and {DROP}{''.join(f'; {example}' for example in _examples_of_plugins())}"
     )
 

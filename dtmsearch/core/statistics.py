@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,3 +158,23 @@ def _spacings(seed: int, num_values: int, resamples: int) -> NDArray[np.float32]
     weights /= weights.sum(axis=1, keepdims=True)
     weights.flags.writeable = False
     return weights
+
+
+def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of a share that `successes` of `trials` independent ones were drawn around (E. B. Wilson, Probable
+    inference, the law of succession, and statistical inference, 1927); of no trials, from 0 to 1."""
+    if trials <= 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1.0 + confidence) / 2.0)
+    share, scale = successes / trials, 1.0 + z * z / trials
+    middle = (share + z * z / (2.0 * trials)) / scale
+    reach = z * math.sqrt(share * (1.0 - share) / trials + z * z / (4.0 * trials * trials)) / scale
+    return max(middle - reach, 0.0), min(middle + reach, 1.0)
+
+
+def kendall_tau(a: NDArray[np.generic], b: NDArray[np.generic]) -> float:
+    """How far two rankings [values] agree, from -1 to 1, with ties accounted for (Kendall's tau-b); NaN where one of
+    them ranks nothing."""
+    one, other = (np.sign(np.subtract.outer(x, x)) for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)))
+    scale = math.sqrt(float(np.square(one).sum()) * float(np.square(other).sum()))
+    return float((one * other).sum()) / scale if scale else math.nan

@@ -97,6 +97,7 @@ def _values(request: EvalRequest, scored: Mapping[str, Divergence], reference: R
         nll=measured.nll,
         kl=measured.kl,
         text_nll=scored["text"].nll if "text" in scored else None,
+        text_missed=scored["text"].diverged if "text" in scored else None,
     )
     found: dict[str, Any] = {}
     for name in dict.fromkeys((*ALWAYS, *request.extra_metrics)):

@@ -31,13 +31,15 @@ DENSE_PLAN = Plan()
 @dataclass(frozen=True)
 class Trial:
     """A plan to be measured on prompts from `prompts[0]` up to `prompts[1]`; `parent` is a plan close to it, and
-    `weights_id` names the trained weights that it is over, if not the base model's."""
+    `weights_id` names the trained weights that it is over, if not the base model's; `metrics` are what is measured
+    beside fdt, sdt and dppl in the place of what the search measures."""
 
     plan: Plan
     prompts: tuple[int, int]
     parent: Plan = DENSE_PLAN
     perturbation: Perturbation | None = None
     weights_id: str = ""
+    metrics: tuple[str, ...] | None = None
 
 
 _T = TypeVar("_T")
@@ -161,7 +163,9 @@ class Procedure(Course, ABC):
 
     def _request(self, trial: Trial) -> EvalRequest:
         request = self._request_for(trial.plan, trial.parent)
-        extra = tuple(dict.fromkeys((*request.extra_metrics, *self._metrics)))
+        extra = trial.metrics
+        if extra is None:
+            extra = tuple(dict.fromkeys((*request.extra_metrics, *self._metrics)))
         return replace(request, prompts=trial.prompts, extra_metrics=extra, weights_id=trial.weights_id)
 
     @property

@@ -29,6 +29,7 @@ from dtmsearch.search.strategies.evolution import Evolution, Local
 from dtmsearch.search.strategies.gradient_scores import GradientChanges, SquaredGradients
 from dtmsearch.search.strategies.lazy import Lazy
 from dtmsearch.search.strategies.mc_moe import McMoe
+from dtmsearch.search.strategies.measuring import Costs, Discriminability, Domains, Ladder
 from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
 from dtmsearch.search.strategies.racing import Racing
@@ -134,3 +135,8 @@ STRATEGIES.add(
     StrategyType(lambda i: Spdy(i, i.solver.errors or {}, i.solver.spdy), needs_errors=True),
 )
 STRATEGIES.add("mc_moe", StrategyType(lambda i: McMoe(i, i.solver.uses, i.solver.mc_moe), needs_uses=True))
+# Of studies: `search.options` says what they measure.
+STRATEGIES.add("discriminability", StrategyType(lambda i: Discriminability(i, i.options), only_measures=True))
+STRATEGIES.add("ladder", StrategyType(lambda i: Ladder(i, i.options), only_measures=True))
+STRATEGIES.add("costs", StrategyType(lambda i: Costs(i, i.options), only_measures=True))
+STRATEGIES.add("domains", StrategyType(lambda i: Domains(i, i.options), only_measures=True))

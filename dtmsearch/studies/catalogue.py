@@ -1,0 +1,63 @@
+"""The studies by their names, and how one is made: its searches run one after the other, then what follows from their
+rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtmsearch.analysis.findings import Findings
+from dtmsearch.cluster.pool_settings import PoolSettings as Where
+from dtmsearch.config import SearchFile
+from dtmsearch.core.plugins import nearest
+from dtmsearch.errors import UserError
+from dtmsearch.search.protocols import Observer
+from dtmsearch.studies import discriminability
+from dtmsearch.studies.study import PartRun, Study
+from dtmsearch.workflows.lookup import StoreLike
+from dtmsearch.workflows.run import open_store, run
+from dtmsearch.workflows.session import OpenEvaluator
+
+STUDIES = {study.name: study for study in (discriminability.STUDY,)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A study that was made: what it found, and the runs that it rests on."""
+
+    study: Study
+    findings: Findings
+    runs: tuple[str, ...]
+
+
+def study_of(name: str) -> Study:
+    """The study of a name. Raises `UserError`, naming the nearest, where there is none."""
+    if name not in STUDIES:
+        raise UserError(nearest(name, STUDIES, "study"))
+    return STUDIES[name]
+
+
+def make(
+    study: Study,
+    searches: Sequence[tuple[str, SearchFile]],
+    store: StoreLike,
+    where: Where = Where(),
+    observer: Observer | None = None,
+    evaluator: OpenEvaluator | None = None,
+) -> Answer:
+    """Run the searches of a study, or what is missing of them, and conclude. Raises as `workflows.run.run` does."""
+    for _, file in searches:
+        run(file, store, where, observer, evaluator)
+    return answer(study, searches, store)
+
+
+def answer(study: Study, searches: Sequence[tuple[str, SearchFile]], store: StoreLike) -> Answer:
+    """What follows from the rows of a study's finished searches. Raises `UserError` where one has not run."""
+    results = open_store(store)
+    parts = []
+    for label, file in searches:
+        record = results.run(file.run)
+        if record is None:
+            raise UserError(f"run {file.run!r} of the study {study.name} is not in the store")
+        parts.append(PartRun(label, file, record))
+    return Answer(study, study.conclude(results, parts), tuple(part.run for part in parts))

@@ -1,0 +1,142 @@
+"""Which metric tells the removal of the smallest weights from that of as many at random ("Divergent Token Metrics",
+arXiv 2311.01544, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, spanned
+from dtmsearch.core.metric_registry import METRICS
+from dtmsearch.core.statistics import mean_interval, wilson_interval
+from dtmsearch.store.store import ResultStore
+from dtmsearch.studies.evidence import Measured, components_of, measured
+from dtmsearch.studies.study import PartRun, Study
+
+TOLD_BY = ("fdt", "sdt", "dppl", "kl", "ppl", "top1")
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Of each component and block of prompts, by a metric: 1 where the first scheme was found the less harmful one, 0
+    where the random mask was, 0.5 where both came to the same: [components, blocks]."""
+
+    components: tuple[str, ...]
+    scores: Mapping[str, Scores]
+
+
+def comparisons(rows: Sequence[Measured]) -> Comparisons:
+    """Every random mask beside the other scheme of its component, on the block of prompts that the mask was drawn
+    for."""
+    masks: dict[str, dict[int, Measured]] = {}
+    whole: dict[str, Measured] = {}
+    for row in rows:
+        name, _, seed = row.scheme.rpartition("-s")
+        if row.component is None:
+            continue
+        if name.startswith("random-") and seed.isdigit():
+            masks.setdefault(row.component, {})[int(seed)] = row
+        else:
+            whole[row.component] = row
+    names = tuple(name for name in whole if name in masks)
+    blocks = sorted(set.intersection(*(set(masks[name]) for name in names))) if names else []
+    scores = {
+        metric: np.array([[_score(metric, whole[n], masks[n][block], block) for block in blocks] for n in names])
+        for metric in TOLD_BY
+        if names and whole[names[0]].has(metric)
+    }
+    return Comparisons(names, scores)
+
+
+def _score(metric: str, whole: Measured, mask: Measured, block: int) -> float:
+    theirs = METRICS[metric].losses(np.asarray(mask.row[METRICS[metric].list_column]))
+    own = METRICS[metric].losses(np.asarray(whole.row[METRICS[metric].list_column]))
+    ours = own[block * len(theirs) : (block + 1) * len(theirs)]
+    return 0.5 + 0.5 * float(np.sign(theirs.mean() - ours.mean()))
+
+
+def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
+    """How often each metric tells the two apart, by layer and by kind."""
+    (part,) = parts
+    found = comparisons(measured(store, part.run, TOLD_BY))
+    known = components_of(store, part.record.manifest_id)
+    block = part.file.search.options.get("block", 8)
+    rows, said = [], []
+    for metric, scores in found.scores.items():
+        over = mean_interval(scores.mean(axis=0), 0, (0.0, 1.0))
+        right, wrong = int((scores == 1.0).sum()), int((scores == 0.0).sum())
+        low, high = wilson_interval(right, right + wrong)
+        share = right / max(right + wrong, 1)
+        tied = 1.0 - (right + wrong) / scores.size
+        title = METRICS[metric].title
+        rows.append((title, spanned(over.mean, over.low, over.high), f"{tied:.3f}", spanned(share, low, high)))
+        said.append((over.mean, title))
+    said.sort(reverse=True)
+    first, second = part.file.search.schemes
+    best = ", ".join(f"{title} {share:.0%}" for share, title in said)
+    sentence = (
+        f"On {block} prompts, {first} is found less harmful than {second} in this share of "
+        f"{next(iter(found.scores.values())).size:,} comparisons (50% is guessing): {best}."
+    )
+    note = (
+        f"{len(found.components)} components, each compared once on every block of {block} prompts. First interval: "
+        "95% over blocks, which all components share; last: Wilson's, as if every comparison were independent."
+    )
+    columns = ("metric", "right, ties as half", "tied", "right where not tied")
+    table = FoundTable("How often each metric tells the two apart", columns, tuple(rows), note)
+    by_layer = _by(found, {name: str(known[name].layer) for name in found.components})
+    by_kind = _by(found, {name: known[name].kind for name in found.components})
+    titles = list(found.scores)
+    tables = _table("By layer", "layer", by_layer, titles), _table("By kind", "kind", by_kind, titles)
+    numbered = [{**row, "group": int(str(row["group"]))} for row in by_layer]
+    pictures = _picture("layer", numbered), _picture("kind", by_kind)
+    return Findings((sentence,), (table, *tables), pictures)
+
+
+def _picture(what: str, rows: Sequence[Mapping[str, object]]) -> Picture:
+    return Picture(
+        f"told-by-{what}",
+        "lines" if what == "layer" else "dots",
+        rows,
+        Axis("group", what),
+        Axis("share", "share told right (ties as half)"),
+        f"How often each metric finds the removal of small weights less harmful than that of random ones, by {what}",
+        series="metric",
+        low="low",
+        high="high",
+        choice=f"by {what}",
+    )
+
+
+def _by(found: Comparisons, groups: Mapping[str, str]) -> list[dict[str, object]]:
+    """A row for each group of components and metric: the share told right, with Wilson's interval."""
+    rows: list[dict[str, object]] = []
+    for group in dict.fromkeys(groups.values()):
+        own = [at for at, name in enumerate(found.components) if groups[name] == group]
+        for metric, scores in found.scores.items():
+            told = scores[own]
+            low, high = wilson_interval(float(told.sum()), told.size)
+            title = METRICS[metric].title
+            rows.append({"group": group, "metric": title, "share": float(told.mean()), "low": low, "high": high})
+    return rows
+
+
+def _table(title: str, what: str, rows: Iterable[Mapping[str, object]], metrics: Sequence[str]) -> FoundTable:
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(str(row["group"]), []).append(spanned(row["share"], row["low"], row["high"], 2))  # type: ignore[arg-type]
+    columns = (what, *(METRICS[metric].title for metric in metrics))
+    return FoundTable(title, columns, tuple((group, *values) for group, values in groups.items()))
+
+
+STUDY = Study(
+    "discriminability",
+    "Which metric tells small weights from random ones",
+    "Per component 0.1% of the weights are removed, the smallest or as many at random: which metric says that the "
+    "first does less harm?",
+    conclude,
+)

@@ -1,0 +1,70 @@
+"""The rows of a study's searches, as arrays to reckon with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from dtmsearch.core.components import Component
+from dtmsearch.core.metric_registry import METRICS
+from dtmsearch.store.store import ResultStore
+
+Floats = NDArray[np.float64]
+_COLUMNS = ("evaluation_id", "plan_id", "component", "scheme", "step", "purpose", "label", "status", "num_prompts")
+_SIZES = ("num_compressed", "share", "bits_per_weight", "wall_seconds", "extra_metrics", "reference_id")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation that came to something. `row` has the columns of the store; `component` and `scheme` are None
+    unless one component alone was compressed."""
+
+    row: dict[str, Any]
+
+    @property
+    def component(self) -> str | None:
+        """The component, where it was alone."""
+        name: str | None = self.row["component"]
+        return name
+
+    @property
+    def scheme(self) -> str:
+        """The scheme of that component."""
+        return self.row["scheme"] or ""
+
+    @property
+    def plan_id(self) -> str:
+        """The plan that was measured."""
+        return str(self.row["plan_id"])
+
+    def values(self, metric: str) -> Floats:
+        """Its value on each prompt [num_prompts], of perplexities the logarithms."""
+        return METRICS[metric].comparable(np.asarray(self.row[METRICS[metric].list_column]))
+
+    def has(self, metric: str) -> bool:
+        """Whether it was measured."""
+        return self.row.get(METRICS[metric].list_column) is not None
+
+
+def measured(store: ResultStore, run: str, metrics: Sequence[str], purpose: str = "search") -> list[Measured]:
+    """The evaluations of a run that came to something, in recorded order, with the values of some metrics on each
+    prompt."""
+    lists = [METRICS[name].list_column for name in metrics]
+    where = (pc.field("purpose") == purpose) & (pc.field("status") == "ok")
+    table = store.table("evaluations", [*_COLUMNS, *_SIZES, *lists], run, where)
+    return [Measured(row) for row in table.to_pylist()]
+
+
+def components_of(store: ResultStore, manifest_id: str | None) -> dict[str, Component]:
+    """Name -> component of a model, as far as its searches have them."""
+    rows = store.table("components", ["manifest_id", "component", "layer", "kind", "rows", "cols"]).to_pylist()
+    return {
+        row["component"]: Component(row["component"], row["layer"], row["kind"], (row["rows"], row["cols"]))
+        for row in rows
+        if row["manifest_id"] == manifest_id
+    }
