@@ -22,8 +22,8 @@ _Settings = TypeVar("_Settings")
 
 
 def settings_of(kind: type[_Settings], options: Mapping[str, Any], strategy: str) -> _Settings:
-    """Settings, a dataclass of whole numbers, from a file's `search.options`. Raises `UserError` for an unknown key, and
-    for what is no whole number from 1 on."""
+    """Settings, a dataclass of whole numbers, from a file's `search.options`. Raises `UserError` for an unknown key
+    and for what is no whole number from 1 on."""
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     for name, value in options.items():
         if name not in known:
