@@ -28,7 +28,7 @@ import pyarrow as pa
 from dtmsearch.analysis.sql import query
 from dtmsearch.store import schemas
 from dtmsearch.store.codecs.columns import coded_constant
-from dtmsearch.store.segments import Segment
+from dtmsearch.store.segment_names import Segment
 from dtmsearch.store.store import ResultStore
 
 _PER_SEGMENT = 32_768

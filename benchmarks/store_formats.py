@@ -29,7 +29,8 @@ import pyarrow.feather
 from store import record_all, timed
 
 from dtmsearch.store.files import LocalFolder
-from dtmsearch.store.segments import Segment, Segments
+from dtmsearch.store.segment_names import Segment
+from dtmsearch.store.segments import Segments
 from dtmsearch.store.store import ResultStore
 
 TABLES = ("evaluations", "plans")

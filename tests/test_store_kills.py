@@ -23,7 +23,7 @@ from stores import opened, replayed, segment_files
 from dtmsearch.errors import StoreError
 from dtmsearch.store import run_writer
 from dtmsearch.store.files import LocalFolder
-from dtmsearch.store.segments import Segment, uncovered
+from dtmsearch.store.segment_names import Segment, uncovered
 from dtmsearch.store.store import ResultStore
 
 _CHILD = """

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dtmsearch.core.evaluation import Outcome
 from dtmsearch.errors import StoreError
 from dtmsearch.store.codecs.evaluations import OUTCOME_COLUMNS, outcomes
-from dtmsearch.store.segments import Segment, Segments
+from dtmsearch.store.segment_names import Segment
+from dtmsearch.store.segments import Segments
 
 # How often the store is looked through for what other running searches have added.
 _REFRESH_SECONDS = 20.0

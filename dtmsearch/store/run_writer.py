@@ -33,7 +33,8 @@ from dtmsearch.store.codecs.plans import PlanRows
 from dtmsearch.store.files import TEMPORARY, Folder
 from dtmsearch.store.locks import lock_of
 from dtmsearch.store.reuse_index import Elsewhere
-from dtmsearch.store.segments import Segment, Segments
+from dtmsearch.store.segment_names import Segment
+from dtmsearch.store.segments import Segments
 
 # Above this many, reading small segments one by one takes longer than it should.
 _MANY_SEGMENTS = 64

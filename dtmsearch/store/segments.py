@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from dtmsearch.errors import StoreError
 from dtmsearch.store.files import TEMPORARY, Folder
 from dtmsearch.store.schemas import SCHEMAS, fits
+from dtmsearch.store.segment_names import COMMIT, SMALL_BYTES, Segment, covered_by, covers, small_neighbours, uncovered
 
 DAMAGED = ".damaged"
 # Damage costs the group that it is in. Large enough that the description of all groups of all columns is small beside
@@ -35,54 +36,9 @@ _ROWS_PER_GROUP = {"evaluations": 8192, "plans": 65536, "steps": 8192}
 _TOGETHER = {"plans": "plan_id"}
 # In a segment's footer: the path under which it was written.
 _WRITTEN_AS = b"dtmsearch.segment"
-_SMALL_BYTES = 8 << 20
-_COMPACTED_BYTES = 32 << 20
 # Readers list again when a compaction or a damaged segment comes between listing and reading.
 _READ_ATTEMPTS = 8
-_COMMIT = r"(\d{8})-(\d{8})"
-_NAME = re.compile(rf"{_COMMIT}(?:_{_COMMIT})?\.parquet")
 _T = TypeVar("_T")
-
-Commit = tuple[int, int]  # epoch of the writer, number within it
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The rows of `table` that were committed under `key` from commit `first` to commit `last`."""
-
-    table: str
-    key: str
-    first: Commit
-    last: Commit
-    size: int = 0
-
-    @property
-    def path(self) -> str:
-        name = "_".join(f"{epoch:08}-{number:08}" for epoch, number in dict.fromkeys((self.first, self.last)))
-        return f"{self.table}/{self.key}/{name}.parquet"
-
-    @staticmethod
-    def of(path: str, size: int) -> Segment | None:
-        """The segment of a path; None for temporary and damaged files, and for anything else."""
-        table, _, rest = path.partition("/")
-        key, _, name = rest.rpartition("/")
-        match = _NAME.fullmatch(name)
-        if match is None:
-            return None
-        numbers = [int(n) for n in match.groups() if n is not None]
-        return Segment(table, key, (numbers[0], numbers[1]), (numbers[-2], numbers[-1]), size)
-
-
-def uncovered(segments: Iterable[Segment]) -> tuple[list[Segment], list[Segment]]:
-    """Segments in order of commits without those that a compacted one stands for, and those."""
-    kept: list[Segment] = []
-    covered: list[Segment] = []
-    for segment in sorted(segments, key=lambda s: (s.table, s.key, s.first, (-s.last[0], -s.last[1]))):
-        inside = (
-            kept and (kept[-1].table, kept[-1].key) == (segment.table, segment.key) and segment.last <= kept[-1].last
-        )
-        (covered if inside else kept).append(segment)
-    return kept, covered
 
 
 @dataclass(frozen=True)
@@ -126,7 +82,7 @@ class Segments:
         segments = [s for s in found if s is not None and (s not in self._damage or self._damage[s].whole_groups)]
         while True:
             kept, covered = uncovered(segments)
-            strangers = {s for s in kept if (inside := _inside(s, covered)) and not self._is_own(s, inside)}
+            strangers = {s for s in kept if (inside := covered_by(s, covered)) and not self._is_own(s, inside)}
             if not strangers:
                 return kept, covered
             segments = [s for s in segments if s not in strangers]
@@ -160,7 +116,7 @@ class Segments:
         paths = (file.path for table in SCHEMAS for file in self.folder.walk(f"{table}/{key}"))
         names = [path.rpartition("/")[2] for path in paths]
         counted = [name for name in names if unfinished or not name.startswith(TEMPORARY)]
-        epochs = (int(epoch) for name in counted for epoch, _ in re.findall(_COMMIT, name))
+        epochs = (int(epoch) for name in counted for epoch, _ in re.findall(COMMIT, name))
         return max(epochs, default=0)
 
     def write(self, segment: Segment, rows: pa.Table, keep_existing: bool = False) -> None:
@@ -304,7 +260,7 @@ class Segments:
             return False
         others = self.live(original.table, original.key)
         return self._renamed.get(written_as, segment) != segment or any(
-            _covers(other, original) for other in others if other != segment
+            covers(other, original) for other in others if other != segment
         )
 
     def _note(self, segment: Segment, damage: Damage) -> None:
@@ -370,7 +326,7 @@ class Segments:
         live, covered = self._sorted(table, key)
         for segment in covered:
             self.folder.remove(segment.path)
-        for group in _groups(live):
+        for group in small_neighbours(live):
             self._merge(group)
 
     def _merge(self, group: Sequence[Segment]) -> None:
@@ -389,32 +345,7 @@ class Segments:
             self.folder.remove(segment.path)
 
     def num_small(self, table: str, key: str) -> int:
-        return sum(segment.size < _SMALL_BYTES for segment in self.live(table, key))
-
-
-def _groups(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Runs of at least two neighbouring small segments, each run within the size of a compacted segment."""
-    groups: list[list[Segment]] = [[]]
-    room = _COMPACTED_BYTES
-    for segment in segments:
-        if segment.size >= _SMALL_BYTES or segment.size > room:
-            groups.append([])
-            room = _COMPACTED_BYTES
-        if segment.size < _SMALL_BYTES:
-            groups[-1].append(segment)
-            room -= segment.size
-    return [group for group in groups if len(group) > 1]
-
-
-def _inside(segment: Segment, others: Iterable[Segment]) -> list[Segment]:
-    """Those of others whose commits a segment's name says that it holds."""
-    return [other for other in others if _covers(segment, other)]
-
-
-def _covers(segment: Segment, other: Segment) -> bool:
-    """Whether a segment's name says that it holds another's commits, or is the other."""
-    same = (segment.table, segment.key) == (other.table, other.key)
-    return same and segment.first <= other.first and other.last <= segment.last
+        return sum(segment.size < SMALL_BYTES for segment in self.live(table, key))
 
 
 def _written_as(schema: pa.Schema) -> str | None:
