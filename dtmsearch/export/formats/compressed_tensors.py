@@ -29,20 +29,15 @@ from dtmsearch.core.holders import (
     engine_obstacle,
     is_packed,
     packed_obstacle,
-    packing_bits,
 )
-from dtmsearch.core.number_formats import Rounding
-from dtmsearch.core.schemes import SCALE_BITS, Scheme, parse_scheme
+from dtmsearch.core.schemes import Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.loaded import merges_experts, unmerged_names, unmerged_tensors
+from dtmsearch.export.packed_tensors import empty_parts, extra_bits_of, kept_parts, packed_parts, rows_of
 from dtmsearch.export.writer import write_quantized
-from dtmsearch.model.compress.number_rounding import NumberCodes, calibrated_scale
-from dtmsearch.model.compress.packing import number_bytes
 from dtmsearch.model.compress.quantization_arguments import CACHE_ARGUMENTS, inputs_arguments, weights_arguments
-from dtmsearch.model.compress.rounding import Codes
-from dtmsearch.model.modules.compat import packed_to_int32
 from dtmsearch.model.modules.loading import loading_obstacle
 from dtmsearch.model.sources.library_formats import group_of
 
@@ -63,9 +58,6 @@ _OTHER_INPUTS = (
     "scales and quotients, too"
 )
 _UNPACKED = "transformers unpacks NVFP4 and MX to bfloat16: load this folder with dtype=bfloat16, not in 32 bits"
-# Of scales e8m0: exponents are counted from it.
-_BIAS = 127
-_SCALES, _BYTES, _PADDING = "scales of 32 bits", "codes and zero points in whole bytes", "padding to words of 32 bits"
 
 
 def write_packed(job: Job, folder: Path) -> Written:
@@ -78,11 +70,11 @@ def write_packed(job: Job, folder: Path) -> Written:
 
     def parts_of(component: Component, weight: Tensor) -> tuple[Mapping[str, Tensor], dict[str, int]]:
         if job.plan.scheme(component.name).is_source:
-            kept = _kept(job, component)
+            kept = kept_parts(job, component)
             bits = 8 * sum(part.numel() * part.element_size() for part in kept.values())
             return kept, {"shapes": bits - component.source_bits}
         codes = component_codes(job, component, weight)
-        return _parts(job, component, codes), _extra_bits(job, component, codes)
+        return packed_parts(job, component, codes), extra_bits_of(job, component, codes)
 
     notes = _notes(job)
     if merged or not _experts_of(job):
@@ -142,55 +134,8 @@ def _empty_tensors(job: Job, merged: bool) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.empty(shape, dtype=job.dtype, device="meta")
             continue
         start = name.removesuffix(".weight") if merged else component.name
-        for ending, part in _empty_parts(job, component).items():
+        for ending, part in empty_parts(job, component).items():
             yield f"{start}.{ending}", part
-
-
-def _empty_parts(job: Job, component: Component) -> dict[str, Tensor]:
-    scheme = job.plan.scheme(component.name)
-    if scheme.is_source:
-        return _kept(job, component)
-    if scheme.weights is not None:
-        return _empty_number_parts(scheme, scheme.weights, component.shape)
-    rows, cols = component.shape
-    assert scheme.bits is not None
-    is_whole, packed = scheme.granularity == "tensor", is_packed(scheme, job.runtime)
-    scales = (1,) if is_whole else (rows, scheme.num_scales(component.shape) // rows)
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": (scales, job.scale_dtype)}
-    if packed:
-        shapes["weight_packed"] = (rows, -(-cols * scheme.bits // 32)), torch.int32
-        shapes["weight_shape"] = (2,), torch.int64
-    else:
-        shapes["weight"] = (rows, cols), torch.int8
-    if scheme.asymmetric:
-        words = (-(-rows * scheme.bits // 32), scales[-1]) if packed else scales
-        shapes["weight_zero_point"] = words, torch.int32 if packed else torch.int8
-    return {ending: torch.empty(shape, dtype=dtype, device="meta") for ending, (shape, dtype) in shapes.items()}
-
-
-def _empty_number_parts(scheme: Scheme, weights: Rounding, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """The shapes of `_number_parts` and `_input_parts`."""
-    rows, cols = shape
-    size = weights.size or 1
-    grids = {
-        "tensor": (1,),
-        "channel": (rows, 1),
-        "group": (rows, cols // size),
-        "block": (-(-rows // size), -(-cols // size)),
-    }
-    dtype = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn, "float": torch.float32}[weights.scale]
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": (grids[weights.grain], dtype)}
-    if weights.has_tensor_scale:
-        shapes["weight_global_scale"] = (1,), torch.float32
-    if weights.number == "int4":
-        shapes |= {"weight_packed": ((rows, -(-cols // 8)), torch.int32), "weight_shape": ((2,), torch.int64)}
-    elif weights.bits == 8:
-        shapes["weight"] = shape, torch.int8 if weights.number == "int8" else torch.float8_e4m3fn
-    else:
-        shapes["weight_packed"] = (rows, cols * weights.bits // 8), torch.uint8
-    if scheme.activations is not None and scheme.activations.static:
-        shapes[_input_scale(scheme.activations)] = (1,), torch.float32
-    return {ending: torch.empty(own, dtype=kind, device="meta") for ending, (own, kind) in shapes.items()}
 
 
 def _experts_of(job: Job) -> dict[str, tuple[str, ...]]:
@@ -218,26 +163,12 @@ def _by_expert(job: Job, extra: Counter[str]) -> Iterator[tuple[str, Component |
         first = 0
         for part in tensors:
             rows = job.shapes[part][0]
-            own = _rows_of(codes, first, rows)
+            own = rows_of(codes, first, rows)
             piece = replace(component, shape=(rows, component.shape[1]))
             first += rows
-            extra.update(_extra_bits(job, piece, own))
-            for ending, made in _parts(job, piece, own).items():
+            extra.update(extra_bits_of(job, piece, own))
+            for ending, made in packed_parts(job, piece, own).items():
                 yield f"{part.removesuffix('.weight')}.{ending}", None, made
-
-
-def _rows_of(codes: Codes | NumberCodes, first: int, rows: int) -> Codes | NumberCodes:
-    """The codes of some rows of a matrix."""
-    if isinstance(codes, NumberCodes):
-        whole = len(codes.scales) < len(codes.values)
-        scales = codes.scales if whole else codes.scales[first : first + rows]
-        return replace(codes, values=codes.values[first : first + rows], scales=scales)
-
-    def cut(values: Tensor) -> Tensor:
-        return values[first : first + rows] if len(values) == len(codes.codes) else values
-
-    zeros = None if codes.zeros is None else cut(codes.zeros)
-    return replace(codes, codes=cut(codes.codes), scales=cut(codes.scales), zeros=zeros)
 
 
 def _unmerged(job: Job) -> Iterator[tuple[str, Component | None, Tensor]]:
@@ -280,13 +211,6 @@ def _repair(job: Job, component: Component) -> str:
     return f"; the smallest that it takes here is {other} ({more / component.num_weights:+.2f} bits per weight)"
 
 
-def _kept(job: Job, component: Component) -> dict[str, Tensor]:
-    """What the base model's own files hold of a component, by the ending of their names."""
-    assert job.stored is not None
-    weight = next(weight for weight in job.stored.weights if weight.name in job.tensors_of(component.name))
-    return {part.rpartition(".")[2]: job.stored.read(part) for part in weight.parts}
-
-
 def _obstacle(job: Job, component: Component, scheme: Scheme) -> str | None:
     """Why a component cannot be written, if so."""
     if scheme.is_source:
@@ -313,80 +237,6 @@ def _embedding_obstacle(job: Job, scheme: Scheme) -> str | None:
     if job.is_tied:
         return TIED
     return embedding_obstacle(scheme) or ENGINES[job.runtime].embeddings
-
-
-def _parts(job: Job, component: Component, codes: Codes | NumberCodes) -> dict[str, Tensor]:
-    """The tensors of one component, by the ending of their names."""
-    scheme = job.plan.scheme(component.name)
-    if isinstance(codes, NumberCodes):
-        return _number_parts(codes) | _input_parts(job, component, scheme)
-    scales = codes.scales.reshape(-1) if codes.scales.numel() == 1 else codes.scales
-    signed, zeros = _signed(codes.codes, codes), None if codes.zeros is None else _signed(codes.zeros, codes)
-    parts = {"weight_scale": scales.to(codes.scale_dtype)}
-    if not is_packed(scheme, job.runtime):
-        assert zeros is not None
-        return parts | {"weight": signed, "weight_zero_point": zeros.reshape(scales.shape)}
-    parts |= {"weight_packed": packed_to_int32(signed, codes.bits), "weight_shape": torch.tensor(component.shape)}
-    if zeros is not None:
-        parts["weight_zero_point"] = packed_to_int32(zeros, codes.bits, packed_dim=0).contiguous()
-    return parts
-
-
-def _number_parts(codes: NumberCodes) -> dict[str, Tensor]:
-    number, scales = codes.rounding.number, codes.scales
-    if codes.rounding.scale == "e8m0":
-        scales = (torch.log2(scales) + _BIAS).to(torch.uint8)
-    elif codes.rounding.scale == "e4m3":
-        scales = scales.to(torch.float8_e4m3fn)
-    else:
-        scales = (scales.reshape(-1) if codes.rounding.grain == "tensor" else scales).to(codes.scale_dtype)
-    parts = {"weight_scale": scales}
-    if codes.rounding.has_tensor_scale:
-        parts["weight_global_scale"] = codes.tensor_scale.reshape(1)
-    if number == "int4":
-        shape = torch.tensor(codes.values.shape)
-        return parts | {"weight_packed": packed_to_int32(codes.values.to(torch.int8), 4), "weight_shape": shape}
-    if number in ("e4m3", "int8"):
-        return parts | {"weight": codes.values.to(torch.int8 if number == "int8" else torch.float8_e4m3fn)}
-    return parts | {"weight_packed": number_bytes(codes.values, number)}
-
-
-def _input_parts(job: Job, component: Component, scheme: Scheme) -> dict[str, Tensor]:
-    """What is calibrated of how a component's inputs are rounded."""
-    if not scheme.needs_largest_inputs:
-        return {}
-    assert scheme.activations is not None
-    largest = job.compressor.largest_input(component.name)
-    return {_input_scale(scheme.activations): calibrated_scale(largest, scheme.activations).reshape(1)}
-
-
-def _input_scale(activations: Rounding) -> str:
-    """What the scale of all inputs is called."""
-    return "input_global_scale" if activations.has_tensor_scale else "input_scale"
-
-
-def _signed(values: Tensor, codes: Codes) -> Tensor:
-    """Codes or zero points around zero, as the library counts them."""
-    if codes.zeros is None:
-        return values
-    middle = 2 ** (codes.bits - 1)
-    return values.to(torch.int16).sub_(middle).to(torch.int8)
-
-
-def _extra_bits(job: Job, component: Component, codes: Codes | NumberCodes) -> dict[str, int]:
-    """What the files hold of a component beyond the plan's arithmetic."""
-    scheme = job.plan.scheme(component.name)
-    if isinstance(codes, NumberCodes):
-        floats = codes.scales.numel() if codes.rounding.scale == "float" else 0
-        wider = {_SCALES: floats * (8 * codes.scale_dtype.itemsize - SCALE_BITS)}
-        if not codes.rounding.packs_in_words:
-            return wider
-        return wider | {_PADDING: packing_bits(scheme, component.shape, job.runtime), "shapes": 128}
-    scale_bits = codes.scales.numel() * (8 * codes.scale_dtype.itemsize - SCALE_BITS)
-    packing = packing_bits(scheme, component.shape, job.runtime)
-    if not is_packed(scheme, job.runtime):
-        return {_SCALES: scale_bits, _BYTES: packing}
-    return {_SCALES: scale_bits, _PADDING: packing, "shapes": 128}
 
 
 def _quantization_config(job: Job) -> dict[str, Any]:
