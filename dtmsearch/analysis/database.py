@@ -23,7 +23,7 @@ from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.errors import UserError
 from dtmsearch.store import schemas
 from dtmsearch.store.codecs import tables
-from dtmsearch.store.segments import Segment
+from dtmsearch.store.segment_names import Segment
 from dtmsearch.store.store import ResultStore
 
 # DuckDB keeps to this between its operators, not within a function.

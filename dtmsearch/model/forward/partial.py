@@ -9,7 +9,7 @@ cut: the pass starts at the next boundary below that is one, or at the tokens. K
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.errors import UserError
-from dtmsearch.model.modules.compat import BodyOutput, Cache, fixed_cache, no_packed_sequences
+from dtmsearch.model.forward.stand_ins import HiddenStates, Returned, StandIn, returned_kind, state_of
+from dtmsearch.model.modules.compat import Cache, fixed_cache, no_packed_sequences
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import vocabulary_size
 from dtmsearch.model.modules.swapping import swapped
@@ -57,87 +58,12 @@ class Below:
 State = Tensor | Elsewhere | Below
 
 
-# What a layer returns: a tensor (None), or a tuple or list of so many with it at the head.
-_Returned = tuple[type, int] | None
-
-
-def _returned(output: Any) -> _Returned:
-    return (type(output), len(output)) if isinstance(output, tuple | list) else None
-
-
-def _state_of(output: Any) -> Tensor:
-    """A layer's state in what it returned."""
-    state: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return state
-
-
 def _below_head(model: Any, layers_name: str) -> str:
     """Name of the part of a model that holds the layers, and all else that runs before the head."""
     head = model.get_output_embeddings()
     parts = layers_name.split(".")
     names = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return next(name for name in names if all(module is not head for module in model.get_submodule(name).modules()))
-
-
-class StandIn(nn.Module):
-    """In place of a layer: hands on its input, or `state` if there is one, and remembers what came in."""
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "layer", layer)  # no submodule: its weights are the model's
-        self.index = index
-        self.state: Tensor | None = None
-        self.seen: Tensor | None = None
-        self.returns: _Returned = None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.seen = hidden_states
-        _grow_cache(self.index, hidden_states, [*args, *kwargs.values()])
-        handed = self.handed_on(hidden_states)
-        return handed if self.returns is None else self.returns[0]([handed, *[None] * (self.returns[1] - 1)])
-
-    def handed_on(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states if self.state is None else self.state
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.layer, name)  # what the model's loop asks its layers about themselves
-
-
-def _grow_cache(index: int, hidden_states: Tensor, arguments: Iterable[Any]) -> None:
-    """What the model's code asks a cache's layer about lengths is answered as if the layer had run, for next to no
-    memory."""
-    for cache in arguments:
-        if isinstance(cache, Cache) and index < len(cache.layers):
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(nothing, nothing, index)
-
-
-class _HiddenStates(nn.Module):
-    """In place of everything below the head: gives `hidden_states`; of `body`, which it stands for, what else is
-    asked."""
-
-    hidden_states: Tensor
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "body", body)  # no submodule: its weights are the model's
-
-    @property
-    def decoder(self) -> nn.Module:
-        """What OPT's head runs: the part of the body that does the work."""
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> BodyOutput:
-        return BodyOutput(last_hidden_state=self.hidden_states)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["body"], name)
 
 
 class Body:
@@ -159,7 +85,7 @@ class Body:
         self.own = range(len(self._real)) if own is None else own
         self._stand_ins = [StandIn(layer, index) for index, layer in enumerate(self._real)]
         self._below_name = _below_head(model, self.layers_name)
-        self._below_head = _HiddenStates(model.get_submodule(self._below_name))
+        self._below_head = HiddenStates(model.get_submodule(self._below_name))
         self.head_apart = True
         self.cuts = frozenset(range(self.num_layers + 1))
         self.vocabulary_size = vocabulary_size(model)
@@ -289,10 +215,10 @@ class Body:
     def _note_what_layers_return(self) -> None:
         """Tensors or tuples; a layer that is not here returns what those that are do, so one of the guesses is
         right."""
-        returned: dict[int, _Returned] = {}
+        returned: dict[int, Returned] = {}
 
         def note(layer: nn.Module, args: Any, output: Any) -> None:
-            returned[self._real.index(layer)] = _returned(output)
+            returned[self._real.index(layer)] = returned_kind(output)
 
         hooks = [self._real[index].register_forward_hook(note) for index in self.own]
         tokens = torch.zeros(1, 2, dtype=torch.long, device=self.input_device)
@@ -302,9 +228,9 @@ class Body:
             for hook in hooks:
                 hook.remove()
 
-    def _guess_returned(self, tokens: Tensor, returned: dict[int, _Returned]) -> None:
+    def _guess_returned(self, tokens: Tensor, returned: dict[int, Returned]) -> None:
         whole = len(self.own) == self.num_layers
-        guesses: tuple[_Returned, ...] = (None, (tuple, 2))
+        guesses: tuple[Returned, ...] = (None, (tuple, 2))
         for guess in guesses:
             for index, stand_in in enumerate(self._stand_ins):
                 stand_in.returns = returned.get(index, guess)
@@ -413,7 +339,7 @@ class Body:
                 run()
         finally:
             hook.remove()
-        return _state_of(found[0])
+        return state_of(found[0])
 
     def boundaries(self, tokens: Tensor) -> list[Tensor]:
         """The states at all boundaries from the first layer's input to the last one's output, [layers + 1]; more where
@@ -423,7 +349,7 @@ class Body:
         def note(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], output: Any) -> None:
             if not found:
                 found.append(args[0] if args else named["hidden_states"])
-            found.append(_state_of(output))
+            found.append(state_of(output))
 
         hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in self._real]
         try:

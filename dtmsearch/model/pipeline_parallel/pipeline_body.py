@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.errors import UserError
-from dtmsearch.model.forward.partial import Body, Elsewhere, StandIn, State
+from dtmsearch.model.forward.partial import Body, Elsewhere, State
+from dtmsearch.model.forward.stand_ins import StandIn
 from dtmsearch.model.modules.swapping import swapped
 from dtmsearch.model.pipeline_parallel.remote import Remote
 from dtmsearch.model.pipeline_parallel.stage import received, to_send
