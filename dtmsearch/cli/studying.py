@@ -79,7 +79,7 @@ def study_verb(
         raise click.UsageError("give the text that prompts are cut from: --text FILE")
     searches = search_files(study, model, texts, held_out, overrides)
     if dry_run:
-        from dtmsearch.console.text import estimate_text
+        from dtmsearch.console.model_text import estimate_text
         from dtmsearch.workflows.estimate import estimate
 
         for label, file in searches:
