@@ -72,7 +72,7 @@ def gptq(model: Replica, calibration: Calibration, few: list[str], widths: list[
     calibrator.forget()
     with torch.inference_mode():
         layers = sorted({model.manifest().by_name[name].layer for name in few})
-        gathering = seconds(lambda: [calibrator.hessians(layer) for layer in layers])
+        gathering = seconds(lambda: [calibrator.hessians.of_layer(layer) for layer in layers])
     say(f"Hessians of {len(layers)} layers", f"{gathering:.2f} s; all: {gathering * whole:.0f} s")
     for schemes in ([f"gptq-{widths[2]}"], [f"gptq-{name}" for name in widths if name != widths[2]], ["sparsegpt-0.5"]):
         taken = seconds(lambda schemes=schemes: model.solve(calibration.id, [(n, s) for n in few for s in schemes]))

@@ -16,7 +16,7 @@ from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import parse_scheme
-from dtmsearch.model.calibration import calibrator as calibrator_module
+from dtmsearch.model.calibration import weight_errors
 from dtmsearch.model.compress import compressor as compressor_module
 from dtmsearch.model.compress.gptq import Job, inverse_factor, solve
 from dtmsearch.model.compress.packing import unpack
@@ -70,7 +70,7 @@ def test_statistics_reach_every_component(folder: Path) -> None:
 def hessians(model: Replica, calibration: Calibration) -> dict[tuple[str, ...], torch.Tensor]:
     with torch.inference_mode():
         model._calibrator.activate(calibration.id)
-        return {h.components: h.hessian for layer in (0, 1) for h in model._calibrator.hessians(layer)}
+        return {h.components: h.hessian for layer in (0, 1) for h in model._calibrator.hessians.of_layer(layer)}
 
 
 def test_hessians_are_those_of_a_plain_pass(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_solved_matrices_that_are_handed_over_give_the_same_bits(folder: Path) -
     other.use(reference)
     other.use_calibration(calibration, model.gather_statistics(calibration))
     other.use_solved(calibration.id, lambda component, scheme: matrices.get((component, scheme)))
-    other._calibrator.hessians = None  # type: ignore[method-assign, assignment]  # nothing is left to solve for
+    other._calibrator.solver._hessians = None  # nothing is left to solve for
     assert (values(other.evaluate([request])[0]), list(matrices)) == (own, [plan.entries[0]])
 
 
@@ -414,5 +414,5 @@ def test_gptq_s_outputs_err_less_than_rounding_s(folder: Path) -> None:
 def test_weight_errors_again_cost_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = replica(folder)
     first = model.weight_errors(["model.layers.0.mlp.up_proj"], ["int4-g16"])
-    monkeypatch.setattr(calibrator_module, "_norms", None)
+    monkeypatch.setattr(weight_errors, "_norms", None)
     assert model.weight_errors(["model.layers.0.mlp.up_proj"], ["int4-g16"]) == first

@@ -38,7 +38,7 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import McMoeSettings
 from dtmsearch.errors import UserError
-from dtmsearch.model.calibration import calibrator
+from dtmsearch.model.calibration import hessians
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.expert_use import expert_uses
 from dtmsearch.model.calibration.input_statistics import Gatherer
@@ -499,7 +499,7 @@ def test_experts_are_calibrated_by_what_they_read(folder: Path, experts: Routing
     statistics = model.gather_statistics(calibration)
     model._calibrator.activate(calibration.id)
     assert isinstance(model._calibrator, Calibrator)
-    hessians = {h.components[0]: h for h in model._calibrator._gatherer(calibration).hessians(1)}
+    hessians = {h.components[0]: h for h in model._calibrator.texts.gatherer(calibration).hessians(1)}
     for leaf, rows in plain_inputs(folder, calibration.tokens, 1, 2, experts == "all").items():
         name = f"model.layers.1.mlp.experts.2.{leaf}"
         assert statistics.num_tokens[name] == hessians[name].num_tokens == len(rows)
@@ -638,7 +638,7 @@ def test_hessians_in_parts_have_the_same_bits(
     monkeypatch.setattr(Gatherer, "hessians", gathering)
 
     def solved(bound: int) -> tuple[list[Any], list[Any], int]:
-        monkeypatch.setattr(calibrator, "_MOST_HESSIAN_BYTES", bound)
+        monkeypatch.setattr(hessians, "_MOST_HESSIAN_BYTES", bound)
         most.clear()
         model = replica(folder)
         calibration = model.cut_calibration([TEXT], 16, 32, 0, through)

@@ -53,7 +53,7 @@ class PipelineCalibrator:
     def statistics(self, calibration_id: str) -> InputStatistics:
         """See `Calibrator.statistics`."""
         if calibration_id not in self._statistics:
-            calibration = self._own.known(calibration_id)
+            calibration = self._own.texts.known(calibration_id)
             with self._standing.on_base():
                 self._enter(calibration_id)
                 own = self._own.statistics(calibration_id)
@@ -80,20 +80,20 @@ class PipelineCalibrator:
         self._entered.add(calibration_id)
 
     def _text(self, calibration_id: str) -> Sequence[Tensor]:
-        tokens = torch.from_numpy(self._own.known(calibration_id).tokens).long().to(self._whole.input_device)
+        tokens = torch.from_numpy(self._own.texts.known(calibration_id).tokens).long().to(self._whole.input_device)
         batches: Sequence[Tensor] = tokens.split(self._rows_in_batch(tokens.shape[1]))
         return batches
 
     @property
     def _active(self) -> str:
-        assert self._own.active is not None
-        return self._own.active
+        assert self._own.texts.active is not None
+        return self._own.texts.active
 
     def activate(self, calibration_id: str) -> None:
         """See `Calibrator.activate`."""
-        if self._own.active == calibration_id:
+        if self._own.texts.active == calibration_id:
             return
-        self._own.known(calibration_id)
+        self._own.texts.known(calibration_id)
         self.statistics(calibration_id)
         self._own.activate(calibration_id)
         for remote in self._remotes:
@@ -105,9 +105,9 @@ class PipelineCalibrator:
         if not plans:
             return
         pairs = [pair for plan in plans for pair in plan.parsed.items()]
-        self.activate(self._own.usual if calibration_id is None else calibration_id)
+        self.activate(self._own.texts.usual if calibration_id is None else calibration_id)
         self._own.solve(self._here(pairs))
-        if self._own.through_compressed:
+        if self._own.texts.through_compressed:
             self._solve_from_below(pairs)
         for remote, wanted in self._elsewhere(pairs):
             if remote.get("lacks", wanted):
@@ -156,11 +156,11 @@ class PipelineCalibrator:
     def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
         """See `Calibrator.solve`."""
         pairs = list(pairs)
-        if self._own.through_compressed:
+        if self._own.texts.through_compressed:
             self._solve_from_below(pairs)
         found = self._own.solve(self._here(pairs))
         elsewhere = self._elsewhere(pairs)
-        if elsewhere and not self._own.through_compressed:
+        if elsewhere and not self._own.texts.through_compressed:
             self._have_enter()
         solving = [(remote, remote.peer.ask("solve", wanted)) for remote, wanted in elsewhere]
         for remote, promise in solving:
@@ -177,7 +177,7 @@ class PipelineCalibrator:
             self.activate(calibration_id)
             if by_hessian or any(scheme.solved is not None for scheme in schemes):
                 self._have_enter()
-            if self._own.through_compressed:
+            if self._own.texts.through_compressed:
                 self._solve_from_below([(component, scheme) for component in components for scheme in schemes])
         layers = [(remote, [c for c in components if self._layer_of[c] in remote.layers]) for remote in self._remotes]
         asked = [

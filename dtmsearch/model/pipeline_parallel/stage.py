@@ -225,8 +225,8 @@ class Stage:
 
     def enter(self, calibration_id: str, scheme: str, *states: Sent) -> None:
         """Take the states of a calibration's text at the first layer of this stage, a batch each: see
-        `Calibrator.enter`."""
-        self._calibrator.enter(calibration_id, received(states, torch.device("cpu")), scheme)
+        `CalibrationTexts.enter`."""
+        self._calibrator.texts.enter(calibration_id, received(states, torch.device("cpu")), scheme)
 
     @torch.inference_mode()
     def gather(self, calibration_id: str) -> tuple[Mapping[str, FloatArray], Mapping[str, int], Mapping[str, float]]:
@@ -241,7 +241,7 @@ class Stage:
     @torch.inference_mode()
     def lacks(self, pairs: Sequence[tuple[str, Scheme]]) -> bool:
         """Whether some of these (component, solved scheme) pairs have yet to be solved."""
-        return self._calibrator.lacks(pairs)
+        return self._calibrator.solver.lacks(pairs)
 
     @torch.inference_mode()
     def solve(self, pairs: Sequence[tuple[str, Scheme]]) -> list[PackedMatrix]:
