@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dtmsearch.config import SearchFile, load
     from dtmsearch.config.sweep_file import load_sweep
     from dtmsearch.core.components import Component, ModelManifest
+    from dtmsearch.core.decoding import Decoding
     from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Reference
     from dtmsearch.core.metrics import Summary
     from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize
@@ -77,6 +78,7 @@ __all__ = [
     "ClusterLost",
     "ClusterUnreachable",
     "Component",
+    "Decoding",
     "DtmError",
     "EvalFailure",
     "EvalRequest",
@@ -151,6 +153,7 @@ _LAZY = {
     "ClusterLost": ("dtmsearch.errors", "ClusterLost"),
     "ClusterUnreachable": ("dtmsearch.errors", "ClusterUnreachable"),
     "Component": ("dtmsearch.core.components", "Component"),
+    "Decoding": ("dtmsearch.core.decoding", "Decoding"),
     "DtmError": ("dtmsearch.errors", "DtmError"),
     "EvalFailure": ("dtmsearch.core.evaluation", "EvalFailure"),
     "EvalRequest": ("dtmsearch.core.evaluation", "EvalRequest"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ class SearchFile(Section):
             section.scale_dtype,
             *((section.kv_cache.context, section.kv_cache.batch) if section.kv_cache else ()),
         )
-        return ModelSpec(path, section.revision, *options)
+        return replace(ModelSpec(path, section.revision, *options), decoding=self.search.decoding.decoding)
 
     def to_yaml(self) -> str:
         """The file as YAML with every default written out, so that two files that mean the same read the same."""

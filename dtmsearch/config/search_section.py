@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, WithJsonS
 from dtmsearch.config.sections import Section
 from dtmsearch.core import plugins
 from dtmsearch.core.components import Experts
+from dtmsearch.core.decoding import MOST_SEED, Decoding
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.scheme_names import ALIASES
@@ -226,15 +227,43 @@ def _or_a_path(schema: dict[str, Any]) -> None:
     schema["anyOf"].insert(0, {"type": "string"})
 
 
+class DecodingSection(Section):
+    """How the base model's continuations, and the choices that are held against them, are decoded. Sampled ones are by
+    noise of each prompt, position and token that is the same for every model, so that divergence stays defined."""
+
+    temperature: float = Field(default=Decoding.temperature, ge=0)
+    """What logits are divided by before a token is sampled; 0: every token is the likeliest."""
+    top_k: int = Field(default=Decoding.top_k, ge=0)
+    """Sample from so many of the likeliest tokens; 0: from all."""
+    top_p: float = Field(default=Decoding.top_p, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability, of those that top_k leaves."""
+    seed: int = Field(default=Decoding.seed, ge=0, le=MOST_SEED)
+    """Chooses the noise."""
+
+    @model_validator(mode="after")
+    def _of_samples(self) -> DecodingSection:
+        given = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) != getattr(Decoding, name)]
+        if self.temperature == 0.0 and given:
+            raise ValueError(f"{given[0]} is for tokens that are sampled; give a temperature above 0, such as 0.8")
+        return self
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.temperature, self.top_k, self.top_p, self.seed)
+
+
 class SearchSection(Section):
     """How plans are chosen, from what, and when the search ends. Keys that the strategy does not use are errors."""
 
     strategy: StrategyName = "beam"
     """How plans are chosen."""
     rank_by: MetricName = RANK_BY
-    """The metric that decides: fdt, sdt, dppl, ppl, kl, or one of another package."""
+    """The metric that decides: fdt, sdt, dppl, ppl, kl, accepted (tokens a step, as a draft of 5 tokens for the base
+    model), or one of another package."""
     metrics: tuple[MetricName, ...] = ()
     """Metrics that are measured beside it, of every candidate and on held-out prompts, where kl and ppl always are."""
+    decoding: DecodingSection = DecodingSection()
+    """How continuations are decoded."""
     width: Positive = TreeSettings.width
     """beam, lazy_beam: plans kept at each depth."""
     expand: Literal["all"] | Positive = TreeSettings.expand

@@ -113,7 +113,7 @@ class PromptsSection(Section):
     prompt_tokens: int = Field(default=100, ge=1)
     """Tokens of each window that the model reads."""
     continuation_tokens: int = Field(default=100, ge=1)
-    """Tokens that the base model then generates greedily: FDT lies between 0 and this."""
+    """Tokens that the base model then generates, greedily or as search.decoding says: FDT lies between 0 and this."""
     seed: Seed = 0
     """Draws the windows. A larger count extends a smaller one."""
 

@@ -26,10 +26,12 @@ _NAME = re.compile("[a-z][a-z0-9_]{0,30}")
 class PromptOutputs:
     """What a model makes of prompts where something is predicted, each [num_prompts, positions].
 
-    `diverged`: its greedy choice is another token than the base model's, positions left out at which the base model
-    leaves its own continuation. `nll`: nats of the base model's token. `kl`, `text_nll` and `text_missed`, where a
-    metric needs them: KL(base || model), nats of human text, and where its greedy choice is another token than human
-    text has. `own`: what the metric's own `at_positions` found.
+    `diverged`: its choice (greedy, or sampled by the same noise) is another token than the base model's, positions left
+    out at which the base model leaves its own continuation. `nll`: nats of the base model's token. `kl`, `text_nll` and
+    `text_missed`, where a metric needs them: KL(base || model), nats of human text, and where its greedy choice is
+    another token than human text has. `own`: what the metric's own `at_positions` found. `overlap`, where a metric
+    needs it: the probability that the distributions which the two models' tokens are chosen from have in common; of
+    greedy choices 1 where they are the same, else 0.
     """
 
     diverged: NDArray[np.bool_]
@@ -38,6 +40,7 @@ class PromptOutputs:
     text_nll: NDArray[np.float32] | None = None
     own: NDArray[np.float32] | None = None
     text_missed: NDArray[np.bool_] | None = None
+    overlap: NDArray[np.float32] | None = None
 
 
 Limits = tuple[float, float]
@@ -50,7 +53,7 @@ class Metric:
     `of_prompts` gives it, [num_prompts]. A metric of its own kind says with `at_positions` what it makes of the logits:
     (compressed model's, base model's, each [positions, vocabulary], the base model's tokens [positions]), tensors that
     it must not write to -> [positions]. `needs` names what it takes beside the compressed model's outputs: `base` (the
-    base model's distribution) or `text` (a pass over human text).
+    base model's distribution), `text` (a pass over human text) or `overlap`.
 
     `mean` says how a plan's value follows from its prompts': `arithmetic`, or `geometric`, for what is compared by its
     logarithm. `can_be_summed`: what components do alone adds up to what they do together, so that strategies may choose
@@ -62,7 +65,7 @@ class Metric:
     name: str
     of_prompts: Callable[[PromptOutputs], Numbers]
     at_positions: Callable[[Any, Any, Any], Any] | None = None
-    needs: frozenset[Literal["base", "text"]] = frozenset()
+    needs: frozenset[Literal["base", "text", "overlap"]] = frozenset()
     higher_is_better: bool = False
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     can_be_summed: bool = False
@@ -171,6 +174,65 @@ def mean_of_positions(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return mean
 
 
+# Tokens that a draft model proposes at a time, where nothing else is said.
+DRAFT_TOKENS = 5
+# Further lengths, of which `accepted1` and so on say the same.
+DRAFTS = (1, 2, 3, 8, 16)
+
+
+def accepted_tokens(overlap: NDArray[np.float32], draft_tokens: int = DRAFT_TOKENS) -> NDArray[np.float32]:
+    """How many of `draft_tokens` proposed tokens are accepted at each step of speculative decoding, on average
+    [num_prompts], from the overlap at each position [num_prompts, positions].
+
+    A step that starts at a position accepts token after token, each with the probability that is its position's overlap
+    (speculative sampling, arXiv 2211.17192, section 3.1), until one is refused or all are accepted; then the base model
+    adds a token of its own, after which the next step starts. Steps are weighed by the probability that one starts at
+    a position; those that the end of the continuation would cut short are left out. Of greedy choices this is what
+    drafting from the continuation's start does, exactly; of sampled ones overlaps along the base model's sample stand
+    for those along what is accepted.
+    """
+    if draft_tokens < 1:
+        raise ValueError(f"a draft has at least one token, got {draft_tokens}")
+    num_prompts, length = overlap.shape
+    draft = min(draft_tokens, length)
+    passes = overlap.astype(np.float64)
+    starts = np.zeros((num_prompts, length + draft + 2))
+    starts[:, 0] = 1.0
+    accepted, steps = np.zeros(num_prompts), np.zeros(num_prompts)
+    for at in range(max(1, length - draft)):
+        weight = starts[:, at]
+        steps += weight
+        reached = weight
+        for place in range(draft):
+            refused = reached * (1.0 - passes[:, at + place])
+            starts[:, at + place + 1] += refused
+            reached = reached - refused
+            accepted += reached
+        starts[:, at + draft + 1] += reached
+    found: NDArray[np.float32] = (accepted / steps).astype(np.float32)
+    return found
+
+
+def accepted_metric(name: str, draft_tokens: int) -> Metric:
+    """The metric of a name that says how many of so many proposed tokens are accepted a step, the compressed model as a
+    draft for its base (see `accepted_tokens`)."""
+
+    def of_prompts(outputs: PromptOutputs) -> Numbers:
+        assert outputs.overlap is not None
+        return accepted_tokens(outputs.overlap, draft_tokens)
+
+    return Metric(
+        name,
+        of_prompts,
+        needs=frozenset({"overlap"}),
+        higher_is_better=True,
+        limits=lambda continuation_tokens: (0.0, float(draft_tokens)),
+        title=f"accepted of {draft_tokens}",
+        digits=".3f",
+        unit="tokens a step",
+    )
+
+
 def _tokens(continuation_tokens: int | None) -> Limits:
     return 0.0, math.inf if continuation_tokens is None else float(continuation_tokens)
 
@@ -259,9 +321,10 @@ def _uncertainty(logits: Any, base_logits: Any, tokens: Any) -> Any:
     return 1.0 - logits.float().softmax(dim=1).square().sum(dim=1)
 
 
-# Had by their names (`search.metrics`), for studies; in no list. `top1`: the share of human text that is the greedy
-# choice. Of a model's own distribution: `tie_density`, the density per nat of the two likeliest tokens' distance at
-# zero, and `uncertainty`, the chance that two draws from it differ.
+# Had by their names (`search.metrics`), in no list: measured only where they are asked for. `top1`: the share of human
+# text that is the greedy choice. Of a model's own distribution: `tie_density`, the density per nat of the two likeliest
+# tokens' distance at zero, and `uncertainty`, the chance that two draws from it differ. `accepted`, of drafts of
+# `DRAFT_TOKENS` tokens, and those of other lengths.
 for _metric in (
     Metric(
         "top1",
@@ -273,6 +336,8 @@ for _metric in (
     ),
     Metric("tie_density", _own_mean, at_positions=_near_ties, limits=_from_zero, unit="per nat"),
     Metric("uncertainty", _own_mean, at_positions=_uncertainty, limits=lambda continuation_tokens: (0.0, 1.0)),
+    accepted_metric("accepted", DRAFT_TOKENS),
+    *(accepted_metric(f"accepted{tokens}", tokens) for tokens in DRAFTS),
 ):
     METRICS.add(_metric.name, _metric, listed=False)
 

@@ -67,7 +67,7 @@ COMPONENTS = _schema(
         ("source", CODED),
     ],
 )
-# `suppressed`, `opening` and `tokenizer` are the reference's generation rules (`core.evaluation.GenerationRules`).
+# From `suppressed` to `decoding` stand the reference's generation rules (`core.evaluation.GenerationRules`).
 # `disagreements` are all the positions at which the base model leaves its continuation, `base_agreement` the first.
 PROMPTS = _schema(
     "prompts",
@@ -84,6 +84,7 @@ PROMPTS = _schema(
         ("suppressed", _INTS),
         ("opening", _INTS),
         ("tokenizer", CODED),
+        ("decoding", CODED),
     ],
 )
 # FDT and SDT leave out the positions at which the base model leaves its own continuation (`prompts.disagreements`);
@@ -336,7 +337,7 @@ ADDED: dict[str, frozenset[str]] = {
     | {"source_bits", "source"},
     "steps": frozenset({"active_bits_per_weight"}),
     "statistics": frozenset({"tokens", "largest"}),
-    "prompts": frozenset({"opening", "tokenizer"}),
+    "prompts": frozenset({"opening", "tokenizer", "decoding"}),
     "weight_errors": frozenset({"scheme_version"}),
     "runs": frozenset(
         {

@@ -82,7 +82,13 @@ class EngineCheck:
 
 
 def check_enough_prompts(recorded: Recorded) -> None:
-    """Raises `UserError` where too few prompts are recorded to tell a fault of a file from noise."""
+    """Raises `UserError` where too few prompts are recorded to tell a fault of a file from noise, or other choices than
+    llama.cpp's check makes."""
+    if not recorded.reference.decoding.is_greedy:
+        raise UserError(
+            f"the store's measurement of this plan (run {recorded.run}) is of sampled continuations, and llama.cpp's "
+            "check of a file is of greedy ones. Measure the plan without search.decoding, or give --no-check"
+        )
     if len(recorded.fdt) < FEWEST:
         raise UserError(
             f"the store's measurement of this plan (run {recorded.run}) is of {len(recorded.fdt)} prompts, where "

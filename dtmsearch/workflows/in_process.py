@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, EvalResult
 from dtmsearch.core.gguf_presets import PRESET, preset_plan
 from dtmsearch.core.metric_registry import METRICS
@@ -105,17 +106,19 @@ def measure(
     calibration: str | Sequence[str] | None = None,
     batch_tokens: int = 0,
     metrics: Sequence[str] = (),
+    decoding: Decoding = GREEDY,
 ) -> Measurement:
-    """FDT, SDT, DPPL, PPL and KL of `model` under `plan` against the model as it is, and `metrics` of other packages.
+    """FDT, SDT, DPPL, PPL and KL of `model` under `plan` against the model as it is, and further `metrics`.
 
     `texts` are documents, of which `count` windows of `prompt_tokens` + `continuation_tokens` tokens are drawn by
-    `seed`: the first part of each is a prompt, from which the model's own greedy continuation is made. `calibration` is
-    text for calibrated schemes (`texts` where it is not given). The model has its own weights again at the end.
-    Raises `UserError` for too little text, for a plan that does not fit the model, and for a metric that there is not.
+    `seed`: the first part of each is a prompt, from which the model's own continuation is made, greedy or as `decoding`
+    says. `calibration` is text for calibrated schemes (`texts` where it is not given). The model has its own weights
+    again at the end. Raises `UserError` for too little text, for a plan that does not fit the model, and for a metric
+    that there is not.
     """
     for name in metrics:
         METRICS[name]
-    replica = InMemoryReplica(model, tokenizer, batch_tokens)
+    replica = InMemoryReplica(model, tokenizer, batch_tokens, decoding)
     manifest = replica.manifest()
     found = plan_of(plan, manifest)
     documents = [texts] if isinstance(texts, str) else list(texts)

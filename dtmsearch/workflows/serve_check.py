@@ -189,6 +189,11 @@ def _recorded(folder: Path, card: Mapping[str, Any], store: ResultStore, count: 
             f"the store {store.url} holds no measurement of plan {named.get('plan')} against reference "
             f"{named['reference']}, which {folder} was checked by: name the store with --store, or give --text"
         )
+    if not reference.decoding.is_greedy:
+        raise UserError(
+            f"{folder} was measured on sampled continuations, whose noise no engine adds: give --text, to hold the "
+            "engine against greedy ones, which transformers makes here"
+        )
     row = min(rows, key=lambda row: row["run"] != named.get("run"))
     values = {"fdt_text": row["fdt_unmasked"] or row["fdt"], "fdt": row["fdt"], "sdt": row["sdt"]}
     few = slice(0, count or None)

@@ -20,21 +20,26 @@ from dtmsearch.core.metric_registry import Metric
 from dtmsearch.errors import UserError
 from dtmsearch.model.forward.gpu_hops import moved
 from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.forward.sampling import Sampling, overlap
 
 # Logits of a chunk: what a CPU multiplies fast and still has near, what a GPU fills its units with.
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
+# The same where noise is added, for which there are integers of 64 bits beside each.
+_CHUNK_NOISE = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
 class Divergence:
     """Per prompt and target token, each [num_prompts, targets]: whether the greedy choice is another token than the
     reference's, the reference token's negative log likelihood in nats, and KL(base || compressed) in nats (None when
-    not asked for). `own`: what metrics of other packages found there, by name."""
+    not asked for). `own`: what metrics of other packages found there, by name. `overlap`: see `sampling.overlap`; None
+    when not asked for."""
 
     diverged: NDArray[np.bool_]
     nll: FloatArray
     kl: FloatArray | None
     own: Mapping[str, FloatArray] = field(default_factory=dict)
+    overlap: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Scores:
     nll: Tensor
     kl: Tensor | None
     own: Mapping[str, Tensor] = field(default_factory=dict)
+    overlap: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
     def sent(self) -> Scores:
@@ -53,7 +59,8 @@ class Scores:
             return self
         there = _send(self.diverged), _send(self.nll), None if self.kl is None else _send(self.kl)
         own = {name: _send(values) for name, values in self.own.items()}
-        return Scores(*there, own, torch.cuda.current_stream(self.nll.device).record_event())
+        overlap = None if self.overlap is None else _send(self.overlap)
+        return Scores(*there, own, overlap, torch.cuda.current_stream(self.nll.device).record_event())
 
 
 def _send(values: Tensor) -> Tensor:
@@ -67,11 +74,13 @@ def fetch(batches: Sequence[Scores]) -> Divergence:
         if batch.arrived is not None:
             batch.arrived.synchronize()
     kl = [batch.kl for batch in batches if batch.kl is not None]
+    overlaps = [batch.overlap for batch in batches if batch.overlap is not None]
     return Divergence(
         torch.cat([batch.diverged for batch in batches]).numpy(),
         torch.cat([batch.nll for batch in batches]).numpy(),
         torch.cat(kl).numpy() if kl else None,
         {name: torch.cat([batch.own[name] for batch in batches]).numpy() for name in batches[0].own},
+        torch.cat(overlaps).numpy() if overlaps else None,
     )
 
 
@@ -84,6 +93,8 @@ def compare(
     metrics: Sequence[Metric] = (),
     base: Body | None = None,
     as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
+    sampling: Sampling | None = None,
+    overlaps: bool = False,
 ) -> Scores:
     """Compare the head's choices from `hidden` [prompts, targets, hidden] with `targets` [prompts, targets].
 
@@ -91,7 +102,9 @@ def compare(
     tokens marked in `never` [vocabulary] not at all. Likelihoods are of the full distribution. `metrics` look at the
     logits themselves, and need `base_hidden`. `base_hidden` are inputs of the same head or, where `base` is given, of
     that model's, which may be of another width; of two vocabularies the tokens that both have are compared. Within
-    `as_base` the head is the base model's, where it is another now. Returns before a GPU has done the work.
+    `as_base` the head is the base model's, where it is another now. With `sampling` the choice is what it samples, by
+    the same noise as the target was, and `overlaps` asks for what the distributions sampled from have in common;
+    likelihoods and KL stay those of all tokens at a temperature of 1. Returns before a GPU has done the work.
     """
     score = _fused_score() if hidden.is_cuda else _score
     shape = targets.shape
@@ -102,8 +115,10 @@ def compare(
     nll: list[Tensor] = []
     kl: list[Tensor] = []
     own: dict[str, list[Tensor]] = {metric.name: [] for metric in metrics}
+    common: list[Tensor] = []
     with body.head_only(), nullcontext() if base is None else base.head_only():
-        most = max(1, _CHUNK_LOGITS[hidden.device.type] // body.vocabulary_size)
+        held = _CHUNK_LOGITS[hidden.device.type] if sampling is None else _CHUNK_NOISE[hidden.device.type]
+        most = max(1, held // body.vocabulary_size)
         chunk = math.ceil(len(rows) / math.ceil(len(rows) / most))  # as large as the others
         for at in range(0, len(rows), chunk):
             part = slice(at, at + chunk)
@@ -117,16 +132,30 @@ def compare(
                 logits, base_logits = _of_both(logits, base_logits)
             for metric in metrics:
                 own[metric.name].append(_at_positions(metric, logits, base_logits, wanted[part]))
-            scored = score(logits, wanted[part], base_logits, never[: logits.shape[1]])
-            for column, values in zip((diverged, nll, kl), scored, strict=True):
+            allowed = never[: logits.shape[1]]
+            left = None if sampling is None else _leaves(sampling, logits, wanted[part], allowed, at, shape[1])
+            if sampling is not None and overlaps and base_logits is not None:
+                common.append(overlap(logits, base_logits, allowed, sampling.decoding))
+            greedy, *likelihoods = score(logits, wanted[part], base_logits, allowed)
+            diverged.append(greedy if left is None else left)
+            for column, values in zip((nll, kl), likelihoods, strict=True):
                 column.append(values)
     found = Scores(
         torch.cat(diverged).reshape(shape),
         torch.cat(nll).reshape(shape),
         None if base_rows is None else torch.cat(kl).reshape(shape),
         {name: torch.cat(values).reshape(shape) for name, values in own.items()},
+        torch.cat(common).reshape(shape) if common else None,
     )
     return found.sent()
+
+
+def _leaves(
+    sampling: Sampling, logits: Tensor, targets: Tensor, never: Tensor, first: int, num_positions: int
+) -> Tensor:
+    """Whether other tokens than `targets` [rows] are sampled from `logits`, of rows from `first` on."""
+    rows = torch.arange(first, first + len(targets), device=logits.device)
+    return sampling.noisy(logits, never, sampling.of_rows(rows, num_positions)).argmax(dim=1) != targets
 
 
 def _of_both(logits: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:

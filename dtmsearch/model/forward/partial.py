@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.errors import UserError
+from dtmsearch.model.forward.sampling import Sampling
 from dtmsearch.model.forward.stand_ins import HiddenStates, Returned, StandIn, returned_kind, state_of
 from dtmsearch.model.modules.compat import Cache, fixed_cache, no_packed_sequences
 from dtmsearch.model.modules.discovery import find_layers
@@ -390,9 +392,11 @@ class Body:
         """A cache for texts of so many tokens. One that grows would be copied at every token."""
         return fixed_cache(self.model, length)
 
-    def generate(self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...]) -> Tensor:
-        """Greedy continuations [prompts, num_tokens] of `prompts` [prompts, tokens], with a cache; `suppressed` tokens
-        are never chosen. Nothing of the checkpoint's own generation settings applies."""
+    def generate(
+        self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...], decoding: Decoding = GREEDY
+    ) -> Tensor:
+        """Continuations [prompts, num_tokens] of `prompts` [prompts, tokens], with a cache; `suppressed` tokens are
+        never chosen. Nothing of the checkpoint's own generation settings applies."""
         from transformers import GenerationConfig
 
         settings = GenerationConfig(
@@ -406,7 +410,10 @@ class Body:
         )
         # It is made here, for the model would keep the length of an earlier.
         cache = None if self._new_cache is None else self._new_cache(prompts.shape[1] + num_tokens)
-        options = {} if cache is None else {"past_key_values": cache}
+        options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        sampling = Sampling.of(decoding, prompts)
+        if sampling is not None:
+            options["logits_processor"] = [sampling.processor(prompts.shape[1], suppressed)]
         own, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             output: Tensor = self.model.generate(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.errors import UserError
 from dtmsearch.model.forward.partial import Body, Elsewhere, State
 from dtmsearch.model.forward.stand_ins import StandIn
@@ -99,11 +100,13 @@ class PipelineBody(Body):
     def finish(self, tokens: Tensor, state: State | None, start: int) -> Tensor:
         return self.begin(tokens, state, start)()
 
-    def generate(self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...]) -> Tensor:
+    def generate(
+        self, prompts: Tensor, num_tokens: int, suppressed: tuple[int, ...], decoding: Decoding = GREEDY
+    ) -> Tensor:
         for remote in self._remotes:
             remote.peer.ask("begin_generation", prompts.shape[1] + num_tokens)
         with self._bridged():
-            return super().generate(prompts, num_tokens, suppressed)
+            return super().generate(prompts, num_tokens, suppressed, decoding)
 
     @contextmanager
     def _bridged(self) -> Iterator[None]:

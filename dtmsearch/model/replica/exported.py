@@ -27,6 +27,7 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from dtmsearch.core.components import ModelManifest, read_header, read_model_config, weight_files
+from dtmsearch.core.decoding import Decoding
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.numeric_mode import NumericMode
@@ -290,13 +291,14 @@ def write_job(
     np.savez(arrays, text=reference.text, continuation=reference.continuation, agrees=reference.agrees)
     job = folder / "job.json"
     values = {
-        "spec": asdict(spec),
+        "spec": {key: value for key, value in asdict(spec).items() if key != "decoding"},  # the reference has its own
         "settings": asdict(settings),
         "repacked": repacked,
         "arrays": str(arrays),
         "reference": {"id": reference.id, "manifest_id": reference.manifest_id},
         "mode": asdict(reference.mode),
         "suppressed": list(reference.suppressed),
+        "decoding": str(reference.decoding),
     }
     job.write_text(json.dumps(values), encoding="utf-8")
     return job
@@ -304,8 +306,10 @@ def write_job(
 
 def _read_job(job: Mapping[str, Any]) -> tuple[ModelSpec, ReplicaSettings, Reference, bool]:
     with np.load(job["arrays"]) as arrays:
-        mode, suppressed = NumericMode(**job["mode"]), tuple(job["suppressed"])
-        reference = Reference(**job["reference"], mode=mode, **dict(arrays), suppressed=suppressed)
+        mode, suppressed, decoding = job["mode"], tuple(job["suppressed"]), Decoding.parse(job["decoding"])
+        reference = Reference(
+            **job["reference"], mode=NumericMode(**mode), **dict(arrays), suppressed=suppressed, decoding=decoding
+        )
     return ModelSpec(**job["spec"]), ReplicaSettings(**job["settings"]), reference, job["repacked"]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.fusion import scale_partners
 from dtmsearch.core.variant import BASE
@@ -47,10 +48,11 @@ class InMemoryReplica(Replica):
     """Evaluates plans on `model`, where it lies; between evaluations and at the end (`restore`) its weights are its
     own. The model must be in evaluation mode and on one device."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 0) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 0, decoding: Decoding = GREEDY) -> None:
         self._given = model, tokenizer
         attention = attention_of(model)
-        spec = ModelSpec(manifest_of(model).model, dtype=_dtype_name(model), attention=attention, compile="never")
+        path, dtype = manifest_of(model).model, _dtype_name(model)
+        spec = ModelSpec(path, dtype=dtype, attention=attention, compile="never", decoding=decoding)
         super().__init__(spec, ReplicaSettings(batch_tokens=batch_tokens))
 
     def _choose_device(self) -> torch.device:

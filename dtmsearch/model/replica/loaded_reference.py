@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
 from dtmsearch.core.evaluation import IntArray, Reference
+from dtmsearch.core.metric_registry import Metric
 from dtmsearch.model.forward.activation_cache import ActivationCache
 from dtmsearch.model.forward.partial import Body
 
@@ -48,6 +49,11 @@ class Loaded:
         assert self.base is not None and self.prompts is not None
         batches = self.caches["continuation"].batches
         return list(self.base.hidden[slice(*self.prompts)].split([len(batch) for batch in batches]))
+
+    def compares_samples(self, metrics: Iterable[Metric]) -> bool:
+        """Whether metrics need what the distributions that tokens are sampled from have in common. Of greedy choices it
+        follows from these."""
+        return not self.reference.decoding.is_greedy and any("overlap" in metric.needs for metric in metrics)
 
     def forget(self) -> None:
         """Hold nothing that can be made again."""

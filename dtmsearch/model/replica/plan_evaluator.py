@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import (
     EvalRequest,
     FloatArray,
@@ -42,6 +43,7 @@ from dtmsearch.model.forward.batch_size import Batches, is_out_of_memory
 from dtmsearch.model.forward.head_metrics import Divergence, Scores, compare, fetch
 from dtmsearch.model.forward.layer_reuse import Reuse
 from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.forward.sampling import Sampling
 from dtmsearch.model.replica.loaded_reference import BaseOutputs, Loaded, greedy
 from dtmsearch.model.replica.results import Launched, outcome_of
 from dtmsearch.model.weights.standing import Standing
@@ -166,7 +168,11 @@ class PlanEvaluator:
         cache = self._cache(greedy(loaded.reference, rows), loaded.reference.prompt_tokens)
         with self._bench.standing.eagerly():
             found = fetch(
-                self._bench.batches.halving(lambda: self._measure(cache.head_inputs(0, ()), cache.targets_from, None))
+                self._bench.batches.halving(
+                    lambda: self._measure(
+                        cache.head_inputs(0, ()), cache.targets_from, None, decoding=loaded.reference.decoding
+                    )
+                )
             )
         return share_of_divergent_tokens(found.diverged & loaded.reference.agrees[rows]), perplexity(found.nll)
 
@@ -227,7 +233,8 @@ class PlanEvaluator:
         loaded.set_range(request.prompts, self._cache)
         asked = [METRICS[name] for name in request.extra_metrics]
         names = ["continuation"] + (["text"] if any("text" in metric.needs for metric in asked) else [])
-        with_base = any(metric.needs_base for metric in asked)
+        overlaps = loaded.compares_samples(asked)
+        with_base = overlaps or any(metric.needs_base for metric in asked)
         own = [metric for metric in asked if metric.at_positions is not None]
         if with_base and loaded.base_hidden is None:
             loaded.base_hidden = self._base_hidden(loaded) if loaded.base is None else loaded.base_in_batches()
@@ -253,6 +260,8 @@ class PlanEvaluator:
                     own if name == "continuation" else (),
                     None if loaded.base is None else loaded.base.body,
                     as_base,
+                    loaded.reference.decoding if name == "continuation" else GREEDY,
+                    overlaps,
                 )
                 for name in names
             }
@@ -302,21 +311,35 @@ class PlanEvaluator:
         metrics: Sequence[Metric] = (),
         base: Body | None = None,
         as_base: Callable[[], AbstractContextManager[None]] = nullcontext,
+        decoding: Decoding = GREEDY,
+        overlaps: bool = False,
     ) -> list[Scores]:
         return [
             self._compared(
-                hidden, tokens[:, targets_from:], base_hidden[index] if base_hidden else None, metrics, base, as_base
+                hidden,
+                tokens,
+                targets_from,
+                base_hidden[index] if base_hidden else None,
+                metrics,
+                base,
+                as_base,
+                decoding,
+                overlaps,
             )
             for index, (tokens, hidden) in enumerate(head_inputs)
         ]
 
     def _compared(
-        self, hidden: Tensor, targets: Tensor, base_hidden: Tensor | None, metrics: Sequence[Metric], base: Body | None,
-        as_base: Callable[[], AbstractContextManager[None]],
+        self, hidden: Tensor, tokens: Tensor, targets_from: int, base_hidden: Tensor | None,
+        metrics: Sequence[Metric], base: Body | None, as_base: Callable[[], AbstractContextManager[None]],
+        decoding: Decoding, overlaps: bool,
     ) -> Scores:  # fmt: skip
         """See `head_metrics.compare`."""
         other = None if base_hidden is None else base
-        return compare(self._body, hidden, targets, base_hidden, self._bench.never, metrics, other, as_base)
+        sampling, targets = Sampling.of(decoding, tokens[:, :targets_from]), tokens[:, targets_from:]
+        return compare(
+            self._body, hidden, targets, base_hidden, self._bench.never, metrics, other, as_base, sampling, overlaps
+        )
 
     def _own_head(self, changed: Collection[str]) -> Callable[[], AbstractContextManager[None]]:
         """Within what it gives, the head is the base model's, where it is among what a plan changes, by itself or as

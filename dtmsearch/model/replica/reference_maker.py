@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dtmsearch.core.calibration import Calibration, Routing, Through, calibration_id
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import (
     Continuation,
     FloatArray,
@@ -59,7 +60,9 @@ class ReferenceMaker:
     def conditions(self) -> tuple[NumericMode, GenerationRules]:
         """What decides the continuations of prompts, beside the model."""
         opening, _ = around(self._tokenizer)
-        return self._mode, GenerationRules(self._suppressed, tuple(opening), self._fingerprint)
+        return self._mode, GenerationRules(
+            self._suppressed, tuple(opening), self._fingerprint, str(self._spec.decoding)
+        )
 
     def id_of(self, prompts: PromptTokens) -> str:
         """The id that the reference of prompts has or will have."""
@@ -74,13 +77,13 @@ class ReferenceMaker:
         return Calibration(known, manifest.id, rows, through, experts)
 
     def make(self, prompts: PromptTokens) -> Reference:
-        """The base model's greedy continuations of `prompts`, and where its own single pass disagrees with them.
+        """The base model's own continuations of `prompts`, and where its own single pass disagrees with them.
 
         Raises `UserError` where its logits are not finite, or it agrees with itself too little to measure others by.
         """
         self._bench.become(BASE)
         mode, rules = self.conditions()
-        continuation = self._bench.batches.halving(lambda: self.continue_from(prompts))
+        continuation = self._bench.batches.halving(lambda: self.continue_from(prompts, self._spec.decoding))
         reference = Reference(
             id=self.id_of(prompts),
             manifest_id=self._bench.manifest.id,
@@ -91,6 +94,7 @@ class ReferenceMaker:
             suppressed=rules.suppressed,
             opening=rules.opening,
             tokenizer=rules.tokenizer,
+            decoding=self._spec.decoding,
         )
         check = self._evaluator.divergence_of_base(Loaded(reference))
         self._refuse_infinite(int((~np.isfinite(check.nll)).any(axis=1).sum()), reference.num_prompts)
@@ -111,36 +115,42 @@ class ReferenceMaker:
             )
 
     def generate(self, variant: Variant, prompts: PromptTokens) -> _Tokens:
-        """Free greedy generation: [num_prompts, continuation_tokens]."""
+        """Free generation: [num_prompts, continuation_tokens]."""
         self._bench.become(variant)
-        return self.continue_from(prompts)
+        return self.continue_from(prompts, self._spec.decoding)
 
     def side_by_side(self, variant: Variant, reference: Reference, prompts: Sequence[int]) -> list[Continuation]:
         """How the base model and a variant each go on from some prompts of a reference."""
         rows = reference.text[list(prompts)]
         start = PromptTokens(rows, reference.prompt_tokens)
         self._bench.become(variant)
-        own = self._bench.batches.halving(lambda: self.continue_from(start))
-        own_margins = self.margins_of(start, own)
+        own = self._bench.batches.halving(lambda: self.continue_from(start, reference.decoding))
+        own_margins = self.margins_of(start, own, reference.decoding)
         self._bench.become(BASE)
         base = reference.continuation[list(prompts)]
-        return written_out(self._tokenizer, prompts, start, (base, self.margins_of(start, base)), (own, own_margins))
+        return written_out(
+            self._tokenizer,
+            prompts,
+            start,
+            (base, self.margins_of(start, base, reference.decoding)),
+            (own, own_margins),
+        )
 
-    def continue_from(self, prompts: PromptTokens) -> _Tokens:
-        """Greedy continuations by the model as it stands, [num_prompts, continuation_tokens]."""
+    def continue_from(self, prompts: PromptTokens, decoding: Decoding = GREEDY) -> _Tokens:
+        """Continuations by the model as it stands, [num_prompts, continuation_tokens]."""
         rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
         batches = rows.split(self._bench.batches.rows(prompts.tokens.shape[1]))
         length = prompts.continuation_tokens
         with self._bench.standing.eagerly():
-            parts = [self._body.generate(batch, length, self._suppressed).cpu() for batch in batches]
+            parts = [self._body.generate(batch, length, self._suppressed, decoding).cpu() for batch in batches]
         return torch.cat(parts).numpy().astype(np.int32)
 
-    def margins_of(self, start: PromptTokens, continuation: _Tokens) -> FloatArray:
-        """How many nats likelier each choice was than the runner-up, by the model as it stands."""
+    def margins_of(self, start: PromptTokens, continuation: _Tokens, decoding: Decoding = GREEDY) -> FloatArray:
+        """By how many nats the best choice was ahead of the runner-up, noise included, by the model as it stands."""
         tokens = np.concatenate([start.tokens[:, : start.prompt_tokens], continuation], axis=1)
         rows = torch.from_numpy(tokens).long().to(self._body.input_device)
         never = self._bench.never
-        return np.concatenate([margins(self._body, row, start.prompt_tokens, never) for row in rows.split(1)])
+        return np.concatenate([margins(self._body, row, start.prompt_tokens, never, decoding) for row in rows.split(1)])
 
     def _refuse_infinite(self, num_infinite: int, num_prompts: int) -> None:
         if num_infinite:

@@ -92,12 +92,14 @@ def _values(request: EvalRequest, scored: Mapping[str, Divergence], reference: R
     """Metric -> its value on each prompt, of all that are asked for. Raises `UserError` for a metric that gives
     something else than a number for each prompt."""
     measured = scored["continuation"]
+    diverged = measured.diverged & reference.agrees[slice(*request.prompts)]
     outputs = PromptOutputs(
-        diverged=measured.diverged & reference.agrees[slice(*request.prompts)],
+        diverged=diverged,
         nll=measured.nll,
         kl=measured.kl,
         text_nll=scored["text"].nll if "text" in scored else None,
         text_missed=scored["text"].diverged if "text" in scored else None,
+        overlap=(~diverged).astype(np.float32) if reference.decoding.is_greedy else measured.overlap,
     )
     found: dict[str, Any] = {}
     for name in dict.fromkeys((*ALWAYS, *request.extra_metrics)):

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import Continuation, FloatArray, IntArray, PromptTokens, Writing
 from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.forward.sampling import Sampling
 
 # The last tokens of a prompt that stand before a text while it is decoded, so that its first piece keeps its space.
 _TAIL_TOKENS = 8
 # What decoders put for bytes that make no character yet, or never will.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+# Nats that stand for a choice that was none.
+_SURE = 99.0
 
 _Written = tuple[IntArray, FloatArray] | tuple[Sequence[IntArray], Sequence[FloatArray]]
 
@@ -64,12 +69,17 @@ def pieces(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> list
     return found
 
 
-def margins(body: Body, tokens: Tensor, first: int, never: Tensor) -> FloatArray:
+def margins(body: Body, tokens: Tensor, first: int, never: Tensor, decoding: Decoding = GREEDY) -> FloatArray:
     """[rows, targets]: how many nats likelier the best token is than the runner-up, in one pass over `tokens` [rows,
-    tokens], from position `first` on. Tokens marked in `never` [vocabulary] take no part."""
+    tokens], from position `first` on. Tokens marked in `never` [vocabulary] take no part. Where tokens are sampled, of
+    logits over the temperature with their noise, where one token alone can be `_SURE`."""
     hidden = body.finish(tokens, None, 0)[:, first - 1 : -1]
     with body.head_only():
         logits = body.logits(hidden.reshape(-1, hidden.shape[-1])).float()
+    sampling = Sampling.of(decoding, tokens[:, :first])
+    if sampling is not None:
+        states = sampling.of_rows(torch.arange(len(logits), device=logits.device), hidden.shape[1])
+        logits = sampling.noisy(logits, never.to(logits.device), states)
     best = logits.masked_fill(never.to(logits.device), -torch.inf).topk(2, dim=1).values
-    values: FloatArray = (best[:, 0] - best[:, 1]).reshape(hidden.shape[:2]).cpu().numpy()
+    values: FloatArray = (best[:, 0] - best[:, 1]).clamp(max=_SURE).reshape(hidden.shape[:2]).cpu().numpy()
     return values

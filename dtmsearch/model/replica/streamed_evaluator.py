@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from dtmsearch.core.decoding import GREEDY
 from dtmsearch.core.evaluation import EvalRequest, FloatArray, IntArray, Outcome, StatesFound
 from dtmsearch.core.metric_registry import METRICS, Metric, perplexity, share_of_divergent_tokens
 from dtmsearch.core.plan import Plan
@@ -52,6 +53,7 @@ class _Asked:
     texts: tuple[str, ...]
     with_base: bool
     metrics: tuple[Metric, ...]
+    overlaps: bool = False
 
 
 class StreamedEvaluator(PlanEvaluator):
@@ -135,7 +137,9 @@ class StreamedEvaluator(PlanEvaluator):
         asked = [METRICS[name] for name in one.extra_metrics]
         texts = ("continuation", *(("text",) if any("text" in metric.needs for metric in asked) else ()))
         own = tuple(metric for metric in asked if metric.at_positions is not None)
-        common = _Asked(loaded, texts, any(metric.needs_base for metric in asked), own)
+        overlaps = loaded.compares_samples(asked)
+        with_base = overlaps or any(metric.needs_base for metric in asked)
+        common = _Asked(loaded, texts, with_base, own, overlaps)
         if common.with_base and loaded.base is not None:
             loaded.base_hidden = loaded.base_in_batches()
         base_too = common.with_base and loaded.base_hidden is None
@@ -273,8 +277,9 @@ class StreamedEvaluator(PlanEvaluator):
             if compared:
                 base = (common.loaded.base_hidden or hidden)[index]
             found = self._compared(
-                made, tokens[:, cache.targets_from :], base, common.metrics if text == "continuation" else (),
+                made, tokens, cache.targets_from, base, common.metrics if text == "continuation" else (),
                 None if common.loaded.base is None else common.loaded.base.body, as_base,
+                common.loaded.reference.decoding if text == "continuation" else GREEDY, common.overlaps,
             )  # fmt: skip
             for member in members:
                 scores[member][text].append(found)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import Reference, Writing
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import ContinuationRecord, RunRecord, StepRecord, TrainingRecord
@@ -132,6 +133,7 @@ def prompts_table(reference: Reference) -> pa.Table:
         "suppressed": lists([np.array(reference.suppressed, np.int32)] * num_prompts, pa.int32()),
         "opening": lists([np.array(reference.opening, np.int32)] * num_prompts, pa.int32()),
         "tokenizer": coded_constant(reference.tokenizer, num_prompts),
+        "decoding": coded_constant(str(reference.decoding), num_prompts),
     }
     return from_columns(PROMPTS, columns)
 
@@ -154,4 +156,5 @@ def reference_of(table: pa.Table) -> Reference:
         suppressed=tuple(first["suppressed"]),
         opening=tuple(first["opening"] or ()),
         tokenizer=first["tokenizer"] or "",
+        decoding=Decoding.parse(first["decoding"] or str(GREEDY)),
     )
