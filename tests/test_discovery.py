@@ -59,9 +59,10 @@ def test_what_is_known_of_a_model_is_told_of_its_copy_under_its_own_name(tmp_pat
 
 
 def test_a_model_is_laid_out_once_for_all_that_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = manifest_of(write_model(tmp_path))
+    first = manifest_of(write_model(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
     monkeypatch.setattr(discovery, "empty_model", lambda *_: pytest.fail("its tree was made again"))
-    assert manifest_of(tmp_path) == first
+    assert [manifest_of(tmp_path / name).id for name in ("a", "b")] == [first.id, first.id]
 
 
 def test_other_weights_are_another_model(tmp_path: Path) -> None:

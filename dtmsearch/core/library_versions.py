@@ -3,6 +3,7 @@ take away."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -16,13 +17,17 @@ NUMERIC_PACKAGES = ("bitsandbytes", "numpy", "tokenizers", "torch", "transformer
 def versions(packages: Sequence[str] = NUMERIC_PACKAGES) -> dict[str, str]:
     """Package -> installed version, without the build's own suffix: `2.13.0+cu130` and `2.13.0+cpu` are one version.
     What is not installed has no entry."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = ((package, _version(package)) for package in packages)
+    return {package: version for package, version in found if version is not None}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    """What this process has or would import of a package."""
+    try:
+        return importlib.metadata.version(package).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,15 @@ from dtmsearch.model.modules.loading import (
     own_folder,
     read_config,
 )
-from dtmsearch.model.modules.matrices import Matrix, Mixture, found_in, known_usage, matrices_of, mixtures_of
+from dtmsearch.model.modules.matrices import (
+    Matrix,
+    Mixture,
+    found_in,
+    known_usage,
+    matrices_of,
+    mixtures_of,
+    settings_of,
+)
 from dtmsearch.model.modules.tensor_names import tensors_of
 from dtmsearch.model.sources.unquantized import SourceRecord, is_quantized, record_of, source_hash
 
@@ -111,7 +119,7 @@ def _described_by(folder: Path, spec: ModelSpec) -> Hashable | None:
     if kind is None or is_custom_code(kind) or getattr(config, "auto_map", None):
         return None
     headers = tuple(tuple(read_header(file).items()) for file in weight_files(folder))
-    return kind, spec.trust_remote_code, config.to_json_string(use_diff=False), headers
+    return kind, spec.trust_remote_code, settings_of(config), headers
 
 
 def _survey(folder: Path, spec: ModelSpec) -> Survey:

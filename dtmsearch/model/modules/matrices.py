@@ -9,6 +9,7 @@ that are multiplied value by value are none of them. Knows no family's name.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,12 +83,17 @@ def is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def settings_of(config: Any) -> str:
+    """What a configuration says, but for where it was read."""
+    return json.dumps({**json.loads(config.to_json_string(use_diff=False)), "_name_or_path": ""}, sort_keys=True)
+
+
 def known_usage(model: Any) -> Usage:
     """How a model, with values or without, uses its parameters."""
     config = getattr(model, "config", None)
     if config is None:
         return Usage({}, {}, f"{type(model).__name__} has no configuration")
-    key = f"{type(model).__module__}.{type(model).__qualname__} {config.to_json_string(use_diff=False)}"
+    key = f"{type(model).__module__}.{type(model).__qualname__} {settings_of(config)}"
     if key not in _known:
         while len(_known) >= _MOST_KNOWN:
             del _known[next(iter(_known))]
