@@ -440,14 +440,13 @@ def test_another_run_takes_no_price_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
-    """Whatever the model's prices are: here those of random weights of one seed."""
     search = {"strategy": "fisher", "schemes": ["int3-channel", "int4-channel"], "fisher": {"samples": 40}}
     path = tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 4.5}})
     run_here(path, tmp_path / "store")
     results = ResultStore(tmp_path / "store")
     (again, small) = solve_budgets(results, "tiny", [4.5, 4.0])
     # What the search found; a uniform plan may have been better on held-out prompts, and be the run's.
-    (found,) = results.table("steps", run="tiny")["plan_id"].to_pylist()
+    found = results.table("steps", run="tiny")["plan_id"].to_pylist()[0]
     assert again.plan_id == found
     assert small.bits_per_weight <= 4.0
     assert small.kl_low < small.kl < small.kl_high
