@@ -19,6 +19,7 @@ from stores import run_record
 
 from dtmsearch.config import SearchFile, SearchSection, difference, json_schema, load, parse, recorded, texts
 from dtmsearch.config.search_section import BUILT_IN_STRATEGIES, USED_BY
+from dtmsearch.core.components import blocks_of
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.strategy_settings import AutoSettings, PruningSettings, TreeSettings
 from dtmsearch.errors import UserError
@@ -242,7 +243,8 @@ def test_the_difference_shows_sections_that_only_one_file_has() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(BUILT_IN_STRATEGIES) - {"sparsity", "mc_moe"}))
 def test_every_strategy_that_a_file_may_name_can_be_made(name: str) -> None:
-    space = SearchSpace(toy_components(), ("nf4",))
+    blocks = blocks_of(toy_components()) if name == "floating" else ()
+    space = SearchSpace(toy_components(), ("nf4",), blocks=blocks, budget=Budget(blocks=1) if blocks else Budget())
     options = len(space.components), len(space.schemes)
 
     def take(_kind: str, _around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
@@ -337,7 +339,7 @@ def test_a_key_set_to_null_is_left_out() -> None:
 
 @pytest.mark.parametrize("strategy", BUILT_IN_STRATEGIES)
 def test_a_file_that_is_written_out_is_read_again(strategy: str) -> None:
-    rest = "rounds: [20]" if strategy == "sparsity" else "schemes: [nf4]"
+    rest = {"sparsity": "rounds: [20]", "floating": "drop: [mlp]"}.get(strategy, "schemes: [nf4]")
     file = parse(f"{HEAD}search:\n  strategy: {strategy}\n  {rest}\n", "search.yaml", Path())
     assert parse(file.to_yaml(), "search.yaml", Path()) == file
 

@@ -76,7 +76,8 @@ def _with_times(
     searched = [component for component in components if component.name in names]
     found = []
     for row in rows:
-        taken = times.total(searched, plans[row.plan_id].schemes)
+        plan = plans[row.plan_id]
+        taken = times.total(searched, {component.name: plan.scheme_of(component.name) for component in searched})
         if taken is not None:
             prefill = None if taken[1] is None else taken[1] / PICOSECONDS
             row = replace(row, decode_ms=taken[0] / PICOSECONDS, prefill_ms=prefill)

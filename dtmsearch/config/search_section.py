@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, WithJsonS
 
 from dtmsearch.config.sections import Section
 from dtmsearch.core import plugins
-from dtmsearch.core.components import Experts
+from dtmsearch.core.components import BlockKind, Experts
 from dtmsearch.core.decoding import MOST_SEED, Decoding
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget
@@ -22,6 +22,7 @@ from dtmsearch.core.strategy_settings import (
     AutoSettings,
     EvolutionSettings,
     FisherSettings,
+    FloatingSettings,
     KnapsackSettings,
     LocalSettings,
     McMoeSettings,
@@ -52,7 +53,7 @@ class ComponentsSection(Section):
 # Strategies that do not ask how much of the FDT a plan keeps.
 _KEEP_TO_SIZES = (
     *("probe", "knapsack", "fisher", "squared_gradients", "gradient_changes", "spdy", "evolution", "local"),
-    *("mc_moe", "sparsity"),
+    *("mc_moe", "sparsity", "floating"),
 )
 
 
@@ -119,6 +120,13 @@ class StopSection(Section):
     """The components take at most so many milliseconds for one token, by search.times."""
     prefill_ms: float | None = Field(default=None, gt=0)
     """The components take at most so many milliseconds for a prompt of search.times' length."""
+    blocks: int | None = Field(default=None, ge=1)
+    """So many attention and MLP blocks are dropped whole; a layer counts as its blocks."""
+    parameters: float | None = Field(default=None, ge=0, lt=1)
+    """At most this share of the searched components' weights is left, once what is dropped is taken out."""
+    flops: float | None = Field(default=None, ge=0, lt=1)
+    """At most this share of a token's multiplications with these weights is left, an expert's counted by the share of
+    tokens that it is given."""
     min_fdt: float | None = Field(default=None, ge=0)
     """The smallest plan whose mean FDT is shown to be at least this many tokens, on prompts that the search did not
     see."""
@@ -133,17 +141,22 @@ class StopSection(Section):
     @property
     def budget(self) -> Budget:
         sizes = self.bits_per_weight, self.sparsity, self.size_mb, self.active_bits_per_weight
-        return Budget(self.share, self.components, *sizes, self.decode_ms, self.prefill_ms)
+        times = self.decode_ms, self.prefill_ms
+        return Budget(self.share, self.components, *sizes, *times, self.blocks, self.parameters, self.flops)
 
 
 # The strategies of this package, which `dtmsearch.search.strategies` registers under these names, and `sparsity`.
 BUILT_IN_STRATEGIES = (
     *("probe", "greedy", "beam", "lazy_greedy", "lazy_beam", "knapsack", "sensitivity", "auto", "fisher", "spdy"),
-    *("evolution", "local", "squared_gradients", "gradient_changes", "mc_moe", "sparsity"),
+    *("evolution", "local", "squared_gradients", "gradient_changes", "mc_moe", "sparsity", "floating"),
 )
 # Those that answer a study's question: they only measure, and `search.options` says what.
 STUDY_STRATEGIES = ("discriminability", "ladder", "costs", "domains")
 
+
+# Strategies that drop blocks, and the rules that count what is dropped.
+DROPPING = ("floating", "greedy", "beam", "lazy_greedy", "lazy_beam", "probe")
+_NEED_BLOCKS = ("blocks", "parameters", "flops")
 
 # The widest weights that a model has, and the narrowest that are pruned: float32 and float8.
 _WIDEST_BITS, _NARROWEST_BITS = 32, 8
@@ -182,7 +195,7 @@ USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("auto.samples", "auto.slopes", "auto.rounds", "auto.plans"), _AUTO),
     **dict.fromkeys(("auto.correction_prompts", "auto.polish_prompts"), _AUTO),
     "fisher": ("fisher", "squared_gradients", "gradient_changes"),
-    **{name: (name,) for name in ("knapsack", "spdy", "evolution", "local", "mc_moe")},
+    **{name: (name,) for name in ("knapsack", "spdy", "evolution", "local", "floating", "mc_moe")},
     **dict.fromkeys(("rounds", "allocate", "prune", "probe_points", "probe_every", "cap", "recovery"), _SPARSITY),
 }
 
@@ -282,6 +295,9 @@ class SearchSection(Section):
     """The schemes to choose from, such as [int8-channel, int4-g128]."""
     components: ComponentsSection = ComponentsSection()
     """Which components are searched."""
+    drop: tuple[BlockKind, ...] = ()
+    """What may be dropped whole, beside what schemes do: attention and mlp of a layer, or the layer. schemes may be
+    left out then."""
     tied: tuple[tuple[str, ...], ...] = ()
     """Kinds in a layer that must share a scheme, such as [[q, k, v], [gate, up]]."""
     fused: bool = False
@@ -304,6 +320,8 @@ class SearchSection(Section):
     """Effort of spdy."""
     evolution: EvolutionSettings = EvolutionSettings()
     """Effort of evolution."""
+    floating: FloatingSettings = FloatingSettings()
+    """Effort of floating."""
     local: LocalSettings = LocalSettings()
     """Effort of local."""
     mc_moe: McMoeSettings = McMoeSettings()
@@ -359,13 +377,24 @@ class SearchSection(Section):
     @model_validator(mode="after")
     def _what_the_strategy_needs(self) -> SearchSection:
         if self.strategy != "sparsity":
-            if not self.schemes:
+            if not self.schemes and not self.drop:
                 raise ValueError("search.schemes is missing: the schemes to choose from, such as [int8-channel]")
+            if (without := [rule for rule in _NEED_BLOCKS if getattr(self.stop, rule) is not None]) and not self.drop:
+                raise ValueError(
+                    f"stop.{without[0]} counts what is dropped whole, and nothing may be: give search.drop, such as "
+                    "[attention, mlp]"
+                )
+            if self.strategy == "floating" and (self.schemes or not self.drop):
+                raise ValueError("strategy: floating drops blocks and nothing else: give search.drop, and no schemes")
+            if self.drop and self.strategy in BUILT_IN_STRATEGIES and self.strategy not in DROPPING:
+                raise ValueError(
+                    f"search.drop: {self.strategy} does not drop blocks; take one of {', '.join(DROPPING)}"
+                )
             ends = self.stop.budget.limits_size or self.stop.min_fdt is not None or self.strategy == "probe"
             if not ends and any(parse_scheme(name).is_source for name in self.schemes):
                 raise ValueError("schemes: source leaves components as they are, so stop needs a rule that counts bits")
             return self
-        if self.schemes:
+        if self.schemes or self.drop:
             raise ValueError("strategy: sparsity takes prune: magnitude, wanda, ... and shares of its own, no schemes")
         if self.recovery is not None and self.prune == "sparsegpt":
             raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dtmsearch.analysis.scheme_characters import UNQUANTIZED, scheme_characters
 from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DENSE
 
 # A mixture's experts would be rows by the hundred.
 _MOST_KINDS = 16
@@ -28,7 +29,7 @@ def plan_picture(plan: Plan, components: Sequence[Component], width: int | None 
         return ""
     window = width or shutil.get_terminal_size().columns
     symbols = scheme_characters(plan.schemes.values())
-    at = {(c.kind, c.layer): symbols.get(plan.schemes.get(c.name, ""), UNQUANTIZED) for c in components}
+    at = {(c.kind, c.layer): symbols.get(plan.scheme_of(c.name), UNQUANTIZED) for c in components}
     layers = sorted({layer for _, layer in at})
     margin = max(map(len, [*kinds, "layer"])) + 2
     per_part = max(10, window - margin)
@@ -37,7 +38,7 @@ def plan_picture(plan: Plan, components: Sequence[Component], width: int | None 
         part = layers[start : start + per_part]
         lines.append(f"{'layer':<{margin}}{_ruler(part)}")
         lines += [f"{kind:<{margin}}{''.join(at.get((kind, n), ' ') for n in part)}".rstrip() for kind in kinds]
-    counts = Counter(plan.schemes[c.name] for c in components if c.name in plan.schemes)
+    counts = Counter(scheme for c in components if (scheme := plan.scheme_of(c.name)) != DENSE)
     meaning = [f"{symbol} = {counts[scheme]} x {scheme}" for scheme, symbol in symbols.items()]
     left = len(components) - counts.total()
     meaning += [f"{UNQUANTIZED} = {left} x unquantized"] if left else []

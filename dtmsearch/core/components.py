@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -32,6 +32,14 @@ _SAFETENSORS_DTYPES = {
 }
 # Kinds of what a layer keeps of every token: the keys and the values of its attention.
 CACHE_KINDS = ("cached_keys", "cached_values")
+# Kinds of what can be taken out of a model whole: a layer's attention, its MLP, and the layer.
+BlockKind = Literal["attention", "mlp", "layer"]
+BLOCK_KINDS: tuple[BlockKind, ...] = ("attention", "mlp", "layer")
+# What modules that stand in a layer are called, by the kind of block that they are.
+_BLOCK_NAMES: tuple[tuple[str, BlockKind], ...] = (
+    *((part, "attention") for part in ("attn", "attention")),
+    *((part, "mlp") for part in ("mlp", "ffn", "feed_forward", "feedforward", "moe", "experts")),
+)
 # What of a mixture's experts must share a scheme: all that stand in a layer, or nothing.
 Experts = Literal["layer", "expert"]
 _ALL = Fraction(1)
@@ -69,6 +77,24 @@ class Component:
         """Whether it is no weights but what a layer keeps of every token: a row a token and head, of `model.kv_cache`'s
         tokens."""
         return self.kind in CACHE_KINDS
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is no matrix but all that lies in a module: a row with as many columns as its matrices have
+        weights."""
+        return self.kind in BLOCK_KINDS
+
+    @cached_property
+    def layer_name(self) -> str:
+        """The path of the layer that it lies in; empty outside the layers."""
+        parts = self.name.split(".")
+        return ".".join(parts[: parts.index(str(self.layer)) + 1]) if str(self.layer) in parts else ""
+
+    @cached_property
+    def block(self) -> str:
+        """The path of the module of its layer that it lies in; its own where that is no other."""
+        inside = self.name[len(self.layer_name) + 1 :].partition(".")[0]
+        return f"{self.layer_name}.{inside}" if self.layer_name and inside else self.name
 
     @property
     def num_weights(self) -> int:
@@ -122,12 +148,36 @@ class ModelManifest:
 
     @cached_property
     def by_name(self) -> dict[str, Component]:
-        """Components by their names."""
-        return {c.name: c for c in (*self.components, *self.others)}
+        """Components by their names, blocks and layers among them."""
+        return {c.name: c for c in (*self.blocks, *self.components, *self.others)}
+
+    @cached_property
+    def blocks(self) -> tuple[Component, ...]:
+        """What can be taken out whole, in model order: the attention and the MLP of each layer, where they are modules
+        of their own, and each layer."""
+        return blocks_of(self.components)
 
     def in_plans(self, named: Container[str]) -> tuple[Component, ...]:
         """The matrices inside the layers, and what else a plan names: embeddings, the head."""
         return (*self.components, *(other for other in self.others if other.name in named))
+
+    def droppable(
+        self, kinds: Collection[BlockKind], components: Iterable[Component], exclude: tuple[str, ...] = ()
+    ) -> tuple[Component, ...]:
+        """The blocks of some kinds in which some of the components lie, without those that match an `exclude` pattern.
+
+        Raises `UserError` for a kind that the model does not have.
+        """
+        held = {name for component in components for name in (component.block, component.layer_name)}
+        found = [b for b in self.blocks if b.kind in kinds and b.name in held and not _matches(b, exclude)]
+        for kind in kinds:
+            if not any(block.kind == kind for block in found):
+                inside = sorted({c.block.rpartition(".")[2] for c in self.components if c.block != c.name})
+                raise UserError(
+                    f"search.drop: no {kind} of {self.model} can be dropped; modules of their own in its layers, with "
+                    f"matrices that are searched, are {', '.join(inside) or 'none'}. Give [layer]"
+                )
+        return tuple(found)
 
     def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:
         """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).
@@ -148,6 +198,27 @@ class ModelManifest:
         if not kept:
             raise UserError(f"components.exclude {list(exclude)} leaves no component of {self.model}")
         return kept
+
+
+def blocks_of(components: Iterable[Component]) -> tuple[Component, ...]:
+    """The blocks and layers that some matrices lie in, in model order, each layer after its blocks."""
+    found: dict[str, Component] = {}
+    layers: dict[int, list[Component]] = {}
+    for component in components:
+        if component.layer_name:
+            layers.setdefault(component.layer, []).append(component)
+    for layer, inside in layers.items():
+        blocks: dict[str, int] = {}
+        for component in inside:
+            if component.block != component.name:
+                blocks[component.block] = blocks.get(component.block, 0) + component.num_weights
+        for name, weights in blocks.items():
+            kind = next((kind for part, kind in _BLOCK_NAMES if part in name.rpartition(".")[2].lower()), None)
+            if kind is not None:
+                found[name] = Component(name, layer, kind, (1, weights))
+        name = inside[0].layer_name
+        found[name] = Component(name, layer, "layer", (1, sum(c.num_weights for c in inside)))
+    return tuple(found.values())
 
 
 def _matches(component: Component, patterns: tuple[str, ...]) -> bool:

@@ -329,7 +329,7 @@ def holders_of(
     that the base model comes in, where that is quantized."""
     components = list(components)
     by_name = {component.name: component for component in components}
-    parts = [(by_name[name], scheme) for name, scheme in plan.parsed.items() if name in by_name]
+    parts = [(by_name[n], scheme) for n in sorted(by_name) if not (scheme := plan.scheme(n)).is_unquantized]
     counted = sum(scheme.bits_of(component, dense_bits) for component, scheme in parts)
     return [_held(holder, plan, components, parts, counted, dense_bits, scale_bits, source) for holder in HOLDERS]
 
@@ -400,7 +400,7 @@ def size_sentence(
 ) -> str:
     """Whether a plan can be written at its counted size, and by which export; in words for a person."""
     components = list(components)
-    compressed = [component for component in components if component.name in plan.schemes]
+    compressed = [component for component in components if not plan.scheme(component.name).is_unquantized]
     if not compressed:
         return "nothing is compressed"
     held = holders_of(plan, components, dense_bits, scale_bits, source)

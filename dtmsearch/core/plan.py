@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import starmap
@@ -15,12 +15,13 @@ from typing import Any
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.scheme_names import ALIASES
-from dtmsearch.core.schemes import DENSE, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
+from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
 from dtmsearch.errors import LibraryMissing, UserError
 
 _WEIGHTS_ID = re.compile("[0-9A-Za-z_-]{1,100}")
+DROPPED = parse_scheme(DROP)
 # A uniform plan that stores up to so much more than a plan counts as of at most its size.
 LARGER = 1.01
 
@@ -58,8 +59,10 @@ class Plan:
 
     @staticmethod
     def of(schemes: Mapping[str, str]) -> Plan:
-        """A plan from component -> scheme; `dense` may be among the schemes, and other names of some."""
-        return Plan(tuple(sorted((c, ALIASES.get(s, s)) for c, s in schemes.items() if s != DENSE)))
+        """A plan from component -> scheme; `dense` may be among the schemes, and other names of some. What lies in
+        something that is dropped has no scheme of its own."""
+        entries = tuple(sorted((c, ALIASES.get(s, s)) for c, s in schemes.items() if s != DENSE))
+        return Plan(_without_insides(entries) if DROP in schemes.values() else entries)
 
     @staticmethod
     def uniform(components: Iterable[Component], scheme: str) -> Plan:
@@ -90,8 +93,21 @@ class Plan:
         return {component: parse_scheme(scheme) for component, scheme in self.entries}
 
     def scheme(self, component: str) -> Scheme:
-        """The scheme of a component, that of unquantized ones for those that are absent."""
-        return self.parsed.get(component, UNQUANTIZED)
+        """The scheme of a component, that of unquantized ones for those that are absent; of what lies in something
+        that is dropped `drop`."""
+        found = self.parsed.get(component)
+        if found is not None:
+            return found
+        return DROPPED if self.dropped and self.drops(component) else UNQUANTIZED
+
+    @cached_property
+    def dropped(self) -> frozenset[str]:
+        """What is dropped by name: matrices, blocks, layers."""
+        return frozenset(component for component, scheme in self.entries if scheme == DROP)
+
+    def drops(self, component: str) -> bool:
+        """Whether nothing is left of a component, dropped by its own name or within a block or a layer."""
+        return component in self.dropped or _lies_in(component, self.dropped)
 
     @cached_property
     def needs_calibration(self) -> bool:
@@ -104,12 +120,13 @@ class Plan:
         return versions_of(scheme for _, scheme in self.entries)
 
     def scheme_of(self, component: str) -> str:
-        """A component's scheme by name; `dense` where the plan leaves it as it is."""
-        return self.schemes.get(component, DENSE)
+        """As `scheme`, by name; `dense` where the plan leaves a component as it is."""
+        found = self.schemes.get(component)
+        return found or (DROP if self.dropped and self.drops(component) else DENSE)
 
     def changes(self, other: Plan) -> dict[str, Scheme]:
         """As `diff`, with schemes."""
-        return {component: self.scheme(component) for component in self.diff(other)}
+        return {component: self.parsed.get(component, UNQUANTIZED) for component in self.diff(other)}
 
     def with_(self, perturbation: Perturbation) -> Plan:
         """The plan with a perturbation made."""
@@ -118,7 +135,7 @@ class Plan:
             at = bisect_left(entries, (component, ""))
             found = at < len(entries) and entries[at][0] == component
             entries[at : at + found] = [] if perturbation.scheme == DENSE else [(component, perturbation.scheme)]
-        return Plan(tuple(entries))
+        return Plan(_without_insides(entries) if perturbation.scheme == DROP else tuple(entries))
 
     def diff(self, other: Plan) -> dict[str, str]:
         """What to change in `other` to get this plan: component -> its scheme here (`dense` where absent), in order of
@@ -130,6 +147,23 @@ class Plan:
         return len(self.entries)
 
 
+def _lies_in(component: str, blocks: Container[str]) -> bool:
+    """Whether a component lies in one of some modules, by their paths."""
+    at = component.rfind(".")
+    while at > 0:
+        if component[:at] in blocks:
+            return True
+        at = component.rfind(".", 0, at)
+    return False
+
+
+def _without_insides(entries: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Entries without those of what lies in something that is dropped."""
+    entries = tuple(entries)
+    dropped = {component for component, scheme in entries if scheme == DROP}
+    return tuple(entry for entry in entries if not _lies_in(entry[0], dropped))
+
+
 @dataclass(frozen=True)
 class PlanSize:
     """What a plan amounts to over the components of a search.
@@ -138,7 +172,9 @@ class PlanSize:
     points; `sparsity` is the part of their weights that is zero by the plan. `read_bits` and `read_weights` are what a
     token reads of the stored bits and the weights: an expert's counted by the share of the experts that it is given to;
     None where no component is an expert's, and a token reads all. `picoseconds` are those of a token and of a prompt
-    by a table of times, None where there is none, or it lacks a row.
+    by a table of times, None where there is none, or it lacks a row. `blocks` counts the attention and MLP blocks that
+    are dropped whole, `removed_weights` the weights of all that is dropped, and `removed_read` what a token would have
+    read of them, where it does not read all.
     """
 
     num_compressed: int
@@ -149,6 +185,9 @@ class PlanSize:
     read_bits: Fraction | None = None
     read_weights: Fraction | None = None
     picoseconds: Picoseconds | None = None
+    blocks: int = 0
+    removed_weights: int = 0
+    removed_read: Fraction | None = None
 
     @property
     def share(self) -> float:
@@ -184,6 +223,38 @@ class PlanSize:
     def sparsity(self) -> float:
         """The part of the weights that the plan makes zero, 0 to 1."""
         return self.pruned_weights / self.num_weights
+
+    @property
+    def parameters(self) -> float:
+        """The part of the weights that is left once what is dropped is taken out, 0 to 1. What is pruned within a
+        matrix is not."""
+        return 1.0 - self.removed_weights / self.num_weights
+
+    @property
+    def flops(self) -> float:
+        """The part of a token's multiplications with weights that is left, 0 to 1: an expert's counted by the share of
+        tokens that it is given."""
+        return float(1 - self.removed_active / self.active_weights)
+
+    @property
+    def removed_active(self) -> Fraction:
+        """What a token would have read of the weights that are dropped."""
+        return Fraction(self.removed_weights) if self.removed_read is None else self.removed_read
+
+    def less(self, other: PlanSize) -> PlanSize:
+        """What this size is more than another of the same components, in all that adds up over components."""
+        counted: dict[str, Any] = {
+            each.name: None
+            if getattr(self, each.name) is None
+            else getattr(self, each.name) - getattr(other, each.name)
+            for each in fields(self)
+            if each.name != "picoseconds"
+        }
+        if self.picoseconds is None or other.picoseconds is None:
+            return PlanSize(**counted)
+        (decode, prefill), (less, of_prompt) = self.picoseconds, other.picoseconds
+        taken = decode - less, None if prefill is None or of_prompt is None else prefill - of_prompt
+        return PlanSize(**counted | {"picoseconds": taken})
 
     @property
     def decode_ms(self) -> float | None:
@@ -225,6 +296,7 @@ def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, time
     """Size of a plan over `components`; what the plan says of other components is left out."""
     num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = 0
     of_experts: dict[tuple[int, int], tuple[int, int]] = {}
+    blocks, removed_weights, removed_read = set[str](), 0, Fraction(0)
     for component in components:
         scheme = plan.scheme(component.name)
         num_weights += component.num_weights
@@ -238,15 +310,24 @@ def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, time
             num_compressed += 1
             compressed_weights += component.num_weights
             pruned_weights += scheme.pruned_weights(component.shape)
-    taken = None if times is None else times.total(components, plan.schemes)
-    size = PlanSize(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights, picoseconds=taken)
+        if scheme.is_dropped and not component.is_cache:
+            removed_weights += component.num_weights
+            removed_read += component.num_weights * component.read_share
+            blocks |= {component.block} - {component.name} if component.name not in plan.dropped else set()
+    every = plan.schemes if not plan.dropped else {c.name: plan.scheme_of(c.name) for c in components}
+    size = PlanSize(
+        *(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights),
+        picoseconds=None if times is None else times.total(components, every),
+        blocks=len(blocks),
+        removed_weights=removed_weights,
+    )
     if not of_experts:
         return size
     read_bits, read_weights = Fraction(stored_bits), Fraction(num_weights)
     for (chosen, number), (bits, weights) in of_experts.items():
         unread = Fraction(number - chosen, number)
         read_bits, read_weights = read_bits - unread * bits, read_weights - unread * weights
-    return replace(size, read_bits=read_bits, read_weights=read_weights)
+    return replace(size, read_bits=read_bits, read_weights=read_weights, removed_read=removed_read)
 
 
 @dataclass(frozen=True)
@@ -261,6 +342,9 @@ class Budget:
     active_bits_per_weight: float | None = None
     decode_ms: float | None = None
     prefill_ms: float | None = None
+    blocks: int | None = None
+    parameters: float | None = None
+    flops: float | None = None
 
     def reached(self, size: PlanSize) -> bool:
         """True once any of the rules is met."""
@@ -273,6 +357,9 @@ class Budget:
             or (self.active_bits_per_weight is not None and size.active_bits_per_weight <= self.active_bits_per_weight)
             or _is_within(size.decode_ms, self.decode_ms)
             or _is_within(size.prefill_ms, self.prefill_ms)
+            or (self.blocks is not None and size.blocks >= self.blocks)
+            or (self.parameters is not None and size.parameters <= self.parameters)
+            or (self.flops is not None and size.flops <= self.flops)
         )
 
     @property
@@ -344,6 +431,11 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
 
 def check_takes(scheme: Scheme, component: Component, source: str) -> None:
     """Raises `UserError` for a scheme that is not one for such a component."""
+    if component.is_block and not scheme.takes(component):
+        raise UserError(
+            f"{source} gives {component.name} the scheme {scheme.name}: a whole {component.kind} is dropped (drop) or "
+            "stays; name the matrices in it"
+        )
     if not scheme.takes(component):
         raise UserError(
             f"{source} gives {component.name} the scheme {scheme.name}: schemes of KV caches (kv-fp8, kv-int8, "

@@ -85,6 +85,9 @@ class StoredSomewhere(Protocol):
     @property
     def is_cache(self) -> bool: ...
 
+    @property
+    def is_block(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -186,7 +189,9 @@ class Scheme:
         return self.kind.of_cache
 
     def takes(self, component: StoredSomewhere) -> bool:
-        """Whether it is one for such a component: caches have schemes of their own."""
+        """Whether it is one for such a component: caches have schemes of their own, blocks are dropped or stay."""
+        if component.is_block:
+            return self.is_unquantized or self.is_dropped
         return self.is_unquantized or self.is_of_cache == component.is_cache
 
     def inputs(self, cols: int) -> Rounding | None:

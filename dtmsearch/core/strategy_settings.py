@@ -195,6 +195,16 @@ class McMoeSettings(StrategySettings):
 
 
 @dataclass(frozen=True)
+class FloatingSettings(StrategySettings):
+    """How much `floating` measures: prompts by which blocks are chosen, and plans that are compared last on all."""
+
+    prompts: Positive = 16
+    """Prompts by which blocks are chosen."""
+    finalists: Positive = 4
+    """Plans that are compared on all prompts in the end."""
+
+
+@dataclass(frozen=True)
 class LocalSettings(StrategySettings):
     """Rounds of a local search, the swaps tried in each, and the prompts that they are first measured on."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.schemes import DENSE
+from dtmsearch.core.schemes import DENSE, DROP
 from dtmsearch.errors import UserError
 
 # Whole numbers add up the same in any order.
@@ -36,7 +36,9 @@ class Times:
     def of(self, component: Component, scheme: str) -> Picoseconds | None:
         """A component under a scheme; None where the table has no row for its shape. Of an expert a token takes its
         share on average, for it runs for few tokens; a prompt's time is not known: a share of the tokens takes more
-        than that share of the time."""
+        than that share of the time. What is dropped takes none."""
+        if scheme == DROP:
+            return 0, None if component.mixture else 0
         found = self.rows.get((scheme, *component.shape))
         if found is None or not component.mixture:
             return found
@@ -57,7 +59,7 @@ class Times:
     def require(self, components: Iterable[Component], schemes: Iterable[str]) -> None:
         """Raises `UserError` where a shape of these components has no row under one of these schemes."""
         shapes = sorted({component.shape for component in components})
-        wanted = [(scheme, *shape) for scheme in (DENSE, *schemes) for shape in shapes]
+        wanted = [(scheme, *shape) for scheme in (DENSE, *schemes) if scheme != DROP for shape in shapes]
         missing = [
             f"{scheme} of {rows} x {cols}" for scheme, rows, cols in wanted if (scheme, rows, cols) not in self.rows
         ]

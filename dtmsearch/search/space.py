@@ -14,7 +14,7 @@ from math import ceil
 
 from dtmsearch.core.components import Component, Experts, ModelManifest
 from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
-from dtmsearch.core.schemes import DENSE, Scheme, parse_scheme
+from dtmsearch.core.schemes import DENSE, DROP, Scheme, parse_scheme
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, Times
 from dtmsearch.errors import UserError
 
@@ -45,7 +45,7 @@ class SearchSpace:
     components of the group change together). `experts`: with `layer` all matrices of all experts of a mixture change
     together, as engines run them. `dense_bits` is the size of an uncompressed weight, `times` what components take to
     run, for budgets of milliseconds. `manifest` is of the whole model, which rivals that follow a rule of its layers
-    need.
+    need. `blocks` are attentions, MLPs and layers that may be dropped whole: what lies in them has no scheme then.
 
     Raises `UserError` for tied names that match nothing, a component in two groups, a scheme that a component's shape
     does not fit, a budget out of reach, and times that lack a row.
@@ -59,13 +59,14 @@ class SearchSpace:
     experts: Experts = "layer"
     times: Times | None = None
     manifest: ModelManifest | None = None
+    blocks: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_shapes(self.components, self.parsed)
+        _check_shapes(self.components, self.parsed, bool(self.blocks))
         _check_times(self.times, self.budget, self.components)
         if self.times is not None:
             self.times.require(self.components, self.schemes)
-        _check_budget(self.budget, self.units)
+        _check_budget(self.budget, self._units_that_stay, self._of_blocks)
 
     @cached_property
     def parsed(self) -> tuple[Scheme, ...]:
@@ -80,15 +81,21 @@ class SearchSpace:
         """
         schemes = plan.schemes
         legal: list[Perturbation] = []
+        units = self.units if not plan.dropped else [u for u in self.units if u.name in schemes or self._stays(u, plan)]
         if self.budget.limits_size:
-            for unit in self.units:
+            for unit in units:
                 cost = self._cost(unit.sizes[schemes.get(unit.name, DENSE)])
                 legal += [edge for edge in unit.edges if self._cost(unit.sizes[edge.scheme]) < cost]
         else:
-            for unit in self.units:
+            for unit in units:
                 if unit.name not in schemes:
                     legal += unit.edges
         return legal
+
+    def _stays(self, unit: Unit, plan: Plan) -> bool:
+        """Whether something of a unit is left to be chosen a scheme for."""
+        first = unit.components[0]
+        return not all(plan.drops(part.name) for part in (self.inside(first) if first.is_block else unit.components))
 
     def size(self, plan: Plan) -> PlanSize:
         """Size of a plan over the components of this search."""
@@ -109,6 +116,9 @@ class SearchSpace:
         for reached, wanted in ((size.share, budget.share), (size.sparsity, budget.sparsity)):
             ways += [reached / wanted] if wanted else []
         ways += [size.num_compressed / budget.components] if budget.components else []
+        ways += [size.blocks / budget.blocks] if budget.blocks else []
+        for left, limit in ((size.parameters, budget.parameters), (size.flops, budget.flops)):
+            ways += [(1.0 - left) / (1.0 - limit)] if limit is not None else []
         if budget.bits_per_weight:
             ways.append(
                 (dense.bits_per_weight - size.bits_per_weight) / (dense.bits_per_weight - budget.bits_per_weight)
@@ -173,6 +183,9 @@ class SearchSpace:
             return len(self.expected_course)
         uniform = [self.progress(self.uniform(scheme)) for scheme in self.schemes]
         useful = [progress for progress in uniform if progress > 0]
+        if self.blocks:  # so many average ones come to the end
+            each = [self.progress(Plan.of({block.name: DROP})) for block in self.blocks]
+            return len(each) / max(sum(each), 1e-9)
         return len(self.units) * len(useful) / sum(useful)
 
     @property
@@ -185,6 +198,8 @@ class SearchSpace:
             uniform = self.uniform(scheme)
             if (progress := self.progress(uniform)) > 0:
                 ends.append(dense - (dense - float(self.budget.counted(self.size(uniform)))) / max(progress, 1.0))
+        if not ends and not self.budget.limits_size:
+            return dense
         # No uniform plan gains where each is slower in some shape: a mixed one ends at the budget.
         return sum(ends) / len(ends) if ends else self._most_cost
 
@@ -194,7 +209,12 @@ class SearchSpace:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """What is chosen a scheme for: components alone or tied together, in model order."""
+        """What is chosen a scheme for: components alone or tied together, in model order; then blocks that may be
+        dropped."""
+        return (*self._units_of_matrices, *map(self._unit_of_block, self.blocks))
+
+    @cached_property
+    def _units_of_matrices(self) -> tuple[Unit, ...]:
         partners = _tied_sets(self.components, self.tied, self.experts)
         units: list[Unit] = []
         seen: set[str] = set()
@@ -204,6 +224,32 @@ class SearchSpace:
                 seen.update(c.name for c in together)
                 units.append(self._unit(together))
         return tuple(units)
+
+    def inside(self, block: Component) -> tuple[Component, ...]:
+        """The components of the search that lie in a block."""
+        return tuple(c for c in self.components if block.name in (c.block, c.layer_name))
+
+    def _unit_of_block(self, block: Component) -> Unit:
+        """A block, whose size is what dropping it changes: nothing of it is counted while what lies in it is."""
+        inside = self.inside(block)
+        before, after = (
+            plan_size(Plan.of(schemes), inside, self.dense_bits, self.times) for schemes in ({}, {block.name: DROP})
+        )
+        sizes = {DENSE: before.less(before), DROP: after.less(before)}
+        return Unit((block,), (Perturbation(block.name, DROP),), sizes)
+
+    @cached_property
+    def _units_that_stay(self) -> tuple[Unit, ...]:
+        """Those that no block may take with it."""
+        gone = {component.name for block in self.blocks for component in self.inside(block)}
+        return tuple(unit for unit in self._units_of_matrices if unit.name not in gone)
+
+    @cached_property
+    def _of_blocks(self) -> PlanSize | None:
+        """The size of all that lies in blocks when all of these are dropped."""
+        inside = tuple(dict.fromkeys(c for block in self.blocks for c in self.inside(block)))
+        plan = Plan.of(dict.fromkeys((block.name for block in self.blocks), DROP))
+        return plan_size(plan, inside, self.dense_bits, self.times) if inside else None
 
     def _unit(self, together: tuple[Component, ...]) -> Unit:
         first, *others = (c.name for c in together)
@@ -219,6 +265,9 @@ class SearchSpace:
 def _course(unit: Unit, cost_of: Callable[[PlanSize], int]) -> list[tuple[float, int, int]]:
     """(harm, cost saved, perturbations that are legal no more) of each step in which a unit is compressed further, each
     time as little as its schemes allow."""
+    if unit.components[0].is_block:
+        size = unit.sizes[DROP]
+        return [(float(size.removed_weights), -cost_of(size), 1)]
     sizes = {cost_of(unit.sizes[edge.scheme]): unit.sizes[edge.scheme] for edge in unit.edges}
     steps, before, harm_before = [], cost_of(unit.sizes[DENSE]), 0.0
     for cost, size in sorted(sizes.items(), reverse=True):
@@ -280,11 +329,11 @@ def _unknown_tied(entry: str, names: Iterable[str], kinds: Iterable[str]) -> str
     )
 
 
-def _check_shapes(components: tuple[Component, ...], schemes: tuple[Scheme, ...]) -> None:
+def _check_shapes(components: tuple[Component, ...], schemes: tuple[Scheme, ...], with_blocks: bool) -> None:
     """Raise `UserError` for a scheme that no format has for the shape of a component, and for components that no scheme
     is for, or schemes that are for none."""
     idle = [c.name for c in components if not any(scheme.takes(c) for scheme in schemes)]
-    if idle:
+    if idle and not (with_blocks and not schemes):
         raise UserError(
             f"search.schemes has none for {idle[0]} and {len(idle) - 1} others: KV caches take kv-fp8, kv-int8 and "
             "kv-int4, weights all others. Add one, or leave these out (components)"
@@ -327,9 +376,10 @@ def _least_times(choices: Sequence[Sequence[PlanSize]]) -> Picoseconds | None:
     return sum(min(decode for decode, _ in times) for times in taken), sum(map(min, prompts)) if all(prompts) else None
 
 
-def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
-    """Raise `UserError` for a stop rule that no plan of these units meets."""
+def _check_budget(budget: Budget, units: tuple[Unit, ...], of_blocks: PlanSize | None) -> None:
+    """Raise `UserError` for a stop rule that no plan of these units meets, with all blocks dropped."""
     choices = [[unit.sizes[DENSE], *(unit.sizes[edge.scheme] for edge in unit.edges)] for unit in units]
+    choices += [] if of_blocks is None else [[of_blocks]]
     extreme = PlanSize(
         num_compressed=sum(max(size.num_compressed for size in sizes) for sizes in choices),
         num_weights=sum(sizes[0].num_weights for sizes in choices),
@@ -339,6 +389,9 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
         read_bits=sum((min(size.active_bits for size in sizes) for sizes in choices), Fraction(0)),
         read_weights=sum((sizes[0].active_weights for sizes in choices), Fraction(0)),
         picoseconds=_least_times(choices),
+        blocks=sum(max(size.blocks for size in sizes) for sizes in choices),
+        removed_weights=sum(max(size.removed_weights for size in sizes) for sizes in choices),
+        removed_read=sum((max(size.removed_active for size in sizes) for sizes in choices), Fraction(0)),
     )
     for rule, bound, most in (
         ("share", extreme.share, True),
@@ -349,6 +402,9 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...]) -> None:
         ("active_bits_per_weight", extreme.active_bits_per_weight, False),
         ("decode_ms", extreme.decode_ms, False),
         ("prefill_ms", extreme.prefill_ms, False),
+        ("blocks", extreme.blocks, True),
+        ("parameters", extreme.parameters, False),
+        ("flops", extreme.flops, False),
     ):
         wanted: float | None = getattr(budget, rule)
         if wanted is not None and bound is not None and (bound < wanted if most else bound > wanted):

@@ -37,6 +37,7 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
     section = file.search
     sparsity = section.strategy == "sparsity"  # its rounds say when it ends, and its end is what is uniform
     components = manifest.select(section.components.include, section.components.exclude)
+    blocks = manifest.droppable(section.drop, components, section.components.exclude)
     if not manifest.source and any(parse_scheme(name).is_source for name in section.schemes):
         raise UserError(
             f"search.schemes: source keeps a component as a quantized base model stores it, but {manifest.model} does "
@@ -51,6 +52,7 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
         experts=section.experts,
         times=None if section.times is None else section.times.table,
         manifest=manifest,
+        blocks=blocks,
     )
     kind = None if sparsity else STRATEGIES[section.strategy]
     if kind is not None and kind.needs_errors and not kind.takes_prices and any(c.is_cache for c in components):
@@ -172,6 +174,7 @@ def _solver_settings(
         knapsack=section.knapsack,
         spdy=section.spdy,
         evolution=section.evolution,
+        floating=section.floating,
         local=section.local,
         mc_moe=section.mc_moe,
         errors=errors,

@@ -120,6 +120,9 @@ def resolve(
         )
     if is_checked and form.by_llama_cpp and found.recorded is not None:
         check_enough_prompts(found.recorded)
+    blocks = [name for name in found.plan.dropped if found.manifest.by_name[name].is_block]
+    if blocks and form.name != "json":
+        raise refuse(to, "it holds no model without some of its blocks; json keeps the plan", sorted(blocks))
     of_weights, cache_scheme = _told_apart(found, form, runtime)
     job = _job(replace(found, plan=of_weights), runtime, results, cache_scheme)
     if form.is_checked:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.errors import UserError
 from dtmsearch.model.forward.sampling import Sampling
-from dtmsearch.model.forward.stand_ins import HiddenStates, Returned, StandIn, returned_kind, state_of
+from dtmsearch.model.forward.stand_ins import HiddenStates, StandIn
+from dtmsearch.model.modules.blocks import Returned, returned_kind, state_of
 from dtmsearch.model.modules.compat import Cache, fixed_cache, no_packed_sequences
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import vocabulary_size

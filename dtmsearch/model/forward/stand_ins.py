@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from dtmsearch.model.modules.compat import BodyOutput, Cache
-
-# What a layer returns: a tensor (None), or a tuple or list of so many with it at the head.
-Returned = tuple[type, int] | None
-
-
-def returned_kind(output: Any) -> Returned:
-    """What kind of thing a layer returned."""
-    return (type(output), len(output)) if isinstance(output, tuple | list) else None
-
-
-def state_of(output: Any) -> Tensor:
-    """A layer's state in what it returned."""
-    state: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return state
+from dtmsearch.model.modules.blocks import Returned, as_returned, grow_cache
+from dtmsearch.model.modules.compat import BodyOutput
 
 
 class StandIn(nn.Module):
@@ -37,9 +23,8 @@ class StandIn(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.seen = hidden_states
-        _grow_cache(self.index, hidden_states, [*args, *kwargs.values()])
-        handed = self.handed_on(hidden_states)
-        return handed if self.returns is None else self.returns[0]([handed, *[None] * (self.returns[1] - 1)])
+        grow_cache(self.index, hidden_states, [*args, *kwargs.values()])
+        return as_returned(self.handed_on(hidden_states), self.returns)
 
     def handed_on(self, hidden_states: Tensor) -> Tensor:
         return hidden_states if self.state is None else self.state
@@ -49,15 +34,6 @@ class StandIn(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.layer, name)  # what the model's loop asks its layers about themselves
-
-
-def _grow_cache(index: int, hidden_states: Tensor, arguments: Iterable[Any]) -> None:
-    """What the model's code asks a cache's layer about lengths is answered as if the layer had run, for next to no
-    memory."""
-    for cache in arguments:
-        if isinstance(cache, Cache) and index < len(cache.layers):
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(nothing, nothing, index)
 
 
 class HiddenStates(nn.Module):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compiled import Slot
 from dtmsearch.model.modules.matrices import StackedMatrix, sliced_matrices
 from dtmsearch.model.modules.swapping import put
@@ -35,6 +36,12 @@ class Places:
         if component in self._stacked:
             return self._stacked[component]
         return self._model.get_submodule(component)
+
+    def block(self, name: str) -> nn.Module:
+        """A block or a layer, which can be taken out of a model that runs eagerly. Raises `UserError`."""
+        if self._slots:
+            raise UserError(f"{name} cannot be dropped where layers are compiled: leave model.compile out")
+        return self._model.get_submodule(name)
 
     def put(self, component: str, module: nn.Module) -> None:
         if component in self._slots:

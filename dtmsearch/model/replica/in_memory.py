@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.components import ModelManifest, blocks_of
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.fusion import scale_partners
@@ -39,8 +39,9 @@ def manifest_of(model: Any) -> ModelManifest:
 
 def weights_of(model: nn.Module) -> Weights:
     """The weights of a model object, to be put under a plan. Originals are kept in memory while they are replaced."""
-    weights = Weights(model, Checkpoint(()), Places(model, {}))
-    weights.share_scales(scale_partners(components_of(model)))
+    components = components_of(model)
+    weights = Weights(model, Checkpoint(()), Places(model, {}), blocks=blocks_of(components))
+    weights.share_scales(scale_partners(components))
     return weights
 
 

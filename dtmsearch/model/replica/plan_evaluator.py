@@ -271,7 +271,7 @@ class PlanEvaluator:
         the model twice, once for each. KV caches are rounded as tokens pass and held nowhere."""
         manifest = self._bench.manifest
         changed = [manifest.by_name[component] for component in request.plan.diff(request.parent)]
-        changed = [component for component in changed if not component.is_cache]
+        changed = [component for component in changed if not (component.is_cache or component.is_block)]
         if len({component.layer for component in changed}) <= 1:
             return request
         share = sum(c.num_weights for c in changed) / sum(c.num_weights for c in manifest.components)

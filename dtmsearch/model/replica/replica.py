@@ -188,7 +188,8 @@ class Replica:
     def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
         streamed = loaded.streamed
         passing = None if streamed is None else PassingWeights(streamed, loaded.manifest, places)
-        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, passing)
+        blocks = loaded.manifest.blocks if streamed is None else ()
+        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, passing, blocks)
         weights.share_scales(scale_partners(loaded.manifest.components))
         return weights
 

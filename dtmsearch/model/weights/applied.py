@@ -17,13 +17,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dtmsearch.core.components import read_header
+from dtmsearch.core.components import Component, read_header
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.compress.number_rounding import RoundsInputs, calibrated_scale, inputs_rounding, largest_of
+from dtmsearch.model.modules.blocks import is_taken_out, take_out
 from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.kv_caches import CachedPart
 from dtmsearch.model.modules.matrices import read, write
@@ -36,10 +37,11 @@ _MOST_UNTRIMMED_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class _Installed:
-    """What stands in a component's place: a module, and its dense weights if it has any."""
+    """What stands in a component's place: a module, and its dense weights if it has any; whether a block is `out`."""
 
     module: nn.Module
     weight: Tensor | None
+    out: bool = False
 
 
 class Passing(Protocol):
@@ -117,12 +119,13 @@ class Weights:
 
     def __init__(
         self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32,
-        passing: Passing | None = None,
+        passing: Passing | None = None, blocks: Iterable[Component] = (),
     ) -> None:  # fmt: skip
         self._model = model
         self._places = places
         self._checkpoint = checkpoint
         self._passing = passing
+        self._blocks = {block.name: block for block in blocks}
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
@@ -140,11 +143,15 @@ class Weights:
 
     def become(self, plan: Plan) -> None:
         """Apply `plan` for good; what it replaces is let go."""
-        for component, scheme in plan.changes(self.plan).items():
+        changes = plan.changes(self.plan)
+        # A plan names nothing in a block that it drops: what has to stand in one as it was goes first.
+        for component in sorted(changes, key=lambda name: not changes[name].is_unquantized):
+            scheme = changes[component]
             replaced = self._replace(component, scheme)
-            if self._passing is not None:
-                self._passing.written(component)
-            self._let_go(component, replaced)
+            if component not in self._blocks:
+                if self._passing is not None:
+                    self._passing.written(component)
+                self._let_go(component, replaced)
             changed = self.plan.schemes | {component: scheme.name}
             self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
 
@@ -244,6 +251,16 @@ class Weights:
         return weight if self._passing is None else weight.clone()
 
     def _replace(self, component: str, scheme: Scheme) -> _Installed:
+        if component in self._blocks:
+            block = self._places.block(component)
+            now = _Installed(block, None, is_taken_out(block))
+            self._install(component, _Installed(block, None, scheme.is_dropped))
+            return now
+        if scheme.is_dropped and any(self._places.get(component).children()):
+            raise UserError(
+                f"{component} cannot be dropped here: blocks are taken out of models that one process holds whole "
+                "(without --nodes-per-replica and --weights streamed)"
+            )
         now = self._installed(component)
         self._install(component, self._make(component, scheme, now))
         return now
@@ -281,7 +298,7 @@ class Weights:
 
     def _original(self, component: str, now: _Installed) -> Tensor:
         """The component's own weights, on its device."""
-        if self.plan.scheme(component).is_unquantized:
+        if component not in self.plan.schemes:
             assert now.weight is not None
             return now.weight
         if component in self._kept:
@@ -302,13 +319,16 @@ class Weights:
         return _Installed(module, read(module) if module is dense else None)
 
     def _install(self, component: str, installed: _Installed) -> None:
+        if component in self._blocks:
+            take_out(installed.module, self._blocks[component], installed.out)
+            return
         self._places.put(component, installed.module)
         if installed.weight is not None:
             write(installed.module, installed.weight)
 
     def _let_go(self, component: str, replaced: _Installed) -> None:
         """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""
-        if self.plan.scheme(component).is_unquantized and not self._checkpoint.holds(component):
+        if component not in self.plan.schemes and not self._checkpoint.holds(component):
             assert replaced.weight is not None
             self._kept[component] = replaced.weight if self._passing is None else replaced.weight.cpu().clone()
         dense = self._dense_modules[component]

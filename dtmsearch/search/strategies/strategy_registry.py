@@ -13,6 +13,7 @@ from dtmsearch.core.strategy_settings import (
     AutoSettings,
     EvolutionSettings,
     FisherSettings,
+    FloatingSettings,
     KnapsackSettings,
     LocalSettings,
     McMoeSettings,
@@ -26,6 +27,7 @@ from dtmsearch.search.strategies.additive import Knapsack, Spdy
 from dtmsearch.search.strategies.auto import Auto
 from dtmsearch.search.strategies.beam import Beam
 from dtmsearch.search.strategies.evolution import Evolution, Local
+from dtmsearch.search.strategies.floating import Floating
 from dtmsearch.search.strategies.gradient_scores import GradientChanges, SquaredGradients
 from dtmsearch.search.strategies.lazy import Lazy
 from dtmsearch.search.strategies.mc_moe import McMoe
@@ -47,6 +49,7 @@ class SolverSettings:
     knapsack: KnapsackSettings = field(default_factory=KnapsackSettings)
     spdy: SpdySettings = field(default_factory=SpdySettings)
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+    floating: FloatingSettings = field(default_factory=FloatingSettings)
     local: LocalSettings = field(default_factory=LocalSettings)
     mc_moe: McMoeSettings = field(default_factory=McMoeSettings)
     errors: WeightErrors | None = None
@@ -129,6 +132,7 @@ STRATEGIES.add(
 )
 STRATEGIES.add("knapsack", StrategyType(lambda i: Knapsack(i, i.solver.knapsack)))
 STRATEGIES.add("evolution", StrategyType(lambda i: Evolution(i, i.solver.evolution)))
+STRATEGIES.add("floating", StrategyType(lambda i: Floating(i, i.solver.floating)))
 STRATEGIES.add("local", StrategyType(lambda i: Local(i, i.solver.local)))
 STRATEGIES.add(
     "spdy",

@@ -16,7 +16,8 @@ from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.store.codecs.columns import coded, from_columns
 from dtmsearch.store.schemas import PLANS
 
-# Of a (component, scheme) pair: their codes, stored bits, weights, whether it is searched, experts chosen of how many.
+# Of a (component, scheme) pair: their codes, stored bits, weights; of what is searched of it, which is itself or what
+# lies in a block, the number of components, their weights, and the bits that they are spared.
 _NUMBERS = 7
 
 
@@ -46,6 +47,8 @@ class PlanRows:
         self._scheme_codes: dict[str, int] = {}
         self._pair_rows: list[tuple[int, ...]] = []
         self._pairs = np.empty((0, _NUMBERS), np.int64)
+        # The bits of a pair that a token is spared to read.
+        self._unread: list[float] = []
 
     def table(self, plans: Sequence[Plan]) -> pa.Table:
         numbers, lengths = self._numbers(plans)
@@ -62,16 +65,12 @@ class PlanRows:
 
     def figures(self, plans: Sequence[Plan]) -> list[PlanFigures]:
         numbers, lengths = self._numbers(plans)
-        _, _, stored_bits, num_weights, searched, chosen, experts = self._pairs[numbers].T
         owner = np.repeat(np.arange(len(plans)), lengths)
         dense_bits = self._manifest.dense_bits
         counts, weights, saved = np.zeros((3, len(plans)), np.int64)
-        np.add.at(counts, owner, searched)
-        np.add.at(weights, owner, searched * num_weights)
-        np.add.at(saved, owner, searched * (num_weights * dense_bits - stored_bits))
-        active = self._active(
-            owner, searched * (num_weights * dense_bits - stored_bits) * (chosen / experts), len(plans)
-        )
+        for found, column in zip((counts, weights, saved), self._pairs[numbers].T[4:], strict=True):
+            np.add.at(found, owner, column)
+        active = self._active(owner, np.array(self._unread, np.float64)[numbers], len(plans))
         return [
             PlanFigures(c, w / self._total_weights, (self._total_weights * dense_bits - s) / self._total_weights, a)
             for c, w, s, a in zip(counts.tolist(), weights.tolist(), saved.tolist(), active, strict=True)
@@ -107,16 +106,21 @@ class PlanRows:
         if component is None:
             raise ValueError(f"the plan names {name!r}, which {self._manifest.model} does not have")
         assert scheme != DENSE, "plans leave dense components out"
-        stored_bits = parse_scheme(scheme).bits_of(component, self._manifest.dense_bits)
+        parsed, dense_bits = parse_scheme(scheme), self._manifest.dense_bits
+        inside = [c for c in self._manifest.by_name.values() if name in (c.block, c.layer_name) and not c.is_block]
+        searched = [c for c in (inside if component.is_block else [component]) if c.name in self._searched]
+        spared = [c.num_weights * dense_bits - parsed.bits_of(c, dense_bits) for c in searched]
+        self._unread.append(float(sum(bits * c.read_share for c, bits in zip(searched, spared, strict=True))))
         self._number_of_pair[entry] = len(self._pair_rows)
         self._pair_rows.append(
             (
                 self._component_codes.setdefault(name, len(self._component_codes)),
                 self._scheme_codes.setdefault(scheme, len(self._scheme_codes)),
-                stored_bits,
+                parsed.bits_of(component, dense_bits),
                 component.num_weights,
-                int(name in self._searched),
-                *((component.experts_per_token, component.num_experts) if component.mixture else (1, 1)),
+                len(searched),
+                sum(c.num_weights for c in searched),
+                sum(spared),
             )
         )
 

@@ -1,0 +1,159 @@
+"""`floating`: which blocks of a model to drop, one more at a time, with steps back where these pay.
+
+Removals go beyond second order and help or hinder each other, so plans are measured. A round drops the block that adds
+the least loss for what it brings towards the budget; what each added when it was last measured orders the queue, and
+only its head is measured again (Minoux, 1978). Then blocks that were dropped earlier are put back, each alone; where a
+plan of no more progress is better than the best that was known of as much, the search goes on from that one (sequential
+floating forward selection: Pudil, Novovicova and Kittler, 1994). It ends at the first plan that meets the budget from
+which no step back leads to a better one; the best plans that meet it are compared on more prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtmsearch.core.evaluation import EvalResult, Outcome, combine
+from dtmsearch.core.plan import Perturbation, Plan
+from dtmsearch.core.schemes import DENSE, DROP
+from dtmsearch.core.strategy_settings import FloatingSettings
+from dtmsearch.errors import SearchFailed
+from dtmsearch.search.strategies.generator import DENSE_PLAN, Part, Procedure, Script, Trial, mean_loss
+from dtmsearch.search.strategies.task import Task
+
+# Plans of the same progress but for rounding.
+_ALIKE = 1e-9
+# Losses that differ by less than this part are one.
+_LEAST_GAIN = 1e-4
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A plan that was measured: its progress towards the budget, its loss on the search's few prompts."""
+
+    plan: Plan
+    progress: float
+    loss: float
+
+
+class Floating(Procedure):
+    """See the module. `settings` say on how many prompts blocks are chosen, and how many plans are compared last."""
+
+    def __init__(self, task: Task, settings: FloatingSettings = FloatingSettings()) -> None:
+        super().__init__(task.space, task.request_for, ("kl", task.rank_by))
+        self._rank_by, self._settings = task.rank_by, settings
+        self._blocks = tuple(block.name for block in task.space.blocks)
+        self._found: dict[Plan, _Found] = {}
+        self._answers: dict[Plan, Outcome] = {}
+        # What each block added to the loss when it was last measured.
+        self._added: dict[str, float] = {}
+
+    def script(self) -> Script:
+        now = self._found[DENSE_PLAN] = _Found(DENSE_PLAN, 0.0, 0.0)
+        self._foresee((self._usual, self._settings.prompts), (self._settings.finalists, self.num_prompts))
+        self.stage = "blocks alone"
+        yield from self._measured(now.plan, [Perturbation(name, DROP) for name in self._blocks])
+        for block in self._blocks:
+            self._added[block] = self._found[DENSE_PLAN.with_(Perturbation(block, DROP))].loss
+        best = now
+        while True:
+            self.stage = f"{len(now.plan.dropped) + 1} blocks dropped"
+            now = yield from self._one_more(now)
+            now = yield from self._back(now)
+            if self._meets(now):
+                best = now
+                break
+        yield from self._compared(best)
+
+    @property
+    def _usual(self) -> int:
+        steps = math.ceil(self._space.expected_steps)
+        return len(self._blocks) + steps * (4 + steps // 2)
+
+    def _meets(self, found: _Found) -> bool:
+        return self._space.budget.reached(self._space.size(found.plan))
+
+    def _measured(self, parent: Plan, edges: Sequence[Perturbation]) -> Part[list[_Found]]:
+        """Plans one step from another, measured on the few prompts; what is known is not measured again."""
+        plans = [parent.with_(edge) for edge in edges]
+        prompts = 0, min(self._settings.prompts, self.num_prompts)
+        unknown = [(plan, edge) for plan, edge in zip(plans, edges, strict=True) if plan not in self._found]
+        if unknown:
+            answers = yield [Trial(plan, prompts, parent, edge) for plan, edge in unknown]
+            for (plan, _), answer in zip(unknown, answers, strict=True):
+                progress = self._space.progress(plan)
+                self._found[plan] = _Found(plan, min(progress, 1.0), mean_loss(answer, self._rank_by))
+                self._answers[plan] = answer
+        return [self._found[plan] for plan in plans]
+
+    def _one_more(self, now: _Found) -> Part[_Found]:
+        """A plan with one block more, by what that adds for what it brings towards the budget."""
+        edges = [edge for edge in self._space.perturbations(now.plan) if edge.component in self._blocks]
+        if not edges:
+            raise SearchFailed("all blocks that may be dropped are dropped, and the budget is not met")
+        progress = {e.component: min(self._space.progress(now.plan.with_(e)), 1.0) - now.progress for e in edges}
+
+        def dear(edge: Perturbation, added: float) -> float:
+            return added / max(progress[edge.component], _ALIKE) if added > 0.0 else added
+
+        queue = sorted(edges, key=lambda e: dear(e, self._added.get(e.component, math.inf)))
+        chosen: tuple[float, _Found] | None = None
+        for edge in queue:
+            if chosen is not None and chosen[0] <= dear(edge, self._added.get(edge.component, math.inf)):
+                break
+            (found,) = yield from self._measured(now.plan, [edge])
+            self._added[edge.component] = found.loss - now.loss
+            value = dear(edge, found.loss - now.loss)
+            if math.isfinite(found.loss) and (chosen is None or value < chosen[0]):
+                chosen, taken = (value, found), edge
+        if chosen is None:
+            raise SearchFailed("no plan with one block more can be measured")
+        self._note(chosen[1], taken)
+        return chosen[1]
+
+    def _back(self, now: _Found) -> Part[_Found]:
+        """The plan that steps back lead to, each to one that is better than all that are known of as much progress."""
+        while len(now.plan.dropped) > 2:
+            # What was measured before, as the plan before it, has been passed over already.
+            edges = [Perturbation(name, DENSE) for name in sorted(now.plan.dropped)]
+            edges = [edge for edge in edges if now.plan.with_(edge) not in self._found]
+            if not edges:
+                break
+            before = list(self._found.values())
+            found = yield from self._measured(now.plan, edges)
+            gains = []
+            for edge, each in zip(edges, found, strict=True):
+                self._added[edge.component] = now.loss - each.loss
+                least = min((o.loss for o in before if o.progress >= each.progress - _ALIKE), default=math.inf)
+                gains.append(least - each.loss if each.loss < (1.0 - _LEAST_GAIN) * least else 0.0)
+            at = max(range(len(gains)), key=gains.__getitem__)
+            if gains[at] <= 0.0:
+                break
+            now = found[at]
+            self._note(now, edges[at])
+        return now
+
+    def _note(self, found: _Found, edge: Perturbation) -> None:
+        self._conclude(found.plan, self._answers[found.plan], self._rank_by, edge)
+
+    def _compared(self, best: _Found) -> Part[None]:
+        """The best plans that meet the budget on all prompts; those are measured that were not yet."""
+        self.stage = "last comparison"
+        meeting = sorted((f for f in self._found.values() if self._meets(f)), key=lambda f: f.loss)
+        field = list(dict.fromkeys([best, *meeting[: self._settings.finalists]]))[: self._settings.finalists]
+        few = min(self._settings.prompts, self.num_prompts)
+        if few < self.num_prompts:
+            rest = yield [Trial(f.plan, (few, self.num_prompts), best.plan) for f in field]
+            answers = [_joined(self._answers[f.plan], more) for f, more in zip(field, rest, strict=True)]
+        else:
+            answers = [self._answers[f.plan] for f in field]
+        at = min(range(len(field)), key=lambda i: mean_loss(answers[i], self._rank_by))
+        self._conclude(field[at].plan, answers[at], self._rank_by)
+
+
+def _joined(first: Outcome, rest: Outcome) -> Outcome:
+    """What was measured of one plan on some prompts and on those after them."""
+    if isinstance(first, EvalResult) and isinstance(rest, EvalResult):
+        return combine(rest.request_id, [first, rest])
+    return rest if isinstance(first, EvalResult) else first

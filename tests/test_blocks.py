@@ -1,0 +1,284 @@
+"""Blocks and layers that are dropped whole: what is measured, how large it is, and which plans a search comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import llama_config, result, values, with_reference, write_model
+
+from dtmsearch.config import parse
+from dtmsearch.core.components import Component, blocks_of
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
+from dtmsearch.core.schemes import DROP
+from dtmsearch.core.variant import Variant
+from dtmsearch.errors import SearchStopped, UserError
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.loop import search
+from dtmsearch.search.protocols import Silent
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.strategy_registry import make_strategy
+from dtmsearch.store.codecs.plans import PlanRows
+from dtmsearch.store.store import ResultStore
+
+ATTENTION, MLP, LAYER = "model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.1"
+Running = tuple[Replica, Reference]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Running:
+    """In float64, where nothing is lost by another order of sums."""
+    folder = write_model(tmp_path_factory.mktemp("model"), llama_config(num_hidden_layers=4))
+    spec = ModelSpec(str(folder), dtype="float64", kv_context=100)
+    model = Replica(spec, ReplicaSettings(num_threads=1))
+    return model, with_reference(model)
+
+
+def measured(running: Running, plan: Plan, parent: Plan = Plan()) -> list[list[float]]:
+    model, reference = running
+    return values(model.evaluate([EvalRequest(plan, reference.id, (0, 6), ("kl", "ppl"), parent)])[0])
+
+
+def dropped(*names: str) -> Plan:
+    return Plan.of(dict.fromkeys(names, DROP))
+
+
+@pytest.mark.parametrize(
+    ("whole", "zeroed"),
+    [
+        ([ATTENTION], [f"{ATTENTION}.o_proj"]),
+        ([MLP], [f"{MLP}.down_proj"]),
+        ([LAYER], [f"{ATTENTION}.o_proj", f"{MLP}.down_proj"]),
+        ([ATTENTION, MLP], [f"{ATTENTION}.o_proj", f"{MLP}.down_proj"]),
+        ([ATTENTION, "model.layers.3.mlp"], [f"{ATTENTION}.o_proj", "model.layers.3.mlp.down_proj"]),
+    ],
+    ids=["attention", "mlp", "layer", "both", "two layers"],
+)
+def test_what_is_dropped_whole_is_what_has_an_output_of_zeros(
+    running: Running, whole: list[str], zeroed: list[str]
+) -> None:
+    assert measured(running, dropped(*whole)) == measured(running, dropped(*zeroed)) != measured(running, Plan())
+
+
+def test_a_dropped_layer_is_the_model_without_it(running: Running) -> None:
+    model, reference = running
+    tokens = torch.from_numpy(reference.text).long()
+    with torch.inference_mode():
+        model._bench.become(Variant(dropped(LAYER)))
+        found = model._body.finish(tokens, None, 0)
+        model._bench.become(Variant(Plan()))
+        inner = model._body.model.model
+        kept = [layer for index, layer in enumerate(inner.layers) if index != 1]
+        states = inner.embed_tokens(tokens)
+        positions = torch.arange(tokens.shape[1]).unsqueeze(0)
+        angles = inner.rotary_emb(states, positions)
+        for layer in kept:
+            states = layer(states, position_embeddings=angles, attention_mask=None, position_ids=positions)
+        wanted = inner.norm(states)
+    assert torch.equal(found, wanted)
+
+
+def test_a_dropped_block_does_not_run(running: Running) -> None:
+    model, _ = running
+    module, calls = model._body.model.get_submodule(f"{MLP}.up_proj"), []
+    measured(running, dropped(MLP))  # once, to see how it returns
+    hook = module.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        measured(running, dropped(MLP))
+    finally:
+        hook.remove()
+    assert not calls
+
+
+def test_a_model_is_what_it_was_after_blocks_were_dropped(running: Running) -> None:
+    rounded = Plan.of({f"{ATTENTION}.q_proj": "int4-g16", f"{MLP}.up_proj": "int4-g16"})
+    before = measured(running, rounded, rounded)
+    both = measured(running, Plan.of({ATTENTION: DROP, f"{MLP}.up_proj": "int4-g16"}), rounded)
+    without = measured(running, dropped(LAYER), dropped(LAYER))
+    assert (measured(running, rounded, dropped(LAYER)), measured(running, rounded, rounded)) == (before, before)
+    assert both == measured(running, Plan.of({ATTENTION: DROP, f"{MLP}.up_proj": "int4-g16"}), dropped(ATTENTION))
+    assert without == measured(running, dropped(LAYER))
+
+
+def test_what_lies_in_a_dropped_block_has_no_say_in_a_plan() -> None:
+    named = {ATTENTION: DROP, f"{ATTENTION}.q_proj": "int8-channel", f"{MLP}.up_proj": "nf4"}
+    plan = Plan.of(named)
+    later = Plan.of({f"{ATTENTION}.q_proj": "int8-channel", f"{MLP}.up_proj": "nf4"}).with_(
+        Perturbation(ATTENTION, DROP)
+    )
+    assert plan == later == Plan.of({ATTENTION: DROP, f"{MLP}.up_proj": "nf4"})
+    assert plan.scheme_of(f"{ATTENTION}.q_proj") == DROP
+    assert plan.with_(Perturbation(LAYER, DROP)) == dropped(LAYER)
+
+
+def test_a_dropped_block_takes_no_bytes_and_neither_do_its_caches(running: Running) -> None:
+    manifest = running[0].manifest()
+    caches = [other for other in manifest.others if other.is_cache]
+    parts = (*manifest.components, *caches)
+    plan = Plan.of({ATTENTION: DROP, "model.layers.3": DROP, f"{MLP}.up_proj": "int8-channel"})
+    size = plan_size(plan, parts, manifest.dense_bits)
+    gone = [c for c in parts if c.name.startswith((f"{ATTENTION}.", "model.layers.3."))]
+    up = manifest.by_name[f"{MLP}.up_proj"]
+    left = sum(c.num_weights * 32 for c in parts if c not in gone and c is not up)
+    assert size.stored_bits == left + up.num_weights * 8 + up.shape[0] * 16
+    assert size.removed_weights == sum(c.num_weights for c in gone if not c.is_cache)
+    assert (size.blocks, size.num_compressed) == (3, len(gone) + 1)
+
+
+def test_a_store_counts_what_a_dropped_block_holds(running: Running) -> None:
+    manifest = running[0].manifest()
+    searched = manifest.components
+    for plan in (dropped(ATTENTION), dropped(LAYER, "model.layers.2.mlp"), dropped(f"{MLP}.up_proj")):
+        (found,) = PlanRows(manifest, searched).figures([plan])
+        size = plan_size(plan, searched, manifest.dense_bits)
+        assert (found.num_compressed, found.share, found.bits_per_weight) == (
+            size.num_compressed,
+            size.share,
+            size.bits_per_weight,
+        )
+
+
+def test_a_plan_file_names_blocks_which_take_nothing_but_drop(running: Running) -> None:
+    manifest = running[0].manifest()
+    plan = dropped(ATTENTION, "model.layers.3")
+    text = plan_to_json(plan, manifest)
+    assert plan_from_json(text, manifest, "plan.json") == plan
+    with pytest.raises(UserError, match="a whole attention is dropped"):
+        plan_from_json(text.replace('"drop"', '"int8-channel"'), manifest, "plan.json")
+
+
+def test_blocks_of_other_families_are_found_by_their_modules() -> None:
+    names = [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.1.fc1",
+        "transformer.h.1.mixer.x",
+    ]
+    found = blocks_of(Component(name, int(name.split(".")[2]), "x", (2, 3)) for name in names)
+    assert [(block.name, block.kind, block.num_weights) for block in found] == [
+        ("transformer.h.0.attn", "attention", 6),
+        ("transformer.h.0.mlp", "mlp", 6),
+        ("transformer.h.0", "layer", 12),
+        ("transformer.h.1", "layer", 12),
+    ]
+
+
+def space(running: Running, budget: Budget, schemes: tuple[str, ...] = (), kinds: str = "attention mlp") -> SearchSpace:
+    manifest = running[0].manifest()
+    blocks = manifest.droppable(kinds.split(), manifest.components)  # type: ignore[arg-type]
+    return SearchSpace(manifest.components, schemes, dense_bits=32, budget=budget, manifest=manifest, blocks=blocks)
+
+
+def test_nothing_is_chosen_for_what_lies_in_a_dropped_block(running: Running) -> None:
+    found = space(running, Budget(bits_per_weight=6), ("int8-channel",), "attention layer")
+    legal = {edge.component for edge in found.perturbations(dropped(ATTENTION, "model.layers.3"))}
+    inside = {f"{ATTENTION}.{part}_proj" for part in "qkvo"}
+    assert not legal & (inside | {ATTENTION, "model.layers.3", "model.layers.3.mlp.up_proj"})
+    assert {LAYER, f"{MLP}.up_proj", "model.layers.2.self_attn"} <= legal
+
+
+def test_a_block_as_a_unit_is_what_dropping_it_changes(running: Running) -> None:
+    found = space(running, Budget(blocks=2))
+    unit = next(unit for unit in found.units if unit.name == MLP)
+    more = found.size(dropped(MLP)).less(found.size(Plan()))
+    assert unit.sizes[DROP] == more
+    assert more.stored_bits == -sum(c.num_weights * 32 for c in found.components if c.block == MLP)
+
+
+@pytest.mark.parametrize("budget", [Budget(blocks=9), Budget(parameters=0.0, components=99)])
+def test_a_budget_that_no_dropping_meets_is_refused(running: Running, budget: Budget) -> None:
+    manifest = running[0].manifest()
+    held = tuple(c for c in manifest.components if c.layer < 4)
+    with pytest.raises(UserError, match="out of reach"):
+        SearchSpace(held, (), dense_bits=32, budget=budget, blocks=manifest.droppable(["attention", "mlp"], held))
+
+
+HEAD = "run: a\nmodel: {path: m}\nprompts: {files: [a.txt]}\n"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{strategy: lazy_greedy, schemes: [nf4], stop: {blocks: 2}}", "nothing may be: give search.drop"),
+        ("{strategy: floating, schemes: [nf4], drop: [mlp]}", "give search.drop, and no schemes"),
+        ("{strategy: spdy, schemes: [nf4], drop: [mlp]}", "does not drop blocks"),
+    ],
+)
+def test_a_file_that_drops_what_cannot_be_is_refused(section: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(f"{HEAD}search: {section}", "search.yaml", Path())
+
+
+def test_a_kind_that_the_model_does_not_have_is_named(running: Running) -> None:
+    manifest = running[0].manifest()
+    held = tuple(c for c in manifest.components if c.block.endswith("mlp"))
+    with pytest.raises(UserError, match=r"no attention of .* can be dropped; .* self_attn"):
+        manifest.droppable(["attention"], held)
+
+
+@dataclass
+class Here:
+    """An evaluator: a replica in this process."""
+
+    model: Replica
+    waiting: list[EvalRequest] = field(default_factory=list)
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        self.waiting += requests
+
+    def poll(self, seconds: float) -> list[Outcome]:
+        asked, self.waiting = self.waiting, []
+        return self.model.evaluate(asked)
+
+    def cancel(self) -> None:
+        self.waiting = []
+
+
+def searched(
+    running: Running, store: Path, name: str = "floating", budget: Budget = Budget(blocks=3), stop_after: int = 0
+) -> Plan | None:
+    model, reference = running
+    within = space(running, budget)
+
+    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+        return EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), parent)
+
+    strategy = make_strategy(name, within, request_for, "kl", continuation_tokens=12)
+    with ResultStore(store).writer("run") as writer:
+        writer.put_components(model.manifest(), within.components)
+        return search(strategy, Here(model), writer, Silent(), lambda: 0 < stop_after <= len(set(writer.replay())))
+
+
+@pytest.mark.parametrize("after", [3, 9])
+def test_a_search_for_blocks_that_is_stopped_resumes_to_the_same_plan(
+    running: Running, tmp_path: Path, after: int
+) -> None:
+    with pytest.raises(SearchStopped):
+        searched(running, tmp_path / "stopped", stop_after=after)
+    resumed = searched(running, tmp_path / "stopped")
+    whole = searched(running, tmp_path / "whole")
+    assert resumed == whole and whole is not None and len(whole.dropped) == 3
+
+
+@pytest.mark.parametrize("name", ["floating", "lazy_greedy", "greedy"])
+def test_a_budget_of_parameters_is_met(running: Running, tmp_path: Path, name: str) -> None:
+    found = searched(running, tmp_path, name, Budget(parameters=0.75))
+    assert found is not None and found.dropped
+    assert space(running, Budget(parameters=0.75)).size(found).parameters <= 0.75
+
+
+def test_steps_back_find_what_greedy_misses(running: Running, tmp_path: Path) -> None:
+    model, reference = running
+
+    def kl(plan: Plan | None) -> float:
+        assert plan is not None
+        found = result(model.evaluate([EvalRequest(plan, reference.id, (0, 6), ("kl",))])[0])
+        assert found.kl is not None
+        return float(found.kl.mean())
+
+    own, greedy = (kl(searched(running, tmp_path / name, name)) for name in ("floating", "lazy_greedy"))
+    assert own <= greedy
