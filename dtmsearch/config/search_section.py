@@ -151,7 +151,7 @@ BUILT_IN_STRATEGIES = (
     *("evolution", "local", "squared_gradients", "gradient_changes", "mc_moe", "sparsity", "floating"),
 )
 # Those that answer a study's question: they only measure, and `search.options` says what.
-STUDY_STRATEGIES = ("discriminability", "ladder", "costs", "domains")
+STUDY_STRATEGIES = ("discriminability", "ladder", "costs", "domains", "orders")
 
 
 # Strategies that drop blocks, and the rules that count what is dropped.

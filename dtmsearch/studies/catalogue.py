@@ -12,13 +12,13 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.plugins import nearest
 from dtmsearch.errors import UserError
 from dtmsearch.search.protocols import Observer
-from dtmsearch.studies import discriminability
+from dtmsearch.studies import bound, discriminability, square_root
 from dtmsearch.studies.study import PartRun, Study
 from dtmsearch.workflows.lookup import StoreLike
 from dtmsearch.workflows.run import open_store, run
 from dtmsearch.workflows.session import OpenEvaluator
 
-STUDIES = {study.name: study for study in (discriminability.STUDY,)}
+STUDIES = {study.name: study for study in (discriminability.STUDY, bound.STUDY, square_root.STUDY)}
 
 
 @dataclass(frozen=True)

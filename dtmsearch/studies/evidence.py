@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,3 +68,16 @@ def components_of(store: ResultStore, manifest_id: str | None) -> dict[str, Comp
         for row in rows
         if row["manifest_id"] == manifest_id
     }
+
+
+def interval_of(
+    values: Sequence[Floats], of_means: Callable[[Floats], float], resamples: int = 1_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """What follows from the means over prompts of several values [num_prompts] each, with its 95% interval: percentiles
+    over resampled prompts, the same for all values."""
+    table = np.array(values, np.float64)
+    random = np.random.default_rng(seed)
+    weights = random.multinomial(table.shape[1], np.full(table.shape[1], 1.0 / table.shape[1]), resamples)
+    drawn = [of_means(means) for means in weights @ table.T / table.shape[1]]
+    low, high = np.nanpercentile(drawn, (2.5, 97.5))
+    return of_means(table.mean(axis=1)), float(low), float(high)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import SearchFailed, UserError
 from dtmsearch.search.solver.choices import Choices
@@ -45,6 +45,9 @@ class Measuring(Procedure):
     def _all_on(self, plan: Plan, parent: Plan = DENSE_PLAN) -> Trial:
         return Trial(plan, (0, self.num_prompts), parent)
 
+    def _alone(self, edge: Perturbation, metrics: tuple[str, ...] | None = None) -> Trial:
+        return Trial(DENSE_PLAN.with_(edge), (0, self.num_prompts), DENSE_PLAN, edge, metrics=metrics)
+
 
 @dataclass(frozen=True)
 class BlockSettings:
@@ -75,7 +78,7 @@ class Discriminability(Measuring):
         first, second = self._space.schemes
         edges = list(self._space.perturbations(DENSE_PLAN))
         ones = [edge for edge in edges if edge.scheme == first]
-        trials = [Trial(DENSE_PLAN.with_(edge), (0, self.num_prompts), perturbation=edge) for edge in ones]
+        trials = [self._alone(edge) for edge in ones]
         for number in range(self.num_prompts // self._block):
             prompts = number * self._block, (number + 1) * self._block
             edges = [replace(edge, scheme=f"{second}-s{number}") for edge in ones]
@@ -147,7 +150,7 @@ class Costs(Measuring):
             self._foresee((len(edges), self.num_prompts))
             for edge in edges[: self._repeats + 1]:
                 # One at a time, so that nothing is on its way beside what is timed.
-                yield [Trial(DENSE_PLAN.with_(edge), (0, self.num_prompts), DENSE_PLAN, edge, metrics=metrics)]
+                yield [self._alone(edge, metrics)]
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,7 @@ class Domains(Measuring):
             raise UserError(f"prompts.count: {self.num_prompts} are less than 4 for each of {self._domains} texts")
 
     def script(self) -> Script:
-        probed = [
-            Trial(DENSE_PLAN.with_(edge), (0, self.num_prompts), perturbation=edge, metrics=("kl",))
-            for edge in self._space.perturbations(DENSE_PLAN)
-        ]
+        probed = [self._alone(edge, ("kl",)) for edge in self._space.perturbations(DENSE_PLAN)]
         uniform = [self._choices.plan(options) for options in self._choices.uniforms()]
         self._foresee((len(probed) + len(uniform) + self._domains + 1, self.num_prompts))
         answers = yield probed

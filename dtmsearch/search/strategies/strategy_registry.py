@@ -32,6 +32,7 @@ from dtmsearch.search.strategies.gradient_scores import GradientChanges, Squared
 from dtmsearch.search.strategies.lazy import Lazy
 from dtmsearch.search.strategies.mc_moe import McMoe
 from dtmsearch.search.strategies.measuring import Costs, Discriminability, Domains, Ladder
+from dtmsearch.search.strategies.orders import Orders
 from dtmsearch.search.strategies.priced import Fisher, PricedAuto, TakePrices
 from dtmsearch.search.strategies.probe import Probe
 from dtmsearch.search.strategies.racing import Racing
@@ -144,3 +145,4 @@ STRATEGIES.add("discriminability", StrategyType(lambda i: Discriminability(i, i.
 STRATEGIES.add("ladder", StrategyType(lambda i: Ladder(i, i.options), only_measures=True))
 STRATEGIES.add("costs", StrategyType(lambda i: Costs(i, i.options), only_measures=True))
 STRATEGIES.add("domains", StrategyType(lambda i: Domains(i, i.options), only_measures=True))
+STRATEGIES.add("orders", StrategyType(lambda i: Orders(i, i.options), only_measures=True))
