@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,17 @@ from toy import ToyModel
 
 from dtmsearch import config
 from dtmsearch.cli import main
-from dtmsearch.core.evaluation import EvalRequest, EvalResult
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, Provenance
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.statistics import kendall_tau, wilson_interval
 from dtmsearch.errors import UserError
 from dtmsearch.report.study_page import study_page
 from dtmsearch.search.evaluator import ModelEvaluator
+from dtmsearch.studies import quantization_order
+from dtmsearch.studies.bound import same_perplexity
 from dtmsearch.studies.catalogue import STUDIES, Answer, make, study_of
+from dtmsearch.studies.prompt_numbers import prompts_needed
+from dtmsearch.studies.square_root import constant_of
 from dtmsearch.studies.study import search_files
 
 Answering = Callable[[EvalRequest], EvalResult]
@@ -47,14 +53,16 @@ def prompts_of(request: EvalRequest) -> list[int]:
     return list(range(*request.prompts))
 
 
-def made(tmp_path: Path, name: str, answering: Answering, *overrides: str, texts: int = 1) -> Answer:
+def made(
+    tmp_path: Path, name: str, answering: Answering, *overrides: str, texts: int = 1, parts: Sequence[str] = ()
+) -> Answer:
     """A study of the toy model, which answers by `answering`."""
     files = [tmp_path / f"text{number}.txt" for number in range(texts)]
     for file in files:
         file.write_text("a text that nobody reads, long enough to hold all prompts\n" * 400)
     study = study_of(name)
     small = ("prompts.prompt_tokens=10", f"prompts.continuation_tokens={LENGTH}")
-    searches = search_files(study, "toy", [str(file) for file in files], (), (*small, *overrides))
+    searches = search_files(study, "toy", [str(file) for file in files], (), (*small, *overrides), parts)
 
     def opened(*_: object) -> ModelEvaluator:
         model = ToyModel()
@@ -174,3 +182,166 @@ def test_kendall_s_tau_counts_pairs_and_ties() -> None:
     assert kendall_tau(np.array([1, 2, 3, 4]), np.array([1, 2, 4, 3])) == pytest.approx(4 / 6)
     assert kendall_tau(np.array([1, 2, 3]), np.array([3, 2, 1])) == -1.0
     assert kendall_tau(np.array([1, 1, 2]), np.array([1, 2, 3])) == pytest.approx(2 / np.sqrt(2 * 3))
+
+
+def by_component(request: EvalRequest) -> EvalResult:
+    """Harm adds up over components: each a drawn one, more for fewer bits, on every prompt a noisy part of it."""
+    harms = np.zeros(len(prompts_of(request)))
+    for component, scheme in request.plan.entries:
+        bits = parse_scheme(scheme).bits or 4
+        harm = 0.4 * (0.02 + chance(component)) * 4.0 ** (2 - bits)
+        harms += harm * np.array([0.5 + chance(component, prompt) for prompt in prompts_of(request)])
+    return result(request, harms)
+
+
+def test_the_ladder_holds_the_bound_wherever_it_holds(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> EvalResult:
+        found = by_component(request)
+        least = 2.0 ** (found.sdt / LENGTH)  # the least DPPL that the bound allows
+        return EvalResult(found.request_id, found.fdt, found.sdt, least.astype(np.float32), found.kl, None)
+
+    answer = made(tmp_path, "bound", answering, "prompts.count=8", "search.metrics=[kl]")
+    assert "holds on every one" in answer.findings.said[0]
+    assert {row[-1] for row in answer.findings.tables[0].rows} == {"1.000"}
+
+
+def test_a_broken_bound_is_said(tmp_path: Path) -> None:
+    answer = made(tmp_path, "bound", by_component, "prompts.count=8", "search.metrics=[kl]")
+    assert "is broken on" in answer.findings.said[0]
+
+
+def test_two_models_of_one_perplexity_differ_in_every_token() -> None:
+    text = np.random.default_rng(3).integers(7, size=200)
+    found = same_perplexity(text, 7)
+    assert found.divergent == 200
+    assert found.perplexities[0] == pytest.approx(found.perplexities[1], rel=1e-6)
+    assert np.abs(found.logits - found.others).max() < 1e-5
+
+
+def test_the_constant_of_the_square_root_is_that_of_gaussian_moves() -> None:
+    """Logits of two likely tokens among many, moved by chance: divergence over sqrt(KL) as the density says."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(40_000, 8)) * 1.5
+    moved = logits + 0.03 * random.normal(size=logits.shape)
+    top = np.sort(logits, axis=1)
+    ties = ((top[:, -1] - top[:, -2]) < 0.05).mean() / 0.05
+    log_p, log_q = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (logits, moved))
+    p = np.exp(log_p)
+    kl = (p * (log_p - log_q)).sum(axis=1).mean()
+    share = (logits.argmax(axis=1) != moved.argmax(axis=1)).mean()
+    predicted = constant_of(ties, 1.0 - (p * p).sum(axis=1).mean())
+    assert share / np.sqrt(kl) == pytest.approx(predicted, rel=0.08)
+
+
+def test_the_square_root_finds_a_planted_constant(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> EvalResult:
+        harms = by_component(request).kl
+        assert harms is not None
+        sdt = np.round(LENGTH * 0.3 * np.sqrt(harms)).astype(np.int32)
+        others = {"tie_density": np.full(len(sdt), 0.3, np.float32), "uncertainty": np.full(len(sdt), 0.5, np.float32)}
+        return EvalResult(request.id, LENGTH - sdt, sdt, np.exp(harms), harms, None, others=others)
+
+    answer = made(tmp_path, "square-root", answering, "prompts.count=16")
+    assert answer.findings.said[0].startswith("Predicted from the base model alone: 0.339 [0.339, 0.339]")
+    assert abs(float(answer.findings.said[1].partition(" is ")[2].split()[0]) - 0.3) < 0.02
+
+
+def test_more_prompts_settle_a_ranking_that_there_is(tmp_path: Path) -> None:
+    answer = made(tmp_path, "prompts", by_component, "prompts.count=64", "model.path=toy")
+    points = {p["prompts"]: p["tau"] for p in answer.findings.pictures[0].rows if p["statistic"] == "KL"}
+    assert points[32] > 0.8 and points[32] >= points[8] - 0.05
+
+
+def test_a_ranking_that_there_is_not_needs_endless_prompts(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> EvalResult:
+        return result(request, 0.01 * np.array([1 + chance(request.plan.id, p) for p in prompts_of(request)]))
+
+    answer = made(tmp_path, "prompts", answering, "prompts.count=64")
+    kl = next(row for row in answer.findings.tables[0].rows if row[0] == "KL")
+    assert abs(float(kl[-2].split()[0])) < 0.5
+
+
+def test_prompts_needed_are_those_that_two_noisy_rankings_agree_on() -> None:
+    random = np.random.default_rng(0)
+    truth, noise, agrees = random.normal(size=(200, 1)), 3.0, []
+    for prompts in (20, round(prompts_needed(0.6, 20, 0.75))):
+        halves = [truth[:, 0] + noise * random.normal(size=(200, prompts)).mean(axis=1) for _ in range(2)]
+        agrees.append(kendall_tau(*halves))
+    needed = prompts_needed(agrees[0], 20, 0.75)
+    halves = [truth[:, 0] + noise * random.normal(size=(200, round(needed))).mean(axis=1) for _ in range(2)]
+    assert kendall_tau(*halves) == pytest.approx(0.75, abs=0.05)
+
+
+def test_a_plan_for_another_text_costs_where_texts_want_other_components(tmp_path: Path) -> None:
+    """Prompts take turns: even ones are hurt by the first half of the components, odd ones by the rest."""
+
+    def answering(request: EvalRequest) -> EvalResult:
+        harms = np.zeros(len(prompts_of(request)))
+        for component, scheme in request.plan.entries:
+            hurts = 0 if "layers.0" in component else 1
+            weight = 1.0 if scheme.startswith("int2") else 0.05
+            harms += np.array([weight * (1.0 if prompt % 2 == hurts else 0.01) for prompt in prompts_of(request)])
+        return result(request, 0.1 * harms)
+
+    answer = made(tmp_path, "domains", answering, "prompts.count=32", texts=2)
+    regret = {plan: [float(cell.split()[0]) for cell in cells] for plan, cells in shown(answer).items()}
+    assert regret["text0"][0] == regret["text1"][1] == 1.0
+    assert regret["text0"][1] > 1.3 and regret["text1"][0] > 1.3
+
+
+def test_a_plan_holds_on_another_text_of_the_same_kind(tmp_path: Path) -> None:
+    answer = made(tmp_path, "domains", by_component, "prompts.count=32", texts=2)
+    assert float(shown(answer)["text0"][1].split()[0]) == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_a_metric_costs_is_told_apart_from_what_is_done_once(tmp_path: Path) -> None:
+    seen: set[tuple[str, ...]] = set()
+
+    def answering(request: EvalRequest) -> EvalResult:
+        seconds = 1.0 + ("kl" in request.extra_metrics) + 2.0 * ("ppl" in request.extra_metrics)
+        once = 0.0 if request.extra_metrics in seen else 5.0
+        seen.add(request.extra_metrics)
+        return replace(by_component(request), provenance=Provenance(wall_seconds=seconds + once))
+
+    small = "search.schemes=[int8-channel, int6-channel, int4-channel]"
+    answer = made(tmp_path, "metric-cost", answering, "prompts.count=8", small)
+    assert {name: (cells[2], cells[3]) for name, cells in shown(answer).items()} == {
+        "FDT, SDT, DPPL": ("1.00", "5.000"),
+        "with KL": ("2.00", "5.000"),
+        "with PPL": ("3.00", "5.000"),
+        "with KL and PPL": ("4.00", "5.000"),
+    }
+
+
+def test_the_order_by_a_metric_that_sees_the_harm_comes_to_the_better_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PPL is drawn by chance here: its order is another, and its plan worse."""
+    monkeypatch.setattr(quantization_order, "weight_shapes", lambda spec, rows: {})
+
+    def answering(request: EvalRequest) -> EvalResult:
+        found = by_component(request)
+        return replace(found, ppl=np.array([1 + chance(request.plan.id, p) for p in prompts_of(request)], np.float32))
+
+    fine = ("search.schemes=[int4-channel]", "prompts.count=32", "validation.count=8", "search.options={percent: 50}")
+    answer = made(tmp_path, "quantization-order", answering, *fine, parts=["order"])
+    kl = {row[0]: float(row[-1].split()[0]) for row in answer.findings.tables[0].rows}
+    assert kl["KL"] < kl["PPL"] and kl["KL"] == min(kl.values())
+    assert "not surely worse than KL's (in KL) from 8 prompts" in answer.findings.said[1]
+
+
+def test_rounds_are_held_beside_each_other_on_held_out_prompts(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> EvalResult:
+        pruned = [parse_scheme(scheme).pruned_share * (0.1 + chance(name)) for name, scheme in request.plan.entries]
+        return result(request, np.full(len(prompts_of(request)), 0.1 * sum(share**2 for share in pruned)))
+
+    rounds = "search.rounds=[20, 20]"
+    few = ("prompts.count=8", "validation.count=8", rounds)
+    answer = made(tmp_path, "sparsity-rounds", answering, *few, parts=["uniform", "fdt75"])
+    table = answer.findings.tables[0]
+    assert [row[:3] for row in table.rows] == [
+        ("20%", "fdt75", "no"),
+        ("20%", "uniform", "no"),
+        ("40%", "fdt75", "no"),
+        ("40%", "uniform", "no"),
+    ]

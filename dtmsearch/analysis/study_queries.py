@@ -29,4 +29,78 @@ WHERE manifest_id = (SELECT manifest_id FROM runs WHERE run = :run)
 GROUP BY layer, kind
 ORDER BY layer, kind""",
     ),
+    (
+        "quantization-order",
+        "The decisions in order, and what each came to in every metric.",
+        """\
+SELECT step, s.share, s.num_compressed, s.perturbation, fdt_mean, sdt_mean, kl, ppl
+FROM steps s JOIN evaluations e USING (run, plan_id)
+WHERE run = :run AND purpose = 'search' AND status = 'ok'
+QUALIFY row_number() OVER (PARTITION BY step ORDER BY e.finished_at) = 1
+ORDER BY step""",
+    ),
+    (
+        "sparsity-rounds",
+        "What each round came to on held-out prompts, trained and not.",
+        """\
+SELECT label, bits_per_weight, fdt_mean, sdt_mean, kl, ppl
+FROM evaluations
+WHERE run = :run AND purpose = 'validation' AND status = 'ok' AND (label LIKE 'round-%' OR label = 'plan')
+ORDER BY label""",
+    ),
+    (
+        "metric-cost",
+        "Seconds of an evaluation in each set of metrics.",
+        """\
+SELECT array_to_string(extra_metrics, ' ') AS beside, count(*) AS evaluations,
+       median(wall_seconds) AS seconds, max(wall_seconds) AS with_what_is_done_once
+FROM evaluations
+WHERE run = :run AND purpose = 'search' AND status = 'ok'
+GROUP BY beside
+ORDER BY beside""",
+    ),
+    (
+        "prompts",
+        "Components alone, by what each costs in every metric on all prompts.",
+        """\
+SELECT component, scheme, num_prompts, fdt_mean, fdt_p75, sdt_mean, dppl, kl,
+       stddev(k.kl) / sqrt(num_prompts) AS kl_error
+FROM evaluations, (SELECT unnest(kl_list) AS kl) AS k
+WHERE run = :run AND purpose = 'search' AND status = 'ok' AND component IS NOT NULL
+GROUP BY ALL
+ORDER BY evaluations.kl DESC""",
+    ),
+    (
+        "domains",
+        "The plan that each text chose (in their order, then all together), and its KL over all prompts.",
+        """\
+SELECT step, plan_id, kl, fdt_mean, e.bits_per_weight
+FROM steps s JOIN evaluations e USING (run, plan_id)
+WHERE run = :run AND purpose = 'search' AND status = 'ok'
+ORDER BY step""",
+    ),
+    (
+        "bound",
+        "SDT of every plan and its bound, (N - n) log2(DPPL), means over prompts.",
+        """\
+SELECT plan_id, num_compressed, kl, sdt_mean,
+       avg(d.n * log2(d.dppl)) AS bound, sdt_mean / avg(d.n * log2(d.dppl)) AS part
+FROM evaluations,
+     (SELECT unnest(dppl_list) AS dppl,
+             (SELECT max(len(continuation)) FROM prompts p WHERE p.reference_id = evaluations.reference_id) AS n) AS d
+WHERE run = :run AND purpose = 'search' AND status = 'ok'
+GROUP BY ALL
+ORDER BY kl""",
+    ),
+    (
+        "square-root",
+        "The share of divergent tokens over the square root of KL, of every plan.",
+        """\
+SELECT plan_id, num_compressed, kl, sdt_mean / n AS share, sdt_mean / n / sqrt(kl) AS constant
+FROM evaluations JOIN (
+    SELECT reference_id, max(len(continuation)) AS n FROM prompts GROUP BY reference_id
+) USING (reference_id)
+WHERE run = :run AND purpose = 'search' AND status = 'ok' AND kl > 0
+ORDER BY kl""",
+    ),
 )

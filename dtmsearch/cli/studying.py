@@ -36,6 +36,7 @@ from dtmsearch.cli.speech import say, show
 @click.option(
     "--held-out", multiple=True, metavar="FILE", help="Text on which plans are judged, where a study finds plans."
 )
+@click.option("--part", "only", multiple=True, metavar="LABEL", help="Of a study's searches only these; repeatable.")
 @set_option
 @store_option
 @where_options
@@ -50,6 +51,7 @@ def study_verb(
     model: str | None,
     texts: tuple[str, ...],
     held_out: tuple[str, ...],
+    only: tuple[str, ...],
     overrides: tuple[str, ...],
     store: str,
     dry_run: bool,
@@ -77,7 +79,7 @@ def study_verb(
     study = study_of(name)
     if not texts:
         raise click.UsageError("give the text that prompts are cut from: --text FILE")
-    searches = search_files(study, model, texts, held_out, overrides)
+    searches = search_files(study, model, texts, held_out, overrides, only)
     if dry_run:
         from dtmsearch.console.model_text import estimate_text
         from dtmsearch.workflows.estimate import estimate

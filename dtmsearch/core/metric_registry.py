@@ -300,7 +300,7 @@ for _metric in (
 
 def _top1(outputs: PromptOutputs) -> Numbers:
     assert outputs.text_missed is not None
-    return 1.0 - outputs.text_missed.mean(axis=1)
+    return mean_of_positions((~outputs.text_missed).astype(np.float32))
 
 
 # How near the two likeliest tokens are to each other, in nats, where a density of near ties is counted.

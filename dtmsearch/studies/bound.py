@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture
+from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, Row
 from dtmsearch.core.metric_registry import perplexity, share_of_divergent_tokens
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
@@ -33,10 +33,10 @@ class SamePerplexity:
 
 def same_perplexity(text: NDArray[np.int64], vocabulary: int, seed: int = 0, tie: float = 1e-6) -> SamePerplexity:
     """Proposition 3.2 as an example: for any text there are two models of one perplexity on it whose greedy tokens
-    differ at every position. The two likeliest tokens of each position, neither of them the text's, lie `tie` nats apart
-    and change places. Raises `UserError` for a vocabulary of less than 3 tokens."""
+    differ at every position. The two likeliest tokens of each position, neither of them the text's, lie `tie` nats
+    apart and change places. Raises `UserError` for a vocabulary of less than 3 tokens."""
     if vocabulary < 3:
-        raise UserError(f"two tokens beside the text's change places, so 3 are wanted, got a vocabulary of {vocabulary}")
+        raise UserError(f"two tokens beside the text's change places: a vocabulary of 3 is wanted, got {vocabulary}")
     random = np.random.default_rng(seed)
     logits = random.normal(size=(len(text), vocabulary))
     at = np.arange(len(text))
@@ -69,7 +69,8 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     (part,) = parts
     length = part.file.prompts.continuation_tokens
     _, ladder = rungs(store, part)
-    rows, points, broken, count = [], [], 0, 0
+    rows, broken, count = [], 0, 0
+    points: list[Row] = []
     for rung in ladder:
         sdt = rung.found.values("sdt")
         bound = length * rung.found.values("dppl") / math.log(2.0)
@@ -84,7 +85,7 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     low, high = min(float(row[4]) for row in rows), max(float(row[4]) for row in rows)
     example = same_perplexity(np.arange(length) % 50, 50)
     said = (
-        f"SDT <= (N - n) log2(DPPL) {held} of {count:,} prompts under {len(ladder)} plans. Measured SDT is {low:.3f} to "
+        f"SDT <= (N - n) log2(DPPL) {held} of {count:,} prompts under {len(ladder)} plans. SDT is {low:.3f} to "
         f"{high:.3f} of the bound: DPPL counts the base model's own uncertainty, which the bound cannot tell from "
         "divergence, so it says least where plans are mild.",
         f"Perplexity on human text bounds nothing: the construction of Proposition 3.2 gives perplexities of "

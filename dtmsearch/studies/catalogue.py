@@ -12,13 +12,32 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.plugins import nearest
 from dtmsearch.errors import UserError
 from dtmsearch.search.protocols import Observer
-from dtmsearch.studies import bound, discriminability, square_root
+from dtmsearch.studies import (
+    bound,
+    discriminability,
+    domains,
+    metric_cost,
+    prompt_numbers,
+    quantization_order,
+    sparsity_rounds,
+    square_root,
+)
 from dtmsearch.studies.study import PartRun, Study
 from dtmsearch.workflows.lookup import StoreLike
 from dtmsearch.workflows.run import open_store, run
 from dtmsearch.workflows.session import OpenEvaluator
 
-STUDIES = {study.name: study for study in (discriminability.STUDY, bound.STUDY, square_root.STUDY)}
+_MODULES = (
+    discriminability,
+    quantization_order,
+    sparsity_rounds,
+    metric_cost,
+    prompt_numbers,
+    domains,
+    bound,
+    square_root,
+)
+STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in _MODULES}
 
 
 @dataclass(frozen=True)

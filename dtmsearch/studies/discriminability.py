@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, spanned
+from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, Row, spanned
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.statistics import mean_interval, wilson_interval
 from dtmsearch.store.store import ResultStore
@@ -97,7 +97,7 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     return Findings((sentence,), (table, *tables), pictures)
 
 
-def _picture(what: str, rows: Sequence[Mapping[str, object]]) -> Picture:
+def _picture(what: str, rows: Sequence[Row]) -> Picture:
     return Picture(
         f"told-by-{what}",
         "lines" if what == "layer" else "dots",
@@ -112,9 +112,9 @@ def _picture(what: str, rows: Sequence[Mapping[str, object]]) -> Picture:
     )
 
 
-def _by(found: Comparisons, groups: Mapping[str, str]) -> list[dict[str, object]]:
+def _by(found: Comparisons, groups: Mapping[str, str]) -> list[Row]:
     """A row for each group of components and metric: the share told right, with Wilson's interval."""
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for group in dict.fromkeys(groups.values()):
         own = [at for at, name in enumerate(found.components) if groups[name] == group]
         for metric, scores in found.scores.items():
@@ -125,10 +125,10 @@ def _by(found: Comparisons, groups: Mapping[str, str]) -> list[dict[str, object]
     return rows
 
 
-def _table(title: str, what: str, rows: Iterable[Mapping[str, object]], metrics: Sequence[str]) -> FoundTable:
+def _table(title: str, what: str, rows: Iterable[Row], metrics: Sequence[str]) -> FoundTable:
     groups: dict[str, list[str]] = {}
     for row in rows:
-        groups.setdefault(str(row["group"]), []).append(spanned(row["share"], row["low"], row["high"], 2))  # type: ignore[arg-type]
+        groups.setdefault(str(row["group"]), []).append(spanned(row["share"], row["low"], row["high"], 2))
     columns = (what, *(METRICS[metric].title for metric in metrics))
     return FoundTable(title, columns, tuple((group, *values) for group, values in groups.items()))
 

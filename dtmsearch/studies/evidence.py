@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.metric_registry import METRICS
+from dtmsearch.core.statistics import mean_interval
 from dtmsearch.store.store import ResultStore
 
 Floats = NDArray[np.float64]
 _COLUMNS = ("evaluation_id", "plan_id", "component", "scheme", "step", "purpose", "label", "status", "num_prompts")
+_LARGEST_LOG = 700.0
 _SIZES = ("num_compressed", "share", "bits_per_weight", "wall_seconds", "extra_metrics", "reference_id")
 
 
@@ -81,3 +84,22 @@ def interval_of(
     drawn = [of_means(means) for means in weights @ table.T / table.shape[1]]
     low, high = np.nanpercentile(drawn, (2.5, 97.5))
     return of_means(table.mean(axis=1)), float(low), float(high)
+
+
+def told(values: Floats, metric: str, length: int) -> str:
+    """The mean of a metric's values on prompts (of perplexities, logarithms), as it is written, with its 95% interval.
+    `length` is that of the continuations."""
+    found = METRICS[metric]
+    if found.mean == "geometric":
+        mean = mean_interval(values, 0, (-math.inf, math.inf))
+        ends = [math.exp(end) if end < _LARGEST_LOG else math.inf for end in (mean.mean, mean.low, mean.high)]
+    else:
+        mean = mean_interval(values, 0, found.limits(length))
+        ends = [mean.mean, mean.low, mean.high]
+    if not all(math.isfinite(end) for end in ends):
+        return _short(ends[0])
+    return f"{_short(ends[0])} [{_short(ends[1])}, {_short(ends[2])}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 10.0 else f"{value:.3g}"

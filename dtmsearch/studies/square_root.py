@@ -2,15 +2,15 @@
 
 Let a plan move the logits of a position by independent Gaussians of standard deviation s, small beside 1. To second
 order KL is half the variance of that move under the base model's own distribution p: on average s^2 / 2 times
-1 - sum(p^2), the chance that two draws from p differ (`uncertainty`, G its mean over positions). The distance of the two
-likeliest logits moves by a Gaussian of standard deviation sqrt(2) s, and the greedy token changes where that is below
-minus the distance m. With f the density of m over positions, taken as f(0) as far as the move reaches, that happens at
-the share
+1 - sum(p^2), the chance that two draws from p differ (`uncertainty`, G its mean over positions). The distance of the
+two likeliest logits moves by a Gaussian of standard deviation sqrt(2) s, and the greedy token changes where that is
+below minus the distance m. With f the density of m over positions, taken as f(0) as far as the move reaches, that
+happens at the share
 
     integral of f(0) P(d < -m) dm = f(0) E[max(-d, 0)] = f(0) s / sqrt(pi),
 
-and with s^2 = 2 KL / G the share is f(0) sqrt(2 / (pi G)) sqrt(KL). Assumed: moves are small, Gaussian, of one size at all
-positions and independent between tokens, and a third token decides nowhere. f(0) and G are the base model's alone.
+and with s^2 = 2 KL / G the share is f(0) sqrt(2 / (pi G)) sqrt(KL). Assumed: moves are small, Gaussian, of one size at
+all positions and independent between tokens, and a third token decides nowhere. f(0) and G are the base model's alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, spanned
+from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, Row, spanned
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 from dtmsearch.studies.evidence import Floats, interval_of
@@ -46,7 +46,8 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
         raise UserError(f"run {part.run!r} has not measured the unquantized model")
     ties, uncertainty = base.values("tie_density"), base.values("uncertainty")
     predicted = interval_of([ties, uncertainty], lambda means: constant_of(*means))
-    rows, points, mild = [], [], []
+    rows, mild = [], []
+    points: list[Row] = []
     for rung in ladder:
         kl, sdt = rung.found.values("kl"), rung.found.values("sdt") / length
         mean = float(kl.mean())
@@ -67,8 +68,8 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
         middle = float(np.median(mild))
         said.append(
             f"Measured: the share of divergent tokens is {middle:.3f} of sqrt(KL) (median of {len(mild)} plans of KL "
-            f"{_MILD[0]:g} to {_MILD[1]:g}, from {min(mild):.3f} to {max(mild):.3f}), {middle / predicted[0]:.2f} times "
-            "the prediction."
+            f"{_MILD[0]:g} to {_MILD[1]:g}, from {min(mild):.3f} to {max(mild):.3f}), {middle / predicted[0]:.2f} "
+            "times the prediction."
         )
     table = FoundTable(
         "The share of divergent tokens over sqrt(KL)",
@@ -98,7 +99,7 @@ def _ratio(means: Floats) -> float:
 STUDY = Study(
     "square-root",
     "Divergent tokens and the square root of KL",
-    "Which constant ties the share of divergent tokens to the square root of KL, and can it be told from the base model "
-    "alone?",
+    "Which constant ties the share of divergent tokens to the square root of KL, and can it be told from the base "
+    "model alone?",
     conclude,
 )

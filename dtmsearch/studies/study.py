@@ -10,9 +10,13 @@ from pathlib import Path
 from dtmsearch.analysis.findings import Findings
 from dtmsearch.config import SearchFile, from_mapping
 from dtmsearch.config.reading import override_key, read_yaml
+from dtmsearch.core.plugins import nearest
 from dtmsearch.core.records import RunRecord
 from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
+
+# What the part without a label is asked for by.
+MAIN = "main"
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,26 @@ class Study:
 
 
 def search_files(
-    study: Study, model: str, texts: Sequence[str], held_out: Sequence[str] = (), overrides: Sequence[str] = ()
+    study: Study,
+    model: str,
+    texts: Sequence[str],
+    held_out: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> list[tuple[str, SearchFile]]:
     """The searches of a study of a model: (label, search file) each. `texts` are where prompts are cut from, `held_out`
-    where validation's are; `overrides` are `--set`'s. Raises `UserError` for a user's mistake."""
+    where validation's are; `overrides` are `--set`'s; `only` names parts, where not all are
+    wanted (`main`: the one without a label). Raises `UserError` for a user's mistake."""
     source = f"{study.name}.yaml"
     text = (files("dtmsearch.studies") / "files" / source).read_text(encoding="utf-8")
+    labels = [part.label or MAIN for part in study.parts]
+    for label in only:
+        if label not in labels:
+            raise UserError(nearest(label, labels, f"part of the study {study.name}"))
     found = []
     for part in study.parts:
+        if only and (part.label or MAIN) not in only:
+            continue
         content = read_yaml(text, source)
         content["model"]["path"] = model
         content["run"] = f"{study.name}-{_word(Path(model).name)}"

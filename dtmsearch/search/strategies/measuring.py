@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.core.evaluation import Outcome
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import SearchFailed, UserError
@@ -181,9 +182,10 @@ class Domains(Measuring):
         halves = [half_of(self.num_prompts, self._domains, domain, first=True) for domain in range(self._domains)]
         plans = [self._plan_for(table, rows) for rows in (*halves, np.concatenate(halves))]
         found = {plan.id: plan for plan in (*plans, *uniform)}
-        answers = dict(zip(found, (yield [self._all_on(plan) for plan in found.values()]), strict=True))
+        trials = [self._all_on(plan) for plan in found.values()]
+        measured: dict[str, Outcome] = dict(zip(found, (yield trials), strict=True))
         for plan in plans:  # a decision for each text in turn, and for all together
-            self._conclude(plan, answers[plan.id], "kl")
+            self._conclude(plan, measured[plan.id], "kl")
         self._best = None
 
     def _plan_for(self, table: Sequence[Sequence[NDArray[np.float64]]], rows: NDArray[np.int64]) -> Plan:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from dtmsearch.core.evaluation import EvalResult, Outcome
 from dtmsearch.core.metric_registry import METRICS
@@ -51,14 +51,14 @@ def ordered_plans(num_prompts: int, percent: int) -> list[Ordered]:
     return [*by_fewer, *by_depth]
 
 
-def order_by(answers: Sequence[EvalResult], metric: str, prompts: int) -> list[int]:
-    """Places of answers, the least harmful first by a metric on the first prompts, ties as searches break them: by FDT,
-    SDT, DPPL."""
+def order_by(values: Sequence[Mapping[str, NDArray[Any]]], metric: str, prompts: int) -> list[int]:
+    """Places of components, the least harmful first by a metric on the first prompts, ties as searches break them: by
+    FDT, SDT, DPPL. `values`: of each component alone, metric -> its value on each prompt."""
     keys = [
-        [float(METRICS[name].losses(answer.metrics[name][:prompts]).mean()) for name in (metric, "fdt", "sdt", "dppl")]
-        for answer in answers
+        [float(METRICS[name].losses(own[name][:prompts]).mean()) for name in (metric, "fdt", "sdt", "dppl")]
+        for own in values
     ]
-    return sorted(range(len(answers)), key=keys.__getitem__)
+    return sorted(range(len(values)), key=keys.__getitem__)
 
 
 class Orders(Measuring):
@@ -82,10 +82,10 @@ class Orders(Measuring):
         known = [(edge, answer) for edge, answer in zip(edges, alone, strict=True) if isinstance(answer, EvalResult)]
         if not known:
             raise SearchFailed("no component could be measured alone")
-        answers = [answer for _, answer in known]
+        values = [answer.metrics for _, answer in known]
         plans = []
         for each in wanted:
-            order = order_by(answers, each.metric, each.prompts)
+            order = order_by(values, each.metric, each.prompts)
             plans.append(self._up_to(each.share, [known[at][0] for at in order]))
         distinct = {plan.id: plan for plan in plans}
         trials = [self._all_on(plan) for plan in distinct.values()]
@@ -101,10 +101,3 @@ class Orders(Measuring):
                 break
             plan = plan.with_(edge)
         return plan
-
-
-def places(answers: Sequence[EvalResult], metric: str, prompts: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The place of each answer in the order by a metric, from 0."""
-    found = np.empty(len(answers), np.int64)
-    found[order_by(answers, metric, prompts)] = np.arange(len(answers))
-    return found
