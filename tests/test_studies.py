@@ -14,6 +14,8 @@ from fakes import chance, evaluate
 from toy import ToyModel
 
 from dtmsearch import config
+from dtmsearch.analysis.named_queries import QUESTIONS
+from dtmsearch.analysis.sql import query
 from dtmsearch.cli import main
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, Provenance
 from dtmsearch.core.schemes import parse_scheme
@@ -21,6 +23,7 @@ from dtmsearch.core.statistics import kendall_tau, wilson_interval
 from dtmsearch.errors import UserError
 from dtmsearch.report.study_page import study_page
 from dtmsearch.search.evaluator import ModelEvaluator
+from dtmsearch.store.store import ResultStore
 from dtmsearch.studies import quantization_order
 from dtmsearch.studies.bound import same_perplexity
 from dtmsearch.studies.catalogue import STUDIES, Answer, make, study_of
@@ -345,3 +348,12 @@ def test_rounds_are_held_beside_each_other_on_held_out_prompts(tmp_path: Path) -
         ("40%", "fdt75", "no"),
         ("40%", "uniform", "no"),
     ]
+
+
+def test_the_rows_of_every_study_can_be_asked_for_by_name(tmp_path: Path) -> None:
+    """As one question, for each takes a process."""
+    made(tmp_path, "prompts", by_component, "prompts.count=16", parts=["main"])
+    counts = [f'(SELECT count(*) FROM ({QUESTIONS[f"study-{name}"].sql})) AS "{name}"' for name in STUDIES]
+    sql = f"SELECT {', '.join(counts)}".replace(":run", "'prompts-toy'")
+    (rows,) = query(ResultStore(str(tmp_path / "store")), sql).to_pylist()
+    assert rows["prompts"] == 6 and rows["bound"] == 6 and rows["quantization-order"] == 6

@@ -33,11 +33,11 @@ ORDER BY layer, kind""",
         "quantization-order",
         "The decisions in order, and what each came to in every metric.",
         """\
-SELECT step, s.share, s.num_compressed, s.perturbation, fdt_mean, sdt_mean, kl, ppl
+SELECT s.step, s.share, s.num_compressed, s.perturbation, fdt_mean, sdt_mean, kl, ppl
 FROM steps s JOIN evaluations e USING (run, plan_id)
 WHERE run = :run AND purpose = 'search' AND status = 'ok'
-QUALIFY row_number() OVER (PARTITION BY step ORDER BY e.finished_at) = 1
-ORDER BY step""",
+QUALIFY row_number() OVER (PARTITION BY s.step ORDER BY e.finished_at) = 1
+ORDER BY s.step""",
     ),
     (
         "sparsity-rounds",
@@ -64,32 +64,30 @@ ORDER BY beside""",
         "Components alone, by what each costs in every metric on all prompts.",
         """\
 SELECT component, scheme, num_prompts, fdt_mean, fdt_p75, sdt_mean, dppl, kl,
-       stddev(k.kl) / sqrt(num_prompts) AS kl_error
-FROM evaluations, (SELECT unnest(kl_list) AS kl) AS k
+       list_aggregate(kl_list, 'stddev_samp') / sqrt(num_prompts) AS kl_error
+FROM evaluations
 WHERE run = :run AND purpose = 'search' AND status = 'ok' AND component IS NOT NULL
-GROUP BY ALL
-ORDER BY evaluations.kl DESC""",
+ORDER BY kl DESC""",
     ),
     (
         "domains",
         "The plan that each text chose (in their order, then all together), and its KL over all prompts.",
         """\
-SELECT step, plan_id, kl, fdt_mean, e.bits_per_weight
+SELECT s.step, plan_id, kl, fdt_mean, e.bits_per_weight
 FROM steps s JOIN evaluations e USING (run, plan_id)
 WHERE run = :run AND purpose = 'search' AND status = 'ok'
-ORDER BY step""",
+ORDER BY s.step""",
     ),
     (
         "bound",
         "SDT of every plan and its bound, (N - n) log2(DPPL), means over prompts.",
         """\
-SELECT plan_id, num_compressed, kl, sdt_mean,
-       avg(d.n * log2(d.dppl)) AS bound, sdt_mean / avg(d.n * log2(d.dppl)) AS part
-FROM evaluations,
-     (SELECT unnest(dppl_list) AS dppl,
-             (SELECT max(len(continuation)) FROM prompts p WHERE p.reference_id = evaluations.reference_id) AS n) AS d
+SELECT plan_id, num_compressed, kl, sdt_mean, n * list_avg([log2(x) FOR x IN dppl_list]) AS bound,
+       sdt_mean / (n * list_avg([log2(x) FOR x IN dppl_list])) AS part
+FROM evaluations JOIN (
+    SELECT reference_id, max(len(continuation)) AS n FROM prompts GROUP BY reference_id
+) USING (reference_id)
 WHERE run = :run AND purpose = 'search' AND status = 'ok'
-GROUP BY ALL
 ORDER BY kl""",
     ),
     (
