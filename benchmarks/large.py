@@ -7,18 +7,21 @@ Writes a Llama of random weights into FOLDER unless it is there. A run is `gpus=
 with so much of the GPU's memory. Continuations are the text's own: the same work as with the model's, without
 generating them. The floor is the products of the unquantized model's pass, of every candidate from its layer upward,
 and of the heads, at the rate of a large product on the GPUs of the run, measured in the same process. Each run is a
-process of its own; the last column counts evaluations with any other bit than the first run's.
+process of its own, or with `,replicas=N` so many, on a GPU each, that share the components out; `,compile` compiles
+layers. The last column counts evaluations with any other bit than the first run's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -105,9 +108,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(folder: Path, run: str, prompts: int, tokens: int, num_components: int, repeat: int) -> dict[str, object]:
-    """One run, in this process."""
-    words = {word.partition("=")[0]: word.partition("=")[2] for word in run.split(",")}
+def measure(
+    folder: Path, run: str, prompts: int, tokens: int, num_components: int, repeat: int, share: int
+) -> dict[str, object]:
+    """One run, in this process: of several replicas what one of them, `share`, takes. It begins when a line comes."""
+    words = _words(run)
     on_gpu, gpus = torch.cuda.is_available(), int(words.get("gpus", "1"))
     devices = [torch.device("cuda", index) for index in range(gpus)] if on_gpu else [torch.device("cpu")]
     operations = rate(devices)
@@ -116,16 +121,21 @@ def measure(folder: Path, run: str, prompts: int, tokens: int, num_components: i
         torch.cuda.set_per_process_memory_fraction(float(words["cap"]) * 1e9 / total)
     started_at = time.perf_counter()
     replica = Replica(
-        ModelSpec(str(folder), dtype="bfloat16", compile="never"),
+        ModelSpec(str(folder), dtype="bfloat16", compile="always" if "compile" in words else "never"),
         ReplicaSettings(num_devices=gpus, weights="streamed" if "streamed" in words else "device"),
     )
     loaded = time.perf_counter() - started_at
     reference = make_reference(replica, None, prompts, tokens // 2, tokens // 2)
     components = replica.manifest().components
     chosen = components[:: max(1, len(components) // num_components)][:num_components]
+    chosen = chosen[share :: int(words.get("replicas", "1"))]
     plans = [Plan(), *(Plan.of({component.name: "int4-g128"}) for component in chosen)]
     requests = [EvalRequest(plan, reference.id, (0, prompts), ("kl",)) for plan in plans]
     seconds, values = [], []
+    if "compile" in words:  # which the first pass does
+        replica.evaluate(requests[:2])
+    print("ready", flush=True)
+    sys.stdin.readline()
     for _ in range(repeat):
         replica.release_memory()
         for device in devices:
@@ -142,13 +152,42 @@ def measure(folder: Path, run: str, prompts: int, tokens: int, num_components: i
     above = sum(sum(c.num_weights for c in components if c.layer >= own.layer) for own in chosen)
     whole = sum(component.num_weights for component in components)
     head = replica._body.model.get_output_embeddings().weight.numel()
-    work = 2.0 * prompts * ((above + whole) * tokens + head * (tokens // 2) * len(plans))
+    base = 0 if share else 1
+    work = 2.0 * prompts * ((above + base * whole) * tokens + head * (tokens // 2) * (len(chosen) + base))
     peak = [torch.cuda.max_memory_allocated(device) / 1e9 for device in devices] if on_gpu else []
     return {
-        "run": run, "device": torch.cuda.get_device_name(0) if on_gpu else "CPU", "loaded": loaded,
-        "seconds": min(seconds), "all_seconds": seconds, "floor": work / operations, "rate": operations / 1e12,
-        "peak_gb": peak, "repeats": all(value == values[0] for value in values), "values": values[0],
+        "loaded": loaded, "seconds": min(seconds), "work": work, "rate": operations, "peak_gb": peak,
+        "repeats": all(value == values[0] for value in values),
+        "values": dict(zip(["", *(component.name for component in chosen)], values[0], strict=True)),
     }  # fmt: skip
+
+
+def _words(run: str) -> dict[str, str]:
+    return {word.partition("=")[0]: word.partition("=")[2] for word in run.split(",")}
+
+
+def together(command: Sequence[str], run: str) -> list[Any]:
+    """What the replicas of a run measured, each in a process; they begin when all of them are ready."""
+    count = int(_words(run).get("replicas", "1"))
+    started = [
+        subprocess.Popen(  # noqa: S603 - ourselves
+            [*command, "--run", run, "--share", str(share)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": str(share)} if count > 1 else {}),
+        )
+        for share in range(count)
+    ]  # fmt: skip
+    for process in started:
+        assert process.stdout is not None
+        while process.stdout.readline() not in {"ready\n", ""}:
+            pass
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate()[0] for process in started]
+    return (
+        [] if any(process.returncode for process in started) else [json.loads(each.splitlines()[-1]) for each in said]
+    )
 
 
 @click.command()
@@ -160,13 +199,13 @@ def measure(folder: Path, run: str, prompts: int, tokens: int, num_components: i
 @click.option("--tokens", default=200, show_default=True, help="Of a prompt and its continuation together.")
 @click.option("--components", default=35, show_default=True)
 @click.option("--repeat", default=1, show_default=True)
-@click.option("--alone", is_flag=True, hidden=True, help="One run, in this process, as JSON.")
+@click.option("--share", type=int, hidden=True, help="One replica of one run, in this process, as JSON.")
 def main(
     shape: str, folder: Path, layers: int | None, runs: tuple[str, ...], prompts: int, tokens: int, components: int,
-    repeat: int, alone: bool,
+    repeat: int, share: int | None,
 ) -> None:  # fmt: skip
-    if alone:
-        click.echo(json.dumps(measure(folder, runs[0], prompts, tokens, components, repeat)))
+    if share is not None:
+        click.echo(json.dumps(measure(folder, runs[0], prompts, tokens, components, repeat, share)))
         return
     if not folder.exists():
         started_at = time.perf_counter()
@@ -177,24 +216,25 @@ def main(
     click.echo(
         f"{'run':20s} {'loaded':>7s} {'probe s':>8s} {'floor s':>8s} {'ratio':>6s} {'TFLOP/s':>8s}  peak GB, differing"
     )
-    first: list[object] | None = None
+    first: dict[str, object] | None = None
     same = ["--folder", str(folder), "--prompts", str(prompts), "--tokens", str(tokens)]
-    same += ["--components", str(components), "--repeat", str(repeat), "--alone"]
+    same += ["--components", str(components), "--repeat", str(repeat)]
     for run in runs:
-        command = [sys.executable, __file__, shape, *same, "--run", run]
-        done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE)  # noqa: S603 - ourselves
-        if done.returncode:
-            click.echo(f"{run:20s} ended with {done.returncode}")
+        found = together([sys.executable, __file__, shape, *same], run)
+        if not found:
+            click.echo(f"{run:20s} ended with an error")
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        values = found.pop("values")
+        values = {name: value for each in reversed(found) for name, value in each["values"].items()}
         first = values if first is None else first
-        differing = sum(own != other for own, other in zip(values, first, strict=True))
-        peak = ", ".join(f"{value:.1f}" for value in found["peak_gb"])
+        differing = sum(values[name] != first[name] for name in values)
+        seconds, rate_of_all = max(each["seconds"] for each in found), sum(each["rate"] for each in found)
+        floor = sum(each["work"] for each in found) / rate_of_all
+        peak = ", ".join(f"{value:.1f}" for each in found for value in each["peak_gb"])
+        loaded = max(each["loaded"] for each in found)
         click.echo(
-            f"{run:20s} {found['loaded']:7.1f} {found['seconds']:8.1f} {found['floor']:8.1f} "
-            f"{found['seconds'] / found['floor']:6.2f} {found['rate']:8.0f}  {peak}, {differing} of {len(values)}"
-            f"{'' if found['repeats'] else ', DOES NOT REPEAT'}"
+            f"{run:20s} {loaded:7.1f} {seconds:8.1f} {floor:8.1f} {seconds / floor:6.2f} "
+            f"{rate_of_all / 1e12:8.0f}  {peak}, {differing} of {len(values)}"
+            f"{'' if all(each['repeats'] for each in found) else ', DOES NOT REPEAT'}"
         )
 
 
