@@ -74,12 +74,39 @@ def allow_graphs(number: int) -> None:
     torch._dynamo.config.accumulated_recompile_limit = 64 * number
 
 
+class _Preceded:
+    """A module's call, before which something else is done. Of a hook's doing a compiled call would make a part of its
+    graph."""
+
+    def __init__(self, before: Callable[[], None], call: Callable[..., Any]) -> None:
+        self.before, self.call = before, call
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        self.before()
+        return self.call(*inputs, **named)
+
+
+def precede(module: nn.Module, before: Callable[[], None]) -> None:
+    """Have something done before each call of a module, compiled or not."""
+    module._compiled_call_impl = _Preceded(before, module._call_impl)  # type: ignore[assignment]
+
+
+def compile_call(module: nn.Module) -> None:
+    """Compile a module in place, for shapes as they come."""
+    before = module._compiled_call_impl
+    module.compile(dynamic=False)
+    if isinstance(before, _Preceded):
+        module._compiled_call_impl = _Preceded(before.before, module._compiled_call_impl)  # type: ignore
+
+
 @contextmanager
 def uncompiled(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Within, compiled layers run eagerly."""
     compiled = [(layer, layer._compiled_call_impl) for layer in layers]
-    for layer, _ in compiled:
+    for layer, call in compiled:
         layer._compiled_call_impl = None
+        if isinstance(call, _Preceded):
+            precede(layer, call.before)
     try:
         yield
     finally:
@@ -376,6 +403,7 @@ NAMES: tuple[ForeignName, ...] = (
     ForeignName("torch.nn.Module._modules", "put modules in a component's or a layer's place", _children),
     ForeignName("torch.nn.Module._apply", "move a stage's layers to its device"),
     ForeignName("torch.nn.Module._compiled_call_impl", "run compiled layers eagerly for a while"),
+    ForeignName("torch.nn.Module._call_impl", "bring a layer's weights before it runs"),
     ForeignName("torch._dynamo.config.recompile_limit", "keep a graph for each batch shape"),
     ForeignName("torch._dynamo.config.accumulated_recompile_limit", "keep a graph for each batch shape"),
     ForeignName("torch.utils._python_dispatch.TorchDispatchMode", "watch how a model uses its parameters"),

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from dtmsearch.model.modules.compat import allow_graphs, uncompiled
+from dtmsearch.model.modules.compat import allow_graphs, compile_call, uncompiled
 from dtmsearch.model.modules.swapping import put, swapped
 
 # Every batch shape has a graph of its own. Dynamic shapes would let history decide which graph serves a shape.
@@ -68,10 +68,19 @@ def compile_layers(layers_name: str, layers: nn.ModuleList) -> dict[str, Slot]:
     for index, layer in enumerate(layers):
         linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
         slots |= {f"{index}.{name}": Slot(module) for name, module in linears}
-        layer.compile(dynamic=False)
+        compile_call(layer)
     for name, slot in slots.items():
         put(layers, name, slot)
     return {f"{layers_name}.{name}": slot for name, slot in slots.items()}
+
+
+def parts_of(layer: nn.Module) -> Iterator[nn.Module]:
+    """A layer's modules without their children, what is in slots among them."""
+    for module in layer.modules():
+        if isinstance(module, Slot):
+            yield from module.module.modules()
+        else:
+            yield module
 
 
 @contextmanager

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.compat import precede
+from dtmsearch.model.modules.compiled import parts_of
 from dtmsearch.model.modules.matrices import StackedMatrix
 from dtmsearch.model.modules.weight_reading import Fetched, Source, Span, WeightReader, move_buffers
 
@@ -44,7 +47,7 @@ class _Place:
 
 
 class StreamedLayers:
-    """Brings each layer to a device before it runs, by a hook.
+    """Brings each layer to a device before it runs, compiled or not.
 
     `located` says where in files a parameter lies, by its name in a layer's list ("3.mlp.up_proj.weight"); what it does
     not name is read from the host's memory. `most_bytes` is what weights of layers may take on the device: at least
@@ -78,7 +81,7 @@ class StreamedLayers:
         self._written: set[nn.Parameter] = set()
         self._last, self._step = -1, 1
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(lambda _module, _inputs, index=index: self.need(index))
+            precede(layer, partial(self.need, index))
 
     def need(self, index: int) -> None:
         """Have a layer's weights on the device, for what is launched from now on until another layer is needed; begin
@@ -125,7 +128,7 @@ class StreamedLayers:
         place.layer, place.moved = index, []
         parts: list[tuple[Source, Tensor]] = []
         at = 0
-        for parameter in dict.fromkeys(self._layers[index].parameters()):
+        for parameter in _parameters(self._layers[index]):
             here, size = parameter.data, parameter.nbytes
             # One that was made in inference mode takes no part of a place, which is an ordinary tensor.
             if parameter.is_inference() or not size or at + size > len(place.memory):
@@ -156,7 +159,8 @@ class StreamedLayers:
                 moved.there.copy_(moved.here)
             moved.parameter.data = moved.there
         layer = self._layers[place.layer]
-        move_buffers(layer, lambda _: self._device)  # of modules that came since
+        for part in parts_of(layer):  # of modules that came since
+            move_buffers(part, lambda _: self._device, recurse=False)
         _move_others(layer, place, self._device)
 
     def _leave(self, place: _Place) -> None:
@@ -185,9 +189,14 @@ def _on_host(tensor: Tensor) -> Tensor:
 def _move_others(layer: nn.Module, place: _Place, device: torch.device) -> None:
     """Move weights of a layer that have no part in its place."""
     placed = {moved.parameter for moved in place.moved}
-    for parameter in layer.parameters():
+    for parameter in _parameters(layer):
         if parameter not in placed and parameter.device != device:
             parameter.data = parameter.data.to(device)
+
+
+def _parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """Those of a layer and of what is in its slots, each once."""
+    return list(dict.fromkeys(own for part in parts_of(layer) for own in part.parameters(recurse=False)))
 
 
 def _aligned(size: int) -> int:

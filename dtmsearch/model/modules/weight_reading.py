@@ -96,9 +96,9 @@ def move_to_devices(model: nn.Module, found: Mapping[str, Span], device_of: Call
             reader.close()  # which waits for what is still on its way
 
 
-def move_buffers(module: nn.Module, device_of: Callable[[str], torch.device]) -> None:
-    """Move the buffers of a module and all below it, `device_of` by their names."""
-    for name, buffer in list(module.named_buffers()):
+def move_buffers(module: nn.Module, device_of: Callable[[str], torch.device], recurse: bool = True) -> None:
+    """Move the buffers of a module and (`recurse`) all below it, `device_of` by their names."""
+    for name, buffer in list(module.named_buffers(recurse=recurse)):
         owner, _, leaf = name.rpartition(".")
         if buffer.device != device_of(name):
             setattr(module.get_submodule(owner), leaf, buffer.to(device_of(name)))

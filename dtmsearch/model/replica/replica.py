@@ -126,7 +126,7 @@ class Replica:
         self._body = self._make_body(model) if streamed is None else StreamedBody(model)
         slots: dict[str, Slot] = {}
         places = Places(model, slots)
-        alone = settings.num_devices == settings.num_stages == 1 and streamed is None
+        alone = settings.num_devices == settings.num_stages == 1
         compiled = alone and _pays_to_compile(spec, model, self._device)
         self._reuse = Reuse(self._body, self._manifest, places, compiled)
         if compiled:
