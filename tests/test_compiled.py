@@ -26,7 +26,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Replica, Reference]]:
-    folder = write_model(tmp_path_factory.mktemp("model"), llama_config(num_hidden_layers=2))
+    folder = write_model(tmp_path_factory.mktemp("model"), llama_config(num_hidden_layers=3))
     model = Replica(ModelSpec(str(folder), dtype="float32", compile="always"), ReplicaSettings(num_threads=1))
     yield model, with_reference(model)
     torch._dynamo.reset()
@@ -77,3 +77,18 @@ def test_generation_leaves_the_layers_compiled(compiled: tuple[Replica, Referenc
     prompts, _ = model.cut_prompts(["x" * 400], 2, 8, 4, 0)
     model.generate(Plan.of({model.manifest().components[0].name: "nf4"}), prompts)
     assert values(model.evaluate(requests_of(model, reference, Plan())[:1])[0]) == before
+
+
+def test_weights_that_pass_through_the_device_run_by_the_same_graphs(compiled: tuple[Replica, Reference]) -> None:
+    model, reference = compiled
+    requests = requests_of(model, reference, Plan())
+    expected = [values(outcome) for outcome in model.evaluate(requests)]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    settings = ReplicaSettings(num_threads=1, weights="streamed")
+    streamed = Replica(model._spec, settings)
+    assert streamed.mode == model.mode
+    assert with_reference(streamed).id == reference.id
+    for _ in range(2):
+        assert [values(outcome) for outcome in streamed.evaluate(requests)] == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= before + 2  # of the shapes of its batches
+    assert streamed.canary(reference.id) == 0.0

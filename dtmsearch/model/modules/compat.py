@@ -88,7 +88,7 @@ class _Preceded:
 
 def precede(module: nn.Module, before: Callable[[], None]) -> None:
     """Have something done before each call of a module, compiled or not."""
-    module._compiled_call_impl = _Preceded(before, module._call_impl)  # type: ignore[assignment]
+    module._compiled_call_impl = _Preceded(before, module._call_impl)
 
 
 def compile_call(module: nn.Module) -> None:
