@@ -66,7 +66,11 @@ class Row:
 
 
 def allocated(python: Path, peer: str, model: Path, text: Path, case: Case, out: Path) -> tuple[Plan, str, float]:
-    """A tool's plan, its version, and the seconds that it took. Raises `CalledProcessError` where the tool fails."""
+    """A tool's plan, its version, and the seconds that it took; of a run before, which left them in `out`, these.
+    Raises `CalledProcessError` where the tool fails."""
+    if out.exists():
+        found = json.loads(out.read_text())
+        return Plan.of(found["plan"]), found["version"], found["seconds"]
     widths = ",".join(str(parse_scheme(scheme).bits) for scheme in case.schemes)
     bits = str(parse_scheme(case.uniform).bits)
     script = Path(__file__).with_name("peers_allocate.py")

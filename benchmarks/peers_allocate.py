@@ -73,12 +73,12 @@ def by_auto_round(
     options = [QuantizationScheme(bits=w, group_size=GROUP, sym=True, act_bits=16) for w in widths]
     scheme = AutoScheme(
         avg_bits=bits, options=options, nsamples=16, seqlen=256, batch_size=8, ignore_scale_zp_bits=True,
-        enable_torch_compile=False, device_map="cpu", low_gpu_mem_usage=False, low_cpu_mem_usage=False,
+        enable_torch_compile=False, device_map=str(model.device), low_gpu_mem_usage=False, low_cpu_mem_usage=False,
     )  # fmt: skip
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
     for name, module in model.named_modules():
         module.global_name = name
-    found = GenScheme(scheme, model, names, {}, str(data), "cpu", tokenizer, False).get_layer_config()
+    found = GenScheme(scheme, model, names, {}, str(data), str(model.device), tokenizer, False).get_layer_config()
     return {name: int(own["bits"]) for name, own in found.items() if name in names}, importlib.metadata.version(
         "auto-round"
     )
@@ -97,11 +97,12 @@ def main() -> None:
     given = parser.parse_args()
     widths = [int(width) for width in given.widths.split(",")]
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval().to(device)
     tokens = tokenizer(given.text.read_text(encoding="utf-8")[:2_000_000], return_tensors="pt").input_ids[0]
     generator = torch.Generator().manual_seed(0)
     starts = torch.randint(0, len(tokens) - given.tokens, (given.rows,), generator=generator)
-    rows = torch.stack([tokens[at : at + given.tokens] for at in starts.tolist()])
+    rows = torch.stack([tokens[at : at + given.tokens] for at in starts.tolist()]).to(device)
     started_at = time.perf_counter()
     if given.peer == "auto-round":
         found, version = by_auto_round(model, tokenizer, given.text, widths, given.bits, given.out)
