@@ -126,13 +126,13 @@ def compared(bench: Bench, ours: Plan, other: Plan) -> tuple[float, float, float
 @click.option("--cases", default="bits-3-g128,bits-4-g128", show_default=True)
 @click.option("--ours", default="auto,fisher", show_default=True)
 @click.option("--tools", default=",".join(PEERS), show_default=True, help="Empty: rules alone.")
+@click.option("--rules/--no-rules", default=True, show_default=True, help="Fixed rules, and ours at their sizes.")
 @click.option("--prompts", default=256, show_default=True)
 @click.option("--held-out-prompts", default=128, show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 def main(
-    model: Path, text: Path, held_out: Path, python: Path, out: Path, cases: str, ours: str, tools: str,
-    prompts: int,
-    held_out_prompts: int, dtype: str,
+    model: Path, text: Path, held_out: Path, python: Path, out: Path, cases: str, ours: str, tools: str, rules: bool,
+    prompts: int, held_out_prompts: int, dtype: str,
 ) -> None:  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, text, held_out, prompts, held_out_prompts, dtype)
@@ -155,7 +155,7 @@ def main(
             rows.append(judged(bench, space, case, peer, version, seconds, plans[peer]))
         for row in (row for row in rows if row.case == case.name and row.by != "auto" and "auto" in plans):
             row.auto_less_this = compared(bench, plans["auto"], plans[row.by])
-        for name, width in RULES.get(case.name, {}).items():
+        for name, width in RULES.get(case.name, {}).items() if rules else ():
             rows += beside_rule(bench, case, name, by_rule(space, width))
         (out / "peers.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
     print(
