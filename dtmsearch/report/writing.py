@@ -83,6 +83,23 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
     the page's own policy names them by their hashes, and forbids every request. A page that a server gives has `live`
     in its context, the path at which its script asks how far runs are (`-`: it asks nothing)."""
     scripts = [_library(), _asset("page.js")] + ([_asset("live.js")] if context.get("live") else [])
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            **context,
+            version=__version__,
+            style=_safe(_asset("page.css")),
+            scripts=[_safe(script) for script in scripts],
+            hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+            data=_safe(_json(data)),
+        )
+    )
+
+
+@cache
+def _templates() -> Any:
+    """Templates, each compiled once, with what they write values by."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -103,14 +120,7 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
         "blanks": _runs,
     }
     environment.filters |= filters
-    return environment.get_template(template).render(
-        **context,
-        version=__version__,
-        style=_safe(_asset("page.css")),
-        scripts=[_safe(script) for script in scripts],
-        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
-        data=_safe(_json(data)),
-    )
+    return environment
 
 
 def _safe(text: str) -> Any:
