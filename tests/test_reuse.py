@@ -3,6 +3,7 @@ predicted. None of it changes a bit."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings, S
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.model.forward import activation_cache as stream_module
 from dtmsearch.model.forward.activation_cache import CacheMemory
+from dtmsearch.model.forward.layer_reuse import Reuse
+from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.replica.replica import Replica
 
 ALL = ("kl", "ppl")
@@ -197,3 +200,30 @@ def test_what_looks_across_tokens_runs_on_all_of_them(folder: Path, scheme: str,
         module = model._body.model.get_submodule(last)
         with model._reuse.predicting(slice(3, 5)):
             assert (model._body.model.get_submodule(last) is module) == whole
+
+
+def test_what_was_proved_of_a_model_is_not_proved_again_unless_its_code_is_another(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    first = replica(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    proofs: list[str] = []
+    for proving in (Body, Reuse):
+        own = proving._prove
+        monkeypatch.setattr(proving, "_prove", lambda self, *given, own=own: proofs.append("") or own(self, *given))
+    again = replica(tmp_path / "copy")
+    assert (again._body.cuts, again._reuse._reusing, len(proofs)) == (first._body.cuts, first._reuse._reusing, 0)
+    own = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, values: own(self, values))
+    replica(folder)
+    assert len(proofs) == 2
+
+
+def test_a_model_that_was_proved_before_measures_the_same_bits(folder: Path) -> None:
+    found = []
+    for model in (replica(folder), replica(folder)):
+        requests = probe(model, with_reference(model).id)
+        found.append([values(outcome) for outcome in model.evaluate(requests)])
+    assert found[0] == found[1]

@@ -7,7 +7,7 @@ What reaches what is found out from the model itself, on a few tokens, before an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,12 +20,14 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.model.compress.bitsandbytes_layers import runs_by_token
 from dtmsearch.model.forward.call_trace import blocks_of, watch
 from dtmsearch.model.forward.partial import Body, State
+from dtmsearch.model.forward.proofs import Proved, ProvedReuse
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.slots import Places
 
 log = logging.getLogger(__name__)
 
 _FEW_TOKENS = 4
+_proved: Proved[ProvedReuse] = Proved()
 
 
 @dataclass
@@ -80,27 +82,44 @@ class _Part(nn.Module):
 
 class Reuse:
     """What a pass over a layer can be spared. Made while the layers run eagerly; `compiled` if they will not later, for
-    compiled code may write into any tensor that it needs no more, and hands nothing but components out of its hands."""
+    compiled code may write into any tensor that it needs no more, and hands nothing but components out of its hands.
+    `known_as`: see `Body`."""
 
-    def __init__(self, body: Body, manifest: ModelManifest, places: Places, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        body: Body,
+        manifest: ModelManifest,
+        places: Places,
+        compiled: bool = False,
+        known_as: Hashable = None,
+    ) -> None:
         self.places = places
         self._compiled = compiled
         self._layer_of = {component.name: component.layer for component in manifest.components}
         self._last = body.num_layers - 1
         blocks = {} if compiled else blocks_of(*find_layers(body.model), self._layer_of)
         self._blocks = {name: module for name, (_, module) in blocks.items()}
+        known_as = known_as and (known_as, compiled)
+        proved = _proved.of(known_as)
+        if proved is None:
+            proved = self._prove(body, blocks)
+            _proved.keep(known_as, proved)
+        self._watched, self._in_part, self._reusing = proved.watched, proved.in_part, proved.reusing
+
+    def _prove(self, body: Body, blocks: Mapping[str, tuple[int, nn.Module]]) -> ProvedReuse:
         modules = {name for name, _ in body.model.named_modules()}
-        components = {name: places.get(name) for name in self._layer_of if name in modules}
+        components = {name: self.places.get(name) for name in self._layer_of if name in modules}
         layer_of = self._layer_of | {name: layer for name, (layer, _) in blocks.items()}
         with torch.inference_mode():
             tokens = torch.arange(_FEW_TOKENS, device=body.input_device).unsqueeze(0) % body.vocabulary_size
             run = partial(body.finish, tokens, None, 0)
             self._watched = watch(components, self._blocks, layer_of, body.num_layers, tuple(tokens.shape), run)
-            self._in_part: frozenset[str] = frozenset()
+            self._in_part = frozenset[str]()
             if body.is_cut(self._last):
                 self._in_part = self._proved_in_part(body, tokens, self._that_run_in_part(body, tokens))
             self._reusing = frozenset(range(body.num_layers))  # none is spared while they are tried
             self._reusing = self._proved_reusing(body, tokens)
+        return ProvedReuse(self._watched, self._in_part, self._reusing)
 
     def _proved_in_part(self, body: Body, tokens: Tensor, components: frozenset[str]) -> frozenset[str]:
         """The components if the last layer gives the same where something is predicted when they run there only; none

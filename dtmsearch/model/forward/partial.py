@@ -9,7 +9,7 @@ cut: the pass starts at the next boundary below that is one, or at the tokens. K
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.errors import UserError
+from dtmsearch.model.forward.proofs import CacheKind, Proved, ProvedPass
 from dtmsearch.model.forward.sampling import Sampling
-from dtmsearch.model.forward.stand_ins import HiddenStates, StandIn
+from dtmsearch.model.forward.stand_ins import HiddenStates, StandIn, below_head
 from dtmsearch.model.modules.blocks import Returned, returned_kind, state_of
 from dtmsearch.model.modules.compat import Cache, fixed_cache, no_packed_sequences
 from dtmsearch.model.modules.discovery import find_layers
@@ -28,6 +29,7 @@ from dtmsearch.model.modules.loading import vocabulary_size
 from dtmsearch.model.modules.swapping import swapped
 
 log = logging.getLogger(__name__)
+_proved: Proved[ProvedPass] = Proved()
 
 # Tokens of each of the two prompts on which cuts are proved.
 PROVED_TOKENS = 16
@@ -61,19 +63,12 @@ class Below:
 State = Tensor | Elsewhere | Below
 
 
-def _below_head(model: Any, layers_name: str) -> str:
-    """Name of the part of a model that holds the layers, and all else that runs before the head."""
-    head = model.get_output_embeddings()
-    parts = layers_name.split(".")
-    names = [".".join(parts[: end + 1]) for end in range(len(parts))]
-    return next(name for name in names if all(module is not head for module in model.get_submodule(name).modules()))
-
-
 class Body:
     """A model whose forward pass can start and end at any boundary.
 
     All tensors of states are [prompts, tokens, hidden]. Every method must run under `torch.inference_mode`. Of a model
-    whose other layers have no weights here, `own` are those that have.
+    whose other layers have no weights here, `own` are those that have. What was proved of one `known_as` the same in
+    this process is not proved again.
     """
 
     # Passes that are begun before the first is waited for.
@@ -81,22 +76,41 @@ class Body:
     # Tokens of a continuation by which its way of generating is proved.
     _proved_continuation = PROVED_TOKENS // 2
 
-    def __init__(self, model: Any, own: range | None = None) -> None:
+    def __init__(self, model: Any, own: range | None = None, known_as: Hashable = None) -> None:
         self.model = model
         self.layers_name, self._layers = find_layers(model)
         self._real = list(self._layers)
         self.own = range(len(self._real)) if own is None else own
         self._stand_ins = [StandIn(layer, index) for index, layer in enumerate(self._real)]
-        self._below_name = _below_head(model, self.layers_name)
+        self._below_name = below_head(model, self.layers_name)
         self._below_head = HiddenStates(model.get_submodule(self._below_name))
         self.head_apart = True
         self.cuts = frozenset(range(self.num_layers + 1))
         self.vocabulary_size = vocabulary_size(model)
         self._new_cache: Callable[[int], Cache | None] | None = self.new_cache
-        if own is None:
-            self._prove()
-        else:
+        if own is not None:
             self._note_what_layers_return()
+            return
+        known = _proved.of(known_as)
+        if known is None:
+            self._prove()
+            _proved.keep(known_as, self._found_out())
+        else:
+            self._take(known)
+        if len(self.cuts) <= self.num_layers:
+            log.warning("%s", self.how_it_runs())
+
+    def _found_out(self) -> ProvedPass:
+        returned = tuple(stand_in.returns for stand_in in self._stand_ins)
+        ours = self._new_cache == self.new_cache
+        cache: CacheKind = "none" if self._new_cache is None else "ours" if ours else "its own"
+        return ProvedPass(self.head_apart, self.cuts, returned, cache)
+
+    def _take(self, proved: ProvedPass) -> None:
+        self.head_apart, self.cuts = proved.head_apart, proved.cuts
+        for stand_in, kind in zip(self._stand_ins, proved.returned, strict=True):
+            stand_in.returns = kind
+        self._new_cache = {"ours": self.new_cache, "its own": _no_cache, "none": None}[proved.cache]
 
     def _prove(self) -> None:
         """Find out, on two prompts of random tokens, where a pass may be cut: where one that starts there gives what
@@ -111,8 +125,6 @@ class Body:
             if self._proves(lambda: self._notes_returned(tokens)):
                 self.cuts |= self._proved_cuts(tokens, others, whole)
             self._new_cache = self._proved_cache(tokens, logits)
-        if len(self.cuts) <= self.num_layers:
-            log.warning("%s", self.how_it_runs())
 
     def random_prompts(self) -> Tensor:
         """Two batches of two prompts on which things are proved, the same at every start."""
@@ -183,7 +195,7 @@ class Body:
     def _proved_cache(self, tokens: Tensor, logits: Tensor) -> Callable[[int], Cache | None] | None:
         """What makes the cache to generate with: ours, which does not grow; else (a function that gives none) the
         model's own; None where it is to have none. Tokens generated with it are the whole model's best, or near to."""
-        for make in (self.new_cache, lambda length: None):
+        for make in (self.new_cache, _no_cache):
             self._new_cache = make
             if self._proves(lambda: self.generates_own(tokens)):
                 return make
@@ -426,6 +438,10 @@ class Body:
         finally:
             self.model.generation_config = own
         return output[:, prompts.shape[1] :]
+
+
+def _no_cache(length: int) -> None:
+    """The model makes its own."""
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:

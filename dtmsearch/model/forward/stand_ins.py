@@ -10,6 +10,14 @@ from dtmsearch.model.modules.blocks import Returned, as_returned, grow_cache
 from dtmsearch.model.modules.compat import BodyOutput
 
 
+def below_head(model: Any, layers_name: str) -> str:
+    """Name of the part of a model that holds the layers, and all else that runs before the head."""
+    head = model.get_output_embeddings()
+    parts = layers_name.split(".")
+    names = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return next(name for name in names if all(module is not head for module in model.get_submodule(name).modules()))
+
+
 class StandIn(nn.Module):
     """In place of a layer: hands on its input, or `state` if there is one, and remembers what came in."""
 

@@ -6,7 +6,7 @@ the business of `remote.Peer`: nothing here knows Ray.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -130,7 +130,7 @@ class PipelineReplica(Replica):
         fingerprint = tokenizer_fingerprint(part.folder, tokenizer)
         return LoadedModel(part.model, tokenizer, part.manifest, part.checkpoint, fingerprint)
 
-    def _make_body(self, model: Any) -> Body:
+    def _make_body(self, model: Any, known_as: Hashable) -> Body:
         body = PipelineBody(model, self._own, self._remotes)
         body.check_cuts()
         body.check_cache()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class Replica:
             torch.set_num_threads(settings.num_threads)
         use_repeatable_attention()
         self._spec = spec
-        self._device = self._choose_device()
+        self._device, self._num_devices = self._choose_device(), settings.num_devices
         if settings.weights == "streamed" and (settings.num_devices > 1 or settings.num_stages > 1):
             raise UserError("weights pass through one GPU: --weights streamed goes without shares of several")
         if settings.num_devices > torch.cuda.device_count() and settings.num_devices > 1:
@@ -123,12 +123,13 @@ class Replica:
         never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         never[list(suppressed)] = True
         streamed = loaded.streamed
-        self._body = self._make_body(model) if streamed is None else StreamedBody(model)
+        known_as = self._known_as(loaded)
+        self._body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
         slots: dict[str, Slot] = {}
         places = Places(model, slots)
         alone = settings.num_devices == settings.num_stages == 1
         compiled = alone and _pays_to_compile(spec, model, self._device)
-        self._reuse = Reuse(self._body, self._manifest, places, compiled)
+        self._reuse = Reuse(self._body, self._manifest, places, compiled, known_as)
         if compiled:
             slots.update(compile_layers(*find_layers(model)))
         self._mode = NumericMode(spec.dtype, self._device.type, spec.attention, compiled, spec.scale_dtype)
@@ -182,8 +183,16 @@ class Replica:
     def _suppressed_tokens(self, loaded: LoadedModel) -> tuple[int, ...]:
         return suppressed_tokens(loaded.model, loaded.tokenizer)
 
-    def _make_body(self, model: Any) -> Body:
-        return Body(model)
+    def _known_as(self, loaded: LoadedModel) -> Hashable:
+        """All that decides how the model's passes may be cut; None where that is to be proved at every loading."""
+        if type(self) is not Replica or loaded.streamed is not None or self._num_devices > 1:
+            return None
+        code = frozenset((type(module), type(module).forward) for module in loaded.model.modules())
+        mode = self._spec.dtype, self._spec.attention, self._device.type, torch.get_num_threads()
+        return loaded.manifest.content_hash, mode, code
+
+    def _make_body(self, model: Any, known_as: Hashable) -> Body:
+        return Body(model, known_as=known_as)
 
     def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
         streamed = loaded.streamed
