@@ -61,7 +61,7 @@ def _bits(name: str, by: str, rows: Sequence[Row], order: Sequence[Any]) -> Any:
     if schemes:
         scale = alt.Scale(domain=schemes, range=[colour_of(scheme) for scheme in schemes])
         legend = alt.Legend(title=None, orient="bottom", columns=3, symbolType="square")
-        bars = bars.encode(color=alt.Color("scheme:N", scale=scale, legend=legend), order="width:Q")
+        bars = bars.encode(color=alt.Color("scheme:N", scale=scale, legend=legend), order=alt.Order("width:Q"))
     else:
         bars = bars.encode(color=alt.value(FAINT))
     return sized(bars.properties(title="bits per weight"), _HEIGHT, f"Bars: bits per weight of each {by}, by scheme")

@@ -60,7 +60,7 @@ def compared_plans(
     description = "Heat map of layers by kinds: where the two plans choose alike"
     if len({cell["layer"] for cell in cells}) <= MOST_LAYERS_WRITTEN:
         written = layers_by_kinds("choices", cells, kinds).mark_text(fontSize=11, aria=False)
-        chart = chart + written.encode(text="sign:N", color=alt.value("#000000"), tooltip=tooltip)
+        chart = chart + written.encode(text=alt.Text("sign:N"), color=alt.value("#000000"), tooltip=tooltip)
     choices_map = sized(chart, ROW_HEIGHT * len(kinds), description)
     return [Figure("plans", "plans", choices_map, {"choices": cells}, "both"), *each]
 
@@ -95,7 +95,7 @@ def compared_course(paths: Sequence[tuple[str, Sequence[Row]]], metrics: Sequenc
                 strokeDash=alt.StrokeDash(
                     "run:N", sort=runs, scale=alt.Scale(domain=runs, range=list(DASHES[:2])), legend=legend
                 ),
-                order="step:Q",
+                order=alt.Order("step:Q"),
                 tooltip=[
                     alt.Tooltip("run:N"),
                     alt.Tooltip("step:Q"),

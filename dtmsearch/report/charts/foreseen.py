@@ -47,8 +47,12 @@ def foreseen_figures(facts: RunFacts) -> list[Figure]:
         named("equal")
         .mark_line(strokeDash=[4, 4], color=FAINT, strokeWidth=1, aria=False)
         .encode(x=alt.X("a:Q", scale=scale, axis=axis), y=alt.Y("a:Q", scale=scale, axis=axis)),
-        plans.mark_rule(opacity=0.45, color=FAINT, aria=False).encode(x="predicted_low:Q", x2="predicted_high:Q", y=y),
-        plans.mark_rule(opacity=0.45, color=FAINT, aria=False).encode(x=x, y="measured_low:Q", y2="measured_high:Q"),
+        plans.mark_rule(opacity=0.45, color=FAINT, aria=False).encode(
+            x=alt.X("predicted_low:Q"), x2=alt.X2("predicted_high:Q"), y=y
+        ),
+        plans.mark_rule(opacity=0.45, color=FAINT, aria=False).encode(
+            x=x, y=alt.Y("measured_low:Q"), y2=alt.Y2("measured_high:Q")
+        ),
         plans.mark_point(filled=True, size=45, opacity=0.9).encode(
             x=x, y=y, color=colour, shape=shape, tooltip=tooltip
         ),

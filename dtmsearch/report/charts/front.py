@@ -39,7 +39,7 @@ def front_figures(facts: RunFacts) -> list[Figure]:
     y_axis = decades(values)
     line = named("front").encode(x=x)
     band = line.mark_area(color=PALETTE[0], opacity=0.16, aria=False).encode(
-        y=alt.Y("kl_low:Q", title=title_of("kl"), scale=scale, axis=y_axis), y2="kl_high:Q"
+        y=alt.Y("kl_low:Q", title=title_of("kl"), scale=scale, axis=y_axis), y2=alt.Y2("kl_high:Q")
     )
     tooltip = [
         alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),

@@ -203,7 +203,9 @@ def scheme_map(section: str, name: str, plan_rows: Sequence[Row], description: s
     chart = rectangles.encode(color=_marked_colour(cells), tooltip=tooltip)
     if len({cell["layer"] for cell in cells}) <= MOST_LAYERS_WRITTEN:
         written = rectangles.mark_text(fontSize=11, aria=False, cursor="pointer")
-        chart = chart + written.encode(text="character:N", color=alt.Color("ink:N", scale=None), tooltip=tooltip)
+        chart = chart + written.encode(
+            text=alt.Text("character:N"), color=alt.Color("ink:N", scale=None), tooltip=tooltip
+        )
     return Figure(section, name, sized(chart, ROW_HEIGHT * len(kinds), description), {name: cells}, choice)
 
 

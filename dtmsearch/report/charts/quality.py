@@ -78,7 +78,7 @@ def _course(facts: RunFacts, metric: str, x: str, x_title: str) -> Any:
     held_out = named("held_out").encode(x=at_x, y=at_y, tooltip=[alt.Tooltip("name:N", title="held out"), *numbers])
     layers = [
         points.encode(x=at_x, y=at_y, tooltip=edge),
-        line.encode(x=at_x, y=at_y, order="step:Q", tooltip=[alt.Tooltip("step:Q"), *edge]),
+        line.encode(x=at_x, y=at_y, order=alt.Order("step:Q"), tooltip=[alt.Tooltip("step:Q"), *edge]),
     ]
     if facts.uniform:
         layers += [
@@ -112,7 +112,7 @@ def _named_beside(points: Any, facts: RunFacts, x: str) -> list[Any]:
         if own:
             named_ones = points.transform_filter(alt.FieldOneOfPredicate("label", own))
             text = named_ones.mark_text(align=align, dx=dx, dy=-4, fontSize=11)
-            found.append(text.encode(text="name:N"))
+            found.append(text.encode(text=alt.Text("name:N")))
     return found
 
 
@@ -165,7 +165,7 @@ def written(points: Any, rows: Sequence[Row]) -> list[Any]:
             if any(row["named"] and (row["side"], row["whose"]) == (side, whose) for row in rows):
                 own = points.transform_filter(f"datum.named && datum.side === '{side}' && datum.whose === '{whose}'")
                 text = own.mark_text(align=side, dx=dx, dy=dy, fontSize=11, aria=False)
-                found.append(text.encode(text="name:N"))
+                found.append(text.encode(text=alt.Text("name:N")))
     return found
 
 
@@ -331,7 +331,7 @@ def _sweep(rows: Sequence[Row], metric: str, plans: str = "sweep", front: str | 
     )
     line = named(front or f"front-{metric}").mark_line(color=FAINT, strokeWidth=1.2, strokeDash=[4, 4], aria=False)
     chart = alt.layer(
-        line.encode(x=x, y=y, order="bits:Q"),
+        line.encode(x=x, y=y, order=alt.Order("bits:Q")),
         points.mark_point(filled=True, opacity=1, size=70, cursor="pointer"),
     )
     return sized(

@@ -39,7 +39,7 @@ def _rounds(metric: str) -> Any:
         .encode(
             x=alt.X("sparsity:Q", title="sparsity after the round", axis=alt.Axis(format="%", grid=False)),
             y=alt.Y(f"{metric}:Q", title=title_of(metric), scale=alt.Scale(zero=False)),
-            order="step:Q",
+            order=alt.Order("step:Q"),
             tooltip=[
                 alt.Tooltip("step:Q", title="round"),
                 alt.Tooltip("sparsity:Q", format=".1%"),
