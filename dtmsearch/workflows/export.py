@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_format
 from dtmsearch.export.formats.gguf_file import FILE, base_beside
 from dtmsearch.export.job import Job, refuse
+from dtmsearch.export.smaller import CODE_FILE, HOLDING, dropped_blocks, without_dropped
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
 from dtmsearch.store.store import ResultStore
@@ -120,9 +122,9 @@ def resolve(
         )
     if is_checked and form.by_llama_cpp and found.recorded is not None:
         check_enough_prompts(found.recorded)
-    blocks = [name for name in found.plan.dropped if found.manifest.by_name[name].is_block]
-    if blocks and form.name != "json":
-        raise refuse(to, "it holds no model without some of its blocks; json keeps the plan", sorted(blocks))
+    blocks = dropped_blocks(found.plan, found.manifest)
+    if blocks and form.name not in ("json", *HOLDING):
+        raise refuse(to, f"it holds no model without some of its blocks; {', '.join(HOLDING)} do", blocks)
     of_weights, cache_scheme = _told_apart(found, form, runtime)
     job = _job(replace(found, plan=of_weights), runtime, results, cache_scheme)
     if form.is_checked:
@@ -139,12 +141,23 @@ def write(order: Order) -> Draft:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        written = order.form.write(order.job, folder)
+        with nullcontext(order.job) if order.form.name == "json" else without_dropped(order.job) as job:
+            written = order.form.write(job, folder)
+            if job.fuses and (folder / CODE_FILE).exists():
+                raise refuse(
+                    f"{order.form.name}, for {job.runtime},",
+                    "engines run no model without single attention or MLP blocks; drop whole layers (search.drop: "
+                    "[layer]), or export for transformers",
+                    dropped_blocks(order.job.plan, order.job.manifest),
+                )
+            check_bytes(job, written)
+            result = described(order.form, order.target, folder, order.found, job, written)
+    except ExportFailed:
+        raise
     except BaseException:  # a refusal, a full disk, Ctrl-C: what is half written is of no use
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    check_bytes(order.job, written)
-    return Draft(order, folder, described(order.form, order.target, folder, order.found, order.job, written))
+    return Draft(order, folder, result)
 
 
 def verify(draft: Draft, batch_tokens: int = 0) -> Draft:

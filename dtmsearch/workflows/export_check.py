@@ -16,6 +16,7 @@ from dtmsearch.core.evaluation import FloatArray, ModelSpec, Reference, ReplicaS
 from dtmsearch.core.statistics import FEWEST, paired_difference
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.job import Job, Written
+from dtmsearch.export.smaller import CODE_FILE
 from dtmsearch.export.writer import header_bytes
 from dtmsearch.model.modules.compat import repacks_4bit
 from dtmsearch.model.replica.by_llama_cpp import write_job as write_engine_job
@@ -151,6 +152,8 @@ def measured(folder: Path, found: Source, recorded: Recorded, batch_tokens: int)
     """The folder as a fresh process finds it, in the numeric mode of what is recorded."""
     spec = replace(found.spec, path=str(folder.absolute()), revision=None)
     spec = replace(spec, compile="always" if recorded.reference.mode.compiled else "never")
+    if (folder / CODE_FILE).exists():  # ours
+        spec = replace(spec, trust_remote_code=True)
     settings = ReplicaSettings(batch_tokens=batch_tokens)
     answer = measure_apart(spec, settings, recorded.reference)
     fdt, sdt = np.array(answer["fdt"]), np.array(answer["sdt"])

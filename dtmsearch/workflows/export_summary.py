@@ -13,6 +13,7 @@ from dtmsearch.core.plan import Plan, PlanSize, plan_size
 from dtmsearch.export.card import Card, card_text
 from dtmsearch.export.formats.format_registry import Format
 from dtmsearch.export.job import Job, Written
+from dtmsearch.export.smaller import CODE_FILE
 from dtmsearch.workflows.export_check import Check, EngineCheck
 from dtmsearch.workflows.export_source import Source
 
@@ -84,7 +85,7 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
         Card(
             base_model=found.manifest.model,
             format_name=form.name,
-            loads=form.loads,
+            loads=_CODE if CODE_FILE in result.files else form.loads,
             plan=found.plan,
             size=result.size,
             files=result.files,
@@ -95,6 +96,13 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
             recorded=_recorded(found),
         )
     )
+
+
+# Of a folder that brings the code of its model.
+_CODE = (
+    f"transformers alone, told `trust_remote_code=True`: `{CODE_FILE}` builds the model without the blocks that "
+    "`config.json` names under `left_out`, and nothing else loads it"
+)
 
 
 def engine_lines(check: EngineCheck) -> list[str]:

@@ -70,7 +70,7 @@ class ServedReplica(Replica):
                 _has_packed_zeros(folder),
                 _has_packed_experts(folder),
                 _loses_by_loading(folder, spec),
-                _has_packed_embeddings(folder),
+                _has_packed_embeddings(folder, spec.trust_remote_code),
                 rounds_caches(folder),
             )
         ):
@@ -191,14 +191,14 @@ def rounds_caches(folder: Path) -> bool:
     return is_plain and not any(name.endswith(_SCALES_OF_CACHES) for name in held)
 
 
-def _has_packed_embeddings(folder: Path) -> bool:
+def _has_packed_embeddings(folder: Path, trust: bool) -> bool:
     """Whether embeddings are packed, as vLLM looks them up: transformers asks them for the weight that they lack."""
     modules = [module for path in weight_files(folder) for module in _quantized_modules(read_header(path))]
     if not modules:
         return False
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     with torch.device("meta"):
-        embedding = (model := loader(config).from_config(config)).get_input_embeddings()
+        embedding = (model := loader(config).from_config(config, trust_remote_code=trust)).get_input_embeddings()
     return any(module is embedding and name in modules for name, module in model.named_modules())
 
 
@@ -237,7 +237,8 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
     """A folder of compressed-tensors as an unquantized model, by that library's own decompression."""
     from compressed_tensors.quantization import QuantizationConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    trust = spec.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     quantization = QuantizationConfig.model_validate(config.quantization_config)
     del config.quantization_config
     state = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path, str(device)).items()}
@@ -263,7 +264,7 @@ def decompressed_model(folder: Path, spec: ModelSpec, device: torch.device) -> A
             )
             config.save_pretrained(scratch)
             return loader(config).from_pretrained(scratch, config=config, **options).to(device)
-    model = loader(config).from_config(config, **options).to(device)
+    model = loader(config).from_config(config, trust_remote_code=trust, **options).to(device)
     missing, unexpected = model.load_state_dict(state, strict=False)
     model.tie_weights()
     assert not unexpected and set(missing) <= tied_parameters(model), (missing, unexpected)

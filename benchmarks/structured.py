@@ -1,0 +1,363 @@
+"""Which blocks of a model to drop: `floating` against rules and searches that others use, on one model.
+
+    python benchmarks/structured.py MODEL --search TEXT --judge TEXT --blocks 4,8,12 --seeds 3 --out structured.json
+
+Rivals, made anew from their description, on the same prompts and continuations:
+
+- `last layers`: the last layers go, half as many as blocks are asked for; `last but the final` keeps the final one
+  (Gromov et al., arXiv 2403.17887).
+- `cosine, layers`: those go whose output is most like their input (ShortGPT, arXiv 2403.03853); `cosine, blocks`: the
+  same of attention and MLP blocks.
+- `EvoPress` (arXiv 2410.14649): as many attention as MLP blocks, in its default budget: k (n - k) / 1.5 generations of
+  32 children for k of n layers' blocks, 2,048 tokens for each child, 32,768 for the best two; KL to the base model at
+  the positions that are judged.
+
+`floating` drops any blocks of the same number, and `floating, same size` any that leave no more weights than EvoPress's
+plan does. KL on held-out prompts, against the base model's own continuations; tokens forwarded, a reference apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.schemes import DROP
+from dtmsearch.core.statistics import paired_difference
+from dtmsearch.core.strategy_settings import FloatingSettings
+from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.space import SearchSpace
+from dtmsearch.search.strategies.floating import Floating
+from dtmsearch.search.strategies.task import Task
+
+PROMPT, CONTINUATION = 100, 100
+ROW = PROMPT + CONTINUATION
+# EvoPress's defaults for depth.
+CHILDREN, FIRST_TOKENS, SECOND_TOKENS, INITIAL, CALIBRATION_TOKENS = 32, 2_048, 32_768, 64, 131_072
+MOST_MUTATIONS = 3
+# Logits that are held at once.
+MOST_LOGITS = 1 << 30
+
+
+@dataclass
+class Measuring:
+    """A replica, what it has measured by request, and the tokens of what was asked of it."""
+
+    replica: Replica
+    known: dict[str, Outcome] = field(default_factory=dict)
+    tokens: int = 0
+
+    def answers(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
+        new = [r for r in requests if r.id not in self.known]
+        self.known |= {r.id: o for r, o in zip(new, self.replica.evaluate(new), strict=True)}
+        self.tokens += sum((r.prompts[1] - r.prompts[0]) * ROW for r in requests)
+        return [self.known[r.id] for r in requests]
+
+
+def kl_of(measuring: Measuring, plan: Plan, reference: Reference) -> np.ndarray:
+    """KL by prompt, of all prompts of a reference."""
+    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), plan)
+    (outcome,) = measuring.answers([request])
+    assert isinstance(outcome, EvalResult) and outcome.kl is not None, outcome
+    return outcome.kl
+
+
+def dropping(names: Sequence[str]) -> Plan:
+    return Plan.of(dict.fromkeys(names, DROP))
+
+
+def floating(
+    measuring: Measuring, manifest: ModelManifest, reference: Reference, budget: Budget, prompts: int, few: int
+) -> tuple[Plan, int]:
+    """The plan of our search and the tokens that it forwarded."""
+    blocks = manifest.droppable(("attention", "mlp"), manifest.components)
+    space = SearchSpace(manifest.components, (), dense_bits=manifest.dense_bits, budget=budget, blocks=blocks)
+
+    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+        return EvalRequest(plan, reference.id, (0, prompts), ("kl",), parent)
+
+    strategy = Floating(Task(space, request_for, "kl"), FloatingSettings(prompts=few))
+    before = measuring.tokens
+    while not strategy.done:
+        requests = [ask.request for ask in strategy.ask()]
+        for request, outcome in zip(requests, measuring.answers(requests), strict=True):
+            strategy.tell(request.id, outcome)
+    assert strategy.best is not None
+    return strategy.best, measuring.tokens - before
+
+
+class Gated:
+    """A model whose attention and MLP blocks can be closed row by row: many candidates in one pass."""
+
+    def __init__(self, model: Any, blocks: Sequence[Component], rows: torch.Tensor) -> None:
+        half = next(model.parameters()).is_cuda
+        self.model = copy.deepcopy(model).half() if half else model
+        self.blocks, self.rows = blocks, rows
+        self._open: torch.Tensor | None = None
+        for index, block in enumerate(blocks):
+            self.model.get_submodule(block.name).register_forward_hook(self._gate(index))
+
+    def _gate(self, index: int) -> Callable[..., Any]:
+        def gate(module: Any, arguments: Any, output: Any) -> Any:
+            if self._open is None:
+                return None
+            own = self._open[index].view(-1, 1, 1)
+            if isinstance(output, tuple):
+                return (output[0] * own, *output[1:])
+            return output * own
+
+        return gate
+
+    @torch.inference_mode()
+    def kl(self, closed: Sequence[frozenset[int]], rows: Sequence[int]) -> np.ndarray:
+        """Mean KL of each candidate over rows, at the predicted positions."""
+        tokens = self.rows[list(rows)]
+        base = self._hidden(tokens, None)
+        together = max(1, MOST_LOGITS // (len(rows) * CONTINUATION * self.model.config.vocab_size))
+        found = []
+        for start in range(0, len(closed), together):
+            part = closed[start : start + together]
+            gates = torch.ones(len(self.blocks), len(part), device=tokens.device, dtype=base.dtype)
+            for at, candidate in enumerate(part):
+                gates[sorted(candidate), at] = 0
+            hidden = self._hidden(tokens.repeat(len(part), 1), gates.repeat_interleave(len(rows), dim=1))
+            own = self._log(base)
+            for each in hidden.view(len(part), len(rows), CONTINUATION, -1):
+                found.append(float((own.exp() * (own - self._log(each))).sum(-1).mean()))
+        return np.array(found)
+
+    def _hidden(self, tokens: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
+        self._open = gates
+        try:
+            hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        finally:
+            self._open = None
+        return hidden[:, PROMPT - 1 : -1]
+
+    def _log(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.model.lm_head(hidden).float(), dim=-1)
+
+
+def evopress(gated: Gated, removed: int, seed: int, generations: int | None, until: float) -> tuple[list[str], int]:
+    """Blocks that EvoPress drops, `removed` attentions and as many MLPs, and the tokens that it forwarded."""
+    chance = random.Random(seed)  # noqa: S311: a search, no secret
+    kinds = [[i for i, block in enumerate(gated.blocks) if block.kind == kind] for kind in ("attention", "mlp")]
+    tokens = 0
+
+    def best(candidates: list[frozenset[int]], keep: int, budget: int) -> list[frozenset[int]]:
+        nonlocal tokens
+        count = min(-(-budget // ROW), len(gated.rows))
+        rows = chance.sample(range(len(gated.rows)), count)
+        tokens += len(candidates) * count * ROW
+        order = np.argsort(gated.kl(candidates, rows), kind="stable")
+        return [candidates[at] for at in order[:keep]]
+
+    first = [frozenset(i for own in kinds for i in chance.sample(own, removed)) for _ in range(INITIAL)]
+    (parent,) = best(list(dict.fromkeys(first)), 1, FIRST_TOKENS)
+    layers = len(kinds[0])
+    wanted = generations or int(removed * (layers - removed) / 1.5)
+    for _ in range(wanted):
+        children: list[frozenset[int]] = []
+        for _ in range(100 * CHILDREN):  # of a small model there are not so many
+            if len(children) == CHILDREN:
+                break
+            child = set(parent)
+            for _ in range(min(chance.randint(1, MOST_MUTATIONS), chance.randint(1, MOST_MUTATIONS))):
+                own = chance.choice(kinds)
+                out = [i for i in own if i in child]
+                child.remove(gone := chance.choice(out))
+                child.add(chance.choice([i for i in own if i not in child and i != gone]))
+            if frozenset(child) not in (parent, *children):
+                children.append(frozenset(child))
+        # The parent defends its place on the tokens of the last stage.
+        (parent,) = best([*best(children, 2, FIRST_TOKENS), parent], 1, SECOND_TOKENS)
+        if time.perf_counter() > until:
+            raise TimeoutError
+    return [gated.blocks[i].name for i in sorted(parent)], tokens
+
+
+@torch.inference_mode()
+def likeness(model: Any, blocks: Sequence[Component], tokens: torch.Tensor) -> dict[str, float]:
+    """How like its input the output of each layer, and of the stream after each block, is: mean cosine."""
+    sums: dict[str, float] = {}
+    seen: dict[str, torch.Tensor] = {}
+    with hooked(model, blocks, seen):
+        for part in tokens.split(8):
+            model(input_ids=part, use_cache=False)
+            for block in blocks:
+                if block.kind == "layer":
+                    before, after = seen[f"{block.name}<"], seen[block.name]
+                elif block.kind == "attention":
+                    before = seen[f"{block.layer_name}<"]
+                    after = before + seen[block.name]
+                else:
+                    after = seen[block.layer_name]
+                    before = after - seen[block.name]
+                cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+                sums[block.name] = sums.get(block.name, 0.0) + float(cosine.sum()) / tokens.numel()
+    return sums
+
+
+@contextmanager
+def hooked(model: Any, blocks: Sequence[Component], seen: dict[str, torch.Tensor]) -> Iterator[None]:
+    def note(name: str, whole: bool) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+            if whole:
+                seen[f"{name}<"] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    hooks = [
+        model.get_submodule(b.name).register_forward_hook(note(b.name, b.kind == "layer"), with_kwargs=True)
+        for b in blocks
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: int) -> dict[str, tuple[list[str], int]]:
+    """What rules drop, and the tokens that they forward."""
+    layers = [block.name for block in manifest.blocks if block.kind == "layer"]
+    likes = likeness(model, manifest.blocks, tokens)
+    alike = sorted(layers, key=lambda name: -likes[name])[: count // 2]
+    parts = [block.name for block in manifest.blocks if block.kind != "layer"]
+    return {
+        "last layers": (layers[-(count // 2) :], 0),
+        "last but the final": (layers[-(count // 2) - 1 : -1], 0),
+        "cosine, layers": (alike, tokens.numel()),
+        "cosine, blocks": (sorted(parts, key=lambda name: -likes[name])[:count], tokens.numel()),
+    }
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True))
+@click.option("--search", "search_text", required=True, type=click.Path(exists=True))
+@click.option("--judge", "judge_text", required=True, type=click.Path(exists=True))
+@click.option("--blocks", default="4,8,12")
+@click.option("--seeds", default=3)
+@click.option("--prompts", default=64, help="that our search compares its last plans on")
+@click.option("--few", default=16, help="by which it chooses blocks")
+@click.option("--held-out", default=512)
+@click.option("--generations", default=0, help="of EvoPress; 0: its default")
+@click.option("--calibration-tokens", default=CALIBRATION_TOKENS, help="that EvoPress draws from")
+@click.option("--seconds", default=1e9, help="after which nothing more is begun")
+@click.option("--out", type=click.Path(), default="")
+def main(
+    model: str, search_text: str, judge_text: str, blocks: str, seeds: int, prompts: int, few: int, held_out: int,
+    generations: int, calibration_tokens: int, seconds: float, out: str,
+) -> None:  # fmt: skip
+    """Compare what is dropped of MODEL."""
+    began = time.perf_counter()
+    until = began + seconds
+    replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
+    manifest = replica.manifest()
+    texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
+    counts = [int(part) for part in blocks.split(",")]
+    rows: list[dict[str, Any]] = []
+    values: dict[tuple[int, int, str], np.ndarray] = {}
+
+    def note(text: str) -> None:
+        click.echo(f"{time.perf_counter() - began:7.1f} s  {text}", err=True)
+
+    held, _ = replica.cut_prompts(texts["judge"], held_out, PROMPT, CONTINUATION, 0)
+    judge = replica.make_reference(held)
+    replica.use(judge)
+    note(f"{judge.num_prompts} held-out prompts")
+    judging = Measuring(replica)
+    parts = [block for block in manifest.blocks if block.kind != "layer"]
+    whole = sum(component.num_weights for component in manifest.components)
+    for seed in range(seeds):
+        if time.perf_counter() > until:
+            break
+        cut, _ = replica.cut_prompts(texts["search"], calibration_tokens // ROW, PROMPT, CONTINUATION, seed)
+        reference = replica.make_reference(cut)
+        replica.use(reference)
+        note(f"seed {seed}: {reference.num_prompts} prompts")
+        tokens = torch.from_numpy(np.concatenate([cut.tokens[:, :PROMPT], reference.continuation], axis=1)).long()
+        tokens = tokens.to(next(replica._body.model.parameters()).device)
+        gated: Gated | None = None
+        for count in counts:
+            plans: dict[str, tuple[Plan, int]] = {}
+            for name, (names, spent) in by_rules(replica._body.model, manifest, tokens[:prompts], count).items():
+                plans[name] = dropping(names), spent
+            measuring = Measuring(replica, judging.known)
+            plans["floating"] = floating(measuring, manifest, reference, Budget(blocks=count), prompts, few)
+            pair = sum({block.kind: block.num_weights for block in parts}.values())
+            budget = Budget(parameters=1.0 - count // 2 * pair / whole)
+            measuring = Measuring(replica, judging.known)
+            plans["floating, same size"] = floating(measuring, manifest, reference, budget, prompts, few)
+            note(f"seed {seed}, {count} blocks: ours")
+            try:
+                gated = gated or Gated(replica._body.model, parts, tokens)
+                found, spent = evopress(gated, count // 2, seed, generations or None, until)
+                plans["EvoPress"] = dropping(found), spent
+                note(f"seed {seed}, {count} blocks: EvoPress")
+            except TimeoutError:
+                note(f"seed {seed}, {count} blocks: EvoPress was not finished")
+            for name, (plan, spent) in plans.items():
+                kl = values[seed, count, name] = kl_of(judging, plan, judge)
+                size = SearchSpace(manifest.components, ("int8-channel",)).size(plan)
+                rows.append(
+                    {
+                        "seed": seed,
+                        "blocks": count,
+                        "rule": name,
+                        "kl": float(kl.mean()),
+                        "tokens": spent,
+                        "parameters": size.parameters,
+                        "dropped": sorted(plan.dropped),
+                    }
+                )
+            note(f"seed {seed}, {count} blocks: judged")
+            if out:
+                Path(out).write_text(json.dumps({"model": model, "held_out": held_out, "rows": rows}, indent=1))
+    show(rows, values)
+
+
+def _interval(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """By how much our KL is less, with its interval, and the ratio of the means."""
+    found = paired_difference(ours, theirs, seed=0)
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}] x {ours.mean() / theirs.mean():.2f}"
+
+
+def show(rows: Sequence[dict[str, Any]], values: dict[tuple[int, int, str], np.ndarray]) -> None:
+    """A line for each number of blocks and rule: KL (mean over seeds), its ratio to EvoPress's, tokens."""
+    click.echo(
+        f"{'blocks':>6}  {'rule':<20}  {'KL':>8}  {'least':>7}  {'most':>7}  {'left':>6}  {'Mtokens':>8}  ours less"
+    )
+    for count in dict.fromkeys(row["blocks"] for row in rows):
+        for rule in dict.fromkeys(row["rule"] for row in rows):
+            own = [row for row in rows if (row["blocks"], row["rule"]) == (count, rule)]
+            if not own:
+                continue
+            kls = [row["kl"] for row in own]
+            ours = "floating, same size" if rule == "EvoPress" else "floating"
+            pairs = [(values[r["seed"], count, ours], values[r["seed"], count, rule]) for r in own]
+            one, other = (np.concatenate([pair[at] for pair in pairs]) for at in (0, 1))
+            interval = _interval(one, other) if rule != ours else ""
+            click.echo(
+                f"{count:>6}  {rule:<20}  {np.mean(kls):8.4f}  {min(kls):7.4f}  {max(kls):7.4f}  "
+                f"{np.mean([r['parameters'] for r in own]):6.1%}  {np.mean([r['tokens'] for r in own]) / 1e6:8.3f}  "
+                f"{interval}"
+            )
+
+
+if __name__ == "__main__":
+    main()

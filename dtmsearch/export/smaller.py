@@ -1,0 +1,324 @@
+"""A base checkpoint without what a plan drops, which formats are written from: real layers fewer, real tensors fewer.
+
+Layers of which nothing is left go, and those above move down: an ordinary checkpoint of fewer `num_hidden_layers`, with
+every list that its configuration has of layers cut. Single attention and MLP blocks have no place in an ordinary
+configuration: their tensors go, and a small file of code beside the weights builds the model without them. Its
+configuration bears a `model_type` of its own, so that nothing that ignores the file loads it as the base model's family
+with random weights in their places.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import Scheme
+from dtmsearch.errors import UserError
+from dtmsearch.export.job import Job, refuse
+from dtmsearch.export.writer import ShardWriter, copy_other_files
+from dtmsearch.model.compress.compressor import Compressor
+from dtmsearch.model.compress.number_rounding import NumberCodes
+from dtmsearch.model.modules.blocks import returned_kind
+from dtmsearch.model.modules.discovery import find_layers
+from dtmsearch.model.modules.loading import empty_model
+from dtmsearch.model.modules.usage import usage_of
+
+# Formats that hold a model without some of its blocks; others are a whole model's, or recipes for one.
+HOLDING = ("dense", "compressed-tensors", "bitsandbytes")
+CODE_FILE = "modeling_without_blocks.py"
+_TYPE_ENDING = "_without_blocks"
+
+
+def dropped_blocks(plan: Plan, manifest: ModelManifest) -> list[str]:
+    """The blocks and layers that a plan drops."""
+    return sorted(name for name in plan.dropped if manifest.by_name[name].is_block)
+
+
+@contextmanager
+def without_dropped(job: Job) -> Iterator[Job]:
+    """Within, the job over a checkpoint without the blocks and layers that its plan drops, by the names that their
+    neighbours have there; the job itself where it drops none. Raises `UserError` for a model whose configuration does
+    not say it."""
+    names = dropped_blocks(job.plan, job.manifest)
+    if not names:
+        yield job
+        return
+    if job.trained is not None:
+        raise refuse("an export", f"blocks are dropped of the trained weights {job.weights_id}, in place", names)
+    shape = _Shape(job)
+    with tempfile.TemporaryDirectory(prefix="dtmsearch-smaller-") as scratch:
+        folder = Path(scratch)
+        shape.write(folder)
+        yield shape.job(folder)
+
+
+class _Shape:
+    """What is left of a job's model: `kept` layers by their numbers before, and single blocks that are `out`, by their
+    names afterwards."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, plan = job, job.plan
+        self._model: Any = job.empty
+        self.layers_name = find_layers(self._model)[0]
+        inside: dict[int, list[Component]] = {}
+        for component in job.manifest.components:
+            inside.setdefault(component.layer, []).append(component)
+        gone = {layer for layer, own in inside.items() if all(plan.drops(c.name) for c in own)}
+        self.kept = [layer for layer in range(job.manifest.num_layers) if layer not in gone]
+        if not self.kept:
+            raise UserError("the plan drops every layer, and nothing would be left to export")
+        self._place = {layer: at for at, layer in enumerate(self.kept)}
+        blocks = [job.manifest.by_name[name] for name in dropped_blocks(plan, job.manifest)]
+        self.out = {self.renamed(b.name): b for b in blocks if b.layer in self._place and b.kind != "layer"}
+        first = job.manifest.components[0]
+        tensor = next(iter(job.tensors_of(first.name)), f"{first.name}.weight")
+        self._in_files = tensor.split(f".{first.layer}.")[0]
+
+    def renamed(self, name: str, layers: str = "") -> str:
+        """A module's or a tensor's name once the layers below it are fewer."""
+        layers = layers or self.layers_name
+        if not name.startswith(f"{layers}."):
+            return name
+        number, dot, rest = name[len(layers) + 1 :].partition(".")
+        return f"{layers}.{self._place[int(number)]}{dot}{rest}"
+
+    def _stays(self, tensor: str) -> bool:
+        if not tensor.startswith(f"{self._in_files}."):
+            return True
+        number, _, rest = tensor[len(self._in_files) + 1 :].partition(".")
+        module = f"{self.layers_name}.{number}.{rest}"
+        return int(number) in self._place and not any(module.startswith(f"{b.name}.") for b in self.out.values())
+
+    def write(self, folder: Path) -> None:
+        """The smaller checkpoint."""
+        config = self._config()
+        if self.out:
+            config = self._with_code(config, folder)
+        writer = ShardWriter(folder, self._job)
+        for name in self._job.shapes:
+            if self._stays(name):
+                writer.add(self.renamed(name, self._in_files), self._job.read(name))
+        writer.close()
+        copy_other_files(self._job, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self._check(folder)
+
+    def job(self, folder: Path) -> Job:
+        """The job over it."""
+        job, plan = self._job, self._job.plan
+        left = [c for c in job.manifest.components if not plan.drops(c.name)]
+        base = {self.renamed(c.name): c.name for c in (*left, *job.manifest.others) if c.layer not in self._gone(c)}
+
+        def moved(component: Component) -> Component:
+            layer = self._place.get(component.layer, component.layer)
+            if component.layer >= job.manifest.num_layers:
+                layer = len(self.kept)
+            return replace(component, name=self.renamed(component.name), layer=layer,
+                           mixture=component.mixture and self.renamed(component.mixture))  # fmt: skip
+
+        others = [c for c in job.manifest.others if c.layer not in self._gone(c) and not plan.drops(c.name)]
+        routers = [name for name in job.manifest.routers if not plan.drops(name)]
+        manifest = replace(
+            job.manifest,
+            num_layers=len(self.kept),
+            components=tuple(map(moved, left)),
+            others=tuple(map(moved, others)),
+            routers=tuple(self.renamed(name) for name in routers),
+        )
+        blocks = set(dropped_blocks(plan, job.manifest))
+        schemes = {self.renamed(name): scheme for name, scheme in plan.entries if name not in blocks}
+        return replace(
+            job,
+            folder=folder,
+            manifest=manifest,
+            plan=Plan.of(schemes),
+            compressor=_Renamed(job.compressor, base),
+            trust_remote_code=job.trust_remote_code or bool(self.out),
+        )
+
+    def _gone(self, component: Component) -> set[int]:
+        return set(range(self._job.manifest.num_layers)) - set(self.kept)
+
+    def _config(self) -> dict[str, Any]:
+        """The base model's configuration with fewer layers: their number, and every list of as many."""
+        config: dict[str, Any] = json.loads((self._job.folder / "config.json").read_text(encoding="utf-8"))
+        own: Any = self._model.config
+        text = own.get_text_config()
+        part = config if text is own else next((v for v in config.values() if _is_part(v, text)), config)
+        before = self._job.manifest.num_layers
+        number = (getattr(text, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
+        part[number] = len(self.kept)
+        for key, value in text.to_dict().items():
+            if isinstance(value, list) and len(value) == before:
+                part[key] = [value[layer] for layer in self.kept]
+        config["dtype"] = str(self._job.dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        config.pop("transformers_weights", None)
+        return config
+
+    def _check(self, folder: Path) -> None:
+        """Raises `UserError` unless the model that the smaller configuration builds has, layer by layer, what those had
+        that it keeps: its family may say by a number, of every so many, what its layers are."""
+        spec = ModelSpec(str(folder), dtype="float32", trust_remote_code=self._job.trust_remote_code or bool(self.out))
+        before, after = find_layers(self._model)[1], find_layers(empty_model(folder, spec))[1]
+        for at, layer in enumerate(self.kept):
+            out = {name.removeprefix(f"{self.layers_name}.{at}.") for name in self.out}
+            own, made = (_described(part, out) for part in (before[layer], after[at]))
+            if own != made:
+                what = next(iter(sorted(set(own.items()) ^ set(made.items()), key=str)))[0]
+                raise UserError(
+                    f"{self._job.manifest.model} cannot be exported without some of its layers: its configuration "
+                    f"would make of layer {layer}, as layer {at}, one of another {what}"
+                )
+
+    def _with_code(self, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The configuration of a model that a file of code builds, which is written."""
+        kind, own = type(self._model), type(self._model.config)
+        if config.get("auto_map") or not kind.__module__.startswith("transformers."):
+            raise UserError(
+                f"{self._job.manifest.model} runs code of its own, beside which none is written that leaves out "
+                f"{next(iter(self.out.values())).name}; drop whole layers (search.drop: [layer])"
+            )
+        outputs = self._outputs()
+        left_out = {name: [block.kind, outputs[block.name]] for name, block in self.out.items()}
+        (folder / CODE_FILE).write_text(_code(kind.__name__, own.__name__, own.model_type), encoding="utf-8")
+        module = CODE_FILE.removesuffix(".py")
+        return config | {
+            "model_type": own.model_type + _TYPE_ENDING,
+            "architectures": ["WithoutBlocks"],
+            "auto_map": {
+                "AutoConfig": f"{module}.WithoutBlocksConfig",
+                "AutoModelForCausalLM": f"{module}.WithoutBlocks",
+            },
+            "left_out": left_out,
+        }
+
+    def _outputs(self) -> dict[str, int]:
+        """How many values each block returns, 0 where it is a tensor by itself: by running the model without values."""
+        found: dict[str, int] = {}
+
+        def noting(name: str) -> Callable[..., None]:
+            def note(module: nn.Module, args: Any, output: Any) -> None:
+                kind = returned_kind(output)
+                found[name] = 0 if kind is None else kind[1]
+
+            return note
+
+        blocks = [block.name for block in self.out.values()]
+        hooks = [self._model.get_submodule(name).register_forward_hook(noting(name)) for name in blocks]
+        try:
+            failed = usage_of(self._model).failed
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if missing := [name for name in blocks if name not in found]:
+            raise UserError(f"how {missing[0]} returns what it makes cannot be told: {failed}")
+        return found
+
+
+def _is_part(value: Any, text: Any) -> bool:
+    return isinstance(value, dict) and value.get("model_type") == text.model_type
+
+
+def _described(layer: nn.Module, out: set[str]) -> dict[str, str]:
+    """A layer by its modules, their simple attributes and the shapes of their weights, but for blocks that are out."""
+    found: dict[str, str] = {}
+    for name, module in layer.named_modules():
+        if any(name == block or name.startswith(f"{block}.") for block in out):
+            continue
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, str | int | float | bool) and not key.startswith("_") and key not in _NUMBERS
+        }
+        shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+        found[name or "class"] = f"{type(module).__name__} {sorted(plain.items())} {sorted(shapes.items())}"
+    return found
+
+
+# A layer's own number.
+_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
+
+
+class _Renamed(Compressor):
+    """A compressor of the base model's components, asked by the names that they have in a smaller model."""
+
+    def __init__(self, inner: Compressor, base: Mapping[str, str]) -> None:
+        self.__dict__.update(inner.__dict__)
+        self._base, self._smaller = dict(base), {old: new for new, old in base.items()}
+
+    def share_scales(self, largest: Callable[[str], Tensor]) -> None:
+        super().share_scales(lambda name: largest(self._smaller.get(name, name)))
+
+    def compress(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        return super().compress(self._base.get(component, component), weight, scheme)
+
+    def number_codes(self, component: str, weight: Tensor, scheme: Scheme) -> NumberCodes:
+        return super().number_codes(self._base.get(component, component), weight, scheme)
+
+    def solved(self, component: str, scheme: Scheme) -> Any:
+        return super().solved(self._base.get(component, component), scheme)
+
+    def mean_squares(self, component: str) -> Tensor:
+        return super().mean_squares(self._base.get(component, component))
+
+    def largest_input(self, component: str) -> Tensor:
+        return super().largest_input(self._base.get(component, component))
+
+    def packed(self, component: str, weight: Tensor, scheme: Scheme) -> Any:
+        return super().packed(self._base.get(component, component), weight, scheme)
+
+
+def _code(model: str, config: str, model_type: str) -> str:
+    """The file of code that builds a family's model without the blocks that its configuration names."""
+    return f'''"""{model} without some of its attention and MLP blocks: those that config.json names under `left_out`.
+
+Written by dtmsearch. transformers runs this file where it is told trust_remote_code=True, and refuses the folder where
+it is not: as an ordinary {model_type} model it would be loaded with random weights in the place of what is left out.
+Engines with model code of their own (vLLM, SGLang, llama.cpp) do not load it.
+"""
+
+import torch
+from torch import nn
+from transformers import {config}, {model}
+
+
+class LeftOut(nn.Module):
+    """In the place of a block: its output is zero. An attention's cache is told how many tokens have passed."""
+
+    def __init__(self, kind, outputs, layer):
+        super().__init__()
+        self.kind, self.outputs, self.layer = kind, outputs, layer
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        if self.kind == "attention" and past_key_values is not None:
+            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(nothing, nothing, self.layer)
+        made = torch.zeros_like(hidden_states)
+        return (made, *[None] * (self.outputs - 1)) if self.outputs else made
+
+
+class WithoutBlocksConfig({config}):
+    model_type = "{model_type}{_TYPE_ENDING}"
+
+
+class WithoutBlocks({model}):
+    config_class = WithoutBlocksConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for name, (kind, outputs) in config.left_out.items():
+            parent, _, child = name.rpartition(".")
+            layer = next(int(part) for part in name.split(".") if part.isdigit())
+            setattr(self.get_submodule(parent), child, LeftOut(kind, outputs, layer))
+'''

@@ -1,0 +1,118 @@
+"""Plans that drop blocks and layers, as checkpoints that are smaller by them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from exports import in_process, measured_plan
+from safetensors.torch import load_file
+from tiny import llama_config, write_model
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
+
+from dtmsearch.core.schemes import DROP
+from dtmsearch.errors import UserError
+from dtmsearch.export.smaller import CODE_FILE
+
+LAYERS = {"model.layers.1": DROP, "model.layers.2.self_attn": DROP, "model.layers.2.mlp": DROP}
+BLOCKS = {"model.layers.0.self_attn": DROP, "model.layers.3.mlp": DROP}
+ROUNDED = {"model.layers.0.mlp.up_proj": "int4-g16", "model.layers.3.self_attn.q_proj": "int4-g16"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("llama"), llama_config(num_hidden_layers=4))
+
+
+@pytest.mark.parametrize("to", ["dense", "compressed-tensors"])
+def test_without_layers_it_is_an_ordinary_checkpoint_that_says_the_same(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    in_process(monkeypatch)
+    made = measured_plan(llama, tmp_path / "store", LAYERS | ROUNDED).export(to, tmp_path / "out")
+    assert made.check is not None and made.check.equal
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.num_hidden_layers, len(model.model.layers)) == (2, 2)
+    assert not (tmp_path / "out" / CODE_FILE).exists()
+
+
+def test_what_layers_took_is_gone_from_the_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    measured_plan(llama, tmp_path / "store", LAYERS).export("dense", tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (llama, tmp_path / "out"))
+    kept = {"model.layers.0.": "model.layers.0.", "model.layers.1.": "model.layers.3."}
+    for name, tensor in after.items():
+        own = next((name.replace(new, old) for new, old in kept.items() if name.startswith(new)), name)
+        assert torch.equal(tensor, before[own]), name
+    assert len(after) == len(before) - 2 * sum(name.startswith("model.layers.0.") for name in before)
+
+
+@pytest.mark.parametrize("to", ["dense", "compressed-tensors"])
+def test_without_single_blocks_it_brings_the_code_that_builds_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    in_process(monkeypatch)
+    plan = {"model.layers.1": DROP, **BLOCKS, "model.layers.0.mlp.up_proj": "int4-g16"}
+    made = measured_plan(llama, tmp_path / "store", plan).export(to, tmp_path / "out")
+    assert made.check is not None and made.check.equal
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["left_out"] == {
+        "model.layers.0.self_attn": ["attention", 2],
+        "model.layers.2.mlp": ["mlp", 0],
+    }
+    assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"llama_without_blocks|trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+
+def test_a_model_without_its_first_attention_continues_a_text_as_it_reads_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    measured_plan(llama, tmp_path / "store", BLOCKS).export("dense", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    text = torch.arange(40, 60).unsqueeze(0)
+    with torch.inference_mode():
+        written = model.generate(text, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        best = model(input_ids=written).logits.argmax(-1)
+    assert written[0, 20:].tolist() == best[0, 19:-1].tolist()
+
+
+def test_lists_of_layers_in_a_configuration_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = Qwen3Config(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, layer_types=kinds, use_sliding_window=True,
+        sliding_window=8, max_window_layers=0, eos_token_id=257, bos_token_id=256, initializer_range=0.2,
+    )  # fmt: skip
+    model = write_model(tmp_path / "model", config)
+    made = measured_plan(model, tmp_path / "store", {"model.layers.0": DROP}).export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == kinds[1:]
+
+
+def test_layers_of_other_names_move_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    config = GPT2Config(
+        vocab_size=258, n_embd=32, n_layer=3, n_head=4, n_positions=128, eos_token_id=257, bos_token_id=256,
+        initializer_range=0.2,
+    )  # fmt: skip
+    model = write_model(tmp_path / "model", config)
+    plan = {"transformer.h.0": DROP, "transformer.h.2.attn": DROP}
+    made = measured_plan(model, tmp_path / "store", plan).export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layer"] == 2
+
+
+@pytest.mark.parametrize("to", ["gguf-recipe", "llm-compressor"])
+def test_formats_of_whole_models_refuse_it(llama: Path, tmp_path: Path, to: str) -> None:
+    with pytest.raises(UserError, match=r"(?s)no model without some of its blocks.*model\.layers\.1"):
+        measured_plan(llama, tmp_path / "store", LAYERS).export(to, tmp_path / "out", check=False)
+
+
+def test_engines_refuse_single_blocks(llama: Path, tmp_path: Path) -> None:
+    stored = measured_plan(llama, tmp_path / "store", BLOCKS)
+    with pytest.raises(UserError, match="drop whole layers"):
+        stored.export("compressed-tensors", tmp_path / "out", check=False, runtime="vllm")
