@@ -153,7 +153,7 @@ class Gated:
 
 def evopress(gated: Gated, removed: int, seed: int, generations: int | None, until: float) -> tuple[list[str], int]:
     """Blocks that EvoPress drops, `removed` attentions and as many MLPs, and the tokens that it forwarded."""
-    chance = random.Random(seed)  # noqa: S311: a search, no secret
+    chance = random.Random(seed)  # noqa: S311  (a search, no secret)
     kinds = [[i for i, block in enumerate(gated.blocks) if block.kind == kind] for kind in ("attention", "mlp")]
     tokens = 0
 
