@@ -18,8 +18,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 import dtmsearch as dtm
 from dtmsearch.config import SearchFile, parse
 from dtmsearch.core.decoding import GREEDY, Decoding
+from dtmsearch.core.drafting import accepted_tokens, clear_runs, expected_passes
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
-from dtmsearch.core.metric_registry import accepted_tokens, first_divergent_token
+from dtmsearch.core.metric_registry import first_divergent_token
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import UserError
@@ -278,6 +279,13 @@ def test_continuations_shorter_than_a_draft_have_one_step() -> None:
     assert accepted_tokens(np.array([[1, 1, 0]], np.float32), 5).tolist() == [2.0]
 
 
+def test_widths_between_divergences_are_counted_from_starts_with_room_for_them() -> None:
+    diverged = np.array([[0, 0, 1, 0, 0, 0, 1, 0], [0] * 8, [1] * 8], np.bool_)
+    # Starts at 0, 3 and 7; at 0 alone; at every position.
+    found = {width: [values.tolist() for values in clear_runs(diverged, width)] for width in (1, 3, 9)}
+    assert found == {1: [[3, 1, 8], [3, 1, 0]], 3: [[2, 1, 6], [1, 1, 0]], 9: [[0, 0, 0], [0, 0, 0]]}
+
+
 def greedy_reference(folder: Path) -> tuple[Replica, Reference]:
     model = usual(folder, GREEDY)
     return model, with_reference(model, count=6, prompt=10, continuation=30)
@@ -301,19 +309,7 @@ def test_accepted_is_what_assisted_generation_accepts(folder: Path) -> None:
     for row, leaves in enumerate(diverged):
         passes.clear()
         prompt = torch.from_numpy(reference.text[row : row + 1, :10]).long()
-        settings = GenerationConfig(
-            max_new_tokens=30, do_sample=False, pad_token_id=0, suppress_tokens=list(reference.suppressed)
-        )
+        ends = list(reference.suppressed)  # in no prompt, which the draft would not attend to where it is padding
+        settings = GenerationConfig(max_new_tokens=30, do_sample=False, pad_token_id=ends[0], suppress_tokens=ends)
         base.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, assistant_model=draft)
-        assert len(passes) == steps_of(leaves.tolist(), 4), row
-
-
-def steps_of(leaves: list[bool], draft: int) -> int:
-    """Steps until a continuation is whole, each of a draft and a token of the base model."""
-    at = steps = 0
-    while at < len(leaves):
-        run = 0
-        while run < draft and at + run < len(leaves) and not leaves[at + run]:
-            run += 1
-        at, steps = at + run + 1, steps + 1
-    return steps
+        assert len(passes) == expected_passes(1.0 - leaves[None], 4)[0], row

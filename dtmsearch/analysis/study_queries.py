@@ -101,4 +101,26 @@ FROM evaluations JOIN (
 WHERE run = :run AND purpose = 'search' AND status = 'ok' AND kl > 0
 ORDER BY kl""",
     ),
+    (
+        "sampling",
+        "Plan by plan: FDT, SDT and KL of one decoding, and what the distributions that tokens are chosen from have in common.",
+        """\
+SELECT plan_id, bits_per_weight, fdt_mean, sdt_mean, kl,
+       other_means[list_position(other_metrics, 'overlap')] AS overlap
+FROM evaluations
+WHERE run = :run AND purpose = 'search' AND status = 'ok'
+ORDER BY kl""",
+    ),
+    (
+        "speculative",
+        "Plan by plan: tokens accepted of drafts of 1, 5 and 16 tokens, beside FDT, SDT and KL.",
+        """\
+SELECT plan_id, bits_per_weight, fdt_mean, sdt_mean, kl,
+       other_means[list_position(other_metrics, 'accepted1')] AS accepted1,
+       other_means[list_position(other_metrics, 'accepted')] AS accepted,
+       other_means[list_position(other_metrics, 'accepted16')] AS accepted16
+FROM evaluations
+WHERE run = :run AND purpose = 'search' AND status = 'ok'
+ORDER BY kl""",
+    ),
 )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core import plugins
+from dtmsearch.core.drafting import DRAFT_TOKENS, DRAFTS, WIDTHS, accepted_tokens, clear_runs
 from dtmsearch.errors import UserError
 
 Numbers = NDArray[np.generic]
@@ -174,65 +175,6 @@ def mean_of_positions(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return mean
 
 
-# Tokens that a draft model proposes at a time, where nothing else is said.
-DRAFT_TOKENS = 5
-# Further lengths, of which `accepted1` and so on say the same.
-DRAFTS = (1, 2, 3, 8, 16)
-
-
-def accepted_tokens(overlap: NDArray[np.float32], draft_tokens: int = DRAFT_TOKENS) -> NDArray[np.float32]:
-    """How many of `draft_tokens` proposed tokens are accepted at each step of speculative decoding, on average
-    [num_prompts], from the overlap at each position [num_prompts, positions].
-
-    A step that starts at a position accepts token after token, each with the probability that is its position's overlap
-    (speculative sampling, arXiv 2211.17192, section 3.1), until one is refused or all are accepted; then the base model
-    adds a token of its own, after which the next step starts. Steps are weighed by the probability that one starts at
-    a position; those that the end of the continuation would cut short are left out. Of greedy choices this is what
-    drafting from the continuation's start does, exactly; of sampled ones overlaps along the base model's sample stand
-    for those along what is accepted.
-    """
-    if draft_tokens < 1:
-        raise ValueError(f"a draft has at least one token, got {draft_tokens}")
-    num_prompts, length = overlap.shape
-    draft = min(draft_tokens, length)
-    passes = overlap.astype(np.float64)
-    starts = np.zeros((num_prompts, length + draft + 2))
-    starts[:, 0] = 1.0
-    accepted, steps = np.zeros(num_prompts), np.zeros(num_prompts)
-    for at in range(max(1, length - draft)):
-        weight = starts[:, at]
-        steps += weight
-        reached = weight
-        for place in range(draft):
-            refused = reached * (1.0 - passes[:, at + place])
-            starts[:, at + place + 1] += refused
-            reached = reached - refused
-            accepted += reached
-        starts[:, at + draft + 1] += reached
-    found: NDArray[np.float32] = (accepted / steps).astype(np.float32)
-    return found
-
-
-def accepted_metric(name: str, draft_tokens: int) -> Metric:
-    """The metric of a name that says how many of so many proposed tokens are accepted a step, the compressed model as a
-    draft for its base (see `accepted_tokens`)."""
-
-    def of_prompts(outputs: PromptOutputs) -> Numbers:
-        assert outputs.overlap is not None
-        return accepted_tokens(outputs.overlap, draft_tokens)
-
-    return Metric(
-        name,
-        of_prompts,
-        needs=frozenset({"overlap"}),
-        higher_is_better=True,
-        limits=lambda continuation_tokens: (0.0, float(draft_tokens)),
-        title=f"accepted of {draft_tokens}",
-        digits=".3f",
-        unit="tokens a step",
-    )
-
-
 def _tokens(continuation_tokens: int | None) -> Limits:
     return 0.0, math.inf if continuation_tokens is None else float(continuation_tokens)
 
@@ -312,6 +254,40 @@ def _own_mean(outputs: PromptOutputs) -> Numbers:
     return mean_of_positions(outputs.own)
 
 
+def _overlap(outputs: PromptOutputs) -> NDArray[np.float32]:
+    assert outputs.overlap is not None
+    return outputs.overlap
+
+
+def accepted_metric(name: str, draft_tokens: int) -> Metric:
+    """The metric of a name that says how many of so many proposed tokens are accepted a step, the compressed model as a
+    draft for its base (see `accepted_tokens`)."""
+
+    def of_prompts(outputs: PromptOutputs) -> Numbers:
+        return accepted_tokens(_overlap(outputs), draft_tokens)
+
+    return Metric(
+        name,
+        of_prompts,
+        needs=frozenset({"overlap"}),
+        higher_is_better=True,
+        limits=lambda continuation_tokens: (0.0, float(draft_tokens)),
+        title=f"accepted of {draft_tokens}",
+        digits=".3f",
+        unit="tokens a step",
+    )
+
+
+def _runs_metric(name: str, width: int, which: int) -> Metric:
+    return Metric(
+        name,
+        lambda outputs: clear_runs(outputs.diverged, width)[which],
+        higher_is_better=True,
+        limits=_tokens,
+        digits=".2f",
+    )
+
+
 def _near_ties(logits: Any, base_logits: Any, tokens: Any) -> Any:
     best = logits.float().topk(2, dim=1).values
     return ((best[:, 0] - best[:, 1]) < TIE_WIDTH).float() / TIE_WIDTH
@@ -324,7 +300,9 @@ def _uncertainty(logits: Any, base_logits: Any, tokens: Any) -> Any:
 # Had by their names (`search.metrics`), in no list: measured only where they are asked for. `top1`: the share of human
 # text that is the greedy choice. Of a model's own distribution: `tie_density`, the density per nat of the two likeliest
 # tokens' distance at zero, and `uncertainty`, the chance that two draws from it differ. `accepted`, of drafts of
-# `DRAFT_TOKENS` tokens, and those of other lengths.
+# `DRAFT_TOKENS` tokens, and those of other lengths. `overlap`: what the distributions that tokens are chosen from
+# have in common, over positions. `starts8`: how often 8 tokens follow a continuation's start or a divergence; `clear8`:
+# how often none of them diverges.
 for _metric in (
     Metric(
         "top1",
@@ -336,8 +314,18 @@ for _metric in (
     ),
     Metric("tie_density", _own_mean, at_positions=_near_ties, limits=_from_zero, unit="per nat"),
     Metric("uncertainty", _own_mean, at_positions=_uncertainty, limits=lambda continuation_tokens: (0.0, 1.0)),
+    Metric(
+        "overlap",
+        lambda outputs: mean_of_positions(_overlap(outputs)),
+        needs=frozenset({"overlap"}),
+        higher_is_better=True,
+        limits=lambda continuation_tokens: (0.0, 1.0),
+        title="overlap",
+    ),
     accepted_metric("accepted", DRAFT_TOKENS),
     *(accepted_metric(f"accepted{tokens}", tokens) for tokens in DRAFTS),
+    *(_runs_metric(f"starts{width}", width, 0) for width in WIDTHS),
+    *(_runs_metric(f"clear{width}", width, 1) for width in WIDTHS),
 ):
     METRICS.add(_metric.name, _metric, listed=False)
 

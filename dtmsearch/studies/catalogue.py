@@ -19,7 +19,9 @@ from dtmsearch.studies import (
     metric_cost,
     prompt_numbers,
     quantization_order,
+    sampling,
     sparsity_rounds,
+    speculative,
     square_root,
 )
 from dtmsearch.studies.study import PartRun, Study
@@ -34,6 +36,8 @@ _MODULES = (
     metric_cost,
     prompt_numbers,
     domains,
+    sampling,
+    speculative,
     bound,
     square_root,
 )
