@@ -8,6 +8,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+from fakes import toy_manifest
 from inprocess import here
 from tiny import TEXT, llama_config, write_model
 from toy import ToyModel
@@ -42,7 +43,7 @@ def test_shared_noise_parts_no_sample_of_the_plan_that_changes_nothing(tmp_path:
 def rate_of(request: EvalRequest) -> float:
     """How often a plan's tokens diverge: the narrower its schemes and the more of them, the oftener."""
     bits = [int(scheme[3]) for _, scheme in request.plan.entries if scheme.startswith("int")]
-    return sum(0.05 * (9 - width) for width in bits) / 14
+    return sum(0.05 * (9 - width) for width in bits) / len(toy_manifest(2).components)
 
 
 def planted(request: EvalRequest, in_bursts: bool) -> EvalResult:

@@ -24,7 +24,7 @@ from dtmsearch.core.metric_registry import first_divergent_token
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import UserError
-from dtmsearch.model.forward.sampling import Sampling, left_over
+from dtmsearch.model.forward.shared_noise import Sampling, left_over
 from dtmsearch.model.pipeline_parallel.pipelined_replica import make_stage
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.store.store import ResultStore

@@ -103,7 +103,7 @@ ORDER BY kl""",
     ),
     (
         "sampling",
-        "Plan by plan: FDT, SDT and KL of one decoding, and what the distributions that tokens are chosen from have in common.",
+        "Plan by plan: FDT, SDT and KL, and what the distributions that tokens are chosen from have in common.",
         """\
 SELECT plan_id, bits_per_weight, fdt_mean, sdt_mean, kl,
        other_means[list_position(other_metrics, 'overlap')] AS overlap

@@ -2,7 +2,7 @@
 
 The noise is Gumbel's, added to the logits of each position (arXiv 1611.01144: the largest of logits plus Gumbel noise
 is a sample of their softmax). It is computed from integers alone, so that it is the same wherever and in whatever
-batches it is computed (`dtmsearch.model.forward.sampling`); with the noise given, a sampled continuation is as
+batches it is computed (`dtmsearch.model.forward.shared_noise`); with the noise given, a sampled continuation is as
 determined as a greedy one, and so are the positions at which another model leaves it.
 """
 

@@ -20,7 +20,7 @@ from dtmsearch.core.metric_registry import Metric
 from dtmsearch.errors import UserError
 from dtmsearch.model.forward.gpu_hops import moved
 from dtmsearch.model.forward.partial import Body
-from dtmsearch.model.forward.sampling import Sampling, overlap
+from dtmsearch.model.forward.shared_noise import Sampling, overlap
 
 # Logits of a chunk: what a CPU multiplies fast and still has near, what a GPU fills its units with.
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -32,7 +32,7 @@ _CHUNK_NOISE = {"cpu": 1 << 20, "cuda": 1 << 26}
 class Divergence:
     """Per prompt and target token, each [num_prompts, targets]: whether the greedy choice is another token than the
     reference's, the reference token's negative log likelihood in nats, and KL(base || compressed) in nats (None when
-    not asked for). `own`: what metrics of other packages found there, by name. `overlap`: see `sampling.overlap`; None
+    not asked for). `own`: what metrics of other packages found there, by name. `overlap`: see `shared_noise.overlap`; None
     when not asked for."""
 
     diverged: NDArray[np.bool_]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.errors import UserError
 from dtmsearch.model.forward.proofs import CacheKind, Proved, ProvedPass
-from dtmsearch.model.forward.sampling import Sampling
+from dtmsearch.model.forward.shared_noise import Sampling
 from dtmsearch.model.forward.stand_ins import HiddenStates, StandIn, below_head
 from dtmsearch.model.modules.blocks import Returned, returned_kind, state_of
 from dtmsearch.model.modules.compat import Cache, fixed_cache, no_packed_sequences

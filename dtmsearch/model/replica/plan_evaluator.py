@@ -43,7 +43,7 @@ from dtmsearch.model.forward.batch_size import Batches, is_out_of_memory
 from dtmsearch.model.forward.head_metrics import Divergence, Scores, compare, fetch
 from dtmsearch.model.forward.layer_reuse import Reuse
 from dtmsearch.model.forward.partial import Body
-from dtmsearch.model.forward.sampling import Sampling
+from dtmsearch.model.forward.shared_noise import Sampling
 from dtmsearch.model.replica.loaded_reference import BaseOutputs, Loaded, greedy
 from dtmsearch.model.replica.results import Launched, outcome_of
 from dtmsearch.model.weights.standing import Standing

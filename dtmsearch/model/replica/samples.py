@@ -14,7 +14,7 @@ from torch import Tensor
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import Continuation, FloatArray, IntArray, PromptTokens, Writing
 from dtmsearch.model.forward.partial import Body
-from dtmsearch.model.forward.sampling import Sampling
+from dtmsearch.model.forward.shared_noise import Sampling
 
 # The last tokens of a prompt that stand before a text while it is decoded, so that its first piece keeps its space.
 _TAIL_TOKENS = 8
