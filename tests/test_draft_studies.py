@@ -90,7 +90,7 @@ def test_divergences_that_come_in_bursts_are_told(tmp_path: Path, in_bursts: boo
 def test_drafts_of_one_token_accept_what_does_not_diverge(tmp_path: Path) -> None:
     table = drafts(tmp_path, False, "greedy").findings.tables[0]
     strongest = dict(zip(table.columns, table.rows[-1], strict=True))
-    assert float(strongest["of 1"]) == pytest.approx(0.7, abs=0.02)  # 3 bits everywhere: 30% diverge
+    assert float(strongest["of 1"]) == pytest.approx(0.7, abs=0.04)  # 3 bits everywhere: 30% diverge
     assert float(strongest["of 2"]) == pytest.approx(0.7 + 0.7**2, abs=0.05)
 
 

@@ -32,8 +32,8 @@ _CHUNK_NOISE = {"cpu": 1 << 20, "cuda": 1 << 26}
 class Divergence:
     """Per prompt and target token, each [num_prompts, targets]: whether the greedy choice is another token than the
     reference's, the reference token's negative log likelihood in nats, and KL(base || compressed) in nats (None when
-    not asked for). `own`: what metrics of other packages found there, by name. `overlap`: see `shared_noise.overlap`; None
-    when not asked for."""
+    not asked for). `own`: what metrics of other packages found there, by name. `overlap`: see `shared_noise.overlap`;
+    None when not asked for."""
 
     diverged: NDArray[np.bool_]
     nll: FloatArray
