@@ -92,6 +92,7 @@ def test_the_cost_of_a_search_is_told_for_a_machine(tmp_path: Path, capsys: pyte
     tiny_config("llama").save_pretrained(tmp_path)
     found = list_components(str(tmp_path), machine=Machine(1, gpu_gb=1e-4, tflops=1e-6))
     assert found.cost.price_seconds == pytest.approx(6 * found.cost.active_weights * 192 * 200 / 1e6)
+    assert found.cost.forward_tflops == pytest.approx(2.5e-6)
     assert found.cost.num_gpus == -(-found.cost.replica_bytes // 10**5)
     assert main(["components", str(tmp_path), "--tflops", "0.000001"]) == 0
     assert "At 1e-06 x 10^12 operations a second" in capsys.readouterr().out

@@ -176,8 +176,8 @@ def validate_verb(file: Path, overrides: tuple[str, ...], quick: bool) -> None:
     "--tflops",
     type=click.FloatRange(min=0, min_open=True),
     show_default="240",
-    help="10^12 operations a second of the machine that a search is to run on. 240: one H200, as measured on a "
-    "Llama-2-7B shape.",
+    help="10^12 operations a second of the machine that a search is to run on, in forward and backward passes; in "
+    "forward passes alone of dense models 2.5 times as many. 240: one H200, as measured on a Llama-2-7B shape.",
 )
 @click.option(
     "--gpu-gb",

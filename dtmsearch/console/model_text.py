@@ -51,7 +51,8 @@ def _cost_lines(found: ModelComponents) -> list[str]:
     said = [
         f"A replica takes about {cost.replica_bytes / 1e9:,.1f} GB: {gpus}.",
         f"A token is multiplied with {_count(cost.active_weights)} weights.",
-        f"At {cost.tflops:g} x 10^12 operations a second (--tflops), loading, reference and validation aside:",
+        f"At {cost.tflops:g} x 10^12 operations a second (--tflops), {cost.forward_tflops:g} in forward passes, "
+        "loading, reference and validation aside:",
         f"prices of every option ({cost.samples} samples of {cost.row_tokens} tokens): {_time(cost.price_seconds)}",
         f"each of {counted(cost.num_units, 'unit')} measured alone under one scheme{tied} ({cost.prompts} prompts): "
         f"{_time(cost.probe_seconds)}",

@@ -18,9 +18,11 @@ from dtmsearch.search.space import SearchSpace
 _BYTES = 2
 
 
-# What prices of a Llama-2-7B shape reached on one H200 (docs/search-quality.md), in operations a second; a probe of it
-# reached 600 x 10^12 (docs/performance.md).
+# What prices of a Llama-2-7B shape reached on one H200 (docs/search-quality.md), in operations a second.
 TFLOPS = 240.0
+# What forward passes alone reach of that in dense models: a probe of this shape, and one of 34 billion weights,
+# 600 x 10^12 (docs/performance.md). Of mixtures it was not measured.
+_FORWARD_RATE = 2.5
 GPU_GB = 80.0
 # GPUs by name: GB, and peak of dense bfloat16 products in 10^12 operations a second, by their makers. Of an H200's peak
 # `TFLOPS` were reached; of the others the same part is assumed.
@@ -107,9 +109,9 @@ class Cost:
     """What a search of a model would take, by arithmetic: `num_units` are what gets a scheme of its own where all
     experts of a layer share one, `active_weights` what a token is multiplied with. A replica takes `replica_bytes` in
     16 bits, on at least `num_gpus` of `gpu_gb` GB. At `tflops` x 10^12 operations a second `price_seconds` are those of
-    prices of every option by backward passes (`samples` of `row_tokens` tokens, three passes each), `probe_seconds`
-    those of measuring every unit alone under one scheme, on `prompts` prompts, from its layer on. Loading, references
-    and validation are not in them. `ways` are those of the whole machine."""
+    prices of every option by backward passes (`samples` of `row_tokens` tokens, three passes each); at
+    `forward_tflops`, `probe_seconds` those of measuring every unit alone under one scheme, on `prompts` prompts, from
+    its layer on. Loading, references and validation are not in them. `ways` are those of the whole machine."""
 
     num_units: int
     active_weights: int
@@ -117,6 +119,7 @@ class Cost:
     num_gpus: int
     gpu_gb: float
     tflops: float
+    forward_tflops: float
     samples: int
     prompts: int
     row_tokens: int
@@ -216,10 +219,11 @@ def _cost(components: Sequence[Component], num_weights: int, head: int, num_laye
     units = SearchSpace(tuple(components), ("int8-channel",)).units
     layers = float(sum(component.num_weights * component.read_share for component in components))
     rate = machine.tflops * 1e12
+    forward_rate = rate * (1.0 if any(component.mixture for component in components) else _FORWARD_RATE)
     suffixes = sum(layers * (num_layers - unit.components[0].layer) / num_layers + head for unit in units)
     replica_bytes = round(_REPLICA_FACTOR * _BYTES * num_weights)
     price_seconds = 6 * (layers + head) * _SAMPLES * _ROW_TOKENS / rate
-    probe_seconds = 2 * suffixes * _PROBE_PROMPTS * _ROW_TOKENS / rate
+    probe_seconds = 2 * suffixes * _PROBE_PROMPTS * _ROW_TOKENS / forward_rate
     return Cost(
         num_units=len(units),
         active_weights=round(layers) + head,
@@ -227,6 +231,7 @@ def _cost(components: Sequence[Component], num_weights: int, head: int, num_laye
         num_gpus=ceil(replica_bytes / (machine.gpu_gb * 1e9)),
         gpu_gb=machine.gpu_gb,
         tflops=machine.tflops,
+        forward_tflops=forward_rate / 1e12,
         samples=_SAMPLES,
         prompts=_PROBE_PROMPTS,
         row_tokens=_ROW_TOKENS,
