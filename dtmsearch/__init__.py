@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from dtmsearch.report.writing import write_report as report
     from dtmsearch.search.evaluator import ModelEvaluator
+    from dtmsearch.studies.catalogue import Answer, study
     from dtmsearch.workflows.api import (
         Rows,
         Run,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from dtmsearch.workflows.sweep import sweep
 
 __all__ = [
+    "Answer",
     "Budget",
     "ClusterLost",
     "ClusterUnreachable",
@@ -141,6 +143,7 @@ __all__ = [
     "serve_check",
     "status",
     "stop",
+    "study",
     "submit",
     "sweep",
     "validate",
@@ -149,6 +152,7 @@ __version__ = "0.1.0"
 
 # name here -> module, name there
 _LAZY = {
+    "Answer": ("dtmsearch.studies.catalogue", "Answer"),
     "Budget": ("dtmsearch.core.plan", "Budget"),
     "ClusterLost": ("dtmsearch.errors", "ClusterLost"),
     "ClusterUnreachable": ("dtmsearch.errors", "ClusterUnreachable"),
@@ -215,6 +219,7 @@ _LAZY = {
     "serve_check": ("dtmsearch.workflows.serve_check", "serve_check"),
     "status": ("dtmsearch.workflows.api", "status"),
     "stop": ("dtmsearch.workflows.api", "stop"),
+    "study": ("dtmsearch.studies.catalogue", "study"),
     "submit": ("dtmsearch.workflows.submit", "submit"),
     "sweep": ("dtmsearch.workflows.sweep", "sweep"),
     "validate": ("dtmsearch.workflows.api", "validate"),

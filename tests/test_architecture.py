@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "console",
         "ui",
     },
-    "__init__": {"errors", "core", "config", "search", "analysis", "cluster", "workflows", "report"},
+    "__init__": {"errors", "core", "config", "search", "analysis", "cluster", "workflows", "report", "studies"},
     "__main__": {"cli"},
 }
 

@@ -281,3 +281,29 @@ def test_a_whole_search_ranks_by_it_and_its_store_is_asked_for_it(model: Path, t
     assert "has a top-5 agreement of" in store.open_run("ranked").verdict
     facts = gather(store, "ranked")
     assert facts.metrics[0] == "top5" and all("top5" in row for row in facts.path)
+
+
+def test_top1_is_the_share_of_human_text_that_the_model_chooses(model: Path) -> None:
+    ours = replica(model)
+    reference = with_reference(ours)
+    (outcome,) = ours.evaluate([EvalRequest(Plan(), reference.id, (0, 6), ("top1",))])
+    tokens = torch.from_numpy(reference.text).long()
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(tokens).logits[:, :-1]
+    logits[..., list(reference.suppressed)] = -torch.inf
+    agrees = (logits.argmax(dim=-1) == tokens[:, 1:]).double().mean(dim=1)
+    assert isinstance(outcome, EvalResult)
+    assert outcome.others["top1"].tolist() == pytest.approx(agrees.tolist(), abs=1e-6)
+
+
+def test_ties_and_uncertainty_are_those_of_the_models_own_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.9, 0.0], [2.0, 1.0, 0.0]])
+    ties, uncertainty = METRICS["tie_density"].at_positions, METRICS["uncertainty"].at_positions
+    assert ties is not None and uncertainty is not None
+    assert ties(logits, logits, None).tolist() == [4.0, 0.0]  # one within a quarter of a nat
+    expected = 1.0 - logits.softmax(dim=1).square().sum(dim=1)
+    assert uncertainty(logits, logits, None).tolist() == pytest.approx(expected.tolist())
+
+
+def test_metrics_for_studies_are_in_no_list() -> None:
+    assert "top1" in METRICS and "top1" not in list(METRICS)

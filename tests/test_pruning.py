@@ -116,6 +116,11 @@ def test_chance_differs_between_schemes() -> None:
     assert not set(zeros(prune(weight, "random-0.1"))) <= set(zeros(prune(weight, "random-0.2")))
 
 
+def test_chance_is_drawn_anew_by_another_seed() -> None:
+    masks = [zeros(prune(torch.ones(20, 30), name)) for name in ("random-0.1", "random-0.1-s0", "random-0.1-s1")]
+    assert len({frozenset(mask) for mask in masks}) == 3 and {len(mask) for mask in masks} == {60}
+
+
 def test_chance_spreads_evenly() -> None:
     pruned = prune(torch.ones(100, 1000), "random-0.1") == 0
     per_row = pruned.sum(dim=1).double()

@@ -48,6 +48,7 @@ def test_what_the_grammar_does_not_hold_is_refused(name: str) -> None:
         ("INT8-channel", "int8-channel"),
         ("int4-g128-sym", "int4-g128-asym"),
         ("llm.int8", "llm-int8"),
+        ("magnitude-0.5-s1", "magnitude-0.5"),
     ],
 )
 def test_an_unknown_scheme_names_the_nearest(misspelt: str, nearest: str) -> None:

@@ -11,25 +11,28 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from fakes import chance, evaluate
+from safetensors.torch import load_file, save_file
+from tiny import write_model
 from toy import ToyModel
 
+import dtmsearch as dtm
 from dtmsearch import config
 from dtmsearch.analysis.named_queries import QUESTIONS
 from dtmsearch.analysis.sql import query
 from dtmsearch.cli import main
-from dtmsearch.core.evaluation import EvalRequest, EvalResult, Provenance
+from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Provenance
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.statistics import kendall_tau, wilson_interval
 from dtmsearch.errors import UserError
 from dtmsearch.report.study_page import study_page
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.store.store import ResultStore
-from dtmsearch.studies import quantization_order
 from dtmsearch.studies.bound import same_perplexity
-from dtmsearch.studies.catalogue import STUDIES, Answer, make, study_of
+from dtmsearch.studies.catalogue import STUDIES, Answer, study_of
 from dtmsearch.studies.prompt_numbers import prompts_needed
 from dtmsearch.studies.square_root import constant_of
 from dtmsearch.studies.study import search_files
+from dtmsearch.workflows.weight_shapes import weight_shapes
 
 Answering = Callable[[EvalRequest], EvalResult]
 LENGTH = 100
@@ -63,16 +66,14 @@ def made(
     files = [tmp_path / f"text{number}.txt" for number in range(texts)]
     for file in files:
         file.write_text("a text that nobody reads, long enough to hold all prompts\n" * 400)
-    study = study_of(name)
-    small = ("prompts.prompt_tokens=10", f"prompts.continuation_tokens={LENGTH}")
-    searches = search_files(study, "toy", [str(file) for file in files], (), (*small, *overrides), parts)
+    small = ("prompts.prompt_tokens=10", f"prompts.continuation_tokens={LENGTH}", *overrides)
 
     def opened(*_: object) -> ModelEvaluator:
         model = ToyModel()
         model._answer = answering
         return cast(ModelEvaluator, model)
 
-    return make(study, searches, str(tmp_path / "store"), evaluator=opened)
+    return dtm.study(name, "toy", files, tmp_path / "store", overrides=small, parts=parts, evaluator=opened)
 
 
 def shown(answer: Answer, table: int = 0) -> dict[str, tuple[str, ...]]:
@@ -316,11 +317,8 @@ def test_what_a_metric_costs_is_told_apart_from_what_is_done_once(tmp_path: Path
     }
 
 
-def test_the_order_by_a_metric_that_sees_the_harm_comes_to_the_better_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_by_a_metric_that_sees_the_harm_comes_to_the_better_plan(tmp_path: Path) -> None:
     """PPL is drawn by chance here: its order is another, and its plan worse."""
-    monkeypatch.setattr(quantization_order, "weight_shapes", lambda spec, rows: {})
 
     def answering(request: EvalRequest) -> EvalResult:
         found = by_component(request)
@@ -357,3 +355,18 @@ def test_the_rows_of_every_study_can_be_asked_for_by_name(tmp_path: Path) -> Non
     sql = f"SELECT {', '.join(counts)}".replace(":run", "'prompts-toy'")
     (rows,) = query(ResultStore(str(tmp_path / "store")), sql).to_pylist()
     assert rows["prompts"] == 6 and rows["bound"] == 6 and rows["quantization-order"] == 6
+
+
+def test_outliers_are_found_where_they_were_planted(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    (planted,) = [name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight")]
+    tensors[planted][0, 0] = 50.0
+    save_file(tensors, path, {"format": "pt"})
+    shapes = weight_shapes(ModelSpec(str(folder), dtype="float32"), np.arange(12, dtype=np.int32).reshape(2, 6))
+    worst = [
+        max(shapes, key=lambda name: getattr(shapes[name], field)) for field in ("kurtosis", "weights_over_median")
+    ]
+    assert worst == [planted.removesuffix(".weight")] * 2
+    assert all(shape.inputs_over_median >= 1.0 for shape in shapes.values())

@@ -3,6 +3,7 @@ rows."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from dtmsearch.studies import (
     speculative,
     square_root,
 )
-from dtmsearch.studies.study import PartRun, Study
+from dtmsearch.studies.study import PartRun, Study, search_files
 from dtmsearch.workflows.lookup import StoreLike
 from dtmsearch.workflows.run import open_store, run
 from dtmsearch.workflows.session import OpenEvaluator
@@ -51,6 +52,32 @@ class Answer:
     study: Study
     findings: Findings
     runs: tuple[str, ...]
+
+
+def study(
+    name: str,
+    model: str | os.PathLike[str],
+    texts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    store: StoreLike,
+    where: Where = Where(),
+    observer: Observer | None = None,
+    *,
+    held_out: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    evaluator: OpenEvaluator | None = None,
+) -> Answer:
+    """Answer a question about metrics on a model, as `dtmsearch study` does: run the searches of the study `name`, or
+    what is missing of them in the store, and conclude.
+
+    `texts` are the files that prompts are cut from, `held_out` those on which plans are judged, where a study finds
+    plans; `overrides` are keys of its search file, such as `prompts.count=64`, and `parts` names some of its searches.
+    Raises `UserError` for a study that there is not, and what `run` raises.
+    """
+    files = [texts] if isinstance(texts, str | os.PathLike) else texts
+    found = study_of(name)
+    searches = search_files(found, str(model), [str(file) for file in files], held_out, overrides, parts)
+    return make(found, searches, store, where, observer, evaluator)
 
 
 def study_of(name: str) -> Study:

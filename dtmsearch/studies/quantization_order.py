@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,9 @@ def _orders(store: ResultStore, part: PartRun) -> Findings:
         for each, row, reached in plans[len(fewer) :]
     ]
     places = _places(alone, count // 2)
-    shapes = weight_shapes(part.file.model_spec, _text(store, part, _TEXT_ROWS))
+    spec = part.file.model_spec
+    is_here = Path(spec.path).is_dir()  # of a model that is elsewhere now nothing is said of its outliers
+    shapes = weight_shapes(spec, _text(store, part, _TEXT_ROWS)) if is_here else {}
     tables += [_last(store, part, alone, places)] + ([_outliers(alone, places, shapes)] if len(shapes) > 2 else [])
     titles = {"fdt": "FDT (tokens)", "kl": "KL (nats per token)", "ppl": "PPL on human text"}
     pictures = [
