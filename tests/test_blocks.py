@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import llama_config, result, values, with_reference, write_model
@@ -15,13 +17,15 @@ from dtmsearch.core.components import Component, blocks_of
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
 from dtmsearch.core.schemes import DROP
+from dtmsearch.core.strategy_settings import AutoSettings, EvolutionSettings, KnapsackSettings, LocalSettings
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
+from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.strategy_registry import make_strategy
+from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
 from dtmsearch.store.store import ResultStore
 
@@ -239,15 +243,28 @@ class Here:
 
 
 def searched(
-    running: Running, store: Path, name: str = "floating", budget: Budget = Budget(blocks=3), stop_after: int = 0
+    running: Running,
+    store: Path,
+    name: str = "floating",
+    budget: Budget = Budget(blocks=3),
+    stop_after: int = 0,
+    schemes: tuple[str, ...] = (),
 ) -> Plan | None:
     model, reference = running
-    within = space(running, budget)
+    within = space(running, budget, schemes)
 
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
         return EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), parent)
 
-    strategy = make_strategy(name, within, request_for, "kl", continuation_tokens=12)
+    errors = {(c.name, s): 4.0 ** -int(s[3]) for c in within.components for s in schemes}
+    effort = SolverSettings(
+        AutoSettings(probe_prompts=2, prompts=2, plans=2, rounds=2),
+        knapsack=KnapsackSettings(prompts=2),
+        evolution=EvolutionSettings(children=4, generations=2, survivors=(2,), prompts=(2, 4)),
+        local=LocalSettings(rounds=2, children=4, prompts=2),
+        errors=errors,
+    )
+    strategy = make_strategy(name, within, request_for, "kl", continuation_tokens=12, solver=effort)
     with ResultStore(store).writer("run") as writer:
         writer.put_components(model.manifest(), within.components)
         return search(strategy, Here(model), writer, Silent(), lambda: 0 < stop_after <= len(set(writer.replay())))
@@ -282,3 +299,55 @@ def test_steps_back_find_what_greedy_misses(running: Running, tmp_path: Path) ->
 
     own, greedy = (kl(searched(running, tmp_path / name, name)) for name in ("floating", "lazy_greedy"))
     assert own <= greedy
+
+
+def every_choice(choices: Choices, losses: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and bits of all canonical choices."""
+    ranges = (range(len(loss)) for loss in losses)
+    every = np.array([o for o in itertools.product(*ranges) if choices.canonical(o) == o])
+    units = range(len(losses))
+    return tuple(sum(table[u][every[:, u]] for u in units) for table in (losses, choices.bits))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kinds", ["attention", "mlp layer", "attention mlp layer"])
+def test_the_solver_finds_the_best_of_all_choices_of_blocks_and_what_lies_in_them(kinds: str) -> None:
+    names = [f"m.layers.{layer}.{part}" for layer in (0, 1) for part in ("attn.q", "attn.o", "mlp.up")]
+    parts = tuple(Component(name, int(name.split(".")[2]), name[-1], (8, 16)) for name in names)
+    blocks = tuple(block for block in blocks_of(parts) if block.kind in kinds.split())
+    within = SearchSpace(parts, ("int8-channel", "int4-channel"), budget=Budget(bits_per_weight=6), blocks=blocks)
+    choices, random = Choices(within), np.random.default_rng(0)
+    losses = [np.append(0.0, np.sort(random.random(len(schemes) - 1))) for schemes in choices.schemes]
+    losses = [loss * (2.5 if unit.is_block else 1.0) for loss, unit in zip(losses, choices.units, strict=True)]
+    sums, bits = every_choice(choices, losses)
+    for capacity in (14 * 768, 9 * 768, 6 * 768, 4 * 768, 2 * 768):
+        found = choices.within(losses, capacity)
+        assert choices.canonical(found.options) == found.options
+        size = within.size(choices.plan(found.options))
+        assert size.stored_bits == choices.cost(choices.bits, found.options) <= capacity
+        assert found.loss == pytest.approx(sums[bits <= capacity].min())
+
+
+@pytest.mark.parametrize("name", ["auto", "knapsack", "evolution", "local"])
+def test_blocks_are_dropped_and_the_rest_is_rounded_under_one_budget(
+    running: Running, tmp_path: Path, name: str
+) -> None:
+    budget = Budget(bits_per_weight=6.5)
+    found = searched(running, tmp_path, name, budget, schemes=("int8-channel", "int6-channel"))
+    assert found is not None
+    size = space(running, budget, ("int8-channel", "int6-channel")).size(found)
+    assert size.bits_per_weight <= 6.5
+    assert Plan.of(found.schemes) == found
+
+
+@pytest.mark.parametrize("name", ["auto", "knapsack", "evolution", "local"])
+def test_strategies_around_the_solver_drop_blocks_alone(running: Running, tmp_path: Path, name: str) -> None:
+    found = searched(running, tmp_path, name, Budget(blocks=3))
+    assert found is not None and len(found.dropped) >= 3
+
+
+def test_components_that_are_tied_across_blocks_are_refused(running: Running) -> None:
+    manifest = running[0].manifest()
+    blocks = manifest.droppable(["mlp"], manifest.components)
+    tied = (("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"),)
+    with pytest.raises(UserError, match="lie in different blocks"):
+        SearchSpace(manifest.components, ("int8-channel",), tied=tied, blocks=blocks)

@@ -155,7 +155,10 @@ STUDY_STRATEGIES = ("discriminability", "ladder", "costs", "domains", "orders")
 
 
 # Strategies that drop blocks, and the rules that count what is dropped.
-DROPPING = ("floating", "greedy", "beam", "lazy_greedy", "lazy_beam", "probe")
+DROPPING = (
+    *("floating", "auto", "sensitivity", "knapsack", "evolution", "local"),
+    *("greedy", "beam", "lazy_greedy", "lazy_beam", "probe"),
+)
 _NEED_BLOCKS = ("blocks", "parameters", "flops")
 
 # The widest weights that a model has, and the narrowest that are pruned: float32 and float8.

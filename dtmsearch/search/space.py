@@ -35,6 +35,11 @@ class Unit:
     def name(self) -> str:
         return self.components[0].name
 
+    @property
+    def is_block(self) -> bool:
+        """Whether it is what may be dropped whole, with the units that lie in it."""
+        return self.components[0].is_block
+
 
 @dataclass(frozen=True)
 class SearchSpace:
@@ -66,6 +71,7 @@ class SearchSpace:
         _check_times(self.times, self.budget, self.components)
         if self.times is not None:
             self.times.require(self.components, self.schemes)
+        _check_ties(self._units_of_matrices, self.blocks)
         _check_budget(self.budget, self._units_that_stay, self._of_blocks)
 
     @cached_property
@@ -94,8 +100,8 @@ class SearchSpace:
 
     def _stays(self, unit: Unit, plan: Plan) -> bool:
         """Whether something of a unit is left to be chosen a scheme for."""
-        first = unit.components[0]
-        return not all(plan.drops(part.name) for part in (self.inside(first) if first.is_block else unit.components))
+        inside = self.inside(unit.components[0]) if unit.is_block else unit.components
+        return not all(plan.drops(part.name) for part in inside)
 
     def size(self, plan: Plan) -> PlanSize:
         """Size of a plan over the components of this search."""
@@ -265,7 +271,7 @@ class SearchSpace:
 def _course(unit: Unit, cost_of: Callable[[PlanSize], int]) -> list[tuple[float, int, int]]:
     """(harm, cost saved, perturbations that are legal no more) of each step in which a unit is compressed further, each
     time as little as its schemes allow."""
-    if unit.components[0].is_block:
+    if unit.is_block:
         size = unit.sizes[DROP]
         return [(float(size.removed_weights), -cost_of(size), 1)]
     sizes = {cost_of(unit.sizes[edge.scheme]): unit.sizes[edge.scheme] for edge in unit.edges}
@@ -353,6 +359,18 @@ def _check_shapes(components: tuple[Component, ...], schemes: tuple[Scheme, ...]
             raise UserError(
                 f"{scheme.name} is none for {name}{others}: {why}. Leave these components out (components.exclude) or "
                 "take another scheme"
+            )
+
+
+def _check_ties(units: tuple[Unit, ...], blocks: tuple[Component, ...]) -> None:
+    """Raise `UserError` for components that are tied though a block that may be dropped holds some of them alone."""
+    names = {block.name for block in blocks}
+    for unit in units:
+        held = [names & {c.block, c.layer_name} for c in unit.components]
+        if any(each != held[0] for each in held):
+            raise UserError(
+                f"tied: {unit.name} and {unit.components[-1].name} lie in different blocks that search.drop may drop "
+                "each by itself: leave one of both out"
             )
 
 

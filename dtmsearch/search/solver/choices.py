@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from dtmsearch.core.plan import Perturbation, Plan, PlanSize
 from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.times import PICOSECONDS, TimeRule
-from dtmsearch.search.solver.knapsack import Infeasible, Solution, solve
+from dtmsearch.search.solver.knapsack import Infeasible, Solution
+from dtmsearch.search.solver.nested import Nest
 from dtmsearch.search.space import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -42,6 +43,7 @@ class Choices:
         self.space = space
         self.units = space.units
         self.schemes = tuple((DENSE, *(edge.scheme for edge in unit.edges)) for unit in self.units)
+        self.nest = Nest.of(self.units)
         self.bits = self._costs(lambda size: size.stored_bits)
 
     @cached_property
@@ -100,10 +102,16 @@ class Choices:
             ("sparsity", budget.sparsity, lambda s: s.pruned_weights, size.num_weights),
             ("share", budget.share, lambda s: s.compressed_weights, size.num_weights),
             ("components", budget.components, lambda s: s.num_compressed, 1),
+            ("blocks", budget.blocks, lambda s: s.blocks, 1),
+            ("parameters", _gone(budget.parameters), lambda s: s.removed_weights, size.num_weights),
         )
         for name, least, count, total in counted:
             if least is not None:
                 rules.append(Rule(name, tuple(-c for c in self._costs(count)), -_least(least, total)))
+        if budget.flops is not None:
+            read = self._costs(lambda s: int(s.removed_active * self._parts))
+            least_read = _least(1.0 - budget.flops, int(size.active_weights * self._parts))
+            rules.append(Rule("flops", tuple(-c for c in read), -least_read))
         if not rules:
             counts = tuple(-c for c in self._costs(lambda s: s.num_compressed))
             rules.append(Rule("all components", counts, -len(self.space.components)))
@@ -114,7 +122,7 @@ class Choices:
         solutions: list[Solution] = []
         for rule in self.rules:
             try:
-                solutions.append(solve(damages, rule.costs, rule.capacity))
+                solutions.append(self.nest.solve(damages, rule.costs, rule.capacity))
             except Infeasible as error:
                 problem = error
         if not solutions:
@@ -123,7 +131,11 @@ class Choices:
 
     def within(self, damages: Sequence[Floats], stored_bits: int) -> Solution:
         """The options of least total damage of at most so many stored bits, whatever the rules say."""
-        return solve(damages, self.bits, stored_bits)
+        return self.nest.solve(damages, self.bits, stored_bits)
+
+    def canonical(self, options: Sequence[int]) -> Options:
+        """The choice with nothing chosen for what lies in a block that is dropped."""
+        return self.nest.canonical(options)
 
     def meets(self, options: Sequence[int]) -> bool:
         """Whether a rule is met."""
@@ -154,15 +166,21 @@ class Choices:
         return Perturbation(first, self.schemes[unit][option], tuple(others))
 
     def uniform(self, scheme: str) -> Options | None:
-        """Every unit under one scheme; None where one of them does not have it."""
-        if not all(scheme in schemes for schemes in self.schemes):
+        """Every unit under one scheme, no block dropped; None where one of them does not have it."""
+        parts = [None if unit.is_block else schemes for unit, schemes in zip(self.units, self.schemes, strict=True)]
+        if not all(schemes is None or scheme in schemes for schemes in parts) or not any(parts):
             return None
-        return tuple(schemes.index(scheme) for schemes in self.schemes)
+        return tuple(0 if schemes is None else schemes.index(scheme) for schemes in parts)
 
     def uniforms(self) -> list[Options]:
         """The uniform choices that meet a rule, in order of the schemes."""
         found = [self.uniform(scheme) for scheme in self.space.schemes]
         return [options for options in found if options is not None and self.meets(options)]
+
+
+def _gone(left: float | None) -> float | None:
+    """The share that goes where at most a share is left."""
+    return None if left is None else 1.0 - left
 
 
 def _most(wanted: float, scale: float) -> int:

@@ -55,6 +55,9 @@ def unit_errors(choices: Choices, errors: WeightErrors) -> tuple[Floats, ...]:
     """
     found: list[Floats] = []
     for unit, schemes in zip(choices.units, choices.schemes, strict=True):
+        if unit.is_block:  # nothing is left of it
+            found.append(np.array([0.0, 1.0]))
+            continue
         weights = np.array([c.num_weights for c in unit.components], np.float64)
         rows = [[_error(errors, c.name, s) for s in schemes[1:]] for c in unit.components]
         mean = (weights[:, None] * np.array(rows).reshape(len(weights), -1)).sum(axis=0) / weights.sum()

@@ -23,7 +23,7 @@ def promising(
     less its standard deviation is least."""
     known = ((u, k) for u, k in _moves(choices, leader) if np.isfinite(posterior.damages[u][k]))
     moves = [(-1, 0), *known]  # the first moves nothing: single moves are pairs with it
-    believed = posterior.differences([leader, *(moved(leader, *move) for move in moves[1:])], leader)
+    believed = posterior.differences([leader, *(choices.canonical(moved(leader, *m)) for m in moves[1:])], leader)
     means, own = believed.means, believed.variances
     variance = own[:, None] + own[None, :] + 2.0 * believed.covariance
     value = means[:, None] + means[None, :] - np.sqrt(np.maximum(variance, 0.0))
@@ -34,6 +34,7 @@ def promising(
         options = moved(leader, *moves[second[at]])
         if first[at]:
             options = moved(options, *moves[first[at]])
+        options = choices.canonical(options)
         if options not in tried:
             found.append(options)
             if len(found) == count:
@@ -47,7 +48,13 @@ def moved(options: Options, unit: int, option: int) -> Options:
 
 
 def _moves(choices: Choices, leader: Options) -> list[tuple[int, int]]:
-    every = [(u, k) for u, schemes in enumerate(choices.schemes) for k in range(len(schemes)) if k != leader[u]]
+    gone = {u for block, own in choices.nest.inside.items() if leader[block] for u in own}
+    every = [
+        (u, k)
+        for u, schemes in enumerate(choices.schemes)
+        for k in range(len(schemes))
+        if k != leader[u] and u not in gone
+    ]
     if len(every) <= _MOST_MOVES:
         return every
     near = [(u, choices.neighbour(leader, u, direction)) for u in range(len(leader)) for direction in (-1, 1)]
@@ -58,6 +65,11 @@ def _meets(choices: Choices, leader: Options, moves: list[tuple[int, int]]) -> N
     """Whether both moves together meet a rule [moves, moves]."""
     found = np.zeros((len(moves), len(moves)), np.bool_)
     for rule in choices.rules:
-        change = np.array([0, *(int(rule.costs[u][k] - rule.costs[u][leader[u]]) for u, k in moves[1:])])
-        found |= change[:, None] + change[None, :] <= rule.capacity - choices.cost(rule.costs, leader)
+        now = choices.cost(rule.costs, leader)
+        if choices.nest.inside:
+            costs = (choices.cost(rule.costs, choices.canonical(moved(leader, *move))) - now for move in moves[1:])
+        else:
+            costs = (int(rule.costs[u][k] - rule.costs[u][leader[u]]) for u, k in moves[1:])
+        change = np.array([0, *costs])
+        found |= change[:, None] + change[None, :] <= rule.capacity - now
     return found

@@ -220,7 +220,7 @@ class Auto(Solver):
         self._lead(leader, base)
         moves = self._doubtful(posterior, leader, each.num_moves)
         answers = yield from self._moves(leader, moves, each.learns_on)
-        neighbours = [moved(leader, *move) for move in moves]
+        neighbours = [self._choices.canonical(moved(leader, *move)) for move in moves]
         differences = [paired(answer, base, "kl") for answer in answers]
         if each.number == 0:
             posterior = posterior.scaled(
@@ -230,8 +230,10 @@ class Auto(Solver):
 
     def _doubtful(self, posterior: Posterior, leader: Options, number: int) -> list[tuple[int, int]]:
         """So many (unit, option) to move alone: those whose damage is most in doubt."""
-        moves = [(unit, self._telling(posterior, leader, unit)) for unit in range(len(leader))]
-        doubt = posterior.differences([moved(leader, *move) for move in moves], leader).variances
+        gone = {unit for block, own in self._choices.nest.inside.items() if leader[block] for unit in own}
+        moves = [(unit, self._telling(posterior, leader, unit)) for unit in range(len(leader)) if unit not in gone]
+        neighbours = [self._choices.canonical(moved(leader, *move)) for move in moves]
+        doubt = posterior.differences(neighbours, leader).variances
         most = np.argsort(-doubt, kind="stable")[:number]
         return [moves[at] for at in sorted(most.tolist())]
 

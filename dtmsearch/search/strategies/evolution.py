@@ -87,8 +87,9 @@ class Evolution(Solver):
                 continue
             changed = list(options)
             changed[down], changed[up] = fewer, more
-            if self._choices.meets(changed):
-                return tuple(changed)
+            found = self._choices.canonical(changed)
+            if found != options and self._choices.meets(found):
+                return found
         return options
 
 
@@ -154,8 +155,9 @@ class Local(Solver):
             changed = list(leader)
             for unit, option in pairs[at]:
                 changed[unit] = option
-            if self._choices.meets(changed) and not self._pointless(leader, pairs[at]):
-                yield tuple(changed)
+            found = self._choices.canonical(changed)
+            if found != leader and self._choices.meets(found) and not self._pointless(leader, pairs[at]):
+                yield found
 
     def _single_moves(self, leader: Options) -> list[tuple[int, int]]:
         """(unit, option): all options, or where that is too many pairs the next ones up and down."""

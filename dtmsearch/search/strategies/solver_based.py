@@ -56,7 +56,10 @@ class Solver(Procedure):
         uniforms = self._choices.uniforms()
         if uniforms:
             return max(uniforms, key=lambda options: self._choices.cost(self._choices.counted, options))
-        cut = [np.square(1.0 - bits / bits[0]) * bits[0] for bits in self._choices.bits]
+        cut = [
+            (np.square(1.0 - bits / bits[0]) * bits[0]) if bits[0] else -bits.astype(np.float64)
+            for bits in self._choices.bits
+        ]
         return self._solve(cut)
 
     def _rivals(self) -> list[Options]:
