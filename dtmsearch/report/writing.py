@@ -83,7 +83,7 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
     the page's own policy names them by their hashes, and forbids every request. A page that a server gives has `live`
     in its context, the path at which its script asks how far runs are (`-`: it asks nothing)."""
     scripts = [_library(), _asset("page.js")] + ([_asset("live.js")] if context.get("live") else [])
-    return (
+    text: str = (
         _templates()
         .get_template(template)
         .render(
@@ -95,6 +95,7 @@ def render(template: str, context: dict[str, Any], data: dict[str, Any]) -> str:
             data=_safe(_json(data)),
         )
     )
+    return text
 
 
 @cache
