@@ -223,7 +223,7 @@ class Driver:
         while not happened():
             assert self.is_running, f"ended too early, with {self._process.exitcode}:\n{self.output}"
             assert time.monotonic() < deadline, f"waited too long:\n{self.output}"
-            time.sleep(0.03)
+            time.sleep(0.1)  # what is asked may read a store, and takes the process's CPU
 
     def says(self, text: str) -> bool:
         return text in self.output

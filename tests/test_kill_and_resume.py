@@ -141,8 +141,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
             process.signal(signal.SIGKILL)
             over("driver while validating", process)
     gate.open()
-    on_two = "resume", "tiny", "--store", store, "--replicas", "2"
-    with Driver(folder / "resumed.log", *on_two, gate=gate, toy=True) as process:
+    with Driver(folder / "resumed.log", "resume", "tiny", "--store", store, *HERE, gate=gate, toy=True) as process:
         resumed = process.wait(), process.output
     yield History(store, undisturbed, sessions, replica, resumed, left)
 

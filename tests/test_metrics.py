@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -136,19 +138,26 @@ summaries = st.builds(
 )
 
 
+FIELDS = {"fdt": "fdt_mean", "sdt": "sdt_mean"}
+
+
+def with_value(summary: Summary, metric: str, value: float) -> Summary:
+    changes: dict[str, Any] = {FIELDS.get(metric, metric): value}
+    return replace(summary, **changes)
+
+
 @pytest.mark.parametrize("metric", METRICS)
-@given(one=summaries, other=summaries)
-def test_the_better_value_of_the_metric_ranks_first(metric: str, one: Summary, other: Summary) -> None:
-    assume(one.value(metric) != other.value(metric))
-    better = one.value(metric) > other.value(metric) if metric == "fdt" else one.value(metric) < other.value(metric)
-    assert (rank_key(one, metric) < rank_key(other, metric)) == better
+@given(one=summaries, other=summaries, more=st.integers(1, 3))
+def test_the_better_value_of_the_metric_ranks_first(metric: str, one: Summary, other: Summary, more: int) -> None:
+    larger = with_value(other, metric, (one.value(metric) or 0.0) + more)
+    assert (rank_key(larger, metric) < rank_key(one, metric)) == (metric == "fdt")
 
 
 @pytest.mark.parametrize("metric", ["ppl", "kl", "dppl", "sdt"])
-@given(one=summaries, other=summaries)
-def test_ties_are_broken_by_mean_fdt(metric: str, one: Summary, other: Summary) -> None:
-    assume(one.value(metric) == other.value(metric) and one.fdt_mean != other.fdt_mean)
-    assert (rank_key(one, metric) < rank_key(other, metric)) == (one.fdt_mean > other.fdt_mean)
+@given(one=summaries, other=summaries, more=st.integers(1, 3))
+def test_ties_are_broken_by_mean_fdt(metric: str, one: Summary, other: Summary, more: int) -> None:
+    tied = with_value(other, metric, one.value(metric) or 0.0)
+    assert rank_key(with_value(tied, "fdt", one.fdt_mean + more), metric) < rank_key(one, metric)
 
 
 def test_a_tie_in_fdt_is_broken_by_sdt() -> None:
