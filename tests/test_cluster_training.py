@@ -93,7 +93,7 @@ def two_workers(folder: Path, patched: pytest.MonkeyPatch) -> Trained:
     job, stop_file = write_job(training, folder), training.folder / STOP_FILE
     killed: list[int] = []
     gate = Gate(folder / "gate")
-    for name, value in gate.environment.items():
+    for name, value in (gate.environment | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}).items():
         patched.setenv(name, value)
     start_ray(num_cpus=2)
     try:

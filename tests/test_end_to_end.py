@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 from gate import Gate
 from processes import (
-    COMMAND,
     PATIENCE_SECONDS,
     Driver,
     Ended,
     Rows,
     dtmsearch,
-    ended,
     forked,
     last_status,
     num_recorded,
@@ -59,7 +57,7 @@ class Demo:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
-    return Demo(folder, ended([COMMAND, "demo"], cwd=folder))
+    return Demo(folder, dtmsearch("demo", cwd=folder))
 
 
 def test_the_demo_finishes(demo: Demo) -> None:

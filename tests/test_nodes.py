@@ -190,6 +190,9 @@ def cluster() -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
         patch.setattr(placement, "_COUNT_SECONDS", 0.1)
+        # A node that is gone is noticed soon; one that is only slow has ten seconds for an answer.
+        patch.setenv("RAY_health_check_initial_delay_ms", "500")
+        patch.setenv("RAY_health_check_period_ms", "200")
         fork_for_ray()
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         ray.init(cluster.address, namespace="dtmsearch", log_to_driver=False)
