@@ -12,15 +12,19 @@ import pytest
 import torch
 from tiny import llama_config, result, values, with_reference, write_model
 
+from dtmsearch.analysis.shape import shape_sentence
 from dtmsearch.config import parse
 from dtmsearch.core.components import Component, blocks_of
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.holders import HOLDERS, holders_of
 from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
 from dtmsearch.core.schemes import DROP
 from dtmsearch.core.strategy_settings import AutoSettings, EvolutionSettings, KnapsackSettings, LocalSettings
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.report.facts.plan_facts import dropped_with
+from dtmsearch.search.baselines import depth_rivals
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.solver.choices import Choices
@@ -351,3 +355,47 @@ def test_components_that_are_tied_across_blocks_are_refused(running: Running) ->
     tied = (("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"),)
     with pytest.raises(UserError, match="lie in different blocks"):
         SearchSpace(manifest.components, ("int8-channel",), tied=tied, blocks=blocks)
+
+
+def test_what_is_dropped_is_said_by_layers(running: Running) -> None:
+    components = running[0].manifest().components
+    plan = dropped("model.layers.3", ATTENTION, "model.layers.2.mlp", "model.layers.2.self_attn", "model.layers.0.mlp")
+    said = "6 of 8 blocks dropped: layers 2 3, attention of 1, mlp of 0; 25.0% of the weights left"
+    assert shape_sentence(plan, components) == said
+    assert shape_sentence(Plan.of({f"{MLP}.up_proj": DROP}), components) is None
+
+
+def test_a_plan_that_drops_blocks_alone_is_held_against_the_last_layers(running: Running) -> None:
+    found = space(running, Budget(blocks=3))
+    plan = dropped(MLP, ATTENTION, "model.layers.0.mlp")
+    last = dropped(*(f"model.layers.{layer}.{part}" for layer in (2, 3) for part in ("mlp", "self_attn")))
+    assert depth_rivals(found, plan) == {"rule:last-layers": last}
+    assert depth_rivals(space(running, Budget(bits_per_weight=6), ("int8-channel",)), plan) == {}
+
+
+def test_exports_that_hold_a_smaller_model_are_told(running: Running) -> None:
+    components = running[0].manifest().components
+    whole, single = (
+        {
+            (holder.export, holder.engine): held.obstacle
+            for holder, held in zip(HOLDERS, holders_of(plan, components, 32, 16), strict=True)
+        }
+        for plan in (dropped(LAYER), dropped(MLP))
+    )
+    assert whole["compressed-tensors", "vllm"] is None and whole["dense", "any"] is None is single["dense", "any"]
+    assert "single attention or MLP blocks" in str(single["compressed-tensors", "vllm"])
+    assert "without some of its blocks" in str(whole["gguf", "llama.cpp"])
+
+
+def test_a_report_has_the_components_of_a_dropped_block_dropped() -> None:
+    rows = {"m.layers.0.mlp": {"scheme": "drop"}, "m.layers.1.mlp.up": {"scheme": "nf4"}}
+    assert dropped_with("m.layers.0.mlp.up", rows) == {"scheme": "drop"}
+    assert dropped_with("m.layers.1.mlp.up", rows) is None
+
+
+def test_layers_are_not_compiled_where_blocks_are_dropped() -> None:
+    kept, dropping = (
+        parse(f"{HEAD}search: {{strategy: greedy, schemes: [nf4]{more}}}", "search.yaml", Path()).model_spec.compile
+        for more in ("", ", drop: [mlp]")
+    )
+    assert (kept, dropping) == ("auto", "never")

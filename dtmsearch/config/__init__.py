@@ -154,8 +154,10 @@ class SearchFile(Section):
         folder = self.resolve(self.model.path)
         path = str(folder.resolve()) if folder.is_dir() or is_gguf(folder) else self.model.path
         section = self.model
+        # Blocks are dropped of layers as they were loaded.
+        compiled = "never" if self.search.drop and section.compile == "auto" else section.compile
         options = (
-            *(section.dtype, section.attention, section.trust_remote_code, section.compile),
+            *(section.dtype, section.attention, section.trust_remote_code, compiled),
             section.scale_dtype,
             *((section.kv_cache.context, section.kv_cache.batch) if section.kv_cache else ()),
         )

@@ -300,7 +300,7 @@ class SearchSection(Section):
     """Which components are searched."""
     drop: tuple[BlockKind, ...] = ()
     """What may be dropped whole, beside what schemes do: attention and mlp of a layer, or the layer. schemes may be
-    left out then."""
+    left out then. Layers are not compiled."""
     tied: tuple[tuple[str, ...], ...] = ()
     """Kinds in a layer that must share a scheme, such as [[q, k, v], [gate, up]]."""
     fused: bool = False
@@ -432,7 +432,7 @@ class SearchSection(Section):
                     f"{_WIDEST_BITS} bits; give a smaller number"
                 )
             least, scheme = min((_least_bits(name), name) for name in self.schemes)
-            if wanted < least:
+            if wanted < least and not self.drop:
                 raise ValueError(
                     f"stop.{rule}: {wanted:g} is out of reach of these schemes; the least is {least:g} bits per "
                     f"weight, of {scheme}"

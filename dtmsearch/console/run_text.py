@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dtmsearch.analysis.failure import headline
 from dtmsearch.analysis.format import duration, edge_in_words, plain, with_interval
 from dtmsearch.analysis.metric_text import metric_value
+from dtmsearch.analysis.shape import shape_sentence
 from dtmsearch.console.plan_picture import plan_picture
 from dtmsearch.console.plan_text import METRIC_COLUMNS, schemes_line, size_line
 from dtmsearch.console.terminal_tables import labelled, table
@@ -44,6 +45,8 @@ def run_text(summary: RunSummary, long: bool = False) -> str:
     lines += _plan_lines(summary)
     lines += [labelled("min_fdt", str(summary.min_fdt))] if summary.min_fdt else []
     if summary.final_plan is not None:
+        shape = shape_sentence(summary.final_plan, summary.components)
+        lines += [labelled("shape", shape)] if shape else []
         picture = plan_picture(summary.final_plan, summary.components)
         lines += ["", textwrap.indent(picture, "  ")] if picture else []
     if summary.validation:

@@ -329,7 +329,12 @@ def holders_of(
     that the base model comes in, where that is quantized."""
     components = list(components)
     by_name = {component.name: component for component in components}
-    parts = [(by_name[n], scheme) for n in sorted(by_name) if not (scheme := plan.scheme(n)).is_unquantized]
+    inside = {name for name in by_name if plan.drops(name) and name not in plan.dropped}
+    parts = [
+        (by_name[name], scheme)
+        for name in sorted(by_name)
+        if name not in inside and not (scheme := plan.scheme(name)).is_unquantized
+    ]
     counted = sum(scheme.bits_of(component, dense_bits) for component, scheme in parts)
     return [_held(holder, plan, components, parts, counted, dense_bits, scale_bits, source) for holder in HOLDERS]
 
@@ -347,7 +352,9 @@ def _held(
     cached = _cache_obstacle(holder, plan, components)
     found = (cached if c.is_cache else holder.obstacle(scheme, c.shape) or holder.misplaced(c) for c, scheme in parts)
     obstacles = Counter(why for why in found if why is not None)
-    why = next(iter(obstacles), None) or holder.together(plan, components)
+    # What goes with a block is in no file, and rules nothing out there.
+    left = Plan.of({c.name: plan.schemes[c.name] for c in components if c.name in plan.schemes})
+    why = _shape_obstacle(holder, plan, components) or next(iter(obstacles), None) or holder.together(left, components)
     if holder.export == "source":
         why = source_refusal(source, plan) or why
     if why is not None:
@@ -355,6 +362,24 @@ def _held(
     bits = sum(_file_bits(holder, component, scheme, dense_bits, scale_bits) for component, scheme in parts)
     num_weights = sum(component.num_weights for component, _ in parts)
     return Held(holder.name, bits / max(num_weights, 1), bits <= counted * (1 + SIZE_TOLERANCE))
+
+
+# Exports that hold a model without some of its blocks.
+SMALLER = ("dense", "compressed-tensors", "bitsandbytes")
+
+
+def _shape_obstacle(holder: Holder, plan: Plan, components: Sequence[Component]) -> str | None:
+    """Why a holder has no model without the blocks that a plan drops; None where it drops none, or the holder has."""
+    inside = [c for c in components if plan.drops(c.name) and c.name not in plan.dropped]
+    if not inside:
+        return None
+    if holder.export not in SMALLER:
+        return "it holds no model without some of its blocks"
+    layers = {component.layer for component in inside}
+    single = any(not plan.drops(c.name) for c in components if c.layer in layers and not c.is_cache)
+    if single and holder.engine in ENGINES and ENGINES[holder.engine].fuses:
+        return "engines run no model without single attention or MLP blocks: drop whole layers (search.drop: [layer])"
+    return None
 
 
 def _cache_obstacle(holder: Holder, plan: Plan, components: Sequence[Component]) -> str | None:

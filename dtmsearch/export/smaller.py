@@ -33,8 +33,6 @@ from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import empty_model
 from dtmsearch.model.modules.usage import usage_of
 
-# Formats that hold a model without some of its blocks; others are a whole model's, or recipes for one.
-HOLDING = ("dense", "compressed-tensors", "bitsandbytes")
 CODE_FILE = "modeling_without_blocks.py"
 _TYPE_ENDING = "_without_blocks"
 

@@ -17,9 +17,11 @@ from dtmsearch.core.gguf_presets import PRESET, largest_preset
 from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
-from dtmsearch.core.schemes import DENSE, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
+from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
 from dtmsearch.search.space import SearchSpace
 
+# The label of the plan that drops a model's last layers.
+LAST_LAYERS = "rule:last-layers"
 # So many rivals are measured at most, the largest of each family first; where families stand beside several schemes of
 # KV caches, so many of each pair at least.
 _MOST_RIVALS, _RIVALS_OF_A_PAIR = 12, 3
@@ -102,6 +104,22 @@ def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
     )
 
 
+def depth_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
+    """Of a search that drops blocks and nothing else, what a rule drops without measuring: as many of the last layers
+    as come to at most the plan's size, within the budget if the plan is; empty of other searches."""
+    if not space.blocks or space.schemes:
+        return {}
+    size, gone = space.size(plan), Plan()
+    of_layers = sorted({block.layer for block in space.blocks}, reverse=True)
+    for layer in of_layers:
+        here = [block for block in space.blocks if block.layer == layer]
+        whole = [block for block in here if block.kind == "layer"]
+        gone = Plan.of(gone.schemes | {block.name: DROP for block in whole or here})
+        if _fits(space, space.size(gone), size):
+            return {LAST_LAYERS: gone}
+    return {}
+
+
 def _rivals_in_time(space: SearchSpace, most: float) -> list[str]:
     """The schemes of the table of times whose uniform plans take at most `most` picoseconds, the least compressed
     first."""
@@ -116,7 +134,7 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     """Whether a rival is one that the search could have come to: of schemes that it names, or a uniform plan of another
     width in the same granularity and near the plan's size."""
     schemes = set(other.schemes.values())
-    if schemes <= set(space.schemes):
+    if schemes <= set(space.schemes) or (space.blocks and schemes == {DROP}):
         return True
     schemes = {scheme for scheme in schemes if not parse_scheme(scheme).is_of_cache}
     if len(schemes) != 1:
@@ -222,4 +240,4 @@ def _is_uniform(space: SearchSpace, plan: Plan) -> bool:
 
 
 def _is_rival(space: SearchSpace, label: str, plan: Plan) -> bool:
-    return label.startswith(PRESET) or _is_uniform(space, plan)
+    return label.startswith((PRESET, LAST_LAYERS)) or _is_uniform(space, plan)

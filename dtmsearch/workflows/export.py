@@ -16,13 +16,14 @@ import torch
 
 from dtmsearch.core import llama_library
 from dtmsearch.core.engine_rules import ENGINES
+from dtmsearch.core.holders import SMALLER
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_format
 from dtmsearch.export.formats.gguf_file import FILE, base_beside
 from dtmsearch.export.job import Job, refuse
-from dtmsearch.export.smaller import CODE_FILE, HOLDING, dropped_blocks, without_dropped
+from dtmsearch.export.smaller import CODE_FILE, dropped_blocks, without_dropped
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
 from dtmsearch.store.store import ResultStore
@@ -123,8 +124,8 @@ def resolve(
     if is_checked and form.by_llama_cpp and found.recorded is not None:
         check_enough_prompts(found.recorded)
     blocks = dropped_blocks(found.plan, found.manifest)
-    if blocks and form.name not in ("json", *HOLDING):
-        raise refuse(to, f"it holds no model without some of its blocks; {', '.join(HOLDING)} do", blocks)
+    if blocks and form.name not in ("json", *SMALLER):
+        raise refuse(to, f"it holds no model without some of its blocks; {', '.join(SMALLER)} do", blocks)
     of_weights, cache_scheme = _told_apart(found, form, runtime)
     job = _job(replace(found, plan=of_weights), runtime, results, cache_scheme)
     if form.is_checked:

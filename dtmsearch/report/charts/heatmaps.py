@@ -53,7 +53,8 @@ def sensitivity_figures(facts: RunFacts) -> list[Figure]:
             name = f"sensitivity-{metric}-{scheme}"
             domain = min(values), max(values)
             legend = ramp_legend(damage_title_of(metric), _marks(domain)) if scheme == schemes[-1] else None
-            chart = _sensitivity_map(name, cells[scheme], metric, domain, kinds_of(facts.components), legend)
+            kinds = list(dict.fromkeys([*kinds_of(facts.components), *(cell["kind"] for cell in cells[scheme])]))
+            chart = _sensitivity_map(name, cells[scheme], metric, domain, kinds, legend)
             found.append(
                 Figure("sensitivity", name, chart.properties(title=scheme), {name: cells[scheme]}, metric.upper())
             )

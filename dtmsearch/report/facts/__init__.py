@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dtmsearch.analysis.shape import shape_sentence
 from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
 from dtmsearch.config import section_of
 from dtmsearch.core.records import RunRecord
@@ -115,6 +116,7 @@ class RunFacts:
     story: Story
     uses: list[Row]
     difference: str | None
+    shape: str | None
 
     @property
     def title(self) -> str:
@@ -183,4 +185,5 @@ def gather(store: ResultStore, run: str) -> RunFacts:
         story=story,
         uses=uses_of(record, summary, plan_rows, store.url),
         difference=difference_of(plan_rows, summary) if summary.final_plan_id else None,
+        shape=None if summary.final_plan is None else shape_sentence(summary.final_plan, summary.components),
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dtmsearch.core.components import Component, blocks_of
 from dtmsearch.core.records import RunRecord
-from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
 from dtmsearch.report.facts.rows import DENSE_PLAN, Row, column_of, damage, spread
 from dtmsearch.store.store import ResultStore
 
@@ -42,7 +43,7 @@ def plan_rows_of(
     by_name = {row["component"]: row for row in stored}
     rows = []
     for component in components:
-        own = by_name.get(component["component"])
+        own = by_name.get(component["component"]) or dropped_with(component["component"], by_name)
         bits = component["dense_bits"] if own is None else own["stored_bits"] / own["num_weights"]
         scheme = DENSE if own is None else own["scheme"]
         pruned = parse_scheme(scheme).pruned_weights((component["rows"], component["cols"]))
@@ -57,6 +58,26 @@ def plan_rows_of(
     return rows, size / 8e6, total * dense_bits / 8e6
 
 
+def dropped_with(component: str, rows: Mapping[str, Row]) -> Row | None:
+    """The row, of a plan's rows by name, of the block or layer that a component is dropped with; None without one."""
+    parts = component.split(".")
+    above = (rows.get(".".join(parts[:end])) for end in range(1, len(parts)))
+    return next((row for row in above if row is not None and row["scheme"] == DROP), None)
+
+
+def block_rows(components: Sequence[Row]) -> list[Row]:
+    """Rows for the blocks and layers in which some components lie."""
+    if not components:
+        return []
+    held = [Component(r["component"], r["layer"], r["kind"], (r["rows"], r["cols"])) for r in components]
+    of_weights = {"dense_bits": components[0]["dense_bits"], "source_bits": 0}
+    return [
+        {"component": b.name, "layer": b.layer, "kind": b.kind, "rows": 1, "cols": b.num_weights,
+         "num_weights": b.num_weights, **of_weights}
+        for b in blocks_of(c for c in held if not c.is_cache)
+    ]  # fmt: skip
+
+
 def sensitivity_of(candidates: pa.Table, components: list[Row], metrics: Sequence[str]) -> list[Row]:
     """Every component under every scheme that was measured with nothing else compressed and nothing trained, tied ones
     together; where one was measured more than once, on the most prompts."""
@@ -67,7 +88,7 @@ def sensitivity_of(candidates: pa.Table, components: list[Row], metrics: Sequenc
         )
     )
     alone = alone.filter(pc.and_(pc.equal(alone["status"], "ok"), pc.is_null(alone["weights_id"])))
-    by_name = {row["component"]: row for row in components}
+    by_name = {row["component"]: row for row in (*components, *block_rows(components))}
     found: dict[tuple[str, str], Row] = {}
     for row in alone.to_pylist():
         names, scheme = _edge(row)

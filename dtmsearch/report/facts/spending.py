@@ -11,7 +11,7 @@ from dtmsearch.analysis.summary import RunSummary, scale_bits_of
 from dtmsearch.core.components import CACHE_KINDS
 from dtmsearch.core.holders import HOLDERS, holders_of
 from dtmsearch.core.records import RunRecord
-from dtmsearch.core.schemes import DENSE, Scheme, uniform_parts
+from dtmsearch.core.schemes import DENSE, DROP, Scheme, uniform_parts
 from dtmsearch.report.facts.rows import Row, bits_of, damage
 
 
@@ -69,7 +69,7 @@ def suffering_of(alone: Sequence[Row], metric: str, ceiling: int | None, by: str
 def difference_of(plan_rows: Sequence[Row], summary: RunSummary) -> str | None:
     """How the plan differs from the uniform plan that it is held against, in a sentence; without one, from its own most
     used scheme."""
-    schemes = Counter(row["scheme"] for row in plan_rows if row["scheme"] != DENSE)
+    schemes = Counter(row["scheme"] for row in plan_rows if row["scheme"] not in (DENSE, DROP))
     rival = next((row for row in summary.validation if row.label == summary.rival), None)
     uniform = schemes.most_common(1)[0][0] if schemes else None
     uniform = uniform if rival is None or rival.uniform_scheme is None else rival.uniform_scheme
@@ -107,7 +107,9 @@ def uses_of(record: RunRecord, summary: RunSummary, plan_rows: Sequence[Row], st
     if plan is None or not plan.entries or not summary.components:
         return []
     dense_bits, scale_bits = plan_rows[0]["dense_bits"], scale_bits_of(record)
-    chosen = [component for component in summary.components if component.name in plan.schemes]
+    chosen = [c for c in summary.components if plan.scheme_of(c.name) != DENSE]
+    # What goes with a block is in no file.
+    gone = sum(c.num_weights for c in chosen if c.name not in plan.schemes)
     compressed = sum(component.num_weights for component in chosen)
     rest = sum(row["num_weights"] for row in plan_rows) - compressed
     rows = []
@@ -117,7 +119,7 @@ def uses_of(record: RunRecord, summary: RunSummary, plan_rows: Sequence[Row], st
             continue
         size = None
         if held.bits_per_weight is not None:
-            size = (held.bits_per_weight * compressed + rest * dense_bits) / 8e6
+            size = (held.bits_per_weight * (compressed - gone) + rest * dense_bits) / 8e6
         runtime = " --runtime vllm" if holder.engine == "vllm" else ""
         rows.append(
             {
