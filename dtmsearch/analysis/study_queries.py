@@ -123,4 +123,13 @@ FROM evaluations
 WHERE run = :run AND purpose = 'search' AND status = 'ok'
 ORDER BY kl""",
     ),
+    (
+        "tasks",
+        "The plans that were asked, in every metric; their answers are on the page.",
+        """\
+SELECT plan_id, bits_per_weight, fdt_mean, sdt_mean, kl, dppl, ppl
+FROM evaluations
+WHERE run = :run AND purpose = 'search' AND status = 'ok'
+ORDER BY kl""",
+    ),
 )

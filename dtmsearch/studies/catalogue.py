@@ -24,6 +24,7 @@ from dtmsearch.studies import (
     sparsity_rounds,
     speculative,
     square_root,
+    tasks,
 )
 from dtmsearch.studies.study import PartRun, Study, search_files
 from dtmsearch.workflows.lookup import StoreLike
@@ -39,6 +40,7 @@ _MODULES = (
     domains,
     sampling,
     speculative,
+    tasks,
     bound,
     square_root,
 )
