@@ -25,7 +25,7 @@ from dtmsearch.studies.evidence import Floats, Measured, measured
 from dtmsearch.studies.study import PartRun, Study
 
 ORDERED_BY = ("fdt", "sdt", "kl", "dppl", "ppl")
-_RESAMPLES = 400
+_RESAMPLES = 200
 Answers = Mapping[QuestionKind, NDArray[np.int64]]
 _SAYS = {"passage": "what follows (easy)", "near": "what follows, nearby", "word": "rare word (knowledge)"}
 
