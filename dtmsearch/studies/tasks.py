@@ -55,7 +55,9 @@ def asked(rows: Sequence[Measured], answers: Sequence[Answers], base: Answers) -
     return sorted(found, key=lambda each: float(each.losses["kl"].mean()))
 
 
-def agreement(plans: Sequence[Asked], metric: str, of_answers: Sequence[Floats], seed: int = 0) -> tuple[float, ...]:
+def agreement(
+    plans: Sequence[Asked], metric: str, of_answers: Sequence[Floats], seed: int = 0
+) -> tuple[float, float, float]:
     """Kendall's tau between the orders of plans by a metric and by what came of their answers [questions] each, the
     more the worse, with its 95% interval: percentiles over prompts and questions resampled alike for all plans."""
     losses, counts = np.array([plan.losses[metric] for plan in plans]), np.array(of_answers)
@@ -148,7 +150,7 @@ def _on_the_base(base: Answers) -> str:
     return f"The base model's share of right answers ({1 / CHOICES:.2f} is chance): {'; '.join(shares)}."
 
 
-def _best(taus: Mapping[tuple[str, QuestionKind, str], tuple[float, ...]], what: str) -> str:
+def _best(taus: Mapping[tuple[str, QuestionKind, str], tuple[float, float, float]], what: str) -> str:
     parts = []
     for kind in KINDS:
         first = max(ORDERED_BY, key=lambda metric: np.nan_to_num(taus[metric, kind, what][0], nan=-2.0))
