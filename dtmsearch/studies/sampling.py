@@ -1,8 +1,9 @@
 """What is left of greedy divergence where continuations are sampled by noise that both models share.
 
-At a position where the two distributions have the total variation v, the same Gumbel noise makes them choose different
-tokens with a probability of at least v, as any pair of samples does, and of at most 2 v / (1 + v): both choose a token
-together with the probability of 1 / sum(max(p / p_t, q / q_t)) at least (Daliri, Musco and Suresh, arXiv 2408.07978).
+At a position where the two distributions p and q have the total variation v, the same Gumbel noise makes them choose
+different tokens with a probability of at least v, as any pair of samples does, and of at most 2 v / (1 + v): both
+choose the token t with the probability 1 / sum(max(p / p_t, q / q_t)) >= min(p_t, q_t) / sum(max(p, q)), which adds up
+to at least (1 - v) / (1 + v) (Daliri, Musco and Suresh, arXiv 2408.07978).
 """
 
 from __future__ import annotations

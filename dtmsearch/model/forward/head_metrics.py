@@ -25,7 +25,7 @@ from dtmsearch.model.forward.shared_noise import Sampling, overlap
 # Logits of a chunk: what a CPU multiplies fast and still has near, what a GPU fills its units with.
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}
 # The same where noise is added, for which there are integers of 64 bits beside each.
-_CHUNK_NOISE = {"cpu": 1 << 20, "cuda": 1 << 26}
+_CHUNK_NOISE = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
