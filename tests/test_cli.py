@@ -159,16 +159,25 @@ def test_the_help_of_every_verb_ends_with_examples_of_it(verb: str, capsys: pyte
     assert f"  dtmsearch {verb}" in capsys.readouterr().out.partition("Examples:")[2]
 
 
-@pytest.mark.parametrize("verb", ["", *sorted(cli.commands)])
-def test_help_is_answered_without_heavy_libraries(verb: str) -> None:
+@pytest.fixture(scope="module")
+def loaded_by_help() -> dict[str, list[str]]:
+    """What a fresh interpreter has loaded of heavy libraries once it has given a verb's help, and those before it."""
     code = (
-        "import sys; from dtmsearch.cli import main\n"
-        f"main({[verb, '--help'] if verb else ['--help']})\n"
-        "heavy = {'torch', 'ray', 'duckdb', 'pyarrow', 'numpy', 'pydantic', 'rich', 'yaml'} & set(sys.modules)\n"
-        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+        "import json, sys; from dtmsearch.cli import main\n"
+        "heavy = {'torch', 'ray', 'duckdb', 'pyarrow', 'numpy', 'pydantic', 'rich', 'yaml'}\n"
+        f"for verb in {['', *sorted(cli.commands)]}:\n"
+        "    assert main([verb, '--help'] if verb else ['--help']) == 0\n"
+        "    print('LOADED', verb, json.dumps(sorted(heavy & set(sys.modules))), sep='\\t')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    lines = (line.split("\t") for line in done.stdout.splitlines() if line.startswith("LOADED"))
+    return {verb: json.loads(loaded) for _, verb, loaded in lines}
+
+
+@pytest.mark.parametrize("verb", ["", *sorted(cli.commands)])
+def test_help_is_answered_without_heavy_libraries(verb: str, loaded_by_help: dict[str, list[str]]) -> None:
+    assert loaded_by_help[verb] == []
 
 
 def test_schemes_are_listed_with_bits_needs_and_who_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
