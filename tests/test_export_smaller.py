@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from exports import in_process, measured_plan
+from inprocess import here, run_here
+from processes import tiny_search
 from safetensors.torch import load_file
 from tiny import llama_config, write_model
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
@@ -15,6 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 from dtmsearch.core.schemes import DROP
 from dtmsearch.errors import UserError
 from dtmsearch.export.smaller import CODE_FILE
+from dtmsearch.workflows.evaluate import recover
+from dtmsearch.workflows.export import export
 
 LAYERS = {"model.layers.1": DROP, "model.layers.2.self_attn": DROP, "model.layers.2.mlp": DROP}
 BLOCKS = {"model.layers.0.self_attn": DROP, "model.layers.3.mlp": DROP}
@@ -116,3 +120,23 @@ def test_engines_refuse_single_blocks(llama: Path, tmp_path: Path) -> None:
     stored = measured_plan(llama, tmp_path / "store", BLOCKS)
     with pytest.raises(UserError, match="drop whole layers"):
         stored.export("compressed-tensors", tmp_path / "out", check=False, runtime="vllm")
+
+
+def test_what_training_makes_of_the_rest_is_exported_without_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    search = {"strategy": "floating", "rank_by": "kl", "drop": ["attention", "mlp"], "stop": {"blocks": 2}}
+    file, store = tiny_search(tmp_path, search=search, prompts__count=16), tmp_path / "store"
+    run_here(file, store)
+    recovery = ["files=[train.txt]", "masked_steps=3", "unmasked_steps=0", "batch_tokens=64", "sequence_tokens=16"]
+    with pytest.raises(UserError, match="give unmasked_steps=0"):
+        recover("tiny", str(store), [*recovery[:2], "unmasked_steps=1", *recovery[3:]], evaluator=here)
+    trained = recover("tiny", str(store), recovery, evaluator=here)
+    assert trained.before is not None and trained.after is not None and trained.before.kl != trained.after.kl
+    made = export("tiny", "dense", tmp_path / "out", str(store), weights=trained.weights_id)
+    assert made.check is not None and made.check.equal
+    own = load_file(store / "weights" / f"{trained.weights_id}.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["model.norm.weight"], own["model.norm.weight"])
+    assert not any(name.startswith(f"{block}.") for block in made.plan.dropped for name in written)

@@ -105,6 +105,13 @@ class Plan:
         """What is dropped by name: matrices, blocks, layers."""
         return frozenset(component for component, scheme in self.entries if scheme == DROP)
 
+    def by_matrices(self, components: Iterable[Component]) -> Plan:
+        """The plan with what lies in dropped blocks dropped by name, of a model's matrices: what training holds at zero
+        are matrices."""
+        inside = {c.name for c in components if c.name not in self.dropped and self.drops(c.name)}
+        blocks = {name for name in self.dropped if any(_lies_in(c, (name,)) for c in inside)}
+        return Plan.of({c: s for c, s in self.entries if c not in blocks} | dict.fromkeys(inside, DROP))
+
     def drops(self, component: str) -> bool:
         """Whether nothing is left of a component, dropped by its own name or within a block or a layer."""
         return component in self.dropped or _lies_in(component, self.dropped)

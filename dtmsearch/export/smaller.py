@@ -24,7 +24,7 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
-from dtmsearch.export.job import Job, refuse
+from dtmsearch.export.job import Job
 from dtmsearch.export.writer import ShardWriter, copy_other_files
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.compress.number_rounding import NumberCodes
@@ -51,8 +51,6 @@ def without_dropped(job: Job) -> Iterator[Job]:
     if not names:
         yield job
         return
-    if job.trained is not None:
-        raise refuse("an export", f"blocks are dropped of the trained weights {job.weights_id}, in place", names)
     shape = _Shape(job)
     with tempfile.TemporaryDirectory(prefix="dtmsearch-smaller-") as scratch:
         folder = Path(scratch)
@@ -141,6 +139,7 @@ class _Shape:
             manifest=manifest,
             plan=Plan.of(schemes),
             compressor=_Renamed(job.compressor, base),
+            trained=None,  # they are in the folder
             trust_remote_code=job.trust_remote_code or bool(self.out),
         )
 

@@ -13,6 +13,7 @@ from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.metrics import Summary, summarize
 from dtmsearch.core.plan import Plan, PlanSize
 from dtmsearch.core.variant import Variant
+from dtmsearch.errors import UserError
 from dtmsearch.search.protocols import Observer, Silent, TrainRequest
 from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
@@ -120,6 +121,12 @@ def recover(
     ):
         pool = session.pool
         plan, weights_id = find_plan(run_name, session.space, session.manifest, results), results.weights_id(run_name)
+        blocks = [name for name in plan.dropped if session.manifest.by_name[name].is_block]
+        if blocks and recovery.unmasked_steps:
+            raise UserError(
+                f"unmasked_steps: {recovery.unmasked_steps} would let {min(blocks)} grow again, which the plan drops: "
+                "give unmasked_steps=0"
+            )
         writer.put_components(session.manifest, session.space.components)
         calibrating = Calibrating(session)
         calibration_id = calibrating.for_plans([plan])

@@ -403,6 +403,7 @@ class Replica:
         """Write what a training starts from into a folder: the components of a variant's plan as they are after
         pruning, and the masks of what is kept."""
         check_only_pruned(variant.plan)
+        variant = variant.under(variant.plan.by_matrices(self._manifest.components))
         self._bench.become(variant.under(Plan()))
         self._calibrator.prepare((variant.plan,), variant.calibration_id)
         self._bench.become(variant)
