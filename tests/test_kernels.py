@@ -46,3 +46,12 @@ def test_a_row_that_is_not_finite_has_no_finite_likelihood() -> None:
     logits[2, 11] = torch.nan
     logits[3, 12] = torch.inf
     assert not score(logits, targets, base, never)[1][2:4].isfinite().any()
+
+
+def test_targets_that_lie_apart_are_read_where_they_lie() -> None:
+    from dtmsearch.model.forward.kernels import score
+
+    logits, targets, base, never = inputs(300, True)
+    apart = torch.stack([targets, targets.roll(1)], dim=1)[:, 0]
+    for one, other in zip(score(logits, apart, base, never), score(logits, targets, base, never), strict=True):
+        assert torch.equal(one, other)

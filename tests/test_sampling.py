@@ -24,6 +24,7 @@ from dtmsearch.core.metric_registry import first_divergent_token
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import UserError
+from dtmsearch.model.forward import head_metrics
 from dtmsearch.model.forward.shared_noise import Sampling, left_over
 from dtmsearch.model.pipeline_parallel.pipelined_replica import make_stage
 from dtmsearch.model.replica.replica import Replica
@@ -135,6 +136,22 @@ def test_a_part_of_the_prompts_has_its_part_of_the_values(folder: Path) -> None:
     assert part.sdt.tolist() == whole.sdt[2:5].tolist()
 
 
+def test_continuations_of_one_token_are_scored_by_targets_without_gaps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels read targets as a row; a column of one token each is a view with gaps."""
+    handed: list[bool] = []
+    plain = head_metrics._score
+
+    def score(logits: torch.Tensor, targets: torch.Tensor, *rest: Any) -> Any:
+        handed.append(targets.is_contiguous())
+        return plain(logits, targets, *rest)
+
+    monkeypatch.setattr(head_metrics, "_score", score)
+    with_reference(usual(folder, GREEDY), 6, 10, 1)
+    assert handed and all(handed)
+
+
 def measured(model: Replica) -> tuple[list[list[int]], list[list[list[float]]], Any]:
     reference = with_reference(model)
     names = [component.name for component in model.manifest().components]
@@ -188,6 +205,7 @@ def test_a_search_over_samples_is_recorded(searched: Path) -> None:
     store = ResultStore(searched / "store")
     (record,) = store.runs()
     assert store.reference(str(record.reference_id)).decoding == Decoding(0.8, 50)  # type: ignore[union-attr]
+    assert str(record.search_text).endswith("; continuations are sampled, temperature 0.8, top-k 50")
     rows = store.table("evaluations", run="tiny").to_pylist()
     assert all("accepted" in row["other_metrics"] and 0.0 <= row["other_means"][0] <= 5.0 for row in rows)
     assert run_here(searched / "tiny.yaml", searched / "store").already_complete

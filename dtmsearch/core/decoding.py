@@ -52,6 +52,15 @@ class Decoding:
         """Whether some tokens are left out beforehand."""
         return self.top_k > 0 or self.top_p < 1.0
 
+    @property
+    def note(self) -> str:
+        """What is said of sampled continuations behind what their prompts are; empty for greedy ones."""
+        if self.is_greedy:
+            return ""
+        top_k = f", top-k {self.top_k}" if self.top_k else ""
+        top_p = f", top-p {self.top_p:g}" if self.top_p < 1.0 else ""
+        return f"; continuations are sampled, temperature {self.temperature:g}{top_k}{top_p}"
+
     def __str__(self) -> str:
         """As it stands in a reference's rules and its rows; `parse` reads it."""
         if self.is_greedy:

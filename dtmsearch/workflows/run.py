@@ -246,7 +246,8 @@ class _Run:
         file, record, cut_prompts = session.file, self._record, session.pool.cut_prompts
         began_with = session.recorded(record.reference_id)
         search = began_with or cut_search(file, cut_prompts)
-        said = {"search_text": record.search_text if began_with else described(file.prompts, search[0])}
+        note = file.model_spec.decoding.note
+        said = {"search_text": record.search_text if began_with else described(file.prompts, search[0]) + note}
         held_out = session.recorded(record.validation_reference_id)
         own = session.recorded(record.min_fdt_reference_id)
         others = [search[0].tokens, *calibrating.rows_of_its_own]
@@ -254,7 +255,7 @@ class _Run:
             read = others if own is None else [*others, own[0].tokens]
             trained_on = training_text(file, file.search.recovery, session.pool.tokenized)
             held_out = cut_held_out(file, cut_prompts, read, trained_on)
-            said["held_out_text"] = described(file.validation_prompts, held_out[0], bool(trained_on))
+            said["held_out_text"] = described(file.validation_prompts, held_out[0], bool(trained_on)) + note
         if file.min_fdt_prompts is not None and own is None:
             own = cut_min_fdt(file, cut_prompts, others if held_out is None else [*others, held_out[0].tokens])
         self._save(**said)

@@ -145,7 +145,8 @@ def text_lines(file: SearchFile) -> list[str]:
         return Calibration("", "", cutter.calibration(*arguments))
 
     search, _ = cut_search(file, cut_prompts)
-    lines = [f"the search's prompts: {described(file.prompts, search)}"]
+    note = file.model_spec.decoding.note
+    lines = [f"the search's prompts: {described(file.prompts, search)}{note}"]
     others = [search.tokens]
     if file.calibration is not None:
         others.append(cut_calibration(file, calibration).tokens)
@@ -155,7 +156,7 @@ def text_lines(file: SearchFile) -> list[str]:
         trained_on = training_text(file, file.search.recovery, cutter.documents)
         held_out, _ = cut_held_out(file, cut_prompts, others, trained_on)
         others.append(held_out.tokens)
-        lines.append(f"held-out prompts: {described(file.validation_prompts, held_out, bool(trained_on))}")
+        lines.append(f"held-out prompts: {described(file.validation_prompts, held_out, bool(trained_on))}{note}")
     if file.min_fdt_prompts is not None:
         prompts, _ = cut_min_fdt(file, cut_prompts, others)
         lines.append(f"min_fdt is shown to be kept on {counted(len(prompts.tokens), 'prompt')} of its own")

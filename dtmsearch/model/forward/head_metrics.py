@@ -108,7 +108,8 @@ def compare(
     """
     score = _fused_score() if hidden.is_cuda else _score
     shape = targets.shape
-    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    # A single column of targets is a view with gaps, which no kernel reads as a row.
+    rows, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).contiguous()
     base_rows = None if base_hidden is None else base_hidden.reshape(-1, base_hidden.shape[-1])
     base_body = base or body
     diverged: list[Tensor] = []

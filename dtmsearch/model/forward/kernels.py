@@ -58,7 +58,7 @@ def _score_rows(  # type: ignore[no-untyped-def] # annotations are read as code 
 def score(logits: Tensor, targets: Tensor, base_logits: Tensor | None, never: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `dtmsearch.model.forward.head_metrics._score`; leaves `logits` as they are."""
     rows, vocabulary = logits.shape
-    logits = logits.contiguous()
+    logits, targets = logits.contiguous(), targets.contiguous()
     base = logits if base_logits is None else base_logits.contiguous()
     diverged = torch.empty(rows, dtype=torch.int8, device=logits.device)
     nll = torch.empty(rows, dtype=torch.float32, device=logits.device)
