@@ -6,6 +6,7 @@ interaction between neighbours, so that rankings change along the way. Nothing h
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -48,7 +49,8 @@ def request_for(plan: Plan, parent: Plan) -> EvalRequest:
     return EvalRequest(plan, REFERENCE_ID, (0, NUM_PROMPTS), ("kl", "ppl"), parent)
 
 
-def chance(*parts: object) -> float:
+@functools.lru_cache(maxsize=1 << 18, typed=True)
+def chance(*parts: str | int) -> float:
     """A number in [0, 1) that follows from the parts alone."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
