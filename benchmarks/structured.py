@@ -253,7 +253,7 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
 @click.option("--blocks", default="4,8,12")
 @click.option("--seeds", default=3)
 @click.option("--prompts", default=64, help="that our search compares its last plans on")
-@click.option("--few", default=16, help="by which it chooses blocks")
+@click.option("--few", default=24, help="by which it chooses blocks")
 @click.option("--held-out", default=512)
 @click.option("--generations", default=0, help="of EvoPress; 0: its default")
 @click.option("--calibration-tokens", default=CALIBRATION_TOKENS, help="that EvoPress draws from")

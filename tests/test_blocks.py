@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import llama_config, result, values, with_reference, write_model
+from tiny import in_stages, llama_config, result, values, with_reference, write_model
+from transformers import MixtralConfig
 
 from dtmsearch.analysis.shape import shape_sentence
 from dtmsearch.config import parse
 from dtmsearch.core.components import Component, blocks_of
-from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.holders import HOLDERS, holders_of
 from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
 from dtmsearch.core.schemes import DROP
@@ -399,3 +400,26 @@ def test_layers_are_not_compiled_where_blocks_are_dropped() -> None:
         for more in ("", ", drop: [mlp]")
     )
     assert (kept, dropping) == ("auto", "never")
+
+
+def test_replicas_of_several_processes_refuse_to_drop_blocks(tmp_path: Path) -> None:
+    model = in_stages(write_model(tmp_path, llama_config(num_hidden_layers=2)), 2)
+    reference = with_reference(model, count=2)
+    request = EvalRequest(dropped("model.layers.0.mlp"), reference.id, (0, 2))
+    (outcome,) = model.evaluate([request])
+    assert isinstance(outcome, EvalFailure) and "one process holds whole" in outcome.message
+
+
+def test_blocks_of_a_mixture_are_dropped_with_all_its_experts(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2,
+        eos_token_id=257, bos_token_id=256, initializer_range=0.2,
+    )  # fmt: skip
+    model = Replica(ModelSpec(str(write_model(tmp_path, config)), dtype="float32"), ReplicaSettings(num_threads=1))
+    manifest, here = model.manifest(), (model, with_reference(model, count=6))
+    size = plan_size(dropped("model.layers.1.mlp"), manifest.components, 32)
+    both = dropped("model.layers.1.mlp", "model.layers.1.self_attn")
+    assert measured(here, dropped("model.layers.1")) == measured(here, both)
+    experts = [c for c in manifest.components if c.block == "model.layers.1.mlp"]
+    assert size.removed_active == sum(c.num_weights for c in experts) / 2

@@ -198,7 +198,7 @@ class McMoeSettings(StrategySettings):
 class FloatingSettings(StrategySettings):
     """How much `floating` measures: prompts by which blocks are chosen, and plans that are compared last on all."""
 
-    prompts: Positive = 16
+    prompts: Positive = 24
     """Prompts by which blocks are chosen."""
     finalists: Positive = 4
     """Plans that are compared on all prompts in the end."""
