@@ -19,7 +19,7 @@ from dtmsearch.analysis.summary import runs_overview, summarize_run
 from dtmsearch.cli import main
 from dtmsearch.console.run_text import overview_text, run_text
 from dtmsearch.core.evaluation import EvalRequest, EvalResult
-from dtmsearch.report.charts import figures, plan_name, save
+from dtmsearch.report.charts import Figure, figures, plan_name, save
 from dtmsearch.report.charts.scheme_colours import by_bits, colour_of, ink_on
 from dtmsearch.report.comparison import compared, held_out_differences, plan_differences, sentence
 from dtmsearch.report.facts import RunFacts, gather, per_prompt, spending_of, spread, suffering_of
@@ -48,8 +48,13 @@ def facts(store: ResultStore) -> RunFacts:
 
 
 @pytest.fixture(scope="module")
-def html(store: ResultStore, facts: RunFacts) -> str:
-    return page(store, facts, figures(facts))
+def drawn(facts: RunFacts) -> list[Figure]:
+    return figures(facts)
+
+
+@pytest.fixture(scope="module")
+def html(store: ResultStore, facts: RunFacts, drawn: list[Figure]) -> str:
+    return page(store, facts, drawn)
 
 
 def test_every_component_has_its_damage_under_every_scheme(facts: RunFacts) -> None:
@@ -147,8 +152,8 @@ def test_a_missing_library_is_said_with_the_command_that_installs_it(
     assert "pip install 'dtmsearch[report]'" in capsys.readouterr().err
 
 
-def test_figures_are_written_as_svg_and_png(tmp_path: Path, facts: RunFacts) -> None:
-    chosen = [figure for figure in figures(facts) if figure.name in ("plan", "tree")]
+def test_figures_are_written_as_svg_and_png(tmp_path: Path, drawn: list[Figure]) -> None:
+    chosen = [figure for figure in drawn if figure.name in ("plan", "tree")]
     written = save(chosen, tmp_path / "figures")
     assert {path.name for path in written} == {"plan.svg", "plan.png", "tree.svg", "tree.png"}
     assert all(path.stat().st_size > 1000 for path in written)
@@ -277,14 +282,14 @@ def test_a_legend_of_schemes_goes_from_many_bits_to_few() -> None:
     assert by_bits(["int2-g32", "int8-g32", "dense", "int4-g32"]) == ["dense", "int8-g32", "int4-g32", "int2-g32"]
 
 
-def test_cells_of_a_plan_name_their_scheme_by_a_character(facts: RunFacts) -> None:
-    (plan,) = [figure for figure in figures(facts) if figure.name == "plan"]
+def test_cells_of_a_plan_name_their_scheme_by_a_character(drawn: list[Figure]) -> None:
+    (plan,) = [figure for figure in drawn if figure.name == "plan"]
     shown = {row["scheme"]: row["character"] for row in plan.data["plan"]}
     assert shown["dense"] == "." and shown["int8-channel"] == "8"
 
 
-def test_tokens_are_counted_by_whole_numbers(facts: RunFacts) -> None:
-    (chart,) = [figure.spec for figure in figures(facts) if figure.name == "survival"]
+def test_tokens_are_counted_by_whole_numbers(drawn: list[Figure]) -> None:
+    (chart,) = [figure.spec for figure in drawn if figure.name == "survival"]
     assert chart["encoding"]["x"]["axis"]["tickMinStep"] == 1 and chart["encoding"]["x"]["axis"]["format"] == ",d"
 
 
@@ -339,8 +344,8 @@ def test_the_predicted_front_falls_with_size_and_has_the_plans_on_it(priced: tup
     assert "dtmsearch solve priced --bits BITS" in text
 
 
-def test_a_run_without_prices_has_no_front(facts: RunFacts) -> None:
-    assert facts.story.front == [] and "front" not in {figure.section for figure in figures(facts)}
+def test_a_run_without_prices_has_no_front(facts: RunFacts, drawn: list[Figure]) -> None:
+    assert facts.story.front == [] and "front" not in {figure.section for figure in drawn}
 
 
 def test_stages_say_what_was_asked_of_the_model(priced: tuple[RunFacts, str]) -> None:
