@@ -265,6 +265,16 @@ def test_a_ranking_that_there_is_not_needs_endless_prompts(tmp_path: Path) -> No
     assert abs(float(kl[-2].split()[0])) < 0.5
 
 
+def test_a_statistic_that_stands_at_its_limit_is_said_to_rank_nothing(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> EvalResult:
+        found = by_component(request)
+        return replace(found, fdt=np.full(len(found.fdt), LENGTH, np.int32), sdt=np.zeros(len(found.sdt), np.int32))
+
+    answer = made(tmp_path, "prompts", answering, "prompts.count=32", parts=["main"])
+    assert "is ranked by FDT mean or FDT 75th percentile" in answer.findings.said[0]
+    assert {row[0]: row[-1] for row in answer.findings.tables[0].rows}["FDT mean"] == "- [-, -]"
+
+
 def test_prompts_needed_are_those_that_two_noisy_rankings_agree_on() -> None:
     random = np.random.default_rng(0)
     truth, noise, agrees = random.normal(size=(200, 1)), 3.0, []

@@ -61,6 +61,8 @@ class Findings:
 
 def spanned(value: float, low: float, high: float, digits: int = 3) -> str:
     """A value with its interval, each with so many digits after the point; alone where the interval says nothing."""
+    if math.isnan(value):
+        return "-"
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"{value:.{digits}f}"
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

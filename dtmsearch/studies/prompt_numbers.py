@@ -97,6 +97,7 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
 def _losses(store: ResultStore, part: PartRun) -> dict[str, Floats]:
     """metric -> losses [components, prompts] of each component alone."""
     rows = [row for row in measured(store, part.run, ("fdt", "sdt", "dppl", "kl")) if row.component is not None]
+    rows = [row for row in rows if row.row["num_prompts"] == part.file.prompts.count]
     if len(rows) < 3:
         raise UserError(f"run {part.run!r} has measured {len(rows)} components alone: 3 at least are ranked")
     return {
@@ -122,15 +123,19 @@ def _settling(
             found = agreement(values[metric], statistic, size)
             rows.append((name, size, found))
             mean, low, high = _mean_and_span(found)
-            points.append({"statistic": name, "prompts": size, "tau": mean, "low": low, "high": high})
-        needs[name] = prompts_needed(float(np.nanmean(found)), sizes[0])
+            if not math.isnan(mean):
+                points.append({"statistic": name, "prompts": size, "tau": mean, "low": low, "high": high})
+        needs[name] = prompts_needed(_mean_and_span(found)[0], sizes[0])
     return rows, points, needs
 
 
 def _mean_and_span(found: Floats) -> tuple[float, float, float]:
-    """Of splits the mean, and what holds 95% of them."""
-    low, high = np.nanpercentile(found, (2.5, 97.5))
-    return float(np.nanmean(found)), float(low), float(high)
+    """Of splits the mean, and what holds 95% of them; NaN where none ranks anything."""
+    known = found[~np.isnan(found)]
+    if not len(known):
+        return math.nan, math.nan, math.nan
+    low, high = np.percentile(known, (2.5, 97.5))
+    return float(known.mean()), float(low), float(high)
 
 
 def _settling_table(part: PartRun, rows: Sequence[tuple[str, int, Floats]]) -> FoundTable:
@@ -139,8 +144,8 @@ def _settling_table(part: PartRun, rows: Sequence[tuple[str, int, Floats]]) -> F
     for name in STATISTICS:
         own = {size: found for row, size, found in rows if row == name}
         cells = [spanned(*_mean_and_span(own[size]), 2) for size in sizes]
-        need = [prompts_needed(float(value), sizes[-1]) for value in np.nanpercentile(own[sizes[-1]], (97.5, 50, 2.5))]
-        lines.append((name, *cells, f"{_number(need[1])} [{_number(need[0])}, {_number(need[2])}]"))
+        need = [prompts_needed(tau, sizes[-1]) for tau in _mean_and_span(own[sizes[-1]])]
+        lines.append((name, *cells, f"{_number(need[0])} [{_number(need[2])}, {_number(need[1])}]"))
     return FoundTable(
         f"Agreement of two rankings on different prompts{_lengths(part)}",
         ("ranked by", *(f"{size} prompts" for size in sizes), f"prompts for tau {STABLE:g}"),
@@ -159,8 +164,11 @@ def _lengths(part: PartRun) -> str:
 
 
 def _sentence(part: PartRun, needs: Mapping[str, float]) -> str:
-    listed = ", ".join(f"{name} {_number(need)}" for name, need in sorted(needs.items(), key=lambda item: item[1]))
-    return f"Prompts for a ranking that agrees with another of its kind by tau {STABLE:g}{_lengths(part)}: {listed}."
+    known = sorted((need, name) for name, need in needs.items() if math.isfinite(need))
+    listed = ", ".join(f"{name} {_number(need)}" for need, name in known)
+    nothing = [name for name, need in needs.items() if not math.isfinite(need)]
+    said = f"Prompts for a ranking that agrees with another of its kind by tau {STABLE:g}{_lengths(part)}: {listed}."
+    return said + (f" Nothing that other prompts would repeat is ranked by {' or '.join(nothing)}." if nothing else "")
 
 
 def _lengths_table(parts: Sequence[PartRun], ranks: Mapping[str, Floats]) -> FoundTable:

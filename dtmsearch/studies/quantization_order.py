@@ -104,11 +104,15 @@ def _sentences(
         for m in sorted(ORDERED_BY, key=lambda m: -float(fdt[m].mean()))
     )
     said = [f"Orders by {most} prompts, {share:.0%} of the weights quantized, FDT on other prompts: {listed}."]
-    enough = [size for size in sizes if not _is_worse(fewer["fdt", size].values("kl")[judged], kl["kl"])]
+    enough: list[int] = []
+    for size in reversed(sizes):  # and on every larger number of prompts
+        if _is_worse(fewer["fdt", size].values("kl")[judged], kl["kl"]):
+            break
+        enough.insert(0, size)
     if enough:
         said.append(f"The order by FDT is not surely worse than KL's (in KL) from {enough[0]} prompts on.")
     else:
-        said.append(f"The order by FDT is surely worse than KL's (in KL) on every number of prompts up to {most}.")
+        said.append(f"The order by FDT is surely worse than KL's (in KL) even on {most} prompts.")
     lost = {(metric, size): -fewer[metric, size].values("fdt")[judged] for metric in ("kl", "fdt") for size in sizes}
     overtakes = [size for size in sizes if _is_worse(lost["kl", size], lost["fdt", size])]
     said.append(

@@ -89,4 +89,7 @@ def _axis(kind: Any, picture: Picture, axis: Axis, field: str = "") -> Any:
         scale = alt.Scale(type="log", nice=False, padding=8)
         return kind(f"{field or axis.field}:Q", title=axis.title, scale=scale, axis=decades(present or [1.0]))
     scale = alt.Scale(zero=axis.from_zero, padding=8)
+    if all(isinstance(value, int) for value in values):
+        ticks = alt.Axis(format="d", tickMinStep=1, grid=False)
+        return kind(f"{field or axis.field}:Q", title=axis.title, scale=scale, axis=ticks)
     return kind(f"{field or axis.field}:Q", title=axis.title, scale=scale)
