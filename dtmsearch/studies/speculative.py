@@ -10,6 +10,7 @@ import numpy as np
 from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, spanned
 from dtmsearch.core.drafting import DRAFT_TOKENS, DRAFTS, WIDTHS
 from dtmsearch.core.statistics import mean_interval, paired_difference
+from dtmsearch.errors import UserError
 from dtmsearch.store.store import ResultStore
 from dtmsearch.studies.evidence import Measured, measured
 from dtmsearch.studies.study import Part, PartRun, Study
@@ -166,7 +167,8 @@ def _pictures(rows: Sequence[Measured], length: int) -> list[Picture]:
 
 @dataclass(frozen=True)
 class _Judged:
-    """The plan that a search has found, beside the best uniform plan, on held-out prompts."""
+    """The plan that a search has found, beside the best of the uniform plans of at most its size (and 1%), on held-out
+    prompts."""
 
     plan: Measured
     rival: Measured | None
@@ -174,9 +176,14 @@ class _Judged:
 
 def _judged(store: ResultStore, part: PartRun) -> _Judged:
     rows = measured(store, part.run, ("fdt", "sdt", "kl", "accepted"), purpose="validation")
-    plan = next(row for row in rows if row.plan_id == part.record.final_plan_id)
-    others = [row for row in rows if row.plan_id != plan.plan_id and row.has("accepted") and row.row["num_compressed"]]
-    return _Judged(plan, max(others, key=lambda row: float(row.values("accepted").mean()), default=None))
+    # The run may have ended with a uniform plan; asked is what the search came to.
+    plan = next((row for row in rows if row.row["label"] == "plan"), None)
+    if plan is None:
+        raise UserError(f"run {part.run!r} has judged no plan: give it held-out text (--held-out)")
+    most = 1.01 * plan.row["bits_per_weight"]
+    others = [row for row in rows if row is not plan and row.row["num_compressed"] and row.has("accepted")]
+    fitting = [row for row in others if row.row["bits_per_weight"] <= most]
+    return _Judged(plan, max(fitting, key=lambda row: float(row.values("accepted").mean()), default=None))
 
 
 def _which_is_better(by_accepted: _Judged, by_kl: _Judged) -> str:
@@ -193,7 +200,7 @@ def _which_is_better(by_accepted: _Judged, by_kl: _Judged) -> str:
 def _searched(found: Mapping[str, _Judged]) -> FoundTable:
     rows = []
     for label, judged in found.items():
-        for name, row in ((label, judged.plan), (f"{label}: best other plan judged", judged.rival)):
+        for name, row in ((label, judged.plan), (f"{label}: best uniform plan of its size", judged.rival)):
             if row is None:
                 continue
             accepted = mean_interval(row.values("accepted"), 0, (0.0, float(DRAFT_TOKENS)))
