@@ -60,7 +60,13 @@ def prompts_of(request: EvalRequest) -> list[int]:
 
 
 def made(
-    tmp_path: Path, name: str, answering: Answering, *overrides: str, texts: int = 1, parts: Sequence[str] = ()
+    tmp_path: Path,
+    name: str,
+    answering: Answering,
+    *overrides: str,
+    texts: int = 1,
+    parts: Sequence[str] = (),
+    toy: type[ToyModel] = ToyModel,
 ) -> Answer:
     """A study of the toy model, which answers by `answering`."""
     files = [tmp_path / f"text{number}.txt" for number in range(texts)]
@@ -69,7 +75,7 @@ def made(
     small = ("prompts.prompt_tokens=10", f"prompts.continuation_tokens={LENGTH}", *overrides)
 
     def opened(*_: object) -> ModelEvaluator:
-        model = ToyModel()
+        model = toy()
         model._answer = answering
         return cast(ModelEvaluator, model)
 
@@ -214,6 +220,15 @@ def test_a_broken_bound_is_said(tmp_path: Path) -> None:
     assert "is broken on" in answer.findings.said[0]
 
 
+def test_plans_that_diverge_nowhere_have_a_bound_and_no_picture(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> EvalResult:
+        zeros = np.zeros(len(prompts_of(request)))
+        return replace(result(request, zeros), dppl=np.exp(zeros + 1).astype(np.float32))
+
+    findings = made(tmp_path, "bound", answering, "prompts.count=16").findings
+    assert "No plan diverged" in findings.said[-1] and not findings.pictures
+
+
 def test_two_models_of_one_perplexity_differ_in_every_token() -> None:
     text = np.random.default_rng(3).integers(7, size=200)
     found = same_perplexity(text, 7)
@@ -254,6 +269,24 @@ def test_more_prompts_settle_a_ranking_that_there_is(tmp_path: Path) -> None:
     answer = made(tmp_path, "prompts", by_component, "prompts.count=64", "model.path=toy")
     points = {p["prompts"]: p["tau"] for p in answer.findings.pictures[0].rows if p["statistic"] == "KL"}
     assert points[32] > 0.8 and points[32] >= points[8] - 0.05
+
+
+class Unordered(ToyModel):
+    """Answers in an order of each reference's own, as several replicas may."""
+
+    def submit(self, requests: Sequence[EvalRequest]) -> None:
+        super().submit(sorted(requests, key=lambda request: chance(request.reference_id, request.plan.id)))
+
+
+def test_components_are_ranked_alike_at_all_lengths_whatever_came_first(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> EvalResult:
+        ((component, _),) = request.plan.entries
+        return result(request, np.full(len(prompts_of(request)), 0.01 * (1 + chance(component))))
+
+    lengths = ("half-continuation", "quarter-prompt")
+    answer = made(tmp_path, "prompts", answering, "prompts.count=16", parts=lengths, toy=Unordered)
+    between = next(t for t in answer.findings.tables if t.title.startswith("Rankings by KL on all prompts"))
+    assert [row[1:] for row in between.rows] == [("1.00", "1.00"), ("1.00", "1.00")]
 
 
 def test_a_ranking_that_there_is_not_needs_endless_prompts(tmp_path: Path) -> None:

@@ -99,11 +99,14 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
         "KL in nats per token, SDT and its bound in tokens of a prompt. A bound above the length of the continuation "
         f"({length}) says nothing.",
     )
-    ends = [min(p["sdt"] for p in points if p["sdt"] > 0), max(p["sdt"] for p in points)]
+    drawn = [point for point in points if point["sdt"] > 0]
+    if not drawn:
+        return Findings((*said, "No plan diverged on any prompt: take harder schemes or more prompts."), (table,), ())
+    ends = [min(point["sdt"] for point in drawn), max(point["sdt"] for point in drawn)]
     picture = Picture(
         "sdt-and-bound",
         "dots",
-        [point for point in points if point["sdt"] > 0],
+        drawn,
         Axis("bound", "bound on SDT (tokens of a prompt)", logarithmic=True),
         Axis("sdt", "SDT (tokens of a prompt)", logarithmic=True),
         "SDT of plans against its bound from DPPL; on the dashed line they would be equal",

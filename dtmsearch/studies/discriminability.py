@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, Row, spanned
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.statistics import mean_interval, wilson_interval
+from dtmsearch.search.strategies.measuring import BlockSettings, settings_of
 from dtmsearch.store.store import ResultStore
 from dtmsearch.studies.evidence import Measured, components_of, measured
 from dtmsearch.studies.study import PartRun, Study
@@ -64,7 +65,7 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     (part,) = parts
     found = comparisons(measured(store, part.run, TOLD_BY))
     known = components_of(store, part.record.manifest_id)
-    block = part.file.search.options.get("block", 8)
+    block = settings_of(BlockSettings, part.file.search.options, "discriminability").block
     rows, said = [], []
     for metric, scores in found.scores.items():
         over = mean_interval(scores.mean(axis=0), 0, (0.0, 1.0))

@@ -71,14 +71,14 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     """Agreement of rankings against the number of prompts; between metrics, lengths of prompts and of continuations."""
     tables, said, points, ranks = [], [], [], {}
     for part in parts:
-        values = _losses(store, part)
-        ranks[part.label] = _mean(values["kl"])
+        names, values = _losses(store, part)
+        ranks[part.label] = dict(zip(names, _mean(values["kl"]), strict=True))
         rows, own_points, needs = _settling(part, values)
         points += own_points if part is parts[0] else []
         tables.append(_settling_table(part, rows))
         said.append(_sentence(part, needs))
     tables.append(_lengths_table(parts, ranks))
-    tables.append(_values_table(parts[0], _losses(store, parts[0])))
+    tables.append(_values_table(_losses(store, parts[0])[1]))
     lines = Picture(
         "rankings-settle",
         "lines",
@@ -94,16 +94,18 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     return Findings(tuple(said), tuple(tables), (lines,))
 
 
-def _losses(store: ResultStore, part: PartRun) -> dict[str, Floats]:
-    """metric -> losses [components, prompts] of each component alone."""
+def _losses(store: ResultStore, part: PartRun) -> tuple[list[tuple[str | None, str]], dict[str, Floats]]:
+    """The components that were measured alone, with their schemes, as they were recorded; metric -> their losses
+    [components, prompts]."""
     rows = [row for row in measured(store, part.run, ("fdt", "sdt", "dppl", "kl")) if row.component is not None]
     rows = [row for row in rows if row.row["num_prompts"] == part.file.prompts.count]
     if len(rows) < 3:
         raise UserError(f"run {part.run!r} has measured {len(rows)} components alone: 3 at least are ranked")
-    return {
+    losses = {
         name: np.array([METRICS[name].losses(np.asarray(row.row[METRICS[name].list_column])) for row in rows])
         for name in ("fdt", "sdt", "dppl", "kl")
     }
+    return [(row.component, row.scheme) for row in rows], losses
 
 
 def _settling(
@@ -171,17 +173,18 @@ def _sentence(part: PartRun, needs: Mapping[str, float]) -> str:
     return said + (f" Nothing that other prompts would repeat is ranked by {' or '.join(nothing)}." if nothing else "")
 
 
-def _lengths_table(parts: Sequence[PartRun], ranks: Mapping[str, Floats]) -> FoundTable:
+def _lengths_table(parts: Sequence[PartRun], ranks: Mapping[str, Mapping[tuple[str | None, str], float]]) -> FoundTable:
     columns = [_lengths(part).removeprefix(", ") for part in parts]
-    alike = all(len(ranks[part.label]) == len(ranks[parts[0].label]) for part in parts)
+    everywhere = sorted(set.intersection(*(set(own) for own in ranks.values())), key=str)
+    by_part = {label: np.array([own[name] for name in everywhere]) for label, own in ranks.items()}
     rows = [
-        (name, *(f"{kendall_tau(ranks[one.label], ranks[other.label]):.2f}" if alike else "-" for other in parts))
+        (name, *(f"{kendall_tau(by_part[one.label], by_part[other.label]):.2f}" for other in parts))
         for name, one in zip(columns, parts, strict=True)
     ]
     return FoundTable("Rankings by KL on all prompts, between lengths (Kendall's tau)", ("", *columns), tuple(rows))
 
 
-def _values_table(part: PartRun, values: Mapping[str, Floats]) -> FoundTable:
+def _values_table(values: Mapping[str, Floats]) -> FoundTable:
     """How far a component's own value is off on a draw of prompts, and rankings by other metrics are from KL's."""
     count = values["kl"].shape[1]
     rows = []

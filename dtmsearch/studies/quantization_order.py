@@ -6,19 +6,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture
+from dtmsearch.core.evaluation import IntArray, ModelSpec
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.statistics import FEWEST, kendall_tau, paired_difference
-from dtmsearch.search.strategies.orders import ORDERED_BY, order_by, ordered_plans
+from dtmsearch.search.strategies.measuring import settings_of
+from dtmsearch.search.strategies.orders import ORDERED_BY, OrderSettings, order_by, ordered_plans
 from dtmsearch.store.store import ResultStore
 from dtmsearch.studies.evidence import Floats, Measured, components_of, measured, told
 from dtmsearch.studies.study import Part, PartRun, Study
-from dtmsearch.workflows.weight_shapes import WeightShape, weight_shapes
+
+if TYPE_CHECKING:
+    from dtmsearch.workflows.weight_shapes import WeightShape
 
 _ALL = ("fdt", "sdt", "dppl", "ppl", "kl")
 _ORDER = "order"
@@ -52,10 +57,11 @@ def _orders(store: ResultStore, part: PartRun) -> Findings:
     alone = [row for row in rows if row.component is not None]
     steps = sorted(store.table("steps", ["step", "plan_id", "share"], part.run).to_pylist(), key=lambda r: r["step"])
     by_id = {row.plan_id: row for row in rows}
-    wanted = ordered_plans(count, part.file.search.options.get("percent", 67))
+    percent = settings_of(OrderSettings, part.file.search.options, "orders").percent
+    wanted = ordered_plans(count, percent)
     plans = [(each, by_id[step["plan_id"]], step["share"]) for each, step in zip(wanted, steps, strict=True)]
     judged = np.arange(count // 2, count)
-    share = part.file.search.options.get("percent", 67) / 100
+    share = percent / 100
     fewer = {(each.metric, each.prompts): row for each, row, _ in plans if each.share == share}
     sizes = sorted({size for _, size in fewer})
     length = part.file.prompts.continuation_tokens
@@ -72,8 +78,7 @@ def _orders(store: ResultStore, part: PartRun) -> Findings:
     ]
     places = _places(alone, count // 2)
     spec = part.file.model_spec
-    is_here = Path(spec.path).is_dir()  # of a model that is elsewhere now nothing is said of its outliers
-    shapes = weight_shapes(spec, _text(store, part, _TEXT_ROWS)) if is_here else {}
+    shapes = _shapes(spec, _text(store, part, _TEXT_ROWS))
     tables += [_last(store, part, alone, places)] + ([_outliers(alone, places, shapes)] if len(shapes) > 2 else [])
     titles = {"fdt": "FDT (tokens)", "kl": "KL (nats per token)", "ppl": "PPL on human text"}
     pictures = [
@@ -91,6 +96,15 @@ def _orders(store: ResultStore, part: PartRun) -> Findings:
         for metric in titles
     ]
     return Findings(_sentences(fewer, sizes, judged, share), tuple(tables), tuple(pictures))
+
+
+def _shapes(spec: ModelSpec, rows: IntArray) -> Mapping[str, WeightShape]:
+    """Component -> its outliers; nothing where the model or what loads it is elsewhere, as on the head of a cluster."""
+    if not Path(spec.path).is_dir() or find_spec("torch") is None:
+        return {}
+    from dtmsearch.workflows.weight_shapes import weight_shapes
+
+    return weight_shapes(spec, rows)
 
 
 def _sentences(

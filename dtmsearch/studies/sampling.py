@@ -62,7 +62,8 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     shared = [plan for plan in found[0].plans if all(plan in each.plans for each in found)]
     if len(shared) < 3:
         raise UserError("fewer than 3 plans were measured under every decoding: add search.schemes or options.mixed")
-    overview = tuple(_overview(each, found[0], shared) for each in found)
+    first = next((each for each in found if each.label == "greedy"), found[0])
+    overview = tuple(_overview(each, first, shared) for each in found)
     points: list[dict[str, Any]] = [
         {
             "decoding": each.label,
@@ -79,15 +80,15 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     tables = (
         FoundTable(
             "Decodings",
-            ("decoding", "base leaves its own", "FDT of base", "tau FDT, KL", "tau with greedy FDT", *_TOLD,
+            ("decoding", "base leaves its own", "FDT of base", "tau FDT, KL", f"tau with {first.label} FDT", *_TOLD,
              "share / sqrt(KL)"),
             overview,
             "Base leaves its own: share of tokens that the base model's single pass chooses otherwise than its cached "
             "generation; no divergence is counted there. Kendall's tau between the plans' orders with 95% intervals "
-            "over prompts; tau with greedy FDT is between mean FDT there and here. Told: share of pairs of plans whose "
-            "paired 95% interval leaves zero out. Last: median over plans.",
+            f"over prompts; tau with {first.label} FDT is between mean FDT there and here. Told: share of pairs of "
+            "plans whose paired 95% interval leaves zero out. Last: median over plans.",
         ),
-        _per_plan(found, shared),
+        _per_plan(found, first, shared),
     )  # fmt: skip
     line = np.linspace(0.0, max([point["variation"] for point in sampled], default=1.0), 20)
     pictures = (
@@ -110,11 +111,11 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
 _TOLD = tuple(f"told by {METRICS[name].title}" for name in ("fdt", "sdt", "kl"))
 
 
-def _overview(own: Sampled, greedy: Sampled, plans: Sequence[str]) -> tuple[str, ...]:
+def _overview(own: Sampled, first: Sampled, plans: Sequence[str]) -> tuple[str, ...]:
     fdt, kl = ([own.plans[plan][name] for plan in plans] for name in ("fdt", "kl"))
     count = len(plans)
     by_kl = interval_of([*fdt, *kl], lambda means: kendall_tau(-means[:count], means[count:]))
-    theirs = [greedy.plans[plan]["fdt"] for plan in plans]
+    theirs = [first.plans[plan]["fdt"] for plan in plans]
     same = interval_of([*fdt, *theirs], lambda means: kendall_tau(means[:count], means[count:]))
     ratios = [
         float(own.plans[plan]["sdt"].mean()) / own.length / math.sqrt(own.plans[plan]["kl"].mean())
@@ -133,11 +134,11 @@ def _told_apart(values: Sequence[Floats]) -> float:
     return sum(paired_difference(a, b, 0).excludes_zero for a, b in pairs) / len(pairs)
 
 
-def _per_plan(found: Sequence[Sampled], plans: Sequence[str]) -> FoundTable:
-    ordered = sorted(plans, key=lambda plan: float(found[0].plans[plan]["kl"].mean()))
+def _per_plan(found: Sequence[Sampled], first: Sampled, plans: Sequence[str]) -> FoundTable:
+    ordered = sorted(plans, key=lambda plan: float(first.plans[plan]["kl"].mean()))
     rows = tuple(
         (
-            f"{found[0].plans[plan]['kl'].mean():.3g}",
+            f"{first.plans[plan]['kl'].mean():.3g}",
             *(
                 f"{each.plans[plan]['fdt'].mean():.1f} / {each.plans[plan]['sdt'].mean():.1f} / "
                 f"{each.plans[plan]['kl'].mean():.3g}"
@@ -146,7 +147,7 @@ def _per_plan(found: Sequence[Sampled], plans: Sequence[str]) -> FoundTable:
         )
         for plan in ordered
     )
-    return FoundTable("FDT / SDT / KL of each plan", ("greedy KL", *(each.label for each in found)), rows)
+    return FoundTable("FDT / SDT / KL of each plan", (f"{first.label} KL", *(each.label for each in found)), rows)
 
 
 def _on_the_base(found: Sequence[Sampled]) -> str:
