@@ -304,7 +304,7 @@ def test_a_statistic_that_stands_at_its_limit_is_said_to_rank_nothing(tmp_path: 
         return replace(found, fdt=np.full(len(found.fdt), LENGTH, np.int32), sdt=np.zeros(len(found.sdt), np.int32))
 
     answer = made(tmp_path, "prompts", answering, "prompts.count=32", parts=["main"])
-    assert "is ranked by FDT mean or FDT 75th percentile" in answer.findings.said[0]
+    assert "is ranked by SDT or FDT mean or FDT 75th percentile" in answer.findings.said[0]
     assert {row[0]: row[-1] for row in answer.findings.tables[0].rows}["FDT mean"] == "- [-, -]"
 
 
