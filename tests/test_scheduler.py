@@ -69,14 +69,14 @@ def test_any_order_of_telling_a_round_gives_the_same_next_round(order: list[int]
     assert other.ask() == plain.ask()
 
 
-def test_killed_after_any_record_and_resumed_it_decides_the_same() -> None:
+def test_killed_after_any_record_and_resumed_on_other_replicas_it_decides_the_same() -> None:
     whole = MemoryLog()
     run_search(small_beam(), log=whole)
     for num_records in range(len(whole.records)):
         log = MemoryLog()
         with pytest.raises(Killed):
-            run_search(small_beam(), log=KilledAfter(log, num_records))
-        run_search(small_beam(), log=log)
+            run_search(small_beam(), FakeEvaluator(per_poll=2), KilledAfter(log, num_records))
+        run_search(small_beam(), FakeEvaluator(order=lambda waiting: waiting[::-1], per_poll=3), log)
         assert decided(log) == decided(whole), f"killed after {num_records} records"
 
 
