@@ -181,7 +181,8 @@ class PlanSize:
     None where no component is an expert's, and a token reads all. `picoseconds` are those of a token and of a prompt
     by a table of times, None where there is none, or it lacks a row. `blocks` counts the attention and MLP blocks that
     are dropped whole, `removed_weights` the weights of all that is dropped, and `removed_read` what a token would have
-    read of them, where it does not read all.
+    read of them, where it does not read all. `num_cached`: what of `num_weights` is no weights but numbers that KV
+    caches hold, which are neither kept nor multiplied with as weights are.
     """
 
     num_compressed: int
@@ -195,6 +196,7 @@ class PlanSize:
     blocks: int = 0
     removed_weights: int = 0
     removed_read: Fraction | None = None
+    num_cached: int = 0
 
     @property
     def share(self) -> float:
@@ -234,14 +236,24 @@ class PlanSize:
     @property
     def parameters(self) -> float:
         """The part of the weights that is left once what is dropped is taken out, 0 to 1. What is pruned within a
-        matrix is not."""
-        return 1.0 - self.removed_weights / self.num_weights
+        matrix is not; what KV caches hold is in neither count."""
+        return 1.0 - self.removed_weights / max(self.kept_weights, 1)
 
     @property
     def flops(self) -> float:
         """The part of a token's multiplications with weights that is left, 0 to 1: an expert's counted by the share of
-        tokens that it is given."""
-        return float(1 - self.removed_active / self.active_weights)
+        tokens that it is given. What KV caches hold is in neither count."""
+        return float(1 - self.removed_active / max(self.multiplied_weights, 1))
+
+    @property
+    def kept_weights(self) -> int:
+        """Weights that the unquantized model keeps: without what KV caches hold."""
+        return self.num_weights - self.num_cached
+
+    @property
+    def multiplied_weights(self) -> Fraction:
+        """Weights that a token is multiplied with in the unquantized model: without what KV caches hold."""
+        return self.active_weights - self.num_cached
 
     @property
     def removed_active(self) -> Fraction:
@@ -301,12 +313,13 @@ def check_versions(asked: Mapping[str, int | str], schemes: Iterable[str]) -> No
 
 def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, times: Times | None = None) -> PlanSize:
     """Size of a plan over `components`; what the plan says of other components is left out."""
-    num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = 0
+    num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = num_cached = 0
     of_experts: dict[tuple[int, int], tuple[int, int]] = {}
     blocks, removed_weights, removed_read = set[str](), 0, Fraction(0)
     for component in components:
         scheme = plan.scheme(component.name)
         num_weights += component.num_weights
+        num_cached += component.num_weights if component.is_cache else 0
         bits = scheme.bits_of(component, dense_bits)
         stored_bits += bits
         if component.mixture:
@@ -327,6 +340,7 @@ def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, time
         picoseconds=None if times is None else times.total(components, every),
         blocks=len(blocks),
         removed_weights=removed_weights,
+        num_cached=num_cached,
     )
     if not of_experts:
         return size

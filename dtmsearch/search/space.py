@@ -118,7 +118,10 @@ class SearchSpace:
     def progress(self, plan: Plan) -> float:
         """How much of the way from the unquantized model to the search's end a plan has come; from 1 on all of it."""
         size, dense, budget = self.size(plan), self._dense_size, self.budget
-        ways = [] if budget.limits_size else [size.num_compressed / len(self.components)]
+        # Where blocks are dropped under a rule, matrices are no measure: an attention has as many as an MLP, of fewer
+        # weights.
+        by_rule = budget.limits_size or (self.blocks and budget != Budget())
+        ways = [] if by_rule else [size.num_compressed / len(self.components)]
         for reached, wanted in ((size.share, budget.share), (size.sparsity, budget.sparsity)):
             ways += [reached / wanted] if wanted else []
         ways += [size.num_compressed / budget.components] if budget.components else []
@@ -410,6 +413,7 @@ def _check_budget(budget: Budget, units: tuple[Unit, ...], of_blocks: PlanSize |
         blocks=sum(max(size.blocks for size in sizes) for sizes in choices),
         removed_weights=sum(max(size.removed_weights for size in sizes) for sizes in choices),
         removed_read=sum((max(size.removed_active for size in sizes) for sizes in choices), Fraction(0)),
+        num_cached=sum(sizes[0].num_cached for sizes in choices),
     )
     for rule, bound, most in (
         ("share", extreme.share, True),

@@ -103,14 +103,14 @@ class Choices:
             ("share", budget.share, lambda s: s.compressed_weights, size.num_weights),
             ("components", budget.components, lambda s: s.num_compressed, 1),
             ("blocks", budget.blocks, lambda s: s.blocks, 1),
-            ("parameters", _gone(budget.parameters), lambda s: s.removed_weights, size.num_weights),
+            ("parameters", _gone(budget.parameters), lambda s: s.removed_weights, size.kept_weights),
         )
         for name, least, count, total in counted:
             if least is not None:
                 rules.append(Rule(name, tuple(-c for c in self._costs(count)), -_least(least, total)))
         if budget.flops is not None:
             read = self._costs(lambda s: int(s.removed_active * self._parts))
-            least_read = _least(1.0 - budget.flops, int(size.active_weights * self._parts))
+            least_read = _least(1.0 - budget.flops, int(size.multiplied_weights * self._parts))
             rules.append(Rule("flops", tuple(-c for c in read), -least_read))
         if not rules:
             counts = tuple(-c for c in self._costs(lambda s: s.num_compressed))
