@@ -164,14 +164,30 @@ class ModelManifest:
     def droppable(
         self, kinds: Collection[BlockKind], components: Iterable[Component], exclude: tuple[str, ...] = ()
     ) -> tuple[Component, ...]:
-        """The blocks of some kinds in which some of the components lie, without those that match an `exclude` pattern.
+        """The blocks of some kinds all of whose matrices are among the components, without those that match an
+        `exclude` pattern: what is not searched stays.
 
-        Raises `UserError` for a kind that the model does not have.
+        Raises `UserError` for a kind of which there is none.
         """
+        components = tuple(components)
+        searched = {component.name for component in components}
         held = {name for component in components for name in (component.block, component.layer_name)}
-        found = [b for b in self.blocks if b.kind in kinds and b.name in held and not _matches(b, exclude)]
+        asked = [b for b in self.blocks if b.kind in kinds and b.name in held and not _matches(b, exclude)]
+        stays: dict[str, str] = {}
+        for component in self.components:
+            if component.name not in searched:
+                for name in (component.block, component.layer_name):
+                    stays.setdefault(name, component.name)
+        found = [block for block in asked if block.name not in stays]
         for kind in kinds:
             if not any(block.kind == kind for block in found):
+                partly = next((block.name for block in asked if block.kind == kind), None)
+                if partly is not None:
+                    raise UserError(
+                        f"search.drop: no {kind} of {self.model} is searched whole: {partly} cannot be dropped without "
+                        f"{stays[partly]}, which is not searched. Search all that lies in it (search.components), or "
+                        f"leave {kind} out of search.drop"
+                    )
                 inside = sorted({c.block.rpartition(".")[2] for c in self.components if c.block != c.name})
                 raise UserError(
                     f"search.drop: no {kind} of {self.model} can be dropped; modules of their own in its layers, with "
