@@ -389,6 +389,11 @@ class SearchSection(Section):
                 )
             if self.strategy == "floating" and (self.schemes or not self.drop):
                 raise ValueError("strategy: floating drops blocks and nothing else: give search.drop, and no schemes")
+            if self.strategy == "floating" and self.stop.budget == Budget():
+                raise ValueError(
+                    "strategy: floating drops blocks until a size is met, and stop has none: give stop.blocks, "
+                    "stop.parameters, stop.flops, stop.size_mb, stop.bits_per_weight, ..., such as stop: {blocks: 4}"
+                )
             if self.drop and self.strategy in BUILT_IN_STRATEGIES and self.strategy not in DROPPING:
                 raise ValueError(
                     f"search.drop: {self.strategy} does not drop blocks; take one of {', '.join(DROPPING)}"
