@@ -339,7 +339,7 @@ def test_a_key_set_to_null_is_left_out() -> None:
 
 @pytest.mark.parametrize("strategy", BUILT_IN_STRATEGIES)
 def test_a_file_that_is_written_out_is_read_again(strategy: str) -> None:
-    rest = {"sparsity": "rounds: [20]", "floating": "drop: [mlp]"}.get(strategy, "schemes: [nf4]")
+    rest = {"sparsity": "rounds: [20]", "floating": "drop: [mlp]\n  stop: {blocks: 2}"}.get(strategy, "schemes: [nf4]")
     file = parse(f"{HEAD}search:\n  strategy: {strategy}\n  {rest}\n", "search.yaml", Path())
     assert parse(file.to_yaml(), "search.yaml", Path()) == file
 
