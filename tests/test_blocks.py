@@ -455,8 +455,9 @@ def test_what_is_dropped_is_said_by_layers(running: Running) -> None:
 def test_a_plan_that_drops_blocks_alone_is_held_against_the_last_layers(running: Running) -> None:
     found = space(running, Budget(blocks=3))
     plan = dropped(MLP, ATTENTION, "model.layers.0.mlp")
-    last = dropped(*(f"model.layers.{layer}.{part}" for layer in (2, 3) for part in ("mlp", "self_attn")))
+    last = dropped("model.layers.3.mlp", "model.layers.3.self_attn", "model.layers.2.mlp")
     assert depth_rivals(found, plan) == {"rule:last-layers": last}
+    assert found.size(last) == found.size(plan)
     assert depth_rivals(space(running, Budget(bits_per_weight=6), ("int8-channel",)), plan) == {}
 
 

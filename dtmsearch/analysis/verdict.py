@@ -89,7 +89,7 @@ class ValidationRow:
 
 def _mixture_in(label: str) -> str | None:
     if label == _LAST_LAYERS:
-        return "the last layers dropped"
+        return "the last blocks dropped"
     return f"llama.cpp's mixture {label.removeprefix(_PRESET)}" if label.startswith(_PRESET) else None
 
 

@@ -237,13 +237,13 @@ class PlanSize:
     def parameters(self) -> float:
         """The part of the weights that is left once what is dropped is taken out, 0 to 1. What is pruned within a
         matrix is not; what KV caches hold is in neither count."""
-        return 1.0 - self.removed_weights / max(self.kept_weights, 1)
+        return 1.0 - self.removed_weights / (self.kept_weights or 1)
 
     @property
     def flops(self) -> float:
         """The part of a token's multiplications with weights that is left, 0 to 1: an expert's counted by the share of
         tokens that it is given. What KV caches hold is in neither count."""
-        return float(1 - self.removed_active / max(self.multiplied_weights, 1))
+        return float(1 - self.removed_active / (self.multiplied_weights or 1))
 
     @property
     def kept_weights(self) -> int:

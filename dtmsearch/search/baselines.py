@@ -106,7 +106,8 @@ def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
 
 def depth_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     """Of a search that drops blocks and nothing else, what a rule drops without measuring: as many of the last layers
-    as come to at most the plan's size, within the budget if the plan is; empty of other searches."""
+    as come to at most the plan's size, within the budget if the plan is, of the first of them a single block where that
+    is enough; of each what the search may drop. Empty of other searches."""
     if not space.blocks or space.schemes:
         return {}
     size, gone = space.size(plan), Plan()
@@ -114,9 +115,15 @@ def depth_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     for layer in of_layers:
         here = [block for block in space.blocks if block.layer == layer]
         whole = [block for block in here if block.kind == "layer"]
-        gone = Plan.of(gone.schemes | {block.name: DROP for block in whole or here})
-        if _fits(space, space.size(gone), size):
-            return {LAST_LAYERS: gone}
+        single = sorted((b for b in here if b.kind != "layer"), key=lambda block: block.num_weights)
+        tried = [
+            Plan.of(gone.schemes | {block.name: DROP for block in blocks})
+            for blocks in (*([block] for block in single), whole or here)
+        ]
+        fitting = (other for other in tried if _fits(space, space.size(other), size))
+        if (found := next(fitting, None)) is not None:
+            return {LAST_LAYERS: found}
+        gone = tried[-1]
     return {}
 
 
