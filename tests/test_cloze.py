@@ -36,6 +36,20 @@ def test_the_right_choice_is_what_the_text_has_and_no_other_is(kind: Any) -> Non
         assert right not in wrong
 
 
+def test_a_question_whose_wrong_choice_is_the_right_one_is_left_out() -> None:
+    text = windows()
+    text[3, CONTEXT + SPAN : CONTEXT + 2 * SPAN] = text[3, CONTEXT : CONTEXT + SPAN]
+    rows = questions_of("near", text, CONTEXT).rows.reshape(11, CHOICES, -1)
+    assert [row.tolist() for row in rows[:, 0, CONTEXT:]] == [
+        text[at, CONTEXT : CONTEXT + SPAN].tolist() for at in range(12) if at != 3
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_of_a_single_token_asks_nothing(kind: Any) -> None:
+    assert questions_of(kind, np.full_like(windows(), 7), CONTEXT).num_questions == 0
+
+
 def test_rare_words_stand_beside_words_as_rare() -> None:
     text = windows(tokens=40)
     text[:, CONTEXT + 3] = 50 + np.arange(12)  # once each

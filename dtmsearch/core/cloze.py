@@ -33,7 +33,8 @@ class Questions:
 
 
 def questions_of(kind: QuestionKind, windows: IntArray, context: int, seed: int = 0) -> Questions:
-    """A question from each of `windows` [questions, tokens], whose right answer is what the text has. Raises
+    """A question from each of `windows` [windows, tokens], whose right answer is what the text has, but for those of
+    which a wrong choice would be the right one again (text that repeats itself): there is nothing to tell. Raises
     `ValueError` for windows of less than `context` + 3 x `SPAN` tokens, or fewer than `CHOICES` of them."""
     count, length = windows.shape
     if count < CHOICES or length < context + 3 * SPAN:
@@ -70,7 +71,9 @@ def _words(windows: IntArray, context: int, random: np.random.Generator) -> Ques
 
 
 def _asked(kind: QuestionKind, before: IntArray, choices: list[IntArray], context: int) -> Questions:
-    rows = np.stack([np.concatenate([before, choice], axis=1) for choice in choices], axis=1)
+    right, *wrong = choices
+    tells = np.all([(choice != right).any(axis=1) for choice in wrong], axis=0)
+    rows = np.stack([np.concatenate([before, choice], axis=1) for choice in choices], axis=1)[tells]
     return Questions(kind, rows.reshape(-1, rows.shape[2]).astype(np.int32), context)
 
 

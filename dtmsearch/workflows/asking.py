@@ -24,12 +24,18 @@ Answers = Mapping[QuestionKind, NDArray[np.int64]]
 
 def asked_of(file: SearchFile, plans: Sequence[Plan]) -> list[Answers]:
     """The choices of a search file's model under each plan, [questions] of each kind; 0 is right. There are as many as
-    the file has held-out prompts, made of their text, or as many as prompts of theirs. Raises `UserError` for too
-    little text and for a plan that cannot be measured."""
+    the file has held-out prompts, made of their text, or as many as prompts of theirs, but for those that ask nothing.
+    Raises `UserError` for too little text, text that repeats itself, and a plan that cannot be measured."""
     section = file.validation_prompts or file.prompts
     replica = Replica(replace(file.model_spec, decoding=GREEDY), ReplicaSettings())
     windows, _ = replica.cut_prompts(read(file, section), section.count, _CONTEXT, 4 * SPAN, section.seed)
     made = [questions_of(kind, windows.tokens, _CONTEXT, section.seed) for kind in KINDS]
+    empty = [each.kind for each in made if not each.num_questions]
+    if empty:
+        raise UserError(
+            f"no question of the kind {empty[0]} can be made of {section.count} held-out windows: in each a wrong "
+            "choice is the right one again. Give text that repeats itself less"
+        )
     return [{each.kind: answers_of(nats_of(replica, each, plan)) for each in made} for plan in plans]
 
 
