@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fakes import FakeEvaluator, request_for, run_search
-from tiny import in_stages, llama_config, values, with_reference, write_model
-from transformers import MixtralConfig
+from tiny import in_stages, llama_config, result, values, with_reference, write_model
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MptConfig, MptForCausalLM
 
 from dtmsearch.analysis.shape import shape_sentence
 from dtmsearch.config import parse
+from dtmsearch.core import evaluation
 from dtmsearch.core.components import BlockKind, Component, blocks_of
 from dtmsearch.core.evaluation import (
     EvalFailure,
@@ -27,11 +31,15 @@ from dtmsearch.core.evaluation import (
     ReplicaSettings,
 )
 from dtmsearch.core.holders import HOLDERS, holders_of
+from dtmsearch.core.metric_registry import first_divergent_token
 from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
 from dtmsearch.core.schemes import DROP
 from dtmsearch.core.strategy_settings import AutoSettings, EvolutionSettings, KnapsackSettings, LocalSettings
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import SearchStopped, UserError
+from dtmsearch.model.modules import blocks
+from dtmsearch.model.modules.blocks import take_out
+from dtmsearch.model.replica.in_memory import manifest_of
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.report.facts.plan_facts import dropped_with
 from dtmsearch.search.baselines import depth_rivals
@@ -42,6 +50,7 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
 from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.in_process import apply
 
 ATTENTION, MLP, LAYER = "model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.1"
 Running = tuple[Replica, Reference]
@@ -101,15 +110,93 @@ def test_a_dropped_layer_is_the_model_without_it(running: Running) -> None:
 
 
 def test_a_dropped_block_does_not_run(running: Running) -> None:
-    model, _ = running
+    model, reference = running
+    tokens = torch.from_numpy(reference.text).long()
     module, calls = model._body.model.get_submodule(f"{MLP}.up_proj"), []
-    measured(running, dropped(MLP))  # once, to see how it returns
-    hook = module.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        measured(running, dropped(MLP))
-    finally:
-        hook.remove()
+    hook = None
+    with torch.inference_mode():
+        model._bench.become(Variant(dropped(MLP)))
+        try:
+            model._body.finish(tokens, None, 0)  # once, to see how it returns
+            hook = module.register_forward_hook(lambda *_: calls.append(1))
+            model._body.finish(tokens, None, 0)
+        finally:
+            model._bench.become(Variant(Plan()))
+            if hook is not None:
+                hook.remove()
     assert not calls
+
+
+@pytest.mark.parametrize("block", [ATTENTION, MLP, LAYER, "model.layers.0.self_attn"])
+def test_the_first_use_of_a_dropped_block_may_be_a_generation(running: Running, block: str) -> None:
+    model, reference = running
+    (single,) = model.evaluate([EvalRequest(dropped(block), reference.id, (0, 6))])
+    blocks._manners.clear()  # as in a fresh process
+    written = model.generate(dropped(block), reference.prompts)
+    first = first_divergent_token((written != reference.continuation) & reference.agrees)
+    assert first.tolist() == result(single).fdt.tolist()
+
+
+BLOOM = BloomForCausalLM, BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4, initializer_range=0.2)
+MPT = MptForCausalLM, MptConfig(vocab_size=64, d_model=32, n_layers=3, n_heads=4, max_seq_len=32, initializer_range=0.2)
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "output"),
+    [
+        (BLOOM, "transformer.h.1.self_attention", "dense"),
+        (BLOOM, "transformer.h.1.mlp", "dense_4h_to_h"),
+        (MPT, "transformer.blocks.1.attn", "out_proj"),
+        (MPT, "transformer.blocks.1.ffn", "down_proj"),
+    ],
+)
+def test_a_block_that_adds_the_residual_itself_hands_it_on(family: tuple[Any, Any], block: str, output: str) -> None:
+    model, tokens = family[0](family[1]).eval(), torch.arange(8).unsqueeze(0)
+    zeroed = copy.deepcopy(model)
+    for parameter in zeroed.get_submodule(f"{block}.{output}").parameters():
+        parameter.data.zero_()
+    with torch.no_grad():
+        take_out(model.get_submodule(block), manifest_of(model).by_name[block], True)
+        first, second = (model(tokens).logits for _ in range(2))
+    assert torch.equal(first, zeroed(tokens).logits) and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("block", ["transformer.h.1.mlp", "transformer.h.1"])
+def test_a_model_with_dropped_blocks_is_saved_as_it_computes(tmp_path: Path, block: str) -> None:
+    model, tokens = BLOOM[0](BLOOM[1]).eval(), torch.arange(8).unsqueeze(0)
+    for parameter in model.parameters():  # biases, too
+        parameter.data += 0.01
+    apply({block: DROP}, model).save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(BloomForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits, model(tokens).logits)
+
+
+def test_a_block_that_does_more_than_add_is_refused() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            normed: torch.Tensor = self.norm(hidden_states + self.up(hidden_states))
+            return normed
+
+    module = Normed()
+    take_out(module, Component("m.layers.0.mlp", 0, "mlp", (1, 16)), True)
+    with pytest.raises(UserError, match=r"m\.layers\.0\.mlp cannot be dropped: Normed does more than add"):
+        module(torch.randn(1, 3, 4))
+
+
+def test_values_of_dropped_blocks_have_a_version() -> None:
+    ids = {name: EvalRequest(dropped(name), "r", (0, 2), ("kl",)).id for name in (ATTENTION, LAYER, f"{MLP}.up_proj")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "BLOCKS_VERSION", 9)
+        later = {name: EvalRequest(dropped(name), "r", (0, 2), ("kl",)).id for name in ids}
+    assert [ids[name] == later[name] for name in ids] == [False, False, True]
+
+
+def test_a_dropped_layer_is_not_the_head() -> None:
+    assert evaluation._IN_A_LAYER.search(LAYER) and not evaluation._IN_A_LAYER.search("lm_head")
 
 
 def test_a_model_is_what_it_was_after_blocks_were_dropped(running: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,21 @@ from inprocess import here, run_here
 from processes import tiny_search
 from safetensors.torch import load_file
 from tiny import llama_config, write_model
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from dtmsearch.core.schemes import DROP
 from dtmsearch.errors import UserError
 from dtmsearch.export.smaller import CODE_FILE
+from dtmsearch.workflows import export as workflow
 from dtmsearch.workflows.evaluate import recover
 from dtmsearch.workflows.export import export
 
@@ -62,8 +73,8 @@ def test_without_single_blocks_it_brings_the_code_that_builds_it(
     made = measured_plan(llama, tmp_path / "store", plan).export(to, tmp_path / "out")
     assert made.check is not None and made.check.equal
     assert json.loads((tmp_path / "out" / "config.json").read_text())["left_out"] == {
-        "model.layers.0.self_attn": ["attention", 2],
-        "model.layers.2.mlp": ["mlp", 0],
+        "model.layers.0.self_attn": ["attention", 2, None],
+        "model.layers.2.mlp": ["mlp", 0, None],
     }
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(ValueError, match=r"llama_without_blocks|trust_remote_code"):
@@ -81,6 +92,57 @@ def test_a_model_without_its_first_attention_continues_a_text_as_it_reads_it(
         written = model.generate(text, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
         best = model(input_ids=written).logits.argmax(-1)
     assert written[0, 20:].tolist() == best[0, 19:-1].tolist()
+
+
+SHAPE = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "eos_token_id": 257, "bos_token_id": 256, "initializer_range": 0.2}  # fmt: skip
+NEOX = GPTNeoXConfig(**SHAPE, intermediate_size=64, max_position_embeddings=128, tie_word_embeddings=False)
+MIXTRAL = MixtralConfig(**SHAPE, intermediate_size=16, num_key_value_heads=2, max_position_embeddings=128,
+                        num_local_experts=4, num_experts_per_tok=2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "block"),
+    [
+        (NEOX, "gpt_neox.layers.0.attention"),
+        (MIXTRAL, "model.layers.1.self_attn"),
+        (BloomConfig(**SHAPE), "transformer.h.1.self_attention"),
+        (BloomConfig(**SHAPE), "transformer.h.1.mlp"),
+    ],
+    ids=["gpt_neox", "mixtral", "bloom-attention", "bloom-mlp"],
+)
+def test_families_whose_weights_or_sums_are_their_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, block: str
+) -> None:
+    in_process(monkeypatch)
+    model = write_model(tmp_path / "model", config)
+    stored = measured_plan(model, tmp_path / "store", {block: DROP}, attention="eager")
+    made = stored.export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
+
+
+def test_a_text_goes_on_in_pieces_over_a_cache_by_any_name(tmp_path: Path) -> None:
+    config = FalconConfig(**SHAPE, num_kv_heads=4, new_decoder_architecture=False, multi_query=False)
+    model = write_model(tmp_path / "model", config)
+    plan = {"transformer.h.0.self_attention": DROP}
+    measured_plan(model, tmp_path / "store", plan).export("dense", tmp_path / "out", check=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    text = torch.arange(40, 60).unsqueeze(0)
+    with torch.inference_mode():
+        first = loaded(text[:, :12], use_cache=True)
+        second = loaded(text[:, 12:], past_key_values=first.past_key_values)
+        whole = loaded(text).logits
+    torch.testing.assert_close(second.logits, whole[:, 12:])
+
+
+def test_what_is_written_on_the_way_lies_beside_the_export(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    stored = measured_plan(llama, tmp_path / "store", LAYERS)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    stored.export("dense", tmp_path / "out", check=False)
+    assert not list(tmp_path.glob("out*-smaller-*"))
 
 
 def test_lists_of_layers_in_a_configuration_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +178,9 @@ def test_formats_of_whole_models_refuse_it(llama: Path, tmp_path: Path, to: str)
         measured_plan(llama, tmp_path / "store", LAYERS).export(to, tmp_path / "out", check=False)
 
 
-def test_engines_refuse_single_blocks(llama: Path, tmp_path: Path) -> None:
+def test_engines_refuse_single_blocks(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = measured_plan(llama, tmp_path / "store", BLOCKS)
+    monkeypatch.setattr(workflow, "without_dropped", None)  # it is known before anything is written
     with pytest.raises(UserError, match="drop whole layers"):
         stored.export("compressed-tensors", tmp_path / "out", check=False, runtime="vllm")
 

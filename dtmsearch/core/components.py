@@ -216,6 +216,18 @@ class ModelManifest:
         return kept
 
 
+def _block_kind(name: str) -> BlockKind | None:
+    """What a module that stands in a layer is by its name."""
+    return next((kind for part, kind in _BLOCK_NAMES if part in name.rpartition(".")[2].lower()), None)
+
+
+def is_block_name(name: str) -> bool:
+    """Whether a path is named as those of blocks and layers are: it ends with the layer's number, or with what stands
+    in it and is called an attention or an MLP."""
+    before, _, last = name.rpartition(".")
+    return last.isdigit() or (before.rpartition(".")[2].isdigit() and _block_kind(name) is not None)
+
+
 def blocks_of(components: Iterable[Component]) -> tuple[Component, ...]:
     """The blocks and layers that some matrices lie in, in model order, each layer after its blocks."""
     found: dict[str, Component] = {}
@@ -229,7 +241,7 @@ def blocks_of(components: Iterable[Component]) -> tuple[Component, ...]:
             if component.block != component.name:
                 blocks[component.block] = blocks.get(component.block, 0) + component.num_weights
         for name, weights in blocks.items():
-            kind = next((kind for part, kind in _BLOCK_NAMES if part in name.rpartition(".")[2].lower()), None)
+            kind = _block_kind(name)
             if kind is not None:
                 found[name] = Component(name, layer, kind, (1, weights))
         name = inside[0].layer_name

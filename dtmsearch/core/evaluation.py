@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.components import ModelManifest, is_block_name
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.identity import canonical, identity, identity_of_text
 from dtmsearch.core.metric_registry import METRICS, metric_versions
@@ -226,7 +226,10 @@ def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens, rul
 # Plans that change the head, or embeddings that may be tied to it, whatever a model calls them: what lies in no layer
 # has no number in its name. Their KL was once taken with the plan's head on both sides, and such values are not used
 # again.
-_IN_A_LAYER = re.compile(r"(?:^|\.)\d+\.")
+_IN_A_LAYER = re.compile(r"(?:^|\.)\d+(?:\.|$)")
+# Raise it when what a dropped block hands on is another. Of the first, a block that adds the residual itself handed on
+# zeros in its place.
+BLOCKS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,8 @@ class EvalRequest:
         schemes = tuple(sorted(self.plan.scheme_versions.items()))
         if self._is_beside_the_base and any(not _IN_A_LAYER.search(name) for name, _ in self.plan.entries):
             schemes += (("head", 2),)
+        if any(is_block_name(name) for name in self.plan.dropped):
+            schemes += (("blocks", BLOCKS_VERSION),)
         metrics = tuple(metric_versions(self.extra_metrics).items()) if self.extra_metrics else ()
         rest = _rest_of_identity(
             self.reference_id, self.prompts, self.extra_metrics, self.calibrated_by, self.weights_id, schemes, metrics

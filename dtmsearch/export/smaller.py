@@ -9,6 +9,7 @@ with random weights in their places.
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,8 @@ from dtmsearch.model.modules.usage import usage_of
 
 CODE_FILE = "modeling_without_blocks.py"
 _TYPE_ENDING = "_without_blocks"
+# What families whose blocks add their output to an argument themselves call it (BLOOM, MPT).
+_RESIDUAL = "residual"
 
 
 def dropped_blocks(plan: Plan, manifest: ModelManifest) -> list[str]:
@@ -42,17 +45,24 @@ def dropped_blocks(plan: Plan, manifest: ModelManifest) -> list[str]:
     return sorted(name for name in plan.dropped if manifest.by_name[name].is_block)
 
 
+def single_blocks(plan: Plan, manifest: ModelManifest) -> list[str]:
+    """Those of them that a plan drops of layers of which something is left."""
+    left = {c.layer for c in manifest.components if not plan.drops(c.name)}
+    return [name for name in dropped_blocks(plan, manifest) if manifest.by_name[name].layer in left]
+
+
 @contextmanager
-def without_dropped(job: Job) -> Iterator[Job]:
+def without_dropped(job: Job, beside: Path) -> Iterator[Job]:
     """Within, the job over a checkpoint without the blocks and layers that its plan drops, by the names that their
-    neighbours have there; the job itself where it drops none. Raises `UserError` for a model whose configuration does
-    not say it."""
+    neighbours have there; the job itself where it drops none. The checkpoint lies in a folder `beside` the export's
+    own while that is written, where there must be room for both. Raises `UserError` for a model whose configuration
+    does not say it."""
     names = dropped_blocks(job.plan, job.manifest)
     if not names:
         yield job
         return
     shape = _Shape(job)
-    with tempfile.TemporaryDirectory(prefix="dtmsearch-smaller-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{beside.name}-smaller-", dir=beside.parent) as scratch:
         folder = Path(scratch)
         shape.write(folder)
         yield shape.job(folder)
@@ -186,8 +196,8 @@ class _Shape:
                 f"{self._job.manifest.model} runs code of its own, beside which none is written that leaves out "
                 f"{next(iter(self.out.values())).name}; drop whole layers (search.drop: [layer])"
             )
-        outputs = self._outputs()
-        left_out = {name: [block.kind, outputs[block.name]] for name, block in self.out.items()}
+        manners = self._manners()
+        left_out = {name: [block.kind, *manners[block.name]] for name, block in self.out.items()}
         (folder / CODE_FILE).write_text(_code(kind.__name__, own.__name__, own.model_type), encoding="utf-8")
         module = CODE_FILE.removesuffix(".py")
         return config | {
@@ -200,19 +210,26 @@ class _Shape:
             "left_out": left_out,
         }
 
-    def _outputs(self) -> dict[str, int]:
-        """How many values each block returns, 0 where it is a tensor by itself: by running the model without values."""
-        found: dict[str, int] = {}
+    def _manners(self) -> dict[str, tuple[int, int | str | None]]:
+        """How many values each block returns, 0 where it is a tensor by itself, and which argument it adds its output
+        to (position or name), None where its layer does that: by running the model without values. What adds to an
+        argument is told by the argument's name, for there are no values to compare."""
+        found: dict[str, tuple[int, int | str | None]] = {}
 
         def noting(name: str) -> Callable[..., None]:
-            def note(module: nn.Module, args: Any, output: Any) -> None:
+            def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 kind = returned_kind(output)
-                found[name] = 0 if kind is None else kind[1]
+                names = list(inspect.signature(module.forward).parameters)
+                at = names.index(_RESIDUAL) if _RESIDUAL in names else None
+                residual = at if at is not None and at < len(args) else _RESIDUAL if _RESIDUAL in kwargs else None
+                found[name] = (0 if kind is None else kind[1]), residual
 
             return note
 
         blocks = [block.name for block in self.out.values()]
-        hooks = [self._model.get_submodule(name).register_forward_hook(noting(name)) for name in blocks]
+        hooks = [
+            self._model.get_submodule(name).register_forward_hook(noting(name), with_kwargs=True) for name in blocks
+        ]
         try:
             failed = usage_of(self._model).failed
         finally:
@@ -287,21 +304,39 @@ Engines with model code of their own (vLLM, SGLang, llama.cpp) do not load it.
 
 import torch
 from torch import nn
-from transformers import {config}, {model}
+from transformers import Cache, {config}, {model}
+
+try:
+    from transformers import conversion_mapping
+except ImportError:
+    conversion_mapping = None
+
+# Names and stacks of weights in files and in the model differ as they do in the family's own checkpoints.
+if conversion_mapping is not None:
+    renamed = conversion_mapping.get_checkpoint_conversion_mapping("{model}")
+    renamed = renamed or conversion_mapping.get_checkpoint_conversion_mapping("{model_type}")
+    if renamed is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            "{model_type}{_TYPE_ENDING}", renamed, overwrite=True
+        )
 
 
 class LeftOut(nn.Module):
-    """In the place of a block: its output is zero. An attention's cache is told how many tokens have passed."""
+    """In the place of a block, which adds nothing: it returns zeros or, where the block itself would add its output to
+    one of its arguments, that argument. An attention's cache is told how many tokens have passed."""
 
-    def __init__(self, kind, outputs, layer):
+    def __init__(self, kind, outputs, layer, residual):
         super().__init__()
-        self.kind, self.outputs, self.layer = kind, outputs, layer
+        self.kind, self.outputs, self.layer, self.residual = kind, outputs, layer, residual
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
-        if self.kind == "attention" and past_key_values is not None:
-            nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(nothing, nothing, self.layer)
-        made = torch.zeros_like(hidden_states)
+    def forward(self, *args, **kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        for cache in (*args, *kwargs.values()):
+            if self.kind == "attention" and isinstance(cache, Cache):
+                nothing = states.new_zeros(states.shape[0], 1, states.shape[1], 1)
+                cache.update(nothing, nothing, self.layer)
+        held = args if isinstance(self.residual, int) else kwargs
+        made = torch.zeros_like(states) if self.residual is None else held[self.residual]
         return (made, *[None] * (self.outputs - 1)) if self.outputs else made
 
 
@@ -314,8 +349,8 @@ class WithoutBlocks({model}):
 
     def __init__(self, config):
         super().__init__(config)
-        for name, (kind, outputs) in config.left_out.items():
+        for name, (kind, outputs, residual) in config.left_out.items():
             parent, _, child = name.rpartition(".")
             layer = next(int(part) for part in name.split(".") if part.isdigit())
-            setattr(self.get_submodule(parent), child, LeftOut(kind, outputs, layer))
+            setattr(self.get_submodule(parent), child, LeftOut(kind, outputs, layer, residual))
 '''

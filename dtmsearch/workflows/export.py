@@ -23,7 +23,7 @@ from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_format
 from dtmsearch.export.formats.gguf_file import FILE, base_beside
 from dtmsearch.export.job import Job, refuse
-from dtmsearch.export.smaller import CODE_FILE, dropped_blocks, without_dropped
+from dtmsearch.export.smaller import dropped_blocks, single_blocks, without_dropped
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
 from dtmsearch.store.store import ResultStore
@@ -130,6 +130,14 @@ def resolve(
     job = _job(replace(found, plan=of_weights), runtime, results, cache_scheme)
     if form.is_checked:
         _check_solved(found, to)
+    single = single_blocks(found.plan, found.manifest) if job.fuses else []
+    if single and form.name != "json":
+        raise refuse(
+            f"{form.name}, for {job.runtime},",
+            "engines run no model without single attention or MLP blocks; drop whole layers (search.drop: [layer]), or "
+            "export for transformers",
+            single,
+        )
     if job.fuses and to == PACKED:
         require_tied(found, target, job)
     return Order(source, store, form, target, found, job, is_checked)
@@ -142,15 +150,8 @@ def write(order: Order) -> Draft:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        with nullcontext(order.job) if order.form.name == "json" else without_dropped(order.job) as job:
+        with nullcontext(order.job) if order.form.name == "json" else without_dropped(order.job, folder) as job:
             written = order.form.write(job, folder)
-            if job.fuses and (folder / CODE_FILE).exists():
-                raise refuse(
-                    f"{order.form.name}, for {job.runtime},",
-                    "engines run no model without single attention or MLP blocks; drop whole layers (search.drop: "
-                    "[layer]), or export for transformers",
-                    dropped_blocks(order.job.plan, order.job.manifest),
-                )
             check_bytes(job, written)
             result = described(order.form, order.target, folder, order.found, job, written)
     except ExportFailed:

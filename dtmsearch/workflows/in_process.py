@@ -20,6 +20,7 @@ from dtmsearch.core.plan import Plan, PlanSize, check_takes, plan_size, schemes_
 from dtmsearch.core.schemes import parse_scheme, solved_pairs
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.blocks import set_to_zero
 from dtmsearch.model.replica.in_memory import InMemoryReplica, manifest_of, weights_of
 from dtmsearch.workflows.lookup import UNIFORM, uniform_plan
 
@@ -80,16 +81,22 @@ def apply(plan: PlanLike, model: Any) -> Any:
     """Put a plan's compressed weights into `model`, in place, and return it.
 
     Rounded and pruned weights stand in the model's own dtype, as every evaluation has them; bitsandbytes' schemes put
-    its modules there. Raises `UserError` for a plan with calibrated schemes (GPTQ, Wanda, SparseGPT), which are solved
+    its modules there. Blocks and layers that the plan drops do not run, and their matrices and biases are zero, so
+    that a model which is saved from here computes the same, as large as before: `dtmsearch export` writes a smaller
+    one. Raises `UserError` for a plan with calibrated schemes (GPTQ, Wanda, SparseGPT), which are solved
     over text: export these from a run.
     """
-    found = plan_of(plan, manifest_of(model))
+    manifest = manifest_of(model)
+    found = plan_of(plan, manifest)
     if found.needs_calibration:
         raise UserError(
             "the plan has schemes that are calibrated over text (GPTQ, Wanda, SparseGPT): use `dtmsearch export`, "
             "which finds their matrices in the store"
         )
     weights_of(model).become(found)
+    for name in sorted(found.dropped):
+        if manifest.by_name[name].is_block:
+            set_to_zero(model.get_submodule(name))
     return model
 
 

@@ -40,7 +40,7 @@ class Places:
     def block(self, name: str) -> nn.Module:
         """A block or a layer, which can be taken out of a model that runs eagerly. Raises `UserError`."""
         if self._slots:
-            raise UserError(f"{name} cannot be dropped where layers are compiled: leave model.compile out")
+            raise UserError(f"{name} cannot be dropped where layers are compiled: set model.compile: never")
         return self._model.get_submodule(name)
 
     def put(self, component: str, module: nn.Module) -> None:
