@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeEvaluator, request_for, run_search
+from processes import tiny_search
 from tiny import in_stages, llama_config, result, values, with_reference, write_model
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MptConfig, MptForCausalLM
 
 from dtmsearch.analysis.shape import shape_sentence
-from dtmsearch.config import parse
+from dtmsearch.cluster.pool_settings import PoolSettings
+from dtmsearch.config import SearchFile, load, parse
 from dtmsearch.core import evaluation
 from dtmsearch.core.components import BlockKind, Component, blocks_of
 from dtmsearch.core.evaluation import (
@@ -39,10 +42,14 @@ from dtmsearch.core.variant import Variant
 from dtmsearch.errors import SearchStopped, UserError
 from dtmsearch.model.modules import blocks
 from dtmsearch.model.modules.blocks import take_out
+from dtmsearch.model.modules.compiled import Slot
+from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.replica import streamed_model
 from dtmsearch.model.replica.in_memory import manifest_of
 from dtmsearch.model.replica.replica import Replica
 from dtmsearch.report.facts.plan_facts import dropped_with
 from dtmsearch.search.baselines import depth_rivals
+from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Silent
 from dtmsearch.search.solver.choices import Choices
@@ -50,7 +57,10 @@ from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
 from dtmsearch.store.store import ResultStore
+from dtmsearch.workflows.check_search import check_search
+from dtmsearch.workflows.evaluate import evaluate
 from dtmsearch.workflows.in_process import apply
+from dtmsearch.workflows.session import pool_for
 
 ATTENTION, MLP, LAYER = "model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.1"
 Running = tuple[Replica, Reference]
@@ -574,6 +584,55 @@ def test_layers_are_not_compiled_where_blocks_are_dropped() -> None:
         for more in ("", ", drop: [mlp]")
     )
     assert (kept, dropping) == ("auto", "never")
+
+
+PLAN_FILE = {"manifest_id": "m", "plan_id": "p"}
+
+
+@pytest.mark.parametrize(
+    ("named", "mode"), [(MLP, "never"), (LAYER, "never"), (f"{MLP}.up_proj", "auto")], ids=["mlp", "layer", "matrix"]
+)
+def test_layers_are_not_compiled_for_a_plan_file_that_drops_blocks(tmp_path: Path, named: str, mode: str) -> None:
+    asked: list[str] = []
+
+    def opening(file: SearchFile, where: PoolSettings) -> ModelEvaluator:
+        asked.append(file.model_spec.compile)
+        raise UserError("enough")
+
+    file, plan = load(tiny_search(tmp_path)), tmp_path / "plan.json"
+    plan.write_text(json.dumps(PLAN_FILE | {"schemes": {named: DROP}}))
+    with pytest.raises(UserError, match="enough"):
+        evaluate(file, str(plan), str(tmp_path / "store"), evaluator=opening)
+    assert asked == [mode]
+
+
+@pytest.mark.parametrize("where", [PoolSettings(weights="streamed"), PoolSettings(nodes_per_replica=2)])
+def test_replicas_that_drop_no_blocks_are_refused_before_they_load(tmp_path: Path, where: PoolSettings) -> None:
+    search = {"strategy": "floating", "drop": ["mlp"], "stop": {"blocks": 1}}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(PLAN_FILE | {"schemes": {MLP: DROP}}))
+    with (
+        pytest.raises(UserError, match="one process holds whole: leave out --"),
+        pool_for(load(tiny_search(tmp_path, search=search)), where, Silent()),
+    ):
+        pass
+    with pytest.raises(UserError, match="one process holds whole: leave out --"):
+        evaluate(load(tiny_search(tmp_path)), str(plan), str(tmp_path / "store"), where)
+
+
+def test_a_check_says_that_weights_which_pass_through_a_gpu_drop_no_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = load(tiny_search(tmp_path, search={"strategy": "floating", "drop": ["mlp"], "stop": {"blocks": 1}}))
+    check_search(file)
+    monkeypatch.setattr(streamed_model, "streams", lambda *_: True)
+    with pytest.raises(UserError, match="do not fit this GPU"):
+        check_search(file)
+
+
+def test_compiled_layers_say_how_they_are_not_compiled(running: Running) -> None:
+    with pytest.raises(UserError, match=r"set model\.compile: never"):
+        Places(running[0]._body.model, {"any": Slot(nn.Linear(1, 1))}).block(MLP)
 
 
 def test_replicas_of_several_processes_refuse_to_drop_blocks(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.holders import source_note
 from dtmsearch.core.schemes import check_libraries
 from dtmsearch.core.training_settings import RecoverySettings
+from dtmsearch.errors import UserError
 from dtmsearch.workflows.build import space_of
 from dtmsearch.workflows.text_windows import cut_calibration, text_lines
 
@@ -89,6 +90,8 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> Searc
     from dtmsearch.model.replica.prompts import Cutter
 
     space = space_of(file, found.manifest)
+    if file.search.drop:
+        _check_fits_whole(found)
     tokenizer = load_tokenizer(tokenizer_folder(spec), spec)
     if any(scheme.needs_calibration for scheme in space.parsed):
         cutter = Cutter(tokenizer, spec.path, found.context, found.num_embeddings)
@@ -96,6 +99,20 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> Searc
     if file.search.recovery is not None:
         _check_recovery(file, file.search.recovery, tokenizer)
     return space
+
+
+def _check_fits_whole(found: Survey) -> None:
+    """Raises `UserError` for a model of which this machine's GPU holds no more than some layers at a time."""
+    import torch
+
+    from dtmsearch.model.replica.streamed_model import streams
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.device_count() <= 1 and streams("auto", found.manifest, device):
+        raise UserError(
+            f"search.drop: the weights of {found.manifest.model} do not fit this GPU and would pass through it, and "
+            "blocks are dropped of models that stay whole. Use a larger GPU, or several with --gpus-per-replica"
+        )
 
 
 def _check_recovery(file: SearchFile, section: RecoverySettings, tokenizer: object) -> None:

@@ -21,13 +21,14 @@ from dtmsearch.workflows.interrupts import interruptible
 from dtmsearch.workflows.lookup import (
     StoreLike,
     check_plan_argument,
+    drops_blocks,
     find_plan,
     find_weights_id,
     open_store,
     stored_file,
 )
 from dtmsearch.workflows.recover import Recovering
-from dtmsearch.workflows.session import OpenEvaluator, opened, whole_request
+from dtmsearch.workflows.session import OpenEvaluator, check_holds_whole, opened, whole_request
 from dtmsearch.workflows.text_windows import check_not_trained_on, cut_held_out, cut_search, training_text
 
 
@@ -70,6 +71,9 @@ def evaluate(
     observer = observer or Silent()
     results = open_store(store, observer.on_note)
     check_plan_argument(plan, results)
+    if drops_blocks(plan, results):
+        check_holds_whole(where)
+        file = _uncompiled(file)
     texts.text_files(file, file.prompts)  # missing ones are said before anything is started
     weights_id = find_weights_id(plan, results)
     with (
@@ -93,6 +97,13 @@ def evaluate(
         summary=None if isinstance(outcome, EvalFailure) else summarize(outcome),
         failure=f"{outcome.kind}: {outcome.message}" if isinstance(outcome, EvalFailure) else None,
     )
+
+
+def _uncompiled(file: SearchFile) -> SearchFile:
+    """The file for a plan that drops blocks, which compiled layers do not, unless it asks for these itself."""
+    if file.model.compile != "auto":
+        return file
+    return file.model_copy(update={"model": file.model.model_copy(update={"compile": "never"})})
 
 
 def recover(

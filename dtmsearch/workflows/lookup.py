@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from dtmsearch import config
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile, texts
-from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.components import Component, ModelManifest, is_block_name
 from dtmsearch.core.gguf_presets import PRESET, check_preset, preset_plan
-from dtmsearch.core.plan import Plan, plan_from_json, weights_id_from_json
+from dtmsearch.core.plan import Plan, plan_from_json, schemes_from_json, weights_id_from_json
 from dtmsearch.core.records import RunRecord
-from dtmsearch.core.schemes import uniform_parts
+from dtmsearch.core.schemes import DROP, uniform_parts
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
@@ -156,3 +156,16 @@ def find_weights_id(plan: str, results: ResultStore) -> str:
             raise UserError(f"{plan} is over trained weights {weights_id}, which the store {results.url} does not hold")
         return weights_id
     return results.weights_id(plan)
+
+
+def drops_blocks(plan: str, results: ResultStore) -> bool:
+    """Whether a plan, given as in `find_plan`, drops blocks or layers whole, as far as names tell before the model is
+    known."""
+    if plan.startswith((UNIFORM, PRESET)):
+        return False
+    if is_file(Path(plan)):
+        schemes = schemes_from_json(read_text(Path(plan), "plan file"), plan)
+        return any(scheme == DROP and is_block_name(name) for name, scheme in schemes.items())
+    plan_id = results.plan_id_so_far(record_of(results, plan))
+    found = None if plan_id is None else results.plan(plan_id, plan)
+    return found is not None and any(map(is_block_name, found.dropped))

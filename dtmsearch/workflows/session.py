@@ -121,10 +121,22 @@ def opened(
         yield Session(file, store, writer, pool, pool.manifest(), observer, stop_requested)
 
 
+def check_holds_whole(where: Where) -> None:
+    """Raises `UserError` for replicas of which it is known that they drop no blocks."""
+    apart = "--weights streamed" if where.weights == "streamed" else "--nodes-per-replica"
+    if where.weights == "streamed" or where.nodes_per_replica > 1:
+        raise UserError(
+            f"blocks are dropped of models that one process holds whole: leave out {apart}. A model that does not fit "
+            "one GPU is spread over several of a host by --gpus-per-replica"
+        )
+
+
 def pool_for(
     file: SearchFile, where: Where, observer: Observer, evaluator: OpenEvaluator | None = None
 ) -> ModelEvaluator:
     """What has a search file's model, as in `opened`; to be closed by `with`."""
+    if file.search.drop:
+        check_holds_whole(where)
     if evaluator is not None:
         return evaluator(file, where)
     if file.model.trust_remote_code:

@@ -259,7 +259,8 @@ class Weights:
         if scheme.is_dropped and any(self._places.get(component).children()):
             raise UserError(
                 f"{component} cannot be dropped here: blocks are taken out of models that one process holds whole "
-                "(without --nodes-per-replica and --weights streamed)"
+                "(without --nodes-per-replica and --weights streamed, which comes by itself where weights do not fit a "
+                "GPU: --gpus-per-replica spreads them over several)"
             )
         now = self._installed(component)
         self._install(component, self._make(component, scheme, now))
