@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_a_model_without_its_first_attention_continues_a_text_as_it_reads_it(
     assert written[0, 20:].tolist() == best[0, 19:-1].tolist()
 
 
-SHAPE = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+SHAPE: dict[str, Any] = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
          "eos_token_id": 257, "bos_token_id": 256, "initializer_range": 0.2}  # fmt: skip
 NEOX = GPTNeoXConfig(**SHAPE, intermediate_size=64, max_position_embeddings=128, tie_word_embeddings=False)
 MIXTRAL = MixtralConfig(**SHAPE, intermediate_size=16, num_key_value_heads=2, max_position_embeddings=128,
