@@ -17,7 +17,15 @@ from fakes import FakeEvaluator, request_for, run_search
 from processes import tiny_search
 from tiny import in_stages, llama_config, result, values, with_reference, write_model
 from torch import nn
-from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MptConfig, MptForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MixtralConfig,
+    MptConfig,
+    MptForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from dtmsearch.analysis.shape import shape_sentence
 from dtmsearch.cluster.pool_settings import PoolSettings
@@ -179,6 +187,23 @@ def test_a_model_with_dropped_blocks_is_saved_as_it_computes(tmp_path: Path, blo
     apply({block: DROP}, model).save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(BloomForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("block", ["model.layers.0.linear_attn", "model.layers.0", "model.layers.1.self_attn"])
+def test_linear_attention_is_dropped_of_a_model_that_keeps_states_of_it(block: str) -> None:
+    config = Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], initializer_range=0.2,
+    )  # fmt: skip
+    model: Any = Qwen3NextForCausalLM(config)
+    model.eval()
+    take_out(model.get_submodule(block), manifest_of(model).by_name[block], True)
+    written = model.generate(torch.arange(3, 11).unsqueeze(0), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        best = model(input_ids=written).logits.argmax(-1)
+    assert written[0, 8:].tolist() == best[0, 7:-1].tolist()
 
 
 def test_a_block_that_does_more_than_add_is_refused() -> None:

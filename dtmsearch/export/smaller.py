@@ -333,6 +333,8 @@ class LeftOut(nn.Module):
         states = args[0] if args else kwargs["hidden_states"]
         for cache in (*args, *kwargs.values()):
             if self.kind == "attention" and isinstance(cache, Cache):
+                if self.layer < len(cache.layers) and not hasattr(cache.layers[self.layer], "update"):
+                    continue  # states of linear attention, which have no length
                 nothing = states.new_zeros(states.shape[0], 1, states.shape[1], 1)
                 cache.update(nothing, nothing, self.layer)
         held = args if isinstance(self.residual, int) else kwargs

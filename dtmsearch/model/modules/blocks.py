@@ -42,10 +42,13 @@ def as_returned(values: Tensor, kind: Returned) -> Any:
 
 
 def _has_layer(value: Any, index: int) -> bool:
-    """Whether it is a cache that has such a layer, or makes it when it is first written to."""
+    """Whether it is a cache that has such a layer of keys and values, or makes it when it is first written to. One of
+    linear attention's states has no length."""
     if not isinstance(value, Cache):
         return False
-    return index < len(value.layers) or getattr(value, "layer_class_to_replicate", None) is not None
+    if index < len(value.layers):
+        return hasattr(value.layers[index], "update")
+    return getattr(value, "layer_class_to_replicate", None) is not None
 
 
 def grow_cache(index: int, hidden_states: Tensor, arguments: Iterable[Any]) -> None:
