@@ -21,6 +21,7 @@ from transformers import MixtralConfig
 
 from dtmsearch.core import gguf_types, llama_library
 from dtmsearch.core.components import Component
+from dtmsearch.core.decoding import GREEDY
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.gguf_presets import preset_plan
 from dtmsearch.core.plan import Plan
@@ -220,7 +221,7 @@ def test_a_value_fails_that_is_off_and_has_no_interval(found: float) -> None:
 
 def test_too_few_prompts_to_tell_a_fault_from_noise_are_refused_before_anything_is_written() -> None:
     ones = np.ones(FEWEST, np.int32)
-    reference: Any = None
+    reference: Any = SimpleNamespace(decoding=GREEDY)
     few = Recorded("run", reference, ones[1:], ones[1:], "")
     with pytest.raises(UserError, match=r"of 7 prompts, where llama.cpp's check of a file needs 8.*--no-check"):
         check_enough_prompts(few)
