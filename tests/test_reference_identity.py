@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from inprocess import run_here
 from processes import tiny_search
 from tiny import TEXT, open_texts, replica, with_reference, write_model
 
 from dtmsearch import config
-from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.core.evaluation import (
+    METRICS_VERSION,
+    GenerationRules,
+    ModelSpec,
+    PromptTokens,
+    ReplicaSettings,
+    reference_id,
+)
+from dtmsearch.core.identity import identity
+from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.model.replica.replica import Replica
@@ -45,6 +55,19 @@ def merge_two_letters(folder: Path) -> None:
     content["model"]["vocab"]["ÿÿ"] = 258
     content["model"]["merges"] = [["ÿ", "ÿ"]]
     change(folder / "tokenizer.json", **content)
+
+
+@pytest.mark.parametrize(
+    ("device", "continuation", "other"), [("cuda", 1, True), ("cuda", 2, False), ("cpu", 1, False)]
+)
+def test_values_of_single_tokens_that_gpus_got_wrong_are_not_used_again(
+    device: str, continuation: int, other: bool
+) -> None:
+    prompts = PromptTokens(np.ones((2, 5 + continuation), np.int32), 5)
+    mode, rules = NumericMode("float32", device, "sdpa"), GenerationRules((), (), "tokenizer")
+    was = {"manifest": "model", "mode": str(mode), "prompt_tokens": 5, "rules": asdict(rules)}
+    before = identity(was | {"tokens": prompts.tokens.tolist(), "version": METRICS_VERSION})
+    assert (reference_id("model", mode, prompts, rules) != before) == other
 
 
 @pytest.mark.parametrize("changed", [correct_end_token, name_another_end_token, open_texts, merge_two_letters])

@@ -210,9 +210,15 @@ def check_agreement(reference: Reference) -> None:
 
 
 def reference_id(manifest_id: str, mode: NumericMode, prompts: PromptTokens, rules: GenerationRules) -> str:
-    """Identity of the reference that a model in a numeric mode gives to prompts by generation rules."""
+    """Identity of the reference that a model in a numeric mode gives to prompts by generation rules.
+
+    Continuations of one token were once compared with other prompts' tokens on GPUs, and such values are not used
+    again.
+    """
+    one_token = mode.device == "cuda" and prompts.continuation_tokens == 1
     return identity(
-        {
+        ({"one_token": 2} if one_token else {})
+        | {
             "manifest": manifest_id,
             "mode": str(mode),
             "prompt_tokens": prompts.prompt_tokens,
