@@ -86,6 +86,8 @@ def test_released_models_are_described_by_their_configurations_alone(
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = list_components(str(tmp_path / "config.json"))
     assert (found.num_components, found.cost.num_units, found.source) == (num_components, num_units, source)
+    # Of mixtures no rate of forward passes alone was measured.
+    assert found.cost.forward_tflops == found.cost.tflops * (1.0 if found.experts else 2.5)
 
 
 def test_the_cost_of_a_search_is_told_for_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,9 @@ def _hooked(modules: Mapping[str, nn.Module], seen: _Seen) -> Iterator[None]:
             hook.remove()
 
 
-def blocks_of(layers_name: str, layers: nn.ModuleList, components: Collection[str]) -> dict[str, tuple[int, nn.Module]]:
+def weighted_modules(
+    layers_name: str, layers: nn.ModuleList, components: Collection[str]
+) -> dict[str, tuple[int, nn.Module]]:
     """Modules with weights in each layer that are no components: (layer, module) by name."""
     return {
         name: (index, module)

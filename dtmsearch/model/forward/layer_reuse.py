@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.model.compress.bitsandbytes_layers import runs_by_token
-from dtmsearch.model.forward.call_trace import blocks_of, watch
+from dtmsearch.model.forward.call_trace import watch, weighted_modules
 from dtmsearch.model.forward.partial import Body, State
 from dtmsearch.model.forward.proofs import Proved, ProvedReuse
 from dtmsearch.model.modules.discovery import find_layers
@@ -97,7 +97,7 @@ class Reuse:
         self._compiled = compiled
         self._layer_of = {component.name: component.layer for component in manifest.components}
         self._last = body.num_layers - 1
-        blocks = {} if compiled else blocks_of(*find_layers(body.model), self._layer_of)
+        blocks = {} if compiled else weighted_modules(*find_layers(body.model), self._layer_of)
         self._blocks = {name: module for name, (_, module) in blocks.items()}
         known_as = known_as and (known_as, compiled)
         proved = _proved.of(known_as)
