@@ -29,7 +29,7 @@ from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.store.store import ResultStore
 from dtmsearch.studies.bound import same_perplexity
 from dtmsearch.studies.catalogue import STUDIES, Answer, study_of
-from dtmsearch.studies.prompt_numbers import prompts_needed
+from dtmsearch.studies.prompt_numbers import STATISTICS, agreement, prompts_needed
 from dtmsearch.studies.square_root import constant_of
 from dtmsearch.studies.study import search_files
 from dtmsearch.workflows.weight_shapes import weight_shapes
@@ -306,6 +306,15 @@ def test_a_statistic_that_stands_at_its_limit_is_said_to_rank_nothing(tmp_path: 
     answer = made(tmp_path, "prompts", answering, "prompts.count=32", parts=["main"])
     assert "is ranked by SDT or FDT mean or FDT 75th percentile" in answer.findings.said[0]
     assert {row[0]: row[-1] for row in answer.findings.tables[0].rows}["FDT mean"] == "- [-, -]"
+
+
+def test_a_statistic_that_tells_one_component_from_all_others_ranks_nothing() -> None:
+    """Two draws of prompts always agree on that one: a tau of 1 would be of no ranking."""
+    losses = np.zeros((40, 16))
+    losses[3] = 1.0
+    assert np.isnan(agreement(losses, STATISTICS["SDT"][1], 8)).all()
+    losses[:20] = 1.0
+    assert (agreement(losses, STATISTICS["SDT"][1], 8) == 1.0).all()
 
 
 def test_prompts_needed_are_those_that_two_noisy_rankings_agree_on() -> None:

@@ -20,6 +20,8 @@ Statistic = Callable[[Floats], Floats]
 STABLE = 0.9
 _SPLITS = 40
 _FEWEST = 8
+# A statistic that tells fewer pairs of components apart ranks nothing: tau would be of the few that it does.
+_LEAST_TOLD_APART = 0.1
 
 
 def _mean(values: Floats) -> Floats:
@@ -44,14 +46,23 @@ STATISTICS: Mapping[str, tuple[str, Statistic]] = {
 
 def agreement(losses: Floats, statistic: Statistic, prompts: int, splits: int = _SPLITS, seed: int = 0) -> Floats:
     """Kendall's tau [splits] between the rankings of components by losses [components, prompts] on two disjoint draws
-    of so many prompts. Splits draw from the same prompts: their spread says how far one draw is off, no more."""
+    of so many prompts; NaN where most of them are tied. Splits draw from the same prompts: their spread says how far
+    one draw is off, no more."""
     random = np.random.default_rng((seed, prompts))
     found = []
     for _ in range(splits):
         order = random.permutation(losses.shape[1])
         halves = (order[:prompts], order[prompts : 2 * prompts])
-        found.append(kendall_tau(*(statistic(losses[:, half]) for half in halves)))
+        own = [statistic(losses[:, half]) for half in halves]
+        ranks = min(map(_told_apart, own)) >= _LEAST_TOLD_APART
+        found.append(kendall_tau(*own) if ranks else math.nan)
     return np.array(found)
+
+
+def _told_apart(values: Floats) -> float:
+    """The share of pairs with different values."""
+    _, counts = np.unique(values, return_counts=True)
+    return 1.0 - float((counts * (counts - 1)).sum()) / (len(values) * (len(values) - 1))
 
 
 def prompts_needed(tau: float, prompts: int, wanted: float = STABLE) -> float:
