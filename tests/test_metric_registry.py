@@ -113,6 +113,12 @@ def test_an_unknown_metric_is_told_the_nearest() -> None:
         parse(search_file("{rank_by: klx, schemes: [nf4]}"), "search.yaml", Path())
 
 
+@pytest.mark.parametrize("metric", ["starts8", "clear8", "tie_density", "uncertainty"])
+def test_what_is_neither_better_nor_worse_ranks_no_search(metric: str) -> None:
+    with pytest.raises(UserError, match=f"of which more or less is better, got {metric}: measure it beside"):
+        parse(search_file(f"{{rank_by: {metric}, schemes: [nf4]}}"), "search.yaml", Path())
+
+
 @pytest.mark.usefixtures("top5")
 def test_the_metric_of_a_package_is_part_of_an_evaluation_s_identity_with_its_version() -> None:
     request = EvalRequest(Plan.of({"a": "nf4"}), "reference", (0, 8), ("top5",))

@@ -476,6 +476,15 @@ class SearchSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_rank(self) -> SearchSection:
+        if not METRICS[self.rank_by].ranks:
+            raise ValueError(
+                f"rank_by takes a metric of which more or less is better, got {self.rank_by}: measure it beside, by "
+                f"metrics: [{self.rank_by}]"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_race(self) -> SearchSection:
         if self.indifference and self.confidence == 1.0:
             raise ValueError("indifference says when a candidate may leave early, which needs a confidence below 1")

@@ -58,9 +58,9 @@ class Metric:
 
     `mean` says how a plan's value follows from its prompts': `arithmetic`, or `geometric`, for what is compared by its
     logarithm. `can_be_summed`: what components do alone adds up to what they do together, so that strategies may choose
-    by sums of it. `limits` (length of the continuations, None where unknown) are what no value can leave. `title`,
-    `digits` and `unit` are how it is written. Raise `version` when the same outputs give other numbers: it is part of
-    an evaluation's identity.
+    by sums of it. `ranks`: less of it is better, or more, so that searches may rank by it. `limits` (length of the
+    continuations, None where unknown) are what no value can leave. `title`, `digits` and `unit` are how it is written.
+    Raise `version` when the same outputs give other numbers: it is part of an evaluation's identity.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Metric:
     higher_is_better: bool = False
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     can_be_summed: bool = False
+    ranks: bool = True
     limits: Callable[[int | None], Limits] = lambda continuation_tokens: (-math.inf, math.inf)
     title: str = ""
     digits: str = ".4f"
@@ -282,7 +283,7 @@ def _runs_metric(name: str, width: int, which: int) -> Metric:
     return Metric(
         name,
         lambda outputs: clear_runs(outputs.diverged, width)[which],
-        higher_is_better=True,
+        ranks=False,  # a plan that diverges oftener starts oftener
         limits=_tokens,
         digits=".2f",
     )
@@ -312,8 +313,14 @@ for _metric in (
         limits=lambda continuation_tokens: (0.0, 1.0),
         title="top-1 on text",
     ),
-    Metric("tie_density", _own_mean, at_positions=_near_ties, limits=_from_zero, unit="per nat"),
-    Metric("uncertainty", _own_mean, at_positions=_uncertainty, limits=lambda continuation_tokens: (0.0, 1.0)),
+    Metric("tie_density", _own_mean, at_positions=_near_ties, ranks=False, limits=_from_zero, unit="per nat"),
+    Metric(
+        "uncertainty",
+        _own_mean,
+        at_positions=_uncertainty,
+        ranks=False,
+        limits=lambda continuation_tokens: (0.0, 1.0),
+    ),
     Metric(
         "overlap",
         lambda outputs: mean_of_positions(_overlap(outputs)),
