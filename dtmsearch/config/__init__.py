@@ -155,7 +155,7 @@ class SearchFile(Section):
         path = str(folder.resolve()) if folder.is_dir() or is_gguf(folder) else self.model.path
         section = self.model
         # Blocks are dropped of layers as they were loaded.
-        compiled = "never" if self.search.drop and section.compile == "auto" else section.compile
+        compiled = "never" if self.search.shapes_blocks and section.compile == "auto" else section.compile
         options = (
             *(section.dtype, section.attention, section.trust_remote_code, compiled),
             section.scale_dtype,

@@ -301,6 +301,9 @@ class SearchSection(Section):
     drop: tuple[BlockKind, ...] = ()
     """What may be dropped whole, beside what schemes do: attention and mlp of a layer, or the layer. schemes may be
     left out then. Layers are not compiled."""
+    cut: tuple[str, ...] = ()
+    """What attentions and MLPs may be cut to, beside what schemes do: widths such as [channels-0.25-ziplm-repair], of
+    which each block may have one. schemes may be left out then. Layers are not compiled."""
     tied: tuple[tuple[str, ...], ...] = ()
     """Kinds in a layer that must share a scheme, such as [[q, k, v], [gate, up]]."""
     fused: bool = False
@@ -356,10 +359,30 @@ class SearchSection(Section):
         for name in names:
             if parse_scheme(name).is_unquantized:
                 raise ValueError("dense is where every search starts, so it is no scheme to search for")
+            if parse_scheme(name).width is not None:
+                raise ValueError(f"{name} is a width, of blocks and not of matrices: it belongs into search.cut")
         names = tuple(ALIASES.get(name, name) for name in names)
         if len(set(names)) < len(names):
             raise ValueError("a scheme stands there twice")
         return names
+
+    @field_validator("cut")
+    @classmethod
+    def _known_widths(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if parse_scheme(name).width is None:
+                raise ValueError(
+                    f"{name} is no width: give ones such as channels-0.25-wanda (a quarter of an MLP's channels goes) or "
+                    "heads-2:3-wanda (2 of 3 key heads stay, with their query heads)"
+                )
+        if len(set(names)) < len(names):
+            raise ValueError("a width stands there twice")
+        return names
+
+    @property
+    def shapes_blocks(self) -> bool:
+        """Whether blocks may be dropped or cut."""
+        return bool(self.drop or self.cut)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -380,29 +403,35 @@ class SearchSection(Section):
     @model_validator(mode="after")
     def _what_the_strategy_needs(self) -> SearchSection:
         if self.strategy != "sparsity":
-            if not self.schemes and not self.drop:
+            if not self.schemes and not self.shapes_blocks:
                 raise ValueError("search.schemes is missing: the schemes to choose from, such as [int8-channel]")
-            if (without := [rule for rule in _NEED_BLOCKS if getattr(self.stop, rule) is not None]) and not self.drop:
+            counted = [rule for rule in _NEED_BLOCKS if getattr(self.stop, rule) is not None]
+            if (without := [r for r in counted if not (self.drop if r == "blocks" else self.shapes_blocks)]):
                 raise ValueError(
                     f"stop.{without[0]} counts what is dropped whole, and nothing may be: give search.drop, such as "
                     "[attention, mlp]"
                 )
-            if self.strategy == "floating" and (self.schemes or not self.drop):
-                raise ValueError("strategy: floating drops blocks and nothing else: give search.drop, and no schemes")
+            if self.strategy == "floating" and (self.schemes or not self.shapes_blocks):
+                raise ValueError(
+                    "strategy: floating drops and cuts blocks and nothing else: give search.drop or search.cut, and no "
+                    "schemes"
+                )
             if self.strategy == "floating" and self.stop.budget == Budget():
                 raise ValueError(
                     "strategy: floating drops blocks until a size is met, and stop has none: give stop.blocks, "
                     "stop.parameters, stop.flops, stop.size_mb, stop.bits_per_weight, ..., such as stop: {blocks: 4}"
                 )
-            if self.drop and self.strategy in BUILT_IN_STRATEGIES and self.strategy not in DROPPING:
+            if self.shapes_blocks and self.strategy in BUILT_IN_STRATEGIES and self.strategy not in DROPPING:
+                key, does = ("drop", "drop") if self.drop else ("cut", "cut")
                 raise ValueError(
-                    f"search.drop: {self.strategy} does not drop blocks; take one of {', '.join(DROPPING)}"
+                    f"search.{key}: {self.strategy} does not {does} blocks; take one of {', '.join(DROPPING)}"
                 )
+            self._check_cut()
             ends = self.stop.budget.limits_size or self.stop.min_fdt is not None or self.strategy == "probe"
             if not ends and any(parse_scheme(name).is_source for name in self.schemes):
                 raise ValueError("schemes: source leaves components as they are, so stop needs a rule that counts bits")
             return self
-        if self.schemes or self.drop:
+        if self.schemes or self.shapes_blocks:
             raise ValueError("strategy: sparsity takes prune: magnitude, wanda, ... and shares of its own, no schemes")
         if self.recovery is not None and self.prune == "sparsegpt":
             raise ValueError(
@@ -413,6 +442,21 @@ class SearchSection(Section):
         if sum(self.pruning_rounds) > 100:
             raise ValueError(f"rounds add up to {sum(self.pruning_rounds):g} points, but there are 100 to prune")
         return self
+
+    def _check_cut(self) -> None:
+        """Raises `ValueError` for what is not there beside widths."""
+        if not self.cut:
+            return
+        for name in self.schemes:
+            scheme = parse_scheme(name)
+            if scheme.solved is not None or scheme.is_source:
+                why = "is solved for whole matrices" if scheme.solved is not None else "keeps whole matrices"
+                raise ValueError(f"search.cut: {name} {why}, and cut blocks have smaller ones; leave one of both out")
+        if self.times is not None:
+            raise ValueError(
+                "search.cut: a table of times has no rows for the shapes of cut blocks; give a budget of parameters, "
+                "flops or bytes, and no search.times"
+            )
 
     @model_validator(mode="after")
     def _times_for_budgets_of_milliseconds(self) -> SearchSection:
@@ -437,7 +481,7 @@ class SearchSection(Section):
                     f"{_WIDEST_BITS} bits; give a smaller number"
                 )
             least, scheme = min((_least_bits(name), name) for name in self.schemes)
-            if wanted < least and not self.drop:
+            if wanted < least and not self.shapes_blocks:
                 raise ValueError(
                     f"stop.{rule}: {wanted:g} is out of reach of these schemes; the least is {least:g} bits per "
                     f"weight, of {scheme}"

@@ -25,6 +25,7 @@ from dtmsearch.core.schemes import (
     register,
 )
 from dtmsearch.core.served_schemes import CACHE_SCALE_BITS, CACHES, SERVED, served_format
+from dtmsearch.core.widths import width_of
 
 # bitsandbytes' modules keep their scales in float32.
 _BITSANDBYTES_SCALE_BITS = 32
@@ -51,6 +52,11 @@ def _as_stored(name: str) -> Scheme | None:
 
 def _dropped(name: str) -> Scheme | None:
     return Scheme(name, name, 0, "none") if name == DROP else None
+
+
+def _cut(name: str) -> Scheme | None:
+    width = width_of(name)
+    return None if width is None else Scheme(name, "width", 0, "none", width=width)
 
 
 def _bitsandbytes(name: str) -> Scheme | None:
@@ -238,6 +244,7 @@ for _family in (
         uniform_lines=lambda scheme, grains: [(scheme.name,)],
     ),
     SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
+    SchemeFamily("width", _cut, examples=("channels-0.25-wanda", "channels-0.25-ziplm-repair", "heads-2:3-ziplm-repair")),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
 ):
     register(_family)

@@ -19,6 +19,7 @@ from typing import Any, Literal, NoReturn
 
 from dtmsearch.core.identity import file_digest, identity
 from dtmsearch.core.user_files import MOST_BYTES, check_regular, is_file, parse_json, read_text, shown
+from dtmsearch.core.widths import Width, is_cuttable, width_of
 from dtmsearch.errors import UserError
 
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
@@ -194,6 +195,37 @@ class ModelManifest:
                     f"matrices that are searched, are {', '.join(inside) or 'none'}. Give [layer]"
                 )
         return tuple(found)
+
+    def cuttable(
+        self, cuts: Iterable[str], components: Iterable[Component], exclude: tuple[str, ...] = ()
+    ) -> tuple[Component, ...]:
+        """The blocks that one of some widths (`channels-0.25-wanda`) is for, all of whose matrices are among the
+        components, without those that match an `exclude` pattern.
+
+        Raises `UserError` for a width of which there is no such block.
+        """
+        searched = {component.name for component in components}
+        found: dict[str, Component] = {}
+        for name in cuts:
+            width = width_of(name)
+            assert width is not None, "the search file knows widths"
+            kind = [b for b in self.blocks if b.kind == width.block_kind and not _matches(b, exclude)]
+            own = [block for block in kind if self._is_cuttable(width, block, searched)]
+            if not own:
+                inside = sorted({c.kind for c in self.components if kind and c.block == kind[0].name})
+                raise UserError(
+                    f"search.cut: {name} is for no {width.block_kind} of {self.model} that is searched whole: its "
+                    f"matrices are {', '.join(inside) or 'none'}. Channels are cut of an MLP whose last matrix reads "
+                    "all that the others give, heads of an attention of q, k, v and o with as many key heads as the "
+                    "name says; both must be searched (search.components)"
+                )
+            found |= {block.name: block for block in own}
+        return tuple(block for block in self.blocks if block.name in found)
+
+    def _is_cuttable(self, width: Width, block: Component, searched: Container[str]) -> bool:
+        inside = [c for c in self.components if c.block == block.name]
+        plain = all(c.name in searched and not c.mixture and not c.stacked for c in inside)
+        return plain and is_cuttable(width, inside)
 
     def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:
         """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).

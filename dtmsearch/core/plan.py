@@ -18,6 +18,7 @@ from dtmsearch.core.scheme_names import ALIASES
 from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
+from dtmsearch.core.widths import Width
 from dtmsearch.errors import LibraryMissing, UserError
 
 _WEIGHTS_ID = re.compile("[0-9A-Za-z_-]{1,100}")
@@ -104,6 +105,16 @@ class Plan:
     def dropped(self) -> frozenset[str]:
         """What is dropped by name: matrices, blocks, layers."""
         return frozenset(component for component, scheme in self.entries if scheme == DROP)
+
+    @cached_property
+    def widths(self) -> dict[str, Scheme]:
+        """Block -> the scheme by which it is cut."""
+        return {name: found for name, scheme in self.entries if (found := parse_scheme(scheme)).width is not None}
+
+    def width_of(self, component: Component) -> Width | None:
+        """What is left of the units of the block that a matrix lies in; None where that is not cut."""
+        found = self.widths.get(component.block) if self.widths else None
+        return None if found is None else found.width
 
     def by_matrices(self, components: Iterable[Component]) -> Plan:
         """The plan with what lies in dropped blocks dropped by name, of a model's matrices: what training holds at zero
@@ -313,23 +324,30 @@ def check_versions(asked: Mapping[str, int | str], schemes: Iterable[str]) -> No
 
 def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, times: Times | None = None) -> PlanSize:
     """Size of a plan over `components`; what the plan says of other components is left out."""
+    held: list[Component] = []
     num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = num_cached = 0
     of_experts: dict[tuple[int, int], tuple[int, int]] = {}
     blocks, removed_weights, removed_read = set[str](), 0, Fraction(0)
     for component in components:
         scheme = plan.scheme(component.name)
+        width = plan.width_of(component)
+        left = component if width is None or component.is_cache else replace(component, shape=width.cut(component))
+        held.append(left)
+        gone = component.num_weights - left.num_weights
         num_weights += component.num_weights
         num_cached += component.num_weights if component.is_cache else 0
-        bits = scheme.bits_of(component, dense_bits)
+        bits = scheme.bits_of(left, dense_bits)
         stored_bits += bits
         if component.mixture:
             routing = component.experts_per_token, component.num_experts
             own_bits, own_weights = of_experts.get(routing, (0, 0))
             of_experts[routing] = own_bits + bits, own_weights + component.num_weights
-        if not (scheme.is_unquantized or scheme.is_source):
+        if gone or not (scheme.is_unquantized or scheme.is_source):
             num_compressed += 1
             compressed_weights += component.num_weights
-            pruned_weights += scheme.pruned_weights(component.shape)
+            pruned_weights += gone + scheme.pruned_weights(left.shape)
+        removed_weights += gone
+        removed_read += gone * component.read_share
         if scheme.is_dropped and not component.is_cache:
             removed_weights += component.num_weights
             removed_read += component.num_weights * component.read_share
@@ -337,7 +355,7 @@ def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, time
     every = plan.schemes if not plan.dropped else {c.name: plan.scheme_of(c.name) for c in components}
     size = PlanSize(
         *(num_compressed, num_weights, compressed_weights, stored_bits, pruned_weights),
-        picoseconds=None if times is None else times.total(components, every),
+        picoseconds=None if times is None else times.total(held, every),
         blocks=len(blocks),
         removed_weights=removed_weights,
         num_cached=num_cached,

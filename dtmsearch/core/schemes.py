@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from dtmsearch.core import plugins
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.scheme_names import ALIASES, BITSANDBYTES, SALIENCIES, nearest
+from dtmsearch.core.widths import RULES, Width
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
@@ -88,6 +89,9 @@ class StoredSomewhere(Protocol):
     @property
     def is_block(self) -> bool: ...
 
+    @property
+    def kind(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -100,6 +104,7 @@ class Scheme:
     schemes store a zero point with each scale. `quantizer` names the scheme that a pair's pruned weights are quantized
     by. `pruning` is None where nothing is pruned. `rounds_activations`: it rounds what the component reads as well.
     `weights` and `activations` say how, for schemes as engines serve them (`served_schemes`), and are None for others.
+    `width` is what is left of a block's units, None where it is no width.
 
     It crosses process borders as its name.
     """
@@ -116,6 +121,7 @@ class Scheme:
     weights: Rounding | None = None
     activations: Rounding | None = None
     own: SchemeFamily | None = field(default=None, compare=False, repr=False)
+    width: Width | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Scheme], tuple[str]]:
         return parse_scheme, (self.name,)
@@ -189,9 +195,12 @@ class Scheme:
         return self.kind.of_cache
 
     def takes(self, component: StoredSomewhere) -> bool:
-        """Whether it is one for such a component: caches have schemes of their own, blocks are dropped or stay."""
+        """Whether it is one for such a component: caches have schemes of their own, blocks are dropped, cut or stay."""
         if component.is_block:
-            return self.is_unquantized or self.is_dropped
+            own = self.width is not None and self.width.block_kind == component.kind
+            return self.is_unquantized or self.is_dropped or own
+        if self.width is not None:
+            return False
         return self.is_unquantized or self.is_of_cache == component.is_cache
 
     def inputs(self, cols: int) -> Rounding | None:
@@ -207,6 +216,8 @@ class Scheme:
         """Whether it follows from the component's inputs over calibration text."""
         if (self.own is not None and self.own.needs == "mean_squares") or self.needs_largest_inputs:
             return True
+        if self.width is not None:
+            return self.width.needs_text
         return self.needs_hessians or (self.pruning is not None and self.pruning.saliency == "wanda")
 
     def num_scales(self, shape: tuple[int, int]) -> int:
@@ -377,7 +388,8 @@ def _unknown(name: str) -> str:
         f"with gptq- before it; {', '.join(f'{s}-S' for s in SALIENCIES)} (S the pruned share between 0 and 1, such "
         "as 0.5, or N:M for N kept of every M inputs, such as 2:4; random-0.5-s1 has another mask than random-0.5); an "
         "int one, a plus sign and a pruning one for "
-        f"both; and {DROP}{''.join(f'; {example}' for example in _examples_of_plugins())}"
+        f"both; {DROP}; and of blocks channels-S-RULE and heads-N:M-RULE (N groups kept of M; RULE is one of "
+        f"{', '.join(RULES)}), with or without -repair{''.join(f'; {example}' for example in _examples_of_plugins())}"
     )
 
 

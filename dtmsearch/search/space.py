@@ -51,6 +51,7 @@ class SearchSpace:
     together, as engines run them. `dense_bits` is the size of an uncompressed weight, `times` what components take to
     run, for budgets of milliseconds. `manifest` is of the whole model, which rivals that follow a rule of its layers
     need. `blocks` are attentions, MLPs and layers that may be dropped whole: what lies in them has no scheme then.
+    `cut` are blocks that may be cut to `cuts`, each a width (`channels-0.25-wanda`) for some of them.
 
     Raises `UserError` for tied names that match nothing, a component in two groups, a scheme that a component's shape
     does not fit, a budget out of reach, and times that lack a row.
@@ -65,19 +66,31 @@ class SearchSpace:
     times: Times | None = None
     manifest: ModelManifest | None = None
     blocks: tuple[Component, ...] = ()
+    cut: tuple[Component, ...] = ()
+    cuts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_shapes(self.components, self.parsed, bool(self.blocks))
+        _check_shapes(self.components, self.parsed, self.shapes_blocks)
         _check_times(self.times, self.budget, self.components)
         if self.times is not None:
             self.times.require(self.components, self.schemes)
-        _check_ties(self._units_of_matrices, self.blocks)
+        _check_ties(self._units_of_matrices, (*self.blocks, *self.cut))
         _check_budget(self.budget, self._units_that_stay, self._of_blocks)
 
     @cached_property
     def parsed(self) -> tuple[Scheme, ...]:
         """The schemes to choose from."""
         return tuple(parse_scheme(name) for name in self.schemes)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether one of the schemes or widths follows from calibration text."""
+        return any(parse_scheme(name).needs_calibration for name in (*self.schemes, *self.cuts))
+
+    @property
+    def shapes_blocks(self) -> bool:
+        """Whether blocks may be dropped or cut."""
+        return bool(self.blocks or self.cut)
 
     def perturbations(self, plan: Plan) -> list[Perturbation]:
         """Legal edges from a plan, in model order of the components, then in order of the schemes.
@@ -88,8 +101,15 @@ class SearchSpace:
         schemes = plan.schemes
         legal: list[Perturbation] = []
         units = self.units if not plan.dropped else [u for u in self.units if u.name in schemes or self._stays(u, plan)]
-        if self.budget.limits_size:
+        if self.budget.limits_size or self.cut:
             for unit in units:
+                if not (self.budget.limits_size or unit.is_block):
+                    legal += [] if unit.name in schemes else unit.edges
+                    continue
+                if unit.is_block and self.cut:  # what is cut may be cut further
+                    gone = unit.sizes[schemes.get(unit.name, DENSE)].removed_weights
+                    legal += [edge for edge in unit.edges if unit.sizes[edge.scheme].removed_weights > gone]
+                    continue
                 cost = self._cost(unit.sizes[schemes.get(unit.name, DENSE)])
                 legal += [edge for edge in unit.edges if self._cost(unit.sizes[edge.scheme]) < cost]
         else:
@@ -120,7 +140,7 @@ class SearchSpace:
         size, dense, budget = self.size(plan), self._dense_size, self.budget
         # Where blocks are dropped under a rule, matrices are no measure: an attention has as many as an MLP, of fewer
         # weights.
-        by_rule = budget.limits_size or (self.blocks and budget != Budget())
+        by_rule = budget.limits_size or (self.shapes_blocks and budget != Budget())
         ways = [] if by_rule else [size.num_compressed / len(self.components)]
         for reached, wanted in ((size.share, budget.share), (size.sparsity, budget.sparsity)):
             ways += [reached / wanted] if wanted else []
@@ -192,8 +212,8 @@ class SearchSpace:
             return len(self.expected_course)
         uniform = [self.progress(self.uniform(scheme)) for scheme in self.schemes]
         useful = [progress for progress in uniform if progress > 0]
-        if self.blocks:  # so many average ones come to the end
-            each = [self.progress(Plan.of({block.name: DROP})) for block in self.blocks]
+        if self.shapes_blocks:  # so many average ones come to the end
+            each = [self.progress(Plan.of({unit.name: unit.edges[0].scheme})) for unit in self.units if unit.is_block]
             return len(each) / max(sum(each), 1e-9)
         return len(self.units) * len(useful) / sum(useful)
 
@@ -219,8 +239,11 @@ class SearchSpace:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """What is chosen a scheme for: components alone or tied together, in model order; then blocks that may be
-        dropped."""
-        return (*self._units_of_matrices, *map(self._unit_of_block, self.blocks))
+        dropped or cut."""
+        names = {block.name for block in (*self.blocks, *self.cut)}
+        known = () if self.manifest is None else self.manifest.blocks
+        blocks = (*self.blocks, *self.cut) if self.manifest is None else (b for b in known if b.name in names)
+        return (*self._units_of_matrices, *map(self._unit_of_block, dict.fromkeys(blocks)))
 
     @cached_property
     def _units_of_matrices(self) -> tuple[Unit, ...]:
@@ -239,26 +262,42 @@ class SearchSpace:
         return tuple(c for c in self.components if block.name in (c.block, c.layer_name))
 
     def _unit_of_block(self, block: Component) -> Unit:
-        """A block, whose size is what dropping it changes: nothing of it is counted while what lies in it is."""
+        """A block, whose size is what dropping or cutting it changes: nothing of it is counted while what lies in it
+        is, unquantized."""
         inside = self.inside(block)
-        before, after = (
-            plan_size(Plan.of(schemes), inside, self.dense_bits, self.times) for schemes in ({}, {block.name: DROP})
-        )
-        sizes = {DENSE: before.less(before), DROP: after.less(before)}
-        return Unit((block,), (Perturbation(block.name, DROP),), sizes)
+        cuts = [name for name in self.cuts if block in self.cut and parse_scheme(name).takes(block)]
+        schemes = [*cuts, *([DROP] if block in self.blocks else [])]
+        before = plan_size(Plan(), inside, self.dense_bits, self.times)
+        sizes = {DENSE: before.less(before)}
+        for scheme in schemes:
+            after = plan_size(Plan.of({block.name: scheme}), inside, self.dense_bits, self.times)
+            sizes[scheme] = after.less(before)
+        return Unit((block,), tuple(Perturbation(block.name, scheme) for scheme in schemes), sizes)
 
     @cached_property
     def _units_that_stay(self) -> tuple[Unit, ...]:
         """Those that no block may take with it."""
-        gone = {component.name for block in self.blocks for component in self.inside(block)}
+        gone = {component.name for block in (*self.blocks, *self.cut) for component in self.inside(block)}
         return tuple(unit for unit in self._units_of_matrices if unit.name not in gone)
 
     @cached_property
     def _of_blocks(self) -> PlanSize | None:
-        """The size of all that lies in blocks when all of these are dropped."""
-        inside = tuple(dict.fromkeys(c for block in self.blocks for c in self.inside(block)))
-        plan = Plan.of(dict.fromkeys((block.name for block in self.blocks), DROP))
+        """The size of all that lies in blocks when all of these are dropped, or cut as far as they may be."""
+        inside = tuple(dict.fromkeys(c for block in (*self.blocks, *self.cut) for c in self.inside(block)))
+        least = {unit.name: _narrowest(unit) for unit in self.units if unit.is_block}
+        plan = Plan.of(least | dict.fromkeys((block.name for block in self.blocks), DROP))
+        plan = Plan.of(plan.schemes | self._least_in_cuts(plan))
         return plan_size(plan, inside, self.dense_bits, self.times) if inside else None
+
+    def _least_in_cuts(self, plan: Plan) -> dict[str, str]:
+        """What stays of blocks that a plan cuts, each under the scheme of fewest bits."""
+        return {
+            c.name: min(unit.edges, key=lambda edge: unit.sizes[edge.scheme].stored_bits).scheme
+            for unit in self._units_of_matrices
+            if unit.edges
+            for c in unit.components
+            if plan.width_of(c) is not None and not plan.drops(c.name)
+        }
 
     def _unit(self, together: tuple[Component, ...]) -> Unit:
         first, *others = (c.name for c in together)
@@ -271,11 +310,16 @@ class SearchSpace:
         return Unit(together, edges, sizes)
 
 
+def _narrowest(unit: Unit) -> str:
+    """The scheme that leaves least of a block."""
+    return max(unit.edges, key=lambda edge: unit.sizes[edge.scheme].removed_weights).scheme
+
+
 def _course(unit: Unit, cost_of: Callable[[PlanSize], int]) -> list[tuple[float, int, int]]:
     """(harm, cost saved, perturbations that are legal no more) of each step in which a unit is compressed further, each
     time as little as its schemes allow."""
     if unit.is_block:
-        size = unit.sizes[DROP]
+        size = unit.sizes[_narrowest(unit)]
         return [(float(size.removed_weights), -cost_of(size), 1)]
     sizes = {cost_of(unit.sizes[edge.scheme]): unit.sizes[edge.scheme] for edge in unit.edges}
     steps, before, harm_before = [], cost_of(unit.sizes[DENSE]), 0.0
@@ -372,8 +416,8 @@ def _check_ties(units: tuple[Unit, ...], blocks: tuple[Component, ...]) -> None:
         held = [names & {c.block, c.layer_name} for c in unit.components]
         if any(each != held[0] for each in held):
             raise UserError(
-                f"tied: {unit.name} and {unit.components[-1].name} lie in different blocks that search.drop may drop "
-                "each by itself: leave one of both out"
+                f"tied: {unit.name} and {unit.components[-1].name} lie in different blocks that search.drop or search.cut "
+                "may change each by itself: leave one of both out"
             )
 
 

@@ -53,6 +53,8 @@ def space_of(file: SearchFile, manifest: ModelManifest) -> SearchSpace:
         times=None if section.times is None else section.times.table,
         manifest=manifest,
         blocks=blocks,
+        cut=manifest.cuttable(section.cut, components, section.components.exclude),
+        cuts=section.cut,
     )
     kind = None if sparsity else STRATEGIES[section.strategy]
     if kind is not None and kind.needs_errors and not kind.takes_prices and any(c.is_cache for c in components):

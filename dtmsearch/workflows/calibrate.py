@@ -23,6 +23,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import StatisticsRecord
 from dtmsearch.core.schemes import Scheme, solved_pairs
 from dtmsearch.search.solver.pruned_units import scheme_name
+from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.session import Session
 from dtmsearch.workflows.text_windows import cut_calibration
 
@@ -60,7 +61,7 @@ class Calibrating:
             gathered = self._pool.gather_statistics(calibration)
             statistics = self._writer.share(StatisticsRecord(calibration.manifest_id, gathered)).statistics
         self._pool.use_calibration(calibration, statistics)
-        if any(scheme.needs_calibration for scheme in self._session.space.parsed):
+        if self._session.space.needs_calibration:
             for line in sparsely_reached(self._session.space.components, statistics):
                 self._session.note(line)
         return calibration.id
@@ -75,6 +76,11 @@ class Calibrating:
     def for_schemes(self, components: Sequence[Component], schemes: Sequence[str]) -> str:
         """The same for every plan over these components and schemes."""
         return self.for_plans([Plan.uniform(components, scheme) for scheme in schemes])
+
+    def for_space(self, space: SearchSpace) -> str:
+        """The same for every plan of a search's space."""
+        cuts = [Plan.of({unit.name: edge.scheme}) for unit in space.units if unit.is_block for edge in unit.edges]
+        return self.for_plans([*(Plan.uniform(space.components, scheme) for scheme in space.schemes), *cuts])
 
     def errors(self, components: Sequence[Component], schemes: Sequence[str]) -> dict[Pair, float]:
         """(component, scheme) -> relative squared error of the component's weights; as the run has recorded it. Where

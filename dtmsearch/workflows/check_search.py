@@ -90,10 +90,10 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> Searc
     from dtmsearch.model.replica.prompts import Cutter
 
     space = space_of(file, found.manifest)
-    if file.search.drop:
+    if file.search.shapes_blocks:
         _check_fits_whole(found)
     tokenizer = load_tokenizer(tokenizer_folder(spec), spec)
-    if any(scheme.needs_calibration for scheme in space.parsed):
+    if space.needs_calibration:
         cutter = Cutter(tokenizer, spec.path, found.context, found.num_embeddings)
         cut_calibration(file, lambda *arguments: Calibration("", "", cutter.calibration(*arguments)))
     if file.search.recovery is not None:
@@ -110,8 +110,8 @@ def _check_fits_whole(found: Survey) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.device_count() <= 1 and streams("auto", found.manifest, device):
         raise UserError(
-            f"search.drop: the weights of {found.manifest.model} do not fit this GPU and would pass through it, and "
-            "blocks are dropped of models that stay whole. Use a larger GPU, or several with --gpus-per-replica"
+            f"search.drop, search.cut: the weights of {found.manifest.model} do not fit this GPU and would pass through it, and "
+            "blocks are dropped and cut of models that stay whole. Use a larger GPU, or several with --gpus-per-replica"
         )
 
 

@@ -278,7 +278,7 @@ class _Run:
     ) -> tuple[Plan | None, Sequence[str], Sequence[Plan]]:
         """The plan that the search comes to, what its strategy has to say of it, and the less compressed plans on the
         way there."""
-        calibration_id = calibrating.for_schemes(session.space.components, session.space.schemes)
+        calibration_id = calibrating.for_space(session.space)
         recovery = session.file.search.recovery
         trainer = None if recovery is None else Recovering(session, recovery, calibration_id)
         strategy = searching(session, reference, calibrating, calibration_id)

@@ -135,7 +135,7 @@ def pool_for(
     file: SearchFile, where: Where, observer: Observer, evaluator: OpenEvaluator | None = None
 ) -> ModelEvaluator:
     """What has a search file's model, as in `opened`; to be closed by `with`."""
-    if file.search.drop:
+    if file.search.shapes_blocks:
         check_holds_whole(where)
     if evaluator is not None:
         return evaluator(file, where)

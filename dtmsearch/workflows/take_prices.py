@@ -35,8 +35,8 @@ def missing_prices(strategy: str, space: SearchSpace, pool: ModelEvaluator) -> s
     if not problem and any(component.mixture for component in space.components):
         # What it finds of mixtures by probes was measured (docs/search-quality.md), by prices not yet.
         problem = "those of experts see no token that goes to other experts (fisher takes them all the same)"
-    if not problem and space.blocks:
-        problem = "blocks that are dropped are beyond the second order that prices are"
+    if not problem and space.shapes_blocks:
+        problem = "blocks that are dropped or cut are beyond the second order that prices are"
     if problem and any(component.is_cache for component in space.components):
         raise UserError(
             f"search.strategy: {strategy} goes by errors of weights where prices cannot be had ({problem}), and "

@@ -29,6 +29,7 @@ from dtmsearch.model.calibration.expert_use import expert_uses
 from dtmsearch.model.calibration.hessians import Hessians
 from dtmsearch.model.calibration.matrix_solver import MatrixSolver
 from dtmsearch.model.calibration.weight_errors import ErrorMeter, applied
+from dtmsearch.model.calibration.width_solver import WidthSolver
 from dtmsearch.model.compress.compressor import Fetch
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.weights.standing import Standing
@@ -79,6 +80,7 @@ class Calibrator:
         self.texts = CalibrationTexts(body, manifest, rows_in_batch)
         self.hessians = Hessians(self.texts, standing, manifest)
         self.solver = MatrixSolver(self.texts, self.hessians, standing, manifest)
+        self.widths = WidthSolver(self.texts, self.hessians, standing, manifest)
         self._errors = ErrorMeter(self.hessians, self.solver, standing, manifest, self.statistics)
         self._statistics: dict[str, InputStatistics] = {}
 
@@ -121,10 +123,12 @@ class Calibrator:
 
     def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
         """Make sure that these plans can be applied: by the calibration given, else the active or the first one."""
-        plans = [plan for plan in plans if plan.needs_calibration]
-        if plans:
+        plans = list(plans)
+        calibrated = [plan for plan in plans if plan.needs_calibration]
+        if calibrated:
             self.activate(self.texts.usual if calibration_id is None else calibration_id)
-            self.solve([pair for plan in plans for pair in plan.parsed.items()])
+            self.solve([pair for plan in calibrated for pair in plan.parsed.items()])
+        self.widths.solve(plans)
 
     def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
         """Solve for (component, scheme) pairs by the active calibration; see `MatrixSolver.solve`."""

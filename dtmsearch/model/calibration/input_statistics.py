@@ -105,6 +105,11 @@ class Gatherer:
         self._boundary = body.own.start
         self._states: Sequence[State] = self._entry
 
+    @property
+    def batches(self) -> Sequence[Tensor]:
+        """The text's tokens [rows, length], a batch at a time."""
+        return self._batches
+
     def mean_squares(self) -> tuple[dict[str, FloatArray], dict[str, int], dict[str, float]]:
         """Component -> mean squares [cols] of its inputs, how many tokens these are of, and the largest absolute input;
         without those that the text does not reach."""

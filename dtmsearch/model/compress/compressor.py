@@ -21,9 +21,12 @@ from dtmsearch.model.compress.number_rounding import NumberCodes, largest_of, we
 from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.pruning import Pruner
 from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.compress.width import Cut
 
 # Bytes of solved matrices that are kept at hand, and of those that a family packs.
 _KEPT_BYTES = 2 << 30
+# Between a component and the width that it is cut by.
+_CUT_BY = " as in "
 Fetch = Callable[[str, str], PackedMatrix | None]
 
 
@@ -43,6 +46,7 @@ class Compressor:
         self._solved: OrderedDict[tuple[str, str], PackedMatrix] = OrderedDict()
         self._fetch: Fetch | None = None
         self._packed: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._cuts: OrderedDict[tuple[str, str], Cut] = OrderedDict()
 
     def share_scales(self, largest: Callable[[str], Tensor]) -> None:
         """Take what gives the largest absolute weight among those that share the scale of a tensor with a component;
@@ -54,6 +58,7 @@ class Compressor:
         self._pruner = Pruner()
         self._solved.clear()
         self._packed.clear()
+        self._cuts.clear()
         self._fetch = None
         self._calibrated = calibration_id
         squares = statistics.mean_squares
@@ -66,6 +71,7 @@ class Compressor:
         self._largest.clear()
         self._solved.clear()
         self._packed.clear()
+        self._cuts.clear()
         self._fetch = None
 
     def fetch_from(self, fetch: Fetch | None) -> None:
@@ -84,6 +90,36 @@ class Compressor:
             if held <= _KEPT_BYTES:
                 return
             held -= self._solved.pop(pair).num_bytes
+
+    def cut(self, block: str, scheme: str) -> Cut | None:
+        """What stays of a block under a width, if it is at hand."""
+        found = self._cuts.get((block, scheme))
+        if found is not None:
+            self._cuts.move_to_end((block, scheme))
+        return found
+
+    def keep_cut(self, block: str, scheme: str, cut: Cut) -> None:
+        """Have what stays of a block under a width at hand."""
+        self._cuts[block, scheme] = cut
+
+    def trim_cuts(self, needed: Collection[tuple[str, str]], most_bytes: int) -> None:
+        """Let go of cuts that were not asked for lately, while there are too many, but of none that is needed."""
+        held = sum(cut.num_bytes for cut in self._cuts.values())
+        for pair in [pair for pair in self._cuts if pair not in needed]:
+            if held <= most_bytes:
+                return
+            held -= self._cuts.pop(pair).num_bytes
+
+    def as_cut(self, component: str, scheme: str, columns: Tensor | None) -> str:
+        """The name by which a component that is cut by a width is compressed: what is known of its inputs is known of
+        those of its `columns` that stay, all where None."""
+        name = f"{component}{_CUT_BY}{scheme}"
+        if component in self._mean_squares and name not in self._mean_squares:
+            own = self._mean_squares[component]
+            self._mean_squares[name] = own if columns is None else own[columns.to(own.device)]
+        if component in self._largest_inputs:
+            self._largest_inputs[name] = self._largest_inputs[component]
+        return name
 
     def solved(self, component: str, scheme: Scheme) -> PackedMatrix | None:
         """A solved matrix, if it is at hand or can be fetched."""
@@ -131,11 +167,11 @@ class Compressor:
         """Note the largest weights that components share, as long as all of these stand as they are."""
         for component, scheme in schemes.items():
             shares = scheme.weights is not None and scheme.weights.shares_scale
-            if shares and self._shared is not None and component not in self._largest:
+            if shares and self._shared is not None and _CUT_BY not in component and component not in self._largest:
                 self._largest[component] = self._shared(component)
 
     def _shared_largest(self, component: str, weight: Tensor) -> Tensor:
-        if self._shared is None:
+        if self._shared is None or _CUT_BY in component:
             return largest_of(weight)
         if component not in self._largest:
             self._largest[component] = self._shared(component)

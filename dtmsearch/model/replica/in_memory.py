@@ -40,7 +40,7 @@ def manifest_of(model: Any) -> ModelManifest:
 def weights_of(model: nn.Module) -> Weights:
     """The weights of a model object, to be put under a plan. Originals are kept in memory while they are replaced."""
     components = components_of(model)
-    weights = Weights(model, Checkpoint(()), Places(model, {}), blocks=blocks_of(components))
+    weights = Weights(model, Checkpoint(()), Places(model, {}), blocks=blocks_of(components), matrices=components)
     weights.share_scales(scale_partners(components))
     return weights
 

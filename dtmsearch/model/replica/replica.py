@@ -198,7 +198,8 @@ class Replica:
         streamed = loaded.streamed
         passing = None if streamed is None else PassingWeights(streamed, loaded.manifest, places)
         blocks = loaded.manifest.blocks if streamed is None else ()
-        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, passing, blocks)
+        matrices = loaded.manifest.components
+        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, passing, blocks, matrices)
         weights.share_scales(scale_partners(loaded.manifest.components))
         return weights
 

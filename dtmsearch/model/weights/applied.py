@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from dtmsearch.core.components import Component, read_header
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
+from dtmsearch.core.widths import side_of
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.compress.number_rounding import RoundsInputs, calibrated_scale, inputs_rounding, largest_of
+from dtmsearch.model.compress.width import indices
 from dtmsearch.model.modules.blocks import is_taken_out, take_out
 from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.modules.kv_caches import CachedPart
@@ -37,11 +39,13 @@ _MOST_UNTRIMMED_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class _Installed:
-    """What stands in a component's place: a module, and its dense weights if it has any; whether a block is `out`."""
+    """What stands in a component's place: a module, and its dense weights if it has any, of one in a block that is cut
+    its `bias` as well; whether a block is `out`."""
 
     module: nn.Module
     weight: Tensor | None
     out: bool = False
+    bias: Tensor | None = None
 
 
 class Passing(Protocol):
@@ -119,13 +123,20 @@ class Weights:
 
     def __init__(
         self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32,
-        passing: Passing | None = None, blocks: Iterable[Component] = (),
+        passing: Passing | None = None, blocks: Iterable[Component] = (), matrices: Iterable[Component] = (),
     ) -> None:  # fmt: skip
         self._model = model
         self._places = places
         self._checkpoint = checkpoint
         self._passing = passing
         self._blocks = {block.name: block for block in blocks}
+        self._inside: dict[str, list[Component]] = {}
+        for matrix in matrices if self._blocks else ():
+            self._inside.setdefault(matrix.block, []).append(matrix)
+        self._matrices = {c.name: c for inside in self._inside.values() for c in inside}
+        # Matrices that stand cut, and the width's scheme; biases of those that ever did.
+        self._cut_by: dict[str, str] = {}
+        self._biases: dict[str, Tensor] = {}
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
@@ -143,17 +154,35 @@ class Weights:
 
     def become(self, plan: Plan) -> None:
         """Apply `plan` for good; what it replaces is let go."""
-        changes = plan.changes(self.plan)
+        changes = self._changes(plan)
         # A plan names nothing in a block that it drops: what has to stand in one as it was goes first.
         for component in sorted(changes, key=lambda name: not changes[name].is_unquantized):
             scheme = changes[component]
-            replaced = self._replace(component, scheme)
+            replaced = self._replace(component, scheme, plan)
             if component not in self._blocks:
                 if self._passing is not None:
                     self._passing.written(component)
                 self._let_go(component, replaced)
+                self._note_cut(component, plan)
             changed = self.plan.schemes | {component: scheme.name}
             self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
+
+    def _changes(self, plan: Plan) -> dict[str, Scheme]:
+        """What a plan has otherwise than the current one, with what lies in blocks that it cuts otherwise."""
+        changes = plan.changes(self.plan)
+        for block in plan.widths.keys() | {self._matrices[name].block for name in self._cut_by}:
+            scheme = plan.scheme_of(block) if block in plan.widths else ""
+            for matrix in self._inside.get(block, ()):
+                if self._cut_by.get(matrix.name, "") != scheme and not plan.drops(matrix.name):
+                    changes.setdefault(matrix.name, plan.scheme(matrix.name))
+        return changes
+
+    def _note_cut(self, component: str, plan: Plan) -> None:
+        """Note how a component stands cut now."""
+        self._cut_by.pop(component, None)
+        matrix = self._matrices.get(component)
+        if matrix is not None and matrix.block in plan.widths:
+            self._cut_by[component] = plan.widths[matrix.block].name
 
     @contextmanager
     def perturbed(self, plan: Plan) -> Iterator[None]:
@@ -161,10 +190,11 @@ class Weights:
         replaced: list[tuple[str, _Installed]] = []
         if self._passing is not None:  # what is put back must lie where it was taken from
             self._passing.check_together(plan.changes(self.plan))
+        changes = self._changes(plan)
         try:
-            self.compressor.note_shared(plan.changes(self.plan))
-            for component, scheme in plan.changes(self.plan).items():
-                replaced.append((component, self._replace(component, scheme)))
+            self.compressor.note_shared(changes)
+            for component, scheme in changes.items():
+                replaced.append((component, self._replace(component, scheme, plan)))
             yield
         finally:
             for component, installed in reversed(replaced):
@@ -204,6 +234,7 @@ class Weights:
         self._base = base
         self._trained_names |= names
         self._kept.clear()
+        self._biases.clear()
         self.compressor.forget_weights()
 
     def need(self, component: str) -> None:
@@ -250,7 +281,7 @@ class Weights:
         """Weights that stay what they are when another layer's take their place."""
         return weight if self._passing is None else weight.clone()
 
-    def _replace(self, component: str, scheme: Scheme) -> _Installed:
+    def _replace(self, component: str, scheme: Scheme, plan: Plan) -> _Installed:
         if component in self._blocks:
             block = self._places.block(component)
             now = _Installed(block, None, is_taken_out(block))
@@ -262,13 +293,49 @@ class Weights:
                 "(without --nodes-per-replica and --weights streamed, which comes by itself where weights do not fit a "
                 "GPU: --gpus-per-replica spreads them over several)"
             )
+        if scheme.width is not None:
+            raise UserError(
+                f"{component} cannot be cut here: blocks are cut of models that one process holds whole (without "
+                "--nodes-per-replica and --weights streamed)"
+            )
         now = self._installed(component)
-        self._install(component, self._make(component, scheme, now))
+        matrix = self._matrices.get(component)
+        width = None if matrix is None else plan.widths.get(matrix.block)
+        self._install(component, self._make(component, scheme, now, width))
         return now
 
-    def _make(self, component: str, scheme: Scheme, now: _Installed) -> _Installed:
+    def _make(self, component: str, scheme: Scheme, now: _Installed, width: Scheme | None = None) -> _Installed:
         dense = self._dense_modules.setdefault(component, now.module)
         weight = self._original(component, now)
+        bias = self._biases.get(component)
+        if width is not None:
+            component, weight, bias = self._as_cut(self._matrices[component], width, weight, dense)
+        made = self._made_of(component, scheme, dense, weight)
+        if made.weight is None and width is not None and bias is not None:
+            raise UserError(f"{component}: {scheme.name} is not there beside a width where matrices have biases")
+        return replace(made, bias=bias)
+
+    def _as_cut(
+        self, matrix: Component, scheme: Scheme, weight: Tensor, dense: nn.Module
+    ) -> tuple[str, Tensor, Tensor | None]:
+        """A matrix of a block that a width cuts: the name by which it is compressed, its weights, its bias. Raises
+        `ValueError` where the cut is not at hand."""
+        cut, width = self.compressor.cut(matrix.block, scheme.name), scheme.width
+        if cut is None or width is None:
+            raise ValueError(f"what stays of {matrix.block} under {scheme.name} is not known: no calibration text")
+        bias: Tensor | None = getattr(dense, "bias", None)
+        if bias is not None and matrix.name not in self._biases:
+            self._biases[matrix.name] = bias.data
+        bias = self._biases.get(matrix.name)
+        at = indices(matrix, cut.kept, width.units(matrix)).to(weight.device)
+        if side_of(matrix) == "rows":
+            name = self.compressor.as_cut(matrix.name, scheme.name, None)
+            return name, weight[at], None if bias is None else bias[at]
+        name = self.compressor.as_cut(matrix.name, scheme.name, at)
+        return name, weight[:, at].contiguous() if cut.last is None else cut.last.to(weight), bias
+
+    def _made_of(self, component: str, scheme: Scheme, dense: nn.Module, weight: Tensor) -> _Installed:
+        """A component of such weights under a scheme."""
         if scheme.is_unquantized:
             return _Installed(dense, weight)
         if isinstance(dense, CachedPart):
@@ -299,7 +366,7 @@ class Weights:
 
     def _original(self, component: str, now: _Installed) -> Tensor:
         """The component's own weights, on its device."""
-        if component not in self.plan.schemes:
+        if component not in self.plan.schemes and component not in self._cut_by:
             assert now.weight is not None
             return now.weight
         if component in self._kept:
@@ -317,7 +384,8 @@ class Weights:
         self.need(component)
         module = self._places.get(component)
         dense = self._dense_modules.get(component, module)
-        return _Installed(module, read(module) if module is dense else None)
+        bias = getattr(module, "bias", None) if component in self._matrices and module is dense else None
+        return _Installed(module, read(module) if module is dense else None, bias=None if bias is None else bias.data)
 
     def _install(self, component: str, installed: _Installed) -> None:
         if component in self._blocks:
@@ -326,10 +394,13 @@ class Weights:
         self._places.put(component, installed.module)
         if installed.weight is not None:
             write(installed.module, installed.weight)
+            if installed.bias is not None:
+                installed.module.bias.data = installed.bias  # type: ignore[union-attr]
 
     def _let_go(self, component: str, replaced: _Installed) -> None:
         """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""
-        if component not in self.plan.schemes and not self._checkpoint.holds(component):
+        original = component not in self.plan.schemes and component not in self._cut_by
+        if original and not self._checkpoint.holds(component):
             assert replaced.weight is not None
             self._kept[component] = replaced.weight if self._passing is None else replaced.weight.cpu().clone()
         dense = self._dense_modules[component]

@@ -14,11 +14,11 @@ from math import ceil, floor, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.core.plan import Perturbation, Plan, PlanSize
-from dtmsearch.core.schemes import DENSE
+from dtmsearch.core.plan import Perturbation, Plan, PlanSize, plan_size
+from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.core.times import PICOSECONDS, TimeRule
 from dtmsearch.search.solver.knapsack import Infeasible, Solution
-from dtmsearch.search.solver.nested import Nest
+from dtmsearch.search.solver.nested import Costs, Nest, negated
 from dtmsearch.search.space import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -32,7 +32,7 @@ class Rule:
     """A stop rule as a capacity: a plan meets it whose options' costs [units][options] come to at most that."""
 
     name: str
-    costs: tuple[Ints, ...]
+    costs: Costs
     capacity: int
 
 
@@ -43,7 +43,7 @@ class Choices:
         self.space = space
         self.units = space.units
         self.schemes = tuple((DENSE, *(edge.scheme for edge in unit.edges)) for unit in self.units)
-        self.nest = Nest.of(self.units)
+        self.nest = Nest.of(self.units, self.schemes)
         self.bits = self._costs(lambda size: size.stored_bits)
 
     @cached_property
@@ -73,11 +73,50 @@ class Choices:
 
         return self._costs(taken)
 
-    def _costs(self, cost: Callable[[PlanSize], int]) -> tuple[Ints, ...]:
-        return tuple(
+    def _costs(self, cost: Callable[[PlanSize], int]) -> Costs:
+        found = Costs(
             np.array([cost(unit.sizes[scheme]) for scheme in schemes], np.int64)
             for unit, schemes in zip(self.units, self.schemes, strict=True)
         )
+        if self._in_cuts:
+            found.inside = {
+                block: {
+                    unit: np.array([[cost(size) for size in sizes] for sizes in rows], np.int64)
+                    for unit, rows in units.items()
+                }
+                for block, units in self._in_cuts.items()
+            }
+        return found
+
+    @cached_property
+    def _in_cuts(self) -> dict[int, dict[int, list[list[PlanSize]]]]:
+        """Of blocks that may be cut and what lies in them: what more both come to under each pair of options than the
+        sum of what each does alone."""
+        space, found = self.space, dict[int, dict[int, list[list[PlanSize]]]]()
+        for block, within in self.nest.inside.items():
+            name = self.units[block].name
+            widths = [parse_scheme(s).width is not None for s in self.schemes[block]]
+            if not any(widths):
+                continue
+            for unit in within:
+                parts, own = self.units[unit].components, self.units[unit].sizes
+                whole = plan_size(Plan(), parts, space.dense_bits, space.times)
+                rows = []
+                for width, cut in zip(widths, self.schemes[block], strict=True):
+                    alone = plan_size(Plan.of({name: cut} if width else {}), parts, space.dense_bits, space.times)
+                    both = [
+                        plan_size(
+                            Plan.of({name: cut if width else DENSE} | dict.fromkeys((c.name for c in parts), scheme)),
+                            *(parts, space.dense_bits, space.times),
+                        )
+                        for scheme in self.schemes[unit]
+                    ]
+                    saved = alone.less(whole)
+                    rows.append(
+                        [b.less(own[s]).less(saved) for b, s in zip(both, self.schemes[unit], strict=True)]
+                    )
+                found.setdefault(block, {})[unit] = rows
+        return found
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
@@ -107,13 +146,13 @@ class Choices:
         )
         for name, least, count, total in counted:
             if least is not None:
-                rules.append(Rule(name, tuple(-c for c in self._costs(count)), -_least(least, total)))
+                rules.append(Rule(name, negated(self._costs(count)), -_least(least, total)))
         if budget.flops is not None:
             read = self._costs(lambda s: int(s.removed_active * self._parts))
             least_read = _least(1.0 - budget.flops, int(size.multiplied_weights * self._parts))
-            rules.append(Rule("flops", tuple(-c for c in read), -least_read))
+            rules.append(Rule("flops", negated(read), -least_read))
         if not rules:
-            counts = tuple(-c for c in self._costs(lambda s: s.num_compressed))
+            counts = negated(self._costs(lambda s: s.num_compressed))
             rules.append(Rule("all components", counts, -len(self.space.components)))
         return tuple(rules)
 
@@ -150,6 +189,8 @@ class Choices:
 
     @staticmethod
     def cost(costs: Sequence[Ints], options: Sequence[int]) -> int:
+        if isinstance(costs, Costs):
+            return costs.of(options)
         return sum(int(cost[k]) for cost, k in zip(costs, options, strict=True))
 
     def plan(self, options: Sequence[int]) -> Plan:

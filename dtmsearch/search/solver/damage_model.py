@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dtmsearch.core.schemes import DROP
 from dtmsearch.search.solver.choices import Choices
 
 Floats = NDArray[np.float64]
@@ -55,8 +56,10 @@ def unit_errors(choices: Choices, errors: WeightErrors) -> tuple[Floats, ...]:
     """
     found: list[Floats] = []
     for unit, schemes in zip(choices.units, choices.schemes, strict=True):
-        if unit.is_block:  # nothing is left of it
-            found.append(np.array([0.0, 1.0]))
+        if unit.is_block:  # the share of it that goes
+            whole = unit.components[0].num_weights
+            gone = [unit.sizes[scheme].removed_weights / whole for scheme in schemes]
+            found.append(np.array([1.0 if s == DROP else share for s, share in zip(schemes, gone, strict=True)]))
             continue
         weights = np.array([c.num_weights for c in unit.components], np.float64)
         rows = [[_error(errors, c.name, s) for s in schemes[1:]] for c in unit.components]
@@ -72,9 +75,13 @@ def _error(errors: WeightErrors, component: str, scheme: str) -> float:
 
 
 def probings(choices: Choices, errors: Sequence[Floats]) -> list[Probing]:
-    """What to measure of each unit: of every family the option whose error is nearest to the one aimed at."""
+    """What to measure of each unit: of every family the option whose error is nearest to the one aimed at; of a block
+    every option, for what goes of it is beyond the law."""
     found: list[Probing] = []
     for unit, (schemes, error) in enumerate(zip(choices.schemes, errors, strict=True)):
+        if choices.units[unit].is_block:
+            found += [Probing(unit, k, family_of(schemes[k])) for k in range(1, len(schemes))]
+            continue
         families = [family_of(scheme) for scheme in schemes]
         for family in dict.fromkeys(families[1:]):
             members = [k for k in range(1, len(schemes)) if families[k] == family]

@@ -48,7 +48,7 @@ def moved(options: Options, unit: int, option: int) -> Options:
 
 
 def _moves(choices: Choices, leader: Options) -> list[tuple[int, int]]:
-    gone = {u for block, own in choices.nest.inside.items() if leader[block] for u in own}
+    gone = choices.nest.gone(leader)
     every = [
         (u, k)
         for u, schemes in enumerate(choices.schemes)

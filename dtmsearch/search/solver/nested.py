@@ -9,18 +9,36 @@ more than `_MOST_SUMS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtmsearch.core.components import Component
+from dtmsearch.core.schemes import DROP
 from dtmsearch.search.solver.knapsack import Solution, solve
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+
+class Costs(tuple[Ints, ...]):
+    """Costs [units][options] that add up, but for what lies in blocks that are cut: `inside` of block b and unit u
+    [options of b, options of u] is what more u costs under an option beside one of b than both come to."""
+
+    inside: Mapping[int, Mapping[int, Ints]] = {}
+
+    def of(self, options: Sequence[int]) -> int:
+        """What a choice costs."""
+        found = sum(int(cost[k]) for cost, k in zip(self, options, strict=True))
+        for block, units in self.inside.items():
+            if options[block]:
+                found += sum(int(more[options[block], options[unit]]) for unit, more in units.items())
+        return found
+
+
 # Of more sums than this, those are kept that lie evenly among them by cost.
 _MOST_SUMS = 4_096
 
@@ -31,6 +49,13 @@ class _Unit(Protocol):
 
     @property
     def is_block(self) -> bool: ...
+
+
+def negated(costs: Costs) -> Costs:
+    """Costs of which a choice has as much less as it had more."""
+    found = Costs(-cost for cost in costs)
+    found.inside = {b: {u: -more for u, more in units.items()} for b, units in costs.inside.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -65,14 +90,15 @@ def _unbeaten(losses: Floats, costs: Ints) -> Ints:
 @dataclass(frozen=True)
 class Nest:
     """`inside[b]`: the units that lie in block b, other blocks among them; empty of what is no block. `outer`: units
-    that lie in no block, in their order."""
+    that lie in no block, in their order; `drop[b]`: the option that drops a block, -1 where none does."""
 
     inside: dict[int, tuple[int, ...]]
     outer: tuple[int, ...]
     size: int
+    drop: dict[int, int]
 
     @staticmethod
-    def of(units: Sequence[_Unit]) -> Nest:
+    def of(units: Sequence[_Unit], schemes: Sequence[Sequence[str]]) -> Nest:
         blocks = {unit.components[0].name: at for at, unit in enumerate(units) if unit.is_block}
         inside: dict[int, list[int]] = {at: [] for at in blocks.values()}
         for at, unit in enumerate(units):
@@ -82,12 +108,17 @@ class Nest:
                     inside[blocks[name]].append(at)
         held = {at for own in inside.values() for at in own}
         outer = tuple(at for at in range(len(units)) if at not in held)
-        return Nest({at: tuple(own) for at, own in inside.items()}, outer, len(units))
+        drop = {at: schemes[at].index(DROP) if DROP in schemes[at] else -1 for at in inside}
+        return Nest({at: tuple(own) for at, own in inside.items()}, outer, len(units), drop)
 
     def canonical(self, options: Sequence[int]) -> tuple[int, ...]:
         """Options with the first one for all that lies in a dropped block."""
-        gone = {unit for block, own in self.inside.items() if options[block] for unit in own}
+        gone = self.gone(options)
         return tuple(0 if unit in gone else option for unit, option in enumerate(options)) if gone else tuple(options)
+
+    def gone(self, options: Sequence[int]) -> set[int]:
+        """The units that lie in a dropped block."""
+        return {unit for block, own in self.inside.items() if options[block] == self.drop[block] for unit in own}
 
     def solve(self, losses: Sequence[Floats], costs: Sequence[Ints], capacity: int) -> Solution:
         """See `knapsack.solve`. Raises `Infeasible`."""
@@ -105,19 +136,42 @@ class Nest:
         if unit not in self.inside:
             own = np.asarray(losses[unit], np.float64)
             return _Fold((unit,), own, np.asarray(costs[unit], np.int64), np.arange(len(own))[:, None])
-        within = self._directly_in(unit)
-        stays = _Fold((unit,), np.zeros(1), np.zeros(1, np.int64), np.zeros((1, 1), np.int64))
-        for each in within:
-            stays = stays.beside(self._fold(each, losses, costs))
-        cost = int(costs[unit][1]) + sum(int(costs[each][0]) for each in self.inside[unit])
-        dropped = np.zeros((1, len(stays.units)), np.int64)
-        dropped[0, 0] = 1
+        folds = [self._with(unit, option, losses, costs) for option in range(len(losses[unit]))]
         return _Fold(
-            stays.units,
-            np.append(stays.losses, losses[unit][1]),
-            np.append(stays.costs, cost),
-            np.concatenate([stays.options, dropped]),
+            folds[0].units,
+            np.concatenate([fold.losses for fold in folds]),
+            np.concatenate([fold.costs for fold in folds]),
+            np.concatenate([fold.options for fold in folds]),
         )
+
+    def _with(self, block: int, option: int, losses: Sequence[Floats], costs: Sequence[Ints]) -> _Fold:
+        """A block under one option, with all that may be chosen for what lies in it then."""
+        own = int(costs[block][option])
+        if option == self.drop[block]:
+            within = self.inside[block]
+            none = np.zeros((1, 1 + len(within)), np.int64)
+            none[0, 0] = option
+            cost = own + sum(int(costs[each][0]) for each in within)
+            # In the order of the folds of what stays.
+            order = self._fold_order(block)
+            return _Fold(order, np.array([losses[block][option]]), np.array([cost], np.int64), none)
+        more = costs.inside.get(block, {}) if isinstance(costs, Costs) else {}
+        found = _Fold(
+            (block,), np.array([losses[block][option]]), np.array([own], np.int64), np.full((1, 1), option, np.int64)
+        )
+        for each in self._directly_in(block):
+            fold = self._fold(each, losses, costs)
+            if option and each in more:
+                fold = replace(fold, costs=fold.costs + more[each][option])
+            found = found.beside(fold)
+        return found
+
+    def _fold_order(self, block: int) -> tuple[int, ...]:
+        """The units of a block's fold: the block, then what lies in it, block by block."""
+        found = [block]
+        for each in self._directly_in(block):
+            found += self._fold_order(each) if each in self.inside else [each]
+        return tuple(found)
 
     def _directly_in(self, block: int) -> list[int]:
         """What lies in a block and in no smaller one."""

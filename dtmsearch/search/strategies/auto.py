@@ -230,7 +230,7 @@ class Auto(Solver):
 
     def _doubtful(self, posterior: Posterior, leader: Options, number: int) -> list[tuple[int, int]]:
         """So many (unit, option) to move alone: those whose damage is most in doubt."""
-        gone = {unit for block, own in self._choices.nest.inside.items() if leader[block] for unit in own}
+        gone = self._choices.nest.gone(leader)
         moves = [(unit, self._telling(posterior, leader, unit)) for unit in range(len(leader)) if unit not in gone]
         neighbours = [self._choices.canonical(moved(leader, *move)) for move in moves]
         doubt = posterior.differences(neighbours, leader).variances

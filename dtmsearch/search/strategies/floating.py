@@ -1,4 +1,5 @@
-"""`floating`: which blocks of a model to drop, one more at a time, with steps back where these pay.
+"""`floating`: which blocks of a model to drop, and which to cut how far, a step at a time, with steps back where these
+pay.
 
 Removals go beyond second order and help or hinder each other, so plans are measured. A round drops the block that adds
 the least loss for what it brings towards the budget; what each added when it was last measured orders the queue, and
@@ -6,6 +7,10 @@ only its head is measured again (Minoux, 1978). Then blocks that were dropped ea
 plan of no more progress is better than the best that was known of as much, the search goes on from that one (sequential
 floating forward selection: Pudil, Novovicova and Kittler, 1994). It ends at the first plan that meets the budget from
 which no step back leads to a better one; the best plans that meet it are compared on more prompts.
+
+Where blocks may be cut, a step takes one to its next width, or drops it after the last one, and a step back leads to
+the width before; what the next width adds is held for at least what the last one did until it is measured, and of the
+steps back those are tried that would gain most for what they give up.
 """
 
 from __future__ import annotations
@@ -16,16 +21,19 @@ from dataclasses import dataclass
 
 from dtmsearch.core.evaluation import EvalResult, Outcome, combine
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.core.schemes import DENSE, DROP
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.strategies.generator import DENSE_PLAN, Part, Procedure, Script, Trial, mean_loss
+from dtmsearch.search.space import Unit
 from dtmsearch.search.strategies.task import Task
 
 # Plans of the same progress but for rounding.
 _ALIKE = 1e-9
 # Losses that differ by less than this part are one.
 _LEAST_GAIN = 1e-4
+# Steps back that are tried at a time where blocks are cut.
+_MOST_BACK = 6
 
 
 @dataclass(frozen=True)
@@ -43,22 +51,27 @@ class Floating(Procedure):
     def __init__(self, task: Task, settings: FloatingSettings = FloatingSettings()) -> None:
         super().__init__(task.space, task.request_for, ("kl", task.rank_by))
         self._rank_by, self._settings = task.rank_by, settings
-        self._blocks = tuple(block.name for block in task.space.blocks)
+        units = [unit for unit in task.space.units if unit.is_block]
+        self._blocks = tuple(unit.name for unit in units)
+        # The schemes of each block, from all of it to the least.
+        self._ladders = {unit.name: _ladder(unit) for unit in units}
         self._found: dict[Plan, _Found] = {}
         self._answers: dict[Plan, Outcome] = {}
-        # What each block added to the loss when it was last measured.
-        self._added: dict[str, float] = {}
+        # What each step of a block added to the loss when it was last measured.
+        self._added: dict[tuple[str, str], float] = {}
 
     def script(self) -> Script:
         now = self._found[DENSE_PLAN] = _Found(DENSE_PLAN, 0.0, 0.0)
         self._foresee((self._usual, self._settings.prompts), (self._settings.finalists, self.num_prompts))
         self.stage = "blocks alone"
-        yield from self._measured(now.plan, [Perturbation(name, DROP) for name in self._blocks])
-        for block in self._blocks:
-            self._added[block] = self._found[DENSE_PLAN.with_(Perturbation(block, DROP))].loss
+        first = [Perturbation(name, self._ladders[name][1]) for name in self._blocks]
+        for edge, found in zip(first, (yield from self._measured(now.plan, first)), strict=True):
+            self._added[edge.component, edge.scheme] = found.loss
         best = now
         while True:
-            self.stage = f"{len(now.plan.dropped) + 1} blocks dropped"
+            self.stage = (
+                f"{now.progress:.0%} of the way" if self._space.cut else f"{len(now.plan.dropped) + 1} blocks dropped"
+            )
             now = yield from self._one_more(now)
             now = yield from self._back(now)
             if self._meets(now):
@@ -89,21 +102,30 @@ class Floating(Procedure):
 
     def _one_more(self, now: _Found) -> Part[_Found]:
         """A plan with one block more, by what that adds for what it brings towards the budget."""
-        edges = [edge for edge in self._space.perturbations(now.plan) if edge.component in self._blocks]
+        edges = [
+            edge
+            for edge in self._space.perturbations(now.plan)
+            if edge.component in self._ladders and edge.scheme == self._step(now.plan, edge.component, 1)
+        ]
         if not edges:
-            raise SearchFailed("all blocks that may be dropped are dropped, and the budget is not met")
+            raise SearchFailed("all blocks that may be dropped or cut are, and the budget is not met")
         progress = {e.component: min(self._space.progress(now.plan.with_(e)), 1.0) - now.progress for e in edges}
 
         def dear(edge: Perturbation, added: float) -> float:
             return added / max(progress[edge.component], _ALIKE) if added > 0.0 else added
 
-        queue = sorted(edges, key=lambda e: dear(e, self._added.get(e.component, math.inf)))
+        def believed(edge: Perturbation) -> float:
+            found = self._added.get((edge.component, edge.scheme))
+            last = now.plan.schemes.get(edge.component, DENSE)
+            return self._added.get((edge.component, last), math.inf) if found is None else found
+
+        queue = sorted(edges, key=lambda e: dear(e, believed(e)))
         chosen: tuple[float, _Found] | None = None
         for edge in queue:
-            if chosen is not None and chosen[0] <= dear(edge, self._added.get(edge.component, math.inf)):
+            if chosen is not None and chosen[0] <= dear(edge, believed(edge)):
                 break
             (found,) = yield from self._measured(now.plan, [edge])
-            self._added[edge.component] = found.loss - now.loss
+            self._added[edge.component, edge.scheme] = found.loss - now.loss
             value = dear(edge, found.loss - now.loss)
             if math.isfinite(found.loss) and (chosen is None or value < chosen[0]):
                 chosen, taken = (value, found), edge
@@ -114,17 +136,18 @@ class Floating(Procedure):
 
     def _back(self, now: _Found) -> Part[_Found]:
         """The plan that steps back lead to, each to one that is better than all that are known of as much progress."""
-        while len(now.plan.dropped) > 2:
+        while len(now.plan) > 2:
             # What was measured before, as the plan before it, has been passed over already.
-            edges = [Perturbation(name, DENSE) for name in sorted(now.plan.dropped)]
+            edges = [Perturbation(name, self._step(now.plan, name, -1) or DENSE) for name in sorted(now.plan.schemes)]
             edges = [edge for edge in edges if now.plan.with_(edge) not in self._found]
+            edges = self._most_gainful(now, edges) if self._space.cut else edges
             if not edges:
                 break
             before = list(self._found.values())
             found = yield from self._measured(now.plan, edges)
             gains = []
             for edge, each in zip(edges, found, strict=True):
-                self._added[edge.component] = now.loss - each.loss
+                self._added[edge.component, now.plan.schemes[edge.component]] = now.loss - each.loss
                 least = min((o.loss for o in before if o.progress >= each.progress - _ALIKE), default=math.inf)
                 gains.append(least - each.loss if each.loss < (1.0 - _LEAST_GAIN) * least else 0.0)
             at = max(range(len(gains)), key=gains.__getitem__)
@@ -133,6 +156,23 @@ class Floating(Procedure):
             now = found[at]
             self._note(now, edges[at])
         return now
+
+    def _step(self, plan: Plan, block: str, step: int) -> str | None:
+        """The scheme of a block one step further along its widths, or one back; None at the end."""
+        ladder = self._ladders[block]
+        at = ladder.index(plan.schemes.get(block, DENSE)) + step
+        return ladder[at] if 0 <= at < len(ladder) else None
+
+    def _most_gainful(self, now: _Found, edges: Sequence[Perturbation]) -> list[Perturbation]:
+        """Some steps back: those that by what was measured last gain most for what they give up."""
+
+        def gain(edge: Perturbation) -> float:
+            given_up = now.progress - min(self._space.progress(now.plan.with_(edge)), 1.0)
+            added = self._added.get((edge.component, now.plan.schemes[edge.component]), 0.0)
+            return added / max(given_up, _ALIKE)
+
+        chosen = set(sorted(edges, key=gain, reverse=True)[:_MOST_BACK])
+        return [edge for edge in edges if edge in chosen]
 
     def _note(self, found: _Found, edge: Perturbation) -> None:
         self._conclude(found.plan, self._answers[found.plan], self._rank_by, edge)
@@ -150,6 +190,12 @@ class Floating(Procedure):
             answers = [self._answers[f.plan] for f in field]
         at = min(range(len(field)), key=lambda i: mean_loss(answers[i], self._rank_by))
         self._conclude(field[at].plan, answers[at], self._rank_by)
+
+
+def _ladder(unit: Unit) -> tuple[str, ...]:
+    """The schemes of a block, from all of it to the least."""
+    schemes = (edge.scheme for edge in unit.edges)
+    return (DENSE, *sorted(schemes, key=lambda scheme: unit.sizes[scheme].removed_weights))
 
 
 def _joined(first: Outcome, rest: Outcome) -> Outcome:

@@ -1,0 +1,136 @@
+"""Widths: how many channels of an MLP, or groups of query heads with their key and value head, a block keeps.
+
+What is cut are rows of some matrices of a block and columns of the last one, the same units of all. Knows shapes and
+names, never values: which units go is decided in `dtmsearch.model.compress.width`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+# What of a block is cut: channels of an MLP, or groups of query heads of an attention.
+WidthKind = Literal["channels", "heads"]
+# Which units go first: `dtmsearch.model.compress.width` says how.
+RULES = ("magnitude", "wanda", "gradient", "ziplm", "random")
+_NAME = re.compile(
+    rf"(?:channels-(0\.[0-9]{{0,16}}[1-9])|heads-([1-9][0-9]{{0,3}}):([1-9][0-9]{{0,3}}))-({'|'.join(RULES)})(-repair)?"
+)
+_BLOCKS: dict[WidthKind, str] = {"channels": "mlp", "heads": "attention"}
+# Kinds of the matrices of such blocks whose outputs are the units, and of those whose inputs are.
+_ROWS = {
+    "mlp": {"gate", "up", "fc1", "c_fc", "w1", "w3", "wi", "fc_in", "dense_h_to_4h", "gate_up"},
+    "attention": {"q", "k", "v"},
+}
+_COLS = {
+    "mlp": {"down", "fc2", "c_proj", "w2", "wo", "fc_out", "dense_4h_to_h"},
+    "attention": {"o", "out", "dense"},
+}
+_EVERY_COL = frozenset().union(*_COLS.values())
+# Matrices in which gates stand above what they are multiplied with.
+_STACKED = {"gate_up"}
+# What is kept of many channels is a multiple of this, as kernels and groups of quantized weights want it.
+_STEP = 32
+# Of fewer steps than this the step is smaller.
+_LEAST_STEPS = 16
+
+Side = Literal["rows", "cols"]
+
+
+class Cuttable(Protocol):
+    """A matrix of a block, by what its cut follows from."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True)
+class Width:
+    """What is left of a block: without a `share` of its channels, or with `kept` of `groups` of query heads. `rule`
+    says which units go, `repair` that the last matrix is fitted anew to what stays."""
+
+    kind: WidthKind
+    share: float
+    kept: int
+    groups: int
+    rule: str
+    repair: bool
+
+    @property
+    def block_kind(self) -> str:
+        """The kind of block that it is for."""
+        return _BLOCKS[self.kind]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it follows from calibration text."""
+        return self.repair or self.rule not in ("magnitude", "random")
+
+    def units(self, matrix: Cuttable) -> int:
+        """The channels or groups that a matrix of the block has before it is cut."""
+        if self.kind == "heads":
+            return self.groups
+        return channels_of(matrix)
+
+    def left(self, units: int) -> int:
+        """How many of so many channels or groups are kept: of many channels the nearest multiple of 32."""
+        if self.kind == "heads":
+            return self.kept
+        step = _STEP
+        while step > 1 and (units % step or units < _LEAST_STEPS * step):
+            step //= 2
+        return min(max(round(units * (1.0 - self.share) / step), 1) * step, units)
+
+    def cut(self, matrix: Cuttable) -> tuple[int, int]:
+        """The shape of a matrix of the block once it is cut."""
+        rows, cols = matrix.shape
+        units = self.units(matrix)
+        left = self.left(units)
+        return (rows * left // units, cols) if side_of(matrix) == "rows" else (rows, cols * left // units)
+
+
+def side_of(matrix: Cuttable) -> Side:
+    """Which side of a matrix of a block the units are: the columns of the last one, the rows of the others."""
+    return "cols" if matrix.kind in _EVERY_COL else "rows"
+
+
+def is_stacked(matrix: Cuttable) -> bool:
+    """Whether its rows are those of two matrices, of which each has all channels."""
+    return matrix.kind in _STACKED
+
+
+def channels_of(matrix: Cuttable) -> int:
+    """The channels of an MLP, by one of its matrices."""
+    rows, cols = matrix.shape
+    return cols if side_of(matrix) == "cols" else rows // 2 if is_stacked(matrix) else rows
+
+
+def width_of(name: str) -> Width | None:
+    """The width of a scheme's name: `channels-0.25-wanda`, `heads-2:3-ziplm-repair`; None for another name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    share, kept, groups, rule, repair = match.groups()
+    if share is not None:
+        return Width("channels", float(share), 0, 0, rule, repair is not None)
+    if int(kept) >= int(groups):
+        return None
+    return Width("heads", 1.0 - int(kept) / int(groups), int(kept), int(groups), rule, repair is not None)
+
+
+def is_cuttable(width: Width, matrices: Sequence[Cuttable]) -> bool:
+    """Whether the matrices of a block are those of one that a width is for: all of known kinds, the last one alone with
+    the units as its inputs, and as many units in each."""
+    known = _ROWS[width.block_kind], _COLS[width.block_kind]
+    kinds = [matrix.kind for matrix in matrices]
+    if not kinds or kinds[-1] not in known[1] or not set(kinds[:-1]) <= known[0] or len(kinds) < 2:
+        return False
+    if width.kind == "channels":
+        return len({channels_of(matrix) for matrix in matrices}) == 1
+    sizes = [m.shape[0] if side_of(m) == "rows" else m.shape[1] for m in matrices]
+    return set(kinds[:-1]) == known[0] and all(size % width.groups == 0 for size in sizes)

@@ -1,0 +1,127 @@
+"""Decides which units of blocks stay under widths, and fits what stays, by the active calibration.
+
+A layer's blocks are taken together, and layers upwards, so that the text goes once through the model. Everything is of
+the base model's inputs and of the weights that the model stands on; what is at hand is not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dtmsearch.core.components import Component, ModelManifest
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import Scheme
+from dtmsearch.core.widths import Width, side_of
+from dtmsearch.errors import UserError
+from dtmsearch.model.calibration.calibration_texts import CalibrationTexts
+from dtmsearch.model.calibration.hessians import Hessians
+from dtmsearch.model.compress.width import Cut, chosen, first_by_inverse, indices, refitted, summed
+from dtmsearch.model.weights.standing import Standing
+
+# Bytes of cuts that are kept at hand.
+_KEPT_BYTES = 2 << 30
+
+
+class WidthSolver:
+    """See the module. `wanted` pairs are (block, scheme of a width)."""
+
+    def __init__(
+        self, texts: CalibrationTexts, hessians: Hessians, standing: Standing, manifest: ModelManifest
+    ) -> None:
+        self._texts, self._hessians, self._standing, self._manifest = texts, hessians, standing, manifest
+        self._saliences: dict[str, Tensor] = {}
+        self._orders: dict[str, Tensor] = {}
+        self._of: tuple[str | None, str] = None, ""
+
+    def solve(self, plans: Iterable[Plan]) -> None:
+        """Have the cuts of plans at hand."""
+        compressor = self._standing.weights.compressor
+        if self._of != (now := (self._texts.active, self._standing.weights_id)):
+            self._saliences, self._orders, self._of = {}, {}, now
+        wanted = {(block, s.name): s for plan in plans for block, s in plan.widths.items()}
+        missing = {pair: scheme for pair, scheme in wanted.items() if compressor.cut(*pair) is None}
+        by_layer: dict[int, list[tuple[str, Scheme]]] = {}
+        for (block, _), scheme in missing.items():
+            by_layer.setdefault(self._manifest.by_name[block].layer, []).append((block, scheme))
+        for layer in sorted(by_layer):
+            for block, scheme in sorted(by_layer[layer], key=lambda pair: (pair[0], pair[1].name)):
+                compressor.keep_cut(block, scheme.name, self._cut(self._manifest.by_name[block], scheme))
+        compressor.trim_cuts(wanted.keys(), _KEPT_BYTES)
+
+    def _cut(self, block: Component, scheme: Scheme) -> Cut:
+        width = scheme.width
+        assert width is not None
+        inside = [c for c in self._manifest.components if c.block == block.name]
+        last = inside[-1]
+        hessian: Tensor | None = None
+        if width.repair:
+            hessian = self._hessian(last)
+        salience = self._salience(inside, width) if width.rule == "gradient" else None
+        weights = self._standing.weights
+        own = {c.name: (c, weights.original(c.name)) for c in inside}
+        whole, units = own[last.name][1], width.units(last)
+        order = None
+        if width.rule == "ziplm":
+            key = f"{block.name} {units}"
+            if key not in self._orders:
+                hessian = self._hessian(last) if hessian is None else hessian
+                self._orders[key] = first_by_inverse(whole, hessian, units)
+            order = self._orders[key]
+        squares = None
+        if width.rule == "wanda":
+            squares = weights.compressor.mean_squares(last.name).to(whole.device)
+        kept = chosen(block.name, width, own, squares, salience, order)
+        repaired = None
+        if width.repair:
+            assert hessian is not None
+            repaired = refitted(whole, hessian, indices(last, kept, units))
+        return Cut(kept, repaired)
+
+    def _hessian(self, last: Component) -> Tensor:
+        for found in self._hessians.of_layer(last.layer):
+            if last.name in found.components:
+                return found.hessian
+        raise UserError(
+            f"{last.name} cannot be calibrated: no token of the calibration text reached it as a module of its own"
+        )
+
+    def _salience(self, inside: Sequence[Component], width: Width) -> Tensor:
+        """Sums [units] of |weight x gradient| over all weights of each unit, of the loss of the calibration text's next
+        tokens (LLM-Pruner, arXiv 2305.11627, section 3.2: its first-order importance of elements)."""
+        if inside[0].name not in self._saliences:
+            with self._standing.on_base(), self._standing.eagerly():
+                self._saliences |= self._every_salience()
+        units = width.units(inside[-1])
+        return torch.stack([summed(self._saliences[c.name], c, units) for c in inside]).sum(0)
+
+    def _every_salience(self) -> Mapping[str, Tensor]:
+        """The same sums of each component over its outputs or, of a block's last matrix, its inputs."""
+        body = self._standing.body
+        if said := body.how_it_runs():
+            raise UserError(f"the rule gradient takes a backward pass through the model, and {said}: use ziplm or wanda")
+        weights = self._standing.weights
+        with torch.inference_mode(False), torch.enable_grad():
+            weights.let_gradients_through()
+            found: dict[str, Tensor] = {}
+            held = {c.name: c for c in self._manifest.components if not (c.stacked or c.mixture)}
+            parameters = {name: weights.module(name).weight for name in held}
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            try:
+                for batch in self._texts.gatherer(self._texts.in_use).batches:
+                    tokens = batch.clone()  # no backward pass is taken through what came to be in inference mode
+                    body.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+                for name, parameter in parameters.items():
+                    if parameter.grad is None:  # no token reached it
+                        continue
+                    values = (parameter.detach() * parameter.grad).abs().double()
+                    along = 1 if (side_of(held[name]) == "rows") != held[name].transposed else 0
+                    found[name] = values.sum(along)
+            finally:
+                for parameter in parameters.values():
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+        return found
