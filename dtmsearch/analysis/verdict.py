@@ -23,7 +23,7 @@ PLAN, BASE = "plan", "base"
 FOUND = "found"
 # Of earlier versions the second, which was the one nearest in size.
 _UNIFORM = ("uniform:", "uniform-nearest:")
-_PRESET, _LAST_LAYERS = "preset:", "rule:last-layers"
+_PRESET, _LAST_LAYERS, _ONE_WIDTH = "preset:", "rule:last-layers", "rule:one-width"
 # Unusable: a bit a token worse at human text, or another choice at more than half of the positions.
 _RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
 
@@ -90,6 +90,8 @@ class ValidationRow:
 def _mixture_in(label: str) -> str | None:
     if label == _LAST_LAYERS:
         return "the last blocks dropped"
+    if label == _ONE_WIDTH:
+        return "one width for all"
     return f"llama.cpp's mixture {label.removeprefix(_PRESET)}" if label.startswith(_PRESET) else None
 
 

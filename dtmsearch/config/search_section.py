@@ -372,8 +372,8 @@ class SearchSection(Section):
         for name in names:
             if parse_scheme(name).width is None:
                 raise ValueError(
-                    f"{name} is no width: give ones such as channels-0.25-wanda (a quarter of an MLP's channels goes) or "
-                    "heads-2:3-wanda (2 of 3 key heads stay, with their query heads)"
+                    f"{name} is no width: give ones such as channels-0.25-wanda (a quarter of an MLP's channels goes) "
+                    "or heads-2:3-wanda (2 of 3 key heads stay, with their query heads)"
                 )
         if len(set(names)) < len(names):
             raise ValueError("a width stands there twice")
@@ -406,7 +406,7 @@ class SearchSection(Section):
             if not self.schemes and not self.shapes_blocks:
                 raise ValueError("search.schemes is missing: the schemes to choose from, such as [int8-channel]")
             counted = [rule for rule in _NEED_BLOCKS if getattr(self.stop, rule) is not None]
-            if (without := [r for r in counted if not (self.drop if r == "blocks" else self.shapes_blocks)]):
+            if without := [r for r in counted if not (self.drop if r == "blocks" else self.shapes_blocks)]:
                 raise ValueError(
                     f"stop.{without[0]} counts what is dropped whole, and nothing may be: give search.drop, such as "
                     "[attention, mlp]"

@@ -29,7 +29,7 @@ def plan_picture(plan: Plan, components: Sequence[Component], width: int | None 
         return ""
     window = width or shutil.get_terminal_size().columns
     symbols = scheme_characters(plan.schemes.values())
-    at = {(c.kind, c.layer): symbols.get(plan.scheme_of(c.name), UNQUANTIZED) for c in components}
+    at = {(c.kind, c.layer): symbols.get(plan.shown_scheme_of(c), UNQUANTIZED) for c in components}
     layers = sorted({layer for _, layer in at})
     margin = max(map(len, [*kinds, "layer"])) + 2
     per_part = max(10, window - margin)
@@ -38,7 +38,7 @@ def plan_picture(plan: Plan, components: Sequence[Component], width: int | None 
         part = layers[start : start + per_part]
         lines.append(f"{'layer':<{margin}}{_ruler(part)}")
         lines += [f"{kind:<{margin}}{''.join(at.get((kind, n), ' ') for n in part)}".rstrip() for kind in kinds]
-    counts = Counter(scheme for c in components if (scheme := plan.scheme_of(c.name)) != DENSE)
+    counts = Counter(scheme for c in components if (scheme := plan.shown_scheme_of(c)) != DENSE)
     meaning = [f"{symbol} = {counts[scheme]} x {scheme}" for scheme, symbol in symbols.items()]
     left = len(components) - counts.total()
     meaning += [f"{UNQUANTIZED} = {left} x unquantized"] if left else []

@@ -244,7 +244,9 @@ for _family in (
         uniform_lines=lambda scheme, grains: [(scheme.name,)],
     ),
     SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
-    SchemeFamily("width", _cut, examples=("channels-0.25-wanda", "channels-0.25-ziplm-repair", "heads-2:3-ziplm-repair")),
+    SchemeFamily(
+        "width", _cut, examples=("channels-0.25-wanda", "channels-0.25-ziplm-repair", "heads-2:3-ziplm-repair")
+    ),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
 ):
     register(_family)

@@ -14,7 +14,7 @@ from dtmsearch.core import gguf_types
 from dtmsearch.core.components import CACHE_KINDS, Component
 from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.fusion import untied_groups
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Plan, cut_by, is_even
 from dtmsearch.core.schemes import SCALE_BITS, Scheme, families, parse_scheme
 
 Shape = tuple[int, int]
@@ -327,7 +327,7 @@ def holders_of(
 ) -> list[Held]:
     """How each holder has the compressed components of a plan, the unquantized ones left aside; `source` is the format
     that the base model comes in, where that is quantized."""
-    components = list(components)
+    components = [cut_by(plan, component) for component in components]
     by_name = {component.name: component for component in components}
     inside = {name for name in by_name if plan.drops(name) and name not in plan.dropped}
     parts = [
@@ -371,13 +371,18 @@ SMALLER = ("dense", "compressed-tensors", "bitsandbytes")
 def _shape_obstacle(holder: Holder, plan: Plan, components: Sequence[Component]) -> str | None:
     """Why a holder has no model without the blocks that a plan drops; None where it drops none, or the holder has."""
     inside = [c for c in components if plan.drops(c.name) and c.name not in plan.dropped]
-    if not inside:
+    if not (inside or plan.widths):
         return None
     if holder.export not in SMALLER:
-        return "it holds no model without some of its blocks"
+        return "it holds no model without some of its blocks" if inside else "it holds no model of cut blocks"
+    fuses = holder.engine in ENGINES and ENGINES[holder.engine].fuses
+    if plan.widths and fuses and not is_even(plan, components):
+        return "engines run no model whose layers have several widths: give each kind of block one width"
+    if not inside:
+        return None
     layers = {component.layer for component in inside}
     single = any(not plan.drops(c.name) for c in components if c.layer in layers and not c.is_cache)
-    if single and holder.engine in ENGINES and ENGINES[holder.engine].fuses:
+    if single and fuses:
         return "engines run no model without single attention or MLP blocks: drop whole layers (search.drop: [layer])"
     return None
 
@@ -425,7 +430,7 @@ def size_sentence(
 ) -> str:
     """Whether a plan can be written at its counted size, and by which export; in words for a person."""
     components = list(components)
-    compressed = [component for component in components if not plan.scheme(component.name).is_unquantized]
+    compressed = [c for c in components if not plan.scheme(c.name).is_unquantized or plan.width_of(c) is not None]
     if not compressed:
         return "nothing is compressed"
     held = holders_of(plan, components, dense_bits, scale_bits, source)

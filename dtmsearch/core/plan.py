@@ -18,7 +18,7 @@ from dtmsearch.core.scheme_names import ALIASES
 from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
-from dtmsearch.core.widths import Width
+from dtmsearch.core.widths import Width, WidthKind
 from dtmsearch.errors import LibraryMissing, UserError
 
 _WEIGHTS_ID = re.compile("[0-9A-Za-z_-]{1,100}")
@@ -110,6 +110,11 @@ class Plan:
     def widths(self) -> dict[str, Scheme]:
         """Block -> the scheme by which it is cut."""
         return {name: found for name, scheme in self.entries if (found := parse_scheme(scheme)).width is not None}
+
+    def shown_scheme_of(self, component: Component) -> str:
+        """As `scheme_of`; of what is unquantized in a block that is cut, the width."""
+        own, width = self.scheme_of(component.name), self.widths.get(component.block)
+        return own if own != DENSE or width is None else width.name
 
     def width_of(self, component: Component) -> Width | None:
         """What is left of the units of the block that a matrix lies in; None where that is not cut."""
@@ -330,8 +335,7 @@ def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, time
     blocks, removed_weights, removed_read = set[str](), 0, Fraction(0)
     for component in components:
         scheme = plan.scheme(component.name)
-        width = plan.width_of(component)
-        left = component if width is None or component.is_cache else replace(component, shape=width.cut(component))
+        left = cut_by(plan, component) if plan.widths else component
         held.append(left)
         gone = component.num_weights - left.num_weights
         num_weights += component.num_weights
@@ -468,12 +472,38 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
     return Plan.of(schemes)
 
 
+def cut_by(plan: Plan, component: Component) -> Component:
+    """A component as it is in a plan that cuts its block, of fewer rows or columns."""
+    width = plan.width_of(component)
+    return component if width is None or component.is_cache else replace(component, shape=width.cut(component))
+
+
+def widths_left(plan: Plan, components: Iterable[Component]) -> dict[WidthKind, dict[int, tuple[int, int]]]:
+    """Of each kind of units that a plan cuts anywhere, the layers that have a block of them, and how many of how many
+    units are left there; without what is dropped. Groups of heads are counted where they are cut."""
+    found: dict[WidthKind, dict[int, tuple[int, int]]] = {}
+    for width in {scheme.width for scheme in plan.widths.values() if scheme.width is not None}:
+        for component in components:
+            known = found.setdefault(width.kind, {})
+            of_kind = width.is_of(component) and component.layer not in known and not plan.drops(component.name)
+            if of_kind:
+                own = plan.width_of(component)
+                units = (own or width).units(component)
+                known[component.layer] = (units if own is None else own.left(units)), units
+    return found
+
+
+def is_even(plan: Plan, components: Iterable[Component]) -> bool:
+    """Whether all layers of a plan that cuts blocks are of one width."""
+    return all(len(set(layers.values())) == 1 for layers in widths_left(plan, components).values())
+
+
 def check_takes(scheme: Scheme, component: Component, source: str) -> None:
     """Raises `UserError` for a scheme that is not one for such a component."""
     if component.is_block and not scheme.takes(component):
         raise UserError(
-            f"{source} gives {component.name} the scheme {scheme.name}: a whole {component.kind} is dropped (drop) or "
-            "stays; name the matrices in it"
+            f"{source} gives {component.name} the scheme {scheme.name}: a whole {component.kind} is dropped (drop), "
+            "cut (channels-0.25-wanda of an MLP, heads-2:3-wanda of an attention) or stays; name the matrices in it"
         )
     if not scheme.takes(component):
         raise UserError(

@@ -169,8 +169,9 @@ class Scheme:
 
     @cached_property
     def solved(self) -> Scheme | None:
-        """The scheme whose matrix must be solved for by a Hessian before this one can be applied: itself, or the
-        SparseGPT part of a pair that is rounded afterwards; None where there is nothing to solve."""
+        """The scheme whose matrix must be solved for by a Hessian before this one can be applied: itself (of a width
+        the units that stay and the last matrix are), or the SparseGPT part of a pair that is rounded afterwards; None
+        where there is nothing to solve."""
         if not self.needs_hessians:
             return None
         return self if self._is_gptq or self.pruning is None else parse_scheme(self.pruning.name)
@@ -181,8 +182,12 @@ class Scheme:
 
     @property
     def needs_hessians(self) -> bool:
-        """Whether it follows from X^T X over the component's inputs."""
-        return self._is_gptq or (self.pruning is not None and self.pruning.saliency == "sparsegpt")
+        """Whether it follows from X^T X over the component's inputs, or over those of a block's last matrix."""
+        return (
+            self.width is not None
+            or self._is_gptq
+            or (self.pruning is not None and self.pruning.saliency == "sparsegpt")
+        )
 
     @property
     def needs_largest_inputs(self) -> bool:
@@ -216,8 +221,6 @@ class Scheme:
         """Whether it follows from the component's inputs over calibration text."""
         if (self.own is not None and self.own.needs == "mean_squares") or self.needs_largest_inputs:
             return True
-        if self.width is not None:
-            return self.width.needs_text
         return self.needs_hessians or (self.pruning is not None and self.pruning.saliency == "wanda")
 
     def num_scales(self, shape: tuple[int, int]) -> int:

@@ -66,10 +66,9 @@ class Width:
         """The kind of block that it is for."""
         return _BLOCKS[self.kind]
 
-    @property
-    def needs_text(self) -> bool:
-        """Whether it follows from calibration text."""
-        return self.repair or self.rule not in ("magnitude", "random")
+    def is_of(self, matrix: Cuttable) -> bool:
+        """Whether it is a matrix of a kind that blocks of these units consist of."""
+        return matrix.kind in _ROWS[self.block_kind] | _COLS[self.block_kind]
 
     def units(self, matrix: Cuttable) -> int:
         """The channels or groups that a matrix of the block has before it is cut."""

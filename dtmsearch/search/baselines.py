@@ -20,8 +20,8 @@ from dtmsearch.core.plan import LARGER, Plan, PlanSize
 from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
 from dtmsearch.search.space import SearchSpace
 
-# The label of the plan that drops a model's last layers.
-LAST_LAYERS = "rule:last-layers"
+# The labels of the plan that drops a model's last layers, and of the one that cuts all blocks alike.
+LAST_LAYERS, ONE_WIDTH = "rule:last-layers", "rule:one-width"
 # So many rivals are measured at most, the largest of each family first; where families stand beside several schemes of
 # KV caches, so many of each pair at least.
 _MOST_RIVALS, _RIVALS_OF_A_PAIR = 12, 3
@@ -104,6 +104,23 @@ def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
     )
 
 
+def shape_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
+    """What rules make of a model's shape that a search of nothing else is held against: `depth_rivals`, and all MLPs
+    that may be cut at one width of hundredths, by the rule of the search's first one, that comes to at most the plan's
+    size, within the budget if the plan is."""
+    found = depth_rivals(space, plan)
+    width = next((w for name in space.cuts if (w := parse_scheme(name).width) and w.kind == "channels"), None)
+    if width is None or space.schemes:
+        return found
+    size, ending = space.size(plan), f"{width.rule}{'-repair' if width.repair else ''}"
+    for hundredths in range(1, 100):
+        name = f"channels-{hundredths / 100:g}-{ending}"
+        other = Plan.of({block.name: name for block in space.cut if parse_scheme(name).takes(block)})
+        if _fits(space, space.size(other), size):
+            return found | {ONE_WIDTH: other}
+    return found
+
+
 def depth_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     """Of a search that drops blocks and nothing else, what a rule drops without measuring: as many of the last layers
     as come to at most the plan's size, within the budget if the plan is, of the first of them a single block where that
@@ -142,6 +159,8 @@ def may_take_its_place(space: SearchSpace, plan: Plan, other: Plan) -> bool:
     width in the same granularity and near the plan's size."""
     schemes = set(other.schemes.values())
     if schemes <= set(space.schemes) or (space.blocks and schemes == {DROP}):
+        return True
+    if space.cut and all(parse_scheme(scheme).width is not None for scheme in schemes):
         return True
     schemes = {scheme for scheme in schemes if not parse_scheme(scheme).is_of_cache}
     if len(schemes) != 1:
@@ -247,4 +266,4 @@ def _is_uniform(space: SearchSpace, plan: Plan) -> bool:
 
 
 def _is_rival(space: SearchSpace, label: str, plan: Plan) -> bool:
-    return label.startswith((PRESET, LAST_LAYERS)) or _is_uniform(space, plan)
+    return label.startswith((PRESET, LAST_LAYERS, ONE_WIDTH)) or _is_uniform(space, plan)

@@ -416,8 +416,8 @@ def _check_ties(units: tuple[Unit, ...], blocks: tuple[Component, ...]) -> None:
         held = [names & {c.block, c.layer_name} for c in unit.components]
         if any(each != held[0] for each in held):
             raise UserError(
-                f"tied: {unit.name} and {unit.components[-1].name} lie in different blocks that search.drop or search.cut "
-                "may change each by itself: leave one of both out"
+                f"tied: {unit.name} and {unit.components[-1].name} lie in different blocks that search.drop may drop "
+                "each by itself, or search.cut cut: leave one of both out"
             )
 
 

@@ -110,8 +110,9 @@ def _check_fits_whole(found: Survey) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.device_count() <= 1 and streams("auto", found.manifest, device):
         raise UserError(
-            f"search.drop, search.cut: the weights of {found.manifest.model} do not fit this GPU and would pass through it, and "
-            "blocks are dropped and cut of models that stay whole. Use a larger GPU, or several with --gpus-per-replica"
+            f"search.drop, search.cut: the weights of {found.manifest.model} do not fit this GPU and would pass "
+            "through it, and blocks are dropped and cut of models that stay whole. Use a larger GPU, or several with "
+            "--gpus-per-replica"
         )
 
 

@@ -18,6 +18,7 @@ from dtmsearch.core.plan import Plan, plan_from_json, schemes_from_json, weights
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.schemes import DROP, uniform_parts
 from dtmsearch.core.user_files import is_file, read_text
+from dtmsearch.core.widths import width_of
 from dtmsearch.errors import UserError
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.store.store import ResultStore
@@ -159,13 +160,13 @@ def find_weights_id(plan: str, results: ResultStore) -> str:
 
 
 def drops_blocks(plan: str, results: ResultStore) -> bool:
-    """Whether a plan, given as in `find_plan`, drops blocks or layers whole, as far as names tell before the model is
-    known."""
+    """Whether a plan, given as in `find_plan`, drops blocks or layers whole, or cuts some, as far as names tell before
+    the model is known."""
     if plan.startswith((UNIFORM, PRESET)):
         return False
     if is_file(Path(plan)):
         schemes = schemes_from_json(read_text(Path(plan), "plan file"), plan)
-        return any(scheme == DROP and is_block_name(name) for name, scheme in schemes.items())
+        return any(is_block_name(name) for name, scheme in schemes.items() if scheme == DROP or width_of(scheme))
     plan_id = results.plan_id_so_far(record_of(results, plan))
     found = None if plan_id is None else results.plan(plan_id, plan)
-    return found is not None and any(map(is_block_name, found.dropped))
+    return found is not None and any(map(is_block_name, (*found.dropped, *found.widths)))

@@ -19,13 +19,14 @@ from dtmsearch.core.variant import Variant
 from dtmsearch.errors import reason_of
 from dtmsearch.search.baselines import (
     LAST_LAYERS,
+    ONE_WIDTH,
     best_rival,
     better_uniform,
-    depth_rivals,
     law_remarks,
     may_take_its_place,
     preset_rivals,
     rivals_of,
+    shape_rivals,
     uniform_rivals,
 )
 from dtmsearch.search.space import SearchSpace
@@ -71,7 +72,7 @@ class Validation:
         if self.choice is not None:
             better, rival = self._chosen(plans, self.choice, calibration_id)
             named = {f"uniform:{scheme}" for scheme in self.space.schemes}
-            named |= {label for label in plans if label.startswith((PRESET, LAST_LAYERS))}
+            named |= {label for label in plans if label.startswith((PRESET, LAST_LAYERS, ONE_WIDTH))}
             plans = {k: other for k, other in plans.items() if k in {*named, "base", _PLAN, better, rival}}
         requests = self._requests(plans, calibration_id)
         outcomes = self.session.measure(requests, "validation")
@@ -162,13 +163,13 @@ def validation_plans(space: SearchSpace, plan: Plan, only_rivals: bool = False) 
     The base model (`base`, whose unmasked FDT and SDT are its noise), and uniform plans
     (`uniform:SCHEME`): of each scheme of the search, and those of its families that may be the best known of at most
     the plan's size (`uniform_rivals`); of llama.cpp's types its own mixture of the plan's size (`preset_rivals`); where
-    nothing but blocks is dropped, the last layers (`depth_rivals`).
+    nothing but shapes is searched, the last layers and one width for all (`shape_rivals`).
     `only_rivals`: no others than what `rivals_of` names and these.
     """
     rivals = uniform_rivals(space, plan)
     presets = preset_rivals(space, float(space.budget.counted(space.size(plan))))
     plans = {f"uniform:{scheme}": space.uniform(scheme) for scheme in dict.fromkeys((*space.schemes, *rivals))}
-    presets |= depth_rivals(space, plan)
+    presets |= shape_rivals(space, plan)
     plans = {label: other for label, other in (plans | presets).items() if other.id != plan.id}
     if only_rivals:
         named = {*rivals_of(space, plans | {_PLAN: plan}), *(f"uniform:{scheme}" for scheme in rivals), *presets}

@@ -23,7 +23,7 @@ from dtmsearch.core.calibration import (
 )
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.schemes import Scheme
+from dtmsearch.core.schemes import Scheme, solved_pairs
 from dtmsearch.model.calibration.calibration_texts import CalibrationTexts
 from dtmsearch.model.calibration.expert_use import expert_uses
 from dtmsearch.model.calibration.hessians import Hessians
@@ -80,7 +80,7 @@ class Calibrator:
         self.texts = CalibrationTexts(body, manifest, rows_in_batch)
         self.hessians = Hessians(self.texts, standing, manifest)
         self.solver = MatrixSolver(self.texts, self.hessians, standing, manifest)
-        self.widths = WidthSolver(self.texts, self.hessians, standing, manifest)
+        self.widths = WidthSolver(self.texts, self.solver, self.hessians, standing, manifest)
         self._errors = ErrorMeter(self.hessians, self.solver, standing, manifest, self.statistics)
         self._statistics: dict[str, InputStatistics] = {}
 
@@ -123,16 +123,21 @@ class Calibrator:
 
     def prepare(self, plans: Iterable[Plan], calibration_id: str | None = None) -> None:
         """Make sure that these plans can be applied: by the calibration given, else the active or the first one."""
-        plans = list(plans)
-        calibrated = [plan for plan in plans if plan.needs_calibration]
-        if calibrated:
+        plans = [plan for plan in plans if plan.needs_calibration]
+        if plans:
             self.activate(self.texts.usual if calibration_id is None else calibration_id)
-            self.solve([pair for plan in calibrated for pair in plan.parsed.items()])
-        self.widths.solve(plans)
+            self.solve([pair for plan in plans for pair in plan.parsed.items()])
 
     def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
-        """Solve for (component, scheme) pairs by the active calibration; see `MatrixSolver.solve`."""
-        return self.solver.solve(pairs)
+        """Solve for (component, scheme) pairs by the active calibration, blocks under widths among them; see
+        `MatrixSolver.solve`."""
+        pairs = list(pairs)
+        matrices = [(name, scheme) for name, scheme in pairs if scheme.width is None]
+        blocks = [(name, scheme) for name, scheme in pairs if scheme.width is not None]
+        found = self.solver.solve(matrices)
+        found += self.widths.solve(blocks) if blocks else []
+        place = {(name, scheme.name): at for at, (name, scheme) in enumerate(solved_pairs(pairs))}
+        return sorted(found, key=lambda packed: place[packed.component, packed.scheme])
 
     def weight_errors(
         self, components: Sequence[str], schemes: Sequence[Scheme], calibration_id: str, by_hessian: bool

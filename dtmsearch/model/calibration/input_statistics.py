@@ -108,7 +108,8 @@ class Gatherer:
     @property
     def batches(self) -> Sequence[Tensor]:
         """The text's tokens [rows, length], a batch at a time."""
-        return self._batches
+        found: Sequence[Tensor] = self._batches
+        return found
 
     def mean_squares(self) -> tuple[dict[str, FloatArray], dict[str, int], dict[str, float]]:
         """Component -> mean squares [cols] of its inputs, how many tokens these are of, and the largest absolute input;

@@ -47,7 +47,7 @@ class MatrixSolver:
         """
         wanted = {(component, scheme.name): scheme for component, scheme in solved_pairs(pairs)}
         compressor = self._standing.weights.compressor
-        self._choose_fetch()
+        self.choose_fetch()
         held = ((pair, compressor.solved(pair[0], scheme)) for pair, scheme in wanted.items())
         found = {pair: packed for pair, packed in held if packed is not None}
         missing = sorted(wanted.keys() - found.keys())
@@ -59,10 +59,10 @@ class MatrixSolver:
 
     def lacks(self, pairs: Iterable[tuple[str, Scheme]]) -> bool:
         """Whether some of these (component, solved scheme) pairs are neither at hand nor to be fetched."""
-        self._choose_fetch()
+        self.choose_fetch()
         return any(self._standing.weights.compressor.solved(*pair) is None for pair in pairs)
 
-    def _choose_fetch(self) -> None:
+    def choose_fetch(self) -> None:
         """What may be fetched was solved for the base model's weights."""
         fetch = None if self._standing.weights_id else self._fetch.get(self._texts.active or "")
         self._standing.weights.compressor.fetch_from(fetch)

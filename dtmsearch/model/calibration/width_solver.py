@@ -7,51 +7,62 @@ the base model's inputs and of the weights that the model stands on; what is at 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtmsearch.core.calibration import PackedMatrix
 from dtmsearch.core.components import Component, ModelManifest
-from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.core.widths import Width, side_of
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibration_texts import CalibrationTexts
 from dtmsearch.model.calibration.hessians import Hessians
-from dtmsearch.model.compress.width import Cut, chosen, first_by_inverse, indices, refitted, summed
+from dtmsearch.model.calibration.matrix_solver import MatrixSolver
+from dtmsearch.model.compress.width import chosen, first_by_inverse, indices, packed_cut, refitted, summed
 from dtmsearch.model.weights.standing import Standing
-
-# Bytes of cuts that are kept at hand.
-_KEPT_BYTES = 2 << 30
 
 
 class WidthSolver:
-    """See the module. `wanted` pairs are (block, scheme of a width)."""
+    """See the module. Pairs are (block, scheme of a width)."""
 
     def __init__(
-        self, texts: CalibrationTexts, hessians: Hessians, standing: Standing, manifest: ModelManifest
+        self,
+        texts: CalibrationTexts,
+        solver: MatrixSolver,
+        hessians: Hessians,
+        standing: Standing,
+        manifest: ModelManifest,
     ) -> None:
-        self._texts, self._hessians, self._standing, self._manifest = texts, hessians, standing, manifest
+        self._texts, self._solver, self._hessians = texts, solver, hessians
+        self._standing, self._manifest = standing, manifest
         self._saliences: dict[str, Tensor] = {}
         self._orders: dict[str, Tensor] = {}
         self._of: tuple[str | None, str] = None, ""
 
-    def solve(self, plans: Iterable[Plan]) -> None:
-        """Have the cuts of plans at hand."""
+    def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
+        """What stays of blocks under widths, packed, in order of the pairs; it is at hand from then on."""
         compressor = self._standing.weights.compressor
+        self._solver.choose_fetch()
         if self._of != (now := (self._texts.active, self._standing.weights_id)):
             self._saliences, self._orders, self._of = {}, {}, now
-        wanted = {(block, s.name): s for plan in plans for block, s in plan.widths.items()}
-        missing = {pair: scheme for pair, scheme in wanted.items() if compressor.cut(*pair) is None}
+        wanted = {(block, scheme.name): scheme for block, scheme in pairs}
+        held = ((pair, compressor.solved(pair[0], scheme)) for pair, scheme in wanted.items())
+        found = {pair: packed for pair, packed in held if packed is not None}
+        missing = {pair: scheme for pair, scheme in wanted.items() if pair not in found}
         by_layer: dict[int, list[tuple[str, Scheme]]] = {}
         for (block, _), scheme in missing.items():
             by_layer.setdefault(self._manifest.by_name[block].layer, []).append((block, scheme))
         for layer in sorted(by_layer):
             for block, scheme in sorted(by_layer[layer], key=lambda pair: (pair[0], pair[1].name)):
-                compressor.keep_cut(block, scheme.name, self._cut(self._manifest.by_name[block], scheme))
-        compressor.trim_cuts(wanted.keys(), _KEPT_BYTES)
+                packed = self._packed(self._manifest.by_name[block], scheme)
+                compressor.keep(packed)
+                found[block, scheme.name] = packed
+        compressor.trim(wanted.keys())
+        return [found[pair] for pair in wanted]
 
-    def _cut(self, block: Component, scheme: Scheme) -> Cut:
+    def _packed(self, block: Component, scheme: Scheme) -> PackedMatrix:
         width = scheme.width
         assert width is not None
         inside = [c for c in self._manifest.components if c.block == block.name]
@@ -77,8 +88,10 @@ class WidthSolver:
         repaired = None
         if width.repair:
             assert hessian is not None
-            repaired = refitted(whole, hessian, indices(last, kept, units))
-        return Cut(kept, repaired)
+            # As the checkpoint holds it, so that what is measured can be written.
+            dtype: torch.dtype = getattr(torch, self._manifest.dtype)
+            repaired = refitted(whole, hessian, indices(last, kept, units)).to(dtype)
+        return packed_cut(block.name, scheme.name, indices(last, kept, units), last.shape, repaired)
 
     def _hessian(self, last: Component) -> Tensor:
         for found in self._hessians.of_layer(last.layer):
@@ -101,13 +114,15 @@ class WidthSolver:
         """The same sums of each component over its outputs or, of a block's last matrix, its inputs."""
         body = self._standing.body
         if said := body.how_it_runs():
-            raise UserError(f"the rule gradient takes a backward pass through the model, and {said}: use ziplm or wanda")
+            raise UserError(
+                f"the rule gradient takes a backward pass through the model, and {said}: use ziplm or wanda"
+            )
         weights = self._standing.weights
         with torch.inference_mode(False), torch.enable_grad():
             weights.let_gradients_through()
             found: dict[str, Tensor] = {}
             held = {c.name: c for c in self._manifest.components if not (c.stacked or c.mixture)}
-            parameters = {name: weights.module(name).weight for name in held}
+            parameters: dict[str, Any] = {name: weights.module(name).weight for name in held}
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
             try:

@@ -21,10 +21,12 @@ from dtmsearch.model.compress.number_rounding import NumberCodes, largest_of, we
 from dtmsearch.model.compress.packing import unpack
 from dtmsearch.model.compress.pruning import Pruner
 from dtmsearch.model.compress.rounding import round_weight
-from dtmsearch.model.compress.width import Cut
+from dtmsearch.model.compress.width import Cut, unpacked_cut
 
 # Bytes of solved matrices that are kept at hand, and of those that a family packs.
 _KEPT_BYTES = 2 << 30
+# Blocks that are kept cut, as they are used.
+_MOST_CUTS = 64
 # Between a component and the width that it is cut by.
 _CUT_BY = " as in "
 Fetch = Callable[[str, str], PackedMatrix | None]
@@ -91,24 +93,17 @@ class Compressor:
                 return
             held -= self._solved.pop(pair).num_bytes
 
-    def cut(self, block: str, scheme: str) -> Cut | None:
-        """What stays of a block under a width, if it is at hand."""
-        found = self._cuts.get((block, scheme))
-        if found is not None:
-            self._cuts.move_to_end((block, scheme))
-        return found
-
-    def keep_cut(self, block: str, scheme: str, cut: Cut) -> None:
-        """Have what stays of a block under a width at hand."""
-        self._cuts[block, scheme] = cut
-
-    def trim_cuts(self, needed: Collection[tuple[str, str]], most_bytes: int) -> None:
-        """Let go of cuts that were not asked for lately, while there are too many, but of none that is needed."""
-        held = sum(cut.num_bytes for cut in self._cuts.values())
-        for pair in [pair for pair in self._cuts if pair not in needed]:
-            if held <= most_bytes:
-                return
-            held -= self._cuts.pop(pair).num_bytes
+    def cut(self, block: str, scheme: Scheme, units: int, device: torch.device) -> Cut:
+        """What stays of a block of so many units under a width. Raises `ValueError` where it is not solved for."""
+        if (block, scheme.name) not in self._cuts:
+            packed = self.solved(block, scheme)
+            if packed is None:
+                raise ValueError(f"{block} has not been solved for {scheme.name}")
+            while len(self._cuts) >= _MOST_CUTS:
+                self._cuts.popitem(last=False)
+            self._cuts[block, scheme.name] = unpacked_cut(packed, units, device)
+        self._cuts.move_to_end((block, scheme.name))
+        return self._cuts[block, scheme.name]
 
     def as_cut(self, component: str, scheme: str, columns: Tensor | None) -> str:
         """The name by which a component that is cut by a width is compressed: what is known of its inputs is known of

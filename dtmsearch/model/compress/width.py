@@ -8,13 +8,17 @@ unit. Knows nothing of models or plans.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dtmsearch.core.calibration import PackedMatrix
 from dtmsearch.core.widths import Cuttable, Width, is_stacked, side_of
 from dtmsearch.errors import UserError
+from dtmsearch.model.compress.gptq import Solved
+from dtmsearch.model.compress.packing import pack, unpack
 from dtmsearch.model.compress.pruning import random_keys
 
 # Added to the diagonal of a Hessian, as a part of its mean, in whose direction fitted weights stay as they were.
@@ -30,9 +34,33 @@ class Cut:
     kept: Tensor
     last: Tensor | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        return self.kept.nbytes + (0 if self.last is None else self.last.nbytes)
+
+def packed_cut(block: str, scheme: str, columns: Tensor, shape: tuple[int, int], last: Tensor | None) -> PackedMatrix:
+    """What stays of a block under a width, as it is stored: the last matrix of `shape` with zeros where it is cut or,
+    where it was not repaired, one row that says which columns stay."""
+    whole = torch.zeros(shape if last is not None else (1, shape[1]), device=columns.device)
+    whole = whole if last is None else whole.to(last.dtype)
+    kept = torch.zeros(whole.shape, dtype=torch.bool, device=columns.device)
+    kept[:, columns] = True
+    if last is not None:
+        whole[:, columns] = last
+    packed = pack(block, scheme, Solved(None, whole, kept), whole.dtype)
+    return replace(packed, scale_dtype=str(whole.dtype).removeprefix("torch."))
+
+
+def unpacked_cut(packed: PackedMatrix, units: int, device: torch.device) -> Cut:
+    """The cut of `packed_cut`, of a block of so many units."""
+    dtype: torch.dtype = getattr(torch, packed.scale_dtype)
+    kept = columns_kept(packed, device)
+    each = packed.shape[1] // units
+    whole = unpack(packed, dtype, device) if packed.shape[0] > 1 else None
+    return Cut(kept[::each] // each, None if whole is None else whole[:, kept].contiguous())
+
+
+def columns_kept(packed: PackedMatrix, device: torch.device) -> Tensor:
+    """The columns of the last matrix that stay."""
+    row = np.unpackbits(packed.mask, count=packed.shape[1], bitorder="little")
+    return torch.from_numpy(np.flatnonzero(row)).to(device)
 
 
 def indices(matrix: Cuttable, kept: Tensor, units: int) -> Tensor:

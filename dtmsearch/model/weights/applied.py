@@ -319,10 +319,10 @@ class Weights:
         self, matrix: Component, scheme: Scheme, weight: Tensor, dense: nn.Module
     ) -> tuple[str, Tensor, Tensor | None]:
         """A matrix of a block that a width cuts: the name by which it is compressed, its weights, its bias. Raises
-        `ValueError` where the cut is not at hand."""
-        cut, width = self.compressor.cut(matrix.block, scheme.name), scheme.width
-        if cut is None or width is None:
-            raise ValueError(f"what stays of {matrix.block} under {scheme.name} is not known: no calibration text")
+        `ValueError` where the cut is not solved for."""
+        width = scheme.width
+        assert width is not None
+        cut = self.compressor.cut(matrix.block, scheme, width.units(matrix), weight.device)
         bias: Tensor | None = getattr(dense, "bias", None)
         if bias is not None and matrix.name not in self._biases:
             self._biases[matrix.name] = bias.data
@@ -395,7 +395,7 @@ class Weights:
         if installed.weight is not None:
             write(installed.module, installed.weight)
             if installed.bias is not None:
-                installed.module.bias.data = installed.bias  # type: ignore[union-attr]
+                installed.module.bias.data = installed.bias
 
     def _let_go(self, component: str, replaced: _Installed) -> None:
         """Drop what was replaced, but keep original weights that the checkpoint does not hold under this name."""

@@ -52,7 +52,7 @@ def colours(schemes: Iterable[str]) -> Mapping[str, str]:
 
 
 def _hue(scheme: Scheme) -> float:
-    if scheme.pruning is not None or scheme.is_dropped:
+    if scheme.pruning is not None or scheme.is_dropped or scheme.width is not None:
         return _PRUNED
     if scheme.needs_hessians:
         hue = _GPTQ

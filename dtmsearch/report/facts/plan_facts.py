@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dtmsearch.core.components import Component, blocks_of
+from dtmsearch.core.plan import Plan, plan_size
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
 from dtmsearch.report.facts.rows import DENSE_PLAN, Row, column_of, damage, spread
@@ -42,7 +43,11 @@ def plan_rows_of(
     stored = store.table("plans", ["component", "scheme", "stored_bits", "num_weights"], record.run, where).to_pylist()
     by_name = {row["component"]: row for row in stored}
     rows = []
+    plan = Plan.of({row["component"]: row["scheme"] for row in stored})
     for component in components:
+        if plan.widths:
+            rows.append({**component, **_in_cut_plan(plan, component)})
+            continue
         own = by_name.get(component["component"]) or dropped_with(component["component"], by_name)
         bits = component["dense_bits"] if own is None else own["stored_bits"] / own["num_weights"]
         scheme = DENSE if own is None else own["scheme"]
@@ -51,11 +56,26 @@ def plan_rows_of(
     share = share if share is not None else (path[-1]["share"] if path else None)
     if not stored or not share:
         return rows, None, None
+    if plan.widths:
+        changed = [row for row in rows if row["scheme"] != DENSE]
+        stored = [{"num_weights": r["num_weights"], "stored_bits": r["bits"] * r["num_weights"]} for r in changed]
     compressed = sum(row["num_weights"] for row in stored)
     dense_bits = components[0]["dense_bits"] if components else 16
     total = compressed / share
     size = sum(row["stored_bits"] for row in stored) + (total - compressed) * dense_bits
     return rows, size / 8e6, total * dense_bits / 8e6
+
+
+def _in_cut_plan(plan: Plan, row: Row) -> Row:
+    """A component's scheme, bits and pruned share in a plan that cuts blocks."""
+    component = _component_of(row)
+    size = plan_size(plan, [component], row["dense_bits"])
+    bits, pruned = size.stored_bits / component.num_weights, size.pruned_weights / component.num_weights
+    return {"scheme": plan.shown_scheme_of(component), "bits": bits, "pruned": pruned}
+
+
+def _component_of(row: Row) -> Component:
+    return Component(row["component"], row["layer"], row["kind"], (row["rows"], row["cols"]))
 
 
 def dropped_with(component: str, rows: Mapping[str, Row]) -> Row | None:
@@ -69,7 +89,7 @@ def block_rows(components: Sequence[Row]) -> list[Row]:
     """Rows for the blocks and layers in which some components lie."""
     if not components:
         return []
-    held = [Component(r["component"], r["layer"], r["kind"], (r["rows"], r["cols"])) for r in components]
+    held = list(map(_component_of, components))
     of_weights = {"dense_bits": components[0]["dense_bits"], "source_bits": 0}
     return [
         {"component": b.name, "layer": b.layer, "kind": b.kind, "rows": 1, "cols": b.num_weights,

@@ -11,7 +11,7 @@ from dtmsearch.analysis.summary import RunSummary, scale_bits_of
 from dtmsearch.core.components import CACHE_KINDS
 from dtmsearch.core.holders import HOLDERS, holders_of
 from dtmsearch.core.records import RunRecord
-from dtmsearch.core.schemes import DENSE, DROP, Scheme, uniform_parts
+from dtmsearch.core.schemes import DENSE, DROP, Scheme, parse_scheme, uniform_parts
 from dtmsearch.report.facts.rows import Row, bits_of, damage
 
 
@@ -69,7 +69,8 @@ def suffering_of(alone: Sequence[Row], metric: str, ceiling: int | None, by: str
 def difference_of(plan_rows: Sequence[Row], summary: RunSummary) -> str | None:
     """How the plan differs from the uniform plan that it is held against, in a sentence; without one, from its own most
     used scheme."""
-    schemes = Counter(row["scheme"] for row in plan_rows if row["scheme"] not in (DENSE, DROP))
+    named = (row["scheme"] for row in plan_rows if row["scheme"] not in (DENSE, DROP))
+    schemes = Counter(scheme for scheme in named if parse_scheme(scheme).width is None)
     rival = next((row for row in summary.validation if row.label == summary.rival), None)
     uniform = schemes.most_common(1)[0][0] if schemes else None
     uniform = uniform if rival is None or rival.uniform_scheme is None else rival.uniform_scheme

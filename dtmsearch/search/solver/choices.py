@@ -52,7 +52,7 @@ class Choices:
         return lcm(*(component.num_experts for component in self.space.components if component.mixture))
 
     @cached_property
-    def active_bits(self) -> tuple[Ints, ...]:
+    def active_bits(self) -> Costs:
         """What a token reads of the bits of every option, in `_parts` of a bit."""
         return self._costs(lambda size: int(size.active_bits * self._parts))
 
@@ -63,7 +63,7 @@ class Choices:
             return self._times(rule)
         return self.active_bits if self.space.budget.reads_less else self.bits
 
-    def _times(self, rule: TimeRule) -> tuple[Ints, ...]:
+    def _times(self, rule: TimeRule) -> Costs:
         """Picoseconds of every option."""
 
         def taken(size: PlanSize) -> int:
@@ -112,9 +112,7 @@ class Choices:
                         for scheme in self.schemes[unit]
                     ]
                     saved = alone.less(whole)
-                    rows.append(
-                        [b.less(own[s]).less(saved) for b, s in zip(both, self.schemes[unit], strict=True)]
-                    )
+                    rows.append([b.less(own[s]).less(saved) for b, s in zip(both, self.schemes[unit], strict=True)])
                 found.setdefault(block, {})[unit] = rows
         return found
 

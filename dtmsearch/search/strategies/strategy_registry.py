@@ -112,7 +112,9 @@ def _by_errors(inputs: StrategyInputs, effort: AutoSettings) -> Auto:
 def _auto(inputs: StrategyInputs) -> Strategy:
     take, effort = inputs.solver.take, inputs.solver.auto
     # Of whole blocks second order says too little: they are measured alone, and in plans.
-    return _by_errors(inputs, effort) if take is None or inputs.space.shapes_blocks else PricedAuto(inputs, take, effort)
+    return (
+        _by_errors(inputs, effort) if take is None or inputs.space.shapes_blocks else PricedAuto(inputs, take, effort)
+    )
 
 
 STRATEGIES.add("probe", StrategyType(Probe, only_measures=True))

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dtmsearch.core.components import Component, ModelManifest
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Plan, cut_by, plan_size
 from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.store.codecs.columns import coded, from_columns
 from dtmsearch.store.schemas import PLANS
@@ -64,6 +64,11 @@ class PlanRows:
         return from_columns(PLANS, columns)
 
     def figures(self, plans: Sequence[Plan]) -> list[PlanFigures]:
+        cut = [at for at, plan in enumerate(plans) if plan.widths]
+        if cut:  # what lies in a cut block is not the sum of entries
+            figures = {at: self._figures_of(plans[at]) for at in cut}
+            others = iter(self.figures([plan for plan in plans if not plan.widths]))
+            return [figures[at] if at in figures else next(others) for at in range(len(plans))]
         numbers, lengths = self._numbers(plans)
         owner = np.repeat(np.arange(len(plans)), lengths)
         dense_bits = self._manifest.dense_bits
@@ -75,6 +80,16 @@ class PlanRows:
             PlanFigures(c, w / self._total_weights, (self._total_weights * dense_bits - s) / self._total_weights, a)
             for c, w, s, a in zip(counts.tolist(), weights.tolist(), saved.tolist(), active, strict=True)
         ]
+
+    def _figures_of(self, plan: Plan) -> PlanFigures:
+        """Figures of a plan that cuts blocks."""
+        known = self._manifest.by_name
+        for name, _ in plan.entries:
+            if name not in known:
+                raise ValueError(f"the plan names {name!r}, which {self._manifest.model} does not have")
+        size = plan_size(plan, [known[name] for name in sorted(self._searched)], self._manifest.dense_bits)
+        active = size.active_bits_per_weight if self._mixed else None
+        return PlanFigures(size.num_compressed, size.share, size.bits_per_weight, active)
 
     def _active(
         self, owner: NDArray[np.int64], unread_bits: NDArray[np.float64], number: int
@@ -109,14 +124,16 @@ class PlanRows:
         parsed, dense_bits = parse_scheme(scheme), self._manifest.dense_bits
         inside = [c for c in self._manifest.by_name.values() if name in (c.block, c.layer_name) and not c.is_block]
         searched = [c for c in (inside if component.is_block else [component]) if c.name in self._searched]
-        spared = [c.num_weights * dense_bits - parsed.bits_of(c, dense_bits) for c in searched]
+        own = Plan.of({name: scheme}) if component.is_block else Plan()
+        stored = [parsed.bits_of(cut_by(own, c), dense_bits) for c in searched]
+        spared = [c.num_weights * dense_bits - bits for c, bits in zip(searched, stored, strict=True)]
         self._unread.append(float(sum(bits * c.read_share for c, bits in zip(searched, spared, strict=True))))
         self._number_of_pair[entry] = len(self._pair_rows)
         self._pair_rows.append(
             (
                 self._component_codes.setdefault(name, len(self._component_codes)),
                 self._scheme_codes.setdefault(scheme, len(self._scheme_codes)),
-                parsed.bits_of(component, dense_bits),
+                sum(stored) if parsed.width is not None else parsed.bits_of(component, dense_bits),
                 component.num_weights,
                 len(searched),
                 sum(c.num_weights for c in searched),
