@@ -52,7 +52,7 @@ def test_every_kind_of_name_has_an_example() -> None:
     assert {scheme_facts(name).family for name in examples()} == {
         *("dense", "drop", "rounding", "gptq", "bitsandbytes", "pruning", "pair", "source"),
         *("fp8", "nvfp4", "microscaling", "integers"),
-        *("gguf", "gguf-plain", "kv_cache"),
+        *("gguf", "gguf-plain", "kv_cache", "width"),
     }
 
 

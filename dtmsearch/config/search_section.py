@@ -413,8 +413,8 @@ class SearchSection(Section):
                 )
             if self.strategy == "floating" and (self.schemes or not self.shapes_blocks):
                 raise ValueError(
-                    "strategy: floating drops and cuts blocks and nothing else: give search.drop or search.cut, and no "
-                    "schemes"
+                    "strategy: floating drops and cuts blocks and nothing else: give search.drop, and no schemes (or "
+                    "search.cut)"
                 )
             if self.strategy == "floating" and self.stop.budget == Budget():
                 raise ValueError(

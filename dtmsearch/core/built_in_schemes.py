@@ -59,6 +59,12 @@ def _cut(name: str) -> Scheme | None:
     return None if width is None else Scheme(name, "width", 0, "none", width=width)
 
 
+def _bits_left(scheme: Scheme, shape: Shape, dense_bits: int) -> int:
+    """Of a block, taken for a matrix of its units: what stays, unquantized."""
+    assert scheme.width is not None
+    return round((1.0 - scheme.width.share) * shape[0] * shape[1]) * dense_bits
+
+
 def _bitsandbytes(name: str) -> Scheme | None:
     if name not in BITSANDBYTES:
         return None
@@ -245,7 +251,10 @@ for _family in (
     ),
     SchemeFamily(DROP, _dropped, examples=(DROP,), only_prunes=True),
     SchemeFamily(
-        "width", _cut, examples=("channels-0.25-wanda", "channels-0.25-ziplm-repair", "heads-2:3-ziplm-repair")
+        "width",
+        _cut,
+        stored_bits=_bits_left,
+        examples=("channels-0.25-wanda", "channels-0.25-ziplm-repair", "heads-2:3-ziplm-repair"),
     ),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
 ):

@@ -350,10 +350,13 @@ def _held(
     source: str,
 ) -> Held:
     cached = _cache_obstacle(holder, plan, components)
-    found = (cached if c.is_cache else holder.obstacle(scheme, c.shape) or holder.misplaced(c) for c, scheme in parts)
+    matrices = [(c, scheme) for c, scheme in parts if scheme.width is None]
+    found = (
+        cached if c.is_cache else holder.obstacle(scheme, c.shape) or holder.misplaced(c) for c, scheme in matrices
+    )
     obstacles = Counter(why for why in found if why is not None)
     # What goes with a block is in no file, and rules nothing out there.
-    left = Plan.of({c.name: plan.schemes[c.name] for c in components if c.name in plan.schemes})
+    left = Plan.of({c.name: plan.schemes[c.name] for c, _ in matrices if c.name in plan.schemes})
     why = _shape_obstacle(holder, plan, components) or next(iter(obstacles), None) or holder.together(left, components)
     if holder.export == "source":
         why = source_refusal(source, plan) or why
@@ -396,7 +399,7 @@ def _cache_obstacle(holder: Holder, plan: Plan, components: Sequence[Component])
 
 
 def _file_bits(holder: Holder, component: Component, scheme: Scheme, dense_bits: int, scale_bits: int) -> int:
-    if component.is_cache or (scheme.is_source and holder.export == "source"):
+    if component.is_cache or scheme.width is not None or (scheme.is_source and holder.export == "source"):
         return scheme.bits_of(component, dense_bits)
     return holder.file_bits(scheme, component.shape, dense_bits, scale_bits)
 

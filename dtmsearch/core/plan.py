@@ -18,7 +18,7 @@ from dtmsearch.core.scheme_names import ALIASES
 from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Scheme, parse_scheme, uniform_parts
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, TimeRule, Times
 from dtmsearch.core.user_files import parse_json, shown
-from dtmsearch.core.widths import Width, WidthKind
+from dtmsearch.core.widths import Width, WidthKind, width_of
 from dtmsearch.errors import LibraryMissing, UserError
 
 _WEIGHTS_ID = re.compile("[0-9A-Za-z_-]{1,100}")
@@ -109,7 +109,7 @@ class Plan:
     @cached_property
     def widths(self) -> dict[str, Scheme]:
         """Block -> the scheme by which it is cut."""
-        return {name: found for name, scheme in self.entries if (found := parse_scheme(scheme)).width is not None}
+        return {name: parse_scheme(scheme) for name, scheme in self.entries if width_of(scheme) is not None}
 
     def shown_scheme_of(self, component: Component) -> str:
         """As `scheme_of`; of what is unquantized in a block that is cut, the width."""

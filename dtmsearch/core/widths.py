@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, Protocol
 
 # What of a block is cut: channels of an MLP, or groups of query heads of an attention.
@@ -109,6 +110,7 @@ def channels_of(matrix: Cuttable) -> int:
     return cols if side_of(matrix) == "cols" else rows // 2 if is_stacked(matrix) else rows
 
 
+@lru_cache(maxsize=4096)
 def width_of(name: str) -> Width | None:
     """The width of a scheme's name: `channels-0.25-wanda`, `heads-2:3-ziplm-repair`; None for another name."""
     match = _NAME.fullmatch(name)

@@ -338,5 +338,7 @@ def write(module: nn.Module, weight: Tensor) -> None:
     """Put a matrix [outputs, inputs] into a module, by pointer where the module is one matrix."""
     if isinstance(module, StackedMatrix):
         module.write(weight)
+    elif isinstance(module, Conv1D):
+        module.weight.data, module.nf = weight.t().contiguous(), len(weight)  # its code asks for the outputs
     else:
-        module.weight.data = weight.t().contiguous() if isinstance(module, Conv1D) else weight
+        module.weight.data = weight

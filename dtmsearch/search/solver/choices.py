@@ -140,14 +140,16 @@ class Choices:
             ("share", budget.share, lambda s: s.compressed_weights, size.num_weights),
             ("components", budget.components, lambda s: s.num_compressed, 1),
             ("blocks", budget.blocks, lambda s: s.blocks, 1),
-            ("parameters", _gone(budget.parameters), lambda s: s.removed_weights, size.kept_weights),
         )
         for name, least, count, total in counted:
             if least is not None:
                 rules.append(Rule(name, negated(self._costs(count)), -_least(least, total)))
+        if budget.parameters is not None:
+            gone = self._costs(lambda s: s.removed_weights)
+            rules.append(Rule("parameters", negated(gone), -_least_gone(budget.parameters, size.kept_weights)))
         if budget.flops is not None:
             read = self._costs(lambda s: int(s.removed_active * self._parts))
-            least_read = _least(1.0 - budget.flops, int(size.multiplied_weights * self._parts))
+            least_read = _least_gone(budget.flops, int(size.multiplied_weights * self._parts))
             rules.append(Rule("flops", negated(read), -least_read))
         if not rules:
             counts = negated(self._costs(lambda s: s.num_compressed))
@@ -217,9 +219,14 @@ class Choices:
         return [options for options in found if options is not None and self.meets(options)]
 
 
-def _gone(left: float | None) -> float | None:
-    """The share that goes where at most a share is left."""
-    return None if left is None else 1.0 - left
+def _least_gone(left: float, total: int) -> int:
+    """The smallest number of `total` that goes where at most a share is left, as a budget compares it."""
+    number = ceil((1.0 - left) * total)
+    while number > 0 and 1.0 - (number - 1) / (total or 1) <= left:
+        number -= 1
+    while number < total and 1.0 - number / (total or 1) > left:
+        number += 1
+    return number
 
 
 def _most(wanted: float, scale: float) -> int:
