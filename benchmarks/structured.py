@@ -256,12 +256,13 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
 @click.option("--few", default=24, help="by which it chooses blocks")
 @click.option("--held-out", default=512)
 @click.option("--generations", default=0, help="of EvoPress; 0: its default")
+@click.option("--evopress-seeds", default=99, help="in how many of the seeds EvoPress runs")
 @click.option("--calibration-tokens", default=CALIBRATION_TOKENS, help="that EvoPress draws from")
 @click.option("--seconds", default=1e9, help="after which nothing more is begun")
 @click.option("--out", type=click.Path(), default="")
 def main(
     model: str, search_text: str, judge_text: str, blocks: str, seeds: int, prompts: int, few: int, held_out: int,
-    generations: int, calibration_tokens: int, seconds: float, out: str,
+    generations: int, evopress_seeds: int, calibration_tokens: int, seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is dropped of MODEL."""
     began = time.perf_counter()
@@ -304,13 +305,14 @@ def main(
             measuring = Measuring(replica, judging.known)
             plans["floating, same size"] = floating(measuring, manifest, reference, budget, prompts, few)
             note(f"seed {seed}, {count} blocks: ours")
-            try:
+            if seed < evopress_seeds:
                 gated = gated or Gated(replica._body.model, parts, tokens)
-                found, spent = evopress(gated, count // 2, seed, generations or None, until)
-                plans["EvoPress"] = dropping(found), spent
-                note(f"seed {seed}, {count} blocks: EvoPress")
-            except TimeoutError:
-                note(f"seed {seed}, {count} blocks: EvoPress was not finished")
+                try:
+                    found, spent = evopress(gated, count // 2, seed, generations or None, until)
+                    plans["EvoPress"] = dropping(found), spent
+                    note(f"seed {seed}, {count} blocks: EvoPress")
+                except TimeoutError:
+                    note(f"seed {seed}, {count} blocks: EvoPress was not finished")
             for name, (plan, spent) in plans.items():
                 kl = values[seed, count, name] = kl_of(judging, plan, judge)
                 size = SearchSpace(manifest.components, ("int8-channel",)).size(plan)
