@@ -10,7 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from dtmsearch.core import gguf_types
-from dtmsearch.core.scheme_names import BITSANDBYTES, other_shares, other_widths, pruned_parts, quantized_parts
+from dtmsearch.core.scheme_names import (
+    AWQ,
+    BITSANDBYTES,
+    SMOOTH,
+    other_shares,
+    other_widths,
+    pruned_parts,
+    quantized_parts,
+    scaled_base,
+)
 from dtmsearch.core.schemes import (
     DENSE,
     DROP,
@@ -22,6 +31,7 @@ from dtmsearch.core.schemes import (
     Scheme,
     SchemeFamily,
     Shape,
+    parse_scheme,
     register,
 )
 from dtmsearch.core.served_schemes import CACHE_SCALE_BITS, CACHES, SERVED, served_format
@@ -84,6 +94,28 @@ def _rounded(name: str) -> Scheme | None:
 
 def _solved(name: str) -> Scheme | None:
     return _quantized(name, "gptq") if name.startswith("gptq-") else None
+
+
+def _scaled_integers(name: str) -> Scheme | None:
+    """AWQ: of rows or groups, for an export moves scales of rows as well."""
+    base = scaled_base(name, AWQ)
+    found = None if base is None else _rounded(base)
+    if base is None or found is None or found.granularity == "tensor":
+        return None
+    return replace(found, name=name, family="awq", scaled=base)
+
+
+def _smoothed(name: str) -> Scheme | None:
+    """SmoothQuant: of integers whose inputs are integers, too."""
+    base = scaled_base(name, SMOOTH)
+    found = None if base is None else _served("integers")(base)
+    if base is None or found is None or found.activations is None or found.activations.number != "int8":
+        return None
+    return replace(found, name=name, family="smoothquant", scaled=base)
+
+
+def _smoothed_bits(scheme: Scheme, shape: Shape, dense_bits: int) -> int:
+    return parse_scheme(scheme.scaled).stored_bits(shape, dense_bits)
 
 
 def _paired(name: str) -> Scheme | None:
@@ -162,11 +194,13 @@ def _pruning(name: str) -> Pruning | None:
 
 
 def _rounding_lines(scheme: Scheme, grains: Collection[str]) -> Sequence[Line]:
-    prefix = "gptq-" if (scheme.quantizer or scheme.name).startswith("gptq-") else ""
+    named = scheme.quantizer or scheme.name
+    prefix = next((prefix for prefix in ("gptq-", AWQ) if named.startswith(prefix)), "")
     pruned = f"+{scheme.pruning.name}" if scheme.pruning is not None else ""
     return [
         tuple(f"{prefix}int{bits}-{grain}{asym}{pruned}" for bits in range(2, 9))
         for grain in grains
+        if not (prefix == AWQ and grain == "tensor")
         for asym in ("", "-asym")
     ]
 
@@ -205,6 +239,14 @@ for _family in (
         uniform_lines=_rounding_lines,
     ),
     SchemeFamily(
+        "awq",
+        _scaled_integers,
+        examples=("awq-int4-g128", "awq-int4-g32-asym"),
+        on_grid=True,
+        siblings=lambda scheme: other_widths(scheme.name),
+        uniform_lines=_rounding_lines,
+    ),
+    SchemeFamily(
         "bitsandbytes",
         _bitsandbytes,
         examples=tuple(BITSANDBYTES),
@@ -238,6 +280,14 @@ for _family in (
             uniform_lines=lambda scheme, grains: [(scheme.name,)],
         )
         for family in SERVED
+    ),
+    SchemeFamily(
+        "smoothquant",
+        _smoothed,
+        stored_bits=_smoothed_bits,
+        examples=("smooth-w8a8-channel", "smooth-w4a8-g128"),
+        rounds_by_number=True,
+        uniform_lines=lambda scheme, grains: [(scheme.name,)],
     ),
     _of_llama_cpp(weighted=True),
     _of_llama_cpp(weighted=False),

@@ -55,9 +55,10 @@ class EngineRules:
             return None
         if scheme.weights is None:
             return self.integers(scheme, shape)
-        if (slow := (self.slow or {}).get(scheme.name)) is not None:
+        name = scheme.scaled or scheme.name
+        if (slow := (self.slow or {}).get(name)) is not None:
             return slow
-        if scheme.name not in self.served and not (_is_w4a8(scheme) and "w4a8-g128" in self.served):
+        if name not in self.served and not (_is_w4a8(scheme) and "w4a8-g128" in self.served):
             return f"{self.says} has no kernel for it {self.where}"
         if scheme.weights.grain == "block" and shape[0] % scheme.weights.size and self.fuses:
             return f"blocks of what it runs as one matrix want rows in a multiple of {scheme.weights.size}"
@@ -89,7 +90,7 @@ _INTEGERS = [f"int{bits}-{grain}" for bits in range(2, 9) for grain in ("g128", 
 
 
 def _is_w4a8(scheme: Scheme) -> bool:
-    return scheme.name.startswith("w4a8-")
+    return (scheme.scaled or scheme.name).startswith("w4a8-")
 
 
 def _listed(numbers: tuple[int, ...]) -> str:

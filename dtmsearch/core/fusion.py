@@ -37,6 +37,17 @@ def scale_partners(components: Iterable[Component]) -> dict[str, tuple[str, ...]
     return {name: tuple(group) for group in groups.values() for name in group}
 
 
+def input_readers(components: Iterable[Component]) -> dict[str, tuple[str, ...]]:
+    """Component -> itself and those that read the same, where what they read may be scaled by what stands before them:
+    q, k, v of one module and its gate and up, before which is a norm; down behind gate and up, whose rows scale it.
+    Matrices of experts are none of these, for a router reads what they do."""
+    components = [component for component in components if not component.mixture and not component.stacked]
+    found = {name: group for name, group in scale_partners(components).items() if len(group) > 1}
+    behind = {group[0].rpartition(".")[0] for group in found.values()}
+    downs = (c for c in components if c.kind == "down" and c.name.rpartition(".")[0] in behind)
+    return found | {component.name: (component.name,) for component in downs}
+
+
 def untied_groups(plan: Plan, components: Iterable[Component]) -> list[tuple[Component, ...]]:
     """The fused groups to which a plan gives more than one scheme."""
     return [group for group in fused_groups(components) if len({plan.scheme_of(c.name) for c in group}) > 1]

@@ -23,6 +23,8 @@ _COUNT = "[1-9][0-9]{0,8}"
 # Random pruning may name what its mask is drawn by, so that there are many of one share: random-0.001-s17.
 _PRUNING = re.compile(rf"({'|'.join(SALIENCIES)})-(?:(0\.[0-9]{{0,16}}[1-9])|({_COUNT}):({_COUNT}))(-s(?:0|{_COUNT}))?")
 _ROUNDING = re.compile(rf"(gptq-)?int([2-8])-(?:(tensor|channel)|g({_COUNT}))(-asym)?")
+# Schemes whose columns are scaled first: what stands before the name of one that is not.
+AWQ, SMOOTH = "awq-", "smooth-"
 _SIBLING_SHARES = tuple(f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5))
 
 
@@ -34,6 +36,11 @@ def quantized_parts(name: str) -> tuple[int, str, int, bool] | None:
         return None
     _, width, whole, group, asymmetric = match.groups()
     return int(width), whole or "group", int(group or 0), asymmetric is not None
+
+
+def scaled_base(name: str, prefix: str) -> str | None:
+    """Of `awq-int4-g128` the scheme that rounds the scaled columns, `int4-g128`; None for a name without the prefix."""
+    return name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
 def pruned_parts(name: str) -> tuple[str, float, tuple[int, int] | None] | None:
@@ -83,7 +90,7 @@ def _alike(name: str, known: tuple[str, ...]) -> str:
 def _quantizing_examples() -> tuple[str, ...]:
     grains = ("tensor", "channel", "g32", "g64", "g128")
     names = [f"int{bits}-{grain}{asym}" for bits in range(2, 9) for grain in grains for asym in ("", "-asym")]
-    return (*names, *(f"gptq-{name}" for name in names))
+    return (*names, *(f"gptq-{name}" for name in names), *(f"{AWQ}{name}" for name in names if "-tensor" not in name))
 
 
 @lru_cache(maxsize=1)

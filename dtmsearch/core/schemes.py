@@ -105,6 +105,8 @@ class Scheme:
     by. `pruning` is None where nothing is pruned. `rounds_activations`: it rounds what the component reads as well.
     `weights` and `activations` say how, for schemes as engines serve them (`served_schemes`), and are None for others.
     `width` is what is left of a block's units, None where it is no width.
+    `scaled` names the scheme that rounds what is left when columns have been multiplied by powers of two, which what
+    the component reads is divided by; it is empty where they are not.
 
     It crosses process borders as its name.
     """
@@ -120,6 +122,7 @@ class Scheme:
     rounds_activations: bool = False
     weights: Rounding | None = None
     activations: Rounding | None = None
+    scaled: str = ""
     own: SchemeFamily | None = field(default=None, compare=False, repr=False)
     width: Width | None = None
 
@@ -220,6 +223,8 @@ class Scheme:
     def needs_calibration(self) -> bool:
         """Whether it follows from the component's inputs over calibration text."""
         if (self.own is not None and self.own.needs == "mean_squares") or self.needs_largest_inputs:
+            return True
+        if self.scaled:
             return True
         return self.needs_hessians or (self.pruning is not None and self.pruning.saliency == "wanda")
 
@@ -388,9 +393,10 @@ def _unknown(name: str) -> str:
     return (
         f"unknown scheme {name!r}; the nearest is {near!r}. Schemes are {DENSE}, {', '.join(BITSANDBYTES)}, "
         "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "
-        f"with gptq- before it; {', '.join(f'{s}-S' for s in SALIENCIES)} (S the pruned share between 0 and 1, such "
-        "as 0.5, or N:M for N kept of every M inputs, such as 2:4; random-0.5-s1 has another mask than random-0.5); an "
-        "int one, a plus sign and a pruning one for "
+        "with gptq- before it, or awq- but for -tensor; "
+        f"{', '.join(f'{s}-S' for s in SALIENCIES)} (S the pruned share between 0 and 1, such as 0.5, or N:M "
+        "for N kept of every M inputs, such as 2:4; random-0.5-s1 has another mask than random-0.5); an int one, a "
+        "plus sign and a pruning one for "
         f"both; {DROP}; and of blocks channels-S-RULE and heads-N:M-RULE (N groups kept of M; RULE is one of "
         f"{', '.join(RULES)}), with or without -repair{''.join(f'; {example}' for example in _examples_of_plugins())}"
     )

@@ -20,7 +20,9 @@ def component_codes(job: Job, component: Component, weight: Tensor) -> Codes | N
     if scheme.weights is not None:
         return job.compressor.number_codes(component.name, weight, scheme)
     if scheme.solved is None:
-        return round_codes(weight, scheme, job.scale_dtype)
+        scales = job.compressor.column_scales(component.name, scheme)
+        scaled = weight if scales is None else weight * scales.to(weight)
+        return round_codes(scaled, scheme, job.scale_dtype)
     packed = job.compressor.solved(component.name, scheme)
     if packed is None:
         raise UserError(f"{component.name} has not been solved for {scheme.name}: the store does not hold it")

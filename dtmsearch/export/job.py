@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
 from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.evaluation import ModelSpec
-from dtmsearch.core.fusion import scale_partners
+from dtmsearch.core.fusion import input_readers, scale_partners
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.compressor import Compressor
@@ -59,6 +59,10 @@ class Job:
             lambda name: max(
                 largest_of(self.matrix(self.manifest.by_name[other])) for other in partners.get(name, (name,))
             )
+        )
+        readers = input_readers(self.manifest.components)
+        self.compressor.share_inputs(
+            lambda name: {other: self.matrix(self.manifest.by_name[other]) for other in readers.get(name, ())}
         )
         if not self.unplaced:
             self._check_trained()

@@ -274,6 +274,16 @@ class _Renamed(Compressor):
     def share_scales(self, largest: Callable[[str], Tensor]) -> None:
         super().share_scales(lambda name: largest(self._smaller.get(name, name)))
 
+    def share_inputs(self, readers: Callable[[str], Mapping[str, Tensor]]) -> None:
+        def named(name: str) -> dict[str, Tensor]:
+            found = readers(self._smaller.get(name, name))
+            return {self._base.get(reader, reader): weight for reader, weight in found.items()}
+
+        super().share_inputs(named)
+
+    def column_scales(self, component: str, scheme: Scheme) -> Tensor | None:
+        return super().column_scales(self._base.get(component, component), scheme)
+
     def compress(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
         return super().compress(self._base.get(component, component), weight, scheme)
 

@@ -74,15 +74,17 @@ def write_quantized(
     parts_of: Callable[[Component, Tensor], tuple[Mapping[str, Tensor], Mapping[str, int]]],
     quantization_config: dict[str, Any] | None,
     tensors: Iterable[tuple[str, Component | None, Tensor]] | None = None,
+    kept_as: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Written:
     """The job's checkpoint with every component in parts. `parts_of` a component and its weight gives its tensors by
     the ending of their names, and what they hold beyond the plan's arithmetic, in bits. `tensors`: other ones than the
-    checkpoint's, those of components by the names of their modules in the files."""
+    checkpoint's, those of components by the names of their modules in the files. `kept_as` (name, tensor): what the
+    files hold of a tensor that is no component of the plan."""
     writer = ShardWriter(folder, job)
     extra: Counter[str] = Counter()
     for name, component, tensor in _told_apart(job) if tensors is None else tensors:
         if component is None:
-            writer.add(name, tensor)
+            writer.add(name, kept_as(name, tensor))
             continue
         parts, more = parts_of(component, tensor)
         for ending, part in parts.items():

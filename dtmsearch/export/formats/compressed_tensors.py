@@ -33,6 +33,7 @@ from dtmsearch.core.holders import (
 from dtmsearch.core.schemes import Scheme, parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_codes
+from dtmsearch.export.folding import folds_of
 from dtmsearch.export.job import Job, Written, refuse
 from dtmsearch.export.loaded import merges_experts, unmerged_names, unmerged_tensors
 from dtmsearch.export.packed_tensors import empty_parts, extra_bits_of, kept_parts, packed_parts, rows_of
@@ -63,6 +64,7 @@ _UNPACKED = "transformers unpacks NVFP4 and MX to bfloat16: load this folder wit
 def write_packed(job: Job, folder: Path) -> Written:
     """Raises `UserError` for schemes that the format does not know, or that the job's runtime has no kernel for."""
     check_packed(job)
+    folds = folds_of(job, NAME)
     settings = _quantization_config(job)
     merged = job.runtime == "transformers" and _rehearsed(job, settings)
     if not merged:
@@ -73,15 +75,18 @@ def write_packed(job: Job, folder: Path) -> Written:
             kept = kept_parts(job, component)
             bits = 8 * sum(part.numel() * part.element_size() for part in kept.values())
             return kept, {"shapes": bits - component.source_bits}
-        codes = component_codes(job, component, weight)
-        return packed_parts(job, component, codes), extra_bits_of(job, component, codes)
+        codes = folds.applied_to_codes(component.name, component_codes(job, component, weight))
+        parts = packed_parts(job, component, codes)
+        return parts, extra_bits_of(job, component, codes)
 
     notes = _notes(job)
     if merged or not _experts_of(job):
-        written = write_quantized(job, folder, parts_of, settings, _unmerged(job) if merged else None)
+        written = write_quantized(
+            job, folder, parts_of, settings, _unmerged(job) if merged else None, kept_as=folds.applied
+        )
         return replace(written, notes=(*written.notes, *notes))
     extra: Counter[str] = Counter()
-    written = write_quantized(job, folder, parts_of, settings, _by_expert(job, extra))
+    written = write_quantized(job, folder, parts_of, settings, _by_expert(job, extra), kept_as=folds.applied)
     summed = Counter(written.extra_bits) + extra
     held = {what: bits for what, bits in summed.items() if bits}
     return replace(written, extra_bits=held, notes=(*written.notes, *notes))

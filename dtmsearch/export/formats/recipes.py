@@ -53,6 +53,8 @@ class Recipe:
         return Written((path,), notes=notes)
 
     def _obstacle(self, job: Job, name: str, scheme: Scheme) -> str | None:
+        if scheme.scaled:
+            return f"it scales columns, which a recipe has no numbers for; {scheme.scaled} has the same bits"
         if not (scheme.kind.on_grid or (scheme.kind.rounds_by_number and self.tool == LLM_COMPRESSOR)):
             return "it is no rounding that its files have a name for"
         component = job.manifest.by_name[name]

@@ -16,6 +16,7 @@ from torch import Tensor
 from dtmsearch.core.calibration import InputStatistics, PackedMatrix
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
+from dtmsearch.model.compress.column_scales import awq_scales, smooth_scales
 from dtmsearch.model.compress.gptq import Job
 from dtmsearch.model.compress.number_rounding import NumberCodes, largest_of, weight_codes
 from dtmsearch.model.compress.packing import unpack
@@ -45,6 +46,8 @@ class Compressor:
         self._largest_inputs: dict[str, Tensor] = {}
         self._shared: Callable[[str], Tensor] | None = None
         self._largest: dict[str, Tensor] = {}
+        self._readers: Callable[[str], Mapping[str, Tensor]] | None = None
+        self._columns: dict[tuple[str, str], Tensor] = {}
         self._solved: OrderedDict[tuple[str, str], PackedMatrix] = OrderedDict()
         self._fetch: Fetch | None = None
         self._packed: OrderedDict[tuple[str, str], Any] = OrderedDict()
@@ -55,12 +58,18 @@ class Compressor:
         without it each component has its own."""
         self._shared = largest
 
+    def share_inputs(self, readers: Callable[[str], Mapping[str, Tensor]]) -> None:
+        """Take what gives the weights of those that read the same as a component, by name, itself among them; none of
+        a component whose inputs nothing before it can scale. Without it no columns are scaled."""
+        self._readers = readers
+
     def calibrate(self, calibration_id: str, statistics: InputStatistics, device: torch.device) -> None:
         """Take the statistics of a calibration; what followed from another's is forgotten."""
         self._pruner = Pruner()
         self._solved.clear()
         self._packed.clear()
         self._cuts.clear()
+        self._columns.clear()
         self._fetch = None
         self._calibrated = calibration_id
         squares = statistics.mean_squares
@@ -71,6 +80,7 @@ class Compressor:
         """The components have other weights from now on: thresholds and solved matrices were of those before."""
         self._pruner = Pruner()
         self._largest.clear()
+        self._columns.clear()
         self._solved.clear()
         self._packed.clear()
         self._cuts.clear()
@@ -154,16 +164,40 @@ class Compressor:
         misfit = scheme.misfit((weight.shape[0], weight.shape[1]))
         if misfit is not None:
             raise UserError(f"{component} cannot be {scheme.name}: {misfit}; leave it out or give it another scheme")
+        scales = self.column_scales(component, scheme)
+        weight = weight if scales is None else weight * scales.to(weight)
         shares = scheme.weights.shares_scale
         largest = self._shared_largest(component, weight) if shares else weight.new_ones(())
         return weight_codes(weight, scheme.weights, largest, self._number_scale_dtype)
 
     def note_shared(self, schemes: Mapping[str, Scheme]) -> None:
-        """Note the largest weights that components share, as long as all of these stand as they are."""
+        """Note the largest weights that components share, and the scales of columns, as long as all of these stand as
+        they are."""
         for component, scheme in schemes.items():
+            self.column_scales(component, scheme)
             shares = scheme.weights is not None and scheme.weights.shares_scale
             if shares and self._shared is not None and _CUT_BY not in component and component not in self._largest:
                 self._largest[component] = self._shared(component)
+
+    def column_scales(self, component: str, scheme: Scheme) -> Tensor | None:
+        """The powers of two [cols] that a component's columns are multiplied by before they are rounded, float32; None
+        where they are not."""
+        if not scheme.scaled or self._readers is None:
+            return None
+        if (component, scheme.name) not in self._columns:
+            readers = self._readers(component)
+            weights = list(readers.values())
+            if not weights:
+                return None
+            if scheme.weights is None:
+                squares = self.mean_squares(next(iter(readers)))
+                found = awq_scales(weights, squares, lambda weight: round_weight(weight, scheme, self._scale_dtype))
+            elif len(weights) > 1:
+                found = smooth_scales(weights, self.mean_squares(next(iter(readers))))
+            else:  # behind products of gate and up, whose outliers are of few tokens, it does harm (docs/formats.md)
+                return None
+            self._columns |= {(reader, scheme.name): found for reader in readers}
+        return self._columns[component, scheme.name]
 
     def _shared_largest(self, component: str, weight: Tensor) -> Tensor:
         if self._shared is None or _CUT_BY in component:
@@ -186,6 +220,8 @@ class Compressor:
             return self._made(component, weight, scheme, scheme.own.make)
         if scheme.is_of_cache:
             return weight
+        if scheme.scaled:
+            return self._scaled(component, weight, scheme)
         if scheme.weights is not None:
             return self.number_codes(component, weight, scheme).dense(weight.dtype)
         if scheme.is_dropped:
@@ -198,6 +234,16 @@ class Compressor:
             return found if scheme.solved == scheme else round_weight(found, scheme, self._scale_dtype)
         pruned = weight if scheme.pruning is None else self._pruned(component, weight, scheme)
         return round_weight(pruned, scheme, self._scale_dtype) if scheme.bits else pruned
+
+    def _scaled(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        """Rounded columns, each over the power of two by which it was scaled."""
+        scales = self.column_scales(component, scheme)
+        if scheme.weights is not None:
+            rounded = self.number_codes(component, weight, scheme).dense(weight.dtype)
+        else:
+            scaled = weight if scales is None else weight * scales.to(weight)
+            rounded = round_weight(scaled, scheme, self._scale_dtype)
+        return rounded if scales is None else rounded.div_(scales.to(rounded))
 
     def _made(self, component: str, weight: Tensor, scheme: Scheme, make: Callable[..., object]) -> Tensor:
         """What a family of its own arithmetic makes of a matrix."""

@@ -199,22 +199,34 @@ def _power_of_two(largest: Tensor, number: Number) -> Tensor:
 
 
 class RoundsInputs(nn.Module):
-    """A linear layer with other weights [outputs, inputs], which rounds what it reads.
+    """A linear layer with other weights [outputs, inputs], which rounds what it reads; where `columns` were scaled by
+    powers of two [inputs] before they were rounded, what it reads over these.
 
     On every device the rounded values are multiplied in the model's dtype: the products of codes that GPUs have for
     FP8 and FP4 differ from it by the order of sums and by the rounding of outputs alone.
     """
 
-    def __init__(self, linear: nn.Module, weight: Tensor, rounding: Rounding, calibrated: Tensor | None) -> None:
+    def __init__(
+        self,
+        linear: nn.Module,
+        weight: Tensor,
+        rounding: Rounding,
+        calibrated: Tensor | None,
+        columns: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
         self.rounding, self.calibrated = rounding, calibrated
+        self.columns = None if columns is None else columns.to(weight)
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        rounded = round_inputs(values.detach(), self.rounding, self.calibrated)
+        if self.columns is None:
+            rounded = round_inputs(values.detach(), self.rounding, self.calibrated)
+        else:
+            rounded = round_inputs(values.detach() / self.columns, self.rounding, self.calibrated) * self.columns
         if values.requires_grad:  # rounding has no slope: gradients go through as if there were none
             rounded = values + (rounded - values).detach()
         return nn.functional.linear(rounded, self.weight, self.bias)  # type: ignore[arg-type]

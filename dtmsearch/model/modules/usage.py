@@ -6,7 +6,7 @@ device), with every operation watched; knows no family.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -216,9 +216,9 @@ class _Watching:
 class _Operations(Operations):
     """Notes every operation, and answers what only values could: all experts are hit, every mask holds somewhere."""
 
-    def __init__(self, watching: _Watching) -> None:
+    def __init__(self, note: Callable[[str, Sequence[Any], Any], None]) -> None:
         super().__init__()
-        self._watching = watching
+        self._note = note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -233,7 +233,7 @@ class _Operations(Operations):
             return True
         else:
             made = func(*args, **named)
-        self._watching.note(name, [*args, *named.values()], made)
+        self._note(name, [*args, *named.values()], made)
         return made
 
 
@@ -273,6 +273,19 @@ def _fitting(values: Tensor, sizes: Sequence[int], dim: int = 0) -> list[int]:
     return [*sizes[:-1], room] if room >= 0 else list(sizes)
 
 
+def run_without_values(
+    model: nn.Module, tokens: Tensor, note: Callable[[str, Sequence[Any], Any], None] = lambda name, given, made: None
+) -> None:
+    """A model without values over `tokens` without values. `note` is told of every operation: its name, arguments and
+    what it has made. Raises whatever the model's own code cannot do without values."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(_Questions())
+        stack.enter_context(_Operations(note))
+        model(input_ids=tokens, use_cache=False)
+
+
 def usage_of(model: nn.Module) -> Usage:
     """How a model without values (on the meta device) uses its parameters. Nothing of the model changes."""
     watching = _Watching()
@@ -284,16 +297,11 @@ def usage_of(model: nn.Module) -> Usage:
     failed = ""
     tokens = torch.empty(1, _TOKENS, dtype=torch.long, device="meta")
     watching.of_tokens.add(storage_of(tokens))
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.device("meta"))
-        stack.enter_context(_Questions())
-        stack.enter_context(_Operations(watching))
-        try:
-            model(input_ids=tokens, use_cache=False)
-        except Exception as error:  # whatever the model's code cannot do without values
-            failed = f"{type(error).__name__}: {error}"
-            log.debug("no pass without values over a %s: %s", type(model).__name__, failed)
+    try:
+        run_without_values(model, tokens, watching.note)
+    except Exception as error:  # whatever the model's code cannot do without values
+        failed = f"{type(error).__name__}: {error}"
+        log.debug("no pass without values over a %s: %s", type(model).__name__, failed)
     routers = watching.routers()
     uses = {
         name: Use(use.inputs, use.outputs, use.stack, use.count, name in routers)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings, Speed
-from dtmsearch.core.fusion import scale_partners
+from dtmsearch.core.fusion import input_readers, scale_partners
 from dtmsearch.core.plan import Plan
 from dtmsearch.model.calibration.calibrator import AnyCalibrator, Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
@@ -58,6 +58,7 @@ class PipelineWeights(Weights):
     ) -> None:
         super().__init__(model, checkpoint, places, scale_dtype)
         self.share_scales(scale_partners(manifest.components))
+        self.share_inputs(input_readers(manifest.components))
         self._device = device
         self._remote_of = {c.name: r for r in remotes for c in manifest.components if c.layer in r.layers}
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dtmsearch.core.calibration import Calibration, FloatArray, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
-from dtmsearch.core.fusion import scale_partners
+from dtmsearch.core.fusion import input_readers, scale_partners
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
@@ -134,6 +134,7 @@ class Stage:
         self._body = StageBody(part.model, part.layers)
         self._weights = Weights(part.model, part.checkpoint, Places(part.model, {}), getattr(torch, spec.scale_dtype))
         self._weights.share_scales(scale_partners(part.manifest.components))
+        self._weights.share_inputs(input_readers(part.manifest.components))
         self._standing = Standing(self._body, self._weights, settings.weights_folder)
         self._calibrator = Calibrator(self._body, self._standing, part.manifest)
         self._perturbed, self._counting = ExitStack(), ExitStack()

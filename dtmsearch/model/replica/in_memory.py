@@ -10,7 +10,7 @@ from torch import nn
 from dtmsearch.core.components import ModelManifest, blocks_of
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
-from dtmsearch.core.fusion import scale_partners
+from dtmsearch.core.fusion import input_readers, scale_partners
 from dtmsearch.core.variant import BASE
 from dtmsearch.model.modules.compat import attention_of, path_of
 from dtmsearch.model.modules.discovery import components_of, find_layers, other_components, routers_of
@@ -42,6 +42,7 @@ def weights_of(model: nn.Module) -> Weights:
     components = components_of(model)
     weights = Weights(model, Checkpoint(()), Places(model, {}), blocks=blocks_of(components), matrices=components)
     weights.share_scales(scale_partners(components))
+    weights.share_inputs(input_readers(components))
     return weights
 
 

@@ -41,7 +41,7 @@ from dtmsearch.core.evaluation import (
     Speed,
     StatesFound,
 )
-from dtmsearch.core.fusion import scale_partners
+from dtmsearch.core.fusion import input_readers, scale_partners
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan, check_versions
 from dtmsearch.core.prices import PASSES, PriceBlock, PriceRequest
@@ -201,6 +201,7 @@ class Replica:
         matrices = loaded.manifest.components
         weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, passing, blocks, matrices)
         weights.share_scales(scale_partners(loaded.manifest.components))
+        weights.share_inputs(input_readers(loaded.manifest.components))
         return weights
 
     def _make_standing(self, weights_folder: str, slots: dict[str, Slot]) -> Standing:

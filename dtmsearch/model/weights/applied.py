@@ -152,6 +152,12 @@ class Weights:
             lambda component: max(largest_of(self.original(name)) for name in partners.get(component, (component,)))
         )
 
+    def share_inputs(self, readers: Mapping[str, Sequence[str]]) -> None:
+        """Let components share the scales of their columns with those that read the same (`fusion.input_readers`)."""
+        self.compressor.share_inputs(
+            lambda component: {name: self.original(name) for name in readers.get(component, ())}
+        )
+
     def become(self, plan: Plan) -> None:
         """Apply `plan` for good; what it replaces is let go."""
         changes = self._changes(plan)
@@ -352,7 +358,8 @@ class Weights:
         scale = None
         if rounding.static:
             scale = calibrated_scale(self.compressor.largest_input(component).to(made.device), rounding)
-        return _Installed(RoundsInputs(dense, made, rounding, scale).eval(), None)
+        columns = self.compressor.column_scales(component, scheme)
+        return _Installed(RoundsInputs(dense, made, rounding, scale, columns).eval(), None)
 
     def rounds_inputs(self, component: str, scheme: Scheme, cols: int) -> bool:
         """Whether what a component of `cols` inputs reads is rounded under a scheme, so that it changes more than
