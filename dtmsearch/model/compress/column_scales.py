@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # AWQ's exponents of the inputs' sizes, and where between two powers of two a factor goes up.
-_EXPONENTS, _OFFSETS = (0.25, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75)
+_EXPONENTS, _OFFSETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0), (0.0, 0.25, 0.5, 0.75)
 # SmoothQuant's share of what is moved from inputs to weights (arXiv 2211.10438, section 4: 0.5).
 _MOVED = 0.5
 # Binades up or down at most, which no dtype's range is left by.
