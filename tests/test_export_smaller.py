@@ -54,6 +54,18 @@ def test_without_layers_it_is_an_ordinary_checkpoint_that_says_the_same(
     assert not (tmp_path / "out" / CODE_FILE).exists()
 
 
+def test_what_is_known_of_inputs_is_that_of_the_layer_as_it_was_numbered(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the first layer each of the others has the name of the one below it."""
+    in_process(monkeypatch)
+    pruned = {f"model.layers.{layer}.{m}": "wanda-0.5" for layer in (1, 2) for m in ("self_attn.q_proj", "mlp.up_proj")}
+    scaled = {f"model.layers.{layer}.mlp.down_proj": "awq-int3-g16" for layer in (1, 2)}
+    measured = measured_plan(llama, tmp_path / "store", {"model.layers.0": DROP} | pruned | scaled)
+    made = measured.export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
+
+
 def test_what_layers_took_is_gone_from_the_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_process(monkeypatch)
     measured_plan(llama, tmp_path / "store", LAYERS).export("dense", tmp_path / "out")

@@ -265,10 +265,15 @@ _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
 
 class _Renamed(Compressor):
-    """A compressor of the base model's components, asked by the names that they have in a smaller model."""
+    """A compressor of the base model's components, asked by the names that they have in a smaller model.
+
+    `_own` is the same compressor, asked by the names of the base model: what it asks of itself is named so already, and
+    the name of a layer may be that of another before."""
 
     def __init__(self, inner: Compressor, base: Mapping[str, str]) -> None:
         self.__dict__.update(inner.__dict__)
+        self._own = Compressor.__new__(Compressor)
+        self._own.__dict__ = self.__dict__
         self._base, self._smaller = dict(base), {old: new for new, old in base.items()}
 
     def share_scales(self, largest: Callable[[str], Tensor]) -> None:
@@ -282,25 +287,25 @@ class _Renamed(Compressor):
         super().share_inputs(named)
 
     def column_scales(self, component: str, scheme: Scheme) -> Tensor | None:
-        return super().column_scales(self._base.get(component, component), scheme)
+        return self._own.column_scales(self._base.get(component, component), scheme)
 
     def compress(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
-        return super().compress(self._base.get(component, component), weight, scheme)
+        return self._own.compress(self._base.get(component, component), weight, scheme)
 
     def number_codes(self, component: str, weight: Tensor, scheme: Scheme) -> NumberCodes:
-        return super().number_codes(self._base.get(component, component), weight, scheme)
+        return self._own.number_codes(self._base.get(component, component), weight, scheme)
 
     def solved(self, component: str, scheme: Scheme) -> Any:
-        return super().solved(self._base.get(component, component), scheme)
+        return self._own.solved(self._base.get(component, component), scheme)
 
     def mean_squares(self, component: str) -> Tensor:
-        return super().mean_squares(self._base.get(component, component))
+        return self._own.mean_squares(self._base.get(component, component))
 
     def largest_input(self, component: str) -> Tensor:
-        return super().largest_input(self._base.get(component, component))
+        return self._own.largest_input(self._base.get(component, component))
 
     def packed(self, component: str, weight: Tensor, scheme: Scheme) -> Any:
-        return super().packed(self._base.get(component, component), weight, scheme)
+        return self._own.packed(self._base.get(component, component), weight, scheme)
 
 
 def _code(model: str, config: str, model_type: str) -> str:
