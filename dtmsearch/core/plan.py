@@ -495,7 +495,7 @@ def widths_left(plan: Plan, components: Iterable[Component]) -> dict[WidthKind, 
 
 def is_even(plan: Plan, components: Iterable[Component]) -> bool:
     """Whether all layers of a plan that cuts blocks are of one width."""
-    return all(len(set(layers.values())) == 1 for layers in widths_left(plan, components).values())
+    return all(len(set(layers.values())) <= 1 for layers in widths_left(plan, components).values())
 
 
 def check_takes(scheme: Scheme, component: Component, source: str) -> None:
