@@ -22,7 +22,6 @@ from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import (
     EvalRequest,
     EvalResult,
-    GenerationRules,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -31,6 +30,7 @@ from dtmsearch.core.evaluation import (
     ReplicaSettings,
     reference_id,
 )
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dtmsearch.core.components import Component, ModelManifest
-from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, GenerationRules, Outcome
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord, StepRecord

@@ -21,7 +21,6 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     EvalRequest,
     EvalResult,
-    GenerationRules,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -31,6 +30,7 @@ from dtmsearch.core.evaluation import (
     Speed,
     reference_id,
 )
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 from dtmsearch.errors import LibraryMissing, UserError

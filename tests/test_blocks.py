@@ -43,7 +43,8 @@ from dtmsearch.core.evaluation import (
 )
 from dtmsearch.core.holders import HOLDERS, holders_of
 from dtmsearch.core.metric_registry import first_divergent_token
-from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
+from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_size
+from dtmsearch.core.plan_file import plan_from_json, plan_to_json
 from dtmsearch.core.schemes import DROP
 from dtmsearch.core.strategy_settings import AutoSettings, EvolutionSettings, KnapsackSettings, LocalSettings
 from dtmsearch.core.variant import Variant

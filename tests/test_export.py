@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
-from dtmsearch.core.plan import plan_from_json
+from dtmsearch.core.plan_file import plan_from_json
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.format_registry import FORMATS

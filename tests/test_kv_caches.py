@@ -23,7 +23,8 @@ from dtmsearch.console.run_text import run_text
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import CACHED, CACHED_TOGETHER, holders_of, size_sentence
-from dtmsearch.core.plan import Budget, Plan, plan_from_json, plan_to_json
+from dtmsearch.core.plan import Budget, Plan
+from dtmsearch.core.plan_file import plan_from_json, plan_to_json
 from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.errors import UserError

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtmsearch.core.identity import identity
-from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_from_json, plan_size, plan_to_json
+from dtmsearch.core.plan import Budget, Perturbation, Plan, plan_size
+from dtmsearch.core.plan_file import plan_from_json, plan_to_json
 from dtmsearch.core.schemes import DENSE, parse_scheme
 
 SCHEMES = ("int8-channel", "int4-g32-asym", "int3-tensor", "nf4", "w8a8")

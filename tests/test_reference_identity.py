@@ -15,14 +15,8 @@ from processes import tiny_search
 from tiny import TEXT, open_texts, replica, with_reference, write_model
 
 from dtmsearch import config
-from dtmsearch.core.evaluation import (
-    METRICS_VERSION,
-    GenerationRules,
-    ModelSpec,
-    PromptTokens,
-    ReplicaSettings,
-    reference_id,
-)
+from dtmsearch.core.evaluation import METRICS_VERSION, ModelSpec, PromptTokens, ReplicaSettings, reference_id
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.identity import identity
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.errors import UserError

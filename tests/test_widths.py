@@ -20,7 +20,8 @@ from dtmsearch.config import parse
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import size_sentence
-from dtmsearch.core.plan import Budget, Plan, plan_size, widths_left
+from dtmsearch.core.plan import Budget, Plan, plan_size
+from dtmsearch.core.plan_widths import widths_left
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
 from dtmsearch.core.variant import Variant
 from dtmsearch.core.widths import width_of

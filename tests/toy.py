@@ -23,7 +23,6 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     Continuation,
     EvalRequest,
-    GenerationRules,
     ModelSpec,
     Outcome,
     PromptTokens,
@@ -32,6 +31,7 @@ from dtmsearch.core.evaluation import (
     ReplicaSettings,
     reference_id,
 )
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dtmsearch.core.components import BLOCK_KINDS, Component, blocks_of
-from dtmsearch.core.plan import Plan, plan_size, widths_left
+from dtmsearch.core.plan import Plan, plan_size
+from dtmsearch.core.plan_widths import widths_left
 
 
 def shape_sentence(plan: Plan, components: Sequence[Component]) -> str | None:

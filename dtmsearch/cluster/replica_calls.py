@@ -26,15 +26,8 @@ from dtmsearch.core.calibration import (
 )
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.documents import Texts
-from dtmsearch.core.evaluation import (
-    Continuation,
-    GenerationRules,
-    IntArray,
-    PromptTokens,
-    Reference,
-    Speed,
-    mean_speed,
-)
+from dtmsearch.core.evaluation import Continuation, IntArray, PromptTokens, Reference, Speed, mean_speed
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.prices import PriceBlock, PriceRequest
 from dtmsearch.core.variant import Variant

@@ -14,7 +14,8 @@ from dtmsearch.core import gguf_types
 from dtmsearch.core.components import CACHE_KINDS, Component
 from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.fusion import untied_groups
-from dtmsearch.core.plan import Plan, cut_by, is_even
+from dtmsearch.core.plan import Plan, cut_by
+from dtmsearch.core.plan_widths import is_even
 from dtmsearch.core.schemes import SCALE_BITS, Scheme, families, parse_scheme
 
 Shape = tuple[int, int]

@@ -10,7 +10,8 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ReplicaSettings
 from dtmsearch.core.fusion import tied_plan, untied_groups
 from dtmsearch.core.holders import VLLM_TOGETHER
-from dtmsearch.core.plan import Plan, plan_size, plan_to_json
+from dtmsearch.core.plan import Plan, plan_size
+from dtmsearch.core.plan_file import plan_to_json
 from dtmsearch.export.formats.compressed_tensors import NAME as PACKED
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.model.replica.replica import Replica

@@ -14,8 +14,8 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import FloatArray, IntArray, ModelSpec, Reference
 from dtmsearch.core.numeric_mode import NumericMode
-from dtmsearch.core.plan import (
-    Plan,
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan_file import (
     kv_cache_from_json,
     model_from_json,
     plan_from_json,

@@ -16,7 +16,8 @@ from dtmsearch.core.evaluation import EXTRA_METRICS, EvalFailure, EvalRequest, E
 from dtmsearch.core.gguf_presets import PRESET, preset_plan
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, summarize
-from dtmsearch.core.plan import Plan, PlanSize, check_takes, plan_size, schemes_from_json
+from dtmsearch.core.plan import Plan, PlanSize, plan_size
+from dtmsearch.core.plan_file import check_takes, schemes_from_json
 from dtmsearch.core.schemes import parse_scheme, solved_pairs
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError

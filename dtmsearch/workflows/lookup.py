@@ -14,7 +14,8 @@ from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.components import Component, ModelManifest, is_block_name
 from dtmsearch.core.gguf_presets import PRESET, check_preset, preset_plan
-from dtmsearch.core.plan import Plan, plan_from_json, schemes_from_json, weights_id_from_json
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan_file import plan_from_json, schemes_from_json, weights_id_from_json
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.schemes import DROP, uniform_parts
 from dtmsearch.core.user_files import is_file, read_text

@@ -16,13 +16,13 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import (
     EXTRA_METRICS,
     EvalRequest,
-    GenerationRules,
     Outcome,
     Reference,
     ReplicaSettings,
     check_agreement,
     reference_id,
 )
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.records import Purpose
 from dtmsearch.core.schemes import check_libraries

@@ -16,7 +16,8 @@ from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile
 from dtmsearch.config.search_section import StopSection
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.plan import Plan, plan_to_json
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan_file import plan_to_json
 from dtmsearch.core.records import RunRecord
 from dtmsearch.errors import UserError
 from dtmsearch.search.solver.choices import Choices, Options

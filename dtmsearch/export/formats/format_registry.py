@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtmsearch.core import plugins
-from dtmsearch.core.plan import plan_to_json
+from dtmsearch.core.plan_file import plan_to_json
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats.as_source import write_as_source
 from dtmsearch.export.formats.bitsandbytes import write_modules

@@ -17,13 +17,13 @@ from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import (
     Continuation,
     FloatArray,
-    GenerationRules,
     ModelSpec,
     PromptTokens,
     Reference,
     check_agreement,
     reference_id,
 )
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.variant import BASE, Variant
 from dtmsearch.errors import UserError

@@ -31,7 +31,6 @@ from dtmsearch.core.evaluation import (
     Continuation,
     EvalRequest,
     FloatArray,
-    GenerationRules,
     IntArray,
     ModelSpec,
     Outcome,
@@ -42,6 +41,7 @@ from dtmsearch.core.evaluation import (
     StatesFound,
 )
 from dtmsearch.core.fusion import input_readers, scale_partners
+from dtmsearch.core.generation_rules import GenerationRules
 from dtmsearch.core.numeric_mode import NumericMode
 from dtmsearch.core.plan import Plan, check_versions
 from dtmsearch.core.prices import PASSES, PriceBlock, PriceRequest

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dtmsearch.core.plan import Plan, check_weights_id
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan_file import check_weights_id
 from dtmsearch.errors import UserError
 from dtmsearch.model.weights.applied import Weights
 
