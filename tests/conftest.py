@@ -101,6 +101,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def quick_collections() -> None:
+    """The same for what earlier tests have made: for a test in which garbage is collected at every step."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-cases", action="store_true", help="whole products of cases; a part holds each value at least once"

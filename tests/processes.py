@@ -286,7 +286,8 @@ def below(pid: int, name: str) -> list[int]:
             except OSError:
                 continue
             parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    parents |= {fork: stub for stub, fork in ray_forks.forks(set(parents), serving_ray()).items()}
+    folder = os.environ.get(ray_forks.VARIABLE) or serving_ray()
+    parents |= {fork: stub for stub, fork in ray_forks.forks(set(parents), Path(folder)).items()}
     below = {pid}
     while more := {child for child, parent in parents.items() if parent in below} - below:
         below |= more

@@ -199,7 +199,7 @@ def _run(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         os.environ.clear()
-        os.environ.update(env)
+        os.environ.update(env | environment(Path(stub).parent))
         os.chdir(cwd)
         while argv[0] in ("-u", "-s", "-S"):
             del argv[0]

@@ -35,7 +35,7 @@ from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.validate import validation_plans
 
 P = ParamSpec("P")
-NUM_LAYERS = 4
+NUM_LAYERS = 3
 NUM_PROMPTS = 8
 SCHEMES = ("int8-channel", "int4-channel")
 # What a page must show as text, wherever it comes from.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from exports import in_process
 from inprocess import here, run_here
-from processes import tiny_search
+from processes import forking_python, tiny_search
 from safetensors.torch import load_file, save_file
 from tiny import llama_config, write_model
 
@@ -66,7 +67,10 @@ def again(searched: Trained) -> str:
 
 
 @pytest.mark.process
-def test_a_trained_model_measures_as_recorded_in_a_fresh_process(searched: Trained, tmp_path: Path) -> None:
+def test_a_trained_model_measures_as_recorded_in_a_fresh_process(
+    searched: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", forking_python())
     exported = searched.export("dense", tmp_path / "out")
     assert exported.check is not None and exported.check.equal and exported.weights_id == searched.weights_id
 

@@ -38,13 +38,13 @@ ON_RAY = ("--replicas", "1")
 HERE = ("--in-process",)
 # Signals to all processes of a terminal, one soon after the other.
 IMPATIENT = {
-    "SIGHUP": (ON_RAY, [signal.SIGHUP]),
+    "SIGHUP": (HERE, [signal.SIGHUP]),
     "Ctrl-C": (HERE, [signal.SIGINT]),
     "Ctrl-C twice": (HERE, [signal.SIGINT, signal.SIGINT]),
     "Ctrl-C and no end": (HERE, [signal.SIGINT, signal.SIGINT, signal.SIGINT]),
 }
 # After which no process may be left.
-STOPPED_ON_RAY = ["SIGHUP", "replica, then Ctrl-C twice"]
+STOPPED_ON_RAY = "replica, then Ctrl-C and SIGHUP"
 # Components of the toy model.
 _COMPONENTS = 3 * TOY_LAYERS
 
@@ -121,12 +121,12 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
             until_more(process)
             process.kill("raylet/raylet")
             over("raylet", process)
-        with session("replica, then Ctrl-C twice") as process:
+        with session(STOPPED_ON_RAY) as process:
             until_more(process)
             process.kill("ray::_Host")
             process.until(lambda: process.says("was lost and is replaced"))
             until_more(process)
-            impatiently("replica, then Ctrl-C twice", process, [signal.SIGINT, signal.SIGINT])
+            impatiently(STOPPED_ON_RAY, process, [signal.SIGINT, signal.SIGHUP])
         with session("SIGTERM", HERE) as process:
             until_more(process)
             process.signal(signal.SIGTERM)
@@ -179,22 +179,20 @@ def test_no_evaluation_is_recorded_twice(history: History) -> None:
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize(
-    "fault", ["driver", "raylet", "replica, then Ctrl-C twice", "SIGTERM", "driver while validating"]
-)
+@pytest.mark.parametrize("fault", ["driver", "raylet", STOPPED_ON_RAY, "SIGTERM", "driver while validating"])
 def test_what_was_recorded_before_a_fault_is_not_measured_again(history: History, fault: str) -> None:
     recorded = by_id(history.sessions[fault].recorded)
     at_the_end = by_id(rows(history.store, "evaluations"))
     assert recorded and {i: at_the_end.get(i) for i in recorded} == recorded
 
 
-@pytest.mark.parametrize("fault", ["raylet", "replica, then Ctrl-C twice", "SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("fault", ["raylet", STOPPED_ON_RAY, "SIGTERM", "Ctrl-C"])
 def test_a_driver_that_can_still_act_leaves_its_run_stopped(history: History, fault: str) -> None:
     session = history.sessions[fault]
     assert (session.code, session.status) == (3, "stopped"), session.output
 
 
-@pytest.mark.parametrize("fault", ["replica, then Ctrl-C twice", "SIGTERM"])
+@pytest.mark.parametrize("fault", [STOPPED_ON_RAY, "SIGTERM"])
 def test_a_stopped_driver_says_how_to_go_on(history: History, fault: str) -> None:
     assert f"To continue: dtmsearch resume tiny --store {history.store}" in history.sessions[fault].output
 
@@ -209,9 +207,8 @@ def test_a_third_ctrl_c_ends_at_once_or_finds_the_end(history: History) -> None:
     assert history.sessions["Ctrl-C and no end"].code == 3, history.sessions["Ctrl-C and no end"].output
 
 
-@pytest.mark.parametrize("fault", STOPPED_ON_RAY)
-def test_a_driver_that_is_stopped_leaves_no_process(history: History, fault: str) -> None:
-    assert history.left[fault] == []
+def test_a_driver_that_is_stopped_leaves_no_process(history: History) -> None:
+    assert history.left[STOPPED_ON_RAY] == []
 
 
 def test_a_driver_whose_ray_dies_says_how_to_go_on(history: History) -> None:

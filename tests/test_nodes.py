@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ pytestmark = [
 ]
 
 TOKEN = "0123456789abcdef" * 4
+# What a user's processes have, before nodes that come and go change it in this one.
+_OWN = environment()
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -88,7 +91,7 @@ def node(log: Path, *options: str) -> Iterator[None]:
 
 def with_token(token: str | None = TOKEN) -> dict[str, str]:
     """The environment of a user who has a token, or none."""
-    own = {key: value for key, value in environment().items() if not key.startswith("RAY_A")}
+    own = {key: value for key, value in _OWN.items() if not key.startswith("RAY_A")}
     # The commands of this environment first: a job's driver is whatever `python` is on the nodes' path.
     own["PATH"] = os.pathsep.join((str(Path(forking_python()).parent), str(Path(sys.executable).parent), own["PATH"]))
     return own | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token is not None else own
@@ -139,53 +142,36 @@ def run_command(arguments: list[str], token: str | None = TOKEN) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[TwoNodes]]:
+    """Begun with this file's first test: it is mostly waiting, during which nodes come and go in others."""
     folder = tmp_path_factory.mktemp("nodes")
+    tiny_search(folder)
+    with ExitStack() as nodes, ThreadPoolExecutor(1) as beside:
+        yield beside.submit(submitted_twice, folder, nodes)
+
+
+def submitted_twice(folder: Path, nodes: ExitStack) -> TwoNodes:
     port, dashboard, client = free_port(), free_port(), free_port()
     address, url = f"{socket.gethostbyname(socket.gethostname())}:{port}", f"http://127.0.0.1:{dashboard}"
-    with ExitStack() as stack:
-        # A short path: Ray's sockets lie below it.
-        ray_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dtm-", ignore_cleanup_errors=True))
-        head = [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-        head += [f"--ray-client-server-port={client}", f"--temp-dir={ray_folder}", "--head"]
-        stack.enter_context(node(folder / "head.log", *head))
-        stack.enter_context(node(folder / "second.log", f"--address={address}"))
-        yield TwoNodes(folder, url, address, submit(folder, url), submit(folder, url))
+    # A short path: Ray's sockets lie below it.
+    ray_folder = nodes.enter_context(tempfile.TemporaryDirectory(prefix="dtm-", ignore_cleanup_errors=True))
+    head = [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    head += [f"--ray-client-server-port={client}", f"--temp-dir={ray_folder}", "--head"]
+    nodes.enter_context(node(folder / "head.log", *head))
+    nodes.enter_context(node(folder / "second.log", f"--address={address}"))
+    return TwoNodes(folder, url, address, submit(folder, url), submit(folder, url))
 
 
-def test_a_submitted_search_finishes_and_says_its_plan(two_nodes: TwoNodes) -> None:
-    assert (two_nodes.first.code, "run tiny: finished" in two_nodes.first.out) == (0, True), two_nodes.first
-
-
-def test_a_finished_search_is_complete_when_it_is_submitted_again(two_nodes: TwoNodes) -> None:
-    done = (two_nodes.again.code, "run tiny: already complete" in two_nodes.again.out)
-    assert (*done, "submitted job tiny~2" in two_nodes.again.err) == (0, True, True), two_nodes.again
-
-
-def test_a_submitted_search_s_driver_writes_the_store(two_nodes: TwoNodes) -> None:
-    assert num_recorded(two_nodes.store) > 0
-
-
-def test_a_submitted_search_ran_from_what_was_sent(two_nodes: TwoNodes) -> None:
-    record = ResultStore(two_nodes.store).run("tiny")
-    assert record is not None and "working_dir_files" in record.config_folder
-
-
-def test_without_a_token_a_user_is_told_where_to_get_it(two_nodes: TwoNodes) -> None:
-    said = two_nodes.submit(token=None)
-    assert (said.code, "lets nobody in without its token. Set RAY_AUTH_MODE=token" in said.err) == (5, True), said
-
-
-def test_another_token_is_not_accepted(two_nodes: TwoNodes) -> None:
-    said = two_nodes.submit(token=TOKEN[::-1])
-    assert (said.code, "does not accept this token" in said.err) == (5, True), said
+@pytest.fixture(scope="module")
+def two_nodes(submitted: Future[TwoNodes]) -> TwoNodes:
+    return submitted.result()
 
 
 # Nodes that come and go.
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(submitted: Future[TwoNodes]) -> Iterator[Cluster]:
     """A cluster of one node, to which each test adds another and takes it away again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the actors find `scripted`
@@ -304,3 +290,34 @@ def test_with_one_stage_the_replica_is_lost_and_another_goes_on(spread: Spread, 
     assert [values(outcome) for outcome in spread.after] == [values(outcome) for outcome in alone.evaluate(again)]
     assert max(result(outcome).provenance.attempts for outcome in spread.after) == 2
     assert [note for note in spread.notes if "replica-0" in note and "was lost and is replaced" in note]
+
+
+# What became of the submitted searches.
+
+
+def test_a_submitted_search_finishes_and_says_its_plan(two_nodes: TwoNodes) -> None:
+    assert (two_nodes.first.code, "run tiny: finished" in two_nodes.first.out) == (0, True), two_nodes.first
+
+
+def test_a_finished_search_is_complete_when_it_is_submitted_again(two_nodes: TwoNodes) -> None:
+    done = (two_nodes.again.code, "run tiny: already complete" in two_nodes.again.out)
+    assert (*done, "submitted job tiny~2" in two_nodes.again.err) == (0, True, True), two_nodes.again
+
+
+def test_a_submitted_search_s_driver_writes_the_store(two_nodes: TwoNodes) -> None:
+    assert num_recorded(two_nodes.store) > 0
+
+
+def test_a_submitted_search_ran_from_what_was_sent(two_nodes: TwoNodes) -> None:
+    record = ResultStore(two_nodes.store).run("tiny")
+    assert record is not None and "working_dir_files" in record.config_folder
+
+
+def test_without_a_token_a_user_is_told_where_to_get_it(two_nodes: TwoNodes) -> None:
+    said = two_nodes.submit(token=None)
+    assert (said.code, "lets nobody in without its token. Set RAY_AUTH_MODE=token" in said.err) == (5, True), said
+
+
+def test_another_token_is_not_accepted(two_nodes: TwoNodes) -> None:
+    said = two_nodes.submit(token=TOKEN[::-1])
+    assert (said.code, "does not accept this token" in said.err) == (5, True), said

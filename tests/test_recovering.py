@@ -75,11 +75,14 @@ def recovering(
 def test_a_training_stopped_in_its_process_goes_on_to_the_weights_of_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from processes import forking_python  # the other tests of this file start no process
+
     file = search_file(tmp_path, 20)
     root = tmp_path / "store" / "trainings"
     gate = Gate(tmp_path / "gate")
     gate.bound("steps", 2)  # it is at work when it hears of the stop
     monkeypatch.setattr(training_process, "TRAINING_MODULE", "gated")
+    monkeypatch.setattr(sys, "executable", forking_python())
     for name, value in gate.environment.items():
         monkeypatch.setenv(name, value)
     with (

@@ -167,6 +167,7 @@ def test_every_outcome_is_written_before_it_is_told() -> None:
     assert unwritten == []
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_what_was_told_is_let_go() -> None:
     class Forgetful(MemoryLog):
         def append(self, records: Sequence[EvaluationRecord]) -> None:

@@ -64,7 +64,7 @@ def test_states_are_told_as_json(server: Server) -> None:
     states = {state["run"]: state for state in json.loads(text)}
     assert status == 200 and headers["Content-Type"].startswith("application/json")
     assert states.keys() == {"toy", "further"} and states["toy"]["status"] == "finished"
-    assert json.loads(server.ask("/api/runs/toy")[1])["progress"].startswith("241 evaluations, step 7")
+    assert json.loads(server.ask("/api/runs/toy")[1])["progress"].startswith("144 evaluations, step 6")
 
 
 @pytest.mark.parametrize("path", ["/", "/run/toy", "/compare?one=toy&other=further", "/api/runs", "/nothing"])

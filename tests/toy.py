@@ -42,7 +42,7 @@ class ToyModel(FakeEvaluator):
     num_replicas = 1
 
     def __init__(self, num_layers: int = 2) -> None:
-        super().__init__(per_poll=4)
+        super().__init__(per_poll=10)
         self._manifest = toy_manifest(num_layers)
 
     def __enter__(self) -> Self:
