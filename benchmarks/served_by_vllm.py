@@ -33,15 +33,19 @@ def write(model: str, text: Path, out: Path, schemes: list[str], count: int) -> 
     prompts, _ = replica.cut_prompts([text.read_text()], count, PROMPT_TOKENS, CONTINUATION_TOKENS, 0)
     reference, manifest = replica.make_reference(prompts), replica.manifest()
     replica.use(reference)
+    calibration = replica.cut_calibration([text.read_text()], 64, 128, 1)
+    replica.use_calibration(calibration)
+    statistics = replica.gather_statistics(calibration)
     recorded = {}
     for scheme in schemes:
         plan = Plan.uniform(manifest.components, scheme)
-        outcome = replica.evaluate([EvalRequest(plan, reference.id, (0, count))])[0]
+        outcome = replica.evaluate([EvalRequest(plan, reference.id, (0, count), calibration_id=calibration.id)])[0]
         assert isinstance(outcome, EvalResult), outcome
         recorded[scheme] = outcome.fdt.tolist()
         folder = out / scheme
         folder.mkdir(parents=True)
         compressor = Compressor(dtype)
+        compressor.calibrate(calibration.id, statistics, torch.device("cpu"))
         write_packed(
             Job(Path(model), manifest, plan, dtype, torch.device("cpu"), dtype, "vllm-cpu", compressor), folder
         )

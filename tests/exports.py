@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +45,23 @@ def measured_plan(
     scale_dtype: str = "float32",
     attention: str = "sdpa",
     kv_context: int = 0,
+    count: int = 6,
+    metrics: tuple[str, ...] = (),
+    weights: Path | None = None,
 ) -> Measured:
-    """Measure a plan (component -> scheme, or one scheme for all) and record it as the outcome of a run."""
+    """Measure a plan (component -> scheme, or one scheme for all) and record it as the outcome of a run; over trained
+    `weights`, a file, which become the store's own."""
     spec = ModelSpec(str(model), dtype=dtype, scale_dtype=scale_dtype, attention=attention, kv_context=kv_context)
-    base = Replica(spec, ReplicaSettings(num_threads=1))
+    trained, folder = ("", "") if weights is None else (weights.stem, str(weights.parent))
+    base = Replica(spec, ReplicaSettings(num_threads=1, weights_folder=folder))
     manifest = base.manifest()
     plan = Plan.uniform(manifest.components, schemes) if isinstance(schemes, str) else Plan.of(schemes)
-    reference = with_reference(base)
+    reference = with_reference(base, count)
     calibration = base.cut_calibration([TEXT], 8, 16, 0) if plan.needs_calibration else None
     if calibration is not None:
         base.use_calibration(calibration)
     known = "" if calibration is None else calibration.id
-    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), calibration_id=known)
+    request = EvalRequest(plan, reference.id, (0, count), metrics, weights_id=trained, calibration_id=known)
     outcome = result(base.evaluate([request])[0])
     text = store.parent / "text.txt"
     text.write_text(TEXT)
@@ -88,6 +94,10 @@ search: {{schemes: [int8-channel, int4-g16]}}
             writer.share(StatisticsRecord(calibration.manifest_id, base.gather_statistics(calibration)))
             writer.share_parts(calibration.id, base.solve(calibration.id, plan.entries))
         writer.put_run(record)
+    if weights is not None:
+        kept = Path(ResultStore(store).weights_folder)
+        kept.mkdir(exist_ok=True)
+        shutil.copyfile(weights, kept / weights.name)
     return Measured(store, manifest, plan)
 
 

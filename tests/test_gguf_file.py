@@ -3,7 +3,9 @@ library and its converter are installed, by themselves; else with others in thei
 
 from __future__ import annotations
 
+import itertools
 import runpy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +17,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from exports import measured_plan
 from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from tiny import DEMO_MODEL, llama_config, write_model
 from transformers import MixtralConfig
 
@@ -51,11 +55,11 @@ def values(seed: int) -> Any:
     return np.random.default_rng(seed).normal(size=(64, 64)).astype(np.float32)
 
 
-def base_file(path: Path) -> None:
+def base_file(path: Path, up: Any = None) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
-    writer.add_tensor("blk.0.ffn_up.weight", values(0))
+    writer.add_tensor("blk.0.ffn_up.weight", values(0) if up is None else up)
     writer.add_tensor("blk.1.ffn_down.weight", values(1))
     writer.add_tensor("blk.1.ffn_norm.weight", values(2)[0])
     writer.add_tensor("output.weight", values(3).astype(np.float16))
@@ -95,6 +99,38 @@ def test_the_plan_s_tensors_are_quantized_and_all_others_are_the_base_model_s(tm
     assert reader.fields["general.architecture"].contents() == "llama"
     assert written.notes[0].startswith("model.gguf holds 1 Q8_0 tensors")
     assert gguf_file.base_beside(tmp_path / "out").is_file()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_plan_over_trained_weights_is_of_their_file_and_checked_beside_the_base_model_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(tmp_path, up="gguf-Q8_0")
+    trained = {f"{UP}.weight": torch.from_numpy(values(7)), "model.norm.weight": torch.full((64,), 2.0)}
+    save_file(trained, tmp_path / "trained.safetensors")
+    converted: list[dict[str, torch.Tensor]] = []
+
+    def convert(folder: Path, out: Path, outtype: str) -> None:
+        converted.append(load_file(folder / "model.safetensors"))
+        assert outtype == "f32" and (folder / "tokenizer.json").is_file()
+        base_file(out, up=converted[-1][f"{UP}.weight"].numpy())
+
+    monkeypatch.setattr(gguf_file, "convert", convert)
+    (tmp_path / "out").mkdir()
+    gguf_file.write_gguf(replace(made, trained=tmp_path / "trained.safetensors", weights_id="t"), tmp_path / "out")
+    own = load_file(made.folder / "model.safetensors")
+    base, other = converted
+    assert base.keys() == other.keys() == own.keys()
+    assert all(torch.equal(base[name], own[name]) for name in own)
+    assert all(torch.equal(other[name], trained.get(name, own[name])) for name in own)
+    for path, expected in (
+        (tmp_path / "out" / "model.gguf", values(7)),
+        (tmp_path / "out.base.gguf", own[f"{UP}.weight"]),
+    ):
+        up = gguf.GGUFReader(path).tensors[0]
+        np.testing.assert_allclose(dequantize(up.data, up.tensor_type), expected, atol=0.02)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.gguf"]
+    assert not list(tmp_path.glob("out-trained-*"))
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -260,6 +296,33 @@ def test_llama_cpp_s_logits_of_the_converted_model_are_transformers_own(tmp_path
     with torch.no_grad():
         expected = own(torch.from_numpy(tokens).long()[None]).logits[0, 8:].log_softmax(1)
     assert float((expected.exp() * (expected - found)).sum(1).mean()) < 1e-5
+
+
+# Types whose blocks of 256 divide these rows, and two of blocks of 32.
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S", "Q8_0", "Q4_0")
+
+
+@pytest.mark.skipif(not can_run(), reason="llama.cpp's library or converter is not installed here")
+@pytest.mark.parametrize("trains", [False, True])
+def test_llama_cpp_says_what_was_measured_of_its_k_types_and_of_trained_weights(tmp_path: Path, trains: bool) -> None:
+    """Rows of 512: K types are themselves there."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 3, "initializer_range": 0.04}
+    ids = {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 0}
+    folder = write_model(tmp_path / "model", llama_config(**sizes, **ids))
+    for path in DEMO_MODEL.glob("token*"):  # llama.cpp loads no tokenizer without merges
+        shutil.copyfile(path, folder / path.name)
+    components = read_manifest(ModelSpec(str(folder), dtype="float32")).components
+    plan = {c.name: f"gguf-{kind}" for c, kind in zip(components, itertools.cycle(TYPES), strict=False)}
+    weights = None
+    if trains:
+        weights = tmp_path / "trained.safetensors"
+        state = load_file(folder / "model.safetensors")
+        moved = {name: value + 0.002 * torch.randn_like(value) for name, value in state.items() if "layers" in name}
+        save_file(moved, weights)
+    measured = measured_plan(folder, tmp_path / "store", plan, count=16, metrics=("kl",), weights=weights)
+    found = measured.export("gguf", tmp_path / "out", weights="trained" if trains else "").engine
+    assert found is not None and found.kl_recorded is not None
+    assert abs(found.kl_measured - found.kl_recorded) <= 0.05 * found.kl_recorded
 
 
 def own_gguf(path: Path, names: dict[Component, str]) -> None:

@@ -473,6 +473,31 @@ def test_mixtures_leave_kv_caches_as_they_are(tmp_path: Path) -> None:
     assert len(caches) == 16 and set(plan.schemes) == {component.name for component in manifest.components}
 
 
+def test_a_mixture_beside_a_scheme_of_kv_caches_gives_all_of_them_that(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, kv_context=100)
+    caches = [component for component in manifest.others if component.is_cache]
+    components = (*manifest.components, *caches)
+    plan = preset_plan("Q4_K_M+kv-fp8", components, manifest)
+    assert {plan.scheme_of(cache.name) for cache in caches} == {"kv-fp8"}
+    weights = {name: scheme for name, scheme in plan.schemes.items() if scheme != "kv-fp8"}
+    assert weights == preset_plan("Q4_K_M", components, manifest).schemes
+    for name, said in (("Q4_K_M+kv-fp8", "no KV caches are searched"), ("Q4_K_M+kv-int3", "unknown scheme")):
+        with pytest.raises(UserError, match=said):
+            preset_plan(name, manifest.components, manifest)
+
+
+def test_where_kv_caches_are_searched_mixtures_beside_their_schemes_are_rivals(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, kv_context=1000)
+    components = (*manifest.components, *(component for component in manifest.others if component.is_cache))
+    space = SearchSpace(components, ("gguf-Q4_K", "gguf-Q6_K", "kv-fp8", "kv-int4"), manifest=manifest)
+    whole_size = space.size(preset_plan("Q6_K", components, manifest)).stored_bits
+    assert set(preset_rivals(space, whole_size)) == {"preset:Q6_K", "preset:Q6_K+kv-fp8", "preset:Q6_K+kv-int4"}
+    small = space.size(preset_plan("Q4_K_M+kv-int4", components, manifest)).stored_bits
+    found = preset_rivals(space, small)
+    assert "preset:Q4_K_M+kv-int4" in found
+    assert all(space.size(plan).stored_bits <= 1.01 * small for plan in found.values())
+
+
 def test_a_mixture_that_is_not_known_is_said() -> None:
     with pytest.raises(UserError, match="there is no preset:Q4; llama"):
         preset_plan("Q4", llama(), whole(llama()))

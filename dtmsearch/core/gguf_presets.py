@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import WITH_CACHE, parse_scheme
 from dtmsearch.errors import UserError
 
 # How a plan is asked for by a mixture's name.
@@ -88,18 +89,32 @@ PRESETS: dict[str, tuple[str, _Rule]] = {
 
 
 def check_preset(name: str) -> None:
-    """Raises `UserError` for a mixture that is not known here."""
-    if name not in PRESETS:
+    """Raises `UserError` for a mixture that is not known here, and for a scheme of KV caches that there is not."""
+    weights, cache = _parts(name)
+    if weights not in PRESETS:
         raise UserError(f"there is no {PRESET}{name}; llama.cpp's mixtures here are {', '.join(PRESETS)}")
+    if cache and not parse_scheme(cache).is_of_cache:
+        raise UserError(f"{PRESET}{name}: {cache} rounds no KV caches")
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Of `Q4_K_M+kv-fp8` the mixture and the scheme of KV caches; of `Q4_K_M` no such scheme."""
+    weights, joint, cache = name.partition(WITH_CACHE)
+    return weights, f"{WITH_CACHE[1:]}{cache}" if joint else ""
 
 
 def preset_plan(name: str, components: Sequence[Component], manifest: ModelManifest) -> Plan:
-    """The plan of a mixture over some components of a model; KV caches stay as they are. Raises `UserError` for a
-    mixture that is not known, and for a model with experts, which llama.cpp treats otherwise."""
+    """The plan of a mixture over some components of a model; KV caches stay as they are or, of `Q4_K_M+kv-fp8`, have
+    that scheme, all of them. Raises `UserError` for a mixture that is not known, for KV caches that the components are
+    without, and for a model with experts, which llama.cpp treats otherwise."""
     check_preset(name)
     if any(component.mixture for component in manifest.components):
         raise UserError(f"{PRESET}{name}: llama.cpp's mixtures of models with experts are not known here")
-    usual, rule = PRESETS[name]
+    weights, cache = _parts(name)
+    caches = [component.name for component in components if component.is_cache]
+    if cache and not caches:
+        raise UserError(f"{PRESET}{name}: no KV caches are searched (model.kv_cache says of how many tokens)")
+    usual, rule = PRESETS[weights]
     layers = manifest.num_layers
     heads = heads_of(manifest)
     rows = {(component.layer, component.kind): component.shape[0] for component in manifest.components}
@@ -112,7 +127,8 @@ def preset_plan(name: str, components: Sequence[Component], manifest: ModelManif
         return f"{PREFIX}{rule(component.kind, layer, layers, grouped) or usual}"
 
     quantized = (c for c in components if not c.is_cache and c.shape[0] > 1 and c.kind not in _TABLES_OF_POSITIONS)
-    return Plan.of({component.name: scheme(component) for component in quantized})
+    of_caches = dict.fromkeys(caches if cache else (), cache)
+    return Plan.of({component.name: scheme(component) for component in quantized} | of_caches)
 
 
 def heads_of(manifest: ModelManifest) -> set[str]:
@@ -122,13 +138,17 @@ def heads_of(manifest: ModelManifest) -> set[str]:
 
 
 def largest_preset(
-    components: Sequence[Component], manifest: ModelManifest, fits: Callable[[Plan], bool]
+    components: Sequence[Component],
+    manifest: ModelManifest,
+    fits: Callable[[Plan], bool],
+    cache: str = "",
 ) -> dict[str, Plan]:
-    """How it is asked for -> the plan, of the mixture that stores most among those that fit; empty where none does, or
-    the model has experts."""
+    """How it is asked for -> the plan, of the mixture that stores most among those that fit, with KV caches under the
+    scheme `cache` if one is given; empty where none does, or the model has experts."""
     if any(component.mixture for component in manifest.components):
         return {}
-    plans = {name: preset_plan(name, components, manifest) for name in PRESETS}
+    beside = f"+{cache}" if cache else ""
+    plans = {f"{name}{beside}": preset_plan(f"{name}{beside}", components, manifest) for name in PRESETS}
     sizes = {
         name: sum(plan.scheme(c.name).stored_bits(c.shape, 16) for c in components)
         for name, plan in plans.items()
@@ -136,5 +156,5 @@ def largest_preset(
     }
     if not sizes:
         return {}
-    name = max(sizes, key=lambda name: (sizes[name], list(PRESETS).index(name)))
+    name = max(sizes, key=lambda name: (sizes[name], list(plans).index(name)))
     return {f"{PRESET}{name}": plans[name]}

@@ -25,7 +25,7 @@ SOURCE = "source"
 # Of a scale as it is stored: in a model's 16 bits.
 SCALE_BITS = 16
 # Between the two of a uniform plan of weights and KV caches.
-_WITH_CACHE = "+kv-"
+WITH_CACHE = "+kv-"
 
 
 @dataclass(frozen=True)
@@ -336,10 +336,10 @@ def register(family: SchemeFamily) -> SchemeFamily:
 def uniform_parts(name: str) -> tuple[Scheme, ...]:
     """The schemes of a uniform plan by its name: one, or one of weights and one of KV caches (`int8-channel+kv-fp8`).
     Raises `UserError` for what is none."""
-    weights, joint, cache = name.rpartition(_WITH_CACHE)
+    weights, joint, cache = name.rpartition(WITH_CACHE)
     if not (joint and weights):
         return (parse_scheme(name),)
-    return parse_scheme(weights), parse_scheme(f"{_WITH_CACHE[1:]}{cache}")
+    return parse_scheme(weights), parse_scheme(f"{WITH_CACHE[1:]}{cache}")
 
 
 def check_libraries(schemes: Iterable[str]) -> None:

@@ -93,15 +93,23 @@ def _lines_of(space: SearchSpace) -> list[list[Line]]:
 
 def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
     """Of a search among llama.cpp's types, its own mixture (`preset:NAME` -> plan) that stores most among those of at
-    most 1% more than so much of what the budget counts; empty of other searches, of mixtures of experts, and where
+    most 1% more than so much of what the budget counts; where KV caches are searched, also beside each scheme of these
+    (`preset:NAME+kv-fp8`). Empty of other searches, of mixtures of experts, and where
     there is a table of times."""
     if space.times is not None or not any(scheme.name.startswith(PREFIX) for scheme in space.parsed):
         return {}
     assert space.manifest is not None, "a search among llama.cpp's types knows its model"
     most = LARGER * counted
-    return largest_preset(
-        space.components, space.manifest, lambda plan: float(space.budget.counted(space.size(plan))) <= most
-    )
+
+    def fits(plan: Plan) -> bool:
+        return float(space.budget.counted(space.size(plan))) <= most
+
+    searched = any(component.is_cache for component in space.components)
+    caches = [scheme.name for scheme in space.parsed if scheme.is_of_cache] if searched else []
+    found: dict[str, Plan] = {}
+    for cache in ("", *caches):
+        found |= largest_preset(space.components, space.manifest, fits, cache)
+    return found
 
 
 def shape_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:

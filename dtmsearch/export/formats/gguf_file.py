@@ -3,8 +3,11 @@ tensors quantized by its own quantizer with the importance that they were measur
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.gguf import tensor_names
 from dtmsearch.export.formats.gguf_base import check_converter, convert
 from dtmsearch.export.job import Job, Written, refuse
+from dtmsearch.export.writer import ShardWriter, copy_other_files
 
 NAME = "gguf"
 FILE = "model.gguf"
@@ -56,21 +60,38 @@ def write_gguf(job: Job, folder: Path) -> Written:
             mixed,
         )
     base, path = base_beside(folder), folder / FILE
-    convert(job.folder, base, _OUTTYPES[str(job.dtype).removeprefix("torch.")])
+    outtype = _OUTTYPES[str(job.dtype).removeprefix("torch.")]
+    convert(job.folder, base, outtype)
     try:
-        types = _rewrite(job, base, path, held)
+        if job.trained is None:
+            types = _rewrite(job, base, path, held)
+        else:
+            with _with_trained(job, folder, outtype) as trained:
+                types = _rewrite(job, trained, path, held)
     except BaseException:
         base.unlink(missing_ok=True)
         raise
     return Written((path,), notes=_notes(job, types))
 
 
+@contextmanager
+def _with_trained(job: Job, beside: Path, outtype: str) -> Iterator[Path]:
+    """The base model's file with trained weights in the place of its own, converted from a folder that has them."""
+    with tempfile.TemporaryDirectory(prefix=f"{beside.name}-trained-", dir=beside.parent) as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        writer = ShardWriter(folder, job)
+        for name, tensor in job.tensors():
+            writer.add(name, tensor)
+        writer.close()
+        copy_other_files(job, folder)
+        found = Path(scratch) / FILE
+        convert(folder, found, outtype)
+        shutil.rmtree(folder)
+        yield found
+
+
 def _check_plan(job: Job) -> None:
-    if job.trained is not None:
-        raise UserError(
-            f"{NAME} is converted from the base model's folder, and this plan is over trained weights: export them as "
-            "`dense`, and search that folder"
-        )
     foreign = [f"{n}: {s.name}" for n, s in job.plan.parsed.items() if not s.name.startswith(gguf_types.PREFIX)]
     if foreign:
         raise refuse(NAME, "it has types of its own; `gguf-recipe` names the nearest:", foreign)
