@@ -59,7 +59,7 @@ def serve(out: Path, scheme: str) -> None:
 
     values = json.loads((out / "reference.json").read_text())
     folder = values["model"] if scheme == "base" else str(out / scheme)
-    engine = LLM(folder, dtype=DTYPE, max_model_len=256, enforce_eager=True)
+    engine = LLM(folder, dtype=DTYPE, max_model_len=256, enforce_eager=True, gpu_memory_utilization=0.4)
     greedy = SamplingParams(temperature=0, max_tokens=CONTINUATION_TOKENS, ignore_eos=True)
     answers = engine.generate([{"prompt_token_ids": prompt} for prompt in values["prompts"]], greedy)
     fdt = []

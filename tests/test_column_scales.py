@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_number_formats import decompressed_weights
 from tiny import TEXT, llama_config, write_model, write_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GemmaConfig
+from transformers import AutoModelForCausalLM, CohereConfig, GemmaConfig
 
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
@@ -197,6 +197,41 @@ def test_scales_that_have_no_place_are_refused(
     with pytest.raises(UserError, match=said):
         measured.export("compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def side_by_side(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A model of Cohere's, whose attention and MLP read one norm, and the kinds of its components."""
+    config = CohereConfig(
+        vocab_size=258, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, eos_token_id=257, bos_token_id=256, logit_scale=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    folder = with_outliers(write_tokenizer(tmp_path / "model"))
+    kinds = {c.name: c.kind for c in read_manifest(ModelSpec(str(folder))).components}
+    return folder, kinds
+
+
+def test_attention_and_mlp_behind_one_norm_cannot_both_scale_it(tmp_path: Path) -> None:
+    folder, kinds = side_by_side(tmp_path)
+    both = {name: "awq-int3-g32" for name, kind in kinds.items() if kind in ("q", "k", "v", "gate", "up")}
+    measured = measured_plan(folder, tmp_path / "store", both)
+    with pytest.raises(UserError, match="has room for one scale of each output"):
+        measured.export("compressed-tensors", tmp_path / "out")
+
+
+def test_where_only_attention_scales_what_both_read_the_mlp_s_columns_are_multiplied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    folder, kinds = side_by_side(tmp_path)
+    plan = {name: "awq-int3-g32" for name, kind in kinds.items() if kind in ("q", "k", "v")}
+    measured = measured_plan(folder, tmp_path / "store", plan)
+    exported = measured.export("compressed-tensors", tmp_path / "out")
+    assert exported.check is not None and exported.check.equal
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    gate = next(name for name, kind in kinds.items() if kind == "gate")
+    assert not torch.equal(after[f"{gate}.weight"], before[f"{gate}.weight"])
 
 
 def test_a_norm_whose_outputs_do_not_follow_its_weights_has_no_place_for_scales(tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def folds_of(job: Job, format_name: str) -> Folds:
                 what = f"{module}: {other.name} reads what {group[0]}: {scheme.name} has scaled"
                 why = "what reads the same has one scheme that scales columns, or stays unquantized (search: fused)"
                 raise refuse(format_name, why, [what])
+            elif module not in group:  # attention and MLP behind one norm
+                what = f"{module} reads what {group[0]} does, and each of them scales it its own way ({scheme.name})"
+                raise refuse(format_name, f"{scaling} has room for one scale of each output", [what])
         before[scaling] = 1 / scales
         held = {tensor_of(f"{scaling}.{leaf}", job.shapes) for leaf in ("weight", "bias")} & job.shapes.keys()
         rows |= dict.fromkeys(held, 1 / scales)
