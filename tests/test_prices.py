@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -393,13 +394,29 @@ def test_a_replica_in_stages_has_no_prices_and_it_says_so(folder: Path) -> None:
     assert "several processes" in in_stages(folder, 2).unpriceable([UP])
 
 
+_BY_FISHER: dict[str, Any] = {
+    "strategy": "fisher",
+    "schemes": ["int3-channel", "int4-channel"],
+    "fisher": {"samples": 40},
+}
+
+
+def searched_by(strategy: str, folder: Path) -> Path:
+    search = _BY_FISHER | {"strategy": strategy, "stop": {"bits_per_weight": 4.5}}
+    run_here(tiny_search(folder, search=search), folder / "store")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_fisher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished search, and its store."""
+    return searched_by("fisher", tmp_path_factory.mktemp("fisher"))
+
+
 @pytest.mark.parametrize("strategy", BY_PRICES)
-def test_a_search_by_prices_alone_ends_with_a_plan(strategy: str, tmp_path: Path) -> None:
-    effort = {"search__width": None, "search__fisher": {"samples": 40}}
-    path = tiny_search(tmp_path, search__strategy=strategy, search__schemes=["int3-channel", "int4-channel"],
-                       search__stop={"bits_per_weight": 4.5}, **effort)  # fmt: skip
-    run_here(path, tmp_path / "store")
-    results = ResultStore(tmp_path / "store")
+def test_a_search_by_prices_alone_ends_with_a_plan(strategy: str, by_fisher: Path, tmp_path: Path) -> None:
+    folder = by_fisher if strategy == "fisher" else searched_by(strategy, tmp_path)
+    results = ResultStore(folder / "store")
     (run,) = results.runs()
     assert run.status == "finished"
     assert results.table("prices").num_rows == len(results.table("components")) * 2 * 2
@@ -422,16 +439,15 @@ def test_intervals_before_anything_is_measured_hold_plans_that_were() -> None:
     assert abs(float(np.mean(off))) < 0.5
 
 
-def test_another_run_takes_no_price_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = {"strategy": "fisher", "schemes": ["int3-channel", "int4-channel"], "fisher": {"samples": 40}}
-    run_here(tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 4.5}}), tmp_path / "store")
+def test_another_run_takes_no_price_again(by_fisher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(by_fisher, tmp_path, dirs_exist_ok=True)
 
     def never(model: Replica, request: PriceRequest) -> PriceBlock:
         raise AssertionError("these are priced")
 
     monkeypatch.setattr(Replica, "price", never)
     # Another budget, and of the schemes one: what is recorded are products of single options.
-    search |= {"schemes": ["int4-channel"], "stop": {"bits_per_weight": 5.0}}
+    search = _BY_FISHER | {"schemes": ["int4-channel"], "stop": {"bits_per_weight": 5.0}}
     run_here(tiny_search(tmp_path, run="other", search=search), tmp_path / "store")
     results = ResultStore(tmp_path / "store")
     own, taken = results.table("prices", run="other"), results.table("prices", run="tiny")
@@ -439,11 +455,8 @@ def test_another_run_takes_no_price_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert {run.status for run in results.runs()} == {"finished"}
 
 
-def test_further_budgets_are_solved_from_a_runs_prices(tmp_path: Path) -> None:
-    search = {"strategy": "fisher", "schemes": ["int3-channel", "int4-channel"], "fisher": {"samples": 40}}
-    path = tiny_search(tmp_path, search=search | {"stop": {"bits_per_weight": 4.5}})
-    run_here(path, tmp_path / "store")
-    results = ResultStore(tmp_path / "store")
+def test_further_budgets_are_solved_from_a_runs_prices(by_fisher: Path) -> None:
+    results = ResultStore(by_fisher / "store")
     (again, small) = solve_budgets(results, "tiny", [4.5, 4.0])
     # What the search found; a uniform plan may have been better on held-out prompts, and be the run's.
     found = results.table("steps", run="tiny")["plan_id"].to_pylist()[0]
