@@ -34,12 +34,16 @@ def test_changes_are_differences_with_schemes(one: Plan, other: Plan) -> None:
     assert {component: scheme.name for component, scheme in one.changes(other).items()} == one.diff(other)
 
 
-@given(st.dictionaries(st.text(), st.sampled_from(SCHEMES)))
+# Of all that JSON writes in ways of its own: hypothesis' own alphabet, all of Unicode, takes seconds to be there.
+names = st.text(st.sampled_from("aZ0_.-/ \"\\\n\t\x00\x1f\x7f\u00e9\u2028\u4e2d\ufeff\U0001f600"), max_size=12)
+
+
+@given(st.dictionaries(names, st.sampled_from(SCHEMES)))
 def test_the_identity_of_a_plan_is_that_of_its_mapping(mapping: dict[str, str]) -> None:
     assert Plan.of(mapping).id == identity(mapping)
 
 
-@given(st.dictionaries(st.text(st.characters(codec="utf-8")), st.sampled_from(SCHEMES)))
+@given(st.dictionaries(names, st.sampled_from(SCHEMES)))
 def test_an_identity_is_128_bits_of_sha256_over_canonical_json(mapping: dict[str, str]) -> None:
     text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     assert Plan.of(mapping).id == hashlib.sha256(text.encode()).hexdigest()[:32]
