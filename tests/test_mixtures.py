@@ -28,7 +28,7 @@ from tiny import TEXT, TRAINING, replica, write_tokenizer
 from dtmsearch import config
 from dtmsearch.analysis.format import edge_in_words
 from dtmsearch.analysis.verdict import rival_of, verdict
-from dtmsearch.config.search_section import StopSection
+from dtmsearch.config.stop_section import StopSection
 from dtmsearch.console.run_text import run_text
 from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, Routing, Through, calibration_id
 from dtmsearch.core.components import Component, ModelManifest, read_header

@@ -35,7 +35,7 @@ def test_changes_are_differences_with_schemes(one: Plan, other: Plan) -> None:
 
 
 # Of all that JSON writes in ways of its own: hypothesis' own alphabet, all of Unicode, takes seconds to be there.
-names = st.text(st.sampled_from("aZ0_.-/ \"\\\n\t\x00\x1f\x7f\u00e9\u2028\u4e2d\ufeff\U0001f600"), max_size=12)
+names = st.text(st.sampled_from('aZ0_.-/ "\\\n\t\x00\x1f\x7f\u00e9\u2028\u4e2d\ufeff\U0001f600'), max_size=12)
 
 
 @given(st.dictionaries(names, st.sampled_from(SCHEMES)))

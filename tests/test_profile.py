@@ -11,7 +11,7 @@ from tiny import llama_config, write_model
 
 from dtmsearch import config
 from dtmsearch.cli import main
-from dtmsearch.config.search_section import TimesSection
+from dtmsearch.config.stop_section import TimesSection
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.compress.serving_kernels import served
 from dtmsearch.workflows import profile as profiling

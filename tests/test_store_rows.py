@@ -24,7 +24,7 @@ from dtmsearch.store.codecs.evaluations import evaluations_table, summary_of
 from dtmsearch.store.codecs.plans import PlanFigures, PlanRows, plan_of
 from dtmsearch.store.store import ResultStore
 
-TEXT = st.text("aZ0_. \"\\\n\x00\u00e9\u4e2d\U0001f600", max_size=8)
+TEXT = st.text('aZ0_. "\\\n\x00\u00e9\u4e2d\U0001f600', max_size=8)
 MICROSECONDS = st.integers(0, 2**51).map(lambda us: us / 1_000_000)
 FINITE = st.floats(allow_nan=False)
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from dtmsearch.config.reading import MOST_BYTES, explain, flatten, override_key, read_yaml, read_yaml_file
-from dtmsearch.config.search_section import SearchSection, TimesSection, leave_out_unused
+from dtmsearch.config.search_section import SearchSection, leave_out_unused
 from dtmsearch.config.sections import (
     CalibrationSection,
     DatasetSection,
@@ -28,6 +28,7 @@ from dtmsearch.config.sections import (
     Seed,
     ValidationSection,
 )
+from dtmsearch.config.stop_section import TimesSection
 from dtmsearch.core.calibration import Routing, Through
 from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, WithJsonSchema, field_validator, model_validator
 
+from dtmsearch.config.decoding_section import DecodingSection
 from dtmsearch.config.sections import Section
+from dtmsearch.config.stop_section import StopSection, TimesSection
 from dtmsearch.core import plugins
 from dtmsearch.core.components import BlockKind, Experts
-from dtmsearch.core.decoding import MOST_SEED, Decoding
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.plan import Budget
 from dtmsearch.core.scheme_names import ALIASES
@@ -37,7 +38,6 @@ from dtmsearch.core.strategy_settings import (
     TreeSettings,
     Within,
 )
-from dtmsearch.core.times import PICOSECONDS, Times
 from dtmsearch.core.training_settings import RecoverySettings
 
 
@@ -55,94 +55,6 @@ _KEEP_TO_SIZES = (
     *("probe", "knapsack", "fisher", "squared_gradients", "gradient_changes", "spdy", "evolution", "local"),
     *("mc_moe", "sparsity", "floating"),
 )
-
-
-class TimeRow(Section):
-    """What a matrix of a shape takes under a scheme."""
-
-    scheme: str
-    """The scheme, `dense` among them."""
-    outputs: Positive
-    """Rows of the matrix."""
-    inputs: Positive
-    """Its columns."""
-    decode_ms: float = Field(ge=0)
-    """Milliseconds for one token."""
-    prefill_ms: float = Field(ge=0)
-    """Milliseconds for prefill_tokens at once."""
-
-    @field_validator("scheme")
-    @classmethod
-    def _by_its_name(cls, name: str) -> str:
-        return parse_scheme(name).name
-
-
-class TimesSection(Section):
-    """What matrices take to run, as measured on the device that serves: what `dtmsearch profile` writes."""
-
-    device: str = ""
-    """Where it was measured."""
-    prefill_tokens: Positive = 512
-    """Tokens of the prompt that prefill_ms is for."""
-    rows: tuple[TimeRow, ...] = Field(min_length=1)
-    """A row for every scheme, `dense` among them, and every shape of the searched components."""
-
-    @property
-    def table(self) -> Times:
-        """The rows by scheme and shape."""
-        rows = {
-            (row.scheme, row.outputs, row.inputs): (
-                round(row.decode_ms * PICOSECONDS),
-                round(row.prefill_ms * PICOSECONDS),
-            )
-            for row in self.rows
-        }
-        return Times(rows, self.prefill_tokens, self.device)
-
-
-class StopSection(Section):
-    """A search ends at the first rule that is met."""
-
-    share: float | None = Field(default=None, gt=0, le=1)
-    """This share of the searched components' weights is compressed."""
-    components: int | None = Field(default=None, ge=1)
-    """So many components are compressed."""
-    bits_per_weight: float | None = Field(default=None, gt=0)
-    """The plan's average stored bits per weight are at most this."""
-    sparsity: float | None = Field(default=None, gt=0, le=1)
-    """This share of the weights is pruned."""
-    size_mb: float | None = Field(default=None, gt=0)
-    """The plan's stored size is at most this many megabytes (10^6 bytes)."""
-    active_bits_per_weight: float | None = Field(default=None, gt=0)
-    """Of a mixture of experts: the stored bits that a token reads are at most this for each weight that it reads, an
-    expert's counted by the share of the experts that a token is given to. Elsewhere the same as bits_per_weight."""
-    decode_ms: float | None = Field(default=None, gt=0)
-    """The components take at most so many milliseconds for one token, by search.times."""
-    prefill_ms: float | None = Field(default=None, gt=0)
-    """The components take at most so many milliseconds for a prompt of search.times' length."""
-    blocks: int | None = Field(default=None, ge=1)
-    """So many attention and MLP blocks are dropped whole; a layer counts as its blocks."""
-    parameters: float | None = Field(default=None, ge=0, lt=1)
-    """At most this share of the searched components' weights is left, once what is dropped is taken out."""
-    flops: float | None = Field(default=None, ge=0, lt=1)
-    """At most this share of a token's multiplications with these weights is left, an expert's counted by the share of
-    tokens that it is given."""
-    min_fdt: float | None = Field(default=None, ge=0)
-    """The smallest plan whose mean FDT is shown to be at least this many tokens, on prompts that the search did not
-    see."""
-    min_fdt_confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """With what confidence min_fdt is kept: so seldom does a plan that falls below it count as keeping it."""
-    min_fdt_prompts: int | None = Field(default=None, ge=8)
-    """On how many prompts of its own min_fdt is shown to be kept, cut from what is left of the prompts' text, else of
-    the validation's; as many as prompts.count where it is not set."""
-    seconds: float | None = Field(default=None, gt=0)
-    """The search has taken this long."""
-
-    @property
-    def budget(self) -> Budget:
-        sizes = self.bits_per_weight, self.sparsity, self.size_mb, self.active_bits_per_weight
-        times = self.decode_ms, self.prefill_ms
-        return Budget(self.share, self.components, *sizes, *times, self.blocks, self.parameters, self.flops)
 
 
 # The strategies of this package, which `dtmsearch.search.strategies` registers under these names, and `sparsity`.
@@ -241,31 +153,6 @@ def _is_given(search: Mapping[str, Any], key: str) -> bool:
 def _or_a_path(schema: dict[str, Any]) -> None:
     """A section that may be given as the path of a file that holds it."""
     schema["anyOf"].insert(0, {"type": "string"})
-
-
-class DecodingSection(Section):
-    """How the base model's continuations, and the choices that are held against them, are decoded. Sampled ones are by
-    noise of each prompt, position and token that is the same for every model, so that divergence stays defined."""
-
-    temperature: float = Field(default=Decoding.temperature, ge=0)
-    """What logits are divided by before a token is sampled; 0: every token is the likeliest."""
-    top_k: int = Field(default=Decoding.top_k, ge=0)
-    """Sample from so many of the likeliest tokens; 0: from all."""
-    top_p: float = Field(default=Decoding.top_p, gt=0, le=1)
-    """Sample from the likeliest tokens that together have this probability, of those that top_k leaves."""
-    seed: int = Field(default=Decoding.seed, ge=0, le=MOST_SEED)
-    """Chooses the noise."""
-
-    @model_validator(mode="after")
-    def _of_samples(self) -> DecodingSection:
-        given = [name for name in ("top_k", "top_p", "seed") if getattr(self, name) != getattr(Decoding, name)]
-        if self.temperature == 0.0 and given:
-            raise ValueError(f"{given[0]} is for tokens that are sampled; give a temperature above 0, such as 0.8")
-        return self
-
-    @property
-    def decoding(self) -> Decoding:
-        return Decoding(self.temperature, self.top_k, self.top_p, self.seed)
 
 
 class SearchSection(Section):

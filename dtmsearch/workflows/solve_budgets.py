@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile
-from dtmsearch.config.search_section import StopSection
+from dtmsearch.config.stop_section import StopSection
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.plan_file import plan_to_json
