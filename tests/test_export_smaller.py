@@ -107,6 +107,55 @@ def test_a_model_without_its_first_attention_continues_a_text_as_it_reads_it(
     assert written[0, 20:].tolist() == best[0, 19:-1].tolist()
 
 
+EVEN = {f"model.layers.{layer}.mlp": "channels-0.25-ziplm-repair" for layer in range(4)}
+HEADS = {f"model.layers.{layer}.self_attn": "heads-1:2-wanda" for layer in range(4)}
+UNEVEN = {"model.layers.0.mlp": "channels-0.25-ziplm-repair", "model.layers.2.self_attn": "heads-1:2-wanda"}
+PRUNED = {"model.layers.0.mlp.down_proj": "wanda-0.5"}
+
+
+def test_one_width_of_all_layers_is_said_by_an_ordinary_configuration(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    made = measured_plan(llama, tmp_path / "store", EVEN | HEADS | ROUNDED).export(
+        "compressed-tensors", tmp_path / "out"
+    )
+    assert made.check is not None and made.check.equal
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "model_type"
+    assert [config[name] for name in names] == [36, 2, 1, 8, "llama"]
+    assert not (tmp_path / "out" / CODE_FILE).exists()
+
+
+@pytest.mark.parametrize("further", [{}, PRUNED, BLOCKS | {"model.layers.1": DROP}], ids=["alone", "pruned", "dropped"])
+def test_several_widths_bring_the_code_that_builds_them(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: dict[str, str]
+) -> None:
+    in_process(monkeypatch)
+    made = measured_plan(llama, tmp_path / "store", UNEVEN | further).export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 36)
+
+
+def test_cut_blocks_of_transposed_matrices_with_biases_are_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    config = GPT2Config(vocab_size=258, n_positions=128, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2,
+                        eos_token_id=257, bos_token_id=256)  # fmt: skip
+    model = write_model(tmp_path / "model", config)
+    plan = {"transformer.h.1.mlp": "channels-0.25-wanda-repair"}
+    made = measured_plan(model, tmp_path / "store", plan).export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
+
+
+@pytest.mark.parametrize("to", ["evopress", "llm-compressor"])
+def test_formats_without_cut_blocks_refuse_them_in_a_line(llama: Path, tmp_path: Path, to: str) -> None:
+    with pytest.raises(UserError, match="it holds no model without some of its blocks, or with cut ones"):
+        measured_plan(llama, tmp_path / "store", UNEVEN).export(to, tmp_path / "out")
+
+
 SHAPE: dict[str, Any] = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
          "eos_token_id": 257, "bos_token_id": 256, "initializer_range": 0.2}  # fmt: skip
 NEOX = GPTNeoXConfig(**SHAPE, intermediate_size=64, max_position_embeddings=128, tie_word_embeddings=False)

@@ -336,8 +336,8 @@ class SearchSection(Section):
             return
         for name in self.schemes:
             scheme = parse_scheme(name)
-            if scheme.solved is not None or scheme.is_source:
-                why = "is solved for whole matrices" if scheme.solved is not None else "keeps whole matrices"
+            if scheme.solved is not None or scheme.is_source or scheme.scaled:
+                why = "keeps whole matrices" if scheme.is_source else "is solved for whole matrices"
                 raise ValueError(f"search.cut: {name} {why}, and cut blocks have smaller ones; leave one of both out")
         if self.times is not None:
             raise ValueError(

@@ -30,7 +30,7 @@ def load(job: Job) -> Any:
             f"the trained weights {job.weights_id} cannot be put into the files of {job.manifest.model}: transformers "
             "puts these tensors together when it loads them"
         )
-    return model_as_loaded(job.folder, job.dtype)
+    return model_as_loaded(job.folder, job.dtype, job.trust_remote_code)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
-"""A base checkpoint without what a plan drops, which formats are written from: real layers fewer, real tensors fewer.
+"""A base checkpoint without what a plan drops and cuts, which formats are written from: real layers fewer, real tensors
+fewer and smaller.
 
 Layers of which nothing is left go, and those above move down: an ordinary checkpoint of fewer `num_hidden_layers`, with
 every list that its configuration has of layers cut. Single attention and MLP blocks have no place in an ordinary
 configuration: their tensors go, and a small file of code beside the weights builds the model without them. Its
 configuration bears a `model_type` of its own, so that nothing that ignores the file loads it as the base model's family
-with random weights in their places.
+with random weights in their places. One width of all layers is said by an ordinary configuration; of several, the same
+file makes the matrices smaller.
 """
 
 from __future__ import annotations
@@ -14,21 +16,24 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import ModelSpec
-from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan import Plan, cut_by, is_even, widths_left
 from dtmsearch.core.schemes import Scheme
+from dtmsearch.core.widths import side_of
 from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job
 from dtmsearch.export.writer import ShardWriter, copy_other_files
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.compress.number_rounding import NumberCodes
+from dtmsearch.model.compress.width import indices
 from dtmsearch.model.modules.blocks import returned_kind
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import empty_model
@@ -46,19 +51,20 @@ def dropped_blocks(plan: Plan, manifest: ModelManifest) -> list[str]:
 
 
 def single_blocks(plan: Plan, manifest: ModelManifest) -> list[str]:
-    """Those of them that a plan drops of layers of which something is left."""
+    """Those of them that a plan drops of layers of which something is left, and those that it cuts where layers are of
+    several widths."""
     left = {c.layer for c in manifest.components if not plan.drops(c.name)}
-    return [name for name in dropped_blocks(plan, manifest) if manifest.by_name[name].layer in left]
+    cut = [] if is_even(plan, manifest.components) else sorted(plan.widths)
+    return [*(name for name in dropped_blocks(plan, manifest) if manifest.by_name[name].layer in left), *cut]
 
 
 @contextmanager
 def without_dropped(job: Job, beside: Path) -> Iterator[Job]:
-    """Within, the job over a checkpoint without the blocks and layers that its plan drops, by the names that their
-    neighbours have there; the job itself where it drops none. The checkpoint lies in a folder `beside` the export's
-    own while that is written, where there must be room for both. Raises `UserError` for a model whose configuration
-    does not say it."""
-    names = dropped_blocks(job.plan, job.manifest)
-    if not names:
+    """Within, the job over a checkpoint without the blocks and layers that its plan drops, and with those cut that it
+    cuts, by the names that their neighbours have there; the job itself where it does neither. The checkpoint lies in a
+    folder `beside` the export's own while that is written, where there must be room for both. Raises `UserError` for a
+    model whose configuration does not say it."""
+    if not (dropped_blocks(job.plan, job.manifest) or job.plan.widths):
         yield job
         return
     shape = _Shape(job)
@@ -69,8 +75,9 @@ def without_dropped(job: Job, beside: Path) -> Iterator[Job]:
 
 
 class _Shape:
-    """What is left of a job's model: `kept` layers by their numbers before, and single blocks that are `out`, by their
-    names afterwards."""
+    """What is left of a job's model: `kept` layers by their numbers before, single blocks that are `out`, by their
+    names afterwards, and matrices that are `cut`, by their names before. `in_code`: the configuration alone does not
+    say it."""
 
     def __init__(self, job: Job) -> None:
         self._job, plan = job, job.plan
@@ -89,6 +96,12 @@ class _Shape:
         first = job.manifest.components[0]
         tensor = next(iter(job.tensors_of(first.name)), f"{first.name}.weight")
         self._in_files = tensor.split(f".{first.layer}.")[0]
+        self.cut = {
+            c.name: _CutMatrix(c, *_what_stays(job, c)) for c in job.manifest.components if plan.width_of(c) is not None
+        }
+        self._cut_tensors = {name: cut for cut in self.cut.values() for name in _tensors_of(job, cut.matrix)}
+        self._even = self._even_config() if is_even(plan, job.manifest.components) else None
+        self.in_code = bool(self.out) or (bool(self.cut) and self._even is None)
 
     def renamed(self, name: str, layers: str = "") -> str:
         """A module's or a tensor's name once the layers below it are fewer."""
@@ -108,12 +121,13 @@ class _Shape:
     def write(self, folder: Path) -> None:
         """The smaller checkpoint."""
         config = self._config()
-        if self.out:
+        if self.in_code:
             config = self._with_code(config, folder)
         writer = ShardWriter(folder, self._job)
         for name in self._job.shapes:
             if self._stays(name):
-                writer.add(self.renamed(name, self._in_files), self._job.read(name))
+                tensor, cut = self._job.read(name), self._cut_tensors.get(name)
+                writer.add(self.renamed(name, self._in_files), tensor if cut is None else cut.of(name, tensor))
         writer.close()
         copy_other_files(self._job, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -129,6 +143,7 @@ class _Shape:
             layer = self._place.get(component.layer, component.layer)
             if component.layer >= job.manifest.num_layers:
                 layer = len(self.kept)
+            component = cut_by(plan, component)
             return replace(component, name=self.renamed(component.name), layer=layer,
                            mixture=component.mixture and self.renamed(component.mixture))  # fmt: skip
 
@@ -141,16 +156,17 @@ class _Shape:
             others=tuple(map(moved, others)),
             routers=tuple(self.renamed(name) for name in routers),
         )
-        blocks = set(dropped_blocks(plan, job.manifest))
+        blocks = {*dropped_blocks(plan, job.manifest), *plan.widths}
+        columns = {name: cut.at for name, cut in self.cut.items() if side_of(cut.matrix) == "cols"}
         schemes = {self.renamed(name): scheme for name, scheme in plan.entries if name not in blocks}
         return replace(
             job,
             folder=folder,
             manifest=manifest,
             plan=Plan.of(schemes),
-            compressor=_Renamed(job.compressor, base),
+            compressor=_Renamed(job.compressor, base, columns),
             trained=None,  # they are in the folder
-            trust_remote_code=job.trust_remote_code or bool(self.out),
+            trust_remote_code=job.trust_remote_code or self.in_code,
         )
 
     def _gone(self, component: Component) -> set[int]:
@@ -168,19 +184,41 @@ class _Shape:
         for key, value in text.to_dict().items():
             if isinstance(value, list) and len(value) == before:
                 part[key] = [value[layer] for layer in self.kept]
+        part.update({} if self._even is None else self._even)
         config["dtype"] = str(self._job.dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
         config.pop("transformers_weights", None)
         return config
 
+    def _even_config(self) -> dict[str, int] | None:
+        """What a configuration says of one width of all layers; None where the family's has no name for it."""
+        text: Any = self._model.config.get_text_config()
+        found: dict[str, int] = {}
+        for kind, layers in widths_left(self._job.plan, self._job.manifest.components).items():
+            ((left, whole),) = set(layers.values())
+            if kind == "channels":
+                names = [name for name in _CHANNELS if getattr(text, name, None) == whole]
+                if not names:
+                    return None
+                found[(getattr(text, "attribute_map", None) or {}).get(names[0], names[0])] = left
+            else:
+                heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+                if groups != whole:
+                    return None
+                each = getattr(text, "head_dim", None) or text.hidden_size // heads
+                found |= {"num_attention_heads": heads * left // whole, "num_key_value_heads": left, "head_dim": each}
+        return found
+
     def _check(self, folder: Path) -> None:
         """Raises `UserError` unless the model that the smaller configuration builds has, layer by layer, what those had
         that it keeps: its family may say by a number, of every so many, what its layers are."""
-        spec = ModelSpec(str(folder), dtype="float32", trust_remote_code=self._job.trust_remote_code or bool(self.out))
+        spec = ModelSpec(str(folder), dtype="float32", trust_remote_code=self._job.trust_remote_code or self.in_code)
         before, after = find_layers(self._model)[1], find_layers(empty_model(folder, spec))[1]
         for at, layer in enumerate(self.kept):
             out = {name.removeprefix(f"{self.layers_name}.{at}.") for name in self.out}
-            own, made = (_described(part, out) for part in (before[layer], after[at]))
+            place = f"{self.layers_name}.{layer}."
+            cut = {n.removeprefix(place): c for n, c in self.cut.items() if n.startswith(place)}
+            own, made = _described(before[layer], out, cut, before=True), _described(after[at], out, cut)
             if own != made:
                 what = next(iter(sorted(set(own.items()) ^ set(made.items()), key=str)))[0]
                 raise UserError(
@@ -193,10 +231,12 @@ class _Shape:
         kind, own = type(self._model), type(self._model.config)
         if config.get("auto_map") or not kind.__module__.startswith("transformers."):
             raise UserError(
-                f"{self._job.manifest.model} runs code of its own, beside which none is written that leaves out "
-                f"{next(iter(self.out.values())).name}; drop whole layers (search.drop: [layer])"
+                f"{self._job.manifest.model} runs code of its own, beside which none is written that leaves out or "
+                f"cuts {next(iter((*(b.name for b in self.out.values()), *self.cut)))}; drop whole layers "
+                "(search.drop: [layer])"
             )
-        manners = self._manners()
+        manners = self._manners() if self.out else {}
+        cut = {self.renamed(name): list(each.shape) for name, each in self.cut.items() if self._even is None}
         left_out = {name: [block.kind, *manners[block.name]] for name, block in self.out.items()}
         (folder / CODE_FILE).write_text(_code(kind.__name__, own.__name__, own.model_type), encoding="utf-8")
         module = CODE_FILE.removesuffix(".py")
@@ -208,6 +248,7 @@ class _Shape:
                 "AutoModelForCausalLM": f"{module}.WithoutBlocks",
             },
             "left_out": left_out,
+            "cut": cut,
         }
 
     def _manners(self) -> dict[str, tuple[int, int | str | None]]:
@@ -244,8 +285,12 @@ def _is_part(value: Any, text: Any) -> bool:
     return isinstance(value, dict) and value.get("model_type") == text.model_type
 
 
-def _described(layer: nn.Module, out: set[str]) -> dict[str, str]:
-    """A layer by its modules, their simple attributes and the shapes of their weights, but for blocks that are out."""
+def _described(
+    layer: nn.Module, out: set[str], cut: Mapping[str, _CutMatrix] = MappingProxyType({}), before: bool = False
+) -> dict[str, str]:
+    """A layer by its modules, their simple attributes and the shapes of their weights, but for blocks that are out and
+    numbers in what is cut; `before` it is cut as it will be."""
+    blocks = {name.rpartition(".")[0] for name in cut}
     found: dict[str, str] = {}
     for name, module in layer.named_modules():
         if any(name == block or name.startswith(f"{block}.") for block in out):
@@ -256,6 +301,10 @@ def _described(layer: nn.Module, out: set[str]) -> dict[str, str]:
             if isinstance(value, str | int | float | bool) and not key.startswith("_") and key not in _NUMBERS
         }
         shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+        if name in blocks or name in cut:
+            plain = {key: value for key, value in plain.items() if isinstance(value, str | bool)}
+        if before and name in cut:
+            shapes = {key: cut[name].shape_of(key, shape) for key, shape in shapes.items()}
         found[name or "class"] = f"{type(module).__name__} {sorted(plain.items())} {sorted(shapes.items())}"
     return found
 
@@ -264,14 +313,78 @@ def _described(layer: nn.Module, out: set[str]) -> dict[str, str]:
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
 
+# What families call the channels of an MLP in their configurations.
+_CHANNELS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "feed_forward_size")
+
+
+@dataclass(frozen=True)
+class _CutMatrix:
+    """A matrix of a block that is cut: the rows or columns that stay, and what it is then where it was repaired."""
+
+    matrix: Component
+    at: Tensor
+    repaired: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.matrix.shape
+        return (len(self.at), cols) if side_of(self.matrix) == "rows" else (rows, len(self.at))
+
+    def shape_of(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one of its parameters."""
+        if parameter == "weight":
+            return self.shape[::-1] if self.matrix.transposed else self.shape
+        return (len(self.at),) if side_of(self.matrix) == "rows" else shape
+
+    def of(self, tensor: str, values: Tensor) -> Tensor:
+        """One of its tensors."""
+        rows, at = side_of(self.matrix) == "rows", self.at.to(values.device)
+        if values.ndim < 2:
+            return values[at] if rows else values
+        if rows:
+            return (values[:, at] if self.matrix.transposed else values[at]).contiguous()
+        if self.repaired is not None:
+            made = self.repaired.to(values)
+            return made.t().contiguous() if self.matrix.transposed else made
+        return (values[at] if self.matrix.transposed else values[:, at]).contiguous()
+
+
+def _what_stays(job: Job, matrix: Component) -> tuple[Tensor, Tensor | None]:
+    """The rows or columns of a matrix that stay, and what it is where it was repaired."""
+    scheme = job.plan.widths[matrix.block]
+    assert scheme.width is not None
+    units = scheme.width.units(matrix)
+    try:
+        cut = job.compressor.cut(matrix.block, scheme, units, job.device)
+    except ValueError as error:
+        raise UserError(f"{error}: the store does not hold it") from error
+    return indices(matrix, cut.kept, units), cut.last if side_of(matrix) == "cols" else None
+
+
+def _tensors_of(job: Job, matrix: Component) -> list[str]:
+    """The tensors in the files of a matrix that is cut: its weights and its bias."""
+    found = job.tensors_of(matrix.name)
+    if len(found) != 1:
+        raise UserError(
+            f"{matrix.name} cannot be cut in files: they hold it in {len(found)} tensors, and the model in one. Export "
+            "--to json keeps the plan"
+        )
+    bias = found[0].removesuffix("weight") + "bias"
+    return [found[0], *([bias] if bias in job.shapes else [])]
+
+
 class _Renamed(Compressor):
     """A compressor of the base model's components, asked by the names that they have in a smaller model.
 
     `_own` is the same compressor, asked by the names of the base model: what it asks of itself is named so already, and
     the name of a layer may be that of another before."""
 
-    def __init__(self, inner: Compressor, base: Mapping[str, str]) -> None:
+    def __init__(self, inner: Compressor, base: Mapping[str, str], columns: Mapping[str, Tensor]) -> None:
         self.__dict__.update(inner.__dict__)
+        squares = self._mean_squares
+        self._mean_squares = squares | {
+            name: squares[name][at.to(squares[name].device)] for name, at in columns.items() if name in squares
+        }
         self._own = Compressor.__new__(Compressor)
         self._own.__dict__ = self.__dict__
         self._base, self._smaller = dict(base), {old: new for new, old in base.items()}
@@ -309,11 +422,14 @@ class _Renamed(Compressor):
 
 
 def _code(model: str, config: str, model_type: str) -> str:
-    """The file of code that builds a family's model without the blocks that its configuration names."""
-    return f'''"""{model} without some of its attention and MLP blocks: those that config.json names under `left_out`.
+    """The file of code that builds a family's model without the blocks that its configuration names, and with smaller
+    matrices where it says so."""
+    return f'''"""{model} without some of its attention and MLP blocks, those that config.json names under `left_out`,
+and with matrices of fewer rows or columns, those that it names under `cut`.
 
 Written by dtmsearch. transformers runs this file where it is told trust_remote_code=True, and refuses the folder where
-it is not: as an ordinary {model_type} model it would be loaded with random weights in the place of what is left out.
+it is not: as an ordinary {model_type} model it would be loaded with random weights in the place of what is left out or
+smaller.
 Engines with model code of their own (vLLM, SGLang, llama.cpp) do not load it.
 """
 
@@ -370,4 +486,12 @@ class WithoutBlocks({model}):
             parent, _, child = name.rpartition(".")
             layer = next(int(part) for part in name.split(".") if part.isdigit())
             setattr(self.get_submodule(parent), child, LeftOut(kind, outputs, layer, residual))
+        for name, (rows, cols) in config.cut.items():
+            parent, _, child = name.rpartition(".")
+            before = self.get_submodule(name)
+            if isinstance(before, nn.Linear):
+                made = nn.Linear(cols, rows, bias=before.bias is not None)
+            else:
+                made = type(before)(rows, cols)
+            setattr(self.get_submodule(parent), child, made)
 '''

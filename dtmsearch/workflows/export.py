@@ -123,9 +123,10 @@ def resolve(
         )
     if is_checked and form.by_llama_cpp and found.recorded is not None:
         check_enough_prompts(found.recorded)
-    blocks = dropped_blocks(found.plan, found.manifest)
+    blocks = [*dropped_blocks(found.plan, found.manifest), *sorted(found.plan.widths)]
     if blocks and form.name not in ("json", *SMALLER):
-        raise refuse(to, f"it holds no model without some of its blocks; {', '.join(SMALLER)} do", blocks)
+        why = f"it holds no model without some of its blocks, or with cut ones; {', '.join(SMALLER)} do"
+        raise refuse(to, why, blocks)
     of_weights, cache_scheme = _told_apart(found, form, runtime)
     job = _job(replace(found, plan=of_weights), runtime, results, cache_scheme)
     if form.is_checked:
@@ -134,8 +135,8 @@ def resolve(
     if single and form.name != "json":
         raise refuse(
             f"{form.name}, for {job.runtime},",
-            "engines run no model without single attention or MLP blocks; drop whole layers (search.drop: [layer]), or "
-            "export for transformers",
+            "engines run no model without single attention or MLP blocks, or of several widths; drop whole layers "
+            "(search.drop: [layer]), or export for transformers",
             single,
         )
     if job.fuses and to == PACKED:
