@@ -14,7 +14,7 @@ import torch
 from fakes import FakeEvaluator, run_search
 from tiny import TEXT, llama_config, values, with_reference, write_model
 from torch import Tensor
-from transformers import GPT2Config, PretrainedConfig
+from transformers import GPT2Config, Olmo2Config, OPTConfig, PretrainedConfig
 
 from dtmsearch.config import parse
 from dtmsearch.core.components import Component
@@ -72,6 +72,10 @@ def logits(replica: Replica, plan: Plan, calibration: str = "", change: Callable
     return found
 
 
+OPT = OPTConfig(vocab_size=258, max_position_embeddings=128, hidden_size=32, ffn_dim=48, num_hidden_layers=3,
+                num_attention_heads=4, word_embed_proj_dim=32, init_std=0.2, do_layer_norm_before=True)  # fmt: skip
+OLMO2 = Olmo2Config(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2)  # fmt: skip
 GPT2 = GPT2Config(vocab_size=258, n_positions=128, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2)
 
 
@@ -115,6 +119,25 @@ def test_a_cut_block_is_the_block_with_what_goes_at_zero(
     assert torch.equal(cut.float(), zeroed.float())
     assert not torch.equal(cut.float(), whole.float())
     assert torch.equal(logits(replica, Plan()), whole)
+
+
+@pytest.mark.parametrize(
+    ("config", "block", "scheme"),
+    [
+        (llama_config(), ATTENTION, "heads-2:4-magnitude"),
+        (llama_config(), ATTENTION, "heads-3:4-magnitude"),
+        (OPT, "model.decoder.layers.1.self_attn", "heads-1:2-magnitude"),
+        (OPT, "model.decoder.layers.1.self_attn", "heads-3:4-magnitude"),
+        (OLMO2, ATTENTION, "heads-1:2-magnitude"),
+    ],
+    ids=["halves of heads", "parts of heads", "opt, halves", "opt", "norms over all heads"],
+)
+def test_heads_that_a_family_takes_apart_in_its_own_way_are_not_cut(
+    tmp_path: Path, config: PretrainedConfig, block: str, scheme: str
+) -> None:
+    replica, _, calibration = calibrated(tmp_path, config)
+    with pytest.raises(UserError, match=f"{block} cannot be cut by {scheme}"):
+        replica.solve(calibration, [(block, scheme)])
 
 
 def test_a_cut_block_has_smaller_matrices(llama: tuple[Replica, str, str]) -> None:

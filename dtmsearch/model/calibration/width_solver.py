@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtmsearch.core.calibration import PackedMatrix
 from dtmsearch.core.components import Component, ModelManifest
@@ -21,7 +21,11 @@ from dtmsearch.model.calibration.calibration_texts import CalibrationTexts
 from dtmsearch.model.calibration.hessians import Hessians
 from dtmsearch.model.calibration.matrix_solver import MatrixSolver
 from dtmsearch.model.compress.width import chosen, first_by_inverse, indices, packed_cut, refitted, summed
+from dtmsearch.model.modules.cut_blocks import why_not_cut
 from dtmsearch.model.weights.standing import Standing
+
+# Tokens on which cut blocks are tried.
+_PROOF_TOKENS = 16
 
 
 class WidthSolver:
@@ -40,6 +44,7 @@ class WidthSolver:
         self._saliences: dict[str, Tensor] = {}
         self._orders: dict[str, Tensor] = {}
         self._of: tuple[str | None, str] = None, ""
+        self._proven = set[tuple[type, str, int]]()
 
     def solve(self, pairs: Iterable[tuple[str, Scheme]]) -> list[PackedMatrix]:
         """What stays of blocks under widths, packed, in order of the pairs; it is at hand from then on."""
@@ -51,6 +56,8 @@ class WidthSolver:
         held = ((pair, compressor.solved(pair[0], scheme)) for pair, scheme in wanted.items())
         found = {pair: packed for pair, packed in held if packed is not None}
         missing = {pair: scheme for pair, scheme in wanted.items() if pair not in found}
+        for (block, _), scheme in missing.items():
+            self._prove(self._manifest.by_name[block], scheme)
         by_layer: dict[int, list[tuple[str, Scheme]]] = {}
         for (block, _), scheme in missing.items():
             by_layer.setdefault(self._manifest.by_name[block].layer, []).append((block, scheme))
@@ -61,6 +68,27 @@ class WidthSolver:
                 found[block, scheme.name] = packed
         compressor.trim(wanted.keys())
         return [found[pair] for pair in wanted]
+
+    def _prove(self, block: Component, scheme: Scheme) -> None:
+        """Raises `UserError` for a block whose code does not compute, once it is cut, what it does where the last
+        matrix has zeros for what goes: it may take heads apart by a number of its own, or have something further of
+        each unit. Each kind of block is tried once in a process, on a few tokens, in at least 32 bits."""
+        width, body = scheme.width, self._standing.body
+        module = body.model.get_submodule(block.name)
+        assert width is not None
+        kind = type(module), width.kind, width.groups
+        if kind in self._proven or body.how_it_runs():
+            return
+        inside = [c for c in self._manifest.components if c.block == block.name]
+        with self._standing.on_base(), self._standing.eagerly(), torch.no_grad():
+            tokens = self._texts.gatherer(self._texts.in_use).batches[0][:1, :_PROOF_TOKENS]
+            args, kwargs = _arguments_of(body.model, module, tokens)
+            problem = why_not_cut(module, block.name, inside, width, args, kwargs)
+        if problem:
+            raise UserError(
+                f"{block.name} cannot be cut by {scheme.name}: {problem}. Leave such widths out (search.cut)"
+            )
+        self._proven.add(kind)
 
     def _packed(self, block: Component, scheme: Scheme) -> PackedMatrix:
         width = scheme.width
@@ -140,3 +168,14 @@ class WidthSolver:
                     parameter.requires_grad_(False)
                     parameter.grad = None
         return found
+
+
+def _arguments_of(model: Any, module: nn.Module, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a module is called with as the model reads some tokens."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = module.register_forward_pre_hook(lambda _, args, kwargs: found.append((args, kwargs)), with_kwargs=True)
+    try:
+        model(input_ids=tokens, use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]

@@ -182,7 +182,7 @@ def _device_of(name: str, places: Mapping[str, int | str]) -> torch.device:
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
-def model_as_loaded(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def model_as_loaded(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model of a folder as transformers loads it, in the host's memory, in `dtype`."""
     kind = loader(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
     how = {"dtype": dtype, "device_map": {"": "cpu"}, "use_safetensors": True}
