@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from dtmsearch.core.calibration import FloatArray
 from dtmsearch.core.components import Component
 from dtmsearch.model.calibration.expert_inputs import ExpertInputs
-from dtmsearch.model.forward.partial import Body, State
+from dtmsearch.model.forward.boundary_states import State
+from dtmsearch.model.forward.partial import Body
 
 # Inputs that are remembered to know them again: those who read the same are called in short succession.
 _REMEMBERED = 4

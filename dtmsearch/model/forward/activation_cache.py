@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.evaluation import StatesKept
+from dtmsearch.model.forward.boundary_states import Below, State
 from dtmsearch.model.forward.layer_reuse import Outputs, Reuse
-from dtmsearch.model.forward.partial import Below, Body, State
+from dtmsearch.model.forward.partial import Body
 
 # On a CPU what is kept may take this part of the model's weights, but need not be less than some megabytes.
 _PROCESSOR_SHARE, _PROCESSOR_BYTES = 0.02, 48 << 20

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.model.compress.bitsandbytes_layers import runs_by_token
+from dtmsearch.model.forward.boundary_states import State
 from dtmsearch.model.forward.call_trace import watch, weighted_modules
-from dtmsearch.model.forward.partial import Body, State
+from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.forward.proofs import Proved, ProvedReuse
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.slots import Places

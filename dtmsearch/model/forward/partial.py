@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.errors import UserError
+from dtmsearch.model.forward.boundary_states import Below, Elsewhere, State
 from dtmsearch.model.forward.proofs import CacheKind, Proved, ProvedPass
 from dtmsearch.model.forward.shared_noise import Sampling
 from dtmsearch.model.forward.stand_ins import HiddenStates, StandIn, below_head
@@ -35,32 +35,6 @@ _proved: Proved[ProvedPass] = Proved()
 PROVED_TOKENS = 16
 # Logits that differ by less of their standard deviation may change places by rounding.
 _TIE = 0.1
-
-
-class Elsewhere:
-    """A state that lies in another process, and may not be there yet; `promise` as who passes it on knows it."""
-
-    def __init__(self, promise: Any) -> None:
-        self.promise = promise
-
-    def to(self, *_: Any, **__: Any) -> Elsewhere:
-        """It stays where it is, whatever device a state is wanted on."""
-        return self
-
-
-@dataclass(frozen=True)
-class Below:
-    """The state at a boundary that is no cut: that at `start`, the next one below that is, from where the layers run
-    again (None at boundary 0)."""
-
-    state: Tensor | None
-    start: int
-
-    def to(self, *arguments: Any, **options: Any) -> Below:
-        return self if self.state is None else Below(self.state.to(*arguments, **options), self.start)
-
-
-State = Tensor | Elsewhere | Below
 
 
 class Body:

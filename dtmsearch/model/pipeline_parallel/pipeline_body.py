@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.errors import UserError
-from dtmsearch.model.forward.partial import Body, Elsewhere, State
+from dtmsearch.model.forward.boundary_states import Elsewhere, State
+from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.forward.stand_ins import StandIn
 from dtmsearch.model.modules.swapping import swapped
 from dtmsearch.model.pipeline_parallel.remote import Remote

@@ -13,7 +13,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme, solved_pairs
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.compress.compressor import Fetch
-from dtmsearch.model.forward.partial import State
+from dtmsearch.model.forward.boundary_states import State
 from dtmsearch.model.pipeline_parallel.pipeline_body import PipelineBody, outgoing
 from dtmsearch.model.pipeline_parallel.remote import Remote
 from dtmsearch.model.weights.standing import Standing

@@ -29,8 +29,9 @@ from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
 from dtmsearch.model.calibration.outliers import outlier_shares
 from dtmsearch.model.compress.compressor import Fetch
+from dtmsearch.model.forward.boundary_states import Below, Elsewhere, State
 from dtmsearch.model.forward.expert_routing import counting
-from dtmsearch.model.forward.partial import Below, Body, Elsewhere, State
+from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.modules.compat import Cache, each_tensor, move_loaded
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model, use_repeatable_attention

@@ -21,8 +21,8 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.errors import LibraryMissing
 from dtmsearch.model.forward.activation_cache import ActivationCache, free_bytes
 from dtmsearch.model.forward.batch_size import is_out_of_memory
+from dtmsearch.model.forward.boundary_states import State
 from dtmsearch.model.forward.head_metrics import Scores, fetch
-from dtmsearch.model.forward.partial import State
 from dtmsearch.model.modules.streamed_layers import StreamedLayers
 from dtmsearch.model.replica.loaded_reference import Loaded
 from dtmsearch.model.replica.plan_evaluator import Bench, PlanEvaluator
