@@ -232,10 +232,3 @@ def _try_norm(job: Job, name: str, format_name: str, leader: str) -> None:
     if not torch.equal(plain * factors, scaled):
         why = f"its scales have no place: the outputs of {name} ({type(norm).__name__}) do not follow its weights"
         raise refuse(format_name, why, [leader])
-
-
-def refuse_scaled(job: Job, format_name: str) -> None:
-    """Raises `UserError` for a plan that scales columns, which only `compressed-tensors` and `dense` hold."""
-    scaled = [f"{name}: {scheme.name}" for name, scheme in job.plan.parsed.items() if scheme.scaled]
-    if scaled:
-        raise refuse(format_name, "it has no place for scales of columns; `compressed-tensors` has", scaled)

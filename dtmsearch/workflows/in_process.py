@@ -84,14 +84,14 @@ def apply(plan: PlanLike, model: Any) -> Any:
     Rounded and pruned weights stand in the model's own dtype, as every evaluation has them; bitsandbytes' schemes put
     its modules there. Blocks and layers that the plan drops do not run, and their matrices and biases are zero, so
     that a model which is saved from here computes the same, as large as before: `dtmsearch export` writes a smaller
-    one. Raises `UserError` for a plan with calibrated schemes (GPTQ, Wanda, SparseGPT), which are solved
+    one. Raises `UserError` for a plan with calibrated schemes (GPTQ, Wanda, SparseGPT, AWQ, ...), which are solved
     over text: export these from a run.
     """
     manifest = manifest_of(model)
     found = plan_of(plan, manifest)
     if found.needs_calibration:
         raise UserError(
-            "the plan has schemes that are calibrated over text (GPTQ, Wanda, SparseGPT): use `dtmsearch export`, "
+            "the plan has schemes that are calibrated over text (GPTQ, Wanda, SparseGPT, AWQ, ...): use `dtmsearch export`, "
             "which finds their matrices in the store"
         )
     weights_of(model).become(found)
