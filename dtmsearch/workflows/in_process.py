@@ -91,8 +91,8 @@ def apply(plan: PlanLike, model: Any) -> Any:
     found = plan_of(plan, manifest)
     if found.needs_calibration:
         raise UserError(
-            "the plan has schemes that are calibrated over text (GPTQ, Wanda, SparseGPT, AWQ, ...): use `dtmsearch export`, "
-            "which finds their matrices in the store"
+            "the plan has schemes that are calibrated over text (GPTQ, Wanda, SparseGPT, AWQ, ...): use "
+            "`dtmsearch export`, which finds their matrices in the store"
         )
     weights_of(model).become(found)
     for name in sorted(found.dropped):
