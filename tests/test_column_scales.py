@@ -10,12 +10,12 @@ import torch
 from exports import Measured, in_process, measured_plan
 from safetensors.torch import load_file, save_file
 from test_number_formats import decompressed_weights
-from tiny import TEXT, llama_config, write_model, write_tokenizer
+from tiny import TEXT, in_stages, llama_config, replica, values, with_reference, write_model, write_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CohereConfig, GemmaConfig
 
 from dtmsearch.core.components import Component
-from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.fusion import input_readers
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
@@ -179,6 +179,20 @@ def test_scales_are_those_of_unrounded_weights_whatever_was_replaced_before(unev
     model._weights.compressor.forget_weights()
     with model._weights.perturbed(plan):
         assert torch.equal(model._weights.standing(k), expected)
+
+
+def test_weights_that_pass_through_and_layers_in_stages_are_scaled_the_same(uneven: Path) -> None:
+    found = []
+    for made in (replica(uneven), replica(uneven, weights="streamed"), in_stages(uneven, 2)):
+        reference = with_reference(made)
+        calibration = made.cut_calibration([TEXT], 8, 16, 0)
+        made.use_calibration(calibration)
+        made.gather_statistics(calibration)
+        names = list(PLAN)
+        plans = [Plan.of(PLAN), *(Plan.of({name: PLAN[name]}) for name in (names[0], names[4], names[7], names[9]))]
+        requests = [EvalRequest(plan, reference.id, (0, 6), calibration_id=calibration.id) for plan in plans]
+        found.append([values(outcome) for outcome in made.evaluate(requests)])
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(

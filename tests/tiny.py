@@ -74,7 +74,7 @@ def open_texts(folder: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-def replica(folder: Path, **settings: int) -> Replica:
+def replica(folder: Path, **settings: int | str) -> Replica:
     return Replica(ModelSpec(str(folder), dtype="float32"), ReplicaSettings(**({"num_threads": 1} | settings)))
 
 

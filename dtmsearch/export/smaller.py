@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import ModelSpec
-from dtmsearch.core.plan import Plan, cut_by, is_even, widths_left
+from dtmsearch.core.plan import Plan, cut_by
+from dtmsearch.core.plan_widths import is_even, widths_left
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.core.widths import side_of
 from dtmsearch.errors import UserError
