@@ -265,3 +265,22 @@ def test_what_training_makes_of_the_rest_is_exported_without_the_blocks(
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(written["model.norm.weight"], own["model.norm.weight"])
     assert not any(name.startswith(f"{block}.") for block in made.plan.dropped for name in written)
+
+
+def test_what_training_makes_of_cut_blocks_stays_as_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    search = {"strategy": "floating", "rank_by": "kl", "cut": ["channels-0.25-random-repair", "heads-1:2-wanda"]}
+    file, store = (
+        tiny_search(tmp_path, search=search | {"stop": {"parameters": 0.8}}, prompts__count=16),
+        tmp_path / "s",
+    )
+    run_here(file, store)
+    recovery = ["files=[train.txt]", "masked_steps=3", "unmasked_steps=0", "batch_tokens=64", "sequence_tokens=16"]
+    trained = recover("tiny", str(store), recovery, evaluator=here)
+    assert trained.before is not None and trained.after is not None and trained.before.kl != trained.after.kl
+    made = export("tiny", "dense", tmp_path / "out", str(store), weights=trained.weights_id)
+    assert made.check is not None and made.check.equal
+    assert made.plan.widths and made.size.parameters <= 0.8
+    before = sum(tensor.numel() for tensor in load_file(tmp_path / "model" / "model.safetensors").values())
+    after = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert before - after == made.size.removed_weights

@@ -304,6 +304,7 @@ for _family in (
         "width",
         _cut,
         stored_bits=_bits_left,
+        only_prunes=True,
         examples=("channels-0.25-wanda", "channels-0.25-ziplm-repair", "heads-2:3-ziplm-repair"),
     ),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),

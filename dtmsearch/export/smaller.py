@@ -355,11 +355,22 @@ def _what_stays(job: Job, matrix: Component) -> tuple[Tensor, Tensor | None]:
     scheme = job.plan.widths[matrix.block]
     assert scheme.width is not None
     units = scheme.width.units(matrix)
+    if job.trained is not None:
+        return indices(matrix, _held_at_zero(job, matrix.block, scheme.width.left(units), units), units), None
     try:
         cut = job.compressor.cut(matrix.block, scheme, units, job.device)
     except ValueError as error:
         raise UserError(f"{error}: the store does not hold it") from error
     return indices(matrix, cut.kept, units), cut.last if side_of(matrix) == "cols" else None
+
+
+def _held_at_zero(job: Job, block: str, left: int, units: int) -> Tensor:
+    """The units that stay of a block whose others training has held at zero: by the columns of its last matrix."""
+    last = [c for c in job.manifest.components if c.block == block][-1]
+    there = (job.matrix(last) != 0).any(0).reshape(units, -1).any(1)
+    if int(there.sum()) > left:
+        raise UserError(f"the trained weights {job.weights_id} have {int(there.sum())} units in {block}, wanted {left}")
+    return there.int().argsort(stable=True)[units - left :].sort().values
 
 
 def _tensors_of(job: Job, matrix: Component) -> list[str]:

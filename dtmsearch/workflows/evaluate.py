@@ -132,11 +132,11 @@ def recover(
     ):
         pool = session.pool
         plan, weights_id = find_plan(run_name, session.space, session.manifest, results), results.weights_id(run_name)
-        blocks = [name for name in plan.dropped if session.manifest.by_name[name].is_block]
+        blocks = [name for name in plan.dropped if session.manifest.by_name[name].is_block] + sorted(plan.widths)
         if blocks and recovery.unmasked_steps:
             raise UserError(
-                f"unmasked_steps: {recovery.unmasked_steps} would let {min(blocks)} grow again, which the plan drops: "
-                "give unmasked_steps=0"
+                f"unmasked_steps: {recovery.unmasked_steps} would let {min(blocks)} grow again, which the plan drops "
+                "or cuts: give unmasked_steps=0"
             )
         writer.put_components(session.manifest, session.space.components)
         calibrating = Calibrating(session)

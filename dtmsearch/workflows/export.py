@@ -266,7 +266,8 @@ def _compressor(found: Source, results: ResultStore, scale_dtype: torch.dtype, d
 
 def _check_solved(found: Source, to: str) -> None:
     """Raises `UserError` where trained weights would have to be solved for once more."""
-    offending = [f"{name}: {scheme.name}" for name, scheme in found.plan.parsed.items() if scheme.solved is not None]
+    parsed = found.plan.parsed.items()
+    offending = [f"{name}: {s.name}" for name, s in parsed if s.solved is not None and s.width is None]
     if found.trained is not None and offending:
         raise refuse(to, f"the store keeps no matrices solved for the trained weights {found.weights_id}", offending)
 

@@ -64,8 +64,11 @@ class WidthSolver:
         for layer in sorted(by_layer):
             for block, scheme in sorted(by_layer[layer], key=lambda pair: (pair[0], pair[1].name)):
                 packed = self._packed(self._manifest.by_name[block], scheme)
-                compressor.keep(packed)
                 found[block, scheme.name] = packed
+        for (
+            packed
+        ) in found.values():  # at the end: what stands on trained weights forgets all at every look at the base
+            compressor.keep(packed)
         compressor.trim(wanted.keys())
         return [found[pair] for pair in wanted]
 
@@ -113,13 +116,15 @@ class WidthSolver:
         if width.rule == "wanda":
             squares = weights.compressor.mean_squares(last.name).to(whole.device)
         kept = chosen(block.name, width, own, squares, salience, order)
-        repaired = None
-        if width.repair:
+        repaired, at = None, indices(last, kept, units)
+        gone = torch.ones(whole.shape[1], dtype=torch.bool, device=whole.device)
+        gone[at] = False
+        if width.repair and bool(whole[:, gone].any()):  # not where training has held it at zero
             assert hessian is not None
             # As the checkpoint holds it, so that what is measured can be written.
             dtype: torch.dtype = getattr(torch, self._manifest.dtype)
-            repaired = refitted(whole, hessian, indices(last, kept, units)).to(dtype)
-        return packed_cut(block.name, scheme.name, indices(last, kept, units), last.shape, repaired)
+            repaired = refitted(whole, hessian, at).to(dtype)
+        return packed_cut(block.name, scheme.name, at, last.shape, repaired)
 
     def _hessian(self, last: Component) -> Tensor:
         for found in self._hessians.of_layer(last.layer):

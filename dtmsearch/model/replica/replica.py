@@ -406,10 +406,12 @@ class Replica:
         pruning, and the masks of what is kept."""
         check_only_pruned(variant.plan)
         variant = variant.under(variant.plan.by_matrices(self._manifest.components))
+        pruned = [name for name, _ in variant.plan.entries if name not in variant.plan.widths]
+        cut = [c.name for c in self._manifest.components if variant.plan.width_of(c) is not None]
         self._bench.become(variant.under(Plan()))
         self._calibrator.prepare((variant.plan,), variant.calibration_id)
         self._bench.become(variant)
-        write_pruned(self._weights, variant.plan, Path(folder))
+        write_pruned(self._weights, dict.fromkeys((*pruned, *cut)), Path(folder))
 
     def release_memory(self) -> None:
         """Let go of states and statistics that can be made again."""

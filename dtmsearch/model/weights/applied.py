@@ -254,6 +254,19 @@ class Weights:
         assert weight is not None, f"{component} is no plain matrix under this plan"
         return self._to_keep(weight)
 
+    def standing_whole(self, component: str) -> Tensor:
+        """As `standing`; of a component that is cut with zeros for what is not there."""
+        now = self.standing(component)
+        if component not in self._cut_by:
+            return now
+        matrix, scheme = self._matrices[component], self.plan.widths[self._matrices[component].block]
+        assert scheme.width is not None
+        units = scheme.width.units(matrix)
+        at = indices(matrix, self.compressor.cut(matrix.block, scheme, units, now.device).kept, units)
+        found = now.new_zeros(matrix.shape)
+        found[(at,) if side_of(matrix) == "rows" else (slice(None), at)] = now
+        return found
+
     def dense_standing(self, component: str) -> Tensor | None:
         """As `standing`; None where the component is no plain matrix under this plan."""
         weight = self._installed(component).weight

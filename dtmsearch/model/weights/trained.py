@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,10 @@ def check_only_pruned(plan: Plan) -> None:
             )
 
 
-def write_pruned(weights: Weights, plan: Plan, folder: Path) -> None:
-    """Write the components of `plan`, which stands, and masks of their weights that are not zero."""
-    own = {name: weights.standing(name).cpu().contiguous() for name, _ in plan.entries}
+def write_pruned(weights: Weights, names: Iterable[str], folder: Path) -> None:
+    """Write components as the plan that stands has made them, what was cut of them at zero, and masks of their weights
+    that are not zero."""
+    own = {name: weights.standing_whole(name).cpu().contiguous() for name in names}
     tensors = {f"{name}.weight": tensor for name, tensor in own.items()}
     write_whole(folder / START_FILE, lambda path: save_file(tensors, path))
     pack_masks({name: tensor != 0 for name, tensor in own.items()}, folder / MASKS_FILE)
