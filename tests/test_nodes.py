@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import ray
 from fakes import toy_components
+from held import HELD_FILE
 from processes import (
     COMMAND,
     PATIENCE_SECONDS,
@@ -244,11 +245,39 @@ def some_requests(reference: Reference, manifest: ModelManifest) -> list[EvalReq
 def gathered(pool: ReplicaPool, requests: list[EvalRequest]) -> list[Outcome]:
     """The outcomes of requests, in their order."""
     pool.submit(requests)
+    return awaited(pool, requests)
+
+
+def awaited(pool: ReplicaPool, requests: list[EvalRequest]) -> list[Outcome]:
     arrived: dict[str, Outcome] = {}
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(arrived) < len(requests) and time.monotonic() < deadline:
         arrived |= {outcome.request_id: outcome for outcome in pool.poll(0.1)}
     return [arrived[request.id] for request in requests]
+
+
+def test_a_replica_through_which_weights_pass_that_is_killed_amid_a_pass_loses_nothing(
+    cluster: Cluster, spread_model: Path
+) -> None:
+    notes: list[str] = []
+    settings = PoolSettings(address=cluster.address, replicas=1, cpus_per_replica=1.0, weights="streamed")
+    spec, held = ModelSpec(str(spread_model), dtype="float32"), spread_model / HELD_FILE
+    with ReplicaPool(spec, settings, notes.append, replica_class="held:Held") as pool:
+        manifest = pool.manifest()
+        prompts, _ = pool.cut_prompts([TEXT], 6, 10, 12, 0)
+        reference = pool.make_reference(prompts)
+        pool.use(reference)
+        requests = some_requests(reference, manifest)
+        pool.submit(requests)
+        while not held.is_file():
+            assert pool.poll(0.1) == []
+        os.kill(int(held.read_text()), signal.SIGKILL)
+        outcomes = awaited(pool, requests)
+    alone = replica(spread_model)
+    with_reference(alone)
+    assert [values(outcome) for outcome in outcomes] == [values(outcome) for outcome in alone.evaluate(requests)]
+    assert max(result(outcome).provenance.attempts for outcome in outcomes) == 2
+    assert [note for note in notes if "was lost and is replaced" in note]
 
 
 @pytest.fixture(scope="module")
