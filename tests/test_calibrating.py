@@ -16,6 +16,7 @@ from processes import PATIENCE_SECONDS, Driver, Ended, dtmsearch, num_recorded, 
 from tiny import replica
 
 from dtmsearch import config
+from dtmsearch.analysis.sql import query
 from dtmsearch.core import schemes
 from dtmsearch.core.calibration import Calibration, InputStatistics, PackedMatrix, WeightError
 from dtmsearch.core.plan import Plan
@@ -319,5 +320,4 @@ def test_calibrated_plans_are_validated(killed: Killed) -> None:
 
 def test_solved_matrices_can_be_asked_for(killed: Killed) -> None:
     sql = "SELECT scheme, count(*) AS number FROM matrices GROUP BY scheme ORDER BY scheme LIMIT 1"
-    said = dtmsearch("query", sql, "--store", killed.store, "--format", "csv")
-    assert said.out.split() == ["scheme,number", "gptq-int3-g8,7"], said
+    assert query(ResultStore(killed.store), sql).to_pylist() == [{"scheme": "gptq-int3-g8", "number": 7}]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import PATIENCE_SECONDS, Ended, dtmsearch, num_recorded, tiny_search, without_ray
 
+from dtmsearch.cli import main
 from dtmsearch.config.sweep_file import SweepFile, load_sweep, run_names
 from dtmsearch.core.pareto import Point, Race, front
 from dtmsearch.store.store import ResultStore
@@ -184,16 +185,18 @@ def test_searches_of_a_sweep_have_run_in_one_store(swept: Swept) -> None:
     assert all(num_recorded(swept.store, run) > 0 for run in RUNS)
 
 
-def test_the_front_names_plans_of_the_sweep_and_uniform_ones(swept: Swept) -> None:
-    said = dtmsearch("pareto", "many*", "--all", "--store", swept.store, "--format", "json")
+def test_the_front_names_plans_of_the_sweep_and_uniform_ones(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pareto", "many*", "--all", "--store", str(swept.store), "--format", "json"]) == 0
+    said = capsys.readouterr()
     candidates = [(c["run"], c["label"]) for c in json.loads(said.out)]
     uniform = [label for _, label in candidates if label.startswith("uniform")]
     # A plan that another run of the sweep has found too stands there once, and so does a uniform one.
     assert uniform and {run for run, _ in candidates} <= {"many.share-0.1", "many.share-0.2"}, said
 
 
-def test_the_front_of_runs_that_are_not_there_is_empty(swept: Swept) -> None:
-    said = dtmsearch("pareto", "nothing*", "--store", swept.store, "--format", "json")
+def test_the_front_of_runs_that_are_not_there_is_empty(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["pareto", "nothing*", "--store", str(swept.store), "--format", "json"])
+    said = capsys.readouterr()
     assert (said.out.strip(), "no run nothing*" in said.err) == ("[]", True), said
 
 
