@@ -3,7 +3,9 @@
 A test that starts processes by the package, without importing what starts them, says `pytest.mark.process` itself.
 """
 
+import contextlib
 import gc
+import importlib
 import os
 import shutil
 import signal
@@ -70,6 +72,15 @@ def _used(module: object) -> set[str]:
 def _is_ours(module: object) -> bool:
     file = getattr(module, "__file__", None)
     return file is not None and Path(file).parent == _HERE and not Path(file).name.startswith(("test_", "conftest"))
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Of two workers that collect all files the second begins with the last: what one has compiled, the other reads."""
+    if os.environ.get("PYTEST_XDIST_WORKER") != "gw1" or session.config.args != session.config.getini("testpaths"):
+        return
+    for path in sorted(_HERE.glob("test_*.py"), reverse=True):
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # said when it is collected
+            importlib.import_module(path.stem)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
