@@ -13,6 +13,7 @@ from exports import in_process, measured_plan
 from inprocess import here, run_here
 from processes import tiny_search
 from safetensors.torch import load_file
+from test_column_scales import with_outliers
 from tiny import llama_config, write_model
 from transformers import (
     AutoModelForCausalLM,
@@ -136,6 +137,15 @@ def test_several_widths_bring_the_code_that_builds_them(
     assert made.check is not None and made.check.equal
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 36)
+
+
+def test_columns_of_what_is_cut_are_not_scaled_in_files_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_process(monkeypatch)
+    folder = with_outliers(write_model(tmp_path / "model", llama_config()))
+    scaled = {f"model.layers.{layer}.mlp.{m}_proj": "awq-int2-channel" for layer in (0, 1) for m in ("up", "down")}
+    plan = {"model.layers.0.mlp": "channels-0.25-wanda"} | scaled
+    made = measured_plan(folder, tmp_path / "store", plan).export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
 
 
 def test_cut_blocks_of_transposed_matrices_with_biases_are_exported(

@@ -165,7 +165,7 @@ class _Shape:
             folder=folder,
             manifest=manifest,
             plan=Plan.of(schemes),
-            compressor=_Renamed(job.compressor, base, columns),
+            compressor=_Renamed(job.compressor, base, columns, frozenset(self.cut)),
             trained=None,  # they are in the folder
             trust_remote_code=job.trust_remote_code or self.in_code,
         )
@@ -391,12 +391,15 @@ class _Renamed(Compressor):
     `_own` is the same compressor, asked by the names of the base model: what it asks of itself is named so already, and
     the name of a layer may be that of another before."""
 
-    def __init__(self, inner: Compressor, base: Mapping[str, str], columns: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, inner: Compressor, base: Mapping[str, str], columns: Mapping[str, Tensor], cut: frozenset[str]
+    ) -> None:
         self.__dict__.update(inner.__dict__)
         squares = self._mean_squares
         self._mean_squares = squares | {
             name: squares[name][at.to(squares[name].device)] for name, at in columns.items() if name in squares
         }
+        self._cut = cut
         self._own = Compressor.__new__(Compressor)
         self._own.__dict__ = self.__dict__
         self._base, self._smaller = dict(base), {old: new for new, old in base.items()}
@@ -406,7 +409,8 @@ class _Renamed(Compressor):
 
     def share_inputs(self, readers: Callable[[str], Mapping[str, Tensor]]) -> None:
         def named(name: str) -> dict[str, Tensor]:
-            found = readers(self._smaller.get(name, name))
+            # What is cut was measured with no scales of columns.
+            found = {} if name in self._cut else readers(self._smaller.get(name, name))
             return {self._base.get(reader, reader): weight for reader, weight in found.items()}
 
         super().share_inputs(named)
