@@ -369,6 +369,19 @@ def test_what_a_metric_costs_is_told_apart_from_what_is_done_once(tmp_path: Path
     }
 
 
+def test_what_other_runs_measured_is_not_timed(tmp_path: Path) -> None:
+    """Rows that a run takes over from others of its store have the seconds of those, beside other work."""
+
+    def answering(request: EvalRequest) -> EvalResult:
+        return replace(by_component(request), provenance=Provenance(wall_seconds=1.0))
+
+    small = "search.schemes=[int8-channel, int6-channel, int4-channel]"
+    alone = made(tmp_path, "metric-cost", answering, "prompts.count=8", small, "run=first")
+    with pytest.raises(UserError, match="name a new store by --store"):
+        made(tmp_path, "metric-cost", answering, "prompts.count=8", small, "run=second")
+    assert "a model of 0.0 million" in alone.findings.said[0]
+
+
 def test_the_order_by_a_metric_that_sees_the_harm_comes_to_the_better_plan(tmp_path: Path) -> None:
     """PPL is drawn by chance here: its order is another, and its plan worse."""
 

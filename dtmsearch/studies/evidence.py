@@ -19,7 +19,7 @@ from dtmsearch.store.store import ResultStore
 Floats = NDArray[np.float64]
 _COLUMNS = ("evaluation_id", "plan_id", "component", "scheme", "step", "purpose", "label", "status", "num_prompts")
 _LARGEST_LOG = 700.0
-_SIZES = ("num_compressed", "share", "bits_per_weight", "wall_seconds", "extra_metrics", "reference_id")
+_SIZES = ("num_compressed", "share", "bits_per_weight", "wall_seconds", "extra_metrics", "reference_id", "reused_from")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ import numpy as np
 
 from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture
 from dtmsearch.core.statistics import mean_interval
+from dtmsearch.errors import UserError
 from dtmsearch.search.strategies.measuring import METRIC_SETS
 from dtmsearch.store.store import ResultStore
-from dtmsearch.studies.evidence import measured
+from dtmsearch.studies.evidence import components_of, measured
 from dtmsearch.studies.study import PartRun, Study
 
+# Of a set of metrics: the first evaluation, and one that the others' time is told by.
+_FEWEST = 2
 _NAMES = {
     (): "FDT, SDT, DPPL",
     ("kl",): "with KL",
@@ -30,7 +33,14 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     rows, points = [], []
     taken: dict[tuple[str, ...], list[float]] = {}
     for row in measured(store, part.run, ()):
-        taken.setdefault(tuple(sorted(row.row["extra_metrics"])), []).append(float(row.row["wall_seconds"]))
+        # What another run measured was measured beside other work, from another layer on.
+        if row.row["reused_from"] is None:
+            taken.setdefault(tuple(sorted(row.row["extra_metrics"])), []).append(float(row.row["wall_seconds"]))
+    if any(len(taken.get(metrics, ())) < _FEWEST for metrics in METRIC_SETS):
+        raise UserError(
+            f"run {part.run!r} times its own evaluations, and other runs of this store have measured most of them "
+            "before: name a new store by --store"
+        )
     alone = float(np.median(taken[()][1:]))
     for metrics in METRIC_SETS:
         first, *others = taken[metrics]
@@ -47,11 +57,7 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
             )
         )
         points += [{"metrics": _NAMES[metrics], "seconds": seconds} for seconds in others]
-    parameters = sum(
-        each["rows"] * each["cols"]
-        for each in store.table("components", ["manifest_id", "rows", "cols"]).to_pylist()
-        if each["manifest_id"] == part.record.manifest_id
-    )
+    parameters = sum(each.num_weights for each in components_of(store, part.record.manifest_id).values())
     ratios = ", ".join(f"{row[0]} {row[3]}" for row in rows[1:])
     said = (
         f"On {prompts.count} prompts of {prompts.prompt_tokens} + {prompts.continuation_tokens} tokens, a model of "
