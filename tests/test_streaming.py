@@ -191,6 +191,23 @@ def test_texts_under_a_plan_and_its_check(both: tuple[Replica, Replica]) -> None
     assert found[0] == found[1]
 
 
+def test_memory_of_the_host_that_is_short_amid_a_pass_changes_no_bit(folder: Path) -> None:
+    model = made(folder, "streamed")
+    reference = with_reference(model)
+    requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in plans(model)[::3]]
+    expected = [values(outcome) for outcome in model.evaluate(requests)]
+    short = iter([True])
+
+    def allocate(*_: object) -> None:
+        if next(short, False):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    hook = model._body._real[2].register_forward_pre_hook(allocate)
+    assert [values(outcome) for outcome in model.evaluate(requests)] == expected
+    hook.remove()
+    assert next(short, None) is None
+
+
 def test_a_file_that_is_gone_is_said_and_read_again_when_it_is_back(tmp_path: Path) -> None:
     model = made(write_model(tmp_path, llama_config(num_hidden_layers=4)), "streamed")
     reference = with_reference(model, count=2)
