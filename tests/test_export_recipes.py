@@ -196,6 +196,7 @@ def test_mlx_lms_predicate_says_width_and_group(in_groups: Measured, tmp_path: P
         ("llm-compressor", "magnitude-0.5", "no rounding that its files"),
         ("llm-compressor", "int4-g96", "its rows of 256 weights are no multiple of 96"),
         ("llm-compressor", "nf4", "no rounding that its files"),
+        ("llm-compressor", "awq-int4-g128", "scales columns, which a recipe has no numbers for; int4-g128 has"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_refused(
