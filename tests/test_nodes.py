@@ -147,6 +147,7 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[TwoNo
     """Begun with this file's first test: it is mostly waiting, during which nodes come and go in others."""
     folder = tmp_path_factory.mktemp("nodes")
     tiny_search(folder)
+    forking_python()  # its start has another environment for a while, and this process has one for all its threads
     with ExitStack() as nodes, ThreadPoolExecutor(1) as beside:
         yield beside.submit(submitted_twice, folder, nodes)
 
