@@ -139,13 +139,20 @@ def test_several_widths_bring_the_code_that_builds_them(
     assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 36)
 
 
-def test_columns_of_what_is_cut_are_not_scaled_in_files_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scheme", "to"), [("awq-int2-channel", "dense"), ("fp8-tensor", "compressed-tensors")])
+def test_what_is_cut_shares_no_scales_in_files_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, to: str
+) -> None:
     in_process(monkeypatch)
     folder = with_outliers(write_model(tmp_path / "model", llama_config()))
-    scaled = {f"model.layers.{layer}.mlp.{m}_proj": "awq-int2-channel" for layer in (0, 1) for m in ("up", "down")}
-    plan = {"model.layers.0.mlp": "channels-0.25-wanda"} | scaled
-    made = measured_plan(folder, tmp_path / "store", plan).export("dense", tmp_path / "out")
+    every = {f"model.layers.{layer}.mlp.{m}_proj": scheme for layer in range(3) for m in ("gate", "up", "down")}
+    cut = {f"model.layers.{layer}.mlp": "channels-0.25-wanda" for layer in range(3)}
+    measured = measured_plan(folder, tmp_path / "store", cut | every)
+    made = measured.export(to, tmp_path / "out")
     assert made.check is not None and made.check.equal
+    if scheme == "fp8-tensor":
+        with pytest.raises(UserError, match="of cut blocks each has its own"):
+            measured.export(to, tmp_path / "served", runtime="vllm")
 
 
 def test_cut_blocks_of_transposed_matrices_with_biases_are_exported(

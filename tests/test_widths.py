@@ -311,6 +311,7 @@ def test_a_search_gives_each_layer_a_width_of_its_own(llama: tuple[Replica, str,
         ("{strategy: spdy, cut: [channels-0.5-wanda], stop: {parameters: 0.8}}", "spdy does not cut blocks"),
         ("{strategy: auto, schemes: [channels-0.5-wanda]}", "belongs into search.cut"),
         ("{strategy: auto, schemes: [gptq-int4-g128], cut: [channels-0.5-wanda]}", "is solved for whole matrices"),
+        ("{strategy: auto, schemes: [nvfp4a16], cut: [channels-0.5-wanda]}", "shares a scale among whole matrices"),
         ("{strategy: floating, cut: [channels-0.5-wanda], stop: {blocks: 2}}", "counts what is dropped whole"),
     ],
 )

@@ -336,8 +336,10 @@ class SearchSection(Section):
             return
         for name in self.schemes:
             scheme = parse_scheme(name)
-            if scheme.solved is not None or scheme.is_source or scheme.scaled:
+            shares = scheme.weights is not None and scheme.weights.shares_scale
+            if scheme.solved is not None or scheme.is_source or scheme.scaled or shares:
                 why = "keeps whole matrices" if scheme.is_source else "is solved for whole matrices"
+                why = "shares a scale among whole matrices" if shares else why
                 raise ValueError(f"search.cut: {name} {why}, and cut blocks have smaller ones; leave one of both out")
         if self.times is not None:
             raise ValueError(

@@ -399,7 +399,7 @@ class _Renamed(Compressor):
         self._mean_squares = squares | {
             name: squares[name][at.to(squares[name].device)] for name, at in columns.items() if name in squares
         }
-        self._cut = cut
+        self._alone = cut  # as it was measured
         self._own = Compressor.__new__(Compressor)
         self._own.__dict__ = self.__dict__
         self._base, self._smaller = dict(base), {old: new for new, old in base.items()}
@@ -410,7 +410,7 @@ class _Renamed(Compressor):
     def share_inputs(self, readers: Callable[[str], Mapping[str, Tensor]]) -> None:
         def named(name: str) -> dict[str, Tensor]:
             # What is cut was measured with no scales of columns.
-            found = {} if name in self._cut else readers(self._smaller.get(name, name))
+            found = {} if name in self._alone else readers(self._smaller.get(name, name))
             return {self._base.get(reader, reader): weight for reader, weight in found.items()}
 
         super().share_inputs(named)

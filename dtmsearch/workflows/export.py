@@ -139,6 +139,12 @@ def resolve(
             "(search.drop: [layer]), or export for transformers",
             single,
         )
+    if job.fuses and (apart := _cut_apart(found)):
+        raise refuse(
+            f"{form.name}, for {job.runtime},",
+            "engines give q, k, v and gate, up one scale of the whole tensor, and of cut blocks each has its own",
+            apart,
+        )
     if job.fuses and to == PACKED:
         require_tied(found, target, job)
     return Order(source, store, form, target, found, job, is_checked)
@@ -219,6 +225,17 @@ def _told_apart(found: Source, form: Format, runtime: str) -> tuple[Plan, str]:
         )
     weights = Plan.of({name: scheme for name, scheme in found.plan.entries if name not in caches})
     return weights, next(iter(caches.values()))
+
+
+def _cut_apart(found: Source) -> list[str]:
+    """What lies in a cut block under a scheme whose scale of the tensor others share: cut, each has one of its own."""
+    return [
+        f"{c.name}: {found.plan.scheme_of(c.name)}"
+        for c in found.manifest.components
+        if found.plan.width_of(c) is not None
+        and (weights := found.plan.scheme(c.name).weights) is not None
+        and weights.shares_scale
+    ]
 
 
 def _job(found: Source, runtime: str, results: ResultStore, cache_scheme: str = "") -> Job:

@@ -51,6 +51,7 @@ class Compressor:
         self._solved: OrderedDict[tuple[str, str], PackedMatrix] = OrderedDict()
         self._fetch: Fetch | None = None
         self._packed: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._alone: frozenset[str] = frozenset()
         self._cuts: OrderedDict[tuple[str, str], Cut] = OrderedDict()
 
     def share_scales(self, largest: Callable[[str], Tensor]) -> None:
@@ -176,7 +177,9 @@ class Compressor:
         for component, scheme in schemes.items():
             self.column_scales(component, scheme)
             shares = scheme.weights is not None and scheme.weights.shares_scale
-            if shares and self._shared is not None and _CUT_BY not in component and component not in self._largest:
+            if not shares or self._shared is None or self._has_own_scale(component):
+                continue
+            if component not in self._largest:
                 self._largest[component] = self._shared(component)
 
     def column_scales(self, component: str, scheme: Scheme) -> Tensor | None:
@@ -199,8 +202,12 @@ class Compressor:
             self._columns |= {(reader, scheme.name): found for reader in readers}
         return self._columns[component, scheme.name]
 
+    def _has_own_scale(self, component: str) -> bool:
+        """Whether a matrix, as one that is cut, shares the scale of a tensor with none."""
+        return _CUT_BY in component or component in self._alone
+
     def _shared_largest(self, component: str, weight: Tensor) -> Tensor:
-        if self._shared is None or _CUT_BY in component:
+        if self._shared is None or self._has_own_scale(component):
             return largest_of(weight)
         if component not in self._largest:
             self._largest[component] = self._shared(component)
