@@ -38,6 +38,8 @@ from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_s
 FIRST, LAST, DEPTH = 4, 2, 32
 RULES = ("random", "magnitude", "gradient", "wanda", "ziplm")
 WIDTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+# From this share on ZipLM's order is the better one (docs/structured.md).
+MUCH = 0.3
 # Of joint searches, whose options multiply.
 JOINT_WIDTHS = (0.1, 0.2, 0.35, 0.5)
 JOINT_SCHEMES = ("int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
@@ -48,7 +50,7 @@ def mlps(manifest: ModelManifest) -> list[str]:
 
 
 def one_width(manifest: ModelManifest, share: float, rule: str) -> Plan:
-    return Plan.of(dict.fromkeys(mlps(manifest), f"channels-{share:g}-{rule}"))
+    return Plan.of(dict.fromkeys(mlps(manifest), named(share, rule)))
 
 
 def llm_pruner(manifest: ModelManifest, share: float) -> Plan:
@@ -88,10 +90,17 @@ def found_by(
     return strategy.best, measuring.tokens - before
 
 
+def named(share: float, rule: str) -> str:
+    """A width of the search: with `mixed` by Wanda's weighing where little goes, and by ZipLM where more does."""
+    if rule == "mixed":
+        rule = "wanda-repair" if share < MUCH else "ziplm-repair"
+    return f"channels-{share:g}-{rule}"
+
+
 def space_of(
     manifest: ModelManifest, budget: Budget, shares: Sequence[float], rule: str, schemes: Sequence[str] = ()
 ) -> SearchSpace:
-    cuts = tuple(f"channels-{share:g}-{rule}" for share in shares)
+    cuts = tuple(named(share, rule) for share in shares)
     cut = manifest.cuttable(cuts, manifest.components) if cuts else ()
     return SearchSpace(
         manifest.components,
@@ -133,7 +142,7 @@ def joint_plans(
 @click.option("--judge", "judge_text", required=True, type=click.Path(exists=True))
 @click.option("--channels", default="0.2,0.4", help="shares of all MLPs' channels that go")
 @click.option("--strategies", default="floating,auto", help="of the first seed; of others the last one")
-@click.option("--rule", default="ziplm-repair", help="of the searches")
+@click.option("--rule", default="mixed", help="of the searches; mixed: wanda-repair below 0.3, ziplm-repair above")
 @click.option("--seeds", default=3)
 @click.option("--prompts", default=64, help="that our search compares its last plans on")
 @click.option("--few", default=16, help="by which it chooses widths")
@@ -184,7 +193,7 @@ def main(
             judged(seed, share, "LLM-Pruner", llm_pruner(manifest, share), 0, text.id)
             everywhere = one_width(manifest, share, "gradient")
             judged(seed, share, "LLM-Pruner, everywhere", everywhere, 0, text.id)
-            for name in (rule.removesuffix("-repair"), rule) if seed else RULES:
+            for name in ("wanda-repair", "ziplm-repair") if seed else RULES:
                 for ending in ("",) if seed else ("", "-repair"):
                     if name + ending != "gradient":
                         judged(

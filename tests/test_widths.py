@@ -274,6 +274,19 @@ def test_the_solver_is_exact_over_widths_and_schemes_of_what_stays(llama: tuple[
     assert choices.solve(losses).loss == pytest.approx(best)
 
 
+def test_a_width_that_cuts_nothing_is_refused(llama: tuple[Replica, str, str]) -> None:
+    with pytest.raises(UserError, match=r"search\.cut: channels-0\.01-wanda cuts nothing of any mlp"):
+        space(llama, ("channels-0.01-wanda",), Budget(parameters=0.9))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("channels-0.25-wand", "channels-0.25-wanda"), ("heads-2:3-wnda", "heads-2:3-wanda")]
+)
+def test_a_name_that_begins_as_a_width_is_taken_for_one(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"the nearest is '{near}'"):
+        parse_scheme(name)
+
+
 def harm(plan: Plan) -> float:
     """Losses that grow with the square of what is cut, in some layers more than in others."""
     shares = {QUARTER: 0.25, HALF: 0.5, DROP: 1.0}
@@ -284,6 +297,16 @@ def answered(request: EvalRequest) -> EvalResult:
     count = request.prompts[1] - request.prompts[0]
     loss, none = np.full(count, harm(request.plan), np.float32), np.zeros(count, np.int32)
     return EvalResult(request.id, none, none, np.exp(loss), kl=loss, ppl=np.exp(loss))
+
+
+def test_floating_goes_on_where_two_widths_leave_as_much(llama: tuple[Replica, str, str]) -> None:
+    within = space(llama, (QUARTER, "channels-0.25-magnitude", HALF), Budget(parameters=0.6))
+
+    def request_for(plan: Plan, parent: Plan) -> EvalRequest:
+        return EvalRequest(plan, "r", (0, 32), ("kl",), parent, "c")
+
+    found = run_search(make_strategy("floating", within, request_for, "kl"), FakeEvaluator(answered))
+    assert found is not None and within.budget.reached(within.size(found))
 
 
 @pytest.mark.parametrize("name", ["floating", "greedy", "auto", "knapsack"])
@@ -324,7 +347,7 @@ def test_a_file_that_cuts_what_cannot_be_is_refused(section: str, message: str) 
 def test_blocks_of_other_matrices_are_not_cut(llama: tuple[Replica, str, str], kinds: tuple[str, ...]) -> None:
     parts = tuple(Component(f"model.layers.0.mlp.{kind}", 0, kind, (8, 8)) for kind in kinds)
     manifest = replace(llama[0].manifest(), components=parts)
-    with pytest.raises(UserError, match=r"search\.cut: channels-0\.25-wanda is for no mlp"):
+    with pytest.raises(UserError, match=r"search\.cut: channels-0\.25-wanda cuts nothing of any mlp"):
         manifest.cuttable([QUARTER], parts)
 
 

@@ -214,10 +214,10 @@ class ModelManifest:
             if not own:
                 inside = sorted({c.kind for c in self.components if kind and c.block == kind[0].name})
                 raise UserError(
-                    f"search.cut: {name} is for no {width.block_kind} of {self.model} that is searched whole: its "
-                    f"matrices are {', '.join(inside) or 'none'}. Channels are cut of an MLP whose last matrix reads "
-                    "all that the others give, heads of an attention of q, k, v and o with as many key heads as the "
-                    "name says; both must be searched (search.components)"
+                    f"search.cut: {name} cuts nothing of any {width.block_kind} of {self.model} that is searched "
+                    f"whole: its matrices are {', '.join(inside) or 'none'}. Channels are cut of an MLP whose last "
+                    "matrix reads all that the others give (of many in steps of 32), heads of an attention of q, k, v "
+                    "and o with as many key heads as the name says; both must be searched (search.components)"
                 )
             found |= {block.name: block for block in own}
         return tuple(block for block in self.blocks if block.name in found)
@@ -225,7 +225,7 @@ class ModelManifest:
     def _is_cuttable(self, width: Width, block: Component, searched: Container[str]) -> bool:
         inside = [c for c in self.components if c.block == block.name]
         plain = all(c.name in searched and not c.mixture and not c.stacked for c in inside)
-        return plain and is_cuttable(width, inside)
+        return plain and is_cuttable(width, inside) and width.left(width.units(inside[-1])) < width.units(inside[-1])
 
     def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:
         """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).

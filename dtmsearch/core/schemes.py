@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from dtmsearch.core import plugins
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.scheme_names import ALIASES, BITSANDBYTES, SALIENCIES, nearest
-from dtmsearch.core.widths import RULES, Width
+from dtmsearch.core.widths import RULES, Width, nearest_width
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
@@ -389,7 +389,7 @@ def _parsed(name: str) -> Scheme | None:
 
 def _unknown(name: str) -> str:
     name = name[:100]
-    near = nearest(name, (DENSE, DROP, *_examples_of_plugins()))
+    near = nearest_width(name) or nearest(name, (DENSE, DROP, *_examples_of_plugins()))
     return (
         f"unknown scheme {name!r}; the nearest is {near!r}. Schemes are {DENSE}, {', '.join(BITSANDBYTES)}, "
         "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "

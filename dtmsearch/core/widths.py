@@ -6,6 +6,7 @@ names, never values: which units go is decided in `dtmsearch.model.compress.widt
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,3 +136,14 @@ def is_cuttable(width: Width, matrices: Sequence[Cuttable]) -> bool:
         return len({channels_of(matrix) for matrix in matrices}) == 1
     sizes = [m.shape[0] if side_of(m) == "rows" else m.shape[1] for m in matrices]
     return set(kinds[:-1]) == known[0] and all(size % width.groups == 0 for size in sizes)
+
+
+def nearest_width(name: str) -> str:
+    """The width that a name which is none may have meant, where it begins as one does; else empty."""
+    kind = name.partition("-")[0]
+    if kind not in ("channels", "heads"):
+        return ""
+    amounts = [f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5)]
+    amounts = amounts if kind == "channels" else [f"{n}:{m}" for m in range(2, 17) for n in range(1, m)]
+    known = [f"{kind}-{amount}-{rule}{end}" for amount in amounts for rule in RULES for end in ("", "-repair")]
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

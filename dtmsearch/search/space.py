@@ -272,7 +272,8 @@ class SearchSpace:
         for scheme in schemes:
             after = plan_size(Plan.of({block.name: scheme}), inside, self.dense_bits, self.times)
             sizes[scheme] = after.less(before)
-        return Unit((block,), tuple(Perturbation(block.name, scheme) for scheme in schemes), sizes)
+        edges = (Perturbation(block.name, scheme) for scheme in schemes if sizes[scheme].removed_weights)
+        return Unit((block,), tuple(edges), sizes)
 
     @cached_property
     def _units_that_stay(self) -> tuple[Unit, ...]:

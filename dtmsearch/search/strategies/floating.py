@@ -193,9 +193,11 @@ class Floating(Procedure):
 
 
 def _ladder(unit: Unit) -> tuple[str, ...]:
-    """The schemes of a block, from all of it to the least."""
-    schemes = (edge.scheme for edge in unit.edges)
-    return (DENSE, *sorted(schemes, key=lambda scheme: unit.sizes[scheme].removed_weights))
+    """The schemes of a block, from all of it to the least; of those that leave as much the first."""
+    by_size: dict[int, str] = {}
+    for edge in unit.edges:
+        by_size.setdefault(unit.sizes[edge.scheme].removed_weights, edge.scheme)
+    return (DENSE, *(by_size[gone] for gone in sorted(by_size)))
 
 
 def _joined(first: Outcome, rest: Outcome) -> Outcome:
