@@ -155,6 +155,32 @@ def test_what_is_cut_shares_no_scales_in_files_either(
             measured.export(to, tmp_path / "served", runtime="vllm")
 
 
+@pytest.mark.parametrize(
+    ("heads", "scheme", "said"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, "heads-1:2-wanda", [4, 2]),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, "heads-3:4-wanda", None),
+    ],
+    ids=["half of the key heads", "a number that the family does not take"],
+)
+def test_one_width_of_heads_is_said_where_the_family_takes_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: dict[str, int], scheme: str, said: list[int] | None
+) -> None:
+    in_process(monkeypatch)
+    model = write_model(tmp_path / "model", llama_config(**heads))
+    plan = {f"model.layers.{layer}.self_attn": scheme for layer in range(3)}
+    stored = measured_plan(model, tmp_path / "store", plan)
+    made = stored.export("dense", tmp_path / "out")
+    assert made.check is not None and made.check.equal
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    if said is not None:
+        assert [config[name] for name in ("num_attention_heads", "num_key_value_heads")] == said
+        return
+    assert config["cut"]
+    with pytest.raises(UserError, match="runs no model that takes a file of code"):
+        stored.export("compressed-tensors", tmp_path / "other", check=False, runtime="vllm")
+
+
 def test_cut_blocks_of_transposed_matrices_with_biases_are_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

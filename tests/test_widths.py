@@ -21,6 +21,7 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import size_sentence
 from dtmsearch.core.plan import Budget, Plan, plan_size
+from dtmsearch.core.plan_file import plan_from_json, plan_to_json
 from dtmsearch.core.plan_widths import widths_left
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
 from dtmsearch.core.variant import Variant
@@ -272,6 +273,23 @@ def test_the_solver_is_exact_over_widths_and_schemes_of_what_stays(llama: tuple[
             if within.budget.reached(size):
                 best = min(best, sum(loss[k] for loss, k in zip(losses, options, strict=True)))
     assert choices.solve(losses).loss == pytest.approx(best)
+
+
+def test_what_is_known_of_inputs_follows_the_columns_that_stay(tmp_path: Path) -> None:
+    replica, _, calibration = calibrated(tmp_path)
+    compressor = replica._weights.compressor
+    logits(replica, Plan.of({MLP: QUARTER}), calibration)
+    own = compressor.mean_squares(f"{MLP}.down_proj")
+    for columns in (torch.arange(0, 36), torch.arange(12, 48)):  # of other weights others stay
+        name = compressor.as_cut(f"{MLP}.down_proj", QUARTER, columns)
+        assert torch.equal(compressor.mean_squares(name), own[columns])
+
+
+def test_a_width_of_a_matrix_is_refused_as_one_for_blocks(llama: tuple[Replica, str, str]) -> None:
+    manifest = llama[0].manifest()
+    text = plan_to_json(Plan.of({MLP: QUARTER}), manifest).replace(MLP, f"{MLP}.down_proj")
+    with pytest.raises(UserError, match="a width: these are for whole blocks"):
+        plan_from_json(text, manifest, "plan.json")
 
 
 def test_a_width_that_cuts_nothing_is_refused(llama: tuple[Replica, str, str]) -> None:

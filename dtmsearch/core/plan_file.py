@@ -48,6 +48,11 @@ def check_takes(scheme: Scheme, component: Component, source: str) -> None:
             f"{source} gives {component.name} the scheme {scheme.name}: a whole {component.kind} is dropped (drop), "
             "cut (channels-0.25-wanda of an MLP, heads-2:3-wanda of an attention) or stays; name the matrices in it"
         )
+    if scheme.width is not None and not scheme.takes(component):
+        raise UserError(
+            f"{source} gives {component.name} the scheme {scheme.name}, a width: these are for whole blocks "
+            f"({scheme.width.block_kind}), such as {component.block}"
+        )
     if not scheme.takes(component):
         raise UserError(
             f"{source} gives {component.name} the scheme {scheme.name}: schemes of KV caches (kv-fp8, kv-int8, "

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component, ModelManifest
@@ -69,6 +70,11 @@ def without_dropped(job: Job, beside: Path) -> Iterator[Job]:
         yield job
         return
     shape = _Shape(job)
+    if job.fuses and shape.in_code:
+        raise UserError(
+            f"{job.runtime} runs no model that takes a file of code: the configuration of {job.manifest.model} has no "
+            "numbers for what this plan drops and cuts. Export for transformers, or give one width that it can say"
+        )
     with tempfile.TemporaryDirectory(prefix=f"{beside.name}-smaller-", dir=beside.parent) as scratch:
         folder = Path(scratch)
         shape.write(folder)
@@ -192,7 +198,8 @@ class _Shape:
         return config
 
     def _even_config(self) -> dict[str, int] | None:
-        """What a configuration says of one width of all layers; None where the family's has no name for it."""
+        """What a configuration says of one width of all layers; None where the family's has no name for it, or does not
+        take such numbers."""
         text: Any = self._model.config.get_text_config()
         found: dict[str, int] = {}
         for kind, layers in widths_left(self._job.plan, self._job.manifest.components).items():
@@ -203,11 +210,16 @@ class _Shape:
                     return None
                 found[(getattr(text, "attribute_map", None) or {}).get(names[0], names[0])] = left
             else:
-                heads, groups = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
-                if groups != whole:
+                heads, keys = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+                if keys is None or keys * left % whole or heads * left % whole:
                     return None
                 each = getattr(text, "head_dim", None) or text.hidden_size // heads
-                found |= {"num_attention_heads": heads * left // whole, "num_key_value_heads": left, "head_dim": each}
+                found |= {"num_attention_heads": heads * left // whole, "num_key_value_heads": keys * left // whole}
+                found["head_dim"] = each
+        try:
+            type(text).from_dict(text.to_dict() | found)
+        except (StrictDataclassError, ValueError, TypeError):
+            return None
         return found
 
     def _check(self, folder: Path) -> None:

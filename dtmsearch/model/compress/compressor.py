@@ -120,7 +120,7 @@ class Compressor:
         """The name by which a component that is cut by a width is compressed: what is known of its inputs is known of
         those of its `columns` that stay, all where None."""
         name = f"{component}{_CUT_BY}{scheme}"
-        if component in self._mean_squares and name not in self._mean_squares:
+        if component in self._mean_squares:  # every time: over other weights other columns stay
             own = self._mean_squares[component]
             self._mean_squares[name] = own if columns is None else own[columns.to(own.device)]
         if component in self._largest_inputs:
