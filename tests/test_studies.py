@@ -168,6 +168,11 @@ def test_held_out_text_is_refused_where_no_plan_is_judged() -> None:
         search_files(study_of("discriminability"), "m", ["a.txt"], ["b.txt"])
 
 
+def test_too_few_prompts_to_conclude_anything_are_refused_before_any_is_measured() -> None:
+    with pytest.raises(UserError, match="study prompts needs 16 prompts at least, got 15"):
+        search_files(study_of("prompts"), "m", ["a.txt"], (), ["prompts.count=15"])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

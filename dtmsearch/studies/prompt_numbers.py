@@ -128,8 +128,6 @@ def _settling(
     while size >= _FEWEST:
         sizes.append(size)
         size //= 2
-    if not sizes:
-        raise UserError(f"run {part.run!r} has {count} prompts: {2 * _FEWEST} at least are split")
     rows, points, needs = [], [], {}
     for name, (metric, statistic) in STATISTICS.items():
         for size in reversed(sizes):
@@ -228,4 +226,5 @@ STUDY = Study(
         Part("half-continuation", ("prompts.continuation_tokens=50",)),
         Part("quarter-prompt", ("prompts.prompt_tokens=25",)),
     ),
+    least_prompts=2 * _FEWEST,
 )

@@ -48,6 +48,7 @@ class Study:
     `title` names it, `asks` is the question in a sentence. `parts` are its searches; `of_texts` gives them where they
     follow from the texts. `conclude` makes of the rows of the finished searches what is said and shown. Its search file
     lies beside it, in `files/NAME.yaml`. `mixes`: its prompts are a mixture of the texts, which it tells apart.
+    `least_prompts`: with fewer nothing can be concluded.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Study:
     conclude: Callable[[ResultStore, Sequence[PartRun]], Findings]
     parts: tuple[Part, ...] = (Part(),)
     mixes: bool = False
+    least_prompts: int = 1
 
 
 def search_files(
@@ -95,7 +97,11 @@ def search_files(
             override_key(content, override)
         if part.label:
             content["run"] = f"{content['run']}-{part.label}"
-        found.append((part.label, from_mapping(content, source, Path.cwd())))
+        file = from_mapping(content, source, Path.cwd())
+        count, least = file.prompts.count, study.least_prompts
+        if count < least:
+            raise UserError(f"prompts.count: study {study.name} needs {least} prompts at least, got {count}")
+        found.append((part.label, file))
     return found
 
 
