@@ -292,6 +292,13 @@ def test_a_width_of_a_matrix_is_refused_as_one_for_blocks(llama: tuple[Replica, 
         plan_from_json(text, manifest, "plan.json")
 
 
+def test_a_plan_file_with_what_is_solved_for_in_a_cut_block_is_refused(llama: tuple[Replica, str, str]) -> None:
+    manifest = llama[0].manifest()
+    text = plan_to_json(Plan.of({MLP: QUARTER, f"{MLP}.down_proj": "gptq-int4-channel"}), manifest)
+    with pytest.raises(UserError, match="solved for whole matrices, and cuts"):
+        plan_from_json(text, manifest, "plan.json")
+
+
 def test_a_width_that_cuts_nothing_is_refused(llama: tuple[Replica, str, str]) -> None:
     with pytest.raises(UserError, match=r"search\.cut: channels-0\.01-wanda cuts nothing of any mlp"):
         space(llama, ("channels-0.01-wanda",), Budget(parameters=0.9))

@@ -38,7 +38,14 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
         if component not in manifest.by_name:
             raise UserError(f"{source} names {shown(component)}, which {manifest.model} does not have")
         check_takes(parse_scheme(scheme), manifest.by_name[component], source)
-    return Plan.of(schemes)
+    plan = Plan.of(schemes)
+    for name, parsed in plan.parsed.items():
+        if parsed.width is None and parsed.solved is not None and plan.width_of(manifest.by_name[name]) is not None:
+            raise UserError(
+                f"{source} gives {name} the scheme {parsed.name}, which is solved for whole matrices, and cuts "
+                f"{manifest.by_name[name].block}: leave one of both out"
+            )
+    return plan
 
 
 def check_takes(scheme: Scheme, component: Component, source: str) -> None:

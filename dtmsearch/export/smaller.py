@@ -21,7 +21,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component, ModelManifest
@@ -38,7 +37,7 @@ from dtmsearch.model.compress.number_rounding import NumberCodes
 from dtmsearch.model.compress.width import indices
 from dtmsearch.model.modules.blocks import returned_kind
 from dtmsearch.model.modules.discovery import find_layers
-from dtmsearch.model.modules.loading import empty_model
+from dtmsearch.model.modules.loading import empty_model, takes_settings
 from dtmsearch.model.modules.usage import usage_of
 
 CODE_FILE = "modeling_without_blocks.py"
@@ -216,11 +215,7 @@ class _Shape:
                 each = getattr(text, "head_dim", None) or text.hidden_size // heads
                 found |= {"num_attention_heads": heads * left // whole, "num_key_value_heads": keys * left // whole}
                 found["head_dim"] = each
-        try:
-            type(text).from_dict(text.to_dict() | found)
-        except (StrictDataclassError, ValueError, TypeError):
-            return None
-        return found
+        return found if takes_settings(text, found) else None
 
     def _check(self, folder: Path) -> None:
         """Raises `UserError` unless the model that the smaller configuration builds has, layer by layer, what those had

@@ -195,6 +195,16 @@ def read_config(folder: Path, spec: ModelSpec) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
 
 
+def takes_settings(config: Any, changes: Mapping[str, Any]) -> bool:
+    """Whether a family's configuration is one with some settings changed."""
+    try:
+        with _explained("configuration", Path(config.name_or_path or ".")):
+            type(config).from_dict(config.to_dict() | changes)
+    except UserError:
+        return False
+    return True
+
+
 def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     """The module tree without weights."""
     with _explained("model", folder), torch.device("meta"):
