@@ -28,7 +28,7 @@ from transformers import (
 
 from dtmsearch.core.schemes import DROP
 from dtmsearch.errors import UserError
-from dtmsearch.export.smaller import CODE_FILE
+from dtmsearch.export.smaller_code import CODE_FILE
 from dtmsearch.workflows import export as workflow
 from dtmsearch.workflows.evaluate import recover
 from dtmsearch.workflows.export import export

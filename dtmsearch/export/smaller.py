@@ -27,21 +27,18 @@ from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.plan import Plan, cut_by
 from dtmsearch.core.plan_widths import is_even, widths_left
-from dtmsearch.core.schemes import Scheme
 from dtmsearch.core.widths import side_of
 from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job
+from dtmsearch.export.renamed_compressor import RenamedCompressor
+from dtmsearch.export.smaller_code import CODE_FILE, TYPE_ENDING, code_of
 from dtmsearch.export.writer import ShardWriter, copy_other_files
-from dtmsearch.model.compress.compressor import Compressor
-from dtmsearch.model.compress.number_rounding import NumberCodes
 from dtmsearch.model.compress.width import indices
 from dtmsearch.model.modules.blocks import returned_kind
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import empty_model, takes_settings
 from dtmsearch.model.modules.usage import usage_of
 
-CODE_FILE = "modeling_without_blocks.py"
-_TYPE_ENDING = "_without_blocks"
 # What families whose blocks add their output to an argument themselves call it (BLOOM, MPT).
 _RESIDUAL = "residual"
 
@@ -170,7 +167,7 @@ class _Shape:
             folder=folder,
             manifest=manifest,
             plan=Plan.of(schemes),
-            compressor=_Renamed(job.compressor, base, columns, frozenset(self.cut)),
+            compressor=RenamedCompressor(job.compressor, base, columns, frozenset(self.cut)),
             trained=None,  # they are in the folder
             trust_remote_code=job.trust_remote_code or self.in_code,
         )
@@ -246,10 +243,10 @@ class _Shape:
         manners = self._manners() if self.out else {}
         cut = {self.renamed(name): list(each.shape) for name, each in self.cut.items() if self._even is None}
         left_out = {name: [block.kind, *manners[block.name]] for name, block in self.out.items()}
-        (folder / CODE_FILE).write_text(_code(kind.__name__, own.__name__, own.model_type), encoding="utf-8")
+        (folder / CODE_FILE).write_text(code_of(kind.__name__, own.__name__, own.model_type), encoding="utf-8")
         module = CODE_FILE.removesuffix(".py")
         return config | {
-            "model_type": own.model_type + _TYPE_ENDING,
+            "model_type": own.model_type + TYPE_ENDING,
             "architectures": ["WithoutBlocks"],
             "auto_map": {
                 "AutoConfig": f"{module}.WithoutBlocksConfig",
@@ -390,131 +387,3 @@ def _tensors_of(job: Job, matrix: Component) -> list[str]:
         )
     bias = found[0].removesuffix("weight") + "bias"
     return [found[0], *([bias] if bias in job.shapes else [])]
-
-
-class _Renamed(Compressor):
-    """A compressor of the base model's components, asked by the names that they have in a smaller model.
-
-    `_own` is the same compressor, asked by the names of the base model: what it asks of itself is named so already, and
-    the name of a layer may be that of another before."""
-
-    def __init__(
-        self, inner: Compressor, base: Mapping[str, str], columns: Mapping[str, Tensor], cut: frozenset[str]
-    ) -> None:
-        self.__dict__.update(inner.__dict__)
-        squares = self._mean_squares
-        self._mean_squares = squares | {
-            name: squares[name][at.to(squares[name].device)] for name, at in columns.items() if name in squares
-        }
-        self._alone = cut  # as it was measured
-        self._own = Compressor.__new__(Compressor)
-        self._own.__dict__ = self.__dict__
-        self._base, self._smaller = dict(base), {old: new for new, old in base.items()}
-
-    def share_scales(self, largest: Callable[[str], Tensor]) -> None:
-        super().share_scales(lambda name: largest(self._smaller.get(name, name)))
-
-    def share_inputs(self, readers: Callable[[str], Mapping[str, Tensor]]) -> None:
-        def named(name: str) -> dict[str, Tensor]:
-            # What is cut was measured with no scales of columns.
-            found = {} if name in self._alone else readers(self._smaller.get(name, name))
-            return {self._base.get(reader, reader): weight for reader, weight in found.items()}
-
-        super().share_inputs(named)
-
-    def column_scales(self, component: str, scheme: Scheme) -> Tensor | None:
-        return self._own.column_scales(self._base.get(component, component), scheme)
-
-    def compress(self, component: str, weight: Tensor, scheme: Scheme) -> Tensor:
-        return self._own.compress(self._base.get(component, component), weight, scheme)
-
-    def number_codes(self, component: str, weight: Tensor, scheme: Scheme) -> NumberCodes:
-        return self._own.number_codes(self._base.get(component, component), weight, scheme)
-
-    def solved(self, component: str, scheme: Scheme) -> Any:
-        return self._own.solved(self._base.get(component, component), scheme)
-
-    def mean_squares(self, component: str) -> Tensor:
-        return self._own.mean_squares(self._base.get(component, component))
-
-    def largest_input(self, component: str) -> Tensor:
-        return self._own.largest_input(self._base.get(component, component))
-
-    def packed(self, component: str, weight: Tensor, scheme: Scheme) -> Any:
-        return self._own.packed(self._base.get(component, component), weight, scheme)
-
-
-def _code(model: str, config: str, model_type: str) -> str:
-    """The file of code that builds a family's model without the blocks that its configuration names, and with smaller
-    matrices where it says so."""
-    return f'''"""{model} without some of its attention and MLP blocks, those that config.json names under `left_out`,
-and with matrices of fewer rows or columns, those that it names under `cut`.
-
-Written by dtmsearch. transformers runs this file where it is told trust_remote_code=True, and refuses the folder where
-it is not: as an ordinary {model_type} model it would be loaded with random weights in the place of what is left out or
-smaller.
-Engines with model code of their own (vLLM, SGLang, llama.cpp) do not load it.
-"""
-
-import torch
-from torch import nn
-from transformers import Cache, {config}, {model}
-
-try:
-    from transformers import conversion_mapping
-except ImportError:
-    conversion_mapping = None
-
-# Names and stacks of weights in files and in the model differ as they do in the family's own checkpoints.
-if conversion_mapping is not None:
-    renamed = conversion_mapping.get_checkpoint_conversion_mapping("{model}")
-    renamed = renamed or conversion_mapping.get_checkpoint_conversion_mapping("{model_type}")
-    if renamed is not None:
-        conversion_mapping.register_checkpoint_conversion_mapping(
-            "{model_type}{_TYPE_ENDING}", renamed, overwrite=True
-        )
-
-
-class LeftOut(nn.Module):
-    """In the place of a block, which adds nothing: it returns zeros or, where the block itself would add its output to
-    one of its arguments, that argument. An attention's cache is told how many tokens have passed."""
-
-    def __init__(self, kind, outputs, layer, residual):
-        super().__init__()
-        self.kind, self.outputs, self.layer, self.residual = kind, outputs, layer, residual
-
-    def forward(self, *args, **kwargs):
-        states = args[0] if args else kwargs["hidden_states"]
-        for cache in (*args, *kwargs.values()):
-            if self.kind == "attention" and isinstance(cache, Cache):
-                if self.layer < len(cache.layers) and not hasattr(cache.layers[self.layer], "update"):
-                    continue  # states of linear attention, which have no length
-                nothing = states.new_zeros(states.shape[0], 1, states.shape[1], 1)
-                cache.update(nothing, nothing, self.layer)
-        held = args if isinstance(self.residual, int) else kwargs
-        made = torch.zeros_like(states) if self.residual is None else held[self.residual]
-        return (made, *[None] * (self.outputs - 1)) if self.outputs else made
-
-
-class WithoutBlocksConfig({config}):
-    model_type = "{model_type}{_TYPE_ENDING}"
-
-
-class WithoutBlocks({model}):
-    config_class = WithoutBlocksConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        for name, (kind, outputs, residual) in config.left_out.items():
-            parent, _, child = name.rpartition(".")
-            layer = next(int(part) for part in name.split(".") if part.isdigit())
-            setattr(self.get_submodule(parent), child, LeftOut(kind, outputs, layer, residual))
-        for name, (rows, cols) in config.cut.items():
-            parent, _, child = name.rpartition(".")
-            before = self.get_submodule(name)
-            if isinstance(before, nn.Linear):
-                made = nn.Linear(cols, rows, bias=before.bias is not None)
-            else:
-                made = type(before)(rows, cols)
-            setattr(self.get_submodule(parent), child, made)
-'''

@@ -16,7 +16,7 @@ from dtmsearch.core.evaluation import FloatArray, ModelSpec, Reference, ReplicaS
 from dtmsearch.core.statistics import FEWEST, paired_difference
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.job import Job, Written
-from dtmsearch.export.smaller import CODE_FILE
+from dtmsearch.export.smaller_code import CODE_FILE
 from dtmsearch.export.writer import header_bytes
 from dtmsearch.model.modules.compat import repacks_4bit
 from dtmsearch.model.replica.by_llama_cpp import write_job as write_engine_job

@@ -13,7 +13,7 @@ from dtmsearch.core.plan import Plan, PlanSize, plan_size
 from dtmsearch.export.card import Card, card_text
 from dtmsearch.export.formats.format_registry import Format
 from dtmsearch.export.job import Job, Written
-from dtmsearch.export.smaller import CODE_FILE
+from dtmsearch.export.smaller_code import CODE_FILE
 from dtmsearch.workflows.export_check import Check, EngineCheck
 from dtmsearch.workflows.export_source import Source
 
