@@ -65,9 +65,8 @@ class WidthSolver:
             for block, scheme in sorted(by_layer[layer], key=lambda pair: (pair[0], pair[1].name)):
                 packed = self._packed(self._manifest.by_name[block], scheme)
                 found[block, scheme.name] = packed
-        for (
-            packed
-        ) in found.values():  # at the end: what stands on trained weights forgets all at every look at the base
+        # At the end: what stands on trained weights forgets all at every look at the base.
+        for packed in found.values():
             compressor.keep(packed)
         compressor.trim(wanted.keys())
         return [found[pair] for pair in wanted]
