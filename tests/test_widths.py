@@ -292,10 +292,13 @@ def test_a_width_of_a_matrix_is_refused_as_one_for_blocks(llama: tuple[Replica, 
         plan_from_json(text, manifest, "plan.json")
 
 
-def test_a_plan_file_with_what_is_solved_for_in_a_cut_block_is_refused(llama: tuple[Replica, str, str]) -> None:
+@pytest.mark.parametrize("scheme", ["gptq-int4-channel", "awq-int4-channel", "smooth-w8a8-channel"])
+def test_a_plan_file_with_what_takes_whole_matrices_in_a_cut_block_is_refused(
+    llama: tuple[Replica, str, str], scheme: str
+) -> None:
     manifest = llama[0].manifest()
-    text = plan_to_json(Plan.of({MLP: QUARTER, f"{MLP}.down_proj": "gptq-int4-channel"}), manifest)
-    with pytest.raises(UserError, match="solved for whole matrices, and cuts"):
+    text = plan_to_json(Plan.of({MLP: QUARTER, f"{MLP}.down_proj": scheme}), manifest)
+    with pytest.raises(UserError, match="solved or scaled for whole matrices, and cuts"):
         plan_from_json(text, manifest, "plan.json")
 
 

@@ -40,12 +40,17 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
         check_takes(parse_scheme(scheme), manifest.by_name[component], source)
     plan = Plan.of(schemes)
     for name, parsed in plan.parsed.items():
-        if parsed.width is None and parsed.solved is not None and plan.width_of(manifest.by_name[name]) is not None:
+        if parsed.width is None and plan.width_of(manifest.by_name[name]) is not None and _is_of_whole(parsed):
             raise UserError(
-                f"{source} gives {name} the scheme {parsed.name}, which is solved for whole matrices, and cuts "
-                f"{manifest.by_name[name].block}: leave one of both out"
+                f"{source} gives {name} the scheme {parsed.name}, which is solved or scaled for whole matrices, and "
+                f"cuts {manifest.by_name[name].block}: leave one of both out"
             )
     return plan
+
+
+def _is_of_whole(scheme: Scheme) -> bool:
+    """Whether a scheme takes whole matrices: it is solved by their inputs, or scales what several of them read."""
+    return scheme.solved is not None or bool(scheme.scaled)
 
 
 def check_takes(scheme: Scheme, component: Component, source: str) -> None:
