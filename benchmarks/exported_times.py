@@ -21,10 +21,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dtmsearch.config.stop_section import TimesSection
+from dtmsearch.export.smaller_code import CODE_FILE
 
 
 def loaded(folder: Path, dtype: str, device: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True)
+    ours = (folder / CODE_FILE).exists()  # code that comes with an export; no other is run
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=ours)
     return model.to(device).eval()
 
 
@@ -36,6 +38,8 @@ def products(model: Any, section: TimesSection) -> tuple[float, float]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     ]
+    if missing := sorted({shape for shape in shapes if shape not in known}):
+        raise click.ClickException(f"the table has no dense row for {missing[0]}: profile a model of such shapes, too")
     return sum(known[shape][0] for shape in shapes), sum(known[shape][1] for shape in shapes)
 
 

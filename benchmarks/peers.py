@@ -129,10 +129,11 @@ def compared(bench: Bench, ours: Plan, other: Plan) -> tuple[float, float, float
 @click.option("--rules/--no-rules", default=True, show_default=True, help="Fixed rules, and ours at their sizes.")
 @click.option("--prompts", default=256, show_default=True)
 @click.option("--held-out-prompts", default=128, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of ours: which prompts it draws.")
 @click.option("--dtype", default="float32", show_default=True)
 def main(
     model: Path, text: Path, held_out: Path, python: Path, out: Path, cases: str, ours: str, tools: str, rules: bool,
-    prompts: int, held_out_prompts: int, dtype: str,
+    prompts: int, held_out_prompts: int, seed: int, dtype: str,
 ) -> None:  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, text, held_out, prompts, held_out_prompts, dtype)
@@ -143,7 +144,7 @@ def main(
         plans = {"uniform": bench.best_uniform(space)}
         for name in ours.split(","):
             started_at = time.perf_counter()
-            plans[name] = Plan.of(bench.run(case, name, 0, space, {}).plan)
+            plans[name] = Plan.of(bench.run(case, name, seed, space, {}).plan)
             rows.append(judged(bench, space, case, name, "", time.perf_counter() - started_at, plans[name]))
         for peer in filter(None, tools.split(",")):
             try:

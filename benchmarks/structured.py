@@ -39,6 +39,7 @@ from dtmsearch.core.schemes import DROP
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.floating import Floating
 from dtmsearch.search.strategies.task import Task
@@ -67,12 +68,23 @@ class Measuring:
         return [self.known[r.id] for r in requests]
 
 
-def kl_of(measuring: Measuring, plan: Plan, reference: Reference) -> np.ndarray:
+def kl_of(measuring: Measuring, plan: Plan, reference: Reference, calibration: str = "") -> np.ndarray:
     """KL by prompt, of all prompts of a reference."""
-    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), plan)
+    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), plan, calibration)
     (outcome,) = measuring.answers([request])
     assert isinstance(outcome, EvalResult) and outcome.kl is not None, outcome
     return outcome.kl
+
+
+def searched(strategy: Strategy, measuring: Measuring) -> tuple[Plan, int]:
+    """The plan that a strategy finds, and the tokens that it forwarded."""
+    before = measuring.tokens
+    while not strategy.done:
+        requests = [ask.request for ask in strategy.ask()]
+        for request, outcome in zip(requests, measuring.answers(requests), strict=True):
+            strategy.tell(request.id, outcome)
+    assert strategy.best is not None
+    return strategy.best, measuring.tokens - before
 
 
 def dropping(names: Sequence[str]) -> Plan:
@@ -89,14 +101,7 @@ def floating(
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
         return EvalRequest(plan, reference.id, (0, prompts), ("kl",), parent)
 
-    strategy = Floating(Task(space, request_for, "kl"), FloatingSettings(prompts=few))
-    before = measuring.tokens
-    while not strategy.done:
-        requests = [ask.request for ask in strategy.ask()]
-        for request, outcome in zip(requests, measuring.answers(requests), strict=True):
-            strategy.tell(request.id, outcome)
-    assert strategy.best is not None
-    return strategy.best, measuring.tokens - before
+    return searched(Floating(Task(space, request_for, "kl"), FloatingSettings(prompts=few)), measuring)
 
 
 class Gated:

@@ -23,10 +23,10 @@ from typing import Any
 
 import click
 import numpy as np
-from structured import CONTINUATION, PROMPT, Measuring
+from structured import CONTINUATION, PROMPT, Measuring, kl_of, searched
 
 from dtmsearch.core.components import ModelManifest
-from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.core.strategy_settings import AutoSettings, FloatingSettings
@@ -38,8 +38,6 @@ from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_s
 FIRST, LAST, DEPTH = 4, 2, 32
 RULES = ("random", "magnitude", "gradient", "wanda", "ziplm")
 WIDTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-# From this share on ZipLM's order is the better one (docs/structured.md).
-MUCH = 0.3
 # Of joint searches, whose options multiply.
 JOINT_WIDTHS = (0.1, 0.2, 0.35, 0.5)
 JOINT_SCHEMES = ("int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
@@ -62,14 +60,6 @@ def llm_pruner(manifest: ModelManifest, share: float) -> Plan:
     return Plan.of(dict.fromkeys(inner, f"channels-{more:g}-gradient"))
 
 
-def kl_of(measuring: Measuring, plan: Plan, reference: Reference, calibration: str) -> np.ndarray:
-    """KL by prompt, of all prompts of a reference."""
-    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), plan, calibration)
-    (outcome,) = measuring.answers([request])
-    assert isinstance(outcome, EvalResult) and outcome.kl is not None, outcome
-    return outcome.kl
-
-
 def found_by(
     strategy_name: str, measuring: Measuring, space: SearchSpace, reference: Reference, prompts: int, few: int,
     calibration: str, errors: dict[tuple[str, str], float],
@@ -81,19 +71,10 @@ def found_by(
 
     effort = SolverSettings(AutoSettings(probe_prompts=few), floating=FloatingSettings(prompts=few), errors=errors)
     strategy = make_strategy(strategy_name, space, request_for, "kl", continuation_tokens=CONTINUATION, solver=effort)
-    before = measuring.tokens
-    while not strategy.done:
-        requests = [ask.request for ask in strategy.ask()]
-        for request, outcome in zip(requests, measuring.answers(requests), strict=True):
-            strategy.tell(request.id, outcome)
-    assert strategy.best is not None
-    return strategy.best, measuring.tokens - before
+    return searched(strategy, measuring)
 
 
 def named(share: float, rule: str) -> str:
-    """A width of the search: with `mixed` by Wanda's weighing where little goes, and by ZipLM where more does."""
-    if rule == "mixed":
-        rule = "wanda-repair" if share < MUCH else "ziplm-repair"
     return f"channels-{share:g}-{rule}"
 
 
@@ -142,7 +123,7 @@ def joint_plans(
 @click.option("--judge", "judge_text", required=True, type=click.Path(exists=True))
 @click.option("--channels", default="0.2,0.4", help="shares of all MLPs' channels that go")
 @click.option("--strategies", default="floating,auto", help="of the first seed; of others the last one")
-@click.option("--rule", default="mixed", help="of the searches; mixed: wanda-repair below 0.3, ziplm-repair above")
+@click.option("--rule", default="ziplm-repair", help="of the searches")
 @click.option("--seeds", default=3)
 @click.option("--prompts", default=64, help="that our search compares its last plans on")
 @click.option("--few", default=16, help="by which it chooses widths")
@@ -193,17 +174,10 @@ def main(
             judged(seed, share, "LLM-Pruner", llm_pruner(manifest, share), 0, text.id)
             everywhere = one_width(manifest, share, "gradient")
             judged(seed, share, "LLM-Pruner, everywhere", everywhere, 0, text.id)
-            for name in ("wanda-repair", "ziplm-repair") if seed else RULES:
-                for ending in ("",) if seed else ("", "-repair"):
-                    if name + ending != "gradient":
-                        judged(
-                            seed,
-                            share,
-                            f"one width, {name}{ending}",
-                            one_width(manifest, share, name + ending),
-                            0,
-                            text.id,
-                        )
+            rules = [rule + ending for rule in RULES for ending in ("", "-repair")]
+            for name in ("wanda-repair", "ziplm-repair") if seed else rules:
+                if name != "gradient":  # LLM-Pruner's, everywhere
+                    judged(seed, share, f"one width, {name}", one_width(manifest, share, name), 0, text.id)
             budget = Budget(parameters=min(size(everywhere).parameters, size(llm_pruner(manifest, share)).parameters))
             for name in strategies.split(",")[-1:] if seed else strategies.split(","):
                 if time.perf_counter() - began > seconds:

@@ -22,14 +22,14 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Replic
 from dtmsearch.core.holders import size_sentence
 from dtmsearch.core.plan import Budget, Plan, plan_size
 from dtmsearch.core.plan_file import plan_from_json, plan_to_json
-from dtmsearch.core.plan_widths import widths_left
+from dtmsearch.core.plan_widths import ONE_WIDTH, widths_left
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
 from dtmsearch.core.variant import Variant
 from dtmsearch.core.widths import width_of
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.width import first_by_inverse, refitted
 from dtmsearch.model.replica.replica import Replica
-from dtmsearch.search.baselines import ONE_WIDTH, shape_rivals
+from dtmsearch.search.baselines import shape_rivals
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy

@@ -12,9 +12,11 @@ from math import log
 from typing import Literal
 
 from dtmsearch.analysis.format import counted, interval_decimals, size_in_words
+from dtmsearch.core.gguf_presets import PRESET
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.metrics import Summary, rank_key
 from dtmsearch.core.plan import LARGER
+from dtmsearch.core.plan_widths import LAST_LAYERS, ONE_WIDTH
 from dtmsearch.core.statistics import PairedDifference
 from dtmsearch.core.strategy_settings import RANK_BY
 
@@ -23,7 +25,6 @@ PLAN, BASE = "plan", "base"
 FOUND = "found"
 # Of earlier versions the second, which was the one nearest in size.
 _UNIFORM = ("uniform:", "uniform-nearest:")
-_PRESET, _LAST_LAYERS, _ONE_WIDTH = "preset:", "rule:last-layers", "rule:one-width"
 # Unusable: a bit a token worse at human text, or another choice at more than half of the positions.
 _RUINED_NATS, _RUINED_SHARE = log(2.0), 0.5
 
@@ -88,11 +89,11 @@ class ValidationRow:
 
 
 def _mixture_in(label: str) -> str | None:
-    if label == _LAST_LAYERS:
+    if label == LAST_LAYERS:
         return "the last blocks dropped"
-    if label == _ONE_WIDTH:
+    if label == ONE_WIDTH:
         return "one width for all"
-    return f"llama.cpp's mixture {label.removeprefix(_PRESET)}" if label.startswith(_PRESET) else None
+    return f"llama.cpp's mixture {label.removeprefix(PRESET)}" if label.startswith(PRESET) else None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.widths import WidthKind
 
+# The labels of the plan that drops a model's last layers, and of the one that cuts all blocks alike.
+LAST_LAYERS, ONE_WIDTH = "rule:last-layers", "rule:one-width"
+
 
 def widths_left(plan: Plan, components: Iterable[Component]) -> dict[WidthKind, dict[int, tuple[int, int]]]:
     """Of each kind of units that a plan cuts anywhere, the layers that have a block of them, and how many of how many

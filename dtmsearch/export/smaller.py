@@ -210,8 +210,11 @@ class _Shape:
                 if keys is None or keys * left % whole or heads * left % whole:
                     return None
                 each = getattr(text, "head_dim", None) or text.hidden_size // heads
-                found |= {"num_attention_heads": heads * left // whole, "num_key_value_heads": keys * left // whole}
-                found["head_dim"] = each
+                found |= {
+                    "num_attention_heads": heads * left // whole,
+                    "num_key_value_heads": keys * left // whole,
+                    "head_dim": each,
+                }
         return found if takes_settings(text, found) else None
 
     def _check(self, folder: Path) -> None:

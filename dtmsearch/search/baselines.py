@@ -17,11 +17,10 @@ from dtmsearch.core.gguf_presets import PRESET, largest_preset
 from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
+from dtmsearch.core.plan_widths import LAST_LAYERS, ONE_WIDTH
 from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
 from dtmsearch.search.space import SearchSpace
 
-# The labels of the plan that drops a model's last layers, and of the one that cuts all blocks alike.
-LAST_LAYERS, ONE_WIDTH = "rule:last-layers", "rule:one-width"
 # So many rivals are measured at most, the largest of each family first; where families stand beside several schemes of
 # KV caches, so many of each pair at least.
 _MOST_RIVALS, _RIVALS_OF_A_PAIR = 12, 3

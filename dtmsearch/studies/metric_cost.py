@@ -24,13 +24,9 @@ _NAMES = {
 }
 
 
-def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
-    """Seconds of an evaluation in each set of metrics, and of the first, which makes what the set needs of the base
-    model."""
-    (part,) = parts
-    prompts = part.file.prompts
-    tokens = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens)
-    rows, points = [], []
+def _seconds(store: ResultStore, part: PartRun) -> dict[tuple[str, ...], list[float]]:
+    """Set of metrics -> seconds of each of the study's own evaluations, in recorded order. Raises `UserError` where
+    other runs have measured most of them."""
     taken: dict[tuple[str, ...], list[float]] = {}
     for row in measured(store, part.run, ()):
         # What another run measured was measured beside other work, from another layer on.
@@ -41,6 +37,16 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
             f"run {part.run!r} times its own evaluations, and other runs of this store have measured most of them "
             "before: name a new store by --store"
         )
+    return taken
+
+
+def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
+    """Seconds of an evaluation in each set of metrics, and of the first, which makes what the set needs of the base
+    model."""
+    (part,) = parts
+    prompts = part.file.prompts
+    tokens = prompts.count * (prompts.prompt_tokens + prompts.continuation_tokens)
+    rows, points, taken = [], [], _seconds(store, part)
     alone = float(np.median(taken[()][1:]))
     for metrics in METRIC_SETS:
         first, *others = taken[metrics]

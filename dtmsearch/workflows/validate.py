@@ -14,12 +14,11 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.gguf_presets import PRESET
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan_widths import LAST_LAYERS, ONE_WIDTH
 from dtmsearch.core.records import ContinuationRecord
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import reason_of
 from dtmsearch.search.baselines import (
-    LAST_LAYERS,
-    ONE_WIDTH,
     best_rival,
     better_uniform,
     law_remarks,
