@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -25,6 +26,15 @@ SHAPES = {
 }  # fmt: skip
 
 
+class Wordless:
+    """The tokenizer of a model without text: it puts nothing before a text or after it."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, **options: Any) -> dict[str, Sequence[int]]:
+        return {"input_ids": []}
+
+
 class ShapedReplica(replica.Replica):
     """A replica whose `spec.path` names a shape."""
 
@@ -41,4 +51,4 @@ class ShapedReplica(replica.Replica):
         model.requires_grad_(False)
         _, layers = find_layers(model)
         manifest = ModelManifest(spec.path, None, spec.dtype, len(layers), spec.path, components_of(model))
-        return replica.LoadedModel(model, SimpleNamespace(eos_token_id=None), manifest, Checkpoint([]), "")
+        return replica.LoadedModel(model, Wordless(), manifest, Checkpoint([]), "")
