@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def test_ctrl_c_ends_the_process_of_a_query(tmp_path: Path, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sql._Child, "end", noted)
-    monkeypatch.setattr(sql.Connection, "poll", interrupted)
+    monkeypatch.setattr(Connection, "poll", interrupted)
     with pytest.raises(KeyboardInterrupt):
         query(ResultStore(tmp_path), ONE_LONG_FUNCTION)
     assert ended == [-signal.SIGKILL]
@@ -250,6 +251,13 @@ def test_a_process_that_went_while_it_was_asked_nothing_is_replaced(tmp_path: Pa
     sql._idle[-1]._process.kill()
     sql._idle[-1]._process.wait()
     assert rows(store, "SELECT count(*) AS n FROM evaluations") == [{"n": 6}]
+
+
+def test_the_process_of_a_query_loads_neither_pandas_nor_the_schema_of_search_files(tmp_path: Path) -> None:
+    """Half of the time that it takes to begin, where pandas is installed."""
+    query(recorded(tmp_path), "SELECT * FROM evaluations")
+    loaded = Path(f"/proc/{sql._idle[-1]._process.pid}/maps").read_text()
+    assert [name for name in ("duckdb", "pandas", "pydantic_core") if name in loaded] == ["duckdb"]
 
 
 def test_the_process_of_a_query_ends_with_the_one_that_asks(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One SQL SELECT over a store's tables, in an in-memory DuckDB that can reach nothing else.
 
-Runs in a process of its own (`dtmsearch.analysis.sql`), which can be ended at any moment. Knows the tables and how to
-lock a database down, nothing of what the questions are about.
+Runs in a process of its own (`dtmsearch.analysis.sql_process`), which can be ended at any moment. Knows the tables and
+how to lock a database down, nothing of what the questions are about.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dtmsearch.config import other_metrics_of
+from dtmsearch.config.recorded_text import other_metrics_of
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.errors import UserError
 from dtmsearch.store import schemas

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dtmsearch.analysis.verdict import FOUND, PLAN, NoiseFloor, SizedBy, ValidationRow, rival_of
-from dtmsearch.config import section_of, times_of
+from dtmsearch.config import times_of
+from dtmsearch.config.recorded_text import section_of
 from dtmsearch.core.components import Component
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.metrics import difference_limits

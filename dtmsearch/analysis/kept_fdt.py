@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from dtmsearch.analysis.format import counted
-from dtmsearch.config import section_of
+from dtmsearch.config.recorded_text import section_of
 from dtmsearch.core.records import RunRecord
 from dtmsearch.core.statistics import lower_bound
 from dtmsearch.store.store import ResultStore

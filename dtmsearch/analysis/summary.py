@@ -31,7 +31,7 @@ from dtmsearch.analysis.verdict import (
     noise_sentence,
     verdict,
 )
-from dtmsearch.config import section_of
+from dtmsearch.config.recorded_text import section_of
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.holders import is_larger_than_source, size_sentence, source_sentence
 from dtmsearch.core.metric_registry import METRICS

@@ -21,7 +21,7 @@ from rich.table import Table
 from dtmsearch.analysis.format import duration, number
 from dtmsearch.analysis.metric_text import metric_value
 from dtmsearch.analysis.summary import record_of
-from dtmsearch.config import section_of
+from dtmsearch.config.recorded_text import section_of
 from dtmsearch.console.printing import print_shown, styled
 from dtmsearch.console.progress import pace
 from dtmsearch.core.records import RunRecord, StepRecord

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from dtmsearch import config
 from dtmsearch.analysis.summary import record_of
 from dtmsearch.config import SearchFile, texts
+from dtmsearch.config.recorded_text import section_of
 from dtmsearch.core.components import Component, ModelManifest, is_block_name
 from dtmsearch.core.gguf_presets import PRESET, check_preset, preset_plan
 from dtmsearch.core.plan import Plan
@@ -76,7 +77,7 @@ def begun(results: ResultStore, file: SearchFile) -> RunRecord | None:
         return None
     # As this version writes it: a key that came later stands there with its default.
     before = config.recorded(previous)
-    if "experts" not in config.section_of(previous.config, "search") and not _has_experts(results, previous):
+    if "experts" not in section_of(previous.config, "search") and not _has_experts(results, previous):
         # What was not known there ties nothing here.
         search = before.search.model_copy(update={"experts": file.search.experts})
         before = before.model_copy(update={"search": search})

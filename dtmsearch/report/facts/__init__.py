@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dtmsearch.analysis.shape import shape_sentence
 from dtmsearch.analysis.summary import RunSummary, record_of, summarize_run
-from dtmsearch.config import section_of
+from dtmsearch.config.recorded_text import section_of
 from dtmsearch.core.records import RunRecord
 from dtmsearch.report.facts.cost import Cost, cost_of, losses_of
 from dtmsearch.report.facts.course import (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dtmsearch.config import other_metrics_of
+from dtmsearch.config.recorded_text import other_metrics_of
 from dtmsearch.core.metric_registry import BUILT_IN, METRICS
 from dtmsearch.core.metrics import value_limits
 from dtmsearch.core.plan import Plan
