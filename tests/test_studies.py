@@ -125,6 +125,21 @@ def test_a_mask_is_drawn_anew_for_every_block_of_prompts(tmp_path: Path) -> None
     }
 
 
+def test_several_masks_of_a_block_are_compared_on_its_prompts(tmp_path: Path) -> None:
+    asked: list[tuple[str, tuple[int, int]]] = []
+
+    def answering(request: EvalRequest) -> EvalResult:
+        scheme = request.plan.entries[0][1]
+        asked.append((scheme, request.prompts))
+        # Of the two masks of each block the second does less harm than the removal of small weights.
+        harm = {"magnitude-0.001": 0.02, "random-0.001-s0": 0.05, "random-0.001-s2": 0.05}.get(scheme, 0.01)
+        return result(request, np.full(len(prompts_of(request)), harm))
+
+    answer = made(tmp_path, "discriminability", answering, "prompts.count=16", "search.options={masks: 2}")
+    assert ("random-0.001-s1", (0, 8)) in asked and ("random-0.001-s2", (8, 16)) in asked
+    assert shown(answer)["KL"][0].startswith("0.500") and "with 2 masks" in answer.findings.tables[0].note
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_s_file_is_one_that_run_takes(name: str) -> None:
     for label, file in search_files(study_of(name), "some/model", ["a.txt", "b.txt"]):

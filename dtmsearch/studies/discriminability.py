@@ -23,16 +23,16 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Of each component and block of prompts, by a metric: 1 where the first scheme was found the less harmful one, 0
-    where the random mask was, 0.5 where both came to the same: [components, blocks]."""
+    """Of each component, block of prompts and random mask, by a metric: 1 where the first scheme was found the less
+    harmful one, 0 where the random mask was, 0.5 where both came to the same: [components, blocks, masks a block]."""
 
     components: tuple[str, ...]
     scores: Mapping[str, Scores]
 
 
-def comparisons(rows: Sequence[Measured]) -> Comparisons:
+def comparisons(rows: Sequence[Measured], masks_a_block: int = 1) -> Comparisons:
     """Every random mask beside the other scheme of its component, on the block of prompts that the mask was drawn
-    for."""
+    for. Blocks that lack a mask of some component are left out."""
     masks: dict[str, dict[int, Measured]] = {}
     whole: dict[str, Measured] = {}
     for row in rows:
@@ -44,31 +44,42 @@ def comparisons(rows: Sequence[Measured]) -> Comparisons:
         else:
             whole[row.component] = row
     names = tuple(name for name in whole if name in masks)
-    blocks = sorted(set.intersection(*(set(masks[name]) for name in names))) if names else []
+    seeds = set.intersection(*(set(masks[name]) for name in names)) if names else set()
+    drawn = {block: range(block * masks_a_block, (block + 1) * masks_a_block) for block in range(len(seeds))}
+    complete = [(block, own) for block, own in drawn.items() if seeds.issuperset(own)]
     scores = {
-        metric: np.array([[_score(metric, whole[n], masks[n][block], block) for block in blocks] for n in names])
+        metric: np.array(
+            [
+                [_scores(metric, whole[name], [masks[name][seed] for seed in own], block) for block, own in complete]
+                for name in names
+            ]
+        )
         for metric in TOLD_BY
         if names and whole[names[0]].has(metric)
     }
     return Comparisons(names, scores)
 
 
-def _score(metric: str, whole: Measured, mask: Measured, block: int) -> float:
-    theirs = METRICS[metric].losses(np.asarray(mask.row[METRICS[metric].list_column]))
+def _scores(metric: str, whole: Measured, masks: Sequence[Measured], block: int) -> list[float]:
     own = METRICS[metric].losses(np.asarray(whole.row[METRICS[metric].list_column]))
-    ours = own[block * len(theirs) : (block + 1) * len(theirs)]
-    return 0.5 + 0.5 * float(np.sign(theirs.mean() - ours.mean()))
+    scores = []
+    for mask in masks:
+        theirs = METRICS[metric].losses(np.asarray(mask.row[METRICS[metric].list_column]))
+        ours = own[block * len(theirs) : (block + 1) * len(theirs)]
+        scores.append(0.5 + 0.5 * float(np.sign(theirs.mean() - ours.mean())))
+    return scores
 
 
 def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     """How often each metric tells the two apart, by layer and by kind."""
     (part,) = parts
-    found = comparisons(measured(store, part.run, TOLD_BY))
+    settings = settings_of(BlockSettings, part.file.search.options, "discriminability")
+    block, masks = settings.block, settings.masks
+    found = comparisons(measured(store, part.run, TOLD_BY), masks)
     known = components_of(store, part.record.manifest_id)
-    block = settings_of(BlockSettings, part.file.search.options, "discriminability").block
     rows, said = [], []
     for metric, scores in found.scores.items():
-        over = mean_interval(scores.mean(axis=0), 0, (0.0, 1.0))
+        over = mean_interval(scores.mean(axis=(0, 2)), 0, (0.0, 1.0))
         right, wrong = int((scores == 1.0).sum()), int((scores == 0.0).sum())
         low, high = wilson_interval(right, right + wrong)
         share = right / max(right + wrong, 1)
@@ -83,8 +94,9 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
         f"On {block} prompts, {first} is found less harmful than {second} in this share of "
         f"{next(iter(found.scores.values())).size:,} comparisons (50% is guessing): {best}."
     )
+    often = "once" if masks == 1 else f"with {masks} masks"
     note = (
-        f"{len(found.components)} components, each compared once on every block of {block} prompts. First interval: "
+        f"{len(found.components)} components, each compared {often} on every block of {block} prompts. First interval: "
         "95% over blocks, which all components share; last: Wilson's, as if every comparison were independent."
     )
     columns = ("metric", "right, ties as half", "tied", "right where not tied")

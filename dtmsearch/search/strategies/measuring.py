@@ -52,19 +52,21 @@ class Measuring(Procedure):
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """`block`: prompts by which a metric tells two plans apart once."""
+    """`block`: prompts by which a metric tells two plans apart once. `masks`: random masks that are drawn of each
+    component for each block."""
 
     block: int = 8
+    masks: int = 1
 
 
 class Discriminability(Measuring):
     """Every component alone under the first of two schemes, on all prompts, and under the second, which prunes by
-    chance, on one block of them after the other. Each block has a mask of its own (`random-0.001-s17` on the 18th), so
-    that blocks are independent draws of masks and prompts at once."""
+    chance, on one block of them after the other. Each block has masks of its own (one, unless the settings say more:
+    `random-0.001-s17` on the 18th), so that blocks are independent draws of masks and prompts at once."""
 
     def __init__(self, task: Task, options: Mapping[str, Any]) -> None:
         super().__init__(task)
-        self._block = settings_of(BlockSettings, options, "discriminability").block
+        self._settings = settings_of(BlockSettings, options, "discriminability")
         schemes = task.space.schemes
         pruning = parse_scheme(schemes[-1]).pruning
         if len(schemes) != 2 or pruning is None or pruning.saliency != "random" or schemes[-1].count("-") != 1:
@@ -72,19 +74,22 @@ class Discriminability(Measuring):
                 "search.schemes: discriminability tells a scheme from random pruning, such as [magnitude-0.001, "
                 f"random-0.001], got {list(schemes)}"
             )
-        if self.num_prompts < self._block:
-            raise UserError(f"prompts.count: {self.num_prompts} are less than one block of {self._block} prompts")
+        if self.num_prompts < self._settings.block:
+            raise UserError(
+                f"prompts.count: {self.num_prompts} are less than one block of {self._settings.block} prompts"
+            )
 
     def script(self) -> Script:
         first, second = self._space.schemes
         edges = list(self._space.perturbations(DENSE_PLAN))
         ones = [edge for edge in edges if edge.scheme == first]
         trials = [self._alone(edge) for edge in ones]
-        for number in range(self.num_prompts // self._block):
-            prompts = number * self._block, (number + 1) * self._block
-            edges = [replace(edge, scheme=f"{second}-s{number}") for edge in ones]
-            trials += [Trial(DENSE_PLAN.with_(edge), prompts, perturbation=edge) for edge in edges]
-        self._foresee((len(ones), self.num_prompts), (len(trials) - len(ones), self._block))
+        block, masks = self._settings.block, self._settings.masks
+        for mask in range(self.num_prompts // block * masks):
+            start = mask // masks * block
+            edges = [replace(edge, scheme=f"{second}-s{mask}") for edge in ones]
+            trials += [Trial(DENSE_PLAN.with_(edge), (start, start + block), perturbation=edge) for edge in edges]
+        self._foresee((len(ones), self.num_prompts), (len(trials) - len(ones), block))
         yield trials
 
 
