@@ -14,8 +14,10 @@ from dtmsearch.errors import UserError
 
 Ids = NDArray[np.int32]
 
-# Characters that are tokenized at a time: a tokenizer takes some 600 bytes for each token until it is done.
-_PIECE, _OVERLAP = 1 << 20, 1 << 12
+# Characters of a piece of a long text, and how many pieces are tokenized at a time, one a core: a tokenizer takes some
+# 600 bytes for each token until it is done.
+_PIECE, _OVERLAP = 1 << 18, 1 << 12
+_AT_A_TIME = 16
 # Tokens in a row that two pieces must have alike where one goes over into the other.
 _ALIKE = 64
 
@@ -75,29 +77,37 @@ def _ids(tokenizer: Any, text: str) -> Ids:
 
 
 def _in_pieces(tokenizer: Any, text: str) -> Ids:
-    """The tokens of a long text, piece by piece. Pieces overlap, and one goes over into the next in the middle of a run
-    of tokens that both have at the same characters; where there is none, the whole text is tokenized at once."""
+    """The tokens of a long text, some pieces at a time. Pieces overlap, and one goes over into the next in the middle
+    of a run of tokens that both have at the same characters; where there is none, the whole text is tokenized at
+    once."""
+    starts = [0, *range(_PIECE - _OVERLAP, len(text) - _OVERLAP, _PIECE - _OVERLAP)]
     found: list[Ids] = []
-    start = before = 0  # of a piece, and of its tokens that no piece before it has given
-    while True:
-        ids, places = _placed(tokenizer, text[start : start + _PIECE], start)
-        own = int(np.searchsorted(places, before)) if start else 0
-        end = start + _PIECE
-        if end >= len(text):
-            return np.concatenate([*found, ids[own:]])
-        following = end - _OVERLAP
-        border = _border(ids, places, *_placed(tokenizer, text[following : following + 2 * _OVERLAP], following))
-        if border is None:
-            return _ids(tokenizer, text)
-        found.append(ids[own : int(np.searchsorted(places, border))])
-        start, before = following, border
+    before = 0  # tokens that begin before this character stand in `found`
+    for first in range(0, len(starts), _AT_A_TIME):
+        some = starts[first : first + _AT_A_TIME]
+        pieces = _placed(tokenizer, text, some, _PIECE)
+        seams = _placed(tokenizer, text, [start + _PIECE - _OVERLAP for start in some], 2 * _OVERLAP)
+        for start, (ids, places), seam in zip(some, pieces, seams, strict=True):
+            own = int(np.searchsorted(places, before)) if start else 0
+            if start == starts[-1]:
+                return np.concatenate([*found, ids[own:]])
+            border = _border(ids, places, *seam)
+            if border is None:
+                return _ids(tokenizer, text)
+            found.append(ids[own : int(np.searchsorted(places, border))])
+            before = border
+    raise AssertionError("a text has a last piece")
 
 
-def _placed(tokenizer: Any, text: str, start: int) -> tuple[Ids, NDArray[np.int64]]:
-    """Tokens, and the characters at which they begin, of a piece that begins at `start`."""
-    made = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    places = np.array(made["offset_mapping"], np.int64).reshape(-1, 2)[:, 0] + start
-    return np.array(made["input_ids"], np.int64).astype(np.int32), places
+def _placed(tokenizer: Any, text: str, starts: list[int], length: int) -> list[tuple[Ids, NDArray[np.int64]]]:
+    """Of each piece of that many characters, by where it begins: its tokens, and the characters at which they
+    begin."""
+    pieces = [text[start : start + length] for start in starts]
+    made = tokenizer(pieces, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return [
+        (np.array(ids, np.int64).astype(np.int32), np.array(offsets, np.int64).reshape(-1, 2)[:, 0] + start)
+        for start, ids, offsets in zip(starts, made["input_ids"], made["offset_mapping"], strict=True)
+    ]
 
 
 def _border(ids: Ids, places: NDArray[np.int64], others: Ids, at: NDArray[np.int64]) -> int | None:
