@@ -30,6 +30,7 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import EvaluationRecord
 from dtmsearch.errors import UserError
+from dtmsearch.export.formats import gguf_base
 from dtmsearch.model.modules.discovery import read_manifest
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows import engine_process
@@ -233,6 +234,87 @@ def test_the_recorded_values_are_of_the_calibration_that_the_folder_was_made_wit
         assert (_recorded(tmp_path, {"dtmsearch": named | card}, store, 0).values["fdt"] == 2).all()
     with pytest.raises(UserError, match="holds no measurement of plan"):
         _recorded(tmp_path, {"dtmsearch": named | {"calibration": "by-three"}}, store, 0)
+
+
+def llama_server(tmp_path: Path) -> Path:
+    """A program that starts, answers and ends as the fake engine does; models go by their files' names."""
+    program = tmp_path / "llama-server"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys\n"
+        "if sys.argv[1:] == ['--version']:\n"
+        "    sys.exit('version: 7 (abc)')\n"
+        "sys.argv[2] = os.path.basename(sys.argv[2])\n"
+        "from vllm.entrypoints.openai.api_server import main\n"
+        "main()\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+def with_file(out: Path, tmp_path: Path) -> Path:
+    """An exported folder as `--to gguf` writes it: a file and a card."""
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    shutil.copy(out / "README.md", folder)
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    return folder
+
+
+def test_llama_cpp_is_asked_about_its_own_files(
+    folders: tuple[Path, Path, Path],
+    servers: dict[str, str],
+    engine: Callable[[dict[str, str]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, base, out = folders
+    converted = []
+
+    def convert(folder: Path, made: Path, outtype: str) -> None:
+        converted.append((folder, outtype))
+        made.write_bytes(b"GGUF")
+
+    monkeypatch.setattr(gguf_base, "convert", convert)
+    monkeypatch.setattr(gguf_base, "check_converter", lambda: None)
+    started = engine({"base.gguf": servers[str(base)], "model.gguf": servers[str(out)]})
+    folder = with_file(out, tmp_path)
+    found = dtm.serve_check(folder, store, engine="llama.cpp", program=str(llama_server(tmp_path)))
+    assert converted == [(base, "f32")] and found.engine == "llama.cpp 7 (abc)"
+    assert {name: value.difference.mean for name, value in found.values.items()} == dict.fromkeys(found.values, 0.0)
+    assert "--ctx-size 24 --parallel 1" in started.read_text()
+    check_ended(started)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "error: llama.cpp is not installed: there is no llama-server on the search path. build llama.cpp, or"),
+        (("--program", "nowhere/llama-server"), "nowhere/llama-server cannot be run"),
+        (("--program", "/bin/true"), "/bin/true is no llama-server of llama.cpp: it does not say its version"),
+        (("--python", "other/python"), "llama.cpp is no package of a Python: name its llama-server with --program"),
+        (("--engine", "vllm", "--program", "/bin/true"), "vLLM is a package of a Python, no program: name that Python"),
+    ],
+)
+def test_a_program_that_is_not_there(
+    folders: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    said: str,
+) -> None:
+    monkeypatch.delenv("DTMSEARCH_GGML", raising=False)
+    folder = with_file(folders[2], tmp_path) if "vllm" not in options else folders[2]
+    code, _, errors = check(capsys, folder, "--store", folders[0], "--engine", "llama.cpp", *options)
+    assert code == 2 and said in errors and len(errors.splitlines()) == 1
+
+
+def test_a_folder_without_a_file_is_none_for_llama_cpp(
+    folders: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, errors = check(capsys, folders[2], "--store", folders[0], "--engine", "llama.cpp")
+    assert code == 2 and "holds no model.gguf, which llama.cpp serves: export with --to gguf" in errors
 
 
 def test_an_end_that_is_broken_off_leaves_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:

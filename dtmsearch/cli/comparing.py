@@ -130,17 +130,23 @@ def compare_verb(
         "dtmsearch serve-check my-model-int4 --engine vllm --python ~/vllm-env/bin/python",
         "dtmsearch serve-check my-model-int4 --text validation.txt --count 32",
         "dtmsearch serve-check my-model-fp8 --dtype bfloat16 --engine-args '--gpu-memory-utilization 0.5'",
+        "dtmsearch serve-check my-model-gguf --engine llama.cpp --program ~/llama.cpp/build/bin/llama-server",
     ),
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
-    "--engine", type=click.Choice(("vllm", "sglang")), default="vllm", show_default=True, help="What serves it."
+    *("--engine", "engine"),
+    type=click.Choice(("vllm", "sglang", "llama.cpp")),
+    default="vllm",
+    show_default=True,
+    help="What serves it.",
 )
 @click.option(
     "--python",
     metavar="PATH",
     help="Python of the environment that has the engine, if not this one.",
 )
+@click.option("--program", metavar="PATH", default="", help="llama.cpp's llama-server, if not the one on the PATH.")
 @click.option(
     "--text",
     "texts",
@@ -158,7 +164,8 @@ def compare_verb(
     type=click.Choice(("auto", "bfloat16", "float16", "float32")),
     default="auto",
     show_default=True,
-    help="What the engine computes in; auto: the folder's dtype, bfloat16 where that has 32 bits.",
+    help="What the engine computes in; auto: the folder's dtype, bfloat16 where that has 32 bits; of llama.cpp, what "
+    "the base model's file holds (auto: the measurement's).",
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the engine, if not one that is free.")
 @click.option(
@@ -181,6 +188,7 @@ def serve_check_verb(
     base: str | None,
     dtype: str,
     python: str | None,
+    program: str,
     port: int | None,
     engine_args: str | None,
     start_timeout: float,
@@ -211,7 +219,7 @@ def serve_check_verb(
             from dtmsearch.workflows.engine_process import EngineSettings
             from dtmsearch.workflows.serve_check import ServeSettings, serve_check_by  # which loads torch
 
-            start = EngineSettings(python or sys.executable, port or 0, start_timeout, options)
+            start = EngineSettings(python or sys.executable, port or 0, start_timeout, options, program)
             own = "" if dtype == "auto" else dtype
             asked = ServeSettings(start=start, dtype=own, timeout_seconds=timeout, **settings)
             found = serve_check_by(folder, store, documents, base, asked, observer.on_stage)

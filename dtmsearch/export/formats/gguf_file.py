@@ -25,7 +25,7 @@ from dtmsearch.export.writer import ShardWriter, copy_other_files
 
 NAME = "gguf"
 FILE = "model.gguf"
-_OUTTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
+OUTTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
 # By ggml.h: of the layout of blocks.
 _QUANTIZATION_VERSION = 2
 
@@ -60,7 +60,7 @@ def write_gguf(job: Job, folder: Path) -> Written:
             mixed,
         )
     base, path = base_beside(folder), folder / FILE
-    outtype = _OUTTYPES[str(job.dtype).removeprefix("torch.")]
+    outtype = OUTTYPES[str(job.dtype).removeprefix("torch.")]
     convert(job.folder, base, outtype)
     try:
         if job.trained is None:
