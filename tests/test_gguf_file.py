@@ -58,6 +58,7 @@ def values(seed: int) -> Any:
 def base_file(path: Path, up: Any = None) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
     writer.add_tensor("blk.0.ffn_up.weight", values(0) if up is None else up)
     writer.add_tensor("blk.1.ffn_down.weight", values(1))
@@ -97,6 +98,7 @@ def test_the_plan_s_tensors_are_quantized_and_all_others_are_the_base_model_s(tm
     np.testing.assert_array_equal(tensors["output.weight"].data, values(3).astype(np.float16))
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
     assert reader.fields["general.architecture"].contents() == "llama"
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
     assert written.notes[0].startswith("model.gguf holds 1 Q8_0 tensors")
     assert gguf_file.base_beside(tmp_path / "out").is_file()
 

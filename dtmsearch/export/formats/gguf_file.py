@@ -26,6 +26,9 @@ from dtmsearch.export.writer import ShardWriter, copy_other_files
 NAME = "gguf"
 FILE = "model.gguf"
 OUTTYPES = {"bfloat16": "bf16", "float32": "f32", "float16": "f16"}
+# Which the base model's file says of itself.
+_OWN_FIELDS = ["general.architecture", "general.quantization_version"]
+_FILE_TYPE = "general.file_type"
 # By ggml.h: of the layout of blocks.
 _QUANTIZATION_VERSION = 2
 
@@ -99,7 +102,7 @@ def _check_plan(job: Job) -> None:
 
 def _rewrite(job: Job, base: Path, path: Path, held: Mapping[str, Sequence[Component]]) -> dict[str, str]:
     """Write the base model's file with the plan's tensors quantized, one at a time: tensor -> its type."""
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 
     reader = GGUFReader(base)
     absent = [tensor for tensor in held if tensor not in {own.name for own in reader.tensors}]
@@ -107,12 +110,16 @@ def _rewrite(job: Job, base: Path, path: Path, held: Mapping[str, Sequence[Compo
         raise refuse(NAME, "llama.cpp's converter makes no tensor of these names, which the plan has:", absent)
     architecture = str(reader.fields["general.architecture"].contents())
     writer: Any = GGUFWriter(path, architecture)
+    mostly = _mostly(job, held)
+    left_out = _OWN_FIELDS if mostly is None else [*_OWN_FIELDS, _FILE_TYPE]
     for field in reader.fields.values():
-        if field.name in ("general.architecture", "general.quantization_version") or field.name.startswith("GGUF."):
+        if field.name in left_out or field.name.startswith("GGUF."):
             continue
         first, *rest = field.types
         writer.add_key_value(field.name, field.contents(), first, rest[-1] if first == GGUFValueType.ARRAY else None)
     writer.add_quantization_version(_QUANTIZATION_VERSION)
+    if mostly is not None:
+        writer.add_file_type(LlamaFileType[mostly])
     types: dict[str, str] = {}
     for tensor in reader.tensors:
         shape, kind = [int(n) for n in reversed(tensor.shape)], tensor.tensor_type
@@ -135,6 +142,18 @@ def _rewrite(job: Job, base: Path, path: Path, held: Mapping[str, Sequence[Compo
     finally:
         writer.close()
     return types
+
+
+def _mostly(job: Job, held: Mapping[str, Sequence[Component]]) -> str | None:
+    """What people are told that a file holds: the type of most of the plan's weights, by llama.cpp's name of it."""
+    weights: Counter[str] = Counter()
+    for components in held.values():
+        if (kind := _type_in_file(job, components)) is not None:
+            weights[kind.name] += sum(component.num_weights for component in components)
+    if not weights:
+        return None
+    name = weights.most_common(1)[0][0]
+    return f"MOSTLY_{name}_S" if name in ("Q3_K", "Q4_K", "Q5_K") else f"MOSTLY_{name}"
 
 
 def _type_in_file(job: Job, components: Sequence[Component]) -> gguf_types.GgufType | None:
