@@ -14,6 +14,9 @@ from dtmsearch.cli import main
 from dtmsearch.config.stop_section import TimesSection
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.model.compress.serving_kernels import served
+from dtmsearch.model.modules import block_times
+from dtmsearch.model.modules.discovery import components_of
+from dtmsearch.model.modules.loading import described_model
 from dtmsearch.workflows import profile as profiling
 
 SHAPE = (64, 128)
@@ -29,6 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "_LEAST_SECONDS", 0.001)
     monkeypatch.setattr(profiling, "_MOST_COPIES", 2)
+    monkeypatch.setattr(block_times, "_ROUNDS", 1)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +73,24 @@ def test_what_is_written_is_what_a_search_reads(
     assert all(taken > 0 for pair in times.rows.values() for taken in pair)
 
 
+def test_shapes_of_cut_blocks_and_what_blocks_take_are_timed(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "times.json"
+    cuts = "channels-0.25-wanda,heads-1:2-wanda"
+    command = ["profile", str(model), "--schemes", "dense", "--cut", cuts, "--device", "cpu", "--out", str(out)]
+    assert main([*command, "--prefill-tokens", "8"]) == 0
+    table = TimesSection.model_validate(json.loads(out.read_text())).table
+    whole = {c.shape for c in components_of(described_model(str(model), False))}
+    assert {(rows, cols) for _, rows, cols in table.rows} - whole == {(96, 64), (64, 96), (16, 64), (64, 32)}
+    assert table.blocks.keys() == {"attention", "mlp"}
+
+
 @pytest.mark.parametrize(
     ("option", "says"),
-    [(("--device", "no-such"), "--device no-such: "), (("--schemes", "int4-x"), "int4-x")],
+    [
+        (("--device", "no-such"), "--device no-such: "),
+        (("--schemes", "int4-x"), "int4-x"),
+        (("--cut", "int8-channel"), "--cut 'int8-channel' is no width"),
+    ],
 )
 def test_a_mistake_is_one_line(
     model: Path, tmp_path: Path, option: tuple[str, str], says: str, capsys: pytest.CaptureFixture[str]

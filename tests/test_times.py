@@ -67,6 +67,17 @@ def test_an_expert_takes_its_share_of_the_tokens() -> None:
     assert times().of(expert, "dense") == (16 * 64 * 64 * 1000 // 4, None)
 
 
+def test_what_a_block_takes_beside_its_products_goes_with_it() -> None:
+    """Counted with its last matrix: where that is rounded it stays, where the block is dropped it goes."""
+    name = "model.layers.0.mlp"
+    up, down = Component(f"{name}.up_proj", 0, "up", (64, 16)), Component(f"{name}.down_proj", 0, "down", (16, 64))
+    rows = {(scheme, *c.shape): (at, 10 * at) for at, scheme in ((8, "dense"), (4, "int8-channel")) for c in (up, down)}
+    table = Times(rows, 512, blocks={"mlp": (100, 1000), "attention": (7, 7)})
+    assert plan_size(Plan(), (up, down), 16, table).picoseconds == (116, 1160)
+    assert plan_size(Plan.of({down.name: "int8-channel"}), (up, down), 16, table).picoseconds == (112, 1120)
+    assert plan_size(Plan.of({name: "drop"}), (up, down), 16, table).picoseconds == (0, 0)
+
+
 def test_a_budget_of_a_prompts_time_is_refused_of_a_mixture() -> None:
     expert = Component("mlp.experts.0.up", 0, "up", (64, 64), mixture="mlp", num_experts=8, experts_per_token=2)
     with pytest.raises(UserError, match=r"stop\.prefill_ms cannot be told of this model.*Give stop\.decode_ms"):

@@ -20,10 +20,11 @@ from dtmsearch.config import parse
 from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import size_sentence
-from dtmsearch.core.plan import Budget, Plan, plan_size
+from dtmsearch.core.plan import Budget, Plan, cut_by, plan_size
 from dtmsearch.core.plan_file import plan_from_json, plan_to_json
 from dtmsearch.core.plan_widths import ONE_WIDTH, widths_left
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
+from dtmsearch.core.times import Times
 from dtmsearch.core.variant import Variant
 from dtmsearch.core.widths import width_of
 from dtmsearch.errors import UserError
@@ -273,6 +274,43 @@ def test_the_solver_is_exact_over_widths_and_schemes_of_what_stays(llama: tuple[
             if within.budget.reached(size):
                 best = min(best, sum(loss[k] for loss, k in zip(losses, options, strict=True)))
     assert choices.solve(losses).loss == pytest.approx(best)
+
+
+def timed(shapes: set[tuple[int, int]], schemes: tuple[str, ...]) -> Times:
+    """A picosecond for each output and two for each input, of unquantized ones twice as much."""
+    return Times({(s, r, c): ((r + 2 * c) * (1 + (s == DENSE)), 9) for s in (DENSE, *schemes) for r, c in shapes}, 8)
+
+
+def test_the_solver_keeps_to_milliseconds_of_what_stays(llama: tuple[Replica, str, str]) -> None:
+    manifest, cuts, schemes = llama[0].manifest(), (QUARTER, HALF), ("int8-channel",)
+    held = tuple(c for c in manifest.components if c.block in (MLP, "model.layers.2.mlp"))
+    part = replace(manifest, components=held)
+    cut = part.cuttable(cuts, held)
+    shapes = {c.shape for c in held} | {cut_by(Plan.of({c.block: w}), c).shape for c in held for w in cuts}
+    taken = plan_size(Plan(), held, 32, timed(shapes, schemes)).decode_ms
+    assert taken is not None
+    within = SearchSpace(
+        *(held, schemes), dense_bits=32, budget=Budget(decode_ms=0.4 * taken), manifest=part, cut=cut, cuts=cuts,
+        times=timed(shapes, schemes),
+    )  # fmt: skip
+    choices, random = Choices(within), np.random.default_rng(0)
+    losses = [np.concatenate([[0.0], np.sort(random.random(len(s) - 1))]) for s in choices.schemes]
+    (rule,), best = choices.rules, np.inf
+    for options in itertools.product(*(range(len(loss)) for loss in losses)):
+        size = within.size(choices.plan(options))
+        assert size.picoseconds is not None and choices.cost(rule.costs, options) == size.picoseconds[0]
+        if within.budget.reached(size):
+            best = min(best, sum(loss[k] for loss, k in zip(losses, options, strict=True)))
+    assert choices.solve(losses).loss == pytest.approx(best)
+
+
+def test_a_table_without_the_shapes_of_cut_blocks_is_refused(llama: tuple[Replica, str, str]) -> None:
+    manifest = llama[0].manifest()
+    whole = timed({c.shape for c in manifest.components}, ())
+    cut = manifest.cuttable((QUARTER,), manifest.components)
+    with pytest.raises(UserError, match=r"no row for dense of 32 x 36, dense of 36 x 32: .*of widths with --cut"):
+        SearchSpace(manifest.components, (), budget=Budget(decode_ms=1.0), manifest=manifest, cut=cut, cuts=(QUARTER,),
+                    times=whole)  # fmt: skip
 
 
 def test_what_is_known_of_inputs_follows_the_columns_that_stay(tmp_path: Path) -> None:

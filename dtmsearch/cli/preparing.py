@@ -206,11 +206,13 @@ def components_verb(
     "profile",
     epilog=examples(
         "dtmsearch profile models/llama --schemes int8-channel,int4-g128 --out times.json",
+        "dtmsearch profile models/llama --schemes dense --cut channels-0.25-wanda,channels-0.5-wanda --out times.json",
         "dtmsearch profile config.json --schemes w8a8,nf4 --device cuda --prefill-tokens 2048 --out times.json",
     ),
 )
 @click.argument("model")
 @click.option("--schemes", required=True, metavar="A,B,...", help="The schemes to time, beside dense.")
+@click.option("--cut", default="", metavar="A,B,...", help="Widths whose smaller matrices are timed, too (search.cut).")
 @click.option("--out", type=NewPath(dir_okay=False), required=True, help="File to write: what search.times reads.")
 @click.option("--device", default="", help="cpu, cuda, ...  [default: a GPU where there is one]")
 @click.option(
@@ -225,6 +227,7 @@ def components_verb(
 def profile_verb(
     model: str,
     schemes: str,
+    cut: str,
     out: Path,
     device: str,
     dtype: str,
@@ -232,7 +235,7 @@ def profile_verb(
     trust_remote_code: bool,
     form: str,
 ) -> None:
-    """Time MODEL's matrices under schemes, for budgets in milliseconds.
+    """Time MODEL's matrices under schemes, and its blocks, for budgets in milliseconds.
 
     By PyTorch's own kernels and bitsandbytes' on this machine; weights are not read. A serving engine has kernels of
     its own: where you serve with one, put its figures into the file.
@@ -243,7 +246,8 @@ def profile_verb(
     from dtmsearch.workflows.profile import profile
 
     names = [name.strip() for name in schemes.split(",")]
-    found = profile(model, names, device, dtype, prefill_tokens, trust_remote_code, say)
+    cuts = [name.strip() for name in cut.split(",") if name.strip()]
+    found = profile(model, names, device, dtype, prefill_tokens, trust_remote_code, say, cuts)
     out.write_text(json.dumps(found.content(), indent=1) + "\n", encoding="utf-8")
     show(found, form, profile_text)
 

@@ -341,11 +341,6 @@ class SearchSection(Section):
                 why = "keeps whole matrices" if scheme.is_source else "is solved for whole matrices"
                 why = "shares a scale among whole matrices" if shares else why
                 raise ValueError(f"search.cut: {name} {why}, and cut blocks have smaller ones; leave one of both out")
-        if self.times is not None:
-            raise ValueError(
-                "search.cut: a table of times has no rows for the shapes of cut blocks; give a budget of parameters, "
-                "flops or bytes, and no search.times"
-            )
 
     @model_validator(mode="after")
     def _times_for_budgets_of_milliseconds(self) -> SearchSection:

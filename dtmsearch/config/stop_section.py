@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from dtmsearch.config.sections import Section
@@ -31,6 +33,17 @@ class TimeRow(Section):
         return parse_scheme(name).name
 
 
+class BlockRow(Section):
+    """What a block takes beside the products with its matrices."""
+
+    kind: Literal["attention", "mlp"]
+    """Its kind."""
+    decode_ms: float = Field(ge=0)
+    """Milliseconds for one token."""
+    prefill_ms: float = Field(ge=0)
+    """Milliseconds for prefill_tokens at once."""
+
+
 class TimesSection(Section):
     """What matrices take to run, as measured on the device that serves: what `dtmsearch profile` writes."""
 
@@ -41,9 +54,12 @@ class TimesSection(Section):
     rows: tuple[TimeRow, ...] = Field(min_length=1)
     """A row for every scheme, `dense` among them, and every shape of the searched components."""
 
+    blocks: tuple[BlockRow, ...] = ()
+    """What attentions and MLPs take beside their products, which goes where they are dropped."""
+
     @property
     def table(self) -> Times:
-        """The rows by scheme and shape."""
+        """The rows by scheme and shape, and what blocks take beside."""
         rows = {
             (row.scheme, row.outputs, row.inputs): (
                 round(row.decode_ms * PICOSECONDS),
@@ -51,7 +67,10 @@ class TimesSection(Section):
             )
             for row in self.rows
         }
-        return Times(rows, self.prefill_tokens, self.device)
+        blocks = {
+            row.kind: (round(row.decode_ms * PICOSECONDS), round(row.prefill_ms * PICOSECONDS)) for row in self.blocks
+        }
+        return Times(rows, self.prefill_tokens, self.device, blocks)
 
 
 class StopSection(Section):

@@ -253,6 +253,11 @@ def _block_kind(name: str) -> BlockKind | None:
     return next((kind for part, kind in _BLOCK_NAMES if part in name.rpartition(".")[2].lower()), None)
 
 
+def kind_of_block(component: Component) -> str:
+    """Whether the block that a matrix lies in is an attention or an MLP; empty where it lies in none of its own."""
+    return _block_kind(component.block) or "" if component.block != component.name else ""
+
+
 def is_block_name(name: str) -> bool:
     """Whether a path is named as those of blocks and layers are: it ends with the layer's number, or with what stands
     in it and is called an attention or an MLP."""

@@ -7,11 +7,12 @@ figures): nothing is derived from bits, for fewer bits are not always faster.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from dtmsearch.core.components import Component
+from dtmsearch.core.components import Component, kind_of_block
 from dtmsearch.core.schemes import DENSE, DROP
+from dtmsearch.core.widths import side_of
 from dtmsearch.errors import UserError
 
 # Whole numbers add up the same in any order.
@@ -27,11 +28,13 @@ _MOST_NAMED = 4
 @dataclass(frozen=True)
 class Times:
     """`rows`: (scheme, outputs, inputs) -> picoseconds of a token and of `prefill_tokens` tokens at once. `device` says
-    where they were measured."""
+    where they were measured. `blocks`: kind of block -> what one takes beside its products, which its last matrix is
+    counted to take."""
 
     rows: Mapping[Shape, tuple[int, int]]
     prefill_tokens: int
     device: str = ""
+    blocks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def of(self, component: Component, scheme: str) -> Picoseconds | None:
         """A component under a scheme; None where the table has no row for its shape. Of an expert a token takes its
@@ -41,7 +44,8 @@ class Times:
             return 0, None if component.mixture else 0
         found = self.rows.get((scheme, *component.shape))
         if found is None or not component.mixture:
-            return found
+            beside = self.blocks.get(kind_of_block(component)) if found and side_of(component) == "cols" else None
+            return found if found is None or beside is None else (found[0] + beside[0], found[1] + beside[1])
         return round(found[0] * component.read_share), None
 
     def total(self, components: Iterable[Component], schemes: Mapping[str, str]) -> Picoseconds | None:
@@ -67,5 +71,5 @@ class Times:
             more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise UserError(
                 f"search.times has no row for {', '.join(missing[:_MOST_NAMED])}{more}: measure them on what serves "
-                "the model (dtmsearch profile), or take the scheme out of the search"
+                "the model (dtmsearch profile, of widths with --cut), or take the scheme out of the search"
             )

@@ -72,6 +72,12 @@ class Width:
         """Whether it is a matrix of a kind that blocks of these units consist of."""
         return matrix.kind in _ROWS[self.block_kind] | _COLS[self.block_kind]
 
+    def fits(self, matrix: Cuttable) -> bool:
+        """Whether a matrix of the block has as many channels or groups as it says."""
+        units = self.units(matrix)
+        size = matrix.shape[0] if side_of(matrix) == "rows" else matrix.shape[1]
+        return size % units == 0 and self.left(units) < units
+
     def units(self, matrix: Cuttable) -> int:
         """The channels or groups that a matrix of the block has before it is cut."""
         if self.kind == "heads":

@@ -13,7 +13,7 @@ from functools import cached_property
 from math import ceil
 
 from dtmsearch.core.components import Component, Experts, ModelManifest
-from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, plan_size
+from dtmsearch.core.plan import Budget, Perturbation, Plan, PlanSize, cut_by, plan_size
 from dtmsearch.core.schemes import DENSE, DROP, Scheme, parse_scheme
 from dtmsearch.core.times import PICOSECONDS, Picoseconds, Times
 from dtmsearch.errors import UserError
@@ -73,7 +73,7 @@ class SearchSpace:
         _check_shapes(self.components, self.parsed, self.shapes_blocks)
         _check_times(self.times, self.budget, self.components)
         if self.times is not None:
-            self.times.require(self.components, self.schemes)
+            self.times.require((*self.components, *self._cut_matrices), self.schemes)
         _check_ties(self._units_of_matrices, (*self.blocks, *self.cut))
         _check_budget(self.budget, self._units_that_stay, self._of_blocks)
 
@@ -81,6 +81,12 @@ class SearchSpace:
     def parsed(self) -> tuple[Scheme, ...]:
         """The schemes to choose from."""
         return tuple(parse_scheme(name) for name in self.schemes)
+
+    @property
+    def _cut_matrices(self) -> list[Component]:
+        """The matrices of blocks that may be cut, as each width leaves them."""
+        plans = [Plan.of({b.name: name}) for b in self.cut for name in self.cuts if parse_scheme(name).takes(b)]
+        return [cut_by(plan, c) for plan in plans for c in self.components if c.block in plan.schemes]
 
     @property
     def needs_calibration(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.schemes import DENSE, parse_scheme
+from dtmsearch.core.widths import Width
 from dtmsearch.errors import UserError
 
 # A matrix is read from memory in use, not from the cache of the last product: so many bytes of copies, as they are
@@ -30,6 +31,15 @@ class TimedProduct:
 
 
 @dataclass(frozen=True)
+class TimedBlock:
+    """What a block of a kind takes beside the products with its matrices, in milliseconds."""
+
+    kind: str
+    decode_ms: float
+    prefill_ms: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """What `search.times` reads. `left_out`: schemes that no kernel here runs, with the shape where that showed."""
 
@@ -38,6 +48,7 @@ class Profile:
     prefill_tokens: int
     rows: tuple[TimedProduct, ...]
     left_out: tuple[str, ...] = ()
+    blocks: tuple[TimedBlock, ...] = ()
 
     def content(self) -> dict[str, Any]:
         """The keys of the file."""
@@ -45,6 +56,7 @@ class Profile:
             "device": f"{self.device}, {self.measured_at}",
             "prefill_tokens": self.prefill_tokens,
             "rows": [asdict(row) for row in self.rows],
+            "blocks": [asdict(block) for block in self.blocks],
         }
 
 
@@ -56,19 +68,26 @@ def profile(
     prefill_tokens: int = 512,
     trust_remote_code: bool = ModelSpec.trust_remote_code,
     on_stage: Callable[[str], None] = lambda _: None,
+    cuts: Sequence[str] = (),
 ) -> Profile:
-    """Time the products of every shape of a model's components. `model` is a folder, a config.json alone, or a hub id;
+    """Time the products of every shape of a model's components, and of those that `cuts` (widths) leave, and what
+    attentions and MLPs take beside. `model` is a folder, a config.json alone, or a hub id;
     no weights are read. `device` is `cpu`, `cuda`, ..., by default a GPU where there is one. Raises `UserError` for a
     scheme, a device or a model that there is not. `on_stage` is told which scheme is timed."""
     import torch
 
+    from dtmsearch.model.modules.block_times import block_times
     from dtmsearch.model.modules.discovery import components_of
     from dtmsearch.model.modules.loading import described_model
 
     width = getattr(torch, dtype)
     parsed = [parse_scheme(name) for name in dict.fromkeys((DENSE, *schemes))]
     place = _device(device)
-    shapes = sorted({component.shape for component in components_of(described_model(model, trust_remote_code))})
+    tree = described_model(model, trust_remote_code)
+    components = components_of(tree)
+    widths = [_width(name) for name in cuts]
+    cut = {width.cut(c) for width in widths for c in components if width.is_of(c) and width.fits(c)}
+    shapes = sorted({component.shape for component in components} | cut)
     rows: list[TimedProduct] = []
     left_out = []
     for scheme in parsed:
@@ -83,8 +102,24 @@ def profile(
         rows += own if len(own) == len(shapes) else []
     if not rows or rows[0].scheme != DENSE:
         raise UserError(f"nothing can be timed here: this device has no product of {dtype} matrices")
+    products = {(row.outputs, row.inputs): (row.decode_ms, row.prefill_ms) for row in rows if row.scheme == DENSE}
+    on_stage("timing blocks")
+    try:
+        blocks = block_times(tree, products, prefill_tokens, width, place)
+    except (AttributeError, RuntimeError, TypeError, ValueError, UserError) as error:
+        # A family whose configuration cannot be made shallow: its products are known all the same.
+        on_stage(f"what blocks take beside their products cannot be told: {str(error).splitlines()[0]}")
+        blocks = {}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Profile(_named(place), today, prefill_tokens, tuple(rows), tuple(left_out))
+    timed = tuple(TimedBlock(kind, *pair) for kind, pair in blocks.items())
+    return Profile(_named(place), today, prefill_tokens, tuple(rows), tuple(left_out), timed)
+
+
+def _width(name: str) -> Width:
+    found = parse_scheme(name).width
+    if found is None:
+        raise UserError(f"--cut {name!r} is no width: give channels-0.25-wanda, heads-2:3-ziplm-repair, ...")
+    return found
 
 
 def _device(name: str) -> Any:
@@ -112,6 +147,7 @@ def _milliseconds(scheme: Any, shape: tuple[int, int], dtype: Any, device: Any, 
     from torch.utils.benchmark import Timer
 
     from dtmsearch.model.compress.serving_kernels import served
+    from dtmsearch.model.modules.block_times import captured
 
     num_bytes = max(1, int(scheme.stored_bits(shape, 8 * dtype.itemsize)) // 8)
     copies = max(1, min(_MOST_COPIES, _BYTES_IN_TURN // num_bytes))
@@ -128,7 +164,8 @@ def _milliseconds(scheme: Any, shape: tuple[int, int], dtype: Any, device: Any, 
 
         with torch.inference_mode():
             all_in_turn()
-            timer = Timer("all_in_turn()", globals={"all_in_turn": all_in_turn}, num_threads=torch.get_num_threads())
+            repeat = captured(all_in_turn, device)
+            timer = Timer("repeat()", globals={"repeat": repeat}, num_threads=torch.get_num_threads())
             return float(timer.blocked_autorange(min_run_time=_LEAST_SECONDS).median) / copies * 1e3
     except torch.OutOfMemoryError as error:
         raise UserError(f"{scheme.name} of {shape[0]} x {shape[1]} does not fit the device: {error}") from None
