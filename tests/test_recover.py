@@ -144,6 +144,26 @@ def test_distillation_pulls_towards_the_base_model(model: Path, tmp_path: Path) 
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_hidden_states_are_distilled(model: Path, tmp_path: Path) -> None:
+    training = prepared(model, tmp_path / "t")
+    # So much weight that the text's own loss, which leads away from the base model, counts for little.
+    recipe = replace(RECIPE, masked_steps=20, lr=1e-3, distill_hidden=1000.0)
+    losses = train(training, [TEXT], recipe)["losses"]
+    assert losses[0] > 50.0 and losses[-1] < 0.8 * losses[0]
+
+
+def test_hidden_states_are_compared_where_a_layer_that_is_left_reads_them(model: Path) -> None:
+    from dtmsearch.model.modules.loading import load_model
+    from dtmsearch.model.training.learner import _states_read
+
+    loaded = load_model(model, ModelSpec(str(model), dtype="float32"), torch.device("cpu"))
+    matrices = [n for n, p in loaded.named_parameters() if n.startswith("model.layers.1.") and p.ndim > 1]
+    gone = {name: torch.zeros(2, 2, dtype=torch.bool) for name in matrices}
+    assert _states_read(loaded, {}) == [1, 2, 3]
+    assert _states_read(loaded, gone) == [2, 3]  # what layer 1 would read, nothing does
+    assert _states_read(loaded, dict([*gone.items()][1:])) == [1, 2, 3]
+
+
 def test_parts_of_a_batch_make_the_same_step(model: Path, tmp_path: Path) -> None:
     whole, parts = prepared(model, tmp_path / "a" / "t"), prepared(model, tmp_path / "b" / "t")
     losses = [train(whole, [TEXT], RECIPE)["losses"], train(parts, [TEXT], replace(RECIPE, accumulate=4))["losses"]]

@@ -51,6 +51,9 @@ class RecoverySettings(StrategySettings):
     """Steps between checkpoints."""
     distill: Part = 0.0
     """Share of the loss that is distilled from the base model's logits."""
+    distill_hidden: NonNegativeFloat = 0.0
+    """Weight, beside that loss, of how far hidden states are from the base model's: of what each layer that is left
+    reads, and of the last, squared, over the base model's own squares."""
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for settings that would train nothing, and for batches without a sequence."""

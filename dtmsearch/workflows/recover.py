@@ -77,6 +77,8 @@ class Recovering:
 
     def _training_id(self, plan: Plan, weights_id: str) -> str:
         settings = {k: v for k, v in asdict(self._recovery).items() if k not in ("files", "checkpoint_steps")}
+        if not settings["distill_hidden"]:
+            del settings["distill_hidden"]  # as trainings were named before there was one
         calibrated = self._calibration_id if plan.needs_calibration else ""
         model = [self._session.manifest.id, self._session.file.model.dtype, plan.id, weights_id, calibrated]
         return identity([*model, settings, self._text_digest, self._session.file.seed, _VERSION])

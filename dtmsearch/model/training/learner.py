@@ -80,7 +80,9 @@ class Learner:
             _overlay(model, path)
         if recipe.checkpointing:
             keep_no_activations(model)
-        self._teacher = load_model(source, spec, device) if recipe.distill else None
+        distils = recipe.distill or recipe.distill_hidden
+        self._teacher = load_model(source, spec, device) if distils else None
+        self._read = _states_read(model, kept)
         optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=True)
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
         # Asked for now: cut up between devices, they are others than before.
@@ -116,13 +118,19 @@ class Learner:
         if self._teacher is None:
             loss: Tensor = self._model(input_ids=rows, labels=rows, use_cache=False).loss
             return loss
-        logits = self._model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+        hidden = self._recipe.distill_hidden > 0.0
+        made = self._model(input_ids=rows, use_cache=False, output_hidden_states=hidden)
         with torch.no_grad():
-            wanted = self._teacher(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-        on_text = functional.cross_entropy(logits.float(), rows[:, 1:].flatten())
-        own, base = logits.float().log_softmax(dim=1), wanted.float().log_softmax(dim=1)
-        to_base = functional.kl_div(own, base, reduction="batchmean", log_target=True)
-        return (1.0 - self._recipe.distill) * on_text + self._recipe.distill * to_base
+            base = self._teacher(input_ids=rows, use_cache=False, output_hidden_states=hidden)
+        logits = made.logits[:, :-1].flatten(0, 1).float()
+        own, wanted = logits.log_softmax(dim=1), base.logits[:, :-1].flatten(0, 1).float().log_softmax(dim=1)
+        on_text = functional.nll_loss(own, rows[:, 1:].flatten())
+        to_base = functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
+        loss = (1.0 - self._recipe.distill) * on_text + self._recipe.distill * to_base
+        if hidden:
+            pairs = [(made.hidden_states[at], base.hidden_states[at]) for at in self._read]
+            loss = loss + self._recipe.distill_hidden * torch.stack([_distance(*pair) for pair in pairs]).mean()
+        return loss
 
     def check_masks(self, what: str) -> None:
         """Raise `UserError` where a weight is not zero that ought to be."""
@@ -166,6 +174,27 @@ class Learner:
     def _bare_optimizer(self) -> torch.optim.Optimizer:
         bare: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
         return bare
+
+
+def _states_read(model: nn.Module, kept: Mapping[str, Tensor]) -> list[int]:
+    """Which of a model's hidden states, as transformers numbers them, something reads that learns: those before layers
+    of which something is left, but for the embeddings, and the last."""
+    name, layers = find_layers(model)
+    gone = {parameter for parameter, mask in kept.items() if not bool(mask.any())}
+    found = [
+        at
+        for at, layer in enumerate(layers)
+        if any(p.ndim > 1 and f"{name}.{at}.{own}" not in gone for own, p in layer.named_parameters())
+    ]
+    return [*(at for at in found if at > 0), len(layers)]
+
+
+def _distance(states: Tensor, wanted: Tensor) -> Tensor:
+    """How far hidden states [rows, tokens, size] are from others, squared and over these' squares: the mean over
+    tokens, so that the few of which some are very large count as much as others do."""
+    base = wanted.float()
+    away = (states.float() - base).square().sum(-1) / base.square().sum(-1).clamp_(min=1e-12)
+    return away.mean()
 
 
 def _overlay(model: nn.Module, path: Path) -> None:
