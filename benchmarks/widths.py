@@ -9,8 +9,9 @@ everywhere` takes no layer out. Both by the same calibration text as ours. `one 
 same share in every layer; `floating` and `auto` give every layer a width of its own, of at most as many weights. KL on
 held-out prompts, against the base model's own continuations; tokens forwarded to search, calibration apart.
 
-With `--joint BITS`: at so many bits per weight, all of the model in 4 bits, fewer channels in 8, and what `auto` finds
-among both.
+With `--heads`: the same of groups of query heads with their key and value head, of which each layer but the spared ones
+loses one. With `--joint BITS`: at so many bits per weight, all of the model in 4 bits, fewer channels in 8, and what
+`auto` finds among both.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ RULES = ("random", "magnitude", "gradient", "wanda", "ziplm")
 WIDTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 # Of joint searches, whose options multiply.
 JOINT_WIDTHS = (0.1, 0.2, 0.35, 0.5)
+# KL by prompt of a plan, by seed and by what goes.
+Values = dict[tuple[int, float | str, str], np.ndarray]
 JOINT_SCHEMES = ("int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
 
 
@@ -51,13 +54,23 @@ def one_width(manifest: ModelManifest, share: float, rule: str) -> Plan:
     return Plan.of(dict.fromkeys(mlps(manifest), named(share, rule)))
 
 
+def inner(blocks: Sequence[str]) -> Sequence[str]:
+    """The blocks of one kind without those of the first and last layers that LLM-Pruner spares."""
+    first, last = round(FIRST * len(blocks) / DEPTH), round(LAST * len(blocks) / DEPTH)
+    return blocks[first : len(blocks) - last]
+
+
 def llm_pruner(manifest: ModelManifest, share: float) -> Plan:
     """Its rule: the first and last layers whole, the others by as much more."""
     every = mlps(manifest)
-    first, last = round(FIRST * len(every) / DEPTH), round(LAST * len(every) / DEPTH)
-    inner = every[first : len(every) - last]
-    more = round(share * len(every) / len(inner), 4)
-    return Plan.of(dict.fromkeys(inner, f"channels-{more:g}-gradient"))
+    more = round(share * len(every) / len(inner(every)), 4)
+    return Plan.of(dict.fromkeys(inner(every), f"channels-{more:g}-gradient"))
+
+
+def heads_of(manifest: ModelManifest, kept: int, groups: int, rule: str, spared: bool) -> Plan:
+    """So many groups of heads left in every attention, or in those that LLM-Pruner does not spare."""
+    every = [block.name for block in manifest.blocks if block.kind == "attention"]
+    return Plan.of(dict.fromkeys(inner(every) if spared else every, f"heads-{kept}:{groups}-{rule}"))
 
 
 def found_by(
@@ -81,7 +94,15 @@ def named(share: float, rule: str) -> str:
 def space_of(
     manifest: ModelManifest, budget: Budget, shares: Sequence[float], rule: str, schemes: Sequence[str] = ()
 ) -> SearchSpace:
-    cuts = tuple(named(share, rule) for share in shares)
+    return space_of_cuts(
+        manifest, budget, [named(share, each) for share in shares for each in rule.split(",")], schemes
+    )
+
+
+def space_of_cuts(
+    manifest: ModelManifest, budget: Budget, cuts: Sequence[str], schemes: Sequence[str] = ()
+) -> SearchSpace:
+    cuts = tuple(cuts)
     cut = manifest.cuttable(cuts, manifest.components) if cuts else ()
     return SearchSpace(
         manifest.components,
@@ -104,7 +125,8 @@ def joint_plans(
     size = SearchSpace(components, JOINT_SCHEMES, dense_bits=manifest.dense_bits, manifest=manifest).size
     whole = Plan.uniform(components, "int4-g64")
     eight = Plan.uniform(components, "int8-g64").schemes
-    smaller = (Plan.of(eight | one_width(manifest, hundredths / 100, rule).schemes) for hundredths in range(1, 100))
+    one_rule = rule.split(",")[0]
+    smaller = (Plan.of(eight | one_width(manifest, hundredths / 100, one_rule).schemes) for hundredths in range(1, 100))
     found: dict[str, tuple[Plan, int]] = {"whole, 4 bits": (whole, 0)}
     fitting = next((plan for plan in smaller if size(plan).bits_per_weight <= bits), None)
     if fitting is not None:
@@ -123,8 +145,11 @@ def joint_plans(
 @click.option("--judge", "judge_text", required=True, type=click.Path(exists=True))
 @click.option("--channels", default="0.2,0.4", help="shares of all MLPs' channels that go")
 @click.option("--strategies", default="floating,auto", help="of the first seed; of others the last one")
-@click.option("--rule", default="ziplm-repair", help="of the searches")
+@click.option("--rule", default="ziplm-repair", help="of the searches, or several that they choose from")
+@click.option("--heads", is_flag=True, help="groups of heads, too")
+@click.option("--one-width", "of_one", default="", help="rules of one width; every one where nothing is said")
 @click.option("--seeds", default=3)
+@click.option("--first-seed", default=0)
 @click.option("--prompts", default=64, help="that our search compares its last plans on")
 @click.option("--few", default=16, help="by which it chooses widths")
 @click.option("--rows", default=128, help="of calibration text, as long as prompts and continuations")
@@ -133,14 +158,15 @@ def joint_plans(
 @click.option("--seconds", default=1e9, help="after which nothing more is begun")
 @click.option("--out", type=click.Path(), default="")
 def main(
-    model: str, search_text: str, judge_text: str, channels: str, strategies: str, rule: str, seeds: int, prompts: int,
-    few: int, rows: int, held_out: int, joint: float, seconds: float, out: str,
+    model: str, search_text: str, judge_text: str, channels: str, strategies: str, rule: str, heads: bool, of_one: str,
+    seeds: int, first_seed: int, prompts: int, few: int, rows: int, held_out: int, joint: float, seconds: float,
+    out: str,
 ) -> None:  # fmt: skip
     """Compare what is cut of MODEL."""
     began = time.perf_counter()
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest, found = replica.manifest(), list[dict[str, Any]]()
-    values: dict[tuple[int, float, str], np.ndarray] = {}
+    values: Values = {}
     texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
 
     def note(text: str) -> None:
@@ -152,17 +178,18 @@ def main(
     judging = Measuring(replica)
     size = SearchSpace(manifest.components, JOINT_SCHEMES, dense_bits=manifest.dense_bits, manifest=manifest).size
 
-    def judged(seed: int, share: float, label: str, plan: Plan, tokens: int, calibration: str) -> None:
+    def judged(seed: int, share: float | str, label: str, plan: Plan, tokens: int, calibration: str) -> None:
         kl = values[seed, share, label] = kl_of(judging, plan, judge, calibration)
         row = {"seed": seed, "share": share, "plan": label, "kl": float(kl.mean()), "tokens": tokens}
         row |= {"parameters": size(plan).parameters, "bits": size(plan).bits_per_weight, "cut": dict(plan.entries)}
         found.append(row)
         left = f"{row['parameters']:.2%} left, {row['bits']:.2f} bits"
-        note(f"seed {seed}, {share:g}: {label:<28} KL {row['kl']:.4f}, {left}")
+        note(f"seed {seed}, {share}: {label:<28} KL {row['kl']:.4f}, {left}")
         if out:
             Path(out).write_text(json.dumps({"model": model, "held_out": held_out, "rows": found}, indent=1))
+            np.savez_compressed(f"{out}.npz", **{"|".join(map(str, key)): kls for key, kls in values.items()})
 
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         if time.perf_counter() - began > seconds:
             break
         cut, _ = replica.cut_prompts(texts["search"], prompts, PROMPT, CONTINUATION, seed)
@@ -175,7 +202,7 @@ def main(
             everywhere = one_width(manifest, share, "gradient")
             judged(seed, share, "LLM-Pruner, everywhere", everywhere, 0, text.id)
             rules = [rule + ending for rule in RULES for ending in ("", "-repair")]
-            for name in ("wanda-repair", "ziplm-repair") if seed else rules:
+            for name in of_one.split(",") if of_one else ("wanda-repair", "ziplm-repair") if seed else rules:
                 if name != "gradient":  # LLM-Pruner's, everywhere
                     judged(seed, share, f"one width, {name}", one_width(manifest, share, name), 0, text.id)
             budget = Budget(parameters=min(size(everywhere).parameters, size(llm_pruner(manifest, share)).parameters))
@@ -185,6 +212,19 @@ def main(
                 space = space_of(manifest, budget, WIDTHS, rule)
                 plan, tokens = found_by(name, Measuring(replica), space, reference, prompts, few, text.id, {})
                 judged(seed, share, name, plan, tokens, text.id)
+        if heads and time.perf_counter() - began < seconds:
+            groups = replica._body.model.config.num_key_value_heads
+            what = f"heads {groups - 1}:{groups}"
+            rival = heads_of(manifest, groups - 1, groups, "gradient", spared=True)
+            judged(seed, what, "LLM-Pruner", rival, 0, text.id)
+            for name in of_one.split(",") if of_one else [rule_ + end for rule_ in RULES for end in ("", "-repair")]:
+                plan = heads_of(manifest, groups - 1, groups, name, spared=True)
+                if name != "gradient":
+                    judged(seed, what, f"its layers, {name}", plan, 0, text.id)
+            cuts = [f"heads-{kept}:{groups}-{each}" for kept in range(groups - 1, 0, -1) for each in rule.split(",")]
+            space = space_of_cuts(manifest, Budget(parameters=size(rival).parameters), cuts)
+            plan, tokens = found_by("auto", Measuring(replica), space, reference, prompts, few, text.id, {})
+            judged(seed, what, "auto", plan, tokens, text.id)
         if joint and time.perf_counter() - began < seconds:
             plans = joint_plans(Measuring(replica), manifest, reference, joint, rule, prompts, few, text.id)
             for label, (plan, tokens) in plans.items():
@@ -193,10 +233,10 @@ def main(
     show(found, values)
 
 
-def show(rows: Sequence[dict[str, Any]], values: dict[tuple[int, float, str], np.ndarray]) -> None:
+def show(rows: Sequence[dict[str, Any]], values: Values) -> None:
     """A line for each share and plan: KL (mean over seeds) and, for each search, its ratio to the better of the two of
     LLM-Pruner with its 95% interval; of joint ones to each plan without a search."""
-    click.echo(f"{'share':>5}  {'plan':<28} {'seeds':>5} {'KL':>8} {'left':>7} {'bits':>6} {'Mtokens':>8}  against")
+    click.echo(f"{'share':>9}  {'plan':<28} {'seeds':>5} {'KL':>8} {'left':>7} {'bits':>6} {'Mtokens':>8}  against")
     for share in dict.fromkeys(row["share"] for row in rows):
         every = [row for row in rows if row["share"] == share]
         mean = {p: float(np.mean([r["kl"] for r in every if r["plan"] == p])) for p in {r["plan"] for r in every}}
@@ -209,14 +249,12 @@ def show(rows: Sequence[dict[str, Any]], values: dict[tuple[int, float, str], np
             said = "; ".join(_against(values, seeds, share, plan, other) for other in others if other != plan)
             left, bits, tokens = (float(np.mean([r[key] for r in own])) for key in ("parameters", "bits", "tokens"))
             click.echo(
-                f"{share:>5g}  {plan:<28} {len(own):>5} {mean[plan]:8.4f} {left:7.2%} {bits:6.2f} {tokens / 1e6:8.3f}  "
+                f"{share:>9}  {plan:<28} {len(own):>5} {mean[plan]:8.4f} {left:7.2%} {bits:6.2f} {tokens / 1e6:8.3f}  "
                 f"{said}"
             )
 
 
-def _against(
-    values: dict[tuple[int, float, str], np.ndarray], seeds: Sequence[int], share: float, plan: str, other: str
-) -> str:
+def _against(values: Values, seeds: Sequence[int], share: float | str, plan: str, other: str) -> str:
     both = [s for s in seeds if (s, share, other) in values]
     one, two = (np.concatenate([values[s, share, name] for s in both]) for name in (plan, other))
     gap = paired_difference(one, two, seed=0)

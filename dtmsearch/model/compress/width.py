@@ -104,10 +104,7 @@ def first_by_inverse(last: Tensor, hessian: Tensor, units: int) -> Tensor:
     at_once = max(1, units // _PARTS)
     while bool(there.any()):
         left = there.nonzero().squeeze(1)
-        columns = (left[:, None] * each + torch.arange(each, device=last.device)).reshape(-1)
-        blocks = inverse.reshape(units, each, units, each)[left, :, left, :]
-        own = weight[:, columns].reshape(len(weight), len(left), each)
-        moved = torch.einsum("rue,uef,ruf->u", own, torch.linalg.inv(blocks), own)
+        moved = _moved(weight, inverse, left, each)
         out = left[moved.argsort(stable=True)[:at_once]]
         gone.append(out)
         there[out] = False
@@ -117,6 +114,18 @@ def first_by_inverse(last: Tensor, hessian: Tensor, units: int) -> Tensor:
         weight -= weight[:, columns] @ solved
         inverse -= rows.T @ solved
     return torch.cat(gone)
+
+
+def _moved(weight: Tensor, inverse: Tensor, left: Tensor, each: int) -> Tensor:
+    """By how much [units left] the block's output moves without each unit, once what stays has made up for it: w
+    (H^-1)_uu^-1 w', over the rows w of the unit's columns."""
+    if each == 1:  # many units, of whose 1 x 1 blocks a batch of inverses takes most of the time
+        return weight[:, left].square().sum(0) / inverse.diagonal()[left]
+    columns = (left[:, None] * each + torch.arange(each, device=left.device)).reshape(-1)
+    units = len(inverse) // each
+    blocks = inverse.reshape(units, each, units, each)[left, :, left, :]
+    own = weight[:, columns].reshape(len(weight), len(left), each)
+    return torch.einsum("rue,uef,ruf->u", own, torch.linalg.inv(blocks), own)
 
 
 def refitted(last: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
