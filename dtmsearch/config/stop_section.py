@@ -67,7 +67,7 @@ class TimesSection(Section):
             )
             for row in self.rows
         }
-        blocks = {
+        blocks: dict[str, tuple[int, int]] = {
             row.kind: (round(row.decode_ms * PICOSECONDS), round(row.prefill_ms * PICOSECONDS)) for row in self.blocks
         }
         return Times(rows, self.prefill_tokens, self.device, blocks)
