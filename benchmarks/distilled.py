@@ -100,7 +100,7 @@ def search(
 @click.option("--judge", "judge_text", required=True, type=click.Path(exists=True))
 @click.option("--train", "train_text", required=True, type=click.Path(exists=True))
 @click.option("--parameters", default=0.7, help="of the layers' weights that are left")
-@click.option("--tokens", default=20e6, help="of a training")
+@click.option("--tokens", default=20e6, help="of a training; 0: the plan alone")
 @click.option("--batch-tokens", default=32_768)
 @click.option("--lr", default=1e-3)
 @click.option("--only", default="", help="ways, separated by semicolons")
@@ -157,6 +157,8 @@ def main(
             Path(out).write_text(json.dumps(what | {"rows": found}, indent=1))
 
     note("base", None, None, 0.0, 0)
+    if not tokens:
+        return
     texts = [text_of(train_text)]
     steps = max(1, round(tokens / batch_tokens))
     with tempfile.TemporaryDirectory() as scratch:

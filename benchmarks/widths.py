@@ -37,7 +37,7 @@ from dtmsearch.search.strategies.strategy_registry import SolverSettings, make_s
 
 # LLM-Pruner's first and last layers that stay whole, of a model of 32.
 FIRST, LAST, DEPTH = 4, 2, 32
-RULES = ("random", "magnitude", "gradient", "wanda", "ziplm")
+RULES = ("random", "magnitude", "spectral", "gradient", "wanda", "ziplm")
 WIDTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 # Of joint searches, whose options multiply.
 JOINT_WIDTHS = (0.1, 0.2, 0.35, 0.5)
@@ -206,7 +206,7 @@ def main(
                 if name != "gradient":  # LLM-Pruner's, everywhere
                     judged(seed, share, f"one width, {name}", one_width(manifest, share, name), 0, text.id)
             budget = Budget(parameters=min(size(everywhere).parameters, size(llm_pruner(manifest, share)).parameters))
-            for name in strategies.split(",")[-1:] if seed else strategies.split(","):
+            for name in filter(None, strategies.split(",")[-1:] if seed else strategies.split(",")):
                 if time.perf_counter() - began > seconds:
                     break
                 space = space_of(manifest, budget, WIDTHS, rule)

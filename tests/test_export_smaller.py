@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,22 @@ def test_what_training_makes_of_cut_blocks_stays_as_small(tmp_path: Path, monkey
     before = sum(tensor.numel() for tensor in load_file(tmp_path / "model" / "model.safetensors").values())
     after = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values())
     assert before - after == made.size.removed_weights
+
+
+def test_a_plan_of_several_widths_is_exported_with_one_at_its_measured_price(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    search = {"strategy": "knapsack", "rank_by": "kl", "schemes": ["int8-channel"], "cut": ["channels-0.25-wanda"]}
+    file = tiny_search(tmp_path, search=search | {"stop": {"parameters": 0.93}}, prompts__count=16)
+    run_here(file, tmp_path / "s")
+    made = export("tiny", "dense", tmp_path / "out", str(tmp_path / "s"), even=True)
+    assert made.check is not None and made.check.equal and not (tmp_path / "out" / CODE_FILE).exists()
+    assert re.search(r"one width of each kind instead of the plan's several: KL .* on 3 held-out", made.notes[0])
+    whole = export("tiny", "dense", tmp_path / "several", str(tmp_path / "s"), check=False)
+    assert (tmp_path / "several" / CODE_FILE).exists() and whole.plan != made.plan
+
+
+def test_a_plan_that_cuts_nothing_has_no_even_widths(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="measured no plan of even widths beside its own"):
+        measured_plan(llama, tmp_path / "store", ROUNDED).export("dense", tmp_path / "out", even=True)

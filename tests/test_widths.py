@@ -22,19 +22,20 @@ from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Replic
 from dtmsearch.core.holders import size_sentence
 from dtmsearch.core.plan import Budget, Plan, cut_by, plan_size
 from dtmsearch.core.plan_file import plan_from_json, plan_to_json
-from dtmsearch.core.plan_widths import ONE_WIDTH, widths_left
+from dtmsearch.core.plan_widths import EVENED, ONE_WIDTH, is_even, widths_left
 from dtmsearch.core.schemes import DENSE, DROP, parse_scheme
 from dtmsearch.core.times import Times
 from dtmsearch.core.variant import Variant
 from dtmsearch.core.widths import width_of
 from dtmsearch.errors import UserError
-from dtmsearch.model.compress.width import first_by_inverse, refitted
+from dtmsearch.model.compress.width import first_by_inverse, leverages, refitted
 from dtmsearch.model.replica.replica import Replica
-from dtmsearch.search.baselines import shape_rivals
+from dtmsearch.search.baselines import evened, shape_rivals
 from dtmsearch.search.solver.choices import Choices
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.strategy_registry import make_strategy
 from dtmsearch.store.codecs.plans import PlanRows
+from dtmsearch.workflows.validate import validation_plans
 
 MLP, ATTENTION = "model.layers.1.mlp", "model.layers.1.self_attn"
 QUARTER, HALF = "channels-0.25-wanda", "channels-0.5-wanda"
@@ -225,7 +226,21 @@ def test_ziplm_takes_first_what_others_make_up_for() -> None:
     assert order[0] in (0, 4) and sorted(order.tolist()) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("rule", ["magnitude", "wanda", "gradient", "ziplm", "random"])
+def test_spectral_keeps_what_alone_spans_a_direction() -> None:
+    """Of rows of one length the one that stands alone has all of its direction's spectrum, two alike ones half each;
+    what is lost agrees with the fall of the logarithms of the squared singular values."""
+    up = Component(f"{MLP}.up_proj", 1, "up", (4, 3))
+    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.01, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    found = leverages([(up, rows)], 4)
+    assert found.argsort().tolist()[:2] == [1, 0] or found.argsort().tolist()[:2] == [0, 1]
+    assert found[2:].tolist() == pytest.approx([1.0, 1.0], abs=0.01)
+    small = torch.cat([torch.randn(200, 3), 0.05 * torch.randn(1, 3)])
+    whole, without = (torch.linalg.slogdet(each.double().T @ each.double())[1] for each in (small, small[:-1]))
+    own = leverages([(replace(up, shape=(201, 3)), small)], 201)[-1]
+    assert float(own) == pytest.approx(float(whole - without), rel=0.01)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "spectral", "wanda", "gradient", "ziplm", "random"])
 def test_a_rule_takes_the_channel_that_says_nothing(tmp_path: Path, rule: str) -> None:
     replica, _, calibration = calibrated(tmp_path)
     down = replica._bench.standing.body.model.get_submodule(f"{MLP}.down_proj")
@@ -373,6 +388,26 @@ def test_floating_goes_on_where_two_widths_leave_as_much(llama: tuple[Replica, s
 
     found = run_search(make_strategy("floating", within, request_for, "kl"), FakeEvaluator(answered))
     assert found is not None and within.budget.reached(within.size(found))
+
+
+def test_several_widths_are_rounded_to_one_by_which_as_much_goes(llama: tuple[Replica, str, str]) -> None:
+    """Of 3 x 48 channels 12 + 24 are gone; of heads one group of one layer. What is dropped stays so."""
+    within = space(llama, (QUARTER, HALF, ONE_HEAD), Budget(parameters=0.6), ("int8-channel",))
+    first, last, kept = "model.layers.0.mlp", "model.layers.2.mlp", {f"{MLP}.up_proj": "int8-channel"}
+    found = evened(within, Plan.of({first: QUARTER, MLP: HALF, ATTENTION: ONE_HEAD} | kept))
+    assert found is not None
+    widths, heads = ({found.scheme_of(f"model.layers.{at}.{part}") for at in range(3)} for part in ("mlp", "self_attn"))
+    assert (widths, heads) == ({"channels-0.23-wanda"}, {ONE_HEAD}) and found.scheme_of(
+        f"{MLP}.up_proj"
+    ) in kept.values()
+    assert is_even(found, within.components)
+    dropped = evened(within, Plan.of({first: QUARTER, MLP: HALF, last: DROP}))
+    assert (
+        dropped is not None and dropped.scheme_of(last) == DROP and dropped.scheme_of(first) == dropped.scheme_of(MLP)
+    )
+    assert evened(within, found) is None and evened(within, Plan()) is None
+    labels = validation_plans(within, Plan.of({first: QUARTER}))
+    assert is_even(labels[EVENED], within.components) and EVENED not in validation_plans(within, found)
 
 
 @pytest.mark.parametrize("name", ["floating", "greedy", "auto", "knapsack"])

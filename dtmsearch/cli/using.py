@@ -118,6 +118,7 @@ def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, q
 )
 @click.option("--model", help="Where the base model lies now, if not where the search found it.")
 @click.option("--weights", metavar="ID", help="Trained weights of the store, if not those that the search ended with.")
+@click.option("--even", is_flag=True, help="One width of each kind of block, as the run measured it beside its plan.")
 @click.option("--check/--no-check", default=True, help="Load what was written and measure it against the store.")
 @click.option("--batch-tokens", type=click.IntRange(min=1), help="Most tokens of one forward batch of the check.")
 @store_option
@@ -129,6 +130,7 @@ def export_verb(
     runtime: str,
     model: str | None,
     weights: str | None,
+    even: bool,
     check: bool,
     batch_tokens: int | None,
     store: str,
@@ -152,6 +154,7 @@ def export_verb(
         model=model,
         weights=weights,
         runtime=runtime,
+        even=even,
         batch_tokens=batch_tokens or 0,
         say=say,
     )

@@ -8,8 +8,9 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.widths import WidthKind
 
-# The labels of the plan that drops a model's last layers, and of the one that cuts all blocks alike.
-LAST_LAYERS, ONE_WIDTH = "rule:last-layers", "rule:one-width"
+# The labels of the plan that drops a model's last layers, of the one that cuts all blocks alike, and of a plan with its
+# widths made even.
+LAST_LAYERS, ONE_WIDTH, EVENED = "rule:last-layers", "rule:one-width", "rule:even-widths"
 
 
 def widths_left(plan: Plan, components: Iterable[Component]) -> dict[WidthKind, dict[int, tuple[int, int]]]:

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 # What of a block is cut: channels of an MLP, or groups of query heads of an attention.
 WidthKind = Literal["channels", "heads"]
 # Which units go first: `dtmsearch.model.compress.width` says how.
-RULES = ("magnitude", "wanda", "gradient", "ziplm", "random")
+RULES = ("magnitude", "spectral", "wanda", "gradient", "ziplm", "random")
 _NAME = re.compile(
     rf"(?:channels-(0\.[0-9]{{0,16}}[1-9])|heads-([1-9][0-9]{{0,3}}):([1-9][0-9]{{0,3}}))-({'|'.join(RULES)})(-repair)?"
 )

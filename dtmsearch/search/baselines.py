@@ -8,16 +8,17 @@ uniform plans show it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, zip_longest
 
+from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalResult, Outcome
 from dtmsearch.core.gguf_presets import PRESET, largest_preset
 from dtmsearch.core.gguf_types import PREFIX
 from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
-from dtmsearch.core.plan_widths import LAST_LAYERS, ONE_WIDTH
+from dtmsearch.core.plan_widths import LAST_LAYERS, ONE_WIDTH, is_even
 from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
 from dtmsearch.search.space import SearchSpace
 
@@ -28,6 +29,8 @@ _MOST_RIVALS, _RIVALS_OF_A_PAIR = 12, 3
 _SAME_SIZE = 0.05
 # A share of divergent tokens off that of uniform plans by more than this factor was caused by something else.
 _OFF_THE_LAW = 1.5
+# Of channels, from the widest on.
+_CHANNELS = tuple(f"channels-{hundredths / 100:g}" for hundredths in range(1, 100))
 # Fewer divergent tokens than this in all say too little.
 _FEW_DIVERGENT = 100
 
@@ -120,12 +123,45 @@ def shape_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     if width is None or space.schemes:
         return found
     size, ending = space.size(plan), f"{width.rule}{'-repair' if width.repair else ''}"
-    for hundredths in range(1, 100):
-        name = f"channels-{hundredths / 100:g}-{ending}"
+    for amount in _CHANNELS:
+        name = f"{amount}-{ending}"
         other = Plan.of({block.name: name for block in space.cut if parse_scheme(name).takes(block)})
         if _fits(space, space.size(other), size):
             return found | {ONE_WIDTH: other}
     return found
+
+
+def evened(space: SearchSpace, plan: Plan) -> Plan | None:
+    """A plan of several widths rounded to one width of each kind of units, as ordinary configurations say it: the
+    widest by which as many weights go at least, by the rule that most of the plan's own blocks are cut by. None where
+    the plan has one width, or blocks that may not be cut."""
+    if is_even(plan, space.components):
+        return None
+    schemes = {name: scheme for name, scheme in plan.entries if name not in plan.widths}
+    for kind in ("attention", "mlp"):
+        own = {b.name: plan.widths[b.name].name for b in space.cut if b.kind == kind and b.name in plan.widths}
+        if own:
+            alike = _one_width(space, plan, own, [b for b in space.cut if b.kind == kind and not plan.drops(b.name)])
+            schemes |= alike or own
+    found = Plan.of(schemes)
+    return found if is_even(found, space.components) else None
+
+
+def _one_width(
+    space: SearchSpace, plan: Plan, own: Mapping[str, str], blocks: Sequence[Component]
+) -> dict[str, str] | None:
+    """All of some blocks under one width by which as much goes as by their `own`."""
+    rules = [f"-{w.rule}{'-repair' if w.repair else ''}" for name in own.values() if (w := parse_scheme(name).width)]
+    ((rule, _),) = Counter(rules).most_common(1)
+    widths = [width for name in own.values() if (width := parse_scheme(name).width) is not None]
+    groups = max(width.groups for width in widths)
+    amounts = [f"heads-{kept}:{groups}" for kept in range(groups - 1, 0, -1)] if groups else _CHANNELS
+    gone = space.size(Plan.of(own)).removed_weights
+    for amount in amounts:
+        alike = {block.name: f"{amount}{rule}" for block in blocks if parse_scheme(f"{amount}{rule}").takes(block)}
+        if space.size(Plan.of(alike)).removed_weights >= gone:
+            return alike
+    return None
 
 
 def depth_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:

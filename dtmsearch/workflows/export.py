@@ -45,17 +45,21 @@ def export(
     model: str | None = None,
     weights: str | None = None,
     runtime: str = "transformers",
+    even: bool = False,
     batch_tokens: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write the plan of a run, or of a plan file, to the new folder `out`.
 
     `model` is where the base model lies now, if not where the search found it. `weights` names trained weights of the
-    store to take the plan over, if not those that the search ended with. Raises `UserError` for a plan that
-    cannot be found or that the format cannot hold, `ExportFailed` when the written folder does not measure as the
+    store to take the plan over, if not those that the search ended with. `even`: the plan with one width of each kind
+    of block that the run measured beside its own, which an ordinary configuration says. Raises `UserError` for a plan
+    that cannot be found or that the format cannot hold, `ExportFailed` when the written folder does not measure as the
     store says; it is left beside `out` then.
     """
-    order = resolve(source, to, Path(out), store, check, model, weights, runtime)
+    order = resolve(source, to, Path(out), store, check, model, weights, runtime, even)
+    if order.found.rounded:
+        say(order.found.rounded)
     say(f"writing {to} of {order.found.manifest.model}: {len(order.found.plan)} compressed components")
     draft = write(order)
     if order.is_checked:
@@ -103,6 +107,7 @@ def resolve(
     model: str | None = None,
     weights: str | None = None,
     runtime: str = "transformers",
+    even: bool = False,
 ) -> Order:
     """Find all that an export is made of, arguments as `export` takes them. Writes nothing but, where vLLM cannot hold
     the plan, the repaired one. Raises `UserError` for what cannot be found, and what the format is known not to hold.
@@ -112,7 +117,7 @@ def resolve(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {target} is there already: give a folder that is new or empty")
     results = ResultStore(store)
-    found = find(source, results, model, weights)
+    found = find(source, results, model, weights, even)
     is_checked = check and form.is_checked
     if is_checked and form.by_llama_cpp:
         llama_library.check_installed()

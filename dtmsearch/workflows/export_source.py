@@ -22,6 +22,7 @@ from dtmsearch.core.plan_file import (
     plan_to_json,
     weights_id_from_json,
 )
+from dtmsearch.core.plan_widths import EVENED, ONE_WIDTH
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats.evopress import is_configuration, read_configuration
@@ -50,7 +51,8 @@ class Recorded:
 @dataclass(frozen=True)
 class Source:
     """A plan, the model that it is for, and what the store holds of it. `weights_id` names the trained weights that the
-    plan is over, which lie in the file `trained`; it is empty for the model's own."""
+    plan is over, which lie in the file `trained`; it is empty for the model's own. `rounded` says what it costs that
+    its widths were made even."""
 
     plan: Plan
     spec: ModelSpec
@@ -59,23 +61,33 @@ class Source:
     file: SearchFile | None
     weights_id: str = ""
     trained: Path | None = None
+    rounded: str = ""
 
 
-def find(source: str, results: ResultStore, model: str | None, weights_id: str | None = None) -> Source:
+def find(
+    source: str, results: ResultStore, model: str | None, weights_id: str | None = None, even: bool = False
+) -> Source:
     """What a run's name or a plan's file stands for, over the weights that these name or, if given, over others of the
-    store. Raises `UserError` for a plan that cannot be exported."""
-    found = (_find_file if is_file(Path(source)) else _find_run)(source, results, model, weights_id)
+    store; with `even` of a run's plan what its widths were rounded to. Raises `UserError` for a plan that cannot be
+    exported."""
+    if is_file(Path(source)):
+        if even:
+            raise UserError(f"--even rounds the plan of a run, by what was measured there; {source} is a file")
+        found = _find_file(source, results, model, weights_id)
+    else:
+        found = _find_run(source, results, model, weights_id, even)
     return replace(found, trained=trained_file(results.weights_folder, found.weights_id) if found.weights_id else None)
 
 
-def _find_run(source: str, results: ResultStore, model: str | None, weights_id: str | None) -> Source:
+def _find_run(source: str, results: ResultStore, model: str | None, weights_id: str | None, even: bool) -> Source:
     record = results.run(source)
     if record is None:
         names = ", ".join(r.run for r in results.runs()) or "none"
         raise UserError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
     if record.final_plan_id is None:
         raise UserError(f"run {source!r} has no final plan (it is {record.status})")
-    plan = results.plan(record.final_plan_id, source)
+    evened_id, price = _evened(source, record.final_plan_id, results) if even else (record.final_plan_id, "")
+    plan = results.plan(evened_id, source)
     if plan is None:
         raise UserError(f"the final plan of run {source!r} is not in the store")
     file = config.recorded(record)
@@ -88,7 +100,30 @@ def _find_run(source: str, results: ResultStore, model: str | None, weights_id: 
         )
     preferred = [i for i in (record.validation_reference_id, record.reference_id) if i is not None]
     over = results.weights_id(source) if weights_id is None else weights_id
-    return Source(plan, spec, manifest, _recorded(results, plan, over, source, preferred), file, over)
+    return Source(plan, spec, manifest, _recorded(results, plan, over, source, preferred), file, over, rounded=price)
+
+
+def _evened(run: str, plan_id: str, results: ResultStore) -> tuple[str, str]:
+    """The plan of one width of each kind that a run measured beside its own on held-out prompts, and what that costs
+    by the same prompts."""
+    fits = (pc.field("purpose") == "validation") & (pc.field("status") == "ok")
+    columns = ["label", "plan_id", "reference_id", "fdt_mean", "kl", "num_prompts"]
+    rows = results.table("evaluations", columns, run, fits).to_pylist()
+    own = next((row for row in rows if row["plan_id"] == plan_id), None)
+    for label in (EVENED, ONE_WIDTH):
+        other = next((row for row in rows if row["label"] == label and row["plan_id"] != plan_id), None)
+        if own is not None and other is not None:
+            values = [
+                f"{name} {other[key]:.4g} instead of {own[key]:.4g}"
+                for name, key in (("KL", "kl"), ("FDT", "fdt_mean"))
+                if own[key] is not None and other[key] is not None
+            ]
+            said = f"one width of each kind instead of the plan's several: {', '.join(values)}"
+            return other["plan_id"], f"{said}, on {own['num_prompts']} held-out prompts"
+    raise UserError(
+        f"run {run!r} measured no plan of even widths beside its own: its plan cuts nothing or all alike, blocks may "
+        "not be cut, or there were no held-out prompts. Export it without --even"
+    )
 
 
 def _find_file(source: str, results: ResultStore, model: str | None, weights_id: str | None) -> Source:

@@ -54,7 +54,7 @@ def described(form: Format, target: Path, partial: Path, found: Source, job: Job
         tensor_bytes=written.tensor_bytes or None,
         plan_bits=job.plan_bits if written.tensor_bytes else None,
         extra_bits=written.extra_bits,
-        notes=tuple(written.notes),
+        notes=(*([found.rounded] if found.rounded else []), *written.notes),
         check=None,
         weights_id=found.weights_id,
     )
@@ -81,6 +81,7 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
         ]
     parts = ["dtmsearch", "export", source, "--to", form.name, "--out", Path(result.folder).name, "--store", store]
     parts += ["--weights", found.weights_id] if found.weights_id else []
+    parts += ["--even"] if found.rounded else []
     return card_text(
         Card(
             base_model=found.manifest.model,

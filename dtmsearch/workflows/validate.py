@@ -14,13 +14,14 @@ from dtmsearch.config import SearchFile
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, IntArray, Outcome, Reference
 from dtmsearch.core.gguf_presets import PRESET
 from dtmsearch.core.plan import Plan
-from dtmsearch.core.plan_widths import LAST_LAYERS, ONE_WIDTH
+from dtmsearch.core.plan_widths import EVENED, LAST_LAYERS, ONE_WIDTH
 from dtmsearch.core.records import ContinuationRecord
 from dtmsearch.core.variant import Variant
 from dtmsearch.errors import reason_of
 from dtmsearch.search.baselines import (
     best_rival,
     better_uniform,
+    evened,
     law_remarks,
     may_take_its_place,
     preset_rivals,
@@ -72,6 +73,7 @@ class Validation:
             better, rival = self._chosen(plans, self.choice, calibration_id)
             named = {f"uniform:{scheme}" for scheme in self.space.schemes}
             named |= {label for label in plans if label.startswith((PRESET, LAST_LAYERS, ONE_WIDTH))}
+            named |= {EVENED} if better is None else set()
             plans = {k: other for k, other in plans.items() if k in {*named, "base", _PLAN, better, rival}}
         requests = self._requests(plans, calibration_id)
         outcomes = self.session.measure(requests, "validation")
@@ -162,7 +164,8 @@ def validation_plans(space: SearchSpace, plan: Plan, only_rivals: bool = False) 
     The base model (`base`, whose unmasked FDT and SDT are its noise), and uniform plans
     (`uniform:SCHEME`): of each scheme of the search, and those of its families that may be the best known of at most
     the plan's size (`uniform_rivals`); of llama.cpp's types its own mixture of the plan's size (`preset_rivals`); where
-    nothing but shapes is searched, the last layers and one width for all (`shape_rivals`).
+    nothing but shapes is searched, the last layers and one width for all (`shape_rivals`). A plan of several widths is
+    measured beside the same rounded to one of each kind (`evened`), which is none of its rivals.
     `only_rivals`: no others than what `rivals_of` names and these.
     """
     rivals = uniform_rivals(space, plan)
@@ -173,6 +176,9 @@ def validation_plans(space: SearchSpace, plan: Plan, only_rivals: bool = False) 
     if only_rivals:
         named = {*rivals_of(space, plans | {_PLAN: plan}), *(f"uniform:{scheme}" for scheme in rivals), *presets}
         return {label: other for label, other in plans.items() if label in named} | {_PLAN: plan}
+    rounded = evened(space, plan)
+    if rounded is not None and rounded.id not in {other.id for other in plans.values()}:
+        plans[EVENED] = rounded
     return plans | {"base": Plan(), _PLAN: plan}
 
 

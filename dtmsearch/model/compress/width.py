@@ -87,6 +87,19 @@ def magnitudes(weights: Sequence[tuple[Cuttable, Tensor]], units: int) -> Tensor
     return torch.stack([by_unit(weight.double().square(), matrix, units) for matrix, weight in weights]).sum(0)
 
 
+def leverages(weights: Sequence[tuple[Cuttable, Tensor]], units: int) -> Tensor:
+    """By how much [units] the spectra of a block's matrices move without each unit, to first order: the sum of w G^-1
+    w' over its rows w (columns of the last matrix), where G is the sum of all w' w, its least directions damped. That
+    is what the logarithms of the squared singular values lose in all. PruneNet (arXiv 2501.15296) judges what goes by
+    spectra, too, without calibration; there a learnt policy chooses, by the distance of their distributions."""
+    found = []
+    for matrix, weight in weights:
+        rows = weight.double() if side_of(matrix) == "rows" else weight.double().T
+        solved = torch.cholesky_solve(rows.T, _factor(rows.T @ rows))
+        found.append(summed((rows * solved.T).sum(1), matrix, units))
+    return torch.stack(found).sum(0)
+
+
 def activities(last: Tensor, mean_squares: Tensor, units: int) -> Tensor:
     """What each unit [units] adds to the block's output by itself, squared: the norm of its columns times that of their
     inputs, as Wanda weighs (arXiv 2306.11695)."""
@@ -147,12 +160,17 @@ def refitted(last: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
 def _inverse(hessian: Tensor) -> Tensor:
     if not bool(torch.isfinite(hessian).all()):
         raise UserError("the inputs of the matrix over the calibration text are not finite")
+    return torch.cholesky_inverse(_factor(hessian))
+
+
+def _factor(hessian: Tensor) -> Tensor:
+    """The Cholesky factor of a damped sum of outer products."""
     damped = hessian.double().clone()
     damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp_(min=torch.finfo(torch.float64).tiny))
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed):
         raise UserError("the inputs of the matrix over the calibration text are singular: is the text too short?")
-    return torch.cholesky_inverse(factor)
+    return factor
 
 
 def chosen(
@@ -174,6 +192,8 @@ def chosen(
         return order[units - count :].sort().values
     if width.rule == "magnitude":
         scores = magnitudes(every, units)
+    elif width.rule == "spectral":
+        scores = leverages(every, units)
     elif width.rule == "random":
         scores = random_keys((units,), block, last.device).double() + 1.0
     elif width.rule == "wanda":
