@@ -5,7 +5,8 @@
 The table of times is measured first, as `dtmsearch profile --cut` does. A share is of the table's own time for all
 layers. Then the model, with its blocks really smaller or gone, decodes tokens and reads a prompt in turns with the base
 model: what was foretold is the base's time less what the table has for the difference. `one width` are plans by a rule,
-without a search: all MLPs alike, of shares of the channels that go.
+without a search: all MLPs alike, of shares of the channels that go. `--rounds 0` leaves the times out, and `--plans`
+has those of another call's plans taken, with their KL: a front by the table of one device may be searched on another.
 """
 
 from __future__ import annotations
@@ -74,13 +75,14 @@ def measured(replica: Replica, plan: Plan, calibration: str, prompt: torch.Tenso
 @click.option("--prefill-tokens", default=512)
 @click.option("--rounds", default=9)
 @click.option("--times", "times_file", type=click.Path(), default="", help="a table that was measured before")
+@click.option("--plans", "plans_file", type=click.Path(), default="", help="what another call wrote")
 @click.option("--seed", default=0)
 @click.option("--seconds", default=1e9, help="after which nothing more is begun")
 @click.option("--out", type=click.Path(), default="")
 def main(
     model: str, search_text: str, judge_text: str, shares: str, rule: str, drop: bool, prompts: int, few: int,
-    rows: int, held_out: int, prefill_tokens: int, rounds: int, times_file: str, seed: int, seconds: float,
-    out: str,
+    rows: int, held_out: int, prefill_tokens: int, rounds: int, times_file: str, plans_file: str, seed: int,
+    seconds: float, out: str,
 ) -> None:  # fmt: skip
     """The front of MODEL."""
     began = time.perf_counter()
@@ -93,10 +95,10 @@ def main(
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest = replica.manifest()
     texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
-    held, _ = replica.cut_prompts(texts["judge"], held_out, PROMPT, CONTINUATION, 0)
+    held, _ = replica.cut_prompts(texts["judge"], held_out if not plans_file else 1, PROMPT, CONTINUATION, 0)
     judge = replica.make_reference(held)
     replica.use(judge)
-    cut, _ = replica.cut_prompts(texts["search"], prompts, PROMPT, CONTINUATION, seed)
+    cut, _ = replica.cut_prompts(texts["search"], prompts if not plans_file else 1, PROMPT, CONTINUATION, seed)
     reference = replica.make_reference(cut)
     replica.use(reference)
     calibration = replica.cut_calibration(texts["search"], rows, PROMPT + CONTINUATION, seed + 1000)
@@ -113,21 +115,26 @@ def main(
     judging, found = Measuring(replica), list[dict[str, Any]]()
     rivals = [("one width", share, one_width(manifest, share, rule)) for share in SHARES_CUT]
     asked: list[tuple[str, float, Plan | None]] = [("auto", share, None) for share in map(float, shares.split(","))]
-    for label, share, known in (*asked, *rivals):
+    before = json.loads(Path(plans_file).read_text())["rows"] if plans_file else []
+    kls = {(row["plan"], row["share"]): row["kl"] for row in before}
+    every = [(row["plan"], row["share"], Plan.of(row["cut"])) for row in before] or [*asked, *rivals]
+    for label, share, known in every:
         if time.perf_counter() - began > seconds:
             break
         plan, tokens = known, 0
         if plan is None:
             within = replace(space, budget=Budget(decode_ms=share * whole.decode_ms))
             plan, tokens = found_by("auto", Measuring(replica), within, reference, prompts, few, calibration.id, {})
-        kl, size = kl_of(judging, plan, judge, calibration.id), space.size(plan)
+        size = space.size(plan)
+        kl = kls.get((label, share)) or float(kl_of(judging, plan, judge, calibration.id).mean())
         assert size.decode_ms is not None and size.prefill_ms is not None
-        taken = measured(replica, plan, calibration.id, prompt, rounds)
-        row: dict[str, Any] = {"share": share, "plan": label, "kl": float(kl.mean()), "tokens": tokens}
+        row: dict[str, Any] = {"share": share, "plan": label, "kl": kl, "tokens": tokens}
         row |= {"parameters": size.parameters, "cut": plan.schemes}
-        row |= dict(zip(("base_decode", "base_prefill", "decode", "prefill"), taken, strict=True))
-        row["foretold_decode"] = row["base_decode"] - whole.decode_ms + size.decode_ms
-        row["foretold_prefill"] = row["base_prefill"] - whole.prefill_ms + size.prefill_ms
+        if rounds:
+            taken = measured(replica, plan, calibration.id, prompt, rounds)
+            row |= dict(zip(("base_decode", "base_prefill", "decode", "prefill"), taken, strict=True))
+            row["foretold_decode"] = row["base_decode"] - whole.decode_ms + size.decode_ms
+            row["foretold_prefill"] = row["base_prefill"] - whole.prefill_ms + size.prefill_ms
         found.append(row)
         click.echo(f"{time.perf_counter() - began:7.1f} s  {_line(row)}", err=True)
         if out:
@@ -137,9 +144,11 @@ def main(
 
 
 def _line(row: dict[str, Any]) -> str:
+    said = f"{row['plan']:<10} {row['share']:.2f}  KL {row['kl']:.4f}  {row['parameters']:7.2%} left"
+    if "decode" not in row:
+        return said
     return (
-        f"{row['plan']:<10} {row['share']:.2f}  KL {row['kl']:.4f}  {row['parameters']:7.2%} left  decode "
-        f"{row['decode']:.3f} of {row['base_decode']:.3f} ms, over foretold "
+        f"{said}  decode {row['decode']:.3f} of {row['base_decode']:.3f} ms, over foretold "
         f"{row['decode'] / row['foretold_decode']:.3f}; prefill {row['prefill']:.2f} of {row['base_prefill']:.2f} ms, "
         f"over foretold {row['prefill'] / row['foretold_prefill']:.3f}"
     )
