@@ -22,7 +22,7 @@ import click
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file
-from structured import CONTINUATION, PROMPT, Measuring
+from structured import CONTINUATION, PROMPT, Measuring, take_share
 from widths import RULES, WIDTHS, found_by, named
 
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
@@ -118,6 +118,7 @@ def main(
     plan_file: str, plan_out: str, out: str,
 ) -> None:  # fmt: skip
     """Train what a plan leaves of MODEL."""
+    take_share()
     began = time.perf_counter()
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest, text = replica.manifest(), text_of(search_text)

@@ -23,7 +23,7 @@ from typing import Any
 import click
 import torch
 from exported_times import Runs
-from structured import CONTINUATION, PROMPT, Measuring, kl_of
+from structured import CONTINUATION, PROMPT, Measuring, kl_of, take_share
 from widths import found_by, named, one_width
 
 from dtmsearch.config.stop_section import TimesSection
@@ -85,6 +85,7 @@ def main(
     seconds: float, out: str,
 ) -> None:  # fmt: skip
     """The front of MODEL."""
+    take_share()
     began = time.perf_counter()
     cuts = tuple(named(share, rule) for share in SHARES_CUT)
     if times_file:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,13 @@ CHILDREN, FIRST_TOKENS, SECOND_TOKENS, INITIAL, CALIBRATION_TOKENS = 32, 2_048, 
 MOST_MUTATIONS = 3
 # Logits that are held at once.
 MOST_LOGITS = 1 << 30
+
+
+def take_share() -> None:
+    """Keep to a part of the GPU's memory (the variable GPU_SHARE), where several such processes have one GPU: what is
+    free at the start is no measure then."""
+    if torch.cuda.is_available() and (share := float(os.environ.get("GPU_SHARE", "0"))):
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 @dataclass
@@ -270,6 +278,7 @@ def main(
     generations: int, evopress_seeds: int, calibration_tokens: int, seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is dropped of MODEL."""
+    take_share()
     began = time.perf_counter()
     until = began + seconds
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())

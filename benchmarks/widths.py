@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 import numpy as np
-from structured import CONTINUATION, PROMPT, Measuring, kl_of, searched
+from structured import CONTINUATION, PROMPT, Measuring, kl_of, searched, take_share
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
@@ -146,6 +146,7 @@ def joint_plans(
 @click.option("--channels", default="0.2,0.4", help="shares of all MLPs' channels that go")
 @click.option("--strategies", default="floating,auto", help="of the first seed; of others the last one")
 @click.option("--rule", default="ziplm-repair", help="of the searches, or several that they choose from")
+@click.option("--widths", "of_search", default="", help="shares that the searches choose from, if not eight")
 @click.option("--heads", is_flag=True, help="groups of heads, too")
 @click.option("--one-width", "of_one", default="", help="rules of one width; every one where nothing is said")
 @click.option("--seeds", default=3)
@@ -158,14 +159,16 @@ def joint_plans(
 @click.option("--seconds", default=1e9, help="after which nothing more is begun")
 @click.option("--out", type=click.Path(), default="")
 def main(
-    model: str, search_text: str, judge_text: str, channels: str, strategies: str, rule: str, heads: bool, of_one: str,
-    seeds: int, first_seed: int, prompts: int, few: int, rows: int, held_out: int, joint: float, seconds: float,
-    out: str,
+    model: str, search_text: str, judge_text: str, channels: str, strategies: str, rule: str, of_search: str,
+    heads: bool, of_one: str, seeds: int, first_seed: int, prompts: int, few: int, rows: int, held_out: int,
+    joint: float, seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is cut of MODEL."""
+    take_share()
     began = time.perf_counter()
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest, found = replica.manifest(), list[dict[str, Any]]()
+    shares = [float(part) for part in of_search.split(",") if part]
     values: Values = {}
     texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
 
@@ -205,13 +208,17 @@ def main(
             for name in of_one.split(",") if of_one else ("wanda-repair", "ziplm-repair") if seed else rules:
                 if name != "gradient":  # LLM-Pruner's, everywhere
                     judged(seed, share, f"one width, {name}", one_width(manifest, share, name), 0, text.id)
-            budget = Budget(parameters=min(size(everywhere).parameters, size(llm_pruner(manifest, share)).parameters))
-            for name in filter(None, strategies.split(",")[-1:] if seed else strategies.split(",")):
+            sizes = [size(plan).parameters for plan in (llm_pruner(manifest, share), everywhere)]
+            asked = [(name, min(sizes), name) for name in strategies.split(",") if name]
+            asked = asked[-1:] if seed else asked
+            if asked and sizes[1] > sizes[0]:  # the other rival has more weights
+                asked.append((f"{asked[-1][0]}, everywhere's size", sizes[1], asked[-1][2]))
+            for label, parameters, name in asked:
                 if time.perf_counter() - began > seconds:
                     break
-                space = space_of(manifest, budget, WIDTHS, rule)
+                space = space_of(manifest, Budget(parameters=parameters), shares or WIDTHS, rule)
                 plan, tokens = found_by(name, Measuring(replica), space, reference, prompts, few, text.id, {})
-                judged(seed, share, name, plan, tokens, text.id)
+                judged(seed, share, label, plan, tokens, text.id)
         if heads and time.perf_counter() - began < seconds:
             groups = replica._body.model.config.num_key_value_heads
             what = f"heads {groups - 1}:{groups}"
@@ -234,17 +241,16 @@ def main(
 
 
 def show(rows: Sequence[dict[str, Any]], values: Values) -> None:
-    """A line for each share and plan: KL (mean over seeds) and, for each search, its ratio to the better of the two of
-    LLM-Pruner with its 95% interval; of joint ones to each plan without a search."""
+    """A line for each share and plan: KL (mean over seeds) and, for each search, its ratio to both of LLM-Pruner
+    with its 95% interval; of joint ones to each plan without a search."""
     click.echo(f"{'share':>9}  {'plan':<28} {'seeds':>5} {'KL':>8} {'left':>7} {'bits':>6} {'Mtokens':>8}  against")
     for share in dict.fromkeys(row["share"] for row in rows):
         every = [row for row in rows if row["share"] == share]
         mean = {p: float(np.mean([r["kl"] for r in every if r["plan"] == p])) for p in {r["plan"] for r in every}}
         rivals = [p for p in mean if p.startswith("LLM-Pruner")]
-        best = min(rivals or mean, key=lambda p: mean[p])
         for plan in dict.fromkeys(row["plan"] for row in every):
             own = [row for row in every if row["plan"] == plan]
-            others = [best] if rivals else [p for p in mean if p != plan]
+            others = rivals or list(mean)
             seeds = [r["seed"] for r in own]
             said = "; ".join(_against(values, seeds, share, plan, other) for other in others if other != plan)
             left, bits, tokens = (float(np.mean([r[key] for r in own])) for key in ("parameters", "bits", "tokens"))
