@@ -6,7 +6,9 @@
 MODEL is a folder, or a shape of `shapes.py` with random weights (and random text). The plain loop compresses a
 component, runs the whole model as transformers gives it, compares the logits of all positions that matter with the
 reference, and puts the component back. The floor is the matrix products alone, of the layers from the changed one
-upward and of the head where continuations are predicted, at the rate of a large matrix product. On a CPU the
+upward and of the head where continuations are predicted, at the rate of a large matrix product; on a GPU at the rate
+that it keeps up for seconds before and after the probe, for what a cool one does in a burst of ten (printed too) its
+power does not bear for longer. On a CPU the
 three take turns, a layer each (the replica gets its components together, as in a search), so that what else the
 machine does falls on all alike; on a GPU the replica gets the probe whole, and of the plain loop a sample is
 extrapolated. Continuations are the text's own: the same work as with the model's, without generating them.
@@ -44,17 +46,20 @@ from dtmsearch.model.replica.replica import Replica
 
 Array = NDArray[Any]
 _MATRIX = {"cpu": 2_048, "cuda": 8_192}
+_SUSTAINED_SECONDS, _BURST, _TOGETHER, _PAUSE = 5.0, 10, 100, 0.3
 
 
 @dataclass
 class Times:
-    """Seconds and matrix-product operations of a probe so far; `differing` counts choices on which the two differ."""
+    """Seconds and matrix-product operations of a probe so far; `differing` counts choices on which the two differ,
+    `burst` are the operations a second of a few large products after a pause."""
 
     plain: float = 0.0
     ours: float = 0.0
     operations: float = 0.0
     matrix_seconds: float = 0.0
     matrix_operations: float = 0.0
+    burst: float = 0.0
     differing: int = 0
     compressing: float = 0.0
 
@@ -129,17 +134,24 @@ class Probe:
         head = self.replica._body.model.get_output_embeddings().weight.numel()
         return 2.0 * (above * self.tokens.numel() + head * self.reference.continuation.size)
 
-    def matrix_product(self) -> tuple[float, float]:
-        """(operations, seconds) of a large matrix product."""
+    def matrix_products(self, count: int = 1, least_seconds: float = 0.0) -> tuple[float, float]:
+        """(operations, seconds) of large matrix products, `count` of them at a time for at least so long."""
         size = _MATRIX[self.device.type]
         a, b = (torch.randn(size, size, device=self.device, dtype=self.replica._body.model.dtype) for _ in range(2))
         a @ b
 
         def work() -> Array:
-            a @ b
+            for _ in range(count):
+                a @ b
             return np.empty(0)
 
-        return 2.0 * size**3, self.timed(work)[0]
+        self._wait()
+        time.sleep(_PAUSE if count > 1 else 0.0)
+        operations = seconds = 0.0
+        while not operations or seconds < least_seconds:
+            seconds += self.timed(work)[0]
+            operations += 2.0 * size**3 * count
+        return operations, seconds
 
 
 def take_turns(probe: Probe, components: Sequence[Component]) -> Times:
@@ -151,7 +163,7 @@ def take_turns(probe: Probe, components: Sequence[Component]) -> Times:
         layer = list(of_a_layer)
         expected = []
         for component in layer:
-            operations, seconds = probe.matrix_product()
+            operations, seconds = probe.matrix_products()
             times.matrix_operations += operations
             times.matrix_seconds += seconds
             seconds, values = probe.timed(partial(probe.plain, component))
@@ -171,15 +183,16 @@ def one_after_the_other(probe: Probe, components: Sequence[Component], plain_eve
     probe.ours(components[-1])
     sample = list(range(0, len(components), plain_every))
     probe.plain(components[0])
-    for _ in range(10):
-        operations, seconds = probe.matrix_product()
-        times.matrix_operations += operations
-        times.matrix_seconds += seconds
+    operations, seconds = probe.matrix_products(_BURST)
+    times.burst = operations / seconds
     expected = {}
     for index in sample:
         seconds, expected[index] = probe.timed(partial(probe.plain, components[index]))
         times.plain += seconds * len(components) / len(sample)
+    products = [probe.matrix_products(_TOGETHER, _SUSTAINED_SECONDS)]
     times.ours, found = probe.timed(partial(probe.ours_together, components))
+    products.append(probe.matrix_products(_TOGETHER, _SUSTAINED_SECONDS))
+    times.matrix_operations, times.matrix_seconds = np.sum(products, axis=0).tolist()
     times.compressing = sum(probe.timed(partial(probe.compress, component))[0] for component in components)
     times.operations = sum(probe.operations(component) for component in components)
     by_component = found.reshape(len(components), -1)
@@ -238,6 +251,10 @@ def report(probe: Probe, times: Times, num_components: int, num_compared: int) -
         f"compressing and restoring takes {times.compressing / times.ours:.2%} of ours"
     )
     if probe.device.type == "cuda":
+        click.echo(
+            f"a burst of {_BURST} products: {times.burst / 1e12:.3g} TFLOP/s, at which ours is "
+            f"{times.ours / (times.operations / times.burst):.3f} of the floor"
+        )
         click.echo(f"most memory used: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
