@@ -19,9 +19,7 @@ from dtmsearch.cli import main
 from dtmsearch.config.sweep_file import SweepFile, load_sweep, run_names
 from dtmsearch.core.pareto import Point, Race, front
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows import sweep as sweep_module
 from dtmsearch.workflows.run import DOMINATED, is_left_out
-from dtmsearch.workflows.sweep import StopDominated
 
 # Fronts.
 
@@ -66,9 +64,11 @@ def test_searches_of_different_groups_are_not_compared() -> None:
 
 
 def test_a_dominated_search_is_asked_to_stop_once_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dtmsearch.workflows import sweep as sweep_module  # loads Ray Tune: only where this runs
+
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(sweep_module, "stop", lambda *request: asked.append(request))
-    scheduler = StopDominated(Race(1.0, 1), {"good": "g", "bad": "g"}, "store", lambda note: None)
+    scheduler = sweep_module.StopDominated(Race(1.0, 1), {"good": "g", "bad": "g"}, "store", lambda note: None)
     for name, fdt in (("good", 30.0), ("bad", 20.0), ("bad", 19.0)):
         trial: Any = SimpleNamespace(config={"run": name})
         scheduler.on_trial_result(None, trial, {"bits_per_weight": 8.0, "fdt": fdt})
