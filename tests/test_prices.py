@@ -84,6 +84,40 @@ def test_slopes_around_a_plan_are_finite_differences(folder: Path, component: st
     assert dense.products[:, 0, 0] == pytest.approx(wanted, rel=1e-3)  # norms are in 32 bits
 
 
+def drawn_loss(model: Any, tokens: torch.Tensor, at: slice, labels: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(torch.nn.functional.cross_entropy(model(tokens).logits[0, at], labels, reduction="sum"))
+
+
+@pytest.mark.parametrize("component", [UP, Q, DOWN])
+def test_prices_are_finite_differences_of_the_loss_of_drawn_labels(folder: Path, component: str) -> None:
+    model = in_64_bits(folder)
+    reference = with_reference(model)
+    found = model.price(PriceRequest(reference.id, (0, 2), (component,), SCHEMES, seed=5)).products[:, 0]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    weight = plain.get_submodule(component).weight
+    own, step, at = weight.detach().clone(), 1e-2, slice(reference.prompt_tokens - 1, -1)
+    for sample in range(2):
+        rows = [reference.text[sample, : reference.prompt_tokens], reference.continuation[sample]]
+        tokens = torch.from_numpy(np.concatenate(rows)).long()[None]
+        # A label is where the sample's own number lies among the cumulative probabilities.
+        with torch.no_grad():
+            weight.copy_(own)
+            sums = plain(tokens).logits[0, at].softmax(-1).cumsum(-1)
+        numbers = torch.from_numpy(np.random.default_rng((5, sample)).random(len(sums)))
+        labels = (sums <= numbers[:, None]).sum(1)
+        for column, scheme in enumerate(SCHEMES):
+            change = round_weight(own, parse_scheme(scheme)) - own
+            losses = []
+            for t in (step, -step):
+                with torch.no_grad():
+                    weight.copy_(own + t * change)
+                losses.append(drawn_loss(plain, tokens, at, labels))
+            assert found[sample, column] == pytest.approx(
+                (losses[0] - losses[1]) / (2 * step), rel=1e-3
+            )  # norms are in 32 bits
+
+
 def test_the_mean_square_of_a_product_is_twice_the_kl_of_a_small_change(folder: Path) -> None:
     model = replica(folder)
     reference = with_reference(model, count=4)
