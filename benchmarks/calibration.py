@@ -84,7 +84,7 @@ def gptq(model: Replica, calibration: Calibration, few: list[str], widths: list[
 
 def pruning(model: Replica, names: list[str], calibrated: str) -> None:
     """What a scheme adds to an evaluation of one component, beside the evaluation itself."""
-    limit = int(getattr(model._body.model.config, "max_position_embeddings", None) or 200)
+    limit = int(getattr(model.model.config, "max_position_embeddings", None) or 200)
     length = min(200, limit)
     text = np.random.default_rng(1).integers(0, 1000, (128, length)).astype(np.int32)
     reference = model.make_reference(PromptTokens(text, length - 8))

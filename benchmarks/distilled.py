@@ -79,7 +79,7 @@ def search(
     cut, _ = replica.cut_prompts([text], prompts, PROMPT, CONTINUATION, seed)
     reference = replica.make_reference(cut)
     replica.use(reference)
-    groups = replica._body.model.config.num_key_value_heads
+    groups = replica.model.config.num_key_value_heads
     rules = [f"{rule}-repair" for rule in RULES if rule in ("wanda", "ziplm")]
     cuts = [named(share, rule) for share in WIDTHS for rule in rules]
     cuts += [f"heads-{kept}:{groups}-{rule}" for kept in range(1, groups) for rule in rules]
@@ -133,7 +133,7 @@ def main(
         Path(plan_out).write_text(json.dumps(plan.schemes, indent=1))
     size = SearchSpace(manifest.components, ("int8-channel",)).size(plan)
     click.echo(f"{time.perf_counter() - began:.1f} s: {size.parameters:.2%} of the layers' weights left", err=True)
-    device = next(replica._body.model.parameters()).device
+    device = next(replica.model.parameters()).device
     held = replica.cut_calibration([text_of(judge_text)], windows, SEQUENCE, 0)
     ids = torch.from_numpy(held.tokens).long().to(device)
     found: list[dict[str, Any]] = []

@@ -38,7 +38,7 @@ _ROUNDS = 3
 def main(model: str, text: str, prompts: int, batch: int, schemes: str, blocks: str, dtype: str) -> None:
     replica = load(model, dtype)
     made = reference(replica, text, prompts, TOKENS, TOKENS)
-    body = replica._body.model
+    body = replica.model
     device = replica._body.input_device
     rows = np.concatenate([made.text[:, :TOKENS], made.continuation], axis=1)
     batches = torch.from_numpy(rows).long().to(device).split(batch)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,24 +35,13 @@ from dtmsearch.workflows.profile import profile
 SHARES_CUT = (0.1, 0.2, 0.35, 0.5, 0.7)
 
 
-@contextmanager
-def become(replica: Replica, plan: Plan, calibration: str) -> Iterator[Any]:
-    """The model as a plan leaves it, its blocks really smaller."""
-    replica._calibrator.prepare((plan,), calibration)
-    replica._bench.become(Variant(plan, "", calibration))
-    try:
-        yield replica._body.model
-    finally:
-        replica._bench.become(Variant(Plan()))
-
-
 @torch.inference_mode()
 def measured(replica: Replica, plan: Plan, calibration: str, prompt: torch.Tensor, rounds: int) -> list[float]:
     """Milliseconds of a token and of the prompt: of the base model, and under the plan."""
     found: dict[str, list[tuple[float, float]]] = {"base": [], "plan": []}
     for number in range(rounds + 1):
         for label, held in (("base", Plan()), ("plan", plan)):
-            with become(replica, held, calibration) as model:
+            with replica.under(Variant(held, "", calibration)) as model:
                 taken = Runs(model, prompt, 16, eager=False).once()
             if number:  # the first is a warm-up
                 found[label].append(taken)
@@ -111,8 +98,8 @@ def main(
     )  # fmt: skip
     whole = space.size(Plan())
     assert whole.decode_ms is not None and whole.prefill_ms is not None
-    device = next(replica._body.model.parameters()).device
-    prompt = torch.randint(5, replica._body.model.config.vocab_size, (1, section.prefill_tokens), device=device)
+    device = next(replica.model.parameters()).device
+    prompt = torch.randint(5, replica.model.config.vocab_size, (1, section.prefill_tokens), device=device)
     judging, found = Measuring(replica), list[dict[str, Any]]()
     rivals = [("one width", share, one_width(manifest, share, rule)) for share in SHARES_CUT]
     asked: list[tuple[str, float, Plan | None]] = [("auto", share, None) for share in map(float, shares.split(","))]

@@ -69,7 +69,7 @@ def cached_generation_seconds(
         cache_implementation=cache, disable_compile=not compiled,
     )  # fmt: skip
     with torch.inference_mode(), replica._standing.eagerly():
-        return timed(lambda: replica._body.model.generate(tokens, generation_config=settings))
+        return timed(lambda: replica.model.generate(tokens, generation_config=settings))
 
 
 def disagreement() -> float:

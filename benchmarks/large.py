@@ -162,7 +162,7 @@ def measure(
         values.append([[np.asarray(x).tolist() for x in (r.fdt, r.sdt, r.dppl, r.kl)] for r in results])
     above = sum(sum(c.num_weights for c in components if c.layer >= own.layer) for own in chosen)
     whole = sum(component.num_weights for component in components)
-    head = replica._body.model.get_output_embeddings().weight.numel()
+    head = replica.model.get_output_embeddings().weight.numel()
     base = 0 if share else 1
     work = 2.0 * prompts * ((above + base * whole) * tokens + head * (tokens // 2) * (len(chosen) + base))
     peak = [torch.cuda.max_memory_allocated(device) / 1e9 for device in devices] if on_gpu else []

@@ -80,7 +80,7 @@ def measure(folder: Path, dtype: str, case: str, batch_tokens: int) -> Memory:
     reference = random_reference(replica, batch_tokens // (PROMPT + CONTINUATION))
     replica.use(reference)
     prompts = (0, reference.num_prompts)
-    weights = sum(touched(parameter) for parameter in replica._body.model.parameters())
+    weights = sum(touched(parameter) for parameter in replica.model.parameters())
     with Peak() as dense:
         replica.evaluate([EvalRequest(Plan(), reference.id, prompts)])
     requests = [EvalRequest(plan, reference.id, prompts) for plan in plans_of(case, replica.manifest().components)]

@@ -110,7 +110,7 @@ class Probe:
 
     def _compare(self, batch: Tensor) -> Tensor:
         start = self.reference.prompt_tokens
-        logits = self.replica._body.model(batch, use_cache=False).logits[:, start - 1 : -1].float()
+        logits = self.replica.model(batch, use_cache=False).logits[:, start - 1 : -1].float()
         targets = batch[:, start:]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         logits[..., list(self.reference.suppressed)] = -torch.inf
@@ -131,13 +131,13 @@ class Probe:
     def operations(self, component: Component) -> float:
         """Matrix-product operations of an evaluation whose lowest changed component this is."""
         above = sum(c.num_weights for c in self.replica.manifest().components if c.layer >= component.layer)
-        head = self.replica._body.model.get_output_embeddings().weight.numel()
+        head = self.replica.model.get_output_embeddings().weight.numel()
         return 2.0 * (above * self.tokens.numel() + head * self.reference.continuation.size)
 
     def matrix_products(self, count: int = 1, least_seconds: float = 0.0) -> tuple[float, float]:
         """(operations, seconds) of large matrix products, `count` of them at a time for at least so long."""
         size = _MATRIX[self.device.type]
-        a, b = (torch.randn(size, size, device=self.device, dtype=self.replica._body.model.dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=self.device, dtype=self.replica.model.dtype) for _ in range(2))
         a @ b
 
         def work() -> Array:

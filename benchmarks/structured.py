@@ -306,11 +306,11 @@ def main(
         replica.use(reference)
         note(f"seed {seed}: {reference.num_prompts} prompts")
         tokens = torch.from_numpy(np.concatenate([cut.tokens[:, :PROMPT], reference.continuation], axis=1)).long()
-        tokens = tokens.to(next(replica._body.model.parameters()).device)
+        tokens = tokens.to(next(replica.model.parameters()).device)
         gated: Gated | None = None
         for count in counts:
             plans: dict[str, tuple[Plan, int]] = {}
-            for name, (names, spent) in by_rules(replica._body.model, manifest, tokens[:prompts], count).items():
+            for name, (names, spent) in by_rules(replica.model, manifest, tokens[:prompts], count).items():
                 plans[name] = dropping(names), spent
             measuring = Measuring(replica, judging.known)
             plans["floating"] = floating(measuring, manifest, reference, Budget(blocks=count), prompts, few)
@@ -320,7 +320,7 @@ def main(
             plans["floating, same size"] = floating(measuring, manifest, reference, budget, prompts, few)
             note(f"seed {seed}, {count} blocks: ours")
             if seed < evopress_seeds:
-                gated = gated or Gated(replica._body.model, parts, tokens)
+                gated = gated or Gated(replica.model, parts, tokens)
                 try:
                     found, spent = evopress(gated, count // 2, seed, generations or None, until)
                     plans["EvoPress"] = dropping(found), spent

@@ -220,7 +220,7 @@ def main(
                 plan, tokens = found_by(name, Measuring(replica), space, reference, prompts, few, text.id, {})
                 judged(seed, share, label, plan, tokens, text.id)
         if heads and time.perf_counter() - began < seconds:
-            groups = replica._body.model.config.num_key_value_heads
+            groups = replica.model.config.num_key_value_heads
             what = f"heads {groups - 1}:{groups}"
             rival = heads_of(manifest, groups - 1, groups, "gradient", spared=True)
             judged(seed, what, "LLM-Pruner", rival, 0, text.id)
@@ -236,7 +236,7 @@ def main(
             plans = joint_plans(Measuring(replica), manifest, reference, joint, rule, prompts, few, text.id)
             for label, (plan, tokens) in plans.items():
                 judged(seed, joint, label, plan, tokens, text.id)
-        replica._evaluator.leave(reference.id)
+        replica.leave(reference.id)
     show(found, values)
 
 

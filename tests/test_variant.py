@@ -67,6 +67,14 @@ def test_on_base_gives_the_unquantized_model_and_leaves_it_so(model: Replica) ->
     assert model._weights.plan == Plan()
 
 
+def test_under_a_variant_the_model_is_as_its_plan_leaves_it_and_afterwards_as_it_was(model: Replica) -> None:
+    name = model.manifest().components[0].name
+    own = model.model.get_parameter(f"{name}.weight").clone()
+    with model.under(Variant(Plan.of({name: "drop"}))) as changed:
+        assert not changed.get_parameter(f"{name}.weight").any()
+    assert torch.equal(model.model.get_parameter(f"{name}.weight"), own)
+
+
 def test_trained_weights_that_are_not_there_leave_the_model_as_it_stands(model: Replica) -> None:
     plan = Plan.of({model.manifest().components[0].name: "int2-channel"})
     with torch.inference_mode():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,7 @@ class Replica:
         suppressed = self._suppressed_tokens(loaded)
         never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         never[list(suppressed)] = True
-        streamed = loaded.streamed
-        known_as = self._known_as(loaded)
+        streamed, known_as = loaded.streamed, self._known_as(loaded)
         self._body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
         slots: dict[str, Slot] = {}
         places = Places(model, slots)
@@ -224,6 +224,21 @@ class Replica:
         return self._references.conditions()
 
     @property
+    def model(self) -> Any:
+        """The model in memory, under whatever was asked of it last (see `under`)."""
+        return self._body.model
+
+    @contextmanager
+    def under(self, variant: Variant) -> Iterator[Any]:
+        """The model as a variant leaves it, blocks that it cuts really smaller, until the context ends."""
+        become = torch.inference_mode()(self._bench.become)
+        become(variant)
+        try:
+            yield self._body.model
+        finally:
+            become(BASE)
+
+    @property
     def states_kept(self) -> StatesFound:
         """Where the states of parents are kept for the prompts in use; what the settings say while there are none."""
         return self._evaluator.states_kept
@@ -267,6 +282,10 @@ class Replica:
         """Take a reference, against which requests may be made from now on."""
         self._references.check_fits(reference)
         self._evaluator.use(reference)
+
+    def leave(self, reference_id: str) -> None:
+        """Let go of a reference, and of what is kept for its prompts."""
+        self._evaluator.leave(reference_id)
 
     @torch.inference_mode()
     def generate(self, plan: Plan, prompts: PromptTokens) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -22,7 +22,6 @@ from dtmsearch.search.solver.nested import Costs, Nest, negated
 from dtmsearch.search.space import SearchSpace
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 # An option's index for every unit.
 Options = tuple[int, ...]
 # Into how many parts the way from no budget to a budget is divided.
@@ -59,7 +58,7 @@ class Choices:
         return self._costs(lambda size: int(size.active_bits * self._parts))
 
     @property
-    def counted(self) -> tuple[Ints, ...]:
+    def counted(self) -> Costs:
         """What the budget counts: picoseconds, `active_bits`, or else the bits that are stored."""
         if (rule := self.space.budget.takes_less) is not None:
             return self._times(rule)
@@ -76,19 +75,18 @@ class Choices:
         return self._costs(taken)
 
     def _costs(self, cost: Callable[[PlanSize], int]) -> Costs:
-        found = Costs(
+        alone = (
             np.array([cost(unit.sizes[scheme]) for scheme in schemes], np.int64)
             for unit, schemes in zip(self.units, self.schemes, strict=True)
         )
-        if self._in_cuts:
-            found.inside = {
-                block: {
-                    unit: np.array([[cost(size) for size in sizes] for sizes in rows], np.int64)
-                    for unit, rows in units.items()
-                }
-                for block, units in self._in_cuts.items()
+        inside = {
+            block: {
+                unit: np.array([[cost(size) for size in sizes] for sizes in rows], np.int64)
+                for unit, rows in units.items()
             }
-        return found
+            for block, units in self._in_cuts.items()
+        }
+        return Costs(alone, inside)
 
     @cached_property
     def _in_cuts(self) -> dict[int, dict[int, list[list[PlanSize]]]]:
@@ -210,10 +208,8 @@ class Choices:
         return int(order[at]) if 0 <= at < len(order) else None
 
     @staticmethod
-    def cost(costs: Sequence[Ints], options: Sequence[int]) -> int:
-        if isinstance(costs, Costs):
-            return costs.of(options)
-        return sum(int(cost[k]) for cost, k in zip(costs, options, strict=True))
+    def cost(costs: Costs, options: Sequence[int]) -> int:
+        return costs.of(options)
 
     def plan(self, options: Sequence[int]) -> Plan:
         return Plan.of(

@@ -9,9 +9,9 @@ more than `_MOST_SUMS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,12 @@ class Costs(tuple[Ints, ...]):
     """Costs [units][options] that add up, but for what lies in blocks that are cut: `inside` of block b and unit u
     [options of b, options of u] is what more u costs under an option beside one of b than both come to."""
 
-    inside: Mapping[int, Mapping[int, Ints]] = {}
+    inside: Mapping[int, Mapping[int, Ints]]
+
+    def __new__(cls, alone: Iterable[Ints], inside: Mapping[int, Mapping[int, Ints]] | None = None) -> Self:
+        made = super().__new__(cls, alone)
+        made.inside = inside or {}
+        return made
 
     def of(self, options: Sequence[int]) -> int:
         """What a choice costs."""
@@ -53,9 +58,8 @@ class _Unit(Protocol):
 
 def negated(costs: Costs) -> Costs:
     """Costs of which a choice has as much less as it had more."""
-    found = Costs(-cost for cost in costs)
-    found.inside = {b: {u: -more for u, more in units.items()} for b, units in costs.inside.items()}
-    return found
+    inside = {b: {u: -more for u, more in units.items()} for b, units in costs.inside.items()}
+    return Costs((-cost for cost in costs), inside)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Nest:
         """The units that lie in a dropped block."""
         return {unit for block, own in self.inside.items() if options[block] == self.drop[block] for unit in own}
 
-    def solve(self, losses: Sequence[Floats], costs: Sequence[Ints], capacity: int) -> Solution:
+    def solve(self, losses: Sequence[Floats], costs: Costs, capacity: int) -> Solution:
         """See `knapsack.solve`. Raises `Infeasible`."""
         if not self.inside:
             return solve(losses, costs, capacity)
@@ -132,7 +136,7 @@ class Nest:
                 options[unit] = option
         return Solution(tuple(options), found.loss, found.cost, found.bound)
 
-    def _fold(self, unit: int, losses: Sequence[Floats], costs: Sequence[Ints]) -> _Fold:
+    def _fold(self, unit: int, losses: Sequence[Floats], costs: Costs) -> _Fold:
         if unit not in self.inside:
             own = np.asarray(losses[unit], np.float64)
             return _Fold((unit,), own, np.asarray(costs[unit], np.int64), np.arange(len(own))[:, None])
@@ -144,7 +148,7 @@ class Nest:
             np.concatenate([fold.options for fold in folds]),
         )
 
-    def _with(self, block: int, option: int, losses: Sequence[Floats], costs: Sequence[Ints]) -> _Fold:
+    def _with(self, block: int, option: int, losses: Sequence[Floats], costs: Costs) -> _Fold:
         """A block under one option, with all that may be chosen for what lies in it then."""
         own = int(costs[block][option])
         if option == self.drop[block]:
@@ -155,7 +159,7 @@ class Nest:
             # In the order of the folds of what stays.
             order = self._fold_order(block)
             return _Fold(order, np.array([losses[block][option]]), np.array([cost], np.int64), none)
-        more = costs.inside.get(block, {}) if isinstance(costs, Costs) else {}
+        more = costs.inside.get(block, {})
         found = _Fold(
             (block,), np.array([losses[block][option]]), np.array([own], np.int64), np.full((1, 1), option, np.int64)
         )
