@@ -72,6 +72,7 @@ MAY_LOAD: dict[str, set[str]] = {
     "model": {
         "torch",
         "triton",
+        "auto_round",
         "transformers",
         "accelerate",
         "bitsandbytes",

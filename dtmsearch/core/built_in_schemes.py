@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dtmsearch.core import gguf_types
+from dtmsearch.core import autoround_library, gguf_types
 from dtmsearch.core.scheme_names import (
+    AUTOROUND,
     AWQ,
     BITSANDBYTES,
     SMOOTH,
@@ -103,6 +104,22 @@ def _scaled_integers(name: str) -> Scheme | None:
     if base is None or found is None or found.granularity == "tensor":
         return None
     return replace(found, name=name, family="awq", scaled=base)
+
+
+def _tuned(name: str) -> Scheme | None:
+    """AutoRound's: of rows or groups."""
+    base = scaled_base(name, AUTOROUND)
+    found = None if base is None else _rounded(base)
+    return None if found is None or found.granularity == "tensor" else replace(found, name=name, family="autoround")
+
+
+def _not_tuned(scheme: Scheme, shape: Shape) -> str | None:
+    multiple = autoround_library.MULTIPLE
+    return f"AutoRound leaves matrices whose sides are no multiples of {multiple}" if _uneven(shape, multiple) else None
+
+
+def _uneven(shape: Shape, multiple: int) -> bool:
+    return any(side % multiple for side in shape)
 
 
 def _smoothed(name: str) -> Scheme | None:
@@ -237,6 +254,17 @@ for _family in (
         on_grid=True,
         siblings=lambda scheme: other_widths(scheme.name),
         uniform_lines=_rounding_lines,
+    ),
+    SchemeFamily(
+        "autoround",
+        _tuned,
+        examples=("autoround-int4-g128", "autoround-int3-g32-asym"),
+        on_grid=True,
+        check_installed=autoround_library.python,
+        build=autoround_library.build,
+        misfit=_not_tuned,
+        siblings=lambda scheme: other_widths(scheme.name),
+        uniform_lines=lambda scheme, grains: [(scheme.name,)],  # each is a tuning of the whole model
     ),
     SchemeFamily(
         "awq",

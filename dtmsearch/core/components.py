@@ -114,6 +114,10 @@ class Component:
         return Fraction(self.experts_per_token, self.num_experts) if self.mixture else _ALL
 
 
+# In the place of a hash of content: what is measured of a model object is not stored, and no file need have its weights
+IN_MEMORY = "in-memory"
+
+
 @dataclass(frozen=True)
 class ModelManifest:
     """What a model consists of, without its weights.

@@ -318,6 +318,8 @@ def scheme_facts(name: str, shape: Shape = (4096, 4096), dense_bits: int = 16, s
 
 def needs_of(scheme: Scheme) -> str:
     """What it takes to make a scheme, beside the weights."""
+    if scheme.is_tuned:
+        return "calibration text, AutoRound"
     if scheme.needs_hessians:
         return "calibration text (Hessians)"
     return "calibration text (mean squares of inputs)" if scheme.needs_calibration else "nothing"

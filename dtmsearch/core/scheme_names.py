@@ -25,6 +25,8 @@ _PRUNING = re.compile(rf"({'|'.join(SALIENCIES)})-(?:(0\.[0-9]{{0,16}}[1-9])|({_
 _ROUNDING = re.compile(rf"(gptq-)?int([2-8])-(?:(tensor|channel)|g({_COUNT}))(-asym)?")
 # Schemes whose columns are scaled first: what stands before the name of one that is not.
 AWQ, SMOOTH = "awq-", "smooth-"
+# Of schemes that AutoRound rounds by.
+AUTOROUND = "autoround-"
 _SIBLING_SHARES = tuple(f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5))
 
 
@@ -90,7 +92,9 @@ def _alike(name: str, known: tuple[str, ...]) -> str:
 def _quantizing_examples() -> tuple[str, ...]:
     grains = ("tensor", "channel", "g32", "g64", "g128")
     names = [f"int{bits}-{grain}{asym}" for bits in range(2, 9) for grain in grains for asym in ("", "-asym")]
-    return (*names, *(f"gptq-{name}" for name in names), *(f"{AWQ}{name}" for name in names if "-tensor" not in name))
+    without_tensor = [name for name in names if "-tensor" not in name]
+    further = (f"{prefix}{name}" for prefix in (AWQ, AUTOROUND) for name in without_tensor)
+    return (*names, *(f"gptq-{name}" for name in names), *further)
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from dtmsearch.core import plugins
 from dtmsearch.core.number_formats import Rounding
-from dtmsearch.core.scheme_names import ALIASES, BITSANDBYTES, SALIENCIES, nearest
+from dtmsearch.core.scheme_names import ALIASES, AUTOROUND, BITSANDBYTES, SALIENCIES, nearest
 from dtmsearch.core.widths import RULES, Width, nearest_width
 from dtmsearch.errors import UserError
 
@@ -177,18 +177,23 @@ class Scheme:
         where there is nothing to solve."""
         if not self.needs_hessians:
             return None
-        return self if self._is_gptq or self.pruning is None else parse_scheme(self.pruning.name)
+        return self if self._is_solved_rounding or self.pruning is None else parse_scheme(self.pruning.name)
 
     @property
-    def _is_gptq(self) -> bool:
-        return (self.quantizer or self.name).startswith("gptq-")
+    def _is_solved_rounding(self) -> bool:
+        return (self.quantizer or self.name).startswith(("gptq-", AUTOROUND))
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether its matrices come of one tuning of the whole model (AutoRound), not of their Hessians alone."""
+        return self.name.startswith(AUTOROUND)
 
     @property
     def needs_hessians(self) -> bool:
         """Whether it follows from X^T X over the component's inputs, or over those of a block's last matrix."""
         return (
             self.width is not None
-            or self._is_gptq
+            or self._is_solved_rounding
             or (self.pruning is not None and self.pruning.saliency == "sparsegpt")
         )
 
@@ -217,7 +222,7 @@ class Scheme:
 
     def misfit(self, shape: tuple[int, int]) -> str | None:
         """Why a matrix of `shape` cannot be under the scheme in any format, None where it can."""
-        return None if self.weights is None else self.weights.misfit(shape[1])
+        return self.kind.misfit(self, shape) if self.weights is None else self.weights.misfit(shape[1])
 
     @property
     def needs_calibration(self) -> bool:
@@ -290,9 +295,10 @@ class SchemeFamily:
     `rounds_by_number`: they say by `Scheme.weights` and `activations` what they do. `on_grid`: they are codes with
     scales of a tensor, a row or a group, and nothing else. `only_prunes`: they make weights zero, and change no other.
     `of_cache`: they round what attention keeps of tokens, and no weights.
-    `scale_bits` are those of a stored scale. `siblings` are the names of schemes that differ from one only in how much
-    they compress, itself among them. `uniform_lines` (scheme, granularities) are what a uniform plan of a scheme's kind
-    may be, in lines of schemes that differ only in how much they compress.
+    `scale_bits` are those of a stored scale. `misfit` says why a matrix of a shape cannot be under a scheme.
+    `siblings` are the names of schemes that differ from one only in how much they compress, itself among them.
+    `uniform_lines` (scheme, granularities) are what a uniform plan of a scheme's kind may be, in lines of schemes that
+    differ only in how much they compress.
     """
 
     name: str
@@ -313,6 +319,7 @@ class SchemeFamily:
     only_prunes: bool = False
     of_cache: bool = False
     scale_bits: int = SCALE_BITS
+    misfit: Callable[[Scheme, Shape], str | None] = lambda scheme, shape: None
     siblings: Callable[[Scheme], tuple[str, ...]] = lambda scheme: (scheme.name,)
     uniform_lines: Callable[[Scheme, Collection[str]], Sequence[Line]] = lambda scheme, grains: ()
 
@@ -393,7 +400,7 @@ def _unknown(name: str) -> str:
     return (
         f"unknown scheme {name!r}; the nearest is {near!r}. Schemes are {DENSE}, {', '.join(BITSANDBYTES)}, "
         "intN-tensor, intN-channel, intN-gK (N from 2 to 8 bits, K inputs to a group), with or without -asym, the same "
-        "with gptq- before it, or awq- but for -tensor; "
+        "with gptq- before it, or awq- or autoround- but for -tensor; "
         f"{', '.join(f'{s}-S' for s in SALIENCIES)} (S the pruned share between 0 and 1, such as 0.5, or N:M "
         "for N kept of every M inputs, such as 2:4; random-0.5-s1 has another mask than random-0.5); an int one, a "
         "plus sign and a pruning one for "

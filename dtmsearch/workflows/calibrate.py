@@ -21,7 +21,7 @@ from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import IntArray
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.records import StatisticsRecord
-from dtmsearch.core.schemes import Scheme, solved_pairs
+from dtmsearch.core.schemes import Scheme, parse_scheme, solved_pairs
 from dtmsearch.search.solver.pruned_units import scheme_name
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.workflows.session import Session
@@ -140,7 +140,9 @@ class Calibrating:
             return
         # A part for a replica: a layer, or all that is to be solved one layer after the other.
         parts = self._by_layer if self._file.calibration_through == "base" else _by_scheme
-        missing = parts(wanted - self._session.store.shared_keys(PackedMatrix, self.id))
+        lacking = wanted - self._session.store.shared_keys(PackedMatrix, self.id)
+        tuned = {pair for pair in lacking if parse_scheme(pair[1]).is_tuned}
+        missing = [*parts(lacking - tuned), *_by_scheme(tuned)]
         for matrices in self._pool.solve(self.id, missing):
             self._writer.share_parts(self.id, matrices)
         for layer in self._by_layer(wanted):

@@ -48,8 +48,12 @@ class Recipe:
         path = folder / self.file
         path.write_text(self.text(job), encoding="utf-8")
         notes = [self.use.format(model=job.manifest.model, file=self.file), _THEIRS.format(tool=self.tool)]
-        if any(scheme.solved for scheme in job.plan.parsed.values()) and self.tool != LLM_COMPRESSOR:
-            notes.append(f"Components under `gptq-...` get their width and group; {self.tool} solves them its own way.")
+        solved = [scheme for scheme in job.plan.parsed.values() if scheme.solved]
+        if self.tool == "auto-round":
+            solved = [scheme for scheme in solved if not scheme.is_tuned]
+        if solved and self.tool != LLM_COMPRESSOR:
+            named = solved[0].name.partition("-")[0]
+            notes.append(f"Components under `{named}-...` get their width and group; {self.tool} solves its own way.")
         return Written((path,), notes=notes)
 
     def _obstacle(self, job: Job, name: str, scheme: Scheme) -> str | None:
@@ -73,13 +77,15 @@ def _by_scheme(job: Job) -> dict[str, list[str]]:
 
 
 def llm_compressor_text(job: Job) -> str:
-    """`recipe.yaml`: a modifier that rounds, one that solves by GPTQ, or both, with a group of modules a scheme."""
+    """`recipe.yaml`: a modifier that rounds, one that solves by GPTQ, one that has AutoRound tune, or several, with a
+    group of modules a scheme."""
     import yaml
 
     modifiers: dict[str, Any] = {}
     for name, components in _by_scheme(job).items():
         scheme = job.plan.scheme(components[0])
         kind = "QuantizationModifier" if scheme.solved is None else "GPTQModifier"
+        kind = "AutoRoundModifier" if scheme.is_tuned else kind
         groups = modifiers.setdefault(kind, {"config_groups": {}})["config_groups"]
         groups[name] = {"targets": components, "weights": weights_arguments(scheme)}
         if (inputs := inputs_arguments(scheme)) is not None:
@@ -151,7 +157,7 @@ RECIPES: Mapping[str, Recipe] = {
             "recipe.yaml",
             llm_compressor_text,
             "Apply it with llm-compressor: `oneshot(model={model!r}, recipe={file!r}, output_dir=...)`, and with "
-            "`dataset=...` where it says GPTQ or fixed scales of inputs. vLLM loads what it writes.",
+            "`dataset=...` where it says GPTQ, AutoRound or fixed scales of inputs. vLLM loads what it writes.",
             lambda _: None,
         ),
         Recipe(

@@ -1,4 +1,5 @@
-"""Solves what GPTQ and SparseGPT have solved for: matrices by the Hessians of the active calibration.
+"""Solves what GPTQ and SparseGPT have solved for, matrices by the Hessians of the active calibration; and has AutoRound
+tune what is its.
 
 What is at hand already, or may be fetched, is not solved again.
 """
@@ -7,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from dtmsearch.core.calibration import PackedMatrix
-from dtmsearch.core.components import ModelManifest
+from dtmsearch.core.components import IN_MEMORY, Component, ModelManifest
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme, solved_pairs
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibration_texts import CalibrationTexts
 from dtmsearch.model.calibration.hessians import Hessians
+from dtmsearch.model.compress.autoround import tuned
 from dtmsearch.model.compress.compressor import Fetch
-from dtmsearch.model.compress.gptq import inverse_factor, solve
+from dtmsearch.model.compress.gptq import Solved, inverse_factor, solve
 from dtmsearch.model.compress.packing import pack
+from dtmsearch.model.modules.compat import path_of
 from dtmsearch.model.weights.standing import Standing
 
 # Weights that are solved for side by side: about 16 bytes of working memory for each.
@@ -70,6 +74,8 @@ class MatrixSolver:
     def _solve_missing(self, missing: Sequence[tuple[str, Scheme]]) -> Iterator[PackedMatrix]:
         """What is not at hand, in order of components and schemes' names, and in a calibration through compressed
         layers what lies below it."""
+        yield from self._tune([pair for pair in missing if pair[1].is_tuned])
+        missing = [pair for pair in missing if not pair[1].is_tuned]
         if missing and self._texts.through_compressed:
             for scheme in dict.fromkeys(wanted for _, wanted in missing):
                 yield from self._solve_upwards(scheme, [component for component, own in missing if own == scheme])
@@ -79,6 +85,32 @@ class MatrixSolver:
             by_layer.setdefault(self.layer_of(component), {}).setdefault(component, []).append(scheme)
         for layer in sorted(by_layer):
             yield from self._solve_layer(layer, by_layer[layer])
+
+    def _tune(self, missing: Sequence[tuple[str, Scheme]]) -> Iterator[PackedMatrix]:
+        """Have AutoRound tune the whole model under each scheme, whatever of it is wanted: so a component's matrix
+        follows from its scheme alone."""
+        for scheme in dict.fromkeys(wanted for _, wanted in missing):
+            model, weights = self._standing.body.model, self._standing.weights
+            wanted = [component for component, own in missing if own == scheme]
+            layers = [c.name for c in self._manifest.components if self._is_tunable(c, scheme)]
+            if other := sorted(set(wanted) - set(layers)):
+                raise UserError(f"{other[0]} cannot be {scheme.name}: AutoRound tunes linear layers of whole models")
+            elsewhere = self._standing.weights_id or self._manifest.content_hash == IN_MEMORY
+            if elsewhere or len(self._standing.body.own) < self._manifest.num_layers:
+                raise UserError(
+                    f"{scheme.name} is of a model's own weights, in a folder and in one process: AutoRound loads it by "
+                    "itself (no trained weights, no model object in memory, no --nodes-per-replica)"
+                )
+            text = torch.from_numpy(self._texts.in_use.tokens)
+            device, trusts = self._standing.body.input_device, bool(getattr(model.config, "auto_map", None))
+            found = tuned(path_of(model), layers, scheme, text, model.dtype, device, trusts)
+            for component in wanted:
+                codes = Solved(found[component], None, None)
+                yield pack(component, scheme.name, codes, weights.original(component).dtype)
+
+    def _is_tunable(self, component: Component, scheme: Scheme) -> bool:
+        plain = not (component.stacked or component.transposed or component.is_cache or component.is_block)
+        return plain and component.layer >= 0 and scheme.misfit(component.shape) is None
 
     def _solve_upwards(self, scheme: Scheme, wanted: Sequence[str]) -> Iterator[PackedMatrix]:
         """Solve all components from the first layer up to those wanted, each layer over the text's states behind the

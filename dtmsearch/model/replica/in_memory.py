@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtmsearch.core.components import ModelManifest, blocks_of
+from dtmsearch.core.components import IN_MEMORY, ModelManifest, blocks_of
 from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.fusion import input_readers, scale_partners
@@ -18,9 +18,6 @@ from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Checkpoint, Weights
 
-# Nothing that is measured in memory is stored, so that no identity by content is needed.
-_IN_MEMORY = "in-memory"
-
 
 def manifest_of(model: Any) -> ModelManifest:
     """The components of a model object, found as in a checkpoint. Raises `ValueError` for a model without layers."""
@@ -30,7 +27,7 @@ def manifest_of(model: Any) -> ModelManifest:
         revision=None,
         dtype=_dtype_name(model),
         num_layers=len(layers),
-        content_hash=_IN_MEMORY,
+        content_hash=IN_MEMORY,
         components=components_of(model),
         others=other_components(model),
         routers=routers_of(model),

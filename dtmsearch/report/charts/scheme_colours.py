@@ -20,7 +20,7 @@ _FEWEST, _MOST = 1.0, 9.0
 _CHROMA = 0.12
 # Degrees.
 _HUES = {"group": 250.0, "channel": 175.0, "tensor": 130.0, "block": 65.0}
-_GPTQ, _BITSANDBYTES, _PRUNED, _OTHER, _ASYMMETRIC = 305.0, 60.0, 15.0, 100.0, 18.0
+_GPTQ, _AUTOROUND, _BITSANDBYTES, _PRUNED, _OTHER, _ASYMMETRIC = 305.0, 340.0, 60.0, 15.0, 100.0, 18.0
 
 
 def colour_of(scheme: str) -> str:
@@ -55,7 +55,7 @@ def _hue(scheme: Scheme) -> float:
     if scheme.pruning is not None or scheme.is_dropped or scheme.width is not None:
         return _PRUNED
     if scheme.needs_hessians:
-        hue = _GPTQ
+        hue = _AUTOROUND if scheme.is_tuned else _GPTQ
     else:
         hue = _BITSANDBYTES if scheme.kind.as_module else _HUES.get(scheme.granularity, _OTHER)
     return hue + (_ASYMMETRIC if scheme.asymmetric else 0.0)
