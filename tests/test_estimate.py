@@ -196,7 +196,7 @@ def test_the_time_until_replicas_answer_is_counted_and_said(tmp_path: Path, monk
     assert found.start_seconds == 7.0 and "7 s until replicas answer" in estimate_text(found)
 
 
-TRAINED = {
+TRAINED: dict[str, Any] = {
     "strategy": "sparsity",
     "rounds": [20, 10],
     "recovery": {"files": ["text.txt"], "masked_steps": 3, "unmasked_steps": 1, "batch_tokens": 512},
@@ -208,6 +208,15 @@ def test_training_takes_three_forward_passes_a_step_in_every_round(tmp_path: Pat
     prompts = load(str(file)).prompts
     row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
     assert foretold(file).training_seconds == pytest.approx(2 * 4 * 512 * 3 * 5.0 / row_tokens)
+
+
+@pytest.mark.parametrize("more", [{"distill": 0.5}, {"distill_hidden": 1.0}, {"checkpointing": True}])
+def test_a_teacher_and_activations_made_anew_take_a_forward_pass_more(tmp_path: Path, more: dict[str, Any]) -> None:
+    plain, with_more = (
+        foretold(tiny_search(tmp_path, search=TRAINED | {"recovery": TRAINED["recovery"] | further})).training_seconds
+        for further in ({}, more)
+    )
+    assert with_more == pytest.approx(plain * 4 / 3)
 
 
 def test_the_models_of_every_round_are_validated(tmp_path: Path) -> None:

@@ -69,3 +69,8 @@ class RecoverySettings(StrategySettings):
     @property
     def num_steps(self) -> int:
         return self.masked_steps + self.unmasked_steps
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether every step has the base model read the batch, too."""
+        return self.distill > 0.0 or self.distill_hidden > 0.0

@@ -136,7 +136,7 @@ def _training_seconds(file: SearchFile, forward_seconds: float) -> float:
     section = file.search.recovery
     if section is None or file.search.strategy != "sparsity":
         return 0.0
-    passes = 3.0 + section.checkpointing + (section.distill > 0.0)
+    passes = 3.0 + section.checkpointing + section.asks_base
     tokens = section.num_steps * section.batch_tokens
     return len(file.search.pruning_rounds) * tokens * passes * forward_seconds
 

@@ -80,8 +80,7 @@ class Learner:
             _overlay(model, path)
         if recipe.checkpointing:
             keep_no_activations(model)
-        distils = recipe.distill or recipe.distill_hidden
-        self._teacher = load_model(source, spec, device) if distils else None
+        self._teacher = load_model(source, spec, device) if recipe.asks_base else None
         self._read = _states_read(model, kept)
         optimizer = torch.optim.AdamW(_groups(model, recipe), betas=_BETAS, fused=True)
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
