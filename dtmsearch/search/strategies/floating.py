@@ -24,9 +24,9 @@ from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.space import Unit
 from dtmsearch.search.strategies.generator import DENSE_PLAN, Part, Procedure, Script, Trial, mean_loss
 from dtmsearch.search.strategies.task import Task
+from dtmsearch.search.units import Unit
 
 # Plans of the same progress but for rounding.
 _ALIKE = 1e-9
