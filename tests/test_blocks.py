@@ -632,8 +632,8 @@ def test_layers_are_not_compiled_for_a_plan_file_that_drops_blocks(tmp_path: Pat
     assert asked == [mode]
 
 
-@pytest.mark.parametrize("where", [PoolSettings(weights="streamed"), PoolSettings(nodes_per_replica=2)])
-def test_replicas_that_drop_no_blocks_are_refused_before_they_load(tmp_path: Path, where: PoolSettings) -> None:
+def test_replicas_that_drop_no_blocks_are_refused_before_they_load(tmp_path: Path) -> None:
+    where = PoolSettings(nodes_per_replica=2)
     search = {"strategy": "floating", "drop": ["mlp"], "stop": {"blocks": 1}}
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(PLAN_FILE | {"schemes": {MLP: DROP}}))
@@ -646,14 +646,15 @@ def test_replicas_that_drop_no_blocks_are_refused_before_they_load(tmp_path: Pat
         evaluate(load(tiny_search(tmp_path)), str(plan), str(tmp_path / "store"), where)
 
 
-def test_a_check_says_that_weights_which_pass_through_a_gpu_drop_no_blocks(
+def test_a_check_says_that_weights_which_pass_through_a_gpu_have_no_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = load(tiny_search(tmp_path, search={"strategy": "floating", "drop": ["mlp"], "stop": {"blocks": 1}}))
-    check_search(file)
+    search = {"strategy": "floating", "cut": ["channels-0.25-wanda"], "stop": {"parameters": 0.9}}
     monkeypatch.setattr(streamed_model, "streams", lambda *_: True)
-    with pytest.raises(UserError, match="do not fit this GPU"):
-        check_search(file)
+    check_search(load(tiny_search(tmp_path, search=search)))
+    search["cut"] = ["channels-0.25-gradient"]
+    with pytest.raises(UserError, match="takes a backward pass"):
+        check_search(load(tiny_search(tmp_path, search=search)))
 
 
 def test_compiled_layers_say_how_they_are_not_compiled(running: Running) -> None:

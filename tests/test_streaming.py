@@ -377,3 +377,52 @@ def test_a_file_that_was_cut_meanwhile_is_an_error_that_names_it(tmp_path: Path)
     fetched = WeightReader(CPU).begin([(Span(path, 0, 8), torch.zeros(8, dtype=torch.uint8))])
     with pytest.raises(OSError, match=r"cut\.safetensors ended before"):
         fetched.wait()
+
+
+def shapes(model: Replica) -> list[Plan]:
+    """Blocks dropped and cut, beside each other and beside other schemes."""
+    blocks = [block.name for block in model.manifest().blocks]
+    attention, mlp = blocks[0], blocks[4]
+    first = model.manifest().components[0].name
+    return [
+        *(Plan.of({block: "drop"}) for block in (*blocks[:3], *blocks[-3:])),
+        Plan.of({attention: "drop", mlp: "drop", first.replace("layers.0", "layers.3"): "int4-channel"}),
+        *(Plan.of({mlp: f"channels-0.5-{rule}"}) for rule in ("wanda", "wanda-repair", "ziplm-repair", "magnitude")),
+        Plan.of({attention: "heads-1:2-wanda-repair", first: "int4-channel", mlp: "channels-0.25-wanda"}),
+        Plan.of({attention: "heads-1:2-random", mlp: "drop"}),
+        Plan(),
+    ]
+
+
+def test_blocks_of_weights_that_pass_through_are_dropped_and_cut(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = llama_config(num_hidden_layers=4, mlp_bias=True, attention_bias=True, **heads)
+    path = write_model(tmp_path, config)
+    weights = load_file(path / "model.safetensors")
+    for name in (name for name in weights if name.endswith("bias")):
+        weights[name] = torch.linspace(-0.5, 0.5, len(weights[name])) * (1 + int(name.split(".")[2]))
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    found = []
+    for kept in ("device", "streamed"):
+        model = made(path, kept)
+        reference = with_reference(model)
+        text = model.cut_calibration(["abc def ghi " * 200], 4, 16, 0)
+        model.use_calibration(text)
+        requests = [EvalRequest(plan, reference.id, (0, 6), ALL, Plan(), text.id) for plan in shapes(model)]
+        values_of = [values(outcome) for outcome in model.evaluate(requests)]
+        for plan in (*shapes(model)[::3], Plan()):  # standing, and all of the model again
+            model._bench.become(Variant(plan, "", text.id))
+            again = requests[1], requests[-1]
+            values_of += [values(outcome) for outcome in model.evaluate(again)]
+        found.append(values_of)
+    assert found[0] == found[1]
+
+
+def test_widths_by_gradients_need_weights_that_stay(both: tuple[Replica, Replica]) -> None:
+    _, model = both
+    reference = with_reference(model)
+    text = model.cut_calibration(["abc def ghi " * 200], 4, 16, 0)
+    model.use_calibration(text)
+    plan = Plan.of({"model.layers.1.mlp": "channels-0.5-gradient"})
+    (outcome,) = model.evaluate([EvalRequest(plan, reference.id, (0, 2), (), Plan(), text.id)])
+    assert isinstance(outcome, EvalFailure) and "pass through the GPU" in outcome.message

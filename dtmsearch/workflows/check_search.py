@@ -12,7 +12,7 @@ from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.components import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.holders import source_note
-from dtmsearch.core.schemes import check_libraries
+from dtmsearch.core.schemes import check_libraries, parse_scheme
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.errors import UserError
 from dtmsearch.workflows.build import space_of
@@ -90,8 +90,7 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> Searc
     from dtmsearch.model.replica.prompts import Cutter
 
     space = space_of(file, found.manifest)
-    if file.search.shapes_blocks:
-        _check_fits_whole(found)
+    _check_gradients(file, found)
     tokenizer = load_tokenizer(tokenizer_folder(spec), spec)
     if space.needs_calibration:
         cutter = Cutter(tokenizer, spec.path, found.context, found.num_embeddings)
@@ -101,18 +100,19 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> Searc
     return space
 
 
-def _check_fits_whole(found: Survey) -> None:
-    """Raises `UserError` for a model of which this machine's GPU holds no more than some layers at a time."""
+def _check_gradients(file: SearchFile, found: Survey) -> None:
+    """Raises `UserError` for widths by gradients of a model of which this machine's GPU holds no more than some layers
+    at a time."""
     import torch
 
     from dtmsearch.model.replica.streamed_model import streams
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.cuda.device_count() <= 1 and streams("auto", found.manifest, device):
+    asked = [name for name in file.search.cut if (width := parse_scheme(name).width) and width.rule == "gradient"]
+    if asked and torch.cuda.device_count() <= 1 and streams("auto", found.manifest, device):
         raise UserError(
-            f"search.drop, search.cut: the weights of {found.manifest.model} do not fit this GPU and would pass "
-            "through it, and blocks are dropped and cut of models that stay whole. Use a larger GPU, or several with "
-            "--gpus-per-replica"
+            f"search.cut: {asked[0]} takes a backward pass, and the weights of {found.manifest.model} do not fit this "
+            "GPU but pass through it. Take ziplm or wanda, or several GPUs with --gpus-per-replica"
         )
 
 

@@ -123,11 +123,11 @@ def opened(
 
 def check_holds_whole(where: Where) -> None:
     """Raises `UserError` for replicas of which it is known that they drop no blocks."""
-    apart = "--weights streamed" if where.weights == "streamed" else "--nodes-per-replica"
-    if where.weights == "streamed" or where.nodes_per_replica > 1:
+    if where.nodes_per_replica > 1:
         raise UserError(
-            f"blocks are dropped of models that one process holds whole: leave out {apart}. A model that does not fit "
-            "one GPU is spread over several of a host by --gpus-per-replica"
+            "blocks are dropped of models that one process holds whole: leave out --nodes-per-replica. A model that "
+            "does not fit one GPU passes through it (--weights streamed), or is spread over several of a host by "
+            "--gpus-per-replica"
         )
 
 

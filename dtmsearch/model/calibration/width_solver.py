@@ -85,6 +85,7 @@ class WidthSolver:
         with self._standing.on_base(), self._standing.eagerly(), torch.no_grad():
             tokens = self._texts.gatherer(self._texts.in_use).batches[0][:1, :_PROOF_TOKENS]
             args, kwargs = _arguments_of(body.model, module, tokens)
+            self._standing.weights.need(block.name)
             problem = why_not_cut(module, block.name, inside, width, args, kwargs)
         if problem:
             raise UserError(
@@ -145,7 +146,10 @@ class WidthSolver:
     def _every_salience(self) -> Mapping[str, Tensor]:
         """The same sums of each component over its outputs or, of a block's last matrix, its inputs."""
         body = self._standing.body
-        if said := body.how_it_runs():
+        said = body.how_it_runs()
+        if self._standing.weights.pass_through:
+            said = "its weights pass through the GPU layer by layer"
+        if said:
             raise UserError(
                 f"the rule gradient takes a backward pass through the model, and {said}: use ziplm or wanda"
             )

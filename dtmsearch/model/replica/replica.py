@@ -197,9 +197,10 @@ class Replica:
     def _make_weights(self, loaded: LoadedModel, places: Places, scale_dtype: torch.dtype) -> Weights:
         streamed = loaded.streamed
         passing = None if streamed is None else PassingWeights(streamed, loaded.manifest, places)
-        blocks = loaded.manifest.blocks if streamed is None else ()
-        matrices = loaded.manifest.components
-        weights = Weights(loaded.model, loaded.checkpoint, places, scale_dtype, passing, blocks, matrices)
+        manifest = loaded.manifest
+        weights = Weights(
+            loaded.model, loaded.checkpoint, places, scale_dtype, passing, manifest.blocks, manifest.components
+        )
         weights.share_scales(scale_partners(loaded.manifest.components))
         weights.share_inputs(input_readers(loaded.manifest.components))
         return weights

@@ -243,6 +243,11 @@ class Weights:
         self._biases.clear()
         self.compressor.forget_weights()
 
+    @property
+    def pass_through(self) -> bool:
+        """Whether weights are on the device layer by layer, each only until the next one's are."""
+        return self._passing is not None
+
     def need(self, component: str) -> None:
         """Have a component's weights on the device, for one who runs its module alone."""
         if self._passing is not None:
@@ -306,16 +311,13 @@ class Weights:
             now = _Installed(block, None, is_taken_out(block))
             self._install(component, _Installed(block, None, scheme.is_dropped))
             return now
-        if scheme.is_dropped and any(self._places.get(component).children()):
+        shaped = scheme.width is not None or (scheme.is_dropped and any(self._places.get(component).children()))
+        if shaped:
+            done = "dropped" if scheme.is_dropped else "cut"
             raise UserError(
-                f"{component} cannot be dropped here: blocks are taken out of models that one process holds whole "
-                "(without --nodes-per-replica and --weights streamed, which comes by itself where weights do not fit a "
-                "GPU: --gpus-per-replica spreads them over several)"
-            )
-        if scheme.width is not None:
-            raise UserError(
-                f"{component} cannot be cut here: blocks are cut of models that one process holds whole (without "
-                "--nodes-per-replica and --weights streamed)"
+                f"{component} cannot be {done} here: blocks are {done} in models that one process holds whole (without "
+                "--nodes-per-replica; --gpus-per-replica spreads a model over several GPUs, and --weights streamed has "
+                "it pass through one)"
             )
         now = self._installed(component)
         matrix = self._matrices.get(component)
@@ -344,7 +346,7 @@ class Weights:
         cut = self.compressor.cut(matrix.block, scheme, width.units(matrix), weight.device)
         bias: Tensor | None = getattr(dense, "bias", None)
         if bias is not None and matrix.name not in self._biases:
-            self._biases[matrix.name] = bias.data
+            self._biases[matrix.name] = self._to_keep(bias.data)
         bias = self._biases.get(matrix.name)
         at = indices(matrix, cut.kept, width.units(matrix)).to(weight.device)
         if side_of(matrix) == "rows":
