@@ -1,16 +1,20 @@
-"""What schemes do and take, uniform over a model: KL on held-out prompts, differences paired by prompt; and the time of
-a probe under each, beside that under the first.
+"""What schemes do and take, uniform over a model: KL on held-out prompts, differences paired by prompt; the time of a
+probe under each, beside that under the first; and how far products in bfloat16, which a search measures, are from
+exact ones of the codes, which kernels for them come to.
 
     python benchmarks/scheme_values.py kl MODEL HELD_OUT CALIBRATION int4-g64,awq-int4-g64
     python benchmarks/scheme_values.py seconds TOKENIZER_FOLDER TEXT int8-channel nvfp4 fp8-tensor --layers 8
+    python benchmarks/scheme_values.py products fp8-channel nvfp4 w8a8-channel
 
-Of several schemes with commas between them each is held against the first. `seconds` probes every seventh component of
+Of several schemes with commas between them each is held against the first, over the components that fit all of them.
+`seconds` probes every seventh component of
 a random Llama of 4,096 x 11,008.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.statistics import paired_difference
+from dtmsearch.model.compress.number_rounding import calibrated_scale, largest_of, round_inputs, spread, weight_codes
 from dtmsearch.model.replica.in_memory import InMemoryReplica
 from dtmsearch.model.replica.replica import Replica
 
@@ -51,10 +57,12 @@ def kl(args: argparse.Namespace) -> None:
     replica = Replica(spec, ReplicaSettings(batch_tokens=args.batch_tokens))
     reference = referenced(replica, args.text, args.prompts, args.tokens)
     lines = [line.split(",") for line in args.schemes]
-    components = replica.manifest().components
+    parsed = [parse_scheme(name) for line in lines for name in line]
+    components = [c for c in replica.manifest().components if all(s.misfit(c.shape) is None for s in parsed)]
     plans = {name: Plan.uniform(components, name) for line in lines for name in line}
     known = calibrated(replica, args.calibration, list(plans.values()), args.rows)
-    print(f"{Path(args.model).name}, {args.dtype}, {reference.num_prompts} prompts of 2 x {args.tokens} tokens")
+    of = f"{len(components)} components, {reference.num_prompts} prompts of 2 x {args.tokens} tokens"
+    print(f"{Path(args.model).name}, {args.dtype}, {of}")
     found: dict[str, EvalResult] = {}
     for name, plan in plans.items():
         began = time.perf_counter()
@@ -110,7 +118,35 @@ def seconds(args: argparse.Namespace) -> None:
         print(f"{name:24} {took:7.3f} s  {took / base:.3f} of {args.schemes[0]}'s")
 
 
+def products(schemes: Sequence[str]) -> None:
+    """Of random numbers [128, 2048] and weights [256, 2048] in bfloat16; errors are parts of the outputs' norm."""
+    torch.manual_seed(SEED)
+    inputs, weight = torch.randn(128, 2048).bfloat16(), (0.02 * torch.randn(256, 2048)).bfloat16()
+    whole = inputs.double() @ weight.double().T
+    print(f"{'scheme':16} {'rounding itself':>16} {'as measured':>12} {'exact, in bfloat16':>19}")
+    for name in schemes:
+        scheme = parse_scheme(name)
+        assert scheme.weights is not None and scheme.activations is not None, f"{name} rounds no inputs"
+        rounding = scheme.activations
+        calibrated = calibrated_scale(inputs.abs().amax().float(), rounding) if rounding.static else None
+        codes = weight_codes(weight, scheme.weights, largest_of(weight))
+        factors = codes.scales / codes.tensor_scale if scheme.weights.has_tensor_scale else codes.scales
+        exact = (
+            round_inputs(inputs.float(), rounding, calibrated).double()
+            @ (codes.values.double() * spread(factors, scheme.weights, weight.shape[1]).double()).T
+        )
+        measured = torch.nn.functional.linear(round_inputs(inputs, rounding, calibrated), codes.dense(torch.bfloat16))
+        found = [
+            float((one.double() - other).norm() / other.norm())
+            for one, other in ((exact, whole), (measured, exact), (exact.bfloat16(), exact))
+        ]
+        print(f"{name:16} {found[0]:16.4f} {found[1]:12.5f} {found[2]:19.5f}")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["products"]:
+        products(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kl", "seconds"))
     parser.add_argument("model", help="a model's folder; of `seconds` that of a tokenizer")

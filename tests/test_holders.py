@@ -51,7 +51,7 @@ def test_zero_points_that_are_not_packed_take_whole_bytes() -> None:
 def test_every_kind_of_name_has_an_example() -> None:
     assert {scheme_facts(name).family for name in examples()} == {
         *("dense", "drop", "rounding", "gptq", "bitsandbytes", "pruning", "pair", "source"),
-        *("fp8", "nvfp4", "microscaling", "integers", "awq", "smoothquant"),
+        *("fp8", "nvfp4", "microscaling", "integers", "awq", "smoothquant", "autoround"),
         *("gguf", "gguf-plain", "kv_cache", "width"),
     }
 

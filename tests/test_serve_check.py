@@ -276,7 +276,7 @@ def test_llama_cpp_is_asked_about_its_own_files(
         made.write_bytes(b"GGUF")
 
     monkeypatch.setattr(gguf_base, "convert", convert)
-    monkeypatch.setattr(gguf_base, "check_converter", lambda: None)
+    monkeypatch.setattr(gguf_base, "check_converter", lambda *words: None)
     started = engine({"base.gguf": servers[str(base)], "model.gguf": servers[str(out)]})
     folder = with_file(out, tmp_path)
     found = dtm.serve_check(folder, store, engine="llama.cpp", program=str(llama_server(tmp_path)))

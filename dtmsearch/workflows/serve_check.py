@@ -130,7 +130,7 @@ def serve_check_by(
     check_port(asked.start.port)
     engine = find_engine(asked.engine, asked.start)
     if is_file:
-        gguf_base.check_converter()
+        gguf_base.check_converter("the base model's file", "")
     dtype = asked.dtype or _dtype_of(config)
     if texts is None:
         expected = _recorded(folder, card, ResultStore(str(store)), asked.count)

