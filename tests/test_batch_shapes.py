@@ -17,6 +17,7 @@ from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import compressed_module
+from dtmsearch.model.forward.batch_size import Batches
 from dtmsearch.model.replica.replica import Replica
 
 # Tokens of a batch: a sequence of 14 at a time, two (so that the last batch is smaller), all five.
@@ -104,3 +105,34 @@ def _probe(model: Replica, names: list[str]) -> list[Any]:
     model.use(reference)
     plans = [Plan.of({f"model.layers.1.{name}": "llm-int8"}) for name in names]
     return list(model.evaluate([EvalRequest(plan, reference.id, (0, 2)) for plan in plans]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "token_bytes", "rows"),
+    [
+        (0, "cpu", 1_000, 32),  # four times the 1,600 tokens of a pass
+        (0, "cpu", 512 << 10, 10),  # caches of no more than a GiB
+        (0, "cpu", 4 << 20, 8),  # nor fewer than in a pass
+        (800, "cpu", 1_000, 4),  # as was asked
+        (0, "cuda", 1_000, 128),
+    ],
+)
+def test_more_rows_are_continued_together_on_a_cpu(tokens: int, device: str, token_bytes: int, rows: int) -> None:
+    batches = Batches(tokens, torch.device(device), lambda: None, lambda: 1)
+    assert batches.rows_continued(200, token_bytes) == rows
+
+
+def test_prompts_are_continued_in_batches_of_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replica(write_model(tmp_path, llama_config(num_hidden_layers=2)), batch_tokens=0)
+    prompts, _ = model.cut_prompts([TEXT], 4, 8, 6, 0)
+    batch_sizes: list[int] = []
+    generate = model._body.generate
+
+    def noting(rows: torch.Tensor, *args: Any) -> torch.Tensor:
+        batch_sizes.append(len(rows))
+        return generate(rows, *args)
+
+    monkeypatch.setattr(model._body, "generate", noting)
+    monkeypatch.setattr(model._batches, "tokens", 14)  # a row in a pass
+    model.make_reference(prompts)
+    assert batch_sizes == [4]

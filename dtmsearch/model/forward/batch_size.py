@@ -13,6 +13,10 @@ log = logging.getLogger(__name__)
 # Tokens of a forward batch unless the settings say otherwise: on a CPU what its cache likes, on a GPU what
 # keeps its matrix products busy.
 _TOKENS = {"cpu": 1_600, "cuda": 25_600}
+# Times as many are continued together: a step multiplies one token of each row, of which more cost a CPU little more.
+_CONTINUED = {"cpu": 4, "cuda": 1}
+# What is kept of them then takes no more bytes.
+_MOST_KEPT = 1 << 30
 _T = TypeVar("_T")
 
 
@@ -26,12 +30,18 @@ class Batches:
     def __init__(
         self, tokens: int, device: torch.device, release: Callable[[], None], longest_row: Callable[[], int]
     ) -> None:
+        self._continued = 1 if tokens else _CONTINUED[device.type]
         self.tokens = tokens or _TOKENS[device.type]
         self.roomy = True
         self._release, self._longest_row = release, longest_row
 
     def rows(self, row_tokens: int) -> int:
         return max(1, self.tokens // row_tokens)
+
+    def rows_continued(self, row_tokens: int, token_bytes: int) -> int:
+        """The rows of a batch that is continued token by token up to `row_tokens`, where caches keep `token_bytes` of a
+        token."""
+        return max(1, min(self._continued * self.tokens, max(self.tokens, _MOST_KEPT // token_bytes)) // row_tokens)
 
     def halving(self, work: Callable[[], _T]) -> _T:
         """`work`, with smaller batches for as long as memory does not suffice. Raises `torch.OutOfMemoryError`."""

@@ -201,6 +201,11 @@ class Body:
         """Bytes of a token's state at one boundary."""
         return int(self.model.config.get_text_config().hidden_size) * self.itemsize
 
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes that a cache of keys and values keeps of a token at most."""
+        return 2 * self.num_layers * self.hidden_bytes
+
     def _note_what_layers_return(self) -> None:
         """Tensors or tuples; a layer that is not here returns what those that are do, so one of the guesses is
         right."""

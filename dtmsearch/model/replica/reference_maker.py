@@ -139,7 +139,7 @@ class ReferenceMaker:
     def continue_from(self, prompts: PromptTokens, decoding: Decoding = GREEDY) -> _Tokens:
         """Continuations by the model as it stands, [num_prompts, continuation_tokens]."""
         rows = torch.from_numpy(prompts.tokens[:, : prompts.prompt_tokens]).long().to(self._body.input_device)
-        batches = rows.split(self._bench.batches.rows(prompts.tokens.shape[1]))
+        batches = rows.split(self._bench.batches.rows_continued(prompts.tokens.shape[1], self._body.cached_bytes))
         length = prompts.continuation_tokens
         with self._bench.standing.eagerly():
             parts = [self._body.generate(batch, length, self._suppressed, decoding).cpu() for batch in batches]

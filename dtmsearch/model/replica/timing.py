@@ -27,7 +27,8 @@ _MOST_TIMED = 7
 
 @dataclass(frozen=True)
 class BatchSeconds:
-    """Seconds of a whole batch: all layers, the head where continuations are predicted, generating them."""
+    """Seconds of a whole batch: all layers, the head where continuations are predicted; of generating these for a batch
+    of its own size."""
 
     layers: float
     head: float
@@ -41,20 +42,22 @@ def time_batch(
     rows: int,
     prompt_tokens: int,
     continuation_tokens: int,
+    rows_continued: int,
 ) -> BatchSeconds:
     """Time a batch of `rows` prompts. `never` [vocabulary] marks tokens that are not chosen; generation happens within
-    `generating()`."""
+    `generating()`, of `rows_continued` prompts."""
     length = prompt_tokens + continuation_tokens
     tokens = torch.randint(body.vocabulary_size, (rows, length), device=body.input_device)
     hidden = body.finish(tokens, None, 0)[:, prompt_tokens - 1 : -1]
     suppressed = tuple(never.nonzero().flatten().tolist())
+    prompts = torch.randint(body.vocabulary_size, (rows_continued, prompt_tokens), device=body.input_device)
 
     def head() -> None:
         fetch([compare(body, hidden, tokens[:, prompt_tokens:], None, never)])
 
     def generate() -> None:
         with generating():
-            body.generate(tokens[:, :prompt_tokens], _TIMED_TOKENS, suppressed).cpu()
+            body.generate(prompts, _TIMED_TOKENS, suppressed).cpu()
 
     return BatchSeconds(
         layers=_seconds(lambda: body.finish(tokens, None, 0)[:, -1].cpu()),
@@ -74,7 +77,8 @@ def measured_speed(
     """What one of `count` prompts takes on a bench, timed on one batch of random tokens."""
     length, body = prompt_tokens + continuation_tokens, bench.standing.body
     rows = min(count, bench.batches.rows(length))
-    seconds = time_batch(body, bench.never, bench.standing.eagerly, rows, prompt_tokens, continuation_tokens)
+    continued = min(count, bench.batches.rows_continued(length, body.cached_bytes))
+    seconds = time_batch(body, bench.never, bench.standing.eagerly, rows, prompt_tokens, continuation_tokens, continued)
     memory_bytes = _memory_bytes(bench)  # before any states are kept
     tokens = torch.randint(body.vocabulary_size, (rows, length))
     text = PromptTokens(tokens.numpy().astype(np.int32), prompt_tokens)
@@ -96,7 +100,7 @@ def measured_speed(
         compress_seconds=max(whole - first, 0.0),
         head_seconds=seconds.head / rows,
         text_head_factor=(length - 1) / continuation_tokens,
-        generation_seconds=seconds.generation / rows,
+        generation_seconds=seconds.generation / continued,
         memory_bytes=memory_bytes,
         states_kept=evaluator.kept_for(np.zeros((count, length), np.int32), prompt_tokens),
     )
