@@ -15,7 +15,7 @@ from inprocess import here, run_here
 from processes import tiny_search
 from safetensors.torch import load_file
 from test_column_scales import with_outliers
-from tiny import llama_config, write_model
+from tiny import TEXT, llama_config, write_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -347,3 +347,16 @@ def test_a_plan_of_several_widths_is_exported_with_one_at_its_measured_price(
 def test_a_plan_that_cuts_nothing_has_no_even_widths(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="measured no plan of even widths beside its own"):
         measured_plan(llama, tmp_path / "store", ROUNDED).export("dense", tmp_path / "out", even=True)
+
+
+def test_even_widths_that_no_configuration_takes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 hidden units are no multiple of 3 heads."""
+    in_process(monkeypatch)
+    write_model(tmp_path / "model", llama_config(num_hidden_layers=2, num_key_value_heads=4))
+    (tmp_path / "text.txt").write_text(TEXT)
+    search = {"strategy": "knapsack", "rank_by": "kl", "schemes": ["int8-channel"], "cut": ["heads-3:4-wanda"]}
+    file = tiny_search(tmp_path, search=search | {"stop": {"parameters": 0.95}}, prompts__count=16)
+    run_here(file, tmp_path / "s")
+    with pytest.raises(UserError, match=r"takes a file of code as well: .* does not take such numbers"):
+        export("tiny", "dense", tmp_path / "out", str(tmp_path / "s"), even=True)
+    assert not (tmp_path / "out").exists()

@@ -319,6 +319,19 @@ def test_the_solver_keeps_to_milliseconds_of_what_stays(llama: tuple[Replica, st
     assert choices.solve(losses).loss == pytest.approx(best)
 
 
+def test_widths_are_rounded_to_what_takes_no_longer(llama: tuple[Replica, str, str]) -> None:
+    """The table has rows for a quarter and a half of the channels, and of these alone times are known."""
+    manifest, cuts = llama[0].manifest(), (QUARTER, HALF)
+    shapes = {c.shape for c in manifest.components}
+    shapes |= {cut_by(Plan.of({c.block: w}), c).shape for c in manifest.components for w in cuts if ".mlp." in c.name}
+    cut = manifest.cuttable(cuts, manifest.components)
+    within = SearchSpace(manifest.components, (), budget=Budget(decode_ms=1.0), manifest=manifest, cut=cut, cuts=cuts,
+                         times=timed(shapes, ()))  # fmt: skip
+    found = evened(within, Plan.of({MLP: HALF, "model.layers.0.mlp": QUARTER}))
+    assert found is not None
+    assert widths_left(found, manifest.components)["channels"] == dict.fromkeys(range(3), (36, 48))
+
+
 def test_a_table_without_the_shapes_of_cut_blocks_is_refused(llama: tuple[Replica, str, str]) -> None:
     manifest = llama[0].manifest()
     whole = timed({c.shape for c in manifest.components}, ())

@@ -133,9 +133,11 @@ def shape_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
 
 def evened(space: SearchSpace, plan: Plan) -> Plan | None:
     """A plan of several widths rounded to one width of each kind of units, as ordinary configurations say it: the
-    widest by which as many weights go at least, by the rule that most of the plan's own blocks are cut by. None where
-    the plan has one width, or blocks that may not be cut."""
-    if is_even(plan, space.components):
+    widest by which as many weights go at least or, where the budget counts time, that takes no longer, of those whose
+    times are known; by the rule that most of the plan's own blocks are cut by. None where the plan has one width, or
+    blocks that may not be cut, or drops a single block of a layer, which no configuration says."""
+    parts = {c.layer for c in space.components if plan.drops(c.name)}
+    if is_even(plan, space.components) or any(c.layer in parts and not plan.drops(c.name) for c in space.components):
         return None
     schemes = {name: scheme for name, scheme in plan.entries if name not in plan.widths}
     for kind in ("attention", "mlp"):
@@ -156,10 +158,15 @@ def _one_width(
     widths = [width for name in own.values() if (width := parse_scheme(name).width) is not None]
     groups = max(width.groups for width in widths)
     amounts = [f"heads-{kept}:{groups}" for kept in range(groups - 1, 0, -1)] if groups else _CHANNELS
-    gone = space.size(Plan.of(own)).removed_weights
+    wanted = space.size(Plan.of(own))
     for amount in amounts:
         alike = {block.name: f"{amount}{rule}" for block in blocks if parse_scheme(f"{amount}{rule}").takes(block)}
-        if space.size(Plan.of(alike)).removed_weights >= gone:
+        size = space.size(Plan.of(alike))
+        if space.budget.takes_less is None:
+            enough = size.removed_weights >= wanted.removed_weights
+        else:
+            enough = size.picoseconds is not None and space.budget.counted(size) <= space.budget.counted(wanted)
+        if enough:
             return alike
     return None
 

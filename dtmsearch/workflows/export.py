@@ -24,6 +24,7 @@ from dtmsearch.export.formats.format_registry import PLAN_FILE, Format, find_for
 from dtmsearch.export.formats.gguf_file import FILE, base_beside
 from dtmsearch.export.job import Job, refuse
 from dtmsearch.export.smaller import dropped_blocks, single_blocks, without_dropped
+from dtmsearch.export.smaller_code import CODE_FILE
 from dtmsearch.model.compress.compressor import Compressor
 from dtmsearch.model.modules.loading import checkpoint_folder
 from dtmsearch.store.store import ResultStore
@@ -163,6 +164,11 @@ def write(order: Order) -> Draft:
     folder.mkdir(parents=True)
     try:
         with nullcontext(order.job) if order.form.name == "json" else without_dropped(order.job, folder) as job:
+            if order.found.rounded and (job.folder / CODE_FILE).exists():
+                raise UserError(
+                    f"one width of each kind takes a file of code as well: the configuration of "
+                    f"{job.manifest.model} does not take such numbers. Export the plan itself, without --even"
+                )
             written = order.form.write(job, folder)
             check_bytes(job, written)
             result = described(order.form, order.target, folder, order.found, job, written)

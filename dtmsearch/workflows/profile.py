@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.schemes import DENSE, parse_scheme
 from dtmsearch.core.widths import Width
-from dtmsearch.errors import UserError
+from dtmsearch.errors import UserError, reason_of
 
 # A matrix is read from memory in use, not from the cache of the last product: so many bytes of copies, as they are
 # stored, take turns; of small matrices not all that.
@@ -85,30 +85,36 @@ def profile(
     place = _device(device)
     tree = described_model(model, trust_remote_code)
     components = components_of(tree)
+    whole = {component.shape for component in components}
     widths = [_width(name) for name in cuts]
+    # All MLPs at one width are a rival of every plan that cuts them.
+    widths += [replace(w, share=tenths / 10) for w in widths if w.kind == "channels" for tenths in range(1, 10)]
     cut = {width.cut(c) for width in widths for c in components if width.is_of(c) and width.fits(c)}
-    shapes = sorted({component.shape for component in components} | cut)
+    shapes = sorted(whole | cut)
     rows: list[TimedProduct] = []
     left_out = []
     for scheme in parsed:
         on_stage(f"timing {scheme.name} in {len(shapes)} shapes")
-        own = []
+        own = {}
         for shape in shapes:
             decode, prefill = (_milliseconds(scheme, shape, width, place, n) for n in (1, prefill_tokens))
             if decode is None or prefill is None:
                 left_out.append(f"{scheme.name} of {shape[0]} x {shape[1]}")
-                break
-            own.append(TimedProduct(scheme.name, *shape, decode, prefill))
-        rows += own if len(own) == len(shapes) else []
+                if shape in whole:
+                    break
+            else:
+                own[shape] = TimedProduct(scheme.name, *shape, decode, prefill)
+        # Without a row for one of the whole shapes a search cannot take the scheme, without a cut one's it can.
+        rows += own.values() if whole <= own.keys() else []
     if not rows or rows[0].scheme != DENSE:
         raise UserError(f"nothing can be timed here: this device has no product of {dtype} matrices")
     products = {(row.outputs, row.inputs): (row.decode_ms, row.prefill_ms) for row in rows if row.scheme == DENSE}
     on_stage("timing blocks")
     try:
         blocks = block_times(tree, products, prefill_tokens, width, place)
-    except (AttributeError, RuntimeError, TypeError, ValueError, UserError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, UserError) as error:
         # A family whose configuration cannot be made shallow: its products are known all the same.
-        on_stage(f"what blocks take beside their products cannot be told: {str(error).splitlines()[0]}")
+        on_stage(f"what blocks take beside their products cannot be told: {reason_of(error)}")
         blocks = {}
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     timed = tuple(TimedBlock(kind, *pair) for kind, pair in blocks.items())

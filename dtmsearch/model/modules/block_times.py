@@ -67,7 +67,7 @@ def block_times(
 ) -> dict[str, Milliseconds]:  # fmt: skip
     """Kind of block -> milliseconds of one beside its `products`, of a token and of a prompt: of models without experts
     by the difference that its blocks make. `tree` is the model of the configuration, without weights."""
-    model = _shallow(tree, dtype, device)
+    model = _shallow(tree, max(prefill_tokens, _BEFORE + 4 * _RUNS * _ROUNDS), dtype, device)
     components = components_of(model)
     if any(component.mixture for component in components):
         return {}
@@ -125,8 +125,8 @@ def _seconds(call: Callable[[], object], runs: int, device: torch.device) -> flo
     return (time.perf_counter() - began) / runs
 
 
-def _shallow(tree: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of the same configuration with few layers and words."""
+def _shallow(tree: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of the same configuration with few layers and words, and with positions for so many tokens."""
     config = copy.deepcopy(tree.config)
     text: Any = config.get_text_config()
     before = text.num_hidden_layers
@@ -134,7 +134,9 @@ def _shallow(tree: Any, dtype: torch.dtype, device: torch.device) -> Any:
         if isinstance(value, list) and len(value) == before:
             setattr(text, key, value[:_LAYERS])
     text.num_hidden_layers = min(_LAYERS, before)
-    text.vocab_size = max(_WORDS, 2)
+    text.vocab_size = _WORDS
+    if getattr(text, "max_position_embeddings", None) is not None:
+        text.max_position_embeddings = max(text.max_position_embeddings, tokens)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, key, None)
     with torch.device(device):
