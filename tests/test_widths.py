@@ -410,14 +410,13 @@ def test_several_widths_are_rounded_to_one_by_which_as_much_goes(llama: tuple[Re
     found = evened(within, Plan.of({first: QUARTER, MLP: HALF, ATTENTION: ONE_HEAD} | kept))
     assert found is not None
     widths, heads = ({found.scheme_of(f"model.layers.{at}.{part}") for at in range(3)} for part in ("mlp", "self_attn"))
-    assert (widths, heads) == ({"channels-0.23-wanda"}, {ONE_HEAD}) and found.scheme_of(
-        f"{MLP}.up_proj"
-    ) in kept.values()
-    assert is_even(found, within.components)
-    dropped = evened(within, Plan.of({first: QUARTER, MLP: HALF, last: DROP}))
+    assert (widths, heads) == ({"channels-0.23-wanda"}, {ONE_HEAD}) and is_even(found, within.components)
+    assert found.scheme_of(f"{MLP}.up_proj") == "int8-channel"
+    without = evened(within, Plan.of({first: QUARTER, MLP: HALF, "model.layers.2": DROP}))
     assert (
-        dropped is not None and dropped.scheme_of(last) == DROP and dropped.scheme_of(first) == dropped.scheme_of(MLP)
+        without is not None and without.scheme_of(last) == DROP and without.scheme_of(first) == without.scheme_of(MLP)
     )
+    assert evened(within, Plan.of({first: QUARTER, MLP: HALF, last: DROP})) is None  # no configuration says it
     assert evened(within, found) is None and evened(within, Plan()) is None
     labels = validation_plans(within, Plan.of({first: QUARTER}))
     assert is_even(labels[EVENED], within.components) and EVENED not in validation_plans(within, found)
