@@ -16,7 +16,7 @@ Ids = NDArray[np.int32]
 
 # Characters of a piece of a long text, and how many pieces are tokenized at a time, one a core: a tokenizer takes some
 # 600 bytes for each token until it is done.
-_PIECE, _OVERLAP = 1 << 18, 1 << 12
+_PIECE, _OVERLAP = 1 << 17, 1 << 12
 _AT_A_TIME = 16
 # Tokens in a row that two pieces must have alike where one goes over into the other.
 _ALIKE = 64
