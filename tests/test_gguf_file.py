@@ -98,7 +98,7 @@ def test_the_plan_s_tensors_are_quantized_and_all_others_are_the_base_model_s(tm
     np.testing.assert_array_equal(tensors["output.weight"].data, values(3).astype(np.float16))
     assert reader.fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
     assert reader.fields["general.architecture"].contents() == "llama"
-    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.ALL_F32  # as most of it is
     assert written.notes[0].startswith("model.gguf holds 1 Q8_0 tensors")
     assert gguf_file.base_beside(tmp_path / "out").is_file()
 
@@ -133,6 +133,15 @@ def test_a_plan_over_trained_weights_is_of_their_file_and_checked_beside_the_bas
         np.testing.assert_allclose(dequantize(up.data, up.tensor_type), expected, atol=0.02)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.gguf"]
     assert not list(tmp_path.glob("out-trained-*"))
+
+
+def test_a_file_says_of_what_type_most_of_its_weights_are(tmp_path: Path) -> None:
+    made = job(tmp_path, up="gguf-Q4_K")
+    held = {"up": [made.manifest.by_name[UP]]}
+    kind = gguf_types.held_type("gguf-Q4_K", made.manifest.by_name[UP].shape[1])
+    assert kind is not None
+    assert gguf_file._mostly(made, held, {"up": 5, "embedding": 4, "norm": 2}) is None
+    assert gguf_file._mostly(made, held, {"up": 7, "embedding": 4, "norm": 2}) == f"MOSTLY_{kind.name}"
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -237,7 +237,8 @@ def test_the_recorded_values_are_of_the_calibration_that_the_folder_was_made_wit
 
 
 def llama_server(tmp_path: Path) -> Path:
-    """A program that starts, answers and ends as the fake engine does; models go by their files' names."""
+    """A program that starts, answers and ends as the fake engine does; models go by their files' names. As llama.cpp's
+    it lists a model that it still loads, and says at /health that it does."""
     program = tmp_path / "llama-server"
     program.write_text(
         f"#!{sys.executable}\n"
@@ -245,8 +246,9 @@ def llama_server(tmp_path: Path) -> Path:
         "if sys.argv[1:] == ['--version']:\n"
         "    sys.exit('version: 7 (abc)')\n"
         "sys.argv[2] = os.path.basename(sys.argv[2])\n"
-        "from vllm.entrypoints.openai.api_server import main\n"
-        "main()\n"
+        "from vllm.entrypoints.openai import api_server\n"
+        "api_server.LOADS_UNTIL_ASKED = 2\n"
+        "api_server.main()\n"
     )
     program.chmod(0o755)
     return program
@@ -284,6 +286,21 @@ def test_llama_cpp_is_asked_about_its_own_files(
     assert {name: value.difference.mean for name, value in found.values.items()} == dict.fromkeys(found.values, 0.0)
     assert "--ctx-size 24 --parallel 1" in started.read_text()
     check_ended(started)
+
+
+def test_a_program_beside_the_quantizer_is_found_and_none_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = llama_server(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DTMSEARCH_GGML", raising=False)
+    with pytest.raises(UserError, match="there is no llama-server on the search path"):
+        engine_process.find_engine("llama.cpp", engine_process.EngineSettings())
+    for named in (tmp_path, tmp_path / "libggml-base.so"):
+        monkeypatch.setenv("DTMSEARCH_GGML", str(named))
+        assert engine_process.find_engine("llama.cpp", engine_process.EngineSettings()) == "llama.cpp 7 (abc)"
+        server = engine_process.SERVERS["llama.cpp"]
+        assert engine_process.EngineSettings().command(server) == [str(program)]
 
 
 @pytest.mark.parametrize(

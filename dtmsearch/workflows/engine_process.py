@@ -151,9 +151,10 @@ def _anywhere(program: str) -> str:
 
 def _program_of(server: EngineServer) -> str:
     """An engine's own program: on the search path, or beside the library that quantizes as it does."""
-    beside = Path(os.environ.get(gguf_types.VARIABLE) or ".")
-    beside = beside if beside.is_dir() else beside.parent
-    found = shutil.which(server.program) or shutil.which(server.program, path=str(beside.absolute()))
+    found = shutil.which(server.program)
+    if found is None and (named := os.environ.get(gguf_types.VARIABLE)):
+        beside = Path(named).absolute()
+        found = shutil.which(server.program, path=str(beside if beside.is_dir() else beside.parent))
     if found is None:
         raise UserError(
             f"{server.says} is not installed: there is no {server.program} on the search path. {server.install}, and "

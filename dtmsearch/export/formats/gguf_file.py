@@ -110,7 +110,7 @@ def _rewrite(job: Job, base: Path, path: Path, held: Mapping[str, Sequence[Compo
         raise refuse(NAME, "llama.cpp's converter makes no tensor of these names, which the plan has:", absent)
     architecture = str(reader.fields["general.architecture"].contents())
     writer: Any = GGUFWriter(path, architecture)
-    mostly = _mostly(job, held)
+    mostly = _mostly(job, held, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors})
     left_out = _OWN_FIELDS if mostly is None else [*_OWN_FIELDS, _FILE_TYPE]
     for field in reader.fields.values():
         if field.name in left_out or field.name.startswith("GGUF."):
@@ -144,15 +144,16 @@ def _rewrite(job: Job, base: Path, path: Path, held: Mapping[str, Sequence[Compo
     return types
 
 
-def _mostly(job: Job, held: Mapping[str, Sequence[Component]]) -> str | None:
-    """What people are told that a file holds: the type of most of the plan's weights, by llama.cpp's name of it."""
+def _mostly(job: Job, held: Mapping[str, Sequence[Component]], sizes: Mapping[str, int]) -> str | None:
+    """What people are told that a file holds: the type of most of its weights, of tensors of such sizes, by llama.cpp's
+    name of it; None where most are the base model's own."""
     weights: Counter[str] = Counter()
-    for components in held.values():
-        if (kind := _type_in_file(job, components)) is not None:
-            weights[kind.name] += sum(component.num_weights for component in components)
-    if not weights:
-        return None
+    for tensor, size in sizes.items():
+        kind = _type_in_file(job, held.get(tensor, ()))
+        weights["" if kind is None else kind.name] += size
     name = weights.most_common(1)[0][0]
+    if not name:
+        return None
     return f"MOSTLY_{name}_S" if name in ("Q3_K", "Q4_K", "Q5_K") else f"MOSTLY_{name}"
 
 

@@ -15,6 +15,9 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+# So often /health is answered that the model still loads; what else is asked until then is a fault.
+LOADS_UNTIL_ASKED = 0
+
 
 def main() -> None:
     given = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
@@ -44,7 +47,20 @@ def main() -> None:
             self.end_headers()
             self.wfile.write(content)
 
+        def loads(self) -> bool:
+            global LOADS_UNTIL_ASKED
+            if LOADS_UNTIL_ASKED and self.path == "/health":
+                LOADS_UNTIL_ASKED -= 1
+                self.send_error(503)
+                return True
+            if LOADS_UNTIL_ASKED and self.command == "POST":
+                sys.stderr.write("ValueError: asked while it loads\n")
+                os._exit(9)
+            return False
+
         def do_GET(self) -> None:
+            if self.loads():
+                return
             if behaviour == "ends":
                 content = json.dumps({"data": [{"id": "tiny"}]}).encode()
                 self.send_response(200)
@@ -56,6 +72,7 @@ def main() -> None:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.loads()
             if behaviour == "ends":
                 sys.stderr.write("Illegal instruction\n")
                 os._exit(9)
