@@ -72,10 +72,25 @@ def use() -> None:
     folder = os.environ.get(VARIABLE)
     if folder is not None:
         from ray._private import services
+        from ray._private.node import Node
         from ray._raylet import Config
 
         Config.initialize("")  # of this environment, not of the one in which Ray was imported
         services.sys = _Elsewhere(folder)  # type: ignore[attr-defined]
+        _leave_out_what_watches(Node)
+
+
+def _leave_out_what_watches(node: Any) -> None:
+    """No local Ray here grows by itself or sends its workers' output to the driver, and without a dashboard there is
+    only what counts usage in its process: without these three it starts in two thirds of the CPU time."""
+    start = node.start_api_server
+
+    def start_dashboard(self: Any, *, include_dashboard: bool | None, raise_on_failure: bool) -> None:
+        if include_dashboard is not False:
+            start(self, include_dashboard=include_dashboard, raise_on_failure=raise_on_failure)
+
+    node.start_monitor = node.start_log_monitor = lambda self: None
+    node.start_api_server = start_dashboard
 
 
 class _Elsewhere(ModuleType):

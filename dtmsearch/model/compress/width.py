@@ -167,6 +167,7 @@ def _factor(hessian: Tensor) -> Tensor:
     """The Cholesky factor of a damped sum of outer products."""
     damped = hessian.double().clone()
     damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp_(min=torch.finfo(torch.float64).tiny))
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed):
         raise UserError("the inputs of the matrix over the calibration text are singular: is the text too short?")
