@@ -1,9 +1,11 @@
-"""Scheme families and export formats of other packages: the example in tests/plugins, as if pip had installed it."""
+"""Scheme families and export formats of other packages: the example in tests/plugins, as if pip had installed it. Once
+pip does install the examples, to show what it leaves."""
 
 from __future__ import annotations
 
 import csv
 import importlib
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from fakes import toy_components
 from tiny import replica, result, with_reference, write_model
 
 from dtmsearch.cli import main
-from dtmsearch.core import schemes
+from dtmsearch.core import plugins, schemes
 from dtmsearch.core.evaluation import EvalRequest
 from dtmsearch.core.holders import scheme_facts
 from dtmsearch.core.plan import Plan
@@ -57,8 +59,31 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         known.clear()
         known.update(before)  # type: ignore[call-overload]
     parse_scheme.cache_clear()
-    for name in [name for name in sys.modules if name.startswith("dtmsearch_ternary")]:
+    for name in [
+        name for name in sys.modules if name.startswith(("dtmsearch_ternary", "dtmsearch_top5", "dtmsearch_random"))
+    ]:
         del sys.modules[name]
+
+
+@pytest.mark.process
+def test_pip_installs_the_examples_and_every_entry_point_of_theirs_is_loaded(site: Path, tmp_path: Path) -> None:
+    import subprocess  # at the top it would make processes of all tests here
+
+    shutil.copytree(PACKAGE.parent, tmp_path / "sources")  # pip builds where the sources are
+    offline = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check", "--no-compile")
+    sources = map(str, sorted((tmp_path / "sources").iterdir()))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", *offline, "--target", str(site), *sources]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sys.path.remove(str(PACKAGE))
+    groups = (plugins.SCHEMES, plugins.FORMATS, plugins.STRATEGIES, plugins.METRICS)
+    loaded = [(plugin.name, plugin.version) for group in groups for plugin in plugins.plugins(group)]
+    assert loaded == [
+        ("ternary", "dtmsearch-ternary 0.1.0"),
+        ("plan-csv", "dtmsearch-ternary 0.1.0"),
+        ("random", "dtmsearch-random 0.1.0"),
+        ("top5", "dtmsearch-top5 0.1.0"),
+    ]
 
 
 def test_a_scheme_of_an_installed_package_is_known_by_its_name(site: Path) -> None:

@@ -30,7 +30,7 @@ class Metrics:
         )
         self._utilisation = metrics.Gauge("dtmsearch_replica_utilisation", "Busy share of the replicas at work.", _RUN)
         self._best_fdt = metrics.Gauge("dtmsearch_best_fdt", "Mean FDT of the last decision's plan.", _RUN)
-        self._bits = metrics.Gauge("dtmsearch_bits_per_weight", "Bits a weight of the last decision's plan.", _RUN)
+        self._bits = metrics.Gauge("dtmsearch_bits_per_weight", "Bits per weight of the last decision's plan.", _RUN)
 
     def answered(self, outcomes: Sequence[Outcome]) -> None:
         statuses = Tally(o.kind if isinstance(o, EvalFailure) else "ok" for o in outcomes)

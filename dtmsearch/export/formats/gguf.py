@@ -137,7 +137,7 @@ def _nearest_type(scheme: Scheme, component: Component) -> str:
 
 
 def _bits_of(kind: str) -> float:
-    """Bits a weight of a type, scales included."""
+    """Bits per weight of a type, scales included."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]

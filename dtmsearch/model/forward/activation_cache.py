@@ -22,7 +22,7 @@ from dtmsearch.model.forward.layer_reuse import Outputs, Reuse
 from dtmsearch.model.forward.partial import Body
 
 # On a CPU what is kept may take this part of the model's weights, but need not be less than some megabytes.
-_PROCESSOR_SHARE, _PROCESSOR_BYTES = 0.02, 48 << 20
+_CPU_SHARE, _CPU_BYTES = 0.02, 48 << 20
 # The part of a GPU's free memory for states, and for outputs of one layer's components; the part of the host's.
 _STATES_SHARE, _OUTPUTS_SHARE, _HOST_SHARE = 0.6, 0.25, 0.5
 # What part of the positions must be spared for the last layer to run in part.
@@ -46,7 +46,7 @@ class CacheMemory:
     def on(device: torch.device, weight_bytes: int) -> CacheMemory:
         """What a replica may take now, beyond weights and activations."""
         if device.type != "cuda":
-            room = max(_PROCESSOR_BYTES, _PROCESSOR_SHARE * weight_bytes)
+            room = max(_CPU_BYTES, _CPU_SHARE * weight_bytes)
             return CacheMemory(room, 0.0, room)
         free = free_bytes(device)
         return CacheMemory(_STATES_SHARE * free, _HOST_SHARE * psutil.virtual_memory().available, _OUTPUTS_SHARE * free)
