@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from fakes import chance, evaluate
+from fakes import chance, evaluate, toy_components
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 from toy import ToyModel
@@ -20,7 +20,7 @@ from dtmsearch import config
 from dtmsearch.analysis.named_queries import QUESTIONS
 from dtmsearch.analysis.sql import query
 from dtmsearch.cli import main
-from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Provenance
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, ModelSpec, Outcome, Provenance
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.statistics import kendall_tau, wilson_interval
 from dtmsearch.errors import UserError
@@ -138,6 +138,36 @@ def test_several_masks_of_a_block_are_compared_on_its_prompts(tmp_path: Path) ->
     answer = made(tmp_path, "discriminability", answering, "prompts.count=16", "search.options={masks: 2}")
     assert ("random-0.001-s1", (0, 8)) in asked and ("random-0.001-s2", (8, 16)) in asked
     assert shown(answer)["KL"][0].startswith("0.500") and "with 2 masks" in answer.findings.tables[0].note
+
+
+@pytest.mark.parametrize(
+    ("lost", "masks", "num_prompts", "blocks"), [((0,), 1, 32, 3), ((0, 1, 2), 1, 32, 1), ((1, 2), 2, 32, 2)]
+)
+def test_blocks_whose_masks_were_measured_are_compared_whatever_others_lost(
+    tmp_path: Path, lost: tuple[int, ...], masks: int, num_prompts: int, blocks: int
+) -> None:
+    """The masks `lost` failed with one component."""
+    first = toy_components()[0].name
+
+    def answering(request: EvalRequest) -> Outcome:
+        ((component, scheme),) = request.plan.entries
+        if component == first and scheme in {f"random-0.001-s{mask}" for mask in lost}:
+            return EvalFailure(request.id, "nonfinite", "lost")
+        return masked(0.01)(request)
+
+    overrides = (f"prompts.count={num_prompts}", f"search.options={{masks: {masks}}}")
+    answer = made(tmp_path, "discriminability", cast(Answering, answering), *overrides)
+    assert f" {len(toy_components()) * blocks * masks:,} comparisons" in answer.findings.said[0]
+
+
+def test_without_a_block_whose_masks_were_measured_nothing_is_compared(tmp_path: Path) -> None:
+    def answering(request: EvalRequest) -> Outcome:
+        if request.plan.entries[0][1].startswith("random"):
+            return EvalFailure(request.id, "nonfinite", "lost")
+        return evaluate(request)
+
+    with pytest.raises(UserError, match="no block of prompts on which every component was measured"):
+        made(tmp_path, "discriminability", cast(Answering, answering), "prompts.count=16")
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dtmsearch.analysis.findings import Axis, Findings, FoundTable, Picture, Row, spanned
 from dtmsearch.core.metric_registry import METRICS
 from dtmsearch.core.statistics import mean_interval, wilson_interval
+from dtmsearch.errors import UserError
 from dtmsearch.search.strategies.measuring import BlockSettings, settings_of
 from dtmsearch.store.store import ResultStore
 from dtmsearch.studies.evidence import Measured, components_of, measured
@@ -24,10 +25,12 @@ Scores = NDArray[np.float64]
 @dataclass(frozen=True)
 class Comparisons:
     """Of each component, block of prompts and random mask, by a metric: 1 where the first scheme was found the less
-    harmful one, 0 where the random mask was, 0.5 where both came to the same: [components, blocks, masks a block]."""
+    harmful one, 0 where the random mask was, 0.5 where both came to the same: [components, blocks, masks a block].
+    `num_left_out` blocks lack a mask of some component, whose evaluation failed."""
 
     components: tuple[str, ...]
     scores: Mapping[str, Scores]
+    num_left_out: int = 0
 
 
 def comparisons(rows: Sequence[Measured], masks_a_block: int = 1) -> Comparisons:
@@ -45,8 +48,9 @@ def comparisons(rows: Sequence[Measured], masks_a_block: int = 1) -> Comparisons
             whole[row.component] = row
     names = tuple(name for name in whole if name in masks)
     seeds = set.intersection(*(set(masks[name]) for name in names)) if names else set()
-    drawn = {block: range(block * masks_a_block, (block + 1) * masks_a_block) for block in range(len(seeds))}
-    complete = [(block, own) for block, own in drawn.items() if seeds.issuperset(own)]
+    num_drawn = 1 + max((seed for own in masks.values() for seed in own), default=-1)
+    drawn = [range(first, first + masks_a_block) for first in range(0, num_drawn, masks_a_block)]
+    complete = [(block, own) for block, own in enumerate(drawn) if seeds.issuperset(own)]
     scores = {
         metric: np.array(
             [
@@ -55,9 +59,9 @@ def comparisons(rows: Sequence[Measured], masks_a_block: int = 1) -> Comparisons
             ]
         )
         for metric in TOLD_BY
-        if names and whole[names[0]].has(metric)
+        if complete and whole[names[0]].has(metric)
     }
-    return Comparisons(names, scores)
+    return Comparisons(names, scores, len(drawn) - len(complete))
 
 
 def _scores(metric: str, whole: Measured, masks: Sequence[Measured], block: int) -> list[float]:
@@ -76,6 +80,11 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
     settings = settings_of(BlockSettings, part.file.search.options, "discriminability")
     block, masks = settings.block, settings.masks
     found = comparisons(measured(store, part.run, TOLD_BY), masks)
+    if not found.scores:
+        raise UserError(
+            f"run {part.run!r} has no block of prompts on which every component was measured under all of its masks "
+            f"(why: dtmsearch query failures {part.run}): give more prompts (prompts.count)"
+        )
     known = components_of(store, part.record.manifest_id)
     rows, said = [], []
     for metric, scores in found.scores.items():
@@ -94,10 +103,12 @@ def conclude(store: ResultStore, parts: Sequence[PartRun]) -> Findings:
         f"On {block} prompts, {first} is found less harmful than {second} in this share of "
         f"{next(iter(found.scores.values())).size:,} comparisons (50% is guessing): {best}."
     )
+    left_out = f" but {found.num_left_out}, where a mask's evaluation failed" if found.num_left_out else ""
     often = "once" if masks == 1 else f"with {masks} masks"
     note = (
-        f"{len(found.components)} components, each compared {often} on every block of {block} prompts. First interval: "
-        "95% over blocks, which all components share; last: Wilson's, as if every comparison were independent."
+        f"{len(found.components)} components, each compared {often} on every block of {block} prompts{left_out}. "
+        "First interval: 95% over blocks, which all components share; last: Wilson's, as if every comparison were "
+        "independent."
     )
     columns = ("metric", "right, ties as half", "tied", "right where not tied")
     table = FoundTable("How often each metric tells the two apart", columns, tuple(rows), note)
