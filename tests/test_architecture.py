@@ -113,13 +113,19 @@ def parsed(path: Path) -> ast.Module:
 
 
 @functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a module's tree, gone over once for all that look at it."""
+    return tuple(ast.walk(parsed(path)))
+
+
+@functools.cache
 def imported(path: Path) -> tuple[str, ...]:
     """Every module that a file imports, at its top or inside its functions, or names in a string to import it later."""
     return tuple(_imported(path))
 
 
 def _imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(parsed(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -249,7 +255,7 @@ def test_the_search_needs_nothing_but_numpy() -> None:
 
 def compares_families(path: Path) -> bool:
     """Whether a module tells schemes apart by their family's name, as a package's family could not be told."""
-    comparisons = (node for node in ast.walk(parsed(path)) if isinstance(node, ast.Compare))
+    comparisons = (node for node in nodes(path) if isinstance(node, ast.Compare))
     sides = (side for node in comparisons for side in (node.left, *node.comparators))
     return any(isinstance(side, ast.Attribute) and side.attr == "family" for side in sides)
 
@@ -277,9 +283,9 @@ COMPAT = {PACKAGE / "model" / "modules" / "compat.py", PACKAGE / "cluster" / "ra
 OTHERS = {"_exit", "_repr_html_"}
 
 
-def private(tree: ast.AST) -> Iterator[str]:
+def private(path: Path) -> Iterator[str]:
     """Private names of other objects than `self` that a module takes, and private modules that it imports."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr):
             if not _is_self(node.value):
                 yield node.attr
@@ -288,9 +294,9 @@ def private(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.startswith("_"))
 
 
-def own_names(tree: ast.AST) -> Iterator[str]:
+def own_names(path: Path) -> Iterator[str]:
     """Names that our classes and modules define."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -304,9 +310,8 @@ def _is_self(node: ast.AST) -> bool:
 
 
 def test_no_other_module_takes_a_private_name_of_a_library() -> None:
-    trees = {path: parsed(path) for path in MODULES.values()}
-    ours = OTHERS | {name for tree in trees.values() for name in own_names(tree)}
-    taken = {(path.name, name) for path, tree in trees.items() if path not in COMPAT for name in private(tree)}
+    ours = OTHERS | {name for path in MODULES.values() for name in own_names(path)}
+    taken = {(path.name, name) for path in MODULES.values() if path not in COMPAT for name in private(path)}
     assert {(file, name) for file, name in taken if name not in ours} == set()
 
 
@@ -314,9 +319,9 @@ def test_no_other_module_takes_a_private_name_of_a_library() -> None:
 _OTHER_MEANINGS = {"batch_tokens", "confidence"}
 
 
-def defaults_of(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+def defaults_of(path: Path) -> Iterator[tuple[str, ast.expr]]:
     """(name, default) of every field of a class and every argument of a function."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             yield node.target.id, node.value
         elif isinstance(node, ast.arguments):
@@ -342,7 +347,7 @@ def test_the_default_of_a_knob_stands_in_one_place() -> None:
     knobs = {field.name for one in settings for field in fields(one)} | {"rank_by", "through"}
     places: dict[str, list[str]] = {}
     for path in MODULES.values():
-        for name, default in defaults_of(parsed(path)):
+        for name, default in defaults_of(path):
             if name in knobs - _OTHER_MEANINGS and says_something(default):
                 places.setdefault(name, []).append(f"{path.name}:{default.lineno}")
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
@@ -356,11 +361,11 @@ PRINTING = {"console.printing", "model.replica.exported", "model.replica.by_llam
 def test_nothing_is_printed_but_through_one_place() -> None:
     """Neither printed, nor given to rich as anything but text that is shown."""
     printing = {"print", "click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write", "Text"}
-    found = {name: calls_in(parsed(path)) & printing for name, path in MODULES.items() if name not in PRINTING}
+    found = {name: calls_in(path) & printing for name, path in MODULES.items() if name not in PRINTING}
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 
-def calls_in(tree: ast.AST) -> set[str]:
+def calls_in(path: Path) -> set[str]:
     """What a module calls by a name, or by a name's attributes."""
-    called = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    called = (node.func for node in nodes(path) if isinstance(node, ast.Call))
     return {ast.unparse(function) for function in called if isinstance(function, ast.Name | ast.Attribute)}
