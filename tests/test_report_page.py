@@ -30,12 +30,21 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium a
 
 
 class Page:
-    """A report in a browser; `show` lays it out anew."""
+    """A report in a browser; `show` lays it out anew, `see` where it is not there as it was laid out last."""
+
+    _untouched: tuple[str, int] | None = None  # of the one browser of these tests
 
     def __init__(self, browser: Any, url: str) -> None:
         self.browser, self.url = browser, url
 
+    def see(self, width: int = 1440) -> None:
+        """For tests that only look."""
+        if Page._untouched != (self.url, width):
+            self.show(width)
+            Page._untouched = self.url, width
+
     def show(self, width: int = 1440, theme: str = "light") -> None:
+        Page._untouched = None
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": theme}]
@@ -115,6 +124,12 @@ def shown(page: Page) -> Page:
     return page
 
 
+@pytest.fixture
+def seen(page: Page) -> Page:
+    page.see()
+    return page
+
+
 def test_nothing_is_said_on_the_console_and_nothing_asked_of_a_network(page: Page) -> None:
     page.browser.get_log("browser"), page.browser.get_log("performance")
     page.show()
@@ -128,8 +143,31 @@ def test_nothing_is_said_on_the_console_and_nothing_asked_of_a_network(page: Pag
 
 
 @pytest.mark.parametrize("figure", ["sensitivity-kl-int4-channel", "plan"])
-def test_a_heat_map_has_a_cell_for_each_layer_and_kind(shown: Page, figure: str) -> None:
-    assert len(shown.all(f"[data-figure='{figure}'] .mark-rect.role-mark path")) == NUM_LAYERS * NUM_KINDS
+def test_a_heat_map_has_a_cell_for_each_layer_and_kind(seen: Page, figure: str) -> None:
+    assert len(seen.all(f"[data-figure='{figure}'] .mark-rect.role-mark path")) == NUM_LAYERS * NUM_KINDS
+
+
+def test_what_a_store_holds_is_shown_as_text(seen: Page) -> None:
+    assert seen.run("return document.title") == "toy \N{EN DASH} dtmsearch"
+    assert HOSTILE in seen.find("pre.prompt").text
+
+
+def test_blanks_are_seen_and_copied_as_they_are(seen: Page) -> None:
+    blank = "document.querySelector('pre.prompt i.sp')"
+    assert seen.run(f"return {blank}.textContent") == " "
+    assert "radial-gradient" in seen.run(f"return getComputedStyle({blank}).backgroundImage")
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_no_text_of_a_chart_is_cut(page: Page, width: int) -> None:
+    page.see(width)
+    assert page.run(_CUT) == []
+
+
+def test_a_table_that_is_wider_than_its_place_says_that_it_scrolls(page: Page) -> None:
+    page.see(390)
+    assert page.find("#held-out .hint").is_displayed()
+    assert page.run("const t = document.querySelector('#held-out .wide'); return t.scrollWidth > t.clientWidth")
 
 
 def test_pointing_at_a_cell_gives_its_numbers(shown: Page) -> None:
@@ -167,11 +205,6 @@ def test_the_keyboard_changes_the_metric(shown: Page) -> None:
     shown.find("#sensitivity button[data-part='FDT']").send_keys(Keys.ENTER)
     shown.until("return document.querySelector('[data-figure=\"sensitivity-fdt-int4-channel\"] svg') !== null")
     assert not shown.find("[data-figure='sensitivity-kl-int4-channel']").is_displayed()
-
-
-def test_what_a_store_holds_is_shown_as_text(shown: Page) -> None:
-    assert shown.run("return document.title") == "toy \N{EN DASH} dtmsearch"
-    assert HOSTILE in shown.find("pre.prompt").text
 
 
 def problems_of(page: Page) -> list[Any]:
@@ -257,21 +290,3 @@ return [...document.querySelectorAll('.chart')].filter(chart => chart.closest('[
   }).map(text => `${chart.dataset.figure}: ${text.textContent}`);
 })
 """
-
-
-@pytest.mark.parametrize("width", [390, 1440])
-def test_no_text_of_a_chart_is_cut(page: Page, width: int) -> None:
-    page.show(width)
-    assert page.run(_CUT) == []
-
-
-def test_a_table_that_is_wider_than_its_place_says_that_it_scrolls(page: Page) -> None:
-    page.show(390)
-    assert page.find("#held-out .hint").is_displayed()
-    assert page.run("const t = document.querySelector('#held-out .wide'); return t.scrollWidth > t.clientWidth")
-
-
-def test_blanks_are_seen_and_copied_as_they_are(shown: Page) -> None:
-    blank = "document.querySelector('pre.prompt i.sp')"
-    assert shown.run(f"return {blank}.textContent") == " "
-    assert "radial-gradient" in shown.run(f"return getComputedStyle({blank}).backgroundImage")
