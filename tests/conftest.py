@@ -106,9 +106,8 @@ def _is_covering(item: pytest.Item) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """What torch, transformers and Ray hold stays until the end: without it a full collection of garbage, which some
-    tests ask for at every step, takes milliseconds instead of a second."""
-    gc.collect()
+    """What torch, transformers and Ray hold stays until the end, with the garbage beside it: without it a full
+    collection, which some tests ask for at every step, takes milliseconds instead of a second."""
     gc.freeze()
 
 

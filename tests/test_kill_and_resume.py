@@ -38,12 +38,11 @@ ON_RAY = ("--replicas", "1")
 HERE = ("--in-process",)
 # Signals to all processes of a terminal, one soon after the other.
 IMPATIENT = {
-    "SIGHUP": (HERE, [signal.SIGHUP]),
+    "SIGHUP": (ON_RAY, [signal.SIGHUP]),
     "Ctrl-C": (HERE, [signal.SIGINT]),
     "Ctrl-C twice": (HERE, [signal.SIGINT, signal.SIGINT]),
     "Ctrl-C and no end": (HERE, [signal.SIGINT, signal.SIGINT, signal.SIGINT]),
 }
-# After which no process may be left.
 STOPPED_ON_RAY = "replica, then Ctrl-C and SIGHUP"
 # Components of the toy model.
 _COMPONENTS = 3 * TOY_LAYERS
@@ -207,8 +206,9 @@ def test_a_third_ctrl_c_ends_at_once_or_finds_the_end(history: History) -> None:
     assert history.sessions["Ctrl-C and no end"].code == 3, history.sessions["Ctrl-C and no end"].output
 
 
-def test_a_driver_that_is_stopped_leaves_no_process(history: History) -> None:
-    assert history.left[STOPPED_ON_RAY] == []
+@pytest.mark.parametrize("fault", [STOPPED_ON_RAY, "SIGHUP"])
+def test_a_driver_that_is_stopped_leaves_no_process(history: History, fault: str) -> None:
+    assert history.left[fault] == []
 
 
 def test_a_driver_whose_ray_dies_says_how_to_go_on(history: History) -> None:
