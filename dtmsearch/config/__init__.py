@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         times_of,
     )
     from dtmsearch.config.search_section import SearchSection
-    from dtmsearch.config.sections import DatasetSection, MixedSection, PromptsSection, RunName
+    from dtmsearch.config.sections import DatasetSection, MixedSection, PromptsSection, RunName, ValidationSection
 
 __all__ = [
     "DatasetSection",
@@ -31,6 +31,7 @@ __all__ = [
     "RunName",
     "SearchFile",
     "SearchSection",
+    "ValidationSection",
     "difference",
     "from_mapping",
     "json_schema",
@@ -48,6 +49,7 @@ _ELSEWHERE = {
     "PromptsSection": "sections",
     "RunName": "sections",
     "SearchSection": "search_section",
+    "ValidationSection": "sections",
 }
 
 
