@@ -314,8 +314,8 @@ def test_half_of_the_way_to_a_budget_is_its_hardest_part_of_half_the_damage() ->
     assert choices.within(damages, bits).loss == pytest.approx(additive_damage(damage))  # none of its size is better
 
 
-@pytest.mark.parametrize(("beyond", "on_the_way"), [(1.0, False), (3.0, True)])
-def test_the_first_slope_is_taken_half_way_where_prices_do_not_hold(beyond: float, on_the_way: bool) -> None:
+@pytest.mark.parametrize(("beyond", "on_the_way"), [(1.0, False), (3.0, False), (400.0, True)])
+def test_the_first_slope_is_taken_half_way_where_plans_are_ruined(beyond: float, on_the_way: bool) -> None:
     space, slopes = space_with(BUDGET, toy_components()), list[Plan]()
     own = take_from(space)
 

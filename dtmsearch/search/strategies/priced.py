@@ -6,9 +6,9 @@
 each, a slope of KL at the plan shows: a gradient of KL(base || plan), whose products with all options are taken on a
 few prompts. Round by round the slope at the plan that leads sharpens what is believed of these forces (see `Forces`),
 and the solver moves as many units at once as are expected to gain most together. What is so expected is measured, and
-leads from there on if it gains by both. Where a plan costs much more than its prices, second order is not enough: the
-first slope is taken half-way, at the plan of an easier budget, and more careful steps, of fewer units, are measured
-beside. Swaps may follow as without prices, and a comparison of the
+leads from there on if it gains by both. Where a plan costs much more than its prices, second order is not enough, and
+more careful steps, of fewer units, are measured beside; where it is ruined, the first slope is taken half-way, at the
+plan of an easier budget. Swaps may follow as without prices, and a comparison of the
 leading plans on as many prompts as tell them apart.
 """
 
@@ -49,8 +49,9 @@ _CAUTIONS = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 _FURTHER, _FURTHER_STILL = (1.0, 1.4, 2.2), (1.0, 1.3, 1.7, 2.5, 4.0, 8.0)
 # A round whose steps are expected to gain less than this part of the plan's KL is the last.
 _WORTHWHILE = 0.01
-# Where prices do not hold, the first slope is taken at a plan whose prices come to this part of the budget's.
-_HALF_WAY = 0.5
+# A plan that costs more nats per token than this is ruined; then the first slope is taken where prices come to
+# that part of the budget's.
+_RUINED, _HALF_WAY = 2.0, 0.5
 # Prices hold while the plan that they lead to costs no more than this many times what they say.
 _HOLDS = 1.15
 # Rounds that may gain nothing; lots of swaps that may.
@@ -112,7 +113,7 @@ class PricedAuto(Auto):
         rounds = self._schedule.rounds()
         for each in rounds:
             self.stage = f"round {each.number + 1} of at most {len(rounds)}"
-            if each.number == 0 and not holds:
+            if each.number == 0 and not holds and total > _RUINED:
                 forces, leader, total = yield from self._by_half(leader, total, each)
                 pool.insert(0, leader)
                 continue
@@ -157,9 +158,9 @@ class PricedAuto(Auto):
         return 0.5 * (crossed - own) > _WORTHWHILE * own
 
     def _by_half(self, leader: Options, total: float, each: CorrectionRound) -> Part[tuple[Forces, Options, float]]:
-        """(forces; the plan that leads, its KL) after a slope half-way to the budget, where prices do not hold at the
-        plans that meet it: a plan that is ruined tells little of what led there, and descents from it end near by. From
-        half-way steps lead to the budget; the best of these leads unless it is behind the plan that led."""
+        """(forces; the plan that leads, its KL) after a slope half-way to the budget, where the plans that meet it
+        are ruined: such a plan tells little of what led there, and descents from it end near by. From half-way steps
+        lead to the budget; the best of these leads unless it is behind the plan that led."""
         half = self._choices.on_the_way(self._allowed(self._form.damages()), _HALF_WAY)
         (answer,) = yield from self._measured([half], each.plans_on)
         forces, steps = self._steps(Forces.none(self._form), half, mean_loss(answer, "kl"), False, each)
