@@ -360,3 +360,14 @@ def test_even_widths_that_no_configuration_takes_are_refused(tmp_path: Path, mon
     with pytest.raises(UserError, match=r"takes a file of code as well: .* does not take such numbers"):
         export("tiny", "dense", tmp_path / "out", str(tmp_path / "s"), even=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rival_that_drops_less_is_not_the_plan_with_even_widths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_process(monkeypatch)
+    search = {"strategy": "auto", "rank_by": "kl", "cut": ["channels-0.25-wanda"], "drop": ["attention"]}
+    file = tiny_search(tmp_path, search=search | {"stop": {"parameters": 0.6}}, prompts__count=16)
+    run_here(file, tmp_path / "s")
+    with pytest.raises(UserError, match="measured no plan of even widths"):
+        export("tiny", "dense", tmp_path / "out", str(tmp_path / "s"), even=True)

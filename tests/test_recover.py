@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import TEXT, write_model
 
 from dtmsearch.core.evaluation import ModelSpec
+from dtmsearch.model.modules.loading import load_model
 from dtmsearch.model.training.batches import batch_rows
 from dtmsearch.model.training.checkpoints import checkpoints
-from dtmsearch.model.training.learner import Learner
+from dtmsearch.model.training.learner import Learner, _states_read, accelerator_for
 from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.training.train_loop import Training, TrainingDiverged, TrainingStopped, train
 from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, pack_masks, unpack_masks
@@ -144,18 +145,25 @@ def test_distillation_pulls_towards_the_base_model(model: Path, tmp_path: Path) 
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_hidden_states_are_distilled(model: Path, tmp_path: Path) -> None:
+def test_the_loss_has_every_state_that_is_read(model: Path, tmp_path: Path) -> None:
     training = prepared(model, tmp_path / "t")
-    # So much weight that the text's own loss, which leads away from the base model, counts for little.
-    recipe = replace(RECIPE, masked_steps=20, lr=1e-3, distill_hidden=1000.0)
-    losses = train(training, [TEXT], recipe)["losses"]
-    assert losses[0] > 50.0 and losses[-1] < 0.8 * losses[0]
+    recipe, start = replace(RECIPE, distill=1.0, distill_hidden=3.0), training.folder / START_FILE
+    kept = {f"{name}.weight": mask for name, mask in unpack_masks(training.folder / MASKS_FILE).items()}
+    learner = Learner(accelerator_for(recipe), recipe, training.spec, model, [start], kept)
+    rows = torch.arange(3, 35).reshape(2, 16)
+    base, cut = (load_model(model, training.spec, torch.device("cpu")) for _ in range(2))
+    cut.load_state_dict(load_file(start), strict=False)
+    with torch.no_grad():
+        own, wanted = (each(input_ids=rows, output_hidden_states=True) for each in (cut, base))
+        found = learner._loss(rows)
+    logs = [each.logits[:, :-1].log_softmax(-1) for each in (own, wanted)]
+    loss = float((logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean())
+    pairs = [(own.hidden_states[at], wanted.hidden_states[at]) for at in (1, 2, 3)]
+    away = [float(((a - b).square().sum(-1) / b.square().sum(-1)).mean()) for a, b in pairs]
+    assert float(found) == pytest.approx(loss + 3.0 * sum(away) / 3, rel=1e-4)
 
 
 def test_hidden_states_are_compared_where_a_layer_that_is_left_reads_them(model: Path) -> None:
-    from dtmsearch.model.modules.loading import load_model
-    from dtmsearch.model.training.learner import _states_read
-
     loaded = load_model(model, ModelSpec(str(model), dtype="float32"), torch.device("cpu"))
     matrices = [n for n, p in loaded.named_parameters() if n.startswith("model.layers.1.") and p.ndim > 1]
     gone = {name: torch.zeros(2, 2, dtype=torch.bool) for name in matrices}

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,9 @@ from tiny import TEXT, write_model
 from dtmsearch.cluster.pool_settings import PoolSettings
 from dtmsearch.config import SearchFile, parse, recovery_of, texts
 from dtmsearch.core.evaluation import ReplicaSettings
+from dtmsearch.core.identity import identity
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.errors import RecoveryDiverged, SearchStopped
 from dtmsearch.model.replica.local_replicas import LocalReplicas
 from dtmsearch.model.training import training_process
@@ -29,7 +32,7 @@ from dtmsearch.model.weights.trained import MASKS_FILE, unpack_masks
 from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.protocols import Silent, TrainRequest
 from dtmsearch.store.store import ResultStore
-from dtmsearch.workflows.recover import Recovering, _failure
+from dtmsearch.workflows.recover import Recovering, _failure, named_by
 from dtmsearch.workflows.session import Session
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -160,3 +163,9 @@ def test_compressed_training_text_is_read(tmp_path: Path) -> None:
     with pa.CompressedOutputStream(str(tmp_path / "more.txt.zst"), "zstd") as stream:
         stream.write(TEXT.encode())
     assert texts.read_files(file, ["more.txt.zst"]) == [TEXT]
+
+
+def test_a_training_without_hidden_states_is_named_as_before_there_were_any() -> None:
+    plain = RecoverySettings(("text.txt",))
+    assert set(named_by(replace(plain, distill_hidden=0.5))) - set(named_by(plain)) == {"distill_hidden"}
+    assert identity(named_by(plain)) == "bcb61b76c973836557a2d4edcca6b2eb"

@@ -22,7 +22,7 @@ from dtmsearch.core.plan_file import (
     plan_to_json,
     weights_id_from_json,
 )
-from dtmsearch.core.plan_widths import EVENED, ONE_WIDTH
+from dtmsearch.core.plan_widths import EVENED, ONE_WIDTH, is_even
 from dtmsearch.core.user_files import is_file, read_text
 from dtmsearch.errors import UserError
 from dtmsearch.export.formats.evopress import is_configuration, read_configuration
@@ -86,8 +86,7 @@ def _find_run(source: str, results: ResultStore, model: str | None, weights_id: 
         raise UserError(f"{source!r} is no file and no run of the store {results.url}; it holds: {names}")
     if record.final_plan_id is None:
         raise UserError(f"run {source!r} has no final plan (it is {record.status})")
-    evened_id, price = _evened(source, record.final_plan_id, results) if even else (record.final_plan_id, "")
-    plan = results.plan(evened_id, source)
+    plan = results.plan(record.final_plan_id, source)
     if plan is None:
         raise UserError(f"the final plan of run {source!r} is not in the store")
     file = config.recorded(record)
@@ -98,32 +97,43 @@ def _find_run(source: str, results: ResultStore, model: str | None, weights_id: 
             f"run {source!r} searched the model with manifest {record.manifest_id}; the one at {spec.path} has "
             f"{manifest.id}. If the model lies elsewhere now, say where with --model"
         )
+    plan, price = _evened(source, plan, manifest, results) if even else (plan, "")
     preferred = [i for i in (record.validation_reference_id, record.reference_id) if i is not None]
     over = results.weights_id(source) if weights_id is None else weights_id
     return Source(plan, spec, manifest, _recorded(results, plan, over, source, preferred), file, over, rounded=price)
 
 
-def _evened(run: str, plan_id: str, results: ResultStore) -> tuple[str, str]:
-    """The plan of one width of each kind that a run measured beside its own on held-out prompts, and what that costs
-    by the same prompts."""
+def _evened(run: str, plan: Plan, manifest: ModelManifest, results: ResultStore) -> tuple[Plan, str]:
+    """The plan with one width of each kind that a run measured beside its own on held-out prompts, and what that costs
+    by the same prompts. The rival of one width for all is it where the plan differs from it in its widths alone."""
     fits = (pc.field("purpose") == "validation") & (pc.field("status") == "ok")
     columns = ["label", "plan_id", "reference_id", "fdt_mean", "kl", "num_prompts"]
     rows = results.table("evaluations", columns, run, fits).to_pylist()
-    own = next((row for row in rows if row["plan_id"] == plan_id), None)
-    for label in (EVENED, ONE_WIDTH):
-        other = next((row for row in rows if row["label"] == label and row["plan_id"] != plan_id), None)
-        if own is not None and other is not None:
-            values = [
-                f"{name} {other[key]:.4g} instead of {own[key]:.4g}"
-                for name, key in (("KL", "kl"), ("FDT", "fdt_mean"))
-                if own[key] is not None and other[key] is not None
-            ]
-            said = f"one width of each kind instead of the plan's several: {', '.join(values)}"
-            return other["plan_id"], f"{said}, on {own['num_prompts']} held-out prompts"
+    own = next((row for row in rows if row["plan_id"] == plan.id), None)
+    beside = [] if own is None else [row for row in rows if row["reference_id"] == own["reference_id"]]
+    for label in () if is_even(plan, manifest.components) else (EVENED, ONE_WIDTH):
+        other = next((row for row in beside if row["label"] == label), None)
+        found = None if other is None else results.plan(other["plan_id"], run)
+        if own is None or other is None or found is None or (label == ONE_WIDTH and not _only_widths(plan, found)):
+            continue
+        values = [
+            f"{name} {other[key]:.4g} instead of {own[key]:.4g}"
+            for name, key in (("KL", "kl"), ("FDT", "fdt_mean"))
+            if own[key] is not None and other[key] is not None
+        ]
+        said = f"one width of each kind instead of the plan's several: {', '.join(values)}"
+        return found, f"{said}, on {own['num_prompts']} held-out prompts"
     raise UserError(
-        f"run {run!r} measured no plan of even widths beside its own: its plan cuts nothing or all alike, blocks may "
-        "not be cut, or there were no held-out prompts. Export it without --even"
+        f"run {run!r} measured no plan of even widths beside its own: its plan cuts nothing or all alike, drops single "
+        "blocks, some blocks may not be cut, or there were no held-out prompts. Export it without --even"
     )
+
+
+def _only_widths(plan: Plan, other: Plan) -> bool:
+    """Whether plans are the same but for the widths of MLPs, and cut no attention."""
+    rest = [[entry for entry in each.entries if entry[0] not in each.widths] for each in (plan, other)]
+    widths = [scheme.width for each in (plan, other) for scheme in each.widths.values()]
+    return rest[0] == rest[1] and all(width is not None and width.kind == "channels" for width in widths)
 
 
 def _find_file(source: str, results: ResultStore, model: str | None, weights_id: str | None) -> Source:

@@ -104,7 +104,8 @@ def profile(
                     break
             else:
                 own[shape] = TimedProduct(scheme.name, *shape, decode, prefill)
-        # Without a row for one of the whole shapes a search cannot take the scheme, without a cut one's it can.
+        # Without a row for one of the whole shapes no search can take the scheme, without a cut one's those can that
+        # leave the width out.
         rows += own.values() if whole <= own.keys() else []
     if not rows or rows[0].scheme != DENSE:
         raise UserError(f"nothing can be timed here: this device has no product of {dtype} matrices")

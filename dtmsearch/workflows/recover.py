@@ -76,9 +76,7 @@ class Recovering:
         return str(result["weights_id"])
 
     def _training_id(self, plan: Plan, weights_id: str) -> str:
-        settings = {k: v for k, v in asdict(self._recovery).items() if k not in ("files", "checkpoint_steps")}
-        if not settings["distill_hidden"]:
-            del settings["distill_hidden"]  # as trainings were named before there was one
+        settings = named_by(self._recovery)
         calibrated = self._calibration_id if plan.needs_calibration else ""
         model = [self._session.manifest.id, self._session.file.model.dtype, plan.id, weights_id, calibrated]
         return identity([*model, settings, self._text_digest, self._session.file.seed, _VERSION])
@@ -103,6 +101,13 @@ class Recovering:
             raise SearchStopped
         if not (folder / "result.json").exists():
             raise _failure(folder, code)
+
+
+def named_by(recovery: RecoverySettings) -> dict[str, Any]:
+    """The settings of which a training's name is made: what came later is left out where it is not used, so that
+    trainings of older stores are found."""
+    settings = {k: v for k, v in asdict(recovery).items() if k not in ("files", "checkpoint_steps")}
+    return settings if recovery.distill_hidden else {k: v for k, v in settings.items() if k != "distill_hidden"}
 
 
 def _failure(folder: Path, code: int) -> Exception:
