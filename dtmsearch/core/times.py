@@ -71,5 +71,5 @@ class Times:
             more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
             raise UserError(
                 f"search.times has no row for {', '.join(missing[:_MOST_NAMED])}{more}: measure them on what serves "
-                "the model (dtmsearch profile, of widths with --cut), or take the scheme, or the width, out of the search"
+                "the model (dtmsearch profile, of widths with --cut), or take the scheme or width out of the search"
             )
