@@ -151,6 +151,16 @@ def test_a_python_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
         check_libraries(["autoround-int4-g128"])
 
 
+def test_a_python_is_named_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho release: 9.9\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DTMSEARCH_AUTOROUND", "bin/python")
+    assert autoround_library.python() == str(program) and autoround_library.build() == "AutoRound 9.9"
+
+
 def test_names_and_shapes() -> None:
     scheme = parse_scheme("autoround-int3-g32-asym")
     assert (scheme.bits, scheme.group_size, scheme.asymmetric, scheme.is_tuned) == (3, 32, True, True)

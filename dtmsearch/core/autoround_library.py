@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from functools import lru_cache
+from pathlib import Path
 
 from dtmsearch.errors import LibraryMissing, UserError
 
@@ -19,7 +20,7 @@ _ASKED = "import importlib.metadata as m; print('release:', m.version('auto-roun
 
 def python() -> str:
     """The Python that has it. Raises `LibraryMissing` where none does."""
-    named = os.environ.get(VARIABLE, "")
+    named = _named()
     if not _release(named):
         where = f"{VARIABLE}: {named} has none" if named else "it is not installed here"
         raise LibraryMissing(
@@ -31,7 +32,14 @@ def python() -> str:
 
 def build() -> str:
     """Which release is found here; empty where there is none."""
-    return _release(os.environ.get(VARIABLE, ""))
+    return _release(_named())
+
+
+def _named() -> str:
+    """The Python that the variable names, as it is started from any folder. What a link of an environment names is
+    another environment's, so links stay."""
+    named = os.environ.get(VARIABLE, "")
+    return str(Path(named).expanduser().absolute()) if os.sep in named else named
 
 
 @lru_cache(maxsize=8)
