@@ -260,6 +260,20 @@ def test_the_process_of_a_query_loads_neither_pandas_nor_the_schema_of_search_fi
     assert [name for name in ("duckdb", "pandas", "pydantic_core") if name in loaded] == ["duckdb"]
 
 
+def test_the_process_of_a_query_looks_for_modules_where_the_asking_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the current folder first, as `python -c` and a notebook do."""
+    monkeypatch.setattr(sql, "_idle", [])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.chdir(tmp_path)
+    query(ResultStore(tmp_path), "SELECT 1")
+    asked = sql._idle.pop()
+    environment = Path(f"/proc/{asked._process.pid}/environ").read_text().split("\0")
+    asked.end()
+    assert [line for line in environment if line.startswith(f"PYTHONPATH={tmp_path}:")] != []
+
+
 def test_the_process_of_a_query_ends_with_the_one_that_asks(tmp_path: Path) -> None:
     code = f"import dtmsearch as dtm\ndtm.query(dtm.open_store({str(tmp_path)!r}), {ONE_LONG_FUNCTION!r}, 600.0)"
     with subprocess.Popen([sys.executable, "-c", code]) as asking:

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from multiprocessing import Pipe
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -52,7 +53,8 @@ class _Child:
     def __init__(self) -> None:
         self._connection, there = Pipe()
         code = _MAIN.format(descriptor=there.fileno(), limit=_ADDRESS_SPACE_BYTES)
-        paths = os.pathsep.join(path for path in sys.path if path)
+        # An empty one is the current folder: left out, another copy of this package might be found first, or none.
+        paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         # Reserves of memory that is never used would count as used: few arenas, no pool.
         frugal = {"MALLOC_ARENA_MAX": "2", "ARROW_DEFAULT_MEMORY_POOL": "system"}
         self._process = subprocess.Popen(  # noqa: S603 (our own code, in our own interpreter)
