@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,13 +46,15 @@ class Faulty:
         self._application = application
         self.fault: Callable[[Callable[..., Any]], Answer] | None = None
         self.every = 1
+        self.of = ""
         self.writes = 0
         self.faults = 0
         self.released = threading.Event()
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Answer:
         beat = f"/{locks.FOLDER}/" in environ["PATH_INFO"]
-        if environ["REQUEST_METHOD"] == "PUT" and self.fault is not None and not beat:
+        is_counted = environ["REQUEST_METHOD"] == "PUT" and self.of in environ["PATH_INFO"] and not beat
+        if self.fault is not None and is_counted:
             self.writes += 1
             if self.writes % self.every == 0:
                 self.faults += 1
@@ -57,8 +62,9 @@ class Faulty:
                 return self.fault(start)
         return self._application(environ, start)
 
-    def goes_wrong(self, fault: Callable[[Callable[..., Any]], Answer] | None, every: int = 1) -> None:
-        self.fault, self.every, self.writes, self.faults = fault, every, 0, 0
+    def goes_wrong(self, fault: Callable[[Callable[..., Any]], Answer] | None, every: int = 1, of: str = "") -> None:
+        """Have writes `of` paths with that in them go wrong from now on."""
+        self.fault, self.every, self.of, self.writes, self.faults = fault, every, of, 0, 0
 
     def hang(self, start: Callable[..., Any]) -> Answer:
         """Keep the client waiting for longer than it has patience."""
@@ -127,21 +133,41 @@ def url(server: tuple[Faulty, int], monkeypatch: pytest.MonkeyPatch) -> str:
     return bucket_at(server[1], monkeypatch)
 
 
+_WRITE = """
+import sys
+from contracts import make_records
+from stores import opened
+from dtmsearch.store.store import ResultStore
+with opened(ResultStore(sys.argv[1])) as writer:
+    writer.append(make_records(1))
+"""
+
+
+@dataclass(frozen=True)
+class Hung:
+    """Another process that writes into a store of its own server, which leaves it hanging once."""
+
+    process: Any
+    url: str
+    faulty: Faulty
+
+
 @pytest.fixture(scope="module", autouse=True)
-def hung() -> Iterator[Future[tuple[list[str], bool]]]:
-    """What a store holds after a write that hung, and whether one did. The client waits for ten seconds before it tries
-    again: beside the other tests."""
+def hung(request: pytest.FixtureRequest) -> Iterator[Hung | None]:
+    """Begun before the other tests of this file: a client waits for ten seconds before it tries again, and none other
+    can be made in its process meanwhile."""
+    if not any(item.name == "test_a_write_that_hangs_is_tried_again" for item in request.session.items):
+        yield None
+        return
+    import subprocess  # at the top it would make processes of all tests here
 
-    def write(url: str, faulty: Faulty) -> tuple[list[str], bool]:
-        with opened(ResultStore(url)) as writer:
-            faulty.goes_wrong(faulty.hang)
-            writer.append(make_records(1))
-            faulty.released.set()
-        return replayed(ResultStore(url)), faulty.fault is None
-
-    with serving() as (faulty, port), pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
-        yield pool.submit(write, bucket_at(port, patch), faulty)
-        faulty.released.set()
+    with serving() as (faulty, port), pytest.MonkeyPatch.context() as patch:
+        url = bucket_at(port, patch)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(Path(__file__).parent), *sys.path))))
+        faulty.goes_wrong(faulty.hang, of="/evaluations/")
+        with subprocess.Popen([sys.executable, "-c", _WRITE, url], stderr=subprocess.PIPE, text=True) as process:
+            yield Hung(process, url, faulty)
+            process.kill()
 
 
 def recorded_through(url: str, numbers: Iterable[int]) -> tuple[list[str], int]:
@@ -230,5 +256,8 @@ def test_a_google_bucket_s_url_makes_its_filesystem() -> None:
     assert (folder.filesystem.type_name, folder.root) == ("gcs", "bucket/some/store")
 
 
-def test_a_write_that_hangs_is_tried_again(hung: Future[tuple[list[str], bool]]) -> None:
-    assert hung.result() == (ids(make_records(1)), True)
+@pytest.mark.process
+def test_a_write_that_hangs_is_tried_again(hung: Hung) -> None:
+    _, said = hung.process.communicate()
+    assert (hung.process.returncode, hung.faulty.fault) == (0, None), said
+    assert replayed(ResultStore(hung.url)) == ids(make_records(1))
