@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
-from dtmsearch.core.plan_file import plan_from_json
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.plan_file import plan_from_json, plan_to_json
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.format_registry import FORMATS
@@ -155,6 +156,15 @@ def test_an_interrupted_export_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         mixed.export("dense", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["awq-int4-g16", "fp8-tensor"])
+def test_a_plan_that_was_never_measured_has_no_calibration(mixed: Measured, tmp_path: Path, scheme: str) -> None:
+    plan = Plan.of({"model.layers.0.mlp.up_proj": scheme})
+    (tmp_path / "plan.json").write_text(plan_to_json(plan, mixed.manifest))
+    with pytest.raises(UserError, match=r"the store holds no measurement of it.*dtmsearch evaluate FILE --plan PLAN"):
+        export(str(tmp_path / "plan.json"), "compressed-tensors", tmp_path / "out", str(mixed.store), check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_refusal_names_a_few_components_and_how_many_more_there_are() -> None:

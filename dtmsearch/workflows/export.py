@@ -174,10 +174,20 @@ def write(order: Order) -> Draft:
             result = described(order.form, order.target, folder, order.found, job, written)
     except ExportFailed:
         raise
-    except BaseException:  # a refusal, a full disk, Ctrl-C: what is half written is of no use
+    except BaseException as error:  # a refusal, a full disk, Ctrl-C: what is half written is of no use
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, ValueError) and not isinstance(error, UserError) and _is_uncalibrated(order.found):
+            raise UserError(
+                "the plan follows from calibration text, and the store holds no measurement of it, which would name "
+                "one: measure it first (dtmsearch evaluate FILE --plan PLAN, with the same --store)"
+            ) from error
         raise
     return Draft(order, folder, result)
+
+
+def _is_uncalibrated(found: Source) -> bool:
+    """Whether a plan needs a calibration, and no measurement of it names one."""
+    return found.plan.needs_calibration and not (found.recorded is not None and found.recorded.calibration_id)
 
 
 def verify(draft: Draft, batch_tokens: int = 0) -> Draft:
