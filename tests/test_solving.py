@@ -8,7 +8,6 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 from fakes import (
-    CONTINUATION_TOKENS,
     NUM_PROMPTS,
     FakeEvaluator,
     Killed,
@@ -21,7 +20,6 @@ from fakes import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from solving import (
     BY_PRICES,
     LEVELS,
@@ -35,12 +33,10 @@ from solving import (
     request_for,
     space_with,
     strategy,
-    take_from,
 )
 
 from dtmsearch.core.evaluation import EvalFailure, EvalRequest, EvalResult, Outcome
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import parse_scheme
 from dtmsearch.core.strategy_settings import AutoSettings, LocalSettings
 from dtmsearch.errors import SearchFailed
@@ -298,42 +294,6 @@ def test_a_capacity_is_what_the_budget_compares_with() -> None:
     (rule,) = Choices(space).rules
     num_weights = sum(c.num_weights for c in space.components)
     assert rule.capacity / num_weights <= 0.1 + 4.2 < (rule.capacity + 1) / num_weights
-
-
-def test_half_of_the_way_to_a_budget_is_its_hardest_part_of_half_the_damage() -> None:
-    choices = Choices(space_with(Budget(bits_per_weight=3.0), toy_components()))
-    damages = [
-        np.array([additive_damage(choices.plan([0] * u + [k] + [0] * (len(choices.units) - u - 1))) for k in range(6)])
-        for u in range(len(choices.units))
-    ]
-    whole = choices.solve(damages)
-    half = choices.on_the_way(damages, 0.5)
-    damage, bits = choices.plan(half), choices.cost(choices.bits, half)
-    assert 0.4 * whole.loss < additive_damage(damage) <= 0.5 * whole.loss
-    assert bits > choices.cost(choices.bits, whole.options) and not choices.meets(half)
-    assert choices.within(damages, bits).loss == pytest.approx(additive_damage(damage))  # none of its size is better
-
-
-@pytest.mark.parametrize(("beyond", "on_the_way"), [(1.0, False), (3.0, False), (400.0, True)])
-def test_the_first_slope_is_taken_half_way_where_plans_are_ruined(beyond: float, on_the_way: bool) -> None:
-    space, slopes = space_with(BUDGET, toy_components()), list[Plan]()
-    own = take_from(space)
-
-    def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
-        if kind == "slope":
-            slopes.append(around)
-        return own(kind, around, samples)
-
-    def measured(request: EvalRequest) -> EvalResult:
-        known = additive(request)
-        return replace(known, kl=None if known.kl is None else (known.kl * beyond).astype(np.float32))
-
-    settings = replace(SMALL, take=take)
-    search = make_strategy("auto", space, request_for, "kl", continuation_tokens=CONTINUATION_TOKENS, solver=settings)
-    plan = run_search(search, FakeEvaluator(measured))
-    assert plan is not None and BUDGET.reached(space.size(plan))
-    assert BUDGET.reached(space.size(slopes[0])) != on_the_way
-    assert all(BUDGET.reached(space.size(each)) for each in slopes[1:])
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -122,7 +122,7 @@ class PricedSchedule(Schedule):
             first = (number * sum(counts) + half * counts[0]) % (self.num_prompts - count + 1)
             stretches.append((first, first + count))
         learns_on, plans_on = stretches
-        measured = max(self.num_steps) + 1 + (number == 0)  # beside the leader, and at first what lies half-way
+        measured = max(self.num_steps) + 1
         cost = PASSES["slope"] * (learns_on[1] - learns_on[0]) + (plans_on[1] - plans_on[0]) * measured
         return CorrectionRound(number, learns_on, plans_on, 0, measured, cost)
 

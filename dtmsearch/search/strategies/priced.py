@@ -7,8 +7,7 @@ each, a slope of KL at the plan shows: a gradient of KL(base || plan), whose pro
 few prompts. Round by round the slope at the plan that leads sharpens what is believed of these forces (see `Forces`),
 and the solver moves as many units at once as are expected to gain most together. What is so expected is measured, and
 leads from there on if it gains by both. Where a plan costs much more than its prices, second order is not enough, and
-more careful steps, of fewer units, are measured beside; where it is ruined, the first slope is taken half-way, at the
-plan of an easier budget. Swaps may follow as without prices, and a comparison of the
+more careful steps, of fewer units, are measured beside. Swaps may follow as without prices, and a comparison of the
 leading plans on as many prompts as tell them apart.
 """
 
@@ -49,9 +48,6 @@ _CAUTIONS = (1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 _FURTHER, _FURTHER_STILL = (1.0, 1.4, 2.2), (1.0, 1.3, 1.7, 2.5, 4.0, 8.0)
 # A round whose steps are expected to gain less than this part of the plan's KL is the last.
 _WORTHWHILE = 0.01
-# A plan that costs more nats per token than this is ruined; then the first slope is taken where prices come to
-# that part of the budget's.
-_RUINED, _HALF_WAY = 2.0, 0.5
 # Prices hold while the plan that they lead to costs no more than this many times what they say.
 _HOLDS = 1.15
 # Rounds that may gain nothing; lots of swaps that may.
@@ -113,10 +109,6 @@ class PricedAuto(Auto):
         rounds = self._schedule.rounds()
         for each in rounds:
             self.stage = f"round {each.number + 1} of at most {len(rounds)}"
-            if each.number == 0 and not holds and total > _RUINED:
-                forces, leader, total = yield from self._by_half(leader, total, each)
-                pool.insert(0, leader)
-                continue
             forces, steps = self._steps(forces, leader, total, holds, each)
             if not steps:
                 if sharpened or not holds or not self._in_doubt():
@@ -156,20 +148,6 @@ class PricedAuto(Auto):
         plans = [self._solve(self._allowed(form.damages())) for form in (one, other)]
         own, crossed = other.cost(plans[1]), other.cost(plans[0])
         return 0.5 * (crossed - own) > _WORTHWHILE * own
-
-    def _by_half(self, leader: Options, total: float, each: CorrectionRound) -> Part[tuple[Forces, Options, float]]:
-        """(forces; the plan that leads, its KL) after a slope half-way to the budget, where the plans that meet it
-        are ruined: such a plan tells little of what led there, and descents from it end near by. From half-way steps
-        lead to the budget; the best of these leads unless it is behind the plan that led."""
-        half = self._choices.on_the_way(self._allowed(self._form.damages()), _HALF_WAY)
-        (answer,) = yield from self._measured([half], each.plans_on)
-        forces, steps = self._steps(Forces.none(self._form), half, mean_loss(answer, "kl"), False, each)
-        field = list(dict.fromkeys([leader, *steps]))
-        answers = yield from self._measured(field, each.plans_on, self._choices.plan(leader))
-        values = [mean_loss(answer, "kl") for answer in answers]
-        at = int(np.argmin(values))
-        self._lead(field[at], answers[at])
-        return forces, field[at], total * values[at] / values[0]
 
     def _prices_of(self, products: NDArray[np.float32], *before: str) -> Prices:
         """Of products of all options, and of schemes `before` those of the space."""
