@@ -84,6 +84,7 @@ CASES = (
     Case("bits-4", _LEVELS, "int4-g32-asym"),
     Case("prune-50", _SHARES, "magnitude-0.5", 0.5),
     Case("prune-60", _SHARES, "magnitude-0.6", 0.6),
+    Case("prune-70", _SHARES, "magnitude-0.7", 0.7),
     Case("mixed-3", _MIXED, "gptq-int3-g32-asym"),
     # On a model whose weights lie on a grid of 4 bits in groups of 32, these are not without loss.
     Case("bits-3-g64", _LEVELS_64, "int3-g64-asym"),

@@ -103,13 +103,15 @@ def _check_with_model(file: SearchFile, spec: ModelSpec, found: Survey) -> Searc
 def _check_gradients(file: SearchFile, found: Survey) -> None:
     """Raises `UserError` for widths by gradients of a model of which this machine's GPU holds no more than some layers
     at a time."""
+    asked = [name for name in file.search.cut if (width := parse_scheme(name).width) and width.rule == "gradient"]
+    if not asked:
+        return
     import torch
 
     from dtmsearch.model.replica.streamed_model import streams
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    asked = [name for name in file.search.cut if (width := parse_scheme(name).width) and width.rule == "gradient"]
-    if asked and torch.cuda.device_count() <= 1 and streams("auto", found.manifest, device):
+    if torch.cuda.device_count() <= 1 and streams("auto", found.manifest, device):
         raise UserError(
             f"search.cut: {asked[0]} takes a backward pass, and the weights of {found.manifest.model} do not fit this "
             "GPU but pass through it. Take ziplm or wanda, or several GPUs with --gpus-per-replica"
