@@ -34,7 +34,7 @@ from dtmsearch.core.strategy_settings import (
     LocalSettings,
 )
 from dtmsearch.model.replica.replica import LoadedModel, Replica
-from dtmsearch.model.weights.applied import Checkpoint
+from dtmsearch.model.weights.checkpoint import Checkpoint
 from dtmsearch.search.loop import search
 from dtmsearch.search.protocols import Decision, Progress
 from dtmsearch.search.solver.damage_model import WeightErrors

@@ -12,7 +12,7 @@ from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.model.modules.discovery import components_of, find_layers
 from dtmsearch.model.replica import replica
-from dtmsearch.model.weights.applied import Checkpoint
+from dtmsearch.model.weights.checkpoint import Checkpoint
 
 SHAPES = {
     "llama2-7b": {

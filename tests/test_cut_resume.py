@@ -1,5 +1,5 @@
 """A search that cuts blocks, killed while units are solved for and while it measures: the same command goes on, with
-the units that were recorded, to the same plan."""
+the units that were recorded, to the same plan. So does one that takes experts of mixtures."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from inprocess import InProcess
 from processes import CIRCUMSTANCES, PATIENCE_SECONDS, Rows, forked, rows, tiny_search
+from test_expert_widths import mixtral
+from tiny import write_model
 
 from dtmsearch import config
 from dtmsearch.cluster.pool_settings import PoolSettings
@@ -29,6 +31,11 @@ SEARCH = {
     "schemes": [],
     "cut": ["channels-0.25-ziplm-repair", "channels-0.5-wanda-repair", "heads-1:2-wanda"],
     "stop": {"parameters": 0.8},
+}
+OF_EXPERTS = SEARCH | {
+    "schemes": ["int4-g16"],
+    "cut": ["experts-0.25-reap", "experts-0.5-reap"],
+    "stop": {"size_mb": 0.06},
 }
 
 
@@ -70,8 +77,11 @@ def recorded(store: Path) -> tuple[str, Rows, Rows]:
     return rows(store, "runs")[-1]["final_plan_id"], evaluations, rows(store, "steps", without=("wall_seconds",))
 
 
-def test_a_search_with_cut_that_is_killed_goes_on_to_the_same_plan(tmp_path: Path) -> None:
-    file = tiny_search(tmp_path, search=SEARCH, prompts__count=16)
+@pytest.mark.parametrize("search", [SEARCH, OF_EXPERTS], ids=["channels and heads", "experts"])
+def test_a_search_with_cut_that_is_killed_goes_on_to_the_same_plan(tmp_path: Path, search: dict[str, Any]) -> None:
+    file = tiny_search(tmp_path, search=search, prompts__count=16)
+    if search is OF_EXPERTS:
+        write_model(tmp_path / "model", mixtral())
     deaths = [(2, 0), (0, 1), (0, 4)]
     codes = [forked(run_mortal, str(file), str(tmp_path / "killed"), *map(str, death)).code for death in deaths]
     assert codes == [-signal.SIGKILL] * len(deaths)

@@ -189,8 +189,9 @@ class SearchSection(Section):
     """What may be dropped whole, beside what schemes do: attention and mlp of a layer, or the layer. schemes may be
     left out then. Layers are not compiled."""
     cut: tuple[str, ...] = ()
-    """What attentions and MLPs may be cut to, beside what schemes do: widths such as [channels-0.25-ziplm-repair], of
-    which each block may have one. schemes may be left out then. Layers are not compiled."""
+    """What attentions and MLPs may be cut to, beside what schemes do: widths such as [channels-0.25-ziplm-repair], and
+    [experts-0.25-reap] of a mixture, of which each block may have one. schemes may be left out then. Layers are not
+    compiled."""
     tied: tuple[tuple[str, ...], ...] = ()
     """Kinds in a layer that must share a scheme, such as [[q, k, v], [gate, up]]."""
     fused: bool = False
@@ -259,8 +260,9 @@ class SearchSection(Section):
         for name in names:
             if parse_scheme(name).width is None:
                 raise ValueError(
-                    f"{name} is no width: give ones such as channels-0.25-wanda (a quarter of an MLP's channels goes) "
-                    "or heads-2:3-wanda (2 of 3 key heads stay, with their query heads)"
+                    f"{name} is no width: give ones such as channels-0.25-wanda (a quarter of an MLP's channels goes), "
+                    "heads-2:3-wanda (2 of 3 key heads stay, with their query heads) or experts-0.25-reap (a quarter "
+                    "of a mixture's experts goes)"
                 )
         if len(set(names)) < len(names):
             raise ValueError("a width stands there twice")
@@ -334,6 +336,12 @@ class SearchSection(Section):
         """Raises `ValueError` for what is not there beside widths."""
         if not self.cut:
             return
+        of_experts = next((name for name in self.cut if (w := parse_scheme(name).width) and w.takes_experts), None)
+        if of_experts is not None and self.experts == "expert" and self.schemes:
+            raise ValueError(
+                f"search.cut: {of_experts} leaves out experts that a text tells, and what schemes of their own take is "
+                "not known before: set search.experts: layer"
+            )
         for name in self.schemes:
             scheme = parse_scheme(name)
             shares = scheme.weights is not None and scheme.weights.shares_scale

@@ -333,7 +333,12 @@ for _family in (
         _cut,
         stored_bits=_bits_left,
         only_prunes=True,
-        examples=("channels-0.25-wanda", "channels-0.25-ziplm-repair", "heads-2:3-ziplm-repair"),
+        examples=(
+            "channels-0.25-wanda",
+            "channels-0.25-ziplm-repair",
+            "heads-2:3-ziplm-repair",
+            "experts-0.25-reap",
+        ),
     ),
     SchemeFamily(SOURCE, _as_stored, examples=(SOURCE,), uniform_lines=lambda scheme, grains: [(SOURCE,)]),
 ):

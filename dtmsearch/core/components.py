@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 
 from dtmsearch.core.identity import file_digest, identity
 from dtmsearch.core.user_files import MOST_BYTES, check_regular, is_file, parse_json, read_text, shown
-from dtmsearch.core.widths import Width, is_cuttable, width_of
+from dtmsearch.core.widths import Width, is_cuttable, no_experts, width_of
 from dtmsearch.errors import UserError
 
 DTYPE_BITS = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8}
@@ -82,7 +82,7 @@ class Component:
     @property
     def is_block(self) -> bool:
         """Whether it is no matrix but all that lies in a module: a row with as many columns as its matrices have
-        weights."""
+        weights. One that holds experts says of which mixture."""
         return self.kind in BLOCK_KINDS
 
     @cached_property
@@ -216,6 +216,8 @@ class ModelManifest:
             kind = [b for b in self.blocks if b.kind == width.block_kind and not _matches(b, exclude)]
             own = [block for block in kind if self._is_cuttable(width, block, searched)]
             if not own:
+                if width.takes_experts:
+                    raise UserError(f"search.cut: {name} {self._why_no_experts(width, kind, searched)}")
                 inside = sorted({c.kind for c in self.components if kind and c.block == kind[0].name})
                 raise UserError(
                     f"search.cut: {name} cuts nothing of any {width.block_kind} of {self.model} that is searched "
@@ -228,8 +230,32 @@ class ModelManifest:
 
     def _is_cuttable(self, width: Width, block: Component, searched: Container[str]) -> bool:
         inside = [c for c in self.components if c.block == block.name]
+        if width.takes_experts:
+            return not self._no_experts_of(width, block, inside, searched)
         plain = all(c.name in searched and not c.mixture and not c.stacked for c in inside)
         return plain and is_cuttable(width, inside) and width.left(width.units(inside[-1])) < width.units(inside[-1])
+
+    def _no_experts_of(
+        self, width: Width, block: Component, inside: Sequence[Component], searched: Container[str]
+    ) -> str:
+        """Why no experts can be taken of a block; empty where they can."""
+        why = no_experts(width, inside)
+        if why:
+            return why
+        if missing := [c.name for c in inside if c.name not in searched]:
+            return f"{missing[0]} is not searched"
+        if not f"{block.mixture}.".startswith(f"{block.name}."):
+            return f"its router stands beside it, in {block.mixture}"
+        routers = [name for name in self.routers if name in searched and name.startswith(f"{block.name}.")]
+        return f"its router {routers[0]} is searched, of which rows go" if routers else ""
+
+    def _why_no_experts(self, width: Width, blocks: Sequence[Component], searched: Container[str]) -> str:
+        """Why a width takes experts of none of a model's MLPs."""
+        mixed = [block for block in blocks if block.mixture]
+        if not mixed:
+            return f"takes experts, and no MLP of {self.model} that is searched is a mixture of them"
+        inside = [c for c in self.components if c.block == mixed[0].name]
+        return f"takes no experts of {mixed[0].name}: {self._no_experts_of(width, mixed[0], inside, searched)}"
 
     def select(self, include: tuple[str, ...], exclude: tuple[str, ...] = ()) -> tuple[Component, ...]:
         """Components whose name or kind matches an `include` pattern and no `exclude` pattern (shell patterns).
@@ -278,13 +304,19 @@ def blocks_of(components: Iterable[Component]) -> tuple[Component, ...]:
             layers.setdefault(component.layer, []).append(component)
     for layer, inside in layers.items():
         blocks: dict[str, int] = {}
+        mixed: dict[str, Component] = {}
         for component in inside:
             if component.block != component.name:
                 blocks[component.block] = blocks.get(component.block, 0) + component.num_weights
+                if component.mixture:
+                    mixed.setdefault(component.block, component)
         for name, weights in blocks.items():
             kind = _block_kind(name)
             if kind is not None:
                 found[name] = Component(name, layer, kind, (1, weights))
+                if (expert := mixed.get(name)) is not None:
+                    mixture = expert.mixture, expert.num_experts, expert.experts_per_token
+                    found[name] = Component(name, layer, kind, (1, weights), False, False, *mixture)
         name = inside[0].layer_name
         found[name] = Component(name, layer, "layer", (1, sum(c.num_weights for c in inside)))
     return tuple(found.values())

@@ -330,7 +330,7 @@ def holders_of(
 ) -> list[Held]:
     """How each holder has the compressed components of a plan, the unquantized ones left aside; `source` is the format
     that the base model comes in, where that is quantized."""
-    components = [cut_by(plan, component) for component in components]
+    components = [left for component in components if (left := cut_by(plan, component)).num_weights]
     by_name = {component.name: component for component in components}
     inside = {name for name in by_name if plan.drops(name) and name not in plan.dropped}
     parts = [

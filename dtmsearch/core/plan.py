@@ -328,27 +328,29 @@ def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, time
     """Size of a plan over `components`; what the plan says of other components is left out."""
     held: list[Component] = []
     num_compressed = num_weights = compressed_weights = stored_bits = pruned_weights = num_cached = 0
-    of_experts: dict[tuple[int, int], tuple[int, int]] = {}
+    # Of experts, by the share of tokens that reads them.
+    of_bits, of_weights = dict[Fraction, int](), dict[Fraction, int]()
     blocks, removed_weights, removed_read = set[str](), 0, Fraction(0)
     for component in components:
         scheme = plan.scheme(component.name)
         left = cut_by(plan, component) if plan.widths else component
-        held.append(left)
+        if left.num_weights:
+            held.append(left)
         gone = component.num_weights - left.num_weights
         num_weights += component.num_weights
         num_cached += component.num_weights if component.is_cache else 0
-        bits = scheme.bits_of(left, dense_bits)
+        bits = scheme.bits_of(left, dense_bits) if left.num_weights else 0
         stored_bits += bits
         if component.mixture:
-            routing = component.experts_per_token, component.num_experts
-            own_bits, own_weights = of_experts.get(routing, (0, 0))
-            of_experts[routing] = own_bits + bits, own_weights + component.num_weights
+            of_bits[left.read_share] = of_bits.get(left.read_share, 0) + bits
+            of_weights[component.read_share] = of_weights.get(component.read_share, 0) + component.num_weights
         if gone or not (scheme.is_unquantized or scheme.is_source):
             num_compressed += 1
             compressed_weights += component.num_weights
             pruned_weights += gone + scheme.pruned_weights(left.shape)
         removed_weights += gone
-        removed_read += gone * component.read_share
+        if left is not component:  # of fewer experts each has more of the tokens
+            removed_read += component.num_weights * component.read_share - left.num_weights * left.read_share
         if scheme.is_dropped and not component.is_cache:
             removed_weights += component.num_weights
             removed_read += component.num_weights * component.read_share
@@ -361,12 +363,10 @@ def plan_size(plan: Plan, components: Sequence[Component], dense_bits: int, time
         removed_weights=removed_weights,
         num_cached=num_cached,
     )
-    if not of_experts:
+    if not of_weights:
         return size
-    read_bits, read_weights = Fraction(stored_bits), Fraction(num_weights)
-    for (chosen, number), (bits, weights) in of_experts.items():
-        unread = Fraction(number - chosen, number)
-        read_bits, read_weights = read_bits - unread * bits, read_weights - unread * weights
+    read_bits = stored_bits - sum(((1 - share) * bits for share, bits in of_bits.items()), Fraction(0))
+    read_weights = num_weights - sum(((1 - share) * weights for share, weights in of_weights.items()), Fraction(0))
     return replace(size, read_bits=read_bits, read_weights=read_weights, removed_read=removed_read)
 
 
@@ -444,6 +444,9 @@ def _is_within(taken: float | None, most: float | None) -> bool:
 
 
 def cut_by(plan: Plan, component: Component) -> Component:
-    """A component as it is in a plan that cuts its block, of fewer rows or columns."""
+    """A component as it is in a plan that cuts its block, of fewer rows or columns, or one of fewer experts."""
     width = plan.width_of(component)
-    return component if width is None or component.is_cache else replace(component, shape=width.cut(component))
+    if width is None or component.is_cache or not width.is_of(component):
+        return component
+    left = width.left(component.num_experts) if width.takes_experts else component.num_experts
+    return replace(component, shape=width.cut(component), num_experts=left)

@@ -45,7 +45,24 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
                 f"{source} gives {name} the scheme {parsed.name}, which is solved or scaled for whole matrices, and "
                 f"cuts {manifest.by_name[name].block}: leave one of both out"
             )
+    _check_experts(plan, manifest, source)
     return plan
+
+
+def _check_experts(plan: Plan, manifest: ModelManifest, source: str) -> None:
+    """Raises `UserError` for experts that have schemes of their own in a mixture of which some go: what is left would
+    be of no size that is known."""
+    first: dict[tuple[str, str], str] = {}
+    for component in manifest.components if plan.widths else ():
+        width = plan.width_of(component)
+        if width is None or not (width.takes_experts and component.mixture):
+            continue
+        own = plan.scheme_of(component.name)
+        if first.setdefault((component.mixture, component.kind), own) != own:
+            raise UserError(
+                f"{source} gives {component.name} a scheme of its own, {own}, and takes experts of {component.block}: "
+                "give all of its experts one"
+            )
 
 
 def _is_of_whole(scheme: Scheme) -> bool:
@@ -58,7 +75,8 @@ def check_takes(scheme: Scheme, component: Component, source: str) -> None:
     if component.is_block and not scheme.takes(component):
         raise UserError(
             f"{source} gives {component.name} the scheme {scheme.name}: a whole {component.kind} is dropped (drop), "
-            "cut (channels-0.25-wanda of an MLP, heads-2:3-wanda of an attention) or stays; name the matrices in it"
+            "cut (channels-0.25-wanda of an MLP, heads-2:3-wanda of an attention, experts-0.25-reap of a mixture) or "
+            "stays; name the matrices in it"
         )
     if scheme.width is not None and not scheme.takes(component):
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from dtmsearch.core import plugins
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.scheme_names import ALIASES, AUTOROUND, BITSANDBYTES, SALIENCIES, nearest
-from dtmsearch.core.widths import RULES, Width, nearest_width
+from dtmsearch.core.widths import RULES, RULES_OF_EXPERTS, Width, nearest_width
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
@@ -88,6 +88,15 @@ class StoredSomewhere(Protocol):
 
     @property
     def is_block(self) -> bool: ...
+
+    @property
+    def mixture(self) -> str: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def experts_per_token(self) -> int: ...
 
     @property
     def kind(self) -> str: ...
@@ -210,7 +219,7 @@ class Scheme:
     def takes(self, component: StoredSomewhere) -> bool:
         """Whether it is one for such a component: caches have schemes of their own, blocks are dropped, cut or stay."""
         if component.is_block:
-            own = self.width is not None and self.width.block_kind == component.kind
+            own = self.width is not None and self.width.is_for(component)
             return self.is_unquantized or self.is_dropped or own
         if self.width is not None:
             return False
@@ -405,7 +414,8 @@ def _unknown(name: str) -> str:
         "for N kept of every M inputs, such as 2:4; random-0.5-s1 has another mask than random-0.5); an int one, a "
         "plus sign and a pruning one for "
         f"both; {DROP}; and of blocks channels-S-RULE and heads-N:M-RULE (N groups kept of M; RULE is one of "
-        f"{', '.join(RULES)}), with or without -repair{''.join(f'; {example}' for example in _examples_of_plugins())}"
+        f"{', '.join(RULES)}), with or without -repair, and experts-S-RULE ({', '.join(RULES_OF_EXPERTS)})"
+        f"{''.join(f'; {example}' for example in _examples_of_plugins())}"
     )
 
 

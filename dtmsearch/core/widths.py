@@ -1,7 +1,9 @@
-"""Widths: how many channels of an MLP, or groups of query heads with their key and value head, a block keeps.
+"""Widths: how many channels of an MLP, groups of query heads with their key and value head, or experts of a mixture a
+block keeps.
 
-What is cut are rows of some matrices of a block and columns of the last one, the same units of all. Knows shapes and
-names, never values: which units go is decided in `dtmsearch.model.compress.width`.
+What is cut are rows of some matrices of a block and columns of the last one, the same units of all; of a mixture whole
+experts go, and their rows of the router. Knows shapes and names, never values: which units go is decided in
+`dtmsearch.model.compress.width` and, of experts, in `dtmsearch.model.calibration.expert_scores`.
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
 
-# What of a block is cut: channels of an MLP, or groups of query heads of an attention.
-WidthKind = Literal["channels", "heads"]
-# Which units go first: `dtmsearch.model.compress.width` says how.
+# What of a block is cut: channels of an MLP, groups of query heads of an attention, or experts of a mixture.
+WidthKind = Literal["channels", "heads", "experts"]
+# Which units go first: `dtmsearch.model.compress.width` says how and, of experts, `calibration.expert_scores`.
 RULES = ("magnitude", "spectral", "wanda", "gradient", "ziplm", "random")
+RULES_OF_EXPERTS = ("magnitude", "frequency", "reap", "routed", "random")
+_SHARE = r"(0\.[0-9]{0,16}[1-9])"
 _NAME = re.compile(
-    rf"(?:channels-(0\.[0-9]{{0,16}}[1-9])|heads-([1-9][0-9]{{0,3}}):([1-9][0-9]{{0,3}}))-({'|'.join(RULES)})(-repair)?"
+    rf"(?:channels-{_SHARE}|heads-([1-9][0-9]{{0,3}}):([1-9][0-9]{{0,3}}))-({'|'.join(RULES)})(-repair)?"
 )
-_BLOCKS: dict[WidthKind, str] = {"channels": "mlp", "heads": "attention"}
+_NAME_OF_EXPERTS = re.compile(rf"experts-{_SHARE}-({'|'.join(RULES_OF_EXPERTS)})")
+_BLOCKS: dict[WidthKind, str] = {"channels": "mlp", "heads": "attention", "experts": "mlp"}
 # Kinds of the matrices of such blocks whose outputs are the units, and of those whose inputs are.
 _ROWS = {
     "mlp": {"gate", "up", "fc1", "c_fc", "w1", "w3", "wi", "fc_in", "dense_h_to_4h", "gate_up"},
@@ -41,20 +46,36 @@ _LEAST_STEPS = 16
 Side = Literal["rows", "cols"]
 
 
-class Cuttable(Protocol):
-    """A matrix of a block, by what its cut follows from."""
+class Block(Protocol):
+    """A block, by what it may be cut to; see `Component`."""
 
     @property
     def kind(self) -> str: ...
 
     @property
+    def mixture(self) -> str: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def experts_per_token(self) -> int: ...
+
+
+class Cuttable(Block, Protocol):
+    """A matrix of a block, by what its cut follows from; see `Component`."""
+
+    @property
     def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def expert(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Width:
-    """What is left of a block: without a `share` of its channels, or with `kept` of `groups` of query heads. `rule`
-    says which units go, `repair` that the last matrix is fitted anew to what stays."""
+    """What is left of a block: without a `share` of its channels or experts, or with `kept` of `groups` of query heads.
+    `rule` says which units go, `repair` that the last matrix is fitted anew to what stays."""
 
     kind: WidthKind
     share: float
@@ -68,34 +89,57 @@ class Width:
         """The kind of block that it is for."""
         return _BLOCKS[self.kind]
 
+    @property
+    def takes_experts(self) -> bool:
+        """Whether the units are the experts of a mixture, whose matrices stay as they are or go whole."""
+        return self.kind == "experts"
+
+    def is_for(self, block: Block) -> bool:
+        """Whether a block may be of this width, by what it holds: of experts as many must be left as a token is given
+        to, and one must go."""
+        if not self.takes_experts or block.kind != self.block_kind:
+            return block.kind == self.block_kind and not block.mixture
+        return bool(block.mixture) and block.experts_per_token <= self.left(block.num_experts) < block.num_experts
+
     def is_of(self, matrix: Cuttable) -> bool:
         """Whether it is a matrix of a kind that blocks of these units consist of."""
+        if self.takes_experts or matrix.mixture:
+            return self.takes_experts and bool(matrix.mixture)
         return matrix.kind in _ROWS[self.block_kind] | _COLS[self.block_kind]
 
     def fits(self, matrix: Cuttable) -> bool:
         """Whether a matrix of the block has as many channels or groups as it says."""
         units = self.units(matrix)
+        if self.takes_experts:
+            return self.left(units) < units
         size = matrix.shape[0] if side_of(matrix) == "rows" else matrix.shape[1]
         return size % units == 0 and self.left(units) < units
 
     def units(self, matrix: Cuttable) -> int:
-        """The channels or groups that a matrix of the block has before it is cut."""
+        """The channels or groups that a matrix of the block has before it is cut; the experts of its mixture."""
         if self.kind == "heads":
             return self.groups
+        if self.takes_experts:
+            return matrix.num_experts
         return channels_of(matrix)
 
     def left(self, units: int) -> int:
-        """How many of so many channels or groups are kept: of many channels the nearest multiple of 32."""
+        """How many of so many units are kept: of many channels the nearest multiple of 32."""
         if self.kind == "heads":
             return self.kept
+        if self.takes_experts:
+            return min(max(round(units * (1.0 - self.share)), 1), units)
         step = _STEP
         while step > 1 and (units % step or units < _LEAST_STEPS * step):
             step //= 2
         return min(max(round(units * (1.0 - self.share) / step), 1) * step, units)
 
     def cut(self, matrix: Cuttable) -> tuple[int, int]:
-        """The shape of a matrix of the block once it is cut."""
+        """The shape of a matrix of the block once it is cut. Experts are as good as each other here: as many as go, the
+        last ones, have no rows left."""
         rows, cols = matrix.shape
+        if self.takes_experts:
+            return (0, cols) if matrix.expert >= self.left(matrix.num_experts) else (rows, cols)
         units = self.units(matrix)
         left = self.left(units)
         return (rows * left // units, cols) if side_of(matrix) == "rows" else (rows, cols * left // units)
@@ -119,7 +163,10 @@ def channels_of(matrix: Cuttable) -> int:
 
 @lru_cache(maxsize=4096)
 def width_of(name: str) -> Width | None:
-    """The width of a scheme's name: `channels-0.25-wanda`, `heads-2:3-ziplm-repair`; None for another name."""
+    """The width of a scheme's name: `channels-0.25-wanda`, `heads-2:3-ziplm-repair`, `experts-0.25-reap`; None for
+    another name."""
+    if of_experts := _NAME_OF_EXPERTS.fullmatch(name):
+        return Width("experts", float(of_experts[1]), 0, 0, of_experts[2], False)
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -133,7 +180,9 @@ def width_of(name: str) -> Width | None:
 
 def is_cuttable(width: Width, matrices: Sequence[Cuttable]) -> bool:
     """Whether the matrices of a block are those of one that a width is for: all of known kinds, the last one alone with
-    the units as its inputs, and as many units in each."""
+    the units as its inputs, and as many units in each. Of experts see `no_experts`."""
+    if width.takes_experts:
+        return not no_experts(width, matrices)
     known = _ROWS[width.block_kind], _COLS[width.block_kind]
     kinds = [matrix.kind for matrix in matrices]
     if not kinds or kinds[-1] not in known[1] or not set(kinds[:-1]) <= known[0] or len(kinds) < 2:
@@ -144,9 +193,32 @@ def is_cuttable(width: Width, matrices: Sequence[Cuttable]) -> bool:
     return set(kinds[:-1]) == known[0] and all(size % width.groups == 0 for size in sizes)
 
 
+def no_experts(width: Width, matrices: Sequence[Cuttable]) -> str:
+    """Why no experts can be taken of the block that some matrices are all of; empty where they can."""
+    experts = [matrix for matrix in matrices if matrix.mixture]
+    mixtures = {matrix.mixture for matrix in experts}
+    if len(mixtures) != 1:
+        return f"it has {len(mixtures) or 'no'} mixtures"
+    number, chosen = experts[0].num_experts, experts[0].experts_per_token
+    of_kinds: dict[str, set[int]] = {}
+    for matrix in experts:
+        of_kinds.setdefault(matrix.kind, set()).add(matrix.expert)
+    held = min(map(len, of_kinds.values()))
+    if held != number:
+        return f"its router chooses among {number}, of which {held} hold weights"
+    left = width.left(number)
+    if left >= number:
+        return f"all of its {number} would stay"
+    return f"{left} would be left, and a token is given to {chosen}" if left < chosen else ""
+
+
 def nearest_width(name: str) -> str:
     """The width that a name which is none may have meant, where it begins as one does; else empty."""
     kind = name.partition("-")[0]
+    if kind == "experts":
+        shares = [f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5)]
+        known = [f"experts-{share}-{rule}" for share in shares for rule in RULES_OF_EXPERTS]
+        return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     if kind not in ("channels", "heads"):
         return ""
     amounts = [f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5)]

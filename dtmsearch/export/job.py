@@ -185,9 +185,10 @@ class Job:
     @cached_property
     def _trained(self) -> dict[str, str]:
         """The trained parameter that stands in the place of a tensor of the checkpoint, by the tensor's name."""
-        return {self._tensor_of(parameter): parameter for parameter in self._trained_shapes}
+        return {self.tensor_of(parameter): parameter for parameter in self._trained_shapes}
 
-    def _tensor_of(self, parameter: str) -> str:
+    def tensor_of(self, parameter: str) -> str:
+        """The tensor of the folder that a parameter is; its own name where there is none."""
         return tensor_of(parameter, self.shapes)
 
     def tensors_of(self, component: str) -> tuple[str, ...]:

@@ -16,12 +16,12 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import ModelSpec
@@ -29,11 +29,12 @@ from dtmsearch.core.plan import Plan, cut_by
 from dtmsearch.core.plan_widths import is_even, widths_left
 from dtmsearch.core.widths import side_of
 from dtmsearch.errors import UserError
+from dtmsearch.export.cut_matrices import CutMatrix, tensors_of_cut, what_stays
 from dtmsearch.export.job import Job
 from dtmsearch.export.renamed_compressor import RenamedCompressor
 from dtmsearch.export.smaller_code import CODE_FILE, TYPE_ENDING, code_of
+from dtmsearch.export.smaller_experts import MixtureTensors, SmallerMixture, numbers_in, smaller_mixtures
 from dtmsearch.export.writer import ShardWriter, copy_other_files
-from dtmsearch.model.compress.width import indices
 from dtmsearch.model.modules.blocks import returned_kind
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import empty_model, takes_settings
@@ -99,12 +100,16 @@ class _Shape:
         first = job.manifest.components[0]
         tensor = next(iter(job.tensors_of(first.name)), f"{first.name}.weight")
         self._in_files = tensor.split(f".{first.layer}.")[0]
+        self.mixtures = smaller_mixtures(job)
+        self._of_mixtures = MixtureTensors(job, self.mixtures)
         self.cut = {
-            c.name: _CutMatrix(c, *_what_stays(job, c)) for c in job.manifest.components if plan.width_of(c) is not None
+            c.name: CutMatrix(c, *what_stays(job, c))
+            for c in job.manifest.components
+            if plan.width_of(c) is not None and c.block not in self.mixtures
         }
-        self._cut_tensors = {name: cut for cut in self.cut.values() for name in _tensors_of(job, cut.matrix)}
+        self._cut_tensors = {name: cut for cut in self.cut.values() for name in tensors_of_cut(job, cut.matrix)}
         self._even = self._even_config() if is_even(plan, job.manifest.components) else None
-        self.in_code = bool(self.out) or (bool(self.cut) and self._even is None)
+        self.in_code = bool(self.out) or (bool(self.cut or self.mixtures) and self._even is None)
 
     def renamed(self, name: str, layers: str = "") -> str:
         """A module's or a tensor's name once the layers below it are fewer."""
@@ -128,9 +133,10 @@ class _Shape:
             config = self._with_code(config, folder)
         writer = ShardWriter(folder, self._job)
         for name in self._job.shapes:
-            if self._stays(name):
-                tensor, cut = self._job.read(name), self._cut_tensors.get(name)
-                writer.add(self.renamed(name, self._in_files), tensor if cut is None else cut.of(name, tensor))
+            named = self._of_mixtures.named(name)
+            if self._stays(name) and named is not None:
+                tensor, cut = self._of_mixtures.of(name, self._job.read(name)), self._cut_tensors.get(name)
+                writer.add(self.renamed(named, self._in_files), tensor if cut is None else cut.of(name, tensor))
         writer.close()
         copy_other_files(self._job, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -139,29 +145,35 @@ class _Shape:
     def job(self, folder: Path) -> Job:
         """The job over it."""
         job, plan = self._job, self._job.plan
-        left = [c for c in job.manifest.components if not plan.drops(c.name)]
-        base = {self.renamed(c.name): c.name for c in (*left, *job.manifest.others) if c.layer not in self._gone(c)}
+        # As each is named where its number among experts is another, and before.
+        left = [
+            (numbered, c)
+            for c in job.manifest.components
+            if not plan.drops(c.name) and (numbered := self._in_mixture(c)) is not None
+        ]
+        others = [c for c in job.manifest.others if c.layer not in self._gone(c) and not plan.drops(c.name)]
+        base = {self.renamed(c.name): own.name for c, own in (*left, *zip(others, others, strict=True))}
 
         def moved(component: Component) -> Component:
             layer = self._place.get(component.layer, component.layer)
             if component.layer >= job.manifest.num_layers:
                 layer = len(self.kept)
-            component = cut_by(plan, component)
+            component = component if component.block in self.mixtures else cut_by(plan, component)
             return replace(component, name=self.renamed(component.name), layer=layer,
                            mixture=component.mixture and self.renamed(component.mixture))  # fmt: skip
 
-        others = [c for c in job.manifest.others if c.layer not in self._gone(c) and not plan.drops(c.name)]
         routers = [name for name in job.manifest.routers if not plan.drops(name)]
         manifest = replace(
             job.manifest,
             num_layers=len(self.kept),
-            components=tuple(map(moved, left)),
-            others=tuple(map(moved, others)),
+            components=tuple(moved(component) for component, _ in left),
+            others=tuple(moved(self._as_left(component)) for component in others),
             routers=tuple(self.renamed(name) for name in routers),
         )
         blocks = {*dropped_blocks(plan, job.manifest), *plan.widths}
         columns = {name: cut.at for name, cut in self.cut.items() if side_of(cut.matrix) == "cols"}
-        schemes = {self.renamed(name): scheme for name, scheme in plan.entries if name not in blocks}
+        names = {own.name: component.name for component, own in left} | {c.name: c.name for c in others}
+        schemes = {self.renamed(names[n]): scheme for n, scheme in plan.entries if n not in blocks and n in names}
         return replace(
             job,
             folder=folder,
@@ -171,6 +183,19 @@ class _Shape:
             trained=None,  # they are in the folder
             trust_remote_code=job.trust_remote_code or self.in_code,
         )
+
+    def _in_mixture(self, component: Component) -> Component | None:
+        """A component by its number among the experts that stay; None where its expert goes."""
+        mixture = self.mixtures.get(component.block) if component.mixture else None
+        return component if mixture is None else mixture.moved(component)
+
+    def _as_left(self, component: Component) -> Component:
+        """A router by the rows that it has afterwards."""
+        mixture = self.mixtures.get(component.block)
+        routers = () if mixture is None else [t.module for t in mixture.parts.tensors if t.is_router]
+        if mixture is None or component.name.removeprefix(f"{component.block}.") not in routers:
+            return component
+        return replace(component, shape=(len(mixture.kept), component.shape[1]))
 
     def _gone(self, component: Component) -> set[int]:
         return set(range(self._job.manifest.num_layers)) - set(self.kept)
@@ -200,7 +225,12 @@ class _Shape:
         found: dict[str, int] = {}
         for kind, layers in widths_left(self._job.plan, self._job.manifest.components).items():
             ((left, whole),) = set(layers.values())
-            if kind == "channels":
+            if kind == "experts":
+                numbers = numbers_in(text, whole, left)
+                if not numbers:
+                    return None
+                found |= numbers
+            elif kind == "channels":
                 names = [name for name in _CHANNELS if getattr(text, name, None) == whole]
                 if not names:
                     return None
@@ -226,7 +256,9 @@ class _Shape:
             out = {name.removeprefix(f"{self.layers_name}.{at}.") for name in self.out}
             place = f"{self.layers_name}.{layer}."
             cut = {n.removeprefix(place): c for n, c in self.cut.items() if n.startswith(place)}
-            own, made = _described(before[layer], out, cut, before=True), _described(after[at], out, cut)
+            mixtures = {n.removeprefix(place): m for n, m in self.mixtures.items() if n.startswith(place)}
+            own = _described(before[layer], out, cut, mixtures, before=True)
+            made = _described(after[at], out, cut)
             if own != made:
                 what = next(iter(sorted(set(own.items()) ^ set(made.items()), key=str)))[0]
                 raise UserError(
@@ -240,7 +272,8 @@ class _Shape:
         if config.get("auto_map") or not kind.__module__.startswith("transformers."):
             raise UserError(
                 f"{self._job.manifest.model} runs code of its own, beside which none is written that leaves out or "
-                f"cuts {next(iter((*(b.name for b in self.out.values()), *self.cut)))}; drop whole layers "
+                f"cuts {next(iter((*(b.name for b in self.out.values()), *self.cut, *self.mixtures)))}; drop whole "
+                "layers "
                 "(search.drop: [layer])"
             )
         manners = self._manners() if self.out else {}
@@ -257,7 +290,16 @@ class _Shape:
             },
             "left_out": left_out,
             "cut": cut,
+            "fewer_experts": {}
+            if self._even is not None
+            else {self.renamed(name): self._numbers_of(mixture) for name, mixture in self.mixtures.items()},
         }
+
+    def _numbers_of(self, mixture: SmallerMixture) -> dict[str, Any]:
+        """What the file of code is told of a mixture: shapes of parameters and buffers, and the numbers of modules."""
+        held = self._model.get_submodule(mixture.block.name).state_dict()
+        tensors = {t.path: list(mixture.shape_of(t, tuple(held[t.path].shape))) for t in mixture.parts.tensors}
+        return {"tensors": tensors, "numbers": [[*number, len(mixture.kept)] for number in mixture.parts.numbers]}
 
     def _manners(self) -> dict[str, tuple[int, int | str | None]]:
         """How many values each block returns, 0 where it is a tensor by itself, and which argument it adds its output
@@ -294,10 +336,15 @@ def _is_part(value: Any, text: Any) -> bool:
 
 
 def _described(
-    layer: nn.Module, out: set[str], cut: Mapping[str, _CutMatrix] = MappingProxyType({}), before: bool = False
+    layer: nn.Module,
+    out: set[str],
+    cut: Mapping[str, CutMatrix],
+    mixtures: Mapping[str, SmallerMixture] = MappingProxyType({}),
+    before: bool = False,
 ) -> dict[str, str]:
     """A layer by its modules, their simple attributes and the shapes of their weights, but for blocks that are out and
-    numbers in what is cut; `before` it is cut as it will be."""
+    numbers in what is cut; `before` it is cut, and has lost experts of `mixtures`, as it will be."""
+    shapes_left, numbers_left = _left_in(layer, mixtures)
     blocks = {name.rpartition(".")[0] for name in cut}
     found: dict[str, str] = {}
     for name, module in layer.named_modules():
@@ -313,8 +360,26 @@ def _described(
             plain = {key: value for key, value in plain.items() if isinstance(value, str | bool)}
         if before and name in cut:
             shapes = {key: cut[name].shape_of(key, shape) for key, shape in shapes.items()}
+        shapes = {key: shapes_left.get((name, key), shape) for key, shape in shapes.items()}
+        plain = {key: numbers_left.get((name, key), value) for key, value in plain.items()}
         found[name or "class"] = f"{type(module).__name__} {sorted(plain.items())} {sorted(shapes.items())}"
     return found
+
+
+def _left_in(
+    layer: nn.Module, mixtures: Mapping[str, SmallerMixture]
+) -> tuple[dict[tuple[str, str], tuple[int, ...]], dict[tuple[str, str], int]]:
+    """Shapes and numbers of a layer's modules that mixtures of fewer experts change, by module and name."""
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    numbers: dict[tuple[str, str], int] = {}
+    for block, mixture in mixtures.items():
+        held = layer.get_submodule(block).state_dict()
+        for tensor in mixture.parts.tensors:
+            module = f"{block}.{tensor.module}".rstrip(".")
+            shapes[module, tensor.name] = mixture.shape_of(tensor, tuple(held[tensor.path].shape))
+        for path, attribute in mixture.parts.numbers:
+            numbers[f"{block}.{path}".rstrip("."), attribute] = len(mixture.kept)
+    return shapes, numbers
 
 
 # A layer's own number.
@@ -323,70 +388,3 @@ _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
 # What families call the channels of an MLP in their configurations.
 _CHANNELS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "feed_forward_size")
-
-
-@dataclass(frozen=True)
-class _CutMatrix:
-    """A matrix of a block that is cut: the rows or columns that stay, and what it is then where it was repaired."""
-
-    matrix: Component
-    at: Tensor
-    repaired: Tensor | None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, cols = self.matrix.shape
-        return (len(self.at), cols) if side_of(self.matrix) == "rows" else (rows, len(self.at))
-
-    def shape_of(self, parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of one of its parameters."""
-        if parameter == "weight":
-            return self.shape[::-1] if self.matrix.transposed else self.shape
-        return (len(self.at),) if side_of(self.matrix) == "rows" else shape
-
-    def of(self, tensor: str, values: Tensor) -> Tensor:
-        """One of its tensors."""
-        rows, at = side_of(self.matrix) == "rows", self.at.to(values.device)
-        if values.ndim < 2:
-            return values[at] if rows else values
-        if rows:
-            return (values[:, at] if self.matrix.transposed else values[at]).contiguous()
-        if self.repaired is not None:
-            made = self.repaired.to(values)
-            return made.t().contiguous() if self.matrix.transposed else made
-        return (values[at] if self.matrix.transposed else values[:, at]).contiguous()
-
-
-def _what_stays(job: Job, matrix: Component) -> tuple[Tensor, Tensor | None]:
-    """The rows or columns of a matrix that stay, and what it is where it was repaired."""
-    scheme = job.plan.widths[matrix.block]
-    assert scheme.width is not None
-    units = scheme.width.units(matrix)
-    if job.trained is not None:
-        return indices(matrix, _held_at_zero(job, matrix.block, scheme.width.left(units), units), units), None
-    try:
-        cut = job.compressor.cut(matrix.block, scheme, units, job.device)
-    except ValueError as error:
-        raise UserError(f"{error}: the store does not hold it") from error
-    return indices(matrix, cut.kept, units), cut.last if side_of(matrix) == "cols" else None
-
-
-def _held_at_zero(job: Job, block: str, left: int, units: int) -> Tensor:
-    """The units that stay of a block whose others training has held at zero: by the columns of its last matrix."""
-    last = [c for c in job.manifest.components if c.block == block][-1]
-    there = (job.matrix(last) != 0).any(0).reshape(units, -1).any(1)
-    if int(there.sum()) > left:
-        raise UserError(f"the trained weights {job.weights_id} have {int(there.sum())} units in {block}, wanted {left}")
-    return there.int().argsort(stable=True)[units - left :].sort().values
-
-
-def _tensors_of(job: Job, matrix: Component) -> list[str]:
-    """The tensors in the files of a matrix that is cut: its weights and its bias."""
-    found = job.tensors_of(matrix.name)
-    if len(found) != 1:
-        raise UserError(
-            f"{matrix.name} cannot be cut in files: they hold it in {len(found)} tensors, and the model in one. Export "
-            "--to json keeps the plan"
-        )
-    bias = found[0].removesuffix("weight") + "bias"
-    return [found[0], *([bias] if bias in job.shapes else [])]

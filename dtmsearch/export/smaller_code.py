@@ -10,7 +10,7 @@ def code_of(model: str, config: str, model_type: str) -> str:
     """The file of code that builds a family's model without the blocks that its configuration names, and with smaller
     matrices where it says so."""
     return f'''"""{model} without some of its attention and MLP blocks, those that config.json names under `left_out`,
-and with matrices of fewer rows or columns, those that it names under `cut`.
+with matrices of fewer rows or columns, those that it names under `cut`, and mixtures of `fewer_experts`.
 
 Written by dtmsearch. transformers runs this file where it is told trust_remote_code=True, and refuses the folder where
 it is not: as an ordinary {model_type} model it would be loaded with random weights in the place of what is left out or
@@ -79,4 +79,14 @@ class WithoutBlocks({model}):
             else:
                 made = type(before)(rows, cols)
             setattr(self.get_submodule(parent), child, made)
+        for name, mixture in config.fewer_experts.items():
+            block = self.get_submodule(name)
+            for path, shape in mixture["tensors"].items():
+                parent, _, child = path.rpartition(".")
+                module = block.get_submodule(parent)
+                held = module._parameters if child in module._parameters else module._buffers
+                made = held[child].new_empty(shape)
+                held[child] = nn.Parameter(made) if held is module._parameters else made
+            for path, number, left in mixture["numbers"]:
+                setattr(block.get_submodule(path), number, left)
 '''

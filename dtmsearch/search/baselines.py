@@ -20,6 +20,7 @@ from dtmsearch.core.metrics import rank_key, summarize
 from dtmsearch.core.plan import LARGER, Plan, PlanSize
 from dtmsearch.core.plan_widths import LAST_LAYERS, ONE_WIDTH, is_even
 from dtmsearch.core.schemes import DENSE, DROP, UNQUANTIZED, Line, family_lines, parse_scheme, uniform_parts
+from dtmsearch.core.widths import WidthKind
 from dtmsearch.search.space import SearchSpace
 
 # So many rivals are measured at most, the largest of each family first; where families stand beside several schemes of
@@ -29,8 +30,8 @@ _MOST_RIVALS, _RIVALS_OF_A_PAIR = 12, 3
 _SAME_SIZE = 0.05
 # A share of divergent tokens off that of uniform plans by more than this factor was caused by something else.
 _OFF_THE_LAW = 1.5
-# Of channels, from the widest on.
-_CHANNELS = tuple(f"channels-{hundredths / 100:g}" for hundredths in range(1, 100))
+# Of channels and experts, from the widest on.
+_SHARES = tuple(hundredths / 100 for hundredths in range(1, 100))
 # Fewer divergent tokens than this in all say too little.
 _FEW_DIVERGENT = 100
 
@@ -116,15 +117,15 @@ def preset_rivals(space: SearchSpace, counted: float) -> dict[str, Plan]:
 
 def shape_rivals(space: SearchSpace, plan: Plan) -> dict[str, Plan]:
     """What rules make of a model's shape that a search of nothing else is held against: `depth_rivals`, and all MLPs
-    that may be cut at one width of hundredths, by the rule of the search's first one, that comes to at most the plan's
-    size, within the budget if the plan is."""
+    that may be cut at one width of hundredths, by the rule of the search's first one for channels or experts, that
+    comes to at most the plan's size, within the budget if the plan is."""
     found = depth_rivals(space, plan)
-    width = next((w for name in space.cuts if (w := parse_scheme(name).width) and w.kind == "channels"), None)
+    width = next((w for name in space.cuts if (w := parse_scheme(name).width) and w.block_kind == "mlp"), None)
     if width is None or space.schemes:
         return found
     size, ending = space.size(plan), f"{width.rule}{'-repair' if width.repair else ''}"
-    for amount in _CHANNELS:
-        name = f"{amount}-{ending}"
+    for share in _SHARES:
+        name = f"{width.kind}-{share:g}-{ending}"
         other = Plan.of({block.name: name for block in space.cut if parse_scheme(name).takes(block)})
         if _fits(space, space.size(other), size):
             return found | {ONE_WIDTH: other}
@@ -140,24 +141,24 @@ def evened(space: SearchSpace, plan: Plan) -> Plan | None:
     if is_even(plan, space.components) or any(c.layer in parts and not plan.drops(c.name) for c in space.components):
         return None
     schemes = {name: scheme for name, scheme in plan.entries if name not in plan.widths}
-    for kind in ("attention", "mlp"):
-        own = {b.name: plan.widths[b.name].name for b in space.cut if b.kind == kind and b.name in plan.widths}
-        if own:
-            alike = _one_width(space, plan, own, [b for b in space.cut if b.kind == kind and not plan.drops(b.name)])
-            schemes |= alike or own
+    of_kind: dict[WidthKind, dict[str, str]] = {}
+    for name, scheme in plan.widths.items():
+        if scheme.width is not None and any(block.name == name for block in space.cut):
+            of_kind.setdefault(scheme.width.kind, {})[name] = scheme.name
+    for own in of_kind.values():
+        schemes |= _one_width(space, own, [block for block in space.cut if not plan.drops(block.name)]) or own
     found = Plan.of(schemes)
     return found if is_even(found, space.components) else None
 
 
-def _one_width(
-    space: SearchSpace, plan: Plan, own: Mapping[str, str], blocks: Sequence[Component]
-) -> dict[str, str] | None:
-    """All of some blocks under one width by which as much goes as by their `own`."""
+def _one_width(space: SearchSpace, own: Mapping[str, str], blocks: Sequence[Component]) -> dict[str, str] | None:
+    """All of some blocks that are of one kind of units under one width by which as much goes as by their `own`."""
     rules = [f"-{w.rule}{'-repair' if w.repair else ''}" for name in own.values() if (w := parse_scheme(name).width)]
     ((rule, _),) = Counter(rules).most_common(1)
     widths = [width for name in own.values() if (width := parse_scheme(name).width) is not None]
     groups = max(width.groups for width in widths)
-    amounts = [f"heads-{kept}:{groups}" for kept in range(groups - 1, 0, -1)] if groups else _CHANNELS
+    amounts = [f"heads-{kept}:{groups}" for kept in range(groups - 1, 0, -1)]
+    amounts = amounts if groups else [f"{widths[0].kind}-{share:g}" for share in _SHARES]
     wanted = space.size(Plan.of(own))
     for amount in amounts:
         alike = {block.name: f"{amount}{rule}" for block in blocks if parse_scheme(f"{amount}{rule}").takes(block)}

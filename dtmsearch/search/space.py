@@ -64,7 +64,8 @@ class SearchSpace:
     def _cut_matrices(self) -> list[Component]:
         """The matrices of blocks that may be cut, as each width leaves them."""
         plans = [Plan.of({b.name: name}) for b in self.cut for name in self.cuts if parse_scheme(name).takes(b)]
-        return [cut_by(plan, c) for plan in plans for c in self.components if c.block in plan.schemes]
+        found = [cut_by(plan, c) for plan in plans for c in self.components if c.block in plan.schemes]
+        return [matrix for matrix in found if matrix.num_weights]
 
     @property
     def needs_calibration(self) -> bool:

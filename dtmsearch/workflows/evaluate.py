@@ -132,6 +132,11 @@ def recover(
     ):
         pool = session.pool
         plan, weights_id = find_plan(run_name, session.space, session.manifest, results), results.weights_id(run_name)
+        if mixtures := [name for name, s in plan.widths.items() if s.width is not None and s.width.takes_experts]:
+            raise UserError(
+                f"{mixtures[0]} has fewer experts in the plan: training holds at zero what a plan takes out, and a "
+                "router would go on giving tokens to experts of zeros. Recover a plan without experts-... widths"
+            )
         blocks = [name for name in plan.dropped if session.manifest.by_name[name].is_block] + sorted(plan.widths)
         if blocks and recovery.unmasked_steps:
             raise UserError(

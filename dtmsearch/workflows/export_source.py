@@ -133,7 +133,7 @@ def _only_widths(plan: Plan, other: Plan) -> bool:
     """Whether plans are the same but for the widths of MLPs, and cut no attention."""
     rest = [[entry for entry in each.entries if entry[0] not in each.widths] for each in (plan, other)]
     widths = [scheme.width for each in (plan, other) for scheme in each.widths.values()]
-    return rest[0] == rest[1] and all(width is not None and width.kind == "channels" for width in widths)
+    return rest[0] == rest[1] and all(width is not None and width.block_kind == "mlp" for width in widths)
 
 
 def _find_file(source: str, results: ResultStore, model: str | None, weights_id: str | None) -> Source:

@@ -102,7 +102,8 @@ def card_of(result: Exported, form: Format, found: Source, source: str, store: s
 # Of a folder that brings the code of its model.
 _CODE = (
     f"transformers alone, told `trust_remote_code=True`: `{CODE_FILE}` builds the model without the blocks that "
-    "`config.json` names under `left_out`, and with matrices as small as it says under `cut`; nothing else loads it"
+    "`config.json` names under `left_out`, and with matrices and mixtures as small as it says under `cut` and "
+    "`fewer_experts`; nothing else loads it"
 )
 
 

@@ -90,7 +90,7 @@ def profile(
     # All MLPs at one width are a rival of every plan that cuts them.
     widths += [replace(w, share=tenths / 10) for w in widths if w.kind == "channels" for tenths in range(1, 10)]
     cut = {width.cut(c) for width in widths for c in components if width.is_of(c) and width.fits(c)}
-    shapes = sorted(whole | cut)
+    shapes = sorted(whole | {shape for shape in cut if all(shape)})
     rows: list[TimedProduct] = []
     left_out = []
     for scheme in parsed:

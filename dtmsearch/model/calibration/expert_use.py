@@ -72,15 +72,16 @@ def _uses(
         inputs += [arguments] if len(arguments[0]) else []
     num_tokens = sum(len(call.chosen) for call in calls)
     weights.need(names[0])
-    before = [_output(module, arguments) for arguments in inputs]
+    before = [output_of(module, arguments) for arguments in inputs]
     for scheme in schemes:
         with weights.perturbed(Plan.of(dict.fromkeys(names, scheme.name))):
-            after = [_output(module, arguments) for arguments in inputs]
+            after = [output_of(module, arguments) for arguments in inputs]
         moved = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
         yield ExpertUse(mixture, expert, scheme.name, tokens, num_tokens, weight / max(num_tokens, 1), moved**0.5)
 
 
-def _output(module: nn.Module, arguments: Sequence[Tensor]) -> Tensor:
+def output_of(module: nn.Module, arguments: Sequence[Tensor]) -> Tensor:
+    """What a module that holds experts gives for some arguments, in 64 bits."""
     made: Any = module(*arguments)
     found: Tensor = made[0] if isinstance(made, tuple) else made
     return found.double()

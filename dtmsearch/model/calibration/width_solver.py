@@ -18,10 +18,12 @@ from dtmsearch.core.schemes import Scheme
 from dtmsearch.core.widths import Width, side_of
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibration_texts import CalibrationTexts
+from dtmsearch.model.calibration.expert_scores import Routed, chosen_experts, needs_text, routed_by, scores
 from dtmsearch.model.calibration.hessians import Hessians
 from dtmsearch.model.calibration.matrix_solver import MatrixSolver
 from dtmsearch.model.compress.width import chosen, first_by_inverse, indices, packed_cut, refitted, summed
 from dtmsearch.model.modules.cut_blocks import why_not_cut
+from dtmsearch.model.modules.fewer_experts import parts_of, why_not_fewer
 from dtmsearch.model.weights.standing import Standing
 
 # Tokens on which cut blocks are tried.
@@ -43,6 +45,7 @@ class WidthSolver:
         self._standing, self._manifest = standing, manifest
         self._saliences: dict[str, Tensor] = {}
         self._orders: dict[str, Tensor] = {}
+        self._routed: dict[str, Routed] = {}
         self._of: tuple[str | None, str] = None, ""
         self._proven = set[tuple[type, str, int]]()
 
@@ -51,7 +54,7 @@ class WidthSolver:
         compressor = self._standing.weights.compressor
         self._solver.choose_fetch()
         if self._of != (now := (self._texts.active, self._standing.weights_id)):
-            self._saliences, self._orders, self._of = {}, {}, now
+            self._saliences, self._orders, self._routed, self._of = {}, {}, {}, now
         wanted = {(block, scheme.name): scheme for block, scheme in pairs}
         held = ((pair, compressor.solved(pair[0], scheme)) for pair, scheme in wanted.items())
         found = {pair: packed for pair, packed in held if packed is not None}
@@ -86,7 +89,11 @@ class WidthSolver:
             tokens = self._texts.gatherer(self._texts.in_use).batches[0][:1, :_PROOF_TOKENS]
             args, kwargs = _arguments_of(body.model, module, tokens)
             self._standing.weights.need(block.name)
-            problem = why_not_cut(module, block.name, inside, width, args, kwargs)
+            if width.takes_experts:
+                left = width.left(block.num_experts)
+                problem = why_not_fewer(module, parts_of(body.model, block, inside), left, args, kwargs)
+            else:
+                problem = why_not_cut(module, block.name, inside, width, args, kwargs)
         if problem:
             raise UserError(
                 f"{block.name} cannot be cut by {scheme.name}: {problem}. Leave such widths out (search.cut)"
@@ -97,6 +104,8 @@ class WidthSolver:
         width = scheme.width
         assert width is not None
         inside = [c for c in self._manifest.components if c.block == block.name]
+        if width.takes_experts:
+            return self._fewer(block, scheme, [c for c in inside if c.mixture])
         last = inside[-1]
         hessian: Tensor | None = None
         if width.repair:
@@ -125,6 +134,21 @@ class WidthSolver:
             dtype: torch.dtype = getattr(torch, self._manifest.dtype)
             repaired = refitted(whole, hessian, at).to(dtype)
         return packed_cut(block.name, scheme.name, at, last.shape, repaired)
+
+    def _fewer(self, block: Component, scheme: Scheme, experts: Sequence[Component]) -> PackedMatrix:
+        """The experts that stay of a block's mixture."""
+        width, weights = scheme.width, self._standing.weights
+        assert width is not None
+        if needs_text(width) and block.name not in self._routed:
+
+            def said(why: str) -> str:
+                return f"{block.name} cannot be cut by {scheme.name}: {why}. Take the rule magnitude or random"
+
+            with self._standing.on_base(), self._standing.eagerly():
+                gatherer = self._texts.gatherer(self._texts.in_use)
+                self._routed[block.name] = routed_by(gatherer, weights, block, experts, said)
+        worth = scores(width, block, experts, weights, self._routed.get(block.name))
+        return packed_cut(block.name, scheme.name, chosen_experts(width, worth), (1, block.num_experts), None)
 
     def _hessian(self, last: Component) -> Tensor:
         for found in self._hessians.of_layer(last.layer):

@@ -31,7 +31,7 @@ def why_not_cut(
     block = copy.deepcopy(module)
     dtype = torch.promote_types(next(module.parameters()).dtype, torch.float32)
     block.to(dtype)
-    args, kwargs = _in(args, dtype), _in(kwargs, dtype)
+    args, kwargs = in_dtype(args, dtype), in_dtype(kwargs, dtype)
     last = inside[-1]
     units = width.units(last)
     # Every other unit is tried, so that none is where it was before.
@@ -61,12 +61,12 @@ def why_not_cut(
     return ""
 
 
-def _in(value: Any, dtype: torch.dtype) -> Any:
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """Arguments with their floating-point numbers in a dtype."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, Mapping):
-        return {key: _in(each, dtype) for key, each in value.items()}
+        return {key: in_dtype(each, dtype) for key, each in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_in(each, dtype) for each in value)
+        return type(value)(in_dtype(each, dtype) for each in value)
     return value

@@ -30,7 +30,8 @@ from dtmsearch.model.pipeline_parallel.pipeline_calibrator import PipelineCalibr
 from dtmsearch.model.pipeline_parallel.remote import Peer, Remote
 from dtmsearch.model.pipeline_parallel.stage import Stage, StageBody, cut, load_part, received
 from dtmsearch.model.replica.replica import LoadedModel, Replica
-from dtmsearch.model.weights.applied import Checkpoint, Weights
+from dtmsearch.model.weights.applied import Weights
+from dtmsearch.model.weights.checkpoint import Checkpoint
 from dtmsearch.model.weights.standing import Standing
 
 

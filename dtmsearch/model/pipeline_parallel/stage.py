@@ -36,7 +36,8 @@ from dtmsearch.model.modules.compat import Cache, each_tensor, move_loaded
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model, use_repeatable_attention
 from dtmsearch.model.modules.slots import Places
-from dtmsearch.model.weights.applied import Checkpoint, Weights
+from dtmsearch.model.weights.applied import Weights
+from dtmsearch.model.weights.checkpoint import Checkpoint
 from dtmsearch.model.weights.standing import Standing
 
 

@@ -45,7 +45,7 @@ from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.sources.library_formats import group_of
 from dtmsearch.model.sources.stored import settings_of
 from dtmsearch.model.sources.unquantized import StoredCheckpoint, is_read_here
-from dtmsearch.model.weights.applied import Checkpoint
+from dtmsearch.model.weights.checkpoint import Checkpoint
 
 _SCALES_OF_CACHES = (".k_scale", ".v_scale")
 # An expert's part in the files.

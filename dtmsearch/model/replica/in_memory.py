@@ -16,7 +16,8 @@ from dtmsearch.model.modules.compat import attention_of, path_of
 from dtmsearch.model.modules.discovery import components_of, find_layers, other_components, routers_of
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.replica.replica import LoadedModel, Replica
-from dtmsearch.model.weights.applied import Checkpoint, Weights
+from dtmsearch.model.weights.applied import Weights
+from dtmsearch.model.weights.checkpoint import Checkpoint
 
 
 def manifest_of(model: Any) -> ModelManifest:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.forward.streamed_body import StreamedBody
 from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compiled import Slot, compile_layers
-from dtmsearch.model.modules.discovery import find_layers, identified_manifest, survey
+from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import (
     checkpoint_folder,
@@ -80,7 +79,8 @@ from dtmsearch.model.replica.spread_model import load_spread_model
 from dtmsearch.model.replica.streamed_evaluator import StreamedEvaluator
 from dtmsearch.model.replica.streamed_model import PassingWeights, load_streamed_model, streams
 from dtmsearch.model.replica.timing import measured_speed
-from dtmsearch.model.weights.applied import Checkpoint, Weights
+from dtmsearch.model.weights.applied import Weights
+from dtmsearch.model.weights.checkpoint import Checkpoint
 from dtmsearch.model.weights.standing import Standing
 from dtmsearch.model.weights.trained import check_only_pruned, write_pruned
 
@@ -125,13 +125,12 @@ class Replica:
         never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         never[list(suppressed)] = True
         streamed, known_as = loaded.streamed, self._known_as(loaded)
+        self._body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
         slots: dict[str, Slot] = {}
         places = Places(model, slots)
         alone = settings.num_devices == settings.num_stages == 1
         compiled = alone and _pays_to_compile(spec, model, self._device)
-        with nullcontext() if streamed is None else streamed.rehearsing():
-            self._body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
-            self._reuse = Reuse(self._body, self._manifest, places, compiled, known_as)
+        self._reuse = Reuse(self._body, self._manifest, places, compiled, known_as)
         if compiled:
             slots.update(compile_layers(*find_layers(model)))
         self._mode = NumericMode(spec.dtype, self._device.type, spec.attention, compiled, spec.scale_dtype)
@@ -165,18 +164,15 @@ class Replica:
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         folder = checkpoint_folder(spec)
-        found = survey(spec)
+        manifest = read_manifest(spec)
         checkpoint = Checkpoint(weight_files(folder))
         streamed = None
-        with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:  # which reads all files
-            identified = beside.submit(identified_manifest, spec, found)
-            if settings.num_devices > 1:
-                model = load_spread_model(folder, spec, settings.num_devices)
-            elif streams(settings.weights, found.manifest, self._device):
-                model, streamed = load_streamed_model(folder, spec, checkpoint, self._device)
-            else:
-                model = load_model(folder, spec, self._device)
-            manifest = identified.result()
+        if settings.num_devices > 1:
+            model = load_spread_model(folder, spec, settings.num_devices)
+        elif streams(settings.weights, manifest, self._device):
+            model, streamed = load_streamed_model(folder, spec, checkpoint, self._device)
+        else:
+            model = load_model(folder, spec, self._device)
         if streamed is None:
             checkpoint.map_apart(model)
         if spec.kv_context:

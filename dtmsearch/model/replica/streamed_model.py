@@ -17,7 +17,7 @@ from dtmsearch.model.modules.loading import load_model
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.modules.streamed_layers import StreamedLayers
 from dtmsearch.model.modules.weight_reading import move_buffers
-from dtmsearch.model.weights.applied import Checkpoint
+from dtmsearch.model.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 

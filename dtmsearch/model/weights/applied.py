@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dtmsearch.core.components import Component, read_header
@@ -28,10 +27,11 @@ from dtmsearch.model.compress.number_rounding import RoundsInputs, calibrated_sc
 from dtmsearch.model.compress.width import indices
 from dtmsearch.model.modules.blocks import is_taken_out, take_out
 from dtmsearch.model.modules.compat import Conv1D
+from dtmsearch.model.modules.fewer_experts import FewerExperts, MixtureParts, fewer_experts, parts_of, run_with
 from dtmsearch.model.modules.kv_caches import CachedPart
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
-from dtmsearch.model.modules.weight_reading import Span, located
+from dtmsearch.model.weights.checkpoint import Checkpoint
 
 # Replaced weights in the CPU's memory after which the heap is trimmed, which takes milliseconds.
 _MOST_UNTRIMMED_BYTES = 1 << 25
@@ -40,12 +40,13 @@ _MOST_UNTRIMMED_BYTES = 1 << 25
 @dataclass(frozen=True)
 class _Installed:
     """What stands in a component's place: a module, and its dense weights if it has any, of one in a block that is cut
-    its `bias` as well; whether a block is `out`."""
+    its `bias` as well; whether a block is `out`, or by what it runs with `fewer` experts."""
 
     module: nn.Module
     weight: Tensor | None
     out: bool = False
     bias: Tensor | None = None
+    fewer: FewerExperts | None = None
 
 
 class Passing(Protocol):
@@ -58,61 +59,6 @@ class Passing(Protocol):
     def check_together(self, components: Iterable[str]) -> None: ...
 
     def written(self, component: str) -> None: ...
-
-
-class Checkpoint:
-    """Original weights by module name, read one at a time. Knows which names the files hold as they are."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._file_of = {name: path for path in files for name in read_header(path)}
-
-    def holds(self, component: str) -> bool:
-        return f"{component}.weight" in self._file_of
-
-    def read(self, component: str) -> Tensor:
-        return self._tensor(f"{component}.weight")
-
-    def with_file(self, path: Path) -> Checkpoint:
-        """The same, with what another file holds in place of its own."""
-        other = Checkpoint(())
-        other._file_of = self._file_of | dict.fromkeys(read_header(path), path)
-        return other
-
-    def has(self, name: str) -> bool:
-        """Whether a parameter of this full name is there."""
-        return name in self._file_of
-
-    def parameter(self, name: str) -> Tensor:
-        """A parameter of any kind by its full name."""
-        return self._tensor(name)
-
-    def map_apart(self, model: nn.Module) -> None:
-        """Give every weight on the CPU a mapping of its file for itself.
-
-        The loader maps a file once for all its weights, and memory holds the whole as long as one of them is in use.
-        """
-        for name, parameter in model.named_parameters():
-            if parameter.device.type == "cpu":
-                own = self._tensor(name) if name in self._file_of else parameter.data.clone()
-                if own.dtype != parameter.dtype:
-                    continue  # the loader has made a copy
-                if torch.equal(own, parameter.data):
-                    parameter.data = own
-                else:  # it makes something else of what has this name in the files
-                    del self._file_of[name]
-
-    def located(self, model: nn.Module) -> dict[str, Span]:
-        """Where the parameters of a model in the host's memory lie in files, as they are there, by name. What the
-        loader has made something else of is no longer taken for the original weights."""
-        found, other = located(model, self._file_of)
-        for name in other:
-            del self._file_of[name]
-        return found
-
-    def _tensor(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
 
 
 class Weights:
@@ -137,6 +83,7 @@ class Weights:
         # Matrices that stand cut, and the width's scheme; biases of those that ever did.
         self._cut_by: dict[str, str] = {}
         self._biases: dict[str, Tensor] = {}
+        self._mixtures: dict[str, MixtureParts] = {}
         self._dense_modules: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}
         self._base: Checkpoint | None = None
@@ -177,7 +124,8 @@ class Weights:
         """What a plan has otherwise than the current one, with what lies in blocks that it cuts otherwise."""
         changes = plan.changes(self.plan)
         for block in plan.widths.keys() | {self._matrices[name].block for name in self._cut_by}:
-            scheme = plan.scheme_of(block) if block in plan.widths else ""
+            width = _over_matrices(plan, block)
+            scheme = "" if width is None else width.name
             for matrix in self._inside.get(block, ()):
                 if self._cut_by.get(matrix.name, "") != scheme and not plan.drops(matrix.name):
                     changes.setdefault(matrix.name, plan.scheme(matrix.name))
@@ -187,8 +135,9 @@ class Weights:
         """Note how a component stands cut now."""
         self._cut_by.pop(component, None)
         matrix = self._matrices.get(component)
-        if matrix is not None and matrix.block in plan.widths:
-            self._cut_by[component] = plan.widths[matrix.block].name
+        width = None if matrix is None else _over_matrices(plan, matrix.block)
+        if width is not None:
+            self._cut_by[component] = width.name
 
     @contextmanager
     def perturbed(self, plan: Plan) -> Iterator[None]:
@@ -308,8 +257,8 @@ class Weights:
     def _replace(self, component: str, scheme: Scheme, plan: Plan) -> _Installed:
         if component in self._blocks:
             block = self._places.block(component)
-            now = _Installed(block, None, is_taken_out(block))
-            self._install(component, _Installed(block, None, scheme.is_dropped))
+            now = _Installed(block, None, is_taken_out(block), fewer=fewer_experts(block))
+            self._install(component, _Installed(block, None, scheme.is_dropped, fewer=self._fewer(component, scheme)))
             return now
         shaped = scheme.width is not None or (scheme.is_dropped and any(self._places.get(component).children()))
         if shaped:
@@ -321,9 +270,20 @@ class Weights:
             )
         now = self._installed(component)
         matrix = self._matrices.get(component)
-        width = None if matrix is None else plan.widths.get(matrix.block)
+        width = None if matrix is None else _over_matrices(plan, matrix.block)
         self._install(component, self._make(component, scheme, now, width))
         return now
+
+    def _fewer(self, component: str, scheme: Scheme) -> FewerExperts | None:
+        """By what a block runs under a scheme that leaves it some of its experts; None for another scheme."""
+        if scheme.width is None or not scheme.width.takes_experts:
+            return None
+        block, module = self._blocks[component], self._places.block(component)
+        if component not in self._mixtures:
+            self._mixtures[component] = parts_of(self._model, block, self._inside[component])
+        device = next(module.parameters()).device
+        kept = self.compressor.cut(component, scheme, block.num_experts, device).kept
+        return FewerExperts(module, self._mixtures[component], kept)
 
     def _make(self, component: str, scheme: Scheme, now: _Installed, width: Scheme | None = None) -> _Installed:
         dense = self._dense_modules.setdefault(component, now.module)
@@ -411,7 +371,11 @@ class Weights:
 
     def _install(self, component: str, installed: _Installed) -> None:
         if component in self._blocks:
+            if installed.fewer is None:  # before it is taken out, and after it is in again
+                run_with(installed.module, None)
             take_out(installed.module, self._blocks[component], installed.out)
+            if installed.fewer is not None:
+                run_with(installed.module, installed.fewer)
             return
         self._places.put(component, installed.module)
         if installed.weight is not None:
@@ -433,6 +397,12 @@ class Weights:
         if self._untrimmed_bytes > _MOST_UNTRIMMED_BYTES:
             self._untrimmed_bytes = 0
             _trim_heap()
+
+
+def _over_matrices(plan: Plan, block: str) -> Scheme | None:
+    """The width by which a plan cuts the matrices of a block; None where they stay whole, or go whole."""
+    found = plan.widths.get(block)
+    return None if found is None or found.width is None or found.width.takes_experts else found
 
 
 def _cached(part: CachedPart, scheme: Scheme) -> CachedPart:

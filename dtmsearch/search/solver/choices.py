@@ -48,7 +48,9 @@ class Choices:
     @cached_property
     def _parts(self) -> int:
         """Into how many parts a bit is divided, so that what tokens read of it is a whole number of them."""
-        return lcm(*(component.num_experts for component in self.space.components if component.mixture))
+        widths = [width for name in self.space.cuts if (width := parse_scheme(name).width) and width.takes_experts]
+        numbers = {component.num_experts for component in self.space.components if component.mixture}
+        return lcm(*numbers, *(width.left(number) for number in numbers for width in widths))
 
     @cached_property
     def active_bits(self) -> Costs:
