@@ -16,7 +16,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import pyarrow as pa
@@ -103,6 +103,7 @@ def search(
 @click.option("--tokens", default=20e6, help="of a training; 0: the plan alone")
 @click.option("--batch-tokens", default=32_768)
 @click.option("--lr", default=1e-3)
+@click.option("--precision", default="auto", type=click.Choice(["auto", "float32", "bfloat16"]), help="of a training")
 @click.option("--only", default="", help="ways, separated by semicolons")
 @click.option("--prompts", default=64)
 @click.option("--few", default=16)
@@ -114,8 +115,8 @@ def search(
 @click.option("--out", type=click.Path(), default="")
 def main(
     model: str, search_text: str, judge_text: str, train_text: str, parameters: float, tokens: float,
-    batch_tokens: int, lr: float, only: str, prompts: int, few: int, rows: int, windows: int, seed: int,
-    plan_file: str, plan_out: str, out: str,
+    batch_tokens: int, lr: float, precision: Literal["auto", "float32", "bfloat16"], only: str, prompts: int, few: int,
+    rows: int, windows: int, seed: int, plan_file: str, plan_out: str, out: str,
 ) -> None:  # fmt: skip
     """Train what a plan leaves of MODEL."""
     take_share()
@@ -173,7 +174,7 @@ def main(
             training = Training(spec, folder, folder.parent / "weights")
             recipe = Recipe(
                 ("text",), steps, 0, batch_tokens=batch_tokens, sequence_tokens=SEQUENCE, lr=lr, seed=seed,
-                checkpoint_steps=10**6, **settings,
+                precision=precision, checkpoint_steps=10**6, **settings,
             )  # fmt: skip
             done = train(training, texts, recipe)
             file = training.weights_folder / f"{done['weights_id']}.safetensors"

@@ -6,8 +6,9 @@ products, over several GPUs, with weights that pass through one GPU, or with a p
 Writes a Llama of random weights into FOLDER unless it is there. A run is `gpus=N`, `streamed`, or with `,cap=GB` either
 with so much of the GPU's memory. Continuations are the text's own: the same work as with the model's, without
 generating them. The floor is the products of the unquantized model's pass, of every candidate from its layer upward,
-and of the heads, at the rate of a large product on the GPUs of the run, measured in the same process. Each run is a
-process of its own, or with `,replicas=N` so many, on a GPU each, that share the components out; `,compile` compiles
+and of the heads, at the rate of a large product on the GPUs of the run, measured in the same process: once in a burst
+of 20, and once as it is kept up for two seconds, which is less where a GPU has to slow down. Each run is a process of
+its own, or with `,replicas=N` so many, on a GPU each, that share the components out; `,compile` compiles
 layers. The last column counts evaluations with any other bit than the first run's.
 """
 
@@ -98,20 +99,29 @@ def write(folder: Path, shape: str, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
-def rate(devices: Sequence[torch.device]) -> float:
-    """Operations a second of large products on all devices together."""
-    total = 0.0
+def rates(devices: Sequence[torch.device]) -> tuple[float, float]:
+    """Operations a second of large products on all devices together: in a burst, and kept up."""
+    burst = kept_up = 0.0
     for device in devices:
-        size = _PRODUCT if device.type == "cuda" else _PRODUCT // 8
+        size = _PRODUCT if device.type == "cuda" else _PRODUCT // 16
         a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        for count in (3, 20):
-            _wait(device)
-            started_at = time.perf_counter()
-            for _ in range(count):
-                a @ b
-            _wait(device)
-        total += 20 * 2.0 * size**3 / (time.perf_counter() - started_at)
-    return total
+        _seconds(a, b, 3)
+        time.sleep(1.0)
+        burst += 2.0 * size**3 / _seconds(a, b, 20)
+        before = max(1, round(1.5 / _seconds(a, b, 20)))
+        _seconds(a, b, before)
+        kept_up += 2.0 * size**3 / _seconds(a, b, max(1, before // 3))
+    return burst, kept_up
+
+
+def _seconds(a: torch.Tensor, b: torch.Tensor, count: int) -> float:
+    """Of a product, of so many in a row."""
+    _wait(a.device)
+    started_at = time.perf_counter()
+    for _ in range(count):
+        a @ b
+    _wait(a.device)
+    return (time.perf_counter() - started_at) / count
 
 
 def _wait(device: torch.device) -> None:
@@ -126,7 +136,7 @@ def measure(
     words = _words(run)
     on_gpu, gpus = torch.cuda.is_available(), int(words.get("gpus", "1"))
     devices = [torch.device("cuda", index) for index in range(gpus)] if on_gpu else [torch.device("cpu")]
-    operations = rate(devices)
+    burst, kept_up = rates(devices)
     if "cap" in words:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(float(words["cap"]) * 1e9 / total)
@@ -167,7 +177,7 @@ def measure(
     work = 2.0 * prompts * ((above + base * whole) * tokens + head * (tokens // 2) * (len(chosen) + base))
     peak = [torch.cuda.max_memory_allocated(device) / 1e9 for device in devices] if on_gpu else []
     return {
-        "loaded": loaded, "seconds": min(seconds), "work": work, "rate": operations, "peak_gb": peak,
+        "loaded": loaded, "seconds": min(seconds), "work": work, "rate": burst, "kept_up": kept_up, "peak_gb": peak,
         "repeats": all(value == values[0] for value in values),
         "values": dict(zip(["", *(component.name for component in chosen)], values[0], strict=True)),
     }  # fmt: skip
@@ -225,7 +235,8 @@ def main(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     click.echo(
-        f"{'run':20s} {'loaded':>7s} {'probe s':>8s} {'floor s':>8s} {'ratio':>6s} {'TFLOP/s':>8s}  peak GB, differing"
+        f"{'run':28s} {'loaded':>7s} {'probe s':>8s} {'floor s':>8s} {'ratio':>6s} {'TFLOP/s':>8s} {'kept up':>8s}"
+        f" {'ratio':>6s}  peak GB, differing"
     )
     first: dict[str, object] | None = None
     same = ["--folder", str(folder), "--prompts", str(prompts), "--tokens", str(tokens)]
@@ -233,18 +244,19 @@ def main(
     for run in runs:
         found = together([sys.executable, __file__, shape, *same], run)
         if not found:
-            click.echo(f"{run:20s} ended with an error")
+            click.echo(f"{run:28s} ended with an error")
             continue
         values = {name: value for each in reversed(found) for name, value in each["values"].items()}
         first = values if first is None else first
         differing = sum(values[name] != first[name] for name in values)
-        seconds, rate_of_all = max(each["seconds"] for each in found), sum(each["rate"] for each in found)
-        floor = sum(each["work"] for each in found) / rate_of_all
+        seconds, work = max(each["seconds"] for each in found), sum(each["work"] for each in found)
+        burst, kept_up = (sum(each[name] for each in found) for name in ("rate", "kept_up"))
+        floor = work / burst
         peak = ", ".join(f"{value:.1f}" for each in found for value in each["peak_gb"])
         loaded = max(each["loaded"] for each in found)
         click.echo(
-            f"{run:20s} {loaded:7.1f} {seconds:8.1f} {floor:8.1f} {seconds / floor:6.2f} "
-            f"{rate_of_all / 1e12:8.0f}  {peak}, {differing} of {len(values)}"
+            f"{run:28s} {loaded:7.1f} {seconds:8.1f} {floor:8.1f} {seconds / floor:6.2f} {burst / 1e12:8.0f} "
+            f"{kept_up / 1e12:8.0f} {seconds * kept_up / work:6.2f}  {peak}, {differing} of {len(values)}"
             f"{'' if all(each['repeats'] for each in found) else ', DOES NOT REPEAT'}"
         )
 

@@ -16,7 +16,7 @@ from dtmsearch.cluster.health import Health
 from dtmsearch.cluster.outstanding import MAX_ATTEMPTS
 from dtmsearch.cluster.replica_handle import Call, ReplicaHandle
 from dtmsearch.cluster.verifier import Verifier
-from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome
+from dtmsearch.core.evaluation import EvalFailure, EvalRequest, Outcome, first_changed_layer
 from dtmsearch.core.plan import Perturbation, Plan
 
 NOTHING: Any = SimpleNamespace()
@@ -74,6 +74,18 @@ def test_a_replica_that_reads_all_weights_in_a_call_gets_its_part_of_a_round_in_
     world.dispatcher.add(requests(16))
     sizes = [len(call.requests) for _, call in world.send()]
     assert sizes == [8, 8]
+
+
+def test_a_replica_over_several_devices_gets_candidates_of_all_layers_in_a_call() -> None:
+    world = World(2)
+    for replica in world.replicas:
+        replica.over_devices = True
+    asked, manifest = requests(16), toy_manifest(8)
+    world.dispatcher.add(asked)
+    sent = [sorted(first_changed_layer(request, manifest) for request in call.requests) for _, call in world.send()]
+    assert [len(layers) for layers in sent] == [8, 8]
+    everything = {first_changed_layer(request, manifest) for request in asked}
+    assert all(set(layers) == everything for layers in sent)
 
 
 def test_nobody_is_sent_a_guess_while_something_real_waits() -> None:

@@ -324,6 +324,27 @@ def test_weights_that_are_replaced_stay_replaced_wherever_the_layer_was() -> Non
         assert (stack[index].weight == value).all()
 
 
+def test_a_rehearsal_reads_one_layer_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = [*layers(), nn.Linear(3, 3, bias=False), *layers(2)]
+    before = [layer.weight.data.clone() for layer in stack]
+    streamed = StreamedLayers(stack, CPU, {}, 0.0)
+    here = [layer.weight.data_ptr() for layer in stack]
+    begun: list[int] = []
+    begin = StreamedLayers._begin
+    monkeypatch.setattr(
+        StreamedLayers, "_begin", lambda self, index, place: begun.append(index) or begin(self, index, place)
+    )
+    with streamed.rehearsing():
+        for index in (*range(8), 3, 5, 0):
+            stack[index](torch.ones(3))
+            assert torch.equal(stack[index].weight, before[5 if index == 5 else 0])
+    assert begun == [0, 5]
+    assert [layer.weight.data_ptr() for layer in stack[1:5]] == here[1:5]
+    for index in range(8):
+        stack[index](torch.ones(3))
+        assert torch.equal(stack[index].weight, before[index])
+
+
 def test_the_first_layers_stay_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = layers()
     streamed = StreamedLayers(stack, CPU, {}, 4 * 512.0)

@@ -54,10 +54,10 @@ def _reference(replica: Replica) -> Reference:
 
 
 def _values(replica: Replica, reference: Reference) -> list[str]:
-    """What is found of the model as it is, of a plan low in the model, and of one high in it, as text."""
+    """What is found of the model as it is and of plans from low in the model to high, as text."""
     replica.use(reference)
     names = [component.name for component in replica.manifest().components]
-    plans = [Plan(), Plan.of({names[1]: "int4-channel"}), Plan.of({names[-1]: "int4-channel"})]
+    plans = [Plan(), *(Plan.of({name: "int4-channel"}) for name in (names[1], *names[::5], names[-1]))]
     requests = [EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl", "ppl")) for plan in plans]
     found = []
     for outcome in replica.evaluate(requests):

@@ -89,12 +89,12 @@ class Dispatcher:
         self, replica: ReplicaHandle, queue: RequestQueue, seconds: float, num_sharing: int
     ) -> tuple[ReplicaHandle, Call]:
         """What the replica will be at for about so long, one request at least; of one that reads all weights in every
-        call its part of all that is left for `num_sharing`."""
+        call, or whose model lies over several devices, its part of all that is left for `num_sharing`."""
         rate = self._pace.seconds_per_cost
         budget, most = (seconds / rate if rate else 0.0), None
-        if replica.together:
+        if replica.together or replica.over_devices:
             budget, most = queue.cost / max(num_sharing, 1), MOST_TOGETHER
-        requests, replica.parent_id, cost = queue.take(budget, replica.parent_id, most)
+        requests, replica.parent_id, cost = queue.take(budget, replica.parent_id, most, replica.over_devices)
         if not replica.calls:
             replica.idle_since = self._clock()
         return replica, Call(requests, cost, self._clock())

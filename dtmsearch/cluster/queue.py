@@ -88,19 +88,20 @@ class RequestQueue:
         return bool(self._alone)
 
     def take(
-        self, budget: float, parent_id: str | None, most: int | None = None
+        self, budget: float, parent_id: str | None, most: int | None = None, of_all_layers: bool = False
     ) -> tuple[list[EvalRequest], str, float]:
         """The next requests of about `budget` in cost, at least one and at most so many, all of one parent: (requests,
         parent, cost).
 
-        `parent_id` is the parent whose states the replica holds.
+        `parent_id` is the parent whose states the replica holds; `of_all_layers`: as many, but of all the layers for
+        which requests wait.
         """
         if self._alone:
             taken = [self._alone.popleft()]
             parent = taken[0].request.parent.id
         else:
             parent = self._choose(parent_id)
-            taken = _take_from(self._groups[parent], budget, most)
+            taken = _take_from(self._groups[parent], budget, most, of_all_layers)
             if not self._groups[parent].requests:
                 del self._groups[parent]
         cost = sum(waiting.cost for waiting in taken)
@@ -114,13 +115,17 @@ class RequestQueue:
         return max(self._groups, key=lambda parent: (self._groups[parent].taken == 0, self._groups[parent].cost))
 
 
-def _take_from(group: _Group, budget: float, most: int | None) -> list[_Waiting]:
+def _take_from(group: _Group, budget: float, most: int | None, of_all_layers: bool = False) -> list[_Waiting]:
+    waiting = group.requests
     count, cost = 0, 0.0
-    available = len(group.requests) if most is None else min(most, len(group.requests))
+    average = group.cost / len(waiting)
+    available = len(waiting) if most is None else min(most, len(waiting))
     while count < available and (count == 0 or cost < budget):
-        cost += group.requests[count].cost
+        cost += average if of_all_layers else waiting[count].cost
         count += 1
-    taken, group.requests[:count] = group.requests[:count], []
-    group.cost -= cost
+    chosen = {at * len(waiting) // count for at in range(count)} if of_all_layers else set(range(count))
+    taken = [waiting[at] for at in sorted(chosen)]
+    group.requests = [request for at, request in enumerate(waiting) if at not in chosen]
+    group.cost -= sum(request.cost for request in taken)
     group.taken += count
     return taken

@@ -35,7 +35,8 @@ class Held:
 @dataclass(eq=False)
 class ReplicaHandle:
     """A replica. `calls` by object reference, oldest first; `starting` is what it was last given to begin with,
-    `taking` the reference against which its base model is then held; `together`: it reads all weights in every call."""
+    `taking` the reference against which its base model is then held; `together`: it reads all weights in every call;
+    `over_devices`: its model lies over several, which candidates of different layers keep busy at once."""
 
     name: str
     actor: Any
@@ -44,6 +45,7 @@ class ReplicaHandle:
     node: str = ""
     parent_id: str | None = None
     together: bool = False
+    over_devices: bool = False
     ready: bool = False
     taking: str = ""
     taking_since: float | None = None

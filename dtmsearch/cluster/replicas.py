@@ -122,7 +122,8 @@ class ReplicaSet:
         starting = host.actor.load.remote(self._spec, self._settings)
         for method, arguments in self._gifts:
             getattr(host.actor, method).remote(*arguments)
-        self.members.append(ReplicaHandle(name, host.actor, starting, host))
+        several = self._settings.num_devices > 1
+        self.members.append(ReplicaHandle(name, host.actor, starting, host, over_devices=several))
 
     def _unplaced(self) -> list[ReplicaHandle]:
         """Replicas that have no place in the cluster yet."""

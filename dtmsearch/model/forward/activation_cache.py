@@ -104,9 +104,12 @@ class ActivationCache:
         if boundary == 0 or boundary in self._states:
             return
         start = max((b for b in self._states if b < boundary), default=0)
-        before = self._at(start)
-        states = [self._body.advance(*batch, start, boundary) for batch in zip(self.batches, before, strict=True)]
-        self._keep(boundary, states)
+        # Over several devices requests come in no order of their layers: one pass has to leave the states for all.
+        step = 1 if self._body.num_devices > 1 and self.kept == "device" else boundary - start
+        for stop in range(start + step, boundary + 1, step):
+            before = self._at(stop - step)
+            states = [self._body.advance(*own, stop - step, stop) for own in zip(self.batches, before, strict=True)]
+            self._keep(stop, states)
 
     def look_ahead(self, boundary: int) -> None:
         """Have what the components of the layer above `boundary` make in the parent's pass, as far as memory goes.

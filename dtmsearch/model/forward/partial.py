@@ -259,9 +259,15 @@ class Body:
         return self.input_device if weights is None or weights.is_meta else weights.device
 
     @property
+    def device_ends(self) -> list[int]:
+        """For each device, in the order in which a pass comes to them, the layer above the last that lies there."""
+        devices = [self.device_of(layer) for layer in range(self.num_layers)]
+        return [layer + 1 for layer in range(self.num_layers) if devices[layer] not in devices[layer + 1 :]]
+
+    @property
     def num_devices(self) -> int:
         """On how many devices the layers lie."""
-        return len({self.device_of(layer) for layer in range(self.num_layers)})
+        return len(self.device_ends)
 
     def run(self, tokens: Tensor) -> Tensor:
         """The head's input, at every token, through whatever stands in the layers' places; of a head that cannot be

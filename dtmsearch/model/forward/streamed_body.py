@@ -28,10 +28,6 @@ class StreamedBody(Body):
                 "(--gpus-per-replica), or one that holds it"
             )
 
-    @property
-    def num_devices(self) -> int:
-        return 1
-
     def device_of(self, layer: int) -> torch.device:
         return self.input_device
 

@@ -67,7 +67,11 @@ class Survey:
 def read_manifest(spec: ModelSpec) -> ModelManifest:
     """The manifest of a model. Raises `UserError` when it is missing, pickled, quantized in a way that is not known
     here, or has no layers."""
-    found = survey(spec)
+    return identified_manifest(spec, survey(spec))
+
+
+def identified_manifest(spec: ModelSpec, found: Survey) -> ModelManifest:
+    """The manifest of a model that was surveyed, with its `content_hash`, for which all of its files are read."""
     folder = own_folder(spec)
     if is_quantized(folder):
         content = source_hash(folder, found.code)

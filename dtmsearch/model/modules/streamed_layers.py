@@ -7,8 +7,8 @@ the layer in the other runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -80,8 +80,37 @@ class StreamedLayers:
         self._fixed, self._in_turn = places[: self.num_resident], places[self.num_resident :]
         self._written: set[nn.Parameter] = set()
         self._last, self._step = -1, 1
+        self._stands_for: list[int] = []  # while rehearsing: the layer whose weights each has
         for index, layer in enumerate(layers):
-            precede(layer, partial(self.need, index))
+            precede(layer, partial(self._before, index))
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Within, all layers of the same kind and shapes run with the weights of the first of them: what the model's
+        code does with a pass is found out without reading all of its weights for each pass."""
+        first_of: dict[object, int] = {}
+        for index, layer in enumerate(self._layers):
+            shapes = tuple((name, own.shape, own.dtype) for name, own in layer.named_parameters())
+            self._stands_for.append(first_of.setdefault((type(layer), shapes), index))
+        lent = {own: own.data for at, layer in zip(self._stands_for, self._layers, strict=True)
+                for own in layer.parameters() if layer is not self._layers[at]}  # fmt: skip
+        try:
+            yield
+        finally:
+            self._stands_for.clear()
+            for parameter, here in lent.items():
+                parameter.data = here
+
+    def _before(self, index: int) -> None:
+        """Have a layer ready to be run."""
+        first = self._stands_for[index] if self._stands_for else index
+        self.need(first)
+        if first != index:
+            layer = self._layers[index]
+            for own, other in zip(layer.parameters(), self._layers[first].parameters(), strict=True):
+                own.data = other.data
+            for part in parts_of(layer):
+                move_buffers(part, lambda _: self._device, recurse=False)
 
     def need(self, index: int) -> None:
         """Have a layer's weights on the device, for what is launched from now on until another layer is needed; begin
@@ -92,6 +121,8 @@ class StreamedLayers:
         place = self._holding(index) or self._begin(index, self._place_for(index))
         if place.fetched is not None:
             self._arrive(place)
+        if self._stands_for:
+            return
         coming = self._coming(index)
         ahead = next((other for other in coming if self._holding(other) is None), None)
         if ahead is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -44,12 +45,15 @@ from dtmsearch.model.forward.head_metrics import Divergence, Scores, compare, fe
 from dtmsearch.model.forward.layer_reuse import Reuse
 from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.forward.shared_noise import Sampling
+from dtmsearch.model.replica.device_order import busy_order
 from dtmsearch.model.replica.loaded_reference import BaseOutputs, Loaded, greedy
 from dtmsearch.model.replica.results import Launched, outcome_of
 from dtmsearch.model.weights.standing import Standing
 
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
+# Of a model over several devices, requests that are on their way for each.
+_AHEAD_OF_EACH = 3
 # Weights, parent, reference, prompts, first layer that differs.
 _Place = tuple[str, str, str, tuple[int, int], int]
 
@@ -87,7 +91,8 @@ class PlanEvaluator:
     def __init__(self, bench: Bench, name: str, node: str) -> None:
         self._bench, self._body = bench, bench.standing.body
         self._name, self._node, self._versions = name, node, canonical(versions())
-        self._ahead = self._body.num_devices
+        self._device_ends = self._body.device_ends
+        self._ahead = 1 if len(self._device_ends) == 1 else _AHEAD_OF_EACH * len(self._device_ends)
         self.references: dict[str, Loaded] = {}
         self._states_of = BASE
         self._place_before: _Place | None = None
@@ -118,10 +123,9 @@ class PlanEvaluator:
         self._solve_ahead(requests)
         self._finished_at = time.perf_counter()
         places = [self._place(request) for request in requests]
-        for index in sorted(range(len(requests)), key=places.__getitem__):
+        for index, shared in self._in_order(requests, places):
             # The next is on its way before the last is waited for, so that a GPU never waits for us; of a model over
             # several GPUs as many as these work on at once.
-            shared = places.count(places[index]) > 1 or places[index] == self._place_before
             launched.append((index, self._launch(requests[index], shared)))
             self._place_before = places[index]
             if len(launched) > self._ahead:
@@ -199,6 +203,25 @@ class PlanEvaluator:
         """Where a request leaves its parent: those that do so at the same place share all that comes before."""
         layer = first_changed_layer(request, self._bench.manifest)
         return request.weights_id, request.parent.id, request.reference_id, request.prompts, layer
+
+    def _in_order(self, requests: Sequence[EvalRequest], places: Sequence[_Place]) -> Iterator[tuple[int, bool]]:
+        """The positions of requests as they are to be launched, and whether others leave their parent at the same
+        place before or behind them."""
+        by_place = sorted(range(len(requests)), key=places.__getitem__)
+        for _, group in groupby(by_place, key=lambda index: places[index][:-1]):
+            own = list(group)
+            if len(self._device_ends) > 1 and self._keeps_all_states(requests[own[0]]):
+                # Layer by layer no longer, so that what a layer makes in the parent's pass is not worth keeping.
+                order = busy_order([places[index][-1] for index in own], self._device_ends)
+                yield from ((own[position], False) for position in order)
+            else:
+                for index in own:
+                    yield index, places.count(places[index]) > 1 or places[index] == self._place_before
+
+    def _keeps_all_states(self, request: EvalRequest) -> bool:
+        loaded = self.references[request.reference_id]
+        loaded.set_range(request.prompts, self._cache)
+        return all(cache.kept == "device" for cache in loaded.caches.values())
 
     def _launch(self, request: EvalRequest, shared: bool) -> Launched:
         loaded = self.references[request.reference_id]

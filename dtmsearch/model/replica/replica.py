@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ from dtmsearch.model.forward.partial import Body
 from dtmsearch.model.forward.streamed_body import StreamedBody
 from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compiled import Slot, compile_layers
-from dtmsearch.model.modules.discovery import find_layers, read_manifest
+from dtmsearch.model.modules.discovery import find_layers, identified_manifest, survey
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import (
     checkpoint_folder,
@@ -125,12 +126,13 @@ class Replica:
         never = torch.zeros(vocabulary_size(model), dtype=torch.bool)
         never[list(suppressed)] = True
         streamed, known_as = loaded.streamed, self._known_as(loaded)
-        self._body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
         slots: dict[str, Slot] = {}
         places = Places(model, slots)
         alone = settings.num_devices == settings.num_stages == 1
         compiled = alone and _pays_to_compile(spec, model, self._device)
-        self._reuse = Reuse(self._body, self._manifest, places, compiled, known_as)
+        with nullcontext() if streamed is None else streamed.rehearsing():
+            self._body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
+            self._reuse = Reuse(self._body, self._manifest, places, compiled, known_as)
         if compiled:
             slots.update(compile_layers(*find_layers(model)))
         self._mode = NumericMode(spec.dtype, self._device.type, spec.attention, compiled, spec.scale_dtype)
@@ -164,15 +166,18 @@ class Replica:
 
     def _load(self, spec: ModelSpec, settings: ReplicaSettings) -> LoadedModel:
         folder = checkpoint_folder(spec)
-        manifest = read_manifest(spec)
+        found = survey(spec)
         checkpoint = Checkpoint(weight_files(folder))
         streamed = None
-        if settings.num_devices > 1:
-            model = load_spread_model(folder, spec, settings.num_devices)
-        elif streams(settings.weights, manifest, self._device):
-            model, streamed = load_streamed_model(folder, spec, checkpoint, self._device)
-        else:
-            model = load_model(folder, spec, self._device)
+        with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:  # which reads all files
+            identified = beside.submit(identified_manifest, spec, found)
+            if settings.num_devices > 1:
+                model = load_spread_model(folder, spec, settings.num_devices)
+            elif streams(settings.weights, found.manifest, self._device):
+                model, streamed = load_streamed_model(folder, spec, checkpoint, self._device)
+            else:
+                model = load_model(folder, spec, self._device)
+            manifest = identified.result()
         if streamed is None:
             checkpoint.map_apart(model)
         if spec.kv_context:
