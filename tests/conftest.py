@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -109,6 +110,16 @@ def pytest_collection_finish() -> None:
     """What torch, transformers and Ray hold stays until the end, with the garbage beside it: without it a full
     collection, which some tests ask for at every step, takes milliseconds instead of a second."""
     gc.freeze()
+    gc.set_threshold(5_000)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """What a file's tests have imported stays, too."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 import torch
 from exports import in_process, measured_plan
 from safetensors.torch import load_file
-from tiny import TEXT, llama_config, write_model
+from tiny import LONG_TEXT as TEXT
+from tiny import llama_config, write_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

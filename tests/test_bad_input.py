@@ -304,7 +304,7 @@ def search_of_an_overflowing_model(folder: Path) -> list[str | Path]:
 
 
 PROCESSES = {
-    "too little text": Case(run(prompts__count=600), 2, ("asks for 600 prompts of 10 + 12 tokens", "holds 592")),
+    "too little text": Case(run(prompts__count=240), 2, ("asks for 240 prompts of 10 + 12 tokens", "holds 234")),
     "another model's plan": Case(
         evaluate("plan.json", manifest_id="foreign", schemes={}), 2, ("made for another model", "foreign ('elsewhere')")
     ),
@@ -377,7 +377,8 @@ def test_a_candidate_that_overflows_is_recorded_as_nonfinite(world: World) -> No
 
 def test_a_read_only_store_answers_but_takes_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tmpfs(tmp_path / "disk", "4m") as disk:
-        assert main(["run", str(tiny_search(tmp_path)), "--in-process", "--store", str(disk / "store")]) == 0
+        file = tiny_search(tmp_path, search__width=1, search__stop={"components": 1})
+        assert main(["run", str(file), "--in-process", "--store", str(disk / "store")]) == 0
         remount(disk, "ro")
         listed = main(["ls", "--store", str(disk / "store")])
         refused = main(["run", str(tiny_search(tmp_path, run="other")), "--store", str(disk / "store")])

@@ -23,7 +23,8 @@ from inprocess import run_here
 from solving import request_for
 from stores import run_record
 from test_verdict import PLAN, rival
-from tiny import TEXT, TRAINING, replica, write_tokenizer
+from tiny import LONG_TEXT as TEXT
+from tiny import TRAINING, replica, write_tokenizer
 
 from dtmsearch import config
 from dtmsearch.analysis.format import edge_in_words

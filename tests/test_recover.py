@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TEXT, write_model
+from tiny import LONG_TEXT as TEXT
+from tiny import write_model
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.model.modules.loading import load_model

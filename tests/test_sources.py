@@ -24,7 +24,8 @@ from quantized import (
     mxfp4_model,
 )
 from safetensors.torch import load_file
-from tiny import TEXT, replica, result, values, with_reference, write_model
+from tiny import LONG_TEXT as TEXT
+from tiny import replica, result, values, with_reference, write_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 

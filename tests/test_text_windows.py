@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from inprocess import run_here
-from tiny import TEXT, write_model
+from tiny import TEXT, TRAINING, write_model
 
 from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, summarize_run
@@ -118,7 +118,7 @@ def test_validate_says_where_held_out_text_comes_from(folder: Path) -> None:
 def test_validate_counts_what_repeats(folder: Path) -> None:
     many = [f"m{i}.txt" for i in range(50)]
     for name in many:
-        (folder / name).write_text(TEXT[:25])
+        (folder / name).write_text(TRAINING[:25])
     said = lines_of(folder, f"validation: {{files: {[*many]}, count: 20}}")
     assert "19 of them repeat the text of another, as 49 of the 50 windows that it holds do" in said
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,12 @@ from dtmsearch.model.replica.replica import Replica
 
 DEMO_MODEL = Path(dtmsearch.__file__).parent / "demo" / "model"
 VOCABULARY = 258
-TEXT = "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(400))
+# Checkpoints that a process keeps, some 100 kB each.
+_MOST_MADE = 64
+_made: dict[tuple[type, str, int], dict[str, bytes]] = {}
+LONG_TEXT = "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(400))
+# Enough for most tests, and tokenized in less time.
+TEXT = LONG_TEXT[:5149]
 # Text to train on, apart from that.
 TRAINING = "".join(f"class C{i}:\n    size: int = {i * 7919 % 1000}\n\n" for i in range(400))
 
@@ -41,21 +48,45 @@ def llama_config(**changes: object) -> LlamaConfig:
 
 
 def write_model(folder: Path, config: PretrainedConfig | None = None, seed: int = 0) -> Path:
-    """A checkpoint of random weights in `folder`, float32, with its tokenizer."""
+    """A checkpoint of random weights in `folder`, float32, with its tokenizer. Made once in a process."""
+    config = config or llama_config()
+    key = type(config), config.to_json_string(use_diff=False), seed
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config or llama_config()).save_pretrained(folder)
+    if key not in _made:
+        while len(_made) >= _MOST_MADE:
+            del _made[next(iter(_made))]
+        _made[key] = _files_of(AutoModelForCausalLM.from_config(config).save_pretrained)
+        torch.manual_seed(seed)  # as where it was made before
+    _write(folder, _made[key])
     return write_tokenizer(folder)
 
 
 def write_tokenizer(folder: Path) -> Path:
     """A tokenizer of bytes, beside a checkpoint."""
+    _write(folder, _tokenizer_files())
+    return folder
+
+
+@functools.cache
+def _tokenizer_files() -> dict[str, bytes]:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    return folder
+    return _files_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained)
+
+
+def _files_of(save: Callable[[str], object]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def open_texts(folder: Path) -> None:

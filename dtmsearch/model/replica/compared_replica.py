@@ -142,7 +142,7 @@ class ComparedReplica(ServedReplica):
 
     def drop_layers(self) -> None:
         """Let go of all weights between embeddings and head: from now on only `BaseOutputs` can be asked."""
-        self.release_memory()
+        self.forget()
         _, layers = find_layers(self._body.model)
         for layer in layers:
             for tensor in [*layer.parameters(), *layer.buffers()]:

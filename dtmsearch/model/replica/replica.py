@@ -439,10 +439,14 @@ class Replica:
         self._bench.become(variant)
         write_pruned(self._weights, dict.fromkeys((*pruned, *cut)), Path(folder))
 
-    def release_memory(self) -> None:
+    def forget(self) -> None:
         """Let go of states and statistics that can be made again."""
         self._evaluator.forget()
         self._calibrator.forget()
+
+    def release_memory(self) -> None:
+        """The same, and of what nothing refers to any more, when memory did not suffice."""
+        self.forget()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
