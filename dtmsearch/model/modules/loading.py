@@ -19,6 +19,7 @@ from dtmsearch.core.components import is_gguf, read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compat import loaded_by, unconverted_parameters
+from dtmsearch.model.modules.empty import without_values
 from dtmsearch.model.modules.weight_reading import located, move_to_devices
 from dtmsearch.model.sources.unquantized import described_folder, is_quantized, unquantized_folder
 
@@ -207,7 +208,7 @@ def takes_settings(config: Any, changes: Mapping[str, Any]) -> bool:
 
 def empty_model(folder: Path, spec: ModelSpec) -> nn.Module:
     """The module tree without weights."""
-    with _explained("model", folder), torch.device("meta"):
+    with _explained("model", folder), without_values():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         _check_num_layers(config, folder)
         model: nn.Module = loader(config).from_config(config, trust_remote_code=spec.trust_remote_code)
@@ -223,7 +224,7 @@ def described_model(path: str, trust_remote_code: bool) -> Any:
         raise UserError(f"no model at {path!r}: give a folder, its config.json, or a hub id")
     if is_gguf(place):
         place = described_folder(place, "bfloat16", loader)
-    with _explained("model", place), torch.device("meta"):
+    with _explained("model", place), without_values():
         config = AutoConfig.from_pretrained(place if place.exists() else path, trust_remote_code=trust_remote_code)
         return loader(config).from_config(config, trust_remote_code=trust_remote_code)
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dtmsearch.model.modules.compat import Conv1D
+from dtmsearch.model.modules.empty import without_values
 from dtmsearch.model.modules.usage import Usage, Use, usage_of
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _usage_of_twin(model: Any) -> Usage:
     if all(parameter.is_meta for parameter in model.parameters()):
         return usage_of(model)
     try:
-        with torch.device("meta"):
+        with without_values():
             twin = type(model)(copy.deepcopy(model.config)).eval()
     except Exception as error:  # whatever a class of somebody's own does
         return Usage({}, {}, f"{type(error).__name__}: {error}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dtmsearch.model.modules.compat import Operations, leaves_of, storage_of
+from dtmsearch.model.modules.empty import made_like_first
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +233,8 @@ class _Operations(Operations):
         elif name == "equal":
             return True
         else:
-            made = func(*args, **named)
+            alike = made_like_first(name, args, named)
+            made = func(*args, **named) if alike is None else alike
         self._note(name, [*args, *named.values()], made)
         return made
 

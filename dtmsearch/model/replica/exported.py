@@ -39,6 +39,7 @@ from dtmsearch.model.compress.number_rounding import round_inputs
 from dtmsearch.model.compress.quantization_arguments import CACHE_ARGUMENTS, rounding_of
 from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
+from dtmsearch.model.modules.empty import without_values
 from dtmsearch.model.modules.fingerprints import tokenizer_fingerprint
 from dtmsearch.model.modules.loading import load_model, load_tokenizer, loader
 from dtmsearch.model.replica.replica import LoadedModel, Replica
@@ -197,7 +198,7 @@ def _has_packed_embeddings(folder: Path, trust: bool) -> bool:
     if not modules:
         return False
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    with torch.device("meta"):
+    with without_values():
         embedding = (model := loader(config).from_config(config, trust_remote_code=trust)).get_input_embeddings()
     return any(module is embedding and name in modules for name, module in model.named_modules())
 
