@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import families_of_models
+import numpy as np
 import pytest
 from tiny import TEXT, in_stages, llama_config, replica, values, with_reference, write_model
 from transformers import AutoConfig
@@ -13,6 +15,7 @@ from transformers import AutoConfig
 from dtmsearch.core.calibration import Calibration
 from dtmsearch.core.evaluation import EvalRequest, Reference
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import PriceKind, PriceRequest
 from dtmsearch.errors import UserError
 from dtmsearch.model.pipeline_parallel.stage import cut
 from dtmsearch.model.replica.replica import Replica
@@ -126,6 +129,27 @@ def test_statistics_and_solved_matrices_are_alike(calibrated: list[tuple[Replica
         solved = [(p.component, p.num_bytes) for p in model.solve(calibration.id, pairs)]
         found.append(({name: values.tolist() for name, values in squares.items()}, solved))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", get_args(PriceKind))
+def test_prices_are_alike(calibrated: list[tuple[Replica, Calibration]], kind: PriceKind) -> None:
+    schemes = ("int3-g16", "gptq-int3-g16", "wanda-0.5", "w8a8", "drop")
+    found = []
+    for model, calibration in calibrated:
+        reference = with_reference(model)
+        names = [component.name for component in model.manifest().components]
+        base = requests(reference, names)[-1].plan
+        for components, around in ((names, Plan()), (names, base), (names[-3:], base)):
+            asked = PriceRequest(
+                reference.id, (1, 6), tuple(components), schemes, 3, kind, around, calibration.id
+            )  # the last ones lie in the last stage alone
+            assert model.unpriceable(components) == ""
+            found.append(model.price(asked).products)
+        with pytest.raises(UserError, match="lies outside the layers"):
+            model.price(replace(asked, components=(model.manifest().others[0].name,)))
+    one, other = found[:3], found[3:]
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    assert all(np.abs(products).max() > 0.0 for products in one[1:])
 
 
 def test_memory_is_that_of_all_stages(whole: tuple[Replica, Reference], staged: tuple[Replica, Reference]) -> None:

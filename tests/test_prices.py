@@ -424,8 +424,16 @@ def test_of_a_mixture_fisher_takes_prices_and_auto_probes(
     assert len(priced) == (2 * 4 * 2 if strategy == "fisher" else 0)
 
 
-def test_a_replica_in_stages_has_no_prices_and_it_says_so(folder: Path) -> None:
-    assert "several processes" in in_stages(folder, 2).unpriceable([UP])
+def test_a_replica_in_stages_takes_the_prices_of_experts_that_one_process_takes(tmp_path: Path) -> None:
+    path = write_family("mixtral", tmp_path)
+    found = []
+    for model in (replica(path), in_stages(path, 2)):
+        names = tuple(component.name for component in model.manifest().components)
+        assert model.unpriceable(names) == ""
+        reference = with_reference(model, count=2)
+        found.append(model.price(PriceRequest(reference.id, (0, 3), names, SCHEMES)).products)
+    assert np.array_equal(*found)
+    assert any(".experts." in name for name in names)
 
 
 _BY_FISHER: dict[str, Any] = {

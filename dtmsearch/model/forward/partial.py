@@ -318,6 +318,10 @@ class Body:
             self._enter(state, start)
             return self.run(tokens)
 
+    def head_input(self, tokens: Tensor, state: Tensor) -> Tensor:
+        """The head's input, at every token, from the last layer's output."""
+        return self.finish(tokens, state, self.num_layers)
+
     def begin(self, tokens: Tensor, state: State | None, start: int) -> Callable[[], Tensor]:
         """`finish`, of which what can go on by itself does so until its result is asked for."""
         hidden = self.finish(tokens, state, start)
@@ -358,6 +362,12 @@ class Body:
             for hook in hooks:
                 hook.remove()
         return found
+
+    def own_boundaries(self, tokens: Tensor, state: Tensor | None) -> list[Tensor]:
+        """The states at the boundaries of the layers that are here, from that at the lowest (None at boundary 0)."""
+        with self._only(self.own.start, self.own.stop):
+            self._enter(state, self.own.start)
+            return self.boundaries(tokens)
 
     def boundaries_of(self, batches: Sequence[Tensor]) -> list[list[Tensor]]:
         """`boundaries` of each batch."""

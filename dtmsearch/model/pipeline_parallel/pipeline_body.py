@@ -94,9 +94,12 @@ class PipelineBody(Body):
 
         def end() -> Tensor:
             sent = self._remotes[-1].peer.answer(reached.promise)
-            return super(PipelineBody, self).finish(tokens, received(sent, self.input_device), self.num_layers)
+            return self.head_input(tokens, received(sent, self.input_device))
 
         return end
+
+    def head_input(self, tokens: Tensor, state: Tensor) -> Tensor:
+        return super().finish(tokens, state, self.num_layers)
 
     def finish(self, tokens: Tensor, state: State | None, start: int) -> Tensor:
         return self.begin(tokens, state, start)()

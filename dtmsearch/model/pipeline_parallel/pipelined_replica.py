@@ -27,8 +27,10 @@ from dtmsearch.model.modules.loading import load_tokenizer
 from dtmsearch.model.modules.slots import Places
 from dtmsearch.model.pipeline_parallel.pipeline_body import PipelineBody
 from dtmsearch.model.pipeline_parallel.pipeline_calibrator import PipelineCalibrator
+from dtmsearch.model.pipeline_parallel.pipeline_pricer import PipelinePricer
 from dtmsearch.model.pipeline_parallel.remote import Peer, Remote
 from dtmsearch.model.pipeline_parallel.stage import Stage, StageBody, cut, load_part, received
+from dtmsearch.model.replica.pricing import Pricer
 from dtmsearch.model.replica.replica import LoadedModel, Replica
 from dtmsearch.model.weights.applied import Weights
 from dtmsearch.model.weights.checkpoint import Checkpoint
@@ -151,6 +153,12 @@ class PipelineReplica(Replica):
         assert isinstance(self._body, PipelineBody)
         own = Calibrator(StageBody(self._body.model, self._own), self._standing, self._manifest, self._batches.rows)
         return PipelineCalibrator(*(own, self._body, self._standing, self._remotes, self._manifest, self._batches.rows))
+
+    def _pricer(self) -> Pricer:
+        return PipelinePricer(
+            *(self._body, self._weights, self._calibrator, self._manifest, self._standing.eagerly, self._batches.rows),
+            self._remotes,
+        )
 
     def measure_speed(self, count: int, prompt_tokens: int, continuation_tokens: int) -> Speed:
         """See `Replica.measure_speed`; the memory is that of all stages together."""

@@ -24,6 +24,7 @@ from dtmsearch.core.components import ModelManifest, weight_files
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.fusion import input_readers, scale_partners
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.prices import PriceRequest
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.errors import UserError
 from dtmsearch.model.calibration.calibrator import Calibrator
@@ -36,6 +37,7 @@ from dtmsearch.model.modules.compat import Cache, each_tensor, move_loaded
 from dtmsearch.model.modules.discovery import find_layers, read_manifest
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model, use_repeatable_attention
 from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.replica.price_layers import PricedLayers
 from dtmsearch.model.weights.applied import Weights
 from dtmsearch.model.weights.checkpoint import Checkpoint
 from dtmsearch.model.weights.standing import Standing
@@ -139,6 +141,9 @@ class Stage:
         self._weights.share_inputs(input_readers(part.manifest.components))
         self._standing = Standing(self._body, self._weights, settings.weights_folder)
         self._calibrator = Calibrator(self._body, self._standing, part.manifest)
+        self._priced = PricedLayers(self._body, self._weights, self._calibrator, part.manifest)
+        # Of each batch its tokens and the states at the boundaries of the layers here, while prices are taken.
+        self._risen: list[tuple[Tensor, list[Tensor]]] = []
         self._perturbed, self._counting = ExitStack(), ExitStack()
         self._counted: dict[str, int] = {}
         self._cache: Cache | None = None
@@ -173,11 +178,39 @@ class Stage:
         self._counting.close()
         return self._counted
 
+    # Prices: outside inference mode, for gradients go through what is made.
+
+    def unpriceable(self, components: Sequence[str]) -> str:
+        """See `PricedLayers.unpriceable`, for those of the components that lie here."""
+        return self._priced.unpriceable(self._priced.here(components))
+
+    def begin_prices(self) -> None:
+        """Let go of states that are kept; the weights that stand are those through which gradients will go."""
+        self._risen = []
+        self._calibrator.rest()
+        self._weights.let_gradients_through()
+
+    @torch.no_grad()
+    def rise(self, tokens: Sent, state: Sent) -> Any:
+        """The state above this stage of a batch; those below are kept until `fall`."""
+        rows, entering = received((tokens, state), self._device)
+        states = self._body.own_boundaries(rows, entering)
+        self._risen.append((rows, states))
+        return to_send(states[-1])
+
+    def fall(self, request: PriceRequest, gradients: Sequence[Sent]) -> tuple[dict[str, FloatArray], Any]:
+        """Products of the request's components here, and the gradients below this stage, from those above it."""
+        batches, states = zip(*self._risen, strict=True)
+        self._risen = []
+        found, below = self._priced.down(request, batches, states, received(gradients, self._device))
+        return found, to_send(below)
+
     # Weights.
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def become(self, plan: Plan) -> None:
-        """See `Weights.become`; `plan` has components of this stage only."""
+        """See `Weights.become`; `plan` has components of this stage only. Outside inference mode: gradients may go
+        through these weights."""
         self._weights.become(plan)
 
     @torch.inference_mode()
