@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtmsearch.report.charts.bits_spent import spending_figures
-from dtmsearch.report.charts.drawing import Figure, plan_name, save, title_of
+from dtmsearch.report.charts.drawing import Figure, plan_name, save, title_of, unchecked
 from dtmsearch.report.charts.foreseen import foreseen_figures
 from dtmsearch.report.charts.front import front_figures
 from dtmsearch.report.charts.heatmaps import plan_figures, price_figures, schemes_of, sensitivity_figures
@@ -21,20 +21,24 @@ from dtmsearch.report.facts import RunFacts
 __all__ = ["Figure", "figures", "plan_name", "save", "schemes_of", "title_of"]
 
 
+_DRAWN = (
+    held_out_figures,
+    sensitivity_figures,
+    price_figures,
+    plan_figures,
+    spending_figures,
+    front_figures,
+    foreseen_figures,
+    course_figures,
+    survival_figures,
+    interaction_figures,
+    tree_figures,
+    sparsity_figures,
+    sweep_figures,
+)
+
+
 def figures(facts: RunFacts) -> list[Figure]:
     """Every figure that the rows of a run bear."""
-    found: list[Figure] = []
-    found += held_out_figures(facts)
-    found += sensitivity_figures(facts)
-    found += price_figures(facts)
-    found += plan_figures(facts)
-    found += spending_figures(facts)
-    found += front_figures(facts)
-    found += foreseen_figures(facts)
-    found += course_figures(facts)
-    found += survival_figures(facts)
-    found += interaction_figures(facts)
-    found += tree_figures(facts)
-    found += sparsity_figures(facts)
-    found += sweep_figures(facts)
-    return found
+    with unchecked():
+        return [figure for drawn in _DRAWN for figure in drawn(facts)]

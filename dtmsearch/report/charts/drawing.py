@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,9 +117,23 @@ def plan_name(label: str) -> str:
     return {"plan": "this plan", "base": "base model"}.get(label, label)
 
 
+class _Shared(alt.Chart):
+    """A chart whose copies have its channels in common. Layers are copied twice with all that is in them, down to each
+    key that is not set: half of the time of a report."""
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self.copy(deep=False)
+
+
 def named(name: str) -> Any:
     """A chart over data that the page holds under a name."""
-    return alt.Chart(alt.NamedData(name))
+    return _Shared(alt.NamedData(name))
+
+
+def unchecked() -> AbstractContextManager[None]:
+    """Within, no part of a chart is checked by Vega-Lite's schema as it is made; see `Figure.spec`."""
+    found: AbstractContextManager[None] = alt.utils.schemapi.debug_mode(False)
+    return found
 
 
 def sized(chart: Any, height: int, description: str) -> Any:
