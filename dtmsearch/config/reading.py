@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dtmsearch.config.recorded_text import QUICK_LOADER
 from dtmsearch.core.user_files import read_text, shown
 from dtmsearch.errors import UserError
 
@@ -23,9 +24,10 @@ def read_yaml_file(path: Path, what: str) -> dict[str, Any]:
     return read_yaml(read_text(path, what, MOST_BYTES), str(path), what)
 
 
-def read_yaml(text: str, source: str, what: str = "search file") -> dict[str, Any]:
-    """The keys of a search file's text, or of another file's. Raises `UserError`, naming `source`, for what is none."""
-    content = _parse(text, source)
+def read_yaml(text: str, source: str, what: str = "search file", quick: bool = False) -> dict[str, Any]:
+    """The keys of a search file's text, or of another file's; `quick` of what dtmsearch has written itself, by libyaml,
+    which takes a seventh of the time and has other messages. Raises `UserError`, naming `source`, for what is none."""
+    content = _parse(text, source, QUICK_LOADER if quick else yaml.SafeLoader)
     if not isinstance(content, dict):
         raise UserError(f"{source} is no {what}: it should hold {_KEYS[what]}")
     return content
@@ -38,10 +40,10 @@ _KEYS = {
 }
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: str, source: str, kind: Any = yaml.SafeLoader) -> Any:
     """What a YAML text holds: plain values under names, as many as a person would write."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = kind(text)
         try:
             node = loader.get_single_node()
             if node is None:

@@ -10,13 +10,13 @@ import yaml
 from dtmsearch.core.metric_registry import BUILT_IN, is_metric_name
 
 # What a store holds is read many times in a run. The users' own files are read by yaml.safe_load, for its messages.
-_QUICK_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+QUICK_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def section_of(text: str, name: str) -> dict[str, Any]:
     """A section of a search file's YAML text as it stands, whichever version wrote it; empty where there is none."""
     try:
-        content = yaml.load(text, Loader=_QUICK_LOADER)  # noqa: S506 - as safe as yaml.safe_load
+        content = yaml.load(text, Loader=QUICK_LOADER)  # noqa: S506 - as safe as yaml.safe_load
     except yaml.YAMLError:
         return {}
     section = content.get(name) if isinstance(content, dict) else None

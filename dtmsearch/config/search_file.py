@@ -174,7 +174,7 @@ def recorded(record: RunRecord) -> SearchFile:
     """The search file that a run was started from. An older dtmsearch wrote out every strategy's keys, and let keys
     stand that its own did not use; one that knew no `experts` tied none."""
     source = f"the search file of run {record.run}"
-    content = read_yaml(record.config, source)
+    content = read_yaml(record.config, source, quick=True)
     if isinstance(search := content.get("search"), dict):
         search.setdefault("experts", "expert")
     return from_mapping(content, source, Path(record.config_folder), beside=None)
@@ -224,6 +224,8 @@ def recovery_of(file: SearchFile, overrides: Sequence[str]) -> RecoverySettings:
 
 def difference(old: str, new: str) -> list[str]:
     """What changed between two search files' YAML texts: `key: old -> new`, one line a key."""
+    if old == new:
+        return []
     before, after = flatten(yaml.safe_load(old)), flatten(yaml.safe_load(new))
     return [
         f"{key}: {_in_short(before.get(key, 'unset'))} -> {_in_short(after.get(key, 'unset'))}"
