@@ -345,6 +345,21 @@ def test_a_rehearsal_reads_one_layer_of_a_kind(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(stack[index].weight, before[index])
 
 
+def test_weights_of_one_layer_that_overflow_do_not_refuse_a_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, llama_config(num_hidden_layers=12))
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e37  # twelve times as much has no finite square
+    save_file(tensors, file, {"format": "pt"})
+    expected, found = made(folder, "device"), made(folder, "streamed")
+    values_of = []
+    for model in (expected, found):
+        reference = with_reference(model)
+        request = EvalRequest(Plan(), reference.id, (0, 6), ALL)
+        values_of.append([values(outcome) for outcome in model.evaluate([request])])
+    assert values_of[0] == values_of[1]
+
+
 def test_the_first_layers_stay_as_far_as_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = layers()
     streamed = StreamedLayers(stack, CPU, {}, 4 * 512.0)

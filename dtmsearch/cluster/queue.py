@@ -123,7 +123,7 @@ def _take_from(group: _Group, budget: float, most: int | None, of_all_layers: bo
     while count < available and (count == 0 or cost < budget):
         cost += average if of_all_layers else waiting[count].cost
         count += 1
-    chosen = {at * len(waiting) // count for at in range(count)} if of_all_layers else set(range(count))
+    chosen = {(2 * at + 1) * len(waiting) // (2 * count) for at in range(count)} if of_all_layers else set(range(count))
     taken = [waiting[at] for at in sorted(chosen)]
     group.requests = [request for at, request in enumerate(waiting) if at not in chosen]
     group.cost -= sum(request.cost for request in taken)

@@ -46,6 +46,14 @@ class _Place:
     fetched: Fetched | None = None
 
 
+@dataclass(frozen=True)
+class _Rehearsed:
+    """Whose weights a layer has in a rehearsal, and its parameters with those of that layer."""
+
+    first: int
+    pairs: list[tuple[nn.Parameter, nn.Parameter]]
+
+
 class StreamedLayers:
     """Brings each layer to a device before it runs, compiled or not.
 
@@ -80,37 +88,41 @@ class StreamedLayers:
         self._fixed, self._in_turn = places[: self.num_resident], places[self.num_resident :]
         self._written: set[nn.Parameter] = set()
         self._last, self._step = -1, 1
-        self._stands_for: list[int] = []  # while rehearsing: the layer whose weights each has
+        self._rehearsed: list[_Rehearsed] = []  # by layer, while rehearsing
         for index, layer in enumerate(layers):
             precede(layer, partial(self._before, index))
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Within, all layers of the same kind and shapes run with the weights of the first of them: what the model's
-        code does with a pass is found out without reading all of its weights for each pass."""
+        code does with a pass is found out without reading all of its weights for each pass. Before any layer is needed;
+        what such a pass gives is of no model, and may overflow where the model does not."""
+        assert all(place.layer is None for place in (*self._fixed, *self._in_turn)), "layers are there already"
         first_of: dict[object, int] = {}
         for index, layer in enumerate(self._layers):
             shapes = tuple((name, own.shape, own.dtype) for name, own in layer.named_parameters())
-            self._stands_for.append(first_of.setdefault((type(layer), shapes), index))
-        lent = {own: own.data for at, layer in zip(self._stands_for, self._layers, strict=True)
-                for own in layer.parameters() if layer is not self._layers[at]}  # fmt: skip
+            first = first_of.setdefault((type(layer), shapes), index)
+            pairs = zip(layer.parameters(), self._layers[first].parameters(), strict=True)
+            self._rehearsed.append(_Rehearsed(first, list(pairs)))
+        lent = [(own, own.data) for index, each in enumerate(self._rehearsed) if each.first != index
+                for own, _ in each.pairs]  # fmt: skip
         try:
             yield
         finally:
-            self._stands_for.clear()
-            for parameter, here in lent.items():
+            self._rehearsed.clear()
+            for parameter, here in lent:
                 parameter.data = here
 
     def _before(self, index: int) -> None:
         """Have a layer ready to be run."""
-        first = self._stands_for[index] if self._stands_for else index
-        self.need(first)
-        if first != index:
-            layer = self._layers[index]
-            for own, other in zip(layer.parameters(), self._layers[first].parameters(), strict=True):
-                own.data = other.data
-            for part in parts_of(layer):
-                move_buffers(part, lambda _: self._device, recurse=False)
+        if not self._rehearsed or self._rehearsed[index].first == index:
+            self.need(index)
+            return
+        self.need(self._rehearsed[index].first)
+        for own, other in self._rehearsed[index].pairs:
+            own.data = other.data
+        for part in parts_of(self._layers[index]):
+            move_buffers(part, lambda _: self._device, recurse=False)
 
     def need(self, index: int) -> None:
         """Have a layer's weights on the device, for what is launched from now on until another layer is needed; begin
@@ -121,7 +133,7 @@ class StreamedLayers:
         place = self._holding(index) or self._begin(index, self._place_for(index))
         if place.fetched is not None:
             self._arrive(place)
-        if self._stands_for:
+        if self._rehearsed:
             return
         coming = self._coming(index)
         ahead = next((other for other in coming if self._holding(other) is None), None)

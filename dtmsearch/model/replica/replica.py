@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ from dtmsearch.model.replica.pricing import Pricer
 from dtmsearch.model.replica.reference_maker import ReferenceMaker
 from dtmsearch.model.replica.spread_model import load_spread_model
 from dtmsearch.model.replica.streamed_evaluator import StreamedEvaluator
-from dtmsearch.model.replica.streamed_model import PassingWeights, load_streamed_model, streams
+from dtmsearch.model.replica.streamed_model import PassingWeights, load_streamed_model, rehearsed, streams
 from dtmsearch.model.replica.timing import measured_speed
 from dtmsearch.model.weights.applied import Weights
 from dtmsearch.model.weights.checkpoint import Checkpoint
@@ -130,9 +130,12 @@ class Replica:
         places = Places(model, slots)
         alone = settings.num_devices == settings.num_stages == 1
         compiled = alone and _pays_to_compile(spec, model, self._device)
-        with nullcontext() if streamed is None else streamed.rehearsing():
-            self._body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
-            self._reuse = Reuse(self._body, self._manifest, places, compiled, known_as)
+
+        def cut() -> tuple[Body, Reuse]:
+            body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)
+            return body, Reuse(body, self._manifest, places, compiled, known_as)
+
+        self._body, self._reuse = cut() if streamed is None else rehearsed(streamed, cut)
         if compiled:
             slots.update(compile_layers(*find_layers(model)))
         self._mode = NumericMode(spec.dtype, self._device.type, spec.attention, compiled, spec.scale_dtype)

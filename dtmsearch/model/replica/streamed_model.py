@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, WeightsKept
+from dtmsearch.errors import UserError
 from dtmsearch.model.forward.activation_cache import free_bytes, most_bytes
 from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import load_model
@@ -20,6 +22,7 @@ from dtmsearch.model.modules.weight_reading import move_buffers
 from dtmsearch.model.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 # The part of a GPU's memory that all weights may take, beside states and activations, if they are to stay there. Of all
 # of it, not of what is free now: whether layers are compiled follows from it, and with that the bits of all values.
@@ -57,6 +60,17 @@ def load_streamed_model(
         folder, streamed.num_resident, len(layers), streamed.layer_bytes / 1e9,
     )  # fmt: skip
     return model, streamed
+
+
+def rehearsed(streamed: StreamedLayers, prove: Callable[[], _T]) -> _T:
+    """What `prove` finds out of a model's passes: in a rehearsal, and where it raises `UserError` there, with all of
+    the model's own weights."""
+    try:
+        with streamed.rehearsing():
+            return prove()
+    except UserError as error:
+        log.debug("once more with all weights: %s", error)
+    return prove()
 
 
 class PassingWeights:
