@@ -341,6 +341,30 @@ def test_experts_with_schemes_of_their_own_are_refused_where_some_go(mixture: tu
         parse(f"run: a\nmodel: {{path: m}}\nprompts: {{files: [a.txt]}}\nsearch: {section}", "search.yaml", Path())
 
 
+@pytest.mark.parametrize(
+    ("schemes", "message"),
+    [
+        ({MLP: QUARTER, f"{MLP}.gate": "int4-g16"}, "gives the router .*gate a scheme, int4-g16, and takes experts"),
+        ({MLP: "experts-0.75-random"}, "1 of 4 experts would be left, and a token is given to 2"),
+        ({MLP: "experts-0.05-random"}, "all 4 experts would stay"),
+    ],
+)
+def test_a_plan_file_that_takes_experts_as_no_search_may_is_refused(
+    mixture: tuple[Replica, str, str], schemes: dict[str, str], message: str
+) -> None:
+    manifest = mixture[0].manifest()
+    with pytest.raises(UserError, match=message):
+        plan_from_json(plan_to_json(Plan.of(schemes), manifest), manifest, "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("expert-0.25-reap", "experts-0.25-reap"), ("channel-0.25-wanda", "channels-0.25-wanda")]
+)
+def test_a_kind_of_width_that_is_misspelled_is_near_to_that_kind(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=near):
+        parse_scheme(name)
+
+
 def space(
     mixture: tuple[Replica, str, str], budget: Budget, schemes: tuple[str, ...] = (), cuts: tuple[str, ...] = ()
 ) -> SearchSpace:

@@ -50,8 +50,15 @@ def plan_from_json(text: str, manifest: ModelManifest, source: str) -> Plan:
 
 
 def _check_experts(plan: Plan, manifest: ModelManifest, source: str) -> None:
-    """Raises `UserError` for experts that have schemes of their own in a mixture of which some go: what is left would
-    be of no size that is known."""
+    """Raises `UserError` where some experts of a mixture go and its router, of which rows go, has a scheme, or experts
+    have schemes of their own: what is left would be of no size that is known."""
+    for router in manifest.routers if plan.widths else ():
+        block = next((name for name in plan.widths if router.startswith(f"{name}.")), None)
+        if block is not None and plan.widths[block].width.takes_experts and router in plan.schemes:
+            raise UserError(
+                f"{source} gives the router {router} a scheme, {plan.schemes[router]}, and takes experts of {block}, "
+                "of which its rows go: leave one of both out"
+            )
     first: dict[tuple[str, str], str] = {}
     for component in manifest.components if plan.widths else ():
         width = plan.width_of(component)
@@ -73,6 +80,15 @@ def _is_of_whole(scheme: Scheme) -> bool:
 def check_takes(scheme: Scheme, component: Component, source: str) -> None:
     """Raises `UserError` for a scheme that is not one for such a component."""
     if component.is_block and not scheme.takes(component):
+        width = scheme.width
+        if width is not None and width.takes_experts and component.mixture:
+            left, of = width.left(component.num_experts), component.num_experts
+            chosen = component.experts_per_token
+            why = f"{left} of {of} experts would be left, and a token is given to {chosen}"
+            raise UserError(
+                f"{source} gives {component.name} the scheme {scheme.name}: "
+                f"{why if left < of else f'all {of} experts would stay'}"
+            )
         raise UserError(
             f"{source} gives {component.name} the scheme {scheme.name}: a whole {component.kind} is dropped (drop), "
             "cut (channels-0.25-wanda of an MLP, heads-2:3-wanda of an attention, experts-0.25-reap of a mixture) or "
