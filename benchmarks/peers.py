@@ -4,9 +4,9 @@
     python benchmarks/peers.py MODEL TEXT HELD_OUT --python PEERS/bin/python --out FOLDER [--cases bits-4-g128]
 
 Each tool chooses with its own score and solver, in its own environment; every plan is then rounded by this package and
-judged on the same held-out prompts. Tools that allocate by a fixed rule (mlx-lm, llama.cpp) have no environment: their
-rules stand here, and since a rule has one size, ours is asked for that size. Writes FOLDER/peers.json and, last, one
-table; seconds of the tools hold scoring and solving, of ours the search and its reference.
+judged on the same held-out prompts. Tools that allocate by a fixed rule (mlx-lm, llama.cpp) need no environment: see
+peers_rules.py. Writes FOLDER/peers.json and, last, one table; seconds of the tools hold scoring and solving, of ours
+the search and its reference.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 from search_quality import CASES, Bench, Case, space_of
 
-from dtmsearch.core.gguf_presets import in_more_bits
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import parse_scheme
@@ -31,26 +29,10 @@ from dtmsearch.search.space import SearchSpace
 PEERS = ("modelopt", "modelopt-groups", "auto-round")
 
 
-def mixed(low: int, high: int) -> Callable[[str, int, int], int]:
-    """mlx-lm's `mixed_LOW_HIGH`: values and the second matrix of the MLP in more bits in some layers. `mixed_4_6` is
-    what llama.cpp's Q4_K_M does."""
-
-    def width(kind: str, layer: int, layers: int) -> int:
-        return high if kind in ("v", "down") and in_more_bits(layer, layers) else low
-
-    return width
-
-
-# Case -> the rules that go with its schemes.
-RULES: dict[str, dict[str, Callable[[str, int, int], int]]] = {
-    "bits-4-g128": {"mlx 4_6, Q4_K_M": mixed(4, 6)},
-    "bits-3-g128": {"mlx 3_4": mixed(3, 4), "mlx 3_6": mixed(3, 6)},
-}
-
-
 @dataclass
 class Row:
-    """A plan: `less_than_auto` is auto's KL less the plan's, paired over prompts, with its 95% interval."""
+    """A plan: `ours_less_this` is the KL of our first plan less its, paired over prompts, with the 95% interval;
+    `megatokens` are those that were forwarded to find it, where they are counted."""
 
     case: str
     by: str
@@ -62,7 +44,8 @@ class Row:
     fdt: float
     sdt: float
     ppl: float
-    auto_less_this: tuple[float, float, float] | None = None
+    ours_less_this: tuple[float, float, float] | None = None
+    megatokens: float = 0.0
 
 
 def allocated(python: Path, peer: str, model: Path, text: Path, case: Case, out: Path) -> tuple[Plan, str, float]:
@@ -80,12 +63,6 @@ def allocated(python: Path, peer: str, model: Path, text: Path, case: Case, out:
     return Plan.of(found["plan"]), found["version"], found["seconds"]
 
 
-def by_rule(space: SearchSpace, width: Callable[[str, int, int], int]) -> Plan:
-    """The plan of a rule of widths, in groups of 128."""
-    layers = 1 + max(component.layer for component in space.components)
-    return Plan.of({c.name: f"int{width(c.kind, c.layer, layers)}-g128" for c in space.components})
-
-
 def judged(bench: Bench, space: SearchSpace, case: Case, by: str, version: str, seconds: float, plan: Plan) -> Row:
     found, uniform = summarize(bench.measure(plan)), summarize(bench.measure(bench.best_uniform(space)))
     assert found.kl is not None and uniform.kl is not None and found.ppl is not None
@@ -94,19 +71,6 @@ def judged(bench: Bench, space: SearchSpace, case: Case, by: str, version: str, 
         *(case.name, by, version, seconds, bits, found.kl, found.kl / uniform.kl),
         *(found.fdt_mean, found.sdt_mean, found.ppl),
     )
-
-
-def beside_rule(bench: Bench, case: Case, name: str, plan: Plan) -> list[Row]:
-    """A rule's plan, and what `auto` finds at that size."""
-    bits = space_of(bench, case).size(plan).bits_per_weight
-    same_size = replace(case, bits=bits)
-    space = space_of(bench, same_size)
-    started_at = time.perf_counter()
-    ours = Plan.of(bench.run(same_size, "auto", 0, space, {}).plan)
-    row = judged(bench, space, case, name, "", 0.0, plan)
-    row.auto_less_this = compared(bench, ours, plan)
-    seconds = time.perf_counter() - started_at
-    return [row, judged(bench, space, case, f"auto at {name}", "", seconds, ours)]
 
 
 def compared(bench: Bench, ours: Plan, other: Plan) -> tuple[float, float, float]:
@@ -125,14 +89,13 @@ def compared(bench: Bench, ours: Plan, other: Plan) -> tuple[float, float, float
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--cases", default="bits-3-g128,bits-4-g128", show_default=True)
 @click.option("--ours", default="auto,fisher", show_default=True)
-@click.option("--tools", default=",".join(PEERS), show_default=True, help="Empty: rules alone.")
-@click.option("--rules/--no-rules", default=True, show_default=True, help="Fixed rules, and ours at their sizes.")
+@click.option("--tools", default=",".join(PEERS), show_default=True)
 @click.option("--prompts", default=256, show_default=True)
 @click.option("--held-out-prompts", default=128, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of ours: which prompts it draws.")
 @click.option("--dtype", default="float32", show_default=True)
 def main(
-    model: Path, text: Path, held_out: Path, python: Path, out: Path, cases: str, ours: str, tools: str, rules: bool,
+    model: Path, text: Path, held_out: Path, python: Path, out: Path, cases: str, ours: str, tools: str,
     prompts: int, held_out_prompts: int, seed: int, dtype: str,
 ) -> None:  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
@@ -144,7 +107,7 @@ def main(
         plans = {"uniform": bench.best_uniform(space)}
         for name in ours.split(","):
             started_at = time.perf_counter()
-            plans[name] = Plan.of(bench.run(case, name, seed, space, {}).plan)
+            plans[name] = Plan.of(bench.run(case, name, seed, space, {}, points=0).plan)
             rows.append(judged(bench, space, case, name, "", time.perf_counter() - started_at, plans[name]))
         for peer in filter(None, tools.split(",")):
             try:
@@ -155,9 +118,7 @@ def main(
                 continue
             rows.append(judged(bench, space, case, peer, version, seconds, plans[peer]))
         for row in (row for row in rows if row.case == case.name and row.by != "auto" and "auto" in plans):
-            row.auto_less_this = compared(bench, plans["auto"], plans[row.by])
-        for name, width in RULES.get(case.name, {}).items() if rules else ():
-            rows += beside_rule(bench, case, name, by_rule(space, width))
+            row.ours_less_this = compared(bench, plans["auto"], plans[row.by])
         (out / "peers.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
     print(
         f"{'case':12s} {'by':21s} {'version':9s} {'seconds':>8s} {'bits':>7s} {'KL':>8s} {'ratio':>6s} {'FDT':>6s}",
@@ -165,7 +126,7 @@ def main(
     )
     print(f" {'SDT':>6s} {'PPL':>8s}  auto's KL less its")
     for row in rows:
-        less = "" if row.auto_less_this is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row.auto_less_this)
+        less = "" if row.ours_less_this is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row.ours_less_this)
         print(
             f"{row.case:12s} {row.by:21s} {row.version:9s} {row.seconds:8.1f} {row.bits_per_weight:7.4f} {row.kl:8.4f}"
             f" {row.kl_vs_uniform:6.3f} {row.fdt:6.2f} {row.sdt:6.2f} {row.ppl:8.3f}  {less}"

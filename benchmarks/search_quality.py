@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
 from dtmsearch.core.metrics import summarize
 from dtmsearch.core.plan import Budget, Plan
-from dtmsearch.core.prices import PriceKind, PriceRequest, priced_schemes
+from dtmsearch.core.prices import PriceBlock, PriceKind, PriceRequest, priced_schemes
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.core.strategy_settings import (
     AutoSettings,
@@ -107,6 +107,12 @@ SETTINGS: dict[str, tuple[str, SolverSettings]] = {
     "lazy-greedy": ("lazy_greedy", SolverSettings()),
     "knapsack-64": ("knapsack", SolverSettings(knapsack=KnapsackSettings(64))),
     "spdy": ("spdy", SolverSettings()),
+    # EvoPress's own settings for quantization: stages of a 256th, a 32nd and a quarter of its 524,288 tokens; here of
+    # 256 prompts.
+    "evopress": (
+        "evolution",
+        SolverSettings(evolution=EvolutionSettings(150, 128, prompts=(1, 8, 64), survivors=(16, 4))),
+    ),
     "evolution-100": ("evolution", SolverSettings(evolution=EvolutionSettings(generations=100))),
     "evolution-400": ("evolution", SolverSettings(evolution=EvolutionSettings(generations=400))),
     "local": ("local", SolverSettings(local=LocalSettings(rounds=60))),
@@ -211,6 +217,7 @@ class Bench:
         self.held_out = self._reference(held_out.read_text(encoding="utf-8"), held_out_prompts, HELD_OUT_SEED)
         self._measured: dict[str, EvalResult] = {}
         self._references: dict[int, Reference] = {}
+        self._priced: dict[tuple[str, tuple[int, int], tuple[str, ...]], PriceBlock] = {}
         self._calibration_id = ""
 
     def _reference(self, text: str, count: int, seed: int) -> Reference:
@@ -251,7 +258,8 @@ class Bench:
         """The request with the calibration named, where its plan needs one."""
         return replace(request, calibration_id=self.calibrate()) if request.plan.needs_calibration else request
 
-    def run(self, case: Case, name: str, seed: int, space: SearchSpace, errors: WeightErrors) -> Row:
+    def run(self, case: Case, name: str, seed: int, space: SearchSpace, errors: WeightErrors, points: int = 8) -> Row:
+        """A search, and what its plan and `points` of its decisions come to on the held-out prompts."""
         reference = self.reference(seed)
         strategy_name, settings = SETTINGS[name]
 
@@ -261,7 +269,7 @@ class Bench:
         counter = Counter(self.replica, 2 * self.continuation)
         components = [component.name for component in space.components]
         if STRATEGIES[strategy_name].takes_prices and not self.replica.unpriceable(components):
-            settings = replace(settings, take=self._taking(case, reference, counter, seed))
+            settings = replace(settings, take=self.taking(case, reference, counter, seed))
         strategy = make_strategy(
             strategy_name, space, request_for, "kl", solver=replace(settings, errors=errors), seed=seed,
             continuation_tokens=self.continuation,
@@ -277,11 +285,11 @@ class Bench:
         return Row(
             case.name, name, seed, counter.tokens / 1e6, counter.evaluations, seconds, size.bits_per_weight,
             size.sparsity, found.kl, found.kl / uniform.kl, found.fdt_mean, found.sdt_mean, found.ppl,
-            path=self._path(watcher.path), plan=plan.schemes,
+            path=self._path(watcher.path, points), plan=plan.schemes,
         )  # fmt: skip
 
-    def _taking(self, case: Case, reference: Reference, counter: Counter, seed: int) -> TakePrices:
-        """What takes prices of a case's options, and counts."""
+    def taking(self, case: Case, reference: Reference, counter: Counter, seed: int) -> TakePrices:
+        """What takes prices of a case's options, and counts; prices that another search took are counted, not taken."""
         components = tuple(component.name for component in self.replica.manifest().components)
         calibration_id = self.calibrate() if Plan.of({components[0]: case.schemes[-1]}).needs_calibration else ""
 
@@ -289,18 +297,19 @@ class Bench:
             parts, schemes = [], priced_schemes(kind, case.schemes)
             for first in range(*samples, PRICE_BLOCK):
                 part = first, min(first + PRICE_BLOCK, samples[1])
-                block = self.replica.price(
-                    PriceRequest(reference.id, part, components, schemes, seed, kind, around, calibration_id)
-                )
+                request = PriceRequest(reference.id, part, components, schemes, seed, kind, around, calibration_id)
+                block = self._priced.get((request.id, part, schemes)) or self.replica.price(request)
+                if kind == "fisher":
+                    self._priced[request.id, part, schemes] = block
                 counter.tokens += block.tokens
                 parts.append(block.products)
             return np.concatenate(parts)
 
         return take
 
-    def _path(self, decisions: list[tuple[int, Plan]], points: int = 8) -> list[tuple[float, float]]:
+    def _path(self, decisions: list[tuple[int, Plan]], points: int) -> list[tuple[float, float]]:
         """(megatokens, held-out KL) of some of a search's decisions, the last among them."""
-        at = np.unique(np.linspace(0, len(decisions) - 1, points).round().astype(int)) if decisions else []
+        at = np.unique(np.linspace(0, len(decisions) - 1, points).round().astype(int)) if decisions and points else []
         chosen = [decisions[i] for i in at]
         return [(tokens / 1e6, float(summarize(self.measure(plan)).kl or 0.0)) for tokens, plan in chosen]
 
