@@ -215,7 +215,7 @@ def no_experts(width: Width, matrices: Sequence[Cuttable]) -> str:
 def nearest_width(name: str) -> str:
     """The width that a name which is none may have meant, where it begins as one does, or nearly; else empty."""
     given = name.partition("-")[0]
-    kind = next(iter(difflib.get_close_matches(given, _BLOCKS, n=1, cutoff=0.8)), "")
+    kind: str = next(iter(difflib.get_close_matches(given, list[str](_BLOCKS), n=1, cutoff=0.8)), "")
     if kind == "experts":
         shares = [f"0.{hundredths:02}".rstrip("0") for hundredths in range(5, 100, 5)]
         known = [f"experts-{share}-{rule}" for share in shares for rule in RULES_OF_EXPERTS]
