@@ -53,8 +53,9 @@ def _check_experts(plan: Plan, manifest: ModelManifest, source: str) -> None:
     """Raises `UserError` where some experts of a mixture go and its router, of which rows go, has a scheme, or experts
     have schemes of their own: what is left would be of no size that is known."""
     for router in manifest.routers if plan.widths else ():
-        block = next((name for name in plan.widths if router.startswith(f"{name}.")), None)
-        if block is not None and plan.widths[block].width.takes_experts and router in plan.schemes:
+        block = next((name for name in plan.widths if router.startswith(f"{name}.")), "")
+        width = plan.widths[block].width if block else None
+        if width is not None and width.takes_experts and router in plan.schemes:
             raise UserError(
                 f"{source} gives the router {router} a scheme, {plan.schemes[router]}, and takes experts of {block}, "
                 "of which its rows go: leave one of both out"
