@@ -75,6 +75,8 @@ class PipelinePricer(Pricer):
             if lowest < remote.layers.stop:
                 products, reached = remote.get("fall", request, reached)
                 found |= products
+            else:
+                remote.tell("end_prices")
         if lowest < self._body.own.stop:
             found |= self._layers.down(request, batches, states, received(reached, self._body.input_device))[0]
         return found

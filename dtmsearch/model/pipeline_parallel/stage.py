@@ -185,10 +185,14 @@ class Stage:
         return self._priced.unpriceable(self._priced.here(components))
 
     def begin_prices(self) -> None:
-        """Let go of states that are kept; the weights that stand are those through which gradients will go."""
-        self._risen = []
+        """The weights that stand are those through which gradients will go."""
+        self.end_prices()
         self._calibrator.rest()
         self._weights.let_gradients_through()
+
+    def end_prices(self) -> None:
+        """Let go of states that are kept: no gradients come down to this stage."""
+        self._risen = []
 
     @torch.no_grad()
     def rise(self, tokens: Sent, state: Sent) -> Any:
@@ -246,6 +250,7 @@ class Stage:
     def rest(self) -> None:
         """Let go of all that can be had again."""
         self._calibrator.forget()
+        self.end_prices()
         self._cache = None
         gc.collect()
         if self._device.type == "cuda":
