@@ -145,6 +145,8 @@ def test_prices_are_alike(calibrated: list[tuple[Replica, Calibration]], kind: P
             )  # the last ones lie in the last stage alone
             assert model.unpriceable(components) == ""
             found.append(model.price(asked).products)
+            held = [remote.peer.stage._risen for remote in getattr(model, "_remotes", ())]
+            assert not any(held)  # of no stage, whether gradients came down to it or not
         with pytest.raises(UserError, match="lies outside the layers"):
             model.price(replace(asked, components=(model.manifest().others[0].name,)))
     one, other = found[:3], found[3:]
