@@ -111,7 +111,8 @@ USED_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("auto.correction_prompts", "auto.polish_prompts"), _AUTO),
     "fisher": ("fisher", "squared_gradients", "gradient_changes"),
     **{name: (name,) for name in ("knapsack", "spdy", "evolution", "local", "floating", "mc_moe")},
-    **dict.fromkeys(("rounds", "allocate", "prune", "probe_points", "probe_every", "cap", "recovery"), _SPARSITY),
+    **dict.fromkeys(("rounds", "allocate", "prune", "probe_points", "probe_every", "cap"), _SPARSITY),
+    "recovery": ("sparsity", "floating"),
 }
 
 
@@ -233,7 +234,7 @@ class SearchSection(Section):
     cap: PositivePart = PruningSettings.cap
     """sparsity: most that may be pruned of a component."""
     recovery: RecoverySettings | None = None
-    """sparsity: training after every round."""
+    """sparsity, floating: training after every round."""
 
     @property
     def every_scheme(self) -> tuple[str, ...]:
@@ -310,6 +311,8 @@ class SearchSection(Section):
                     "strategy: floating drops blocks until a size is met, and stop has none: give stop.blocks, "
                     "stop.parameters, stop.flops, stop.size_mb, stop.bits_per_weight, ..., such as stop: {blocks: 4}"
                 )
+            if self.strategy == "floating":
+                self._check_rounds()
             if self.shapes_blocks and self.strategy in BUILT_IN_STRATEGIES and self.strategy not in DROPPING:
                 key, does = ("drop", "drop") if self.drop else ("cut", "cut")
                 raise ValueError(
@@ -331,6 +334,30 @@ class SearchSection(Section):
         if sum(self.pruning_rounds) > 100:
             raise ValueError(f"rounds add up to {sum(self.pruning_rounds):g} points, but there are 100 to prune")
         return self
+
+    def _check_rounds(self) -> None:
+        """Raises `ValueError` for rounds of `floating` that cannot be."""
+        if self.recovery is None:
+            if self.floating.rounds > 1:
+                raise ValueError("floating.rounds: rounds differ from steps by the training after each: give recovery")
+            return
+        if self.recovery.unmasked_steps:
+            raise ValueError(
+                f"recovery.unmasked_steps: {self.recovery.unmasked_steps} would let blocks grow again that are dropped "
+                "or cut: give unmasked_steps: 0"
+            )
+        if of_experts := next((n for n in self.cut if (w := parse_scheme(n).width) and w.takes_experts), None):
+            raise ValueError(
+                f"search.cut: {of_experts} and recovery: training holds at zero what is taken, and a router would go "
+                "on giving tokens to experts of zeros; leave one of both out"
+            )
+
+    @property
+    def training_rounds(self) -> int:
+        """After how many rounds the search has what it has come to trained."""
+        if self.recovery is None:
+            return 0
+        return len(self.pruning_rounds) if self.strategy == "sparsity" else self.floating.rounds
 
     def _check_cut(self) -> None:
         """Raises `ValueError` for what is not there beside widths."""

@@ -196,12 +196,15 @@ class McMoeSettings(StrategySettings):
 
 @dataclass(frozen=True)
 class FloatingSettings(StrategySettings):
-    """How much `floating` measures: prompts by which blocks are chosen, and plans that are compared last on all."""
+    """How much `floating` measures: prompts by which blocks are chosen, and plans that are compared last on all; in how
+    many rounds it goes, each with a training."""
 
     prompts: Positive = 24
     """Prompts by which blocks are chosen."""
     finalists: Positive = 4
     """Plans that are compared on all prompts in the end."""
+    rounds: Positive = 1
+    """Rounds of as much progress towards the stop rule; after each what is left is trained (recovery)."""
 
 
 @dataclass(frozen=True)

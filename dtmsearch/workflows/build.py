@@ -182,4 +182,5 @@ def _solver_settings(
         errors=errors,
         take=take,
         uses=uses,
+        trains=section.recovery is not None,
     )

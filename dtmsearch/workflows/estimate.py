@@ -109,7 +109,7 @@ def _validated_prompts(file: SearchFile, space: SearchSpace, count: int) -> int:
     the plan where one of them may take its place; on the other the plan, the base model, every scheme's uniform plan,
     llama.cpp's mixture and the rival that was chosen."""
     prunes = file.search.strategy == "sparsity"
-    stays = prunes or file.search.stop.min_fdt is not None
+    stays = prunes or file.search.training_rounds > 0 or file.search.stop.min_fdt is not None
     named = set(space.schemes)
     if not prunes and len(named) == 1 and space.progress(space.uniform(space.schemes[0])) <= 1.0:
         named = set()  # its uniform plan is the plan
@@ -125,20 +125,20 @@ def _validated_prompts(file: SearchFile, space: SearchSpace, count: int) -> int:
 
 
 def _num_milestones(file: SearchFile) -> int:
-    """The models that a sparsity search comes to before its last: pruned ones, and trained ones."""
-    models = 1 if file.search.recovery is None else 2
-    return max(0, len(file.search.pruning_rounds) * models - 1) if file.search.strategy == "sparsity" else 0
+    """The models that a search in rounds comes to before its last: pruned or smaller ones, and trained ones."""
+    rounds = len(file.search.pruning_rounds) if file.search.strategy == "sparsity" else file.search.training_rounds
+    return max(0, rounds + file.search.training_rounds - 1)
 
 
 def _training_seconds(file: SearchFile, forward_seconds: float) -> float:
     """Seconds of a search's trainings, where a forward pass takes so long a token. A step goes forward once and
     backward at twice that; forward once more where activations are computed anew, or a teacher is asked."""
     section = file.search.recovery
-    if section is None or file.search.strategy != "sparsity":
+    if section is None:
         return 0.0
     passes = 3.0 + section.checkpointing + section.asks_base
     tokens = section.num_steps * section.batch_tokens
-    return len(file.search.pruning_rounds) * tokens * passes * forward_seconds
+    return file.search.training_rounds * tokens * passes * forward_seconds
 
 
 def candidate_seconds(

@@ -97,9 +97,14 @@ def _find_run(source: str, results: ResultStore, model: str | None, weights_id: 
             f"run {source!r} searched the model with manifest {record.manifest_id}; the one at {spec.path} has "
             f"{manifest.id}. If the model lies elsewhere now, say where with --model"
         )
+    over = results.weights_id(source) if weights_id is None else weights_id
+    if even and over:
+        raise UserError(
+            f"--even rounds a plan over the base model's weights; those of run {source!r}, {over}, were trained for "
+            "its plan as it is"
+        )
     plan, price = _evened(source, plan, manifest, results) if even else (plan, "")
     preferred = [i for i in (record.validation_reference_id, record.reference_id) if i is not None]
-    over = results.weights_id(source) if weights_id is None else weights_id
     return Source(plan, spec, manifest, _recorded(results, plan, over, source, preferred), file, over, rounded=price)
 
 

@@ -30,7 +30,7 @@ from dtmsearch.search.evaluator import ModelEvaluator
 from dtmsearch.search.loop import search
 from dtmsearch.search.min_fdt import ladder_of
 from dtmsearch.search.protocols import Decision, Observer, Silent, Strategy, remarks_of
-from dtmsearch.search.strategies.sparsity import Milestone, Sparsity
+from dtmsearch.search.strategies.generator import Milestone, Procedure
 from dtmsearch.search.strategies.strategy_registry import STRATEGIES
 from dtmsearch.store.store import ResultStore, RunWriter
 from dtmsearch.workflows.build import sparsity_search_of, strategy_of
@@ -292,7 +292,7 @@ class _Run:
             cost_of=partial(evaluation_cost, manifest=session.manifest),
             trainer=trainer,
         )
-        if isinstance(strategy, Sparsity):
+        if isinstance(strategy, Procedure):
             self._milestones = strategy.milestones
         return plan, remarks_of(strategy), ladder_of(strategy)
 

@@ -30,7 +30,7 @@ from dtmsearch.search.baselines import (
     uniform_rivals,
 )
 from dtmsearch.search.space import SearchSpace
-from dtmsearch.search.strategies.sparsity import Milestone
+from dtmsearch.search.strategies.generator import Milestone
 from dtmsearch.workflows.build import held_out_metrics_of
 from dtmsearch.workflows.calibrate import Calibrating
 from dtmsearch.workflows.session import Session, whole_request
@@ -67,6 +67,8 @@ class Validation:
     def judge(self, plan: Plan, calibrating: Calibrating) -> Judged:
         """Measure the plan and what it is held against. Raises `SearchStopped` when that is wished."""
         plans = validation_plans(self.space, plan)
+        if self.milestones:  # trained for its widths as they are
+            plans.pop(EVENED, None)
         calibration_id = calibrating.for_plans(plans.values())
         better = None
         if self.choice is not None:

@@ -11,6 +11,9 @@ which no step back leads to a better one; the best plans that meet it are compar
 Where blocks may be cut, a step takes one to its next width, or drops it after the last one, and a step back leads to
 the width before; what the next width adds is held for at least what the last one did until it is measured, and of the
 steps back those are tried that would gain most for what they give up.
+
+With trainings it goes in rounds of as much progress: what is left at the end of a round is trained, and the next round
+goes on from there, over these weights. What a round before it has taken stays out, for its weights were held at zero.
 """
 
 from __future__ import annotations
@@ -24,7 +27,17 @@ from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.errors import SearchFailed
-from dtmsearch.search.strategies.generator import DENSE_PLAN, Part, Procedure, Script, Trial, mean_loss
+from dtmsearch.search.protocols import TrainRequest
+from dtmsearch.search.strategies.generator import (
+    DENSE_PLAN,
+    Milestone,
+    Part,
+    Procedure,
+    Script,
+    Trial,
+    losses,
+    mean_loss,
+)
 from dtmsearch.search.strategies.task import Task
 from dtmsearch.search.units import Unit
 
@@ -46,11 +59,12 @@ class _Found:
 
 
 class Floating(Procedure):
-    """See the module. `settings` say on how many prompts blocks are chosen, and how many plans are compared last."""
+    """See the module. `settings` say on how many prompts blocks are chosen, and how many plans are compared last;
+    `trains`, whether the model of every round is trained."""
 
-    def __init__(self, task: Task, settings: FloatingSettings = FloatingSettings()) -> None:
+    def __init__(self, task: Task, settings: FloatingSettings = FloatingSettings(), trains: bool = False) -> None:
         super().__init__(task.space, task.request_for, ("kl", task.rank_by))
-        self._rank_by, self._settings = task.rank_by, settings
+        self._rank_by, self._settings, self._trains = task.rank_by, settings, trains
         units = [unit for unit in task.space.units if unit.is_block]
         self._blocks = tuple(unit.name for unit in units)
         # The schemes of each block, from all of it to the least.
@@ -59,25 +73,55 @@ class Floating(Procedure):
         self._answers: dict[Plan, Outcome] = {}
         # What each step of a block added to the loss when it was last measured.
         self._added: dict[tuple[str, str], float] = {}
+        # Of the round: its number from 0, the plan that it began with, the weights that its plans are over.
+        self._number, self._start, self._weights_id = 0, DENSE_PLAN, ""
 
     def script(self) -> Script:
-        now = self._found[DENSE_PLAN] = _Found(DENSE_PLAN, 0.0, 0.0)
-        self._foresee((self._usual, self._settings.prompts), (self._settings.finalists, self.num_prompts))
-        self.stage = "blocks alone"
-        first = [Perturbation(name, self._ladders[name][1]) for name in self._blocks]
-        for edge, found in zip(first, (yield from self._measured(now.plan, first)), strict=True):
-            self._added[edge.component, edge.scheme] = found.loss
-        best = now
-        while True:
-            self.stage = (
-                f"{now.progress:.0%} of the way" if self._space.cut else f"{len(now.plan.dropped) + 1} blocks dropped"
+        rounds, now = self._settings.rounds, _Found(DENSE_PLAN, 0.0, 0.0)
+        for number in range(rounds):
+            self._number, self._start = number, now.plan
+            left = rounds - number
+            self._foresee(
+                (left * self._usual // rounds, self._settings.prompts),
+                (left * (self._settings.finalists + self._trains), self.num_prompts),
             )
+            plan = yield from self._round_from(now)
+            if self._trains:
+                now = yield from self._after_training(plan)
+
+    def _round_from(self, now: _Found) -> Part[Plan]:
+        """The plan of a round that begins with what is known of one; that itself where it has come far enough."""
+        if self._meets(now):
+            return now.plan
+        self._found, self._answers, self._added = {now.plan: now}, {}, {}
+        self.stage = f"{self._said}blocks alone"
+        steps = ((name, self._step(now.plan, name, 1)) for name in self._blocks)
+        first = [Perturbation(name, scheme) for name, scheme in steps if scheme is not None]
+        first = [edge for edge in first if not self._start.drops(edge.component)]
+        for edge, found in zip(first, (yield from self._measured(now.plan, first)), strict=True):
+            self._added[edge.component, edge.scheme] = found.loss - now.loss
+        while not self._meets(now):
+            way = f"{now.progress:.0%} of the way" if self._space.cut else f"{len(now.plan.dropped) + 1} blocks dropped"
+            self.stage = self._said + way
             now = yield from self._one_more(now)
             now = yield from self._back(now)
-            if self._meets(now):
-                best = now
-                break
-        yield from self._compared(best)
+        return (yield from self._compared(now))
+
+    def _after_training(self, plan: Plan) -> Part[_Found]:
+        """A round's plan over the weights that its training came to, which is decided for."""
+        label = f"round-{self._number + 1}"
+        self.milestones.append(Milestone(label, plan, self._weights_id))
+        self._weights_id = yield from self._train(TrainRequest(self._number, plan, self._weights_id))
+        self.stage = f"{self._said}trained"
+        (answer,) = yield [Trial(plan, (0, self.num_prompts), plan, weights_id=self._weights_id)]
+        self._conclude(plan, answer, self._rank_by)
+        self.milestones.append(Milestone(f"{label}:trained", plan, self._weights_id))
+        few = losses(answer, self._rank_by)[: self._settings.prompts]
+        return _Found(plan, min(self._space.progress(plan), 1.0), float(few.mean()))
+
+    @property
+    def _said(self) -> str:
+        return f"round {self._number + 1} of {self._settings.rounds}: " if self._settings.rounds > 1 else ""
 
     @property
     def _usual(self) -> int:
@@ -85,7 +129,11 @@ class Floating(Procedure):
         return len(self._blocks) + steps * (4 + steps // 2)
 
     def _meets(self, found: _Found) -> bool:
-        return self._space.budget.reached(self._space.size(found.plan))
+        """Whether a plan comes as far as its round has to."""
+        last = self._number + 1 == self._settings.rounds
+        if last:
+            return self._space.budget.reached(self._space.size(found.plan))
+        return found.progress >= (self._number + 1) / self._settings.rounds - _ALIKE
 
     def _measured(self, parent: Plan, edges: Sequence[Perturbation]) -> Part[list[_Found]]:
         """Plans one step from another, measured on the few prompts; what is known is not measured again."""
@@ -93,7 +141,7 @@ class Floating(Procedure):
         prompts = 0, min(self._settings.prompts, self.num_prompts)
         unknown = [(plan, edge) for plan, edge in zip(plans, edges, strict=True) if plan not in self._found]
         if unknown:
-            answers = yield [Trial(plan, prompts, parent, edge) for plan, edge in unknown]
+            answers = yield [Trial(plan, prompts, parent, edge, self._weights_id) for plan, edge in unknown]
             for (plan, _), answer in zip(unknown, answers, strict=True):
                 progress = self._space.progress(plan)
                 self._found[plan] = _Found(plan, min(progress, 1.0), mean_loss(answer, self._rank_by))
@@ -138,7 +186,8 @@ class Floating(Procedure):
         """The plan that steps back lead to, each to one that is better than all that are known of as much progress."""
         while len(now.plan) > 2:
             # What was measured before, as the plan before it, has been passed over already.
-            edges = [Perturbation(name, self._step(now.plan, name, -1) or DENSE) for name in sorted(now.plan.schemes)]
+            taken = sorted(name for name, scheme in now.plan.entries if self._is_of_round(name, scheme))
+            edges = [Perturbation(name, self._step(now.plan, name, -1) or DENSE) for name in taken]
             edges = [edge for edge in edges if now.plan.with_(edge) not in self._found]
             edges = self._most_gainful(now, edges) if self._space.cut else edges
             if not edges:
@@ -156,6 +205,11 @@ class Floating(Procedure):
             now = found[at]
             self._note(now, edges[at])
         return now
+
+    def _is_of_round(self, block: str, scheme: str) -> bool:
+        """Whether this round has dropped or cut a block, in which nothing was before."""
+        inside = any(name.startswith(f"{block}.") for name in self._start.schemes)
+        return self._start.schemes.get(block) != scheme and not inside
 
     def _step(self, plan: Plan, block: str, step: int) -> str | None:
         """The scheme of a block one step further along its widths, or one back; None at the end."""
@@ -177,19 +231,21 @@ class Floating(Procedure):
     def _note(self, found: _Found, edge: Perturbation) -> None:
         self._conclude(found.plan, self._answers[found.plan], self._rank_by, edge)
 
-    def _compared(self, best: _Found) -> Part[None]:
-        """The best plans that meet the budget on all prompts; those are measured that were not yet."""
+    def _compared(self, best: _Found) -> Part[Plan]:
+        """The best of the plans that come far enough, on all prompts; those are measured that were not yet."""
         self.stage = "last comparison"
         meeting = sorted((f for f in self._found.values() if self._meets(f)), key=lambda f: f.loss)
         field = list(dict.fromkeys([best, *meeting[: self._settings.finalists]]))[: self._settings.finalists]
         few = min(self._settings.prompts, self.num_prompts)
         if few < self.num_prompts:
-            rest = yield [Trial(f.plan, (few, self.num_prompts), best.plan) for f in field]
+            over = self._weights_id
+            rest = yield [Trial(f.plan, (few, self.num_prompts), best.plan, weights_id=over) for f in field]
             answers = [_joined(self._answers[f.plan], more) for f, more in zip(field, rest, strict=True)]
         else:
             answers = [self._answers[f.plan] for f in field]
         at = min(range(len(field)), key=lambda i: mean_loss(answers[i], self._rank_by))
         self._conclude(field[at].plan, answers[at], self._rank_by)
+        return field[at].plan
 
 
 def _ladder(unit: Unit) -> tuple[str, ...]:

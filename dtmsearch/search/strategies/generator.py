@@ -42,6 +42,15 @@ class Trial:
     metrics: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Milestone:
+    """A model that a round came to: a plan, over the base model's weights (``) or trained ones."""
+
+    label: str
+    plan: Plan
+    weights_id: str
+
+
 _T = TypeVar("_T")
 # Yields rounds of trials, is sent their outcomes in the same order; a part of a script comes to something.
 Part = Generator[Sequence[Trial], Sequence[Outcome], _T]
@@ -70,6 +79,8 @@ class Procedure(Course, ABC):
         self._script: Script | None = None
         self._training: TrainRequest | None = None
         self._trained = ""
+        # Models of rounds with trainings between them, the last one's among them.
+        self.milestones: list[Milestone] = []
 
     @abstractmethod
     def script(self) -> Script:

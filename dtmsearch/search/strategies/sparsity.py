@@ -22,7 +22,7 @@ from dtmsearch.search.protocols import TrainRequest
 from dtmsearch.search.solver.allocation import Allocation
 from dtmsearch.search.solver.pruned_shares import RANKINGS, Errors, Probed, ShareAllocation
 from dtmsearch.search.solver.pruned_units import SHARE_DIGITS, fitted_schemes, scheme_name, share_of, units_of
-from dtmsearch.search.strategies.generator import Part, Procedure, Script, Trial
+from dtmsearch.search.strategies.generator import Milestone, Part, Procedure, Script, Trial
 from dtmsearch.search.strategies.task import Task
 
 # The published probes, as multiples of what a round adds, and those of the error model, as shares of what is left.
@@ -74,15 +74,6 @@ class SparsitySettings(PruningSettings):
 
 
 @dataclass(frozen=True)
-class Milestone:
-    """A model that a round came to: a plan, over the base model's weights (``) or trained ones."""
-
-    label: str
-    plan: Plan
-    weights_id: str
-
-
-@dataclass(frozen=True)
 class _Model:
     """What is pruned further: a plan over some weights, the share that it prunes of each unit, and its summary (None
     for the unpruned model, and for the plan of a stage until it is measured)."""
@@ -117,7 +108,6 @@ class Sparsity(Procedure):
         limits = settings.cap, task.continuation_tokens
         self._allocation = ShareAllocation(settings.allocate, self._units, *limits, errors, outliers)
         self.remarks: list[str] = []
-        self.milestones: list[Milestone] = []
 
     def script(self) -> Script:
         settings = self._settings

@@ -43,7 +43,7 @@ from dtmsearch.search.strategies.task import Task
 @dataclass(frozen=True)
 class SolverSettings:
     """What the strategies around the solver are given: how much each measures, and what is known without measuring: the
-    weight errors, by what prices are taken, or how text uses experts."""
+    weight errors, by what prices are taken, or how text uses experts; `trains`, whether rounds end in a training."""
 
     auto: AutoSettings = field(default_factory=AutoSettings)
     fisher: FisherSettings = field(default_factory=FisherSettings)
@@ -56,6 +56,7 @@ class SolverSettings:
     errors: WeightErrors | None = None
     take: TakePrices | None = None
     uses: Sequence[ExpertUse] = ()
+    trains: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ STRATEGIES.add(
 )
 STRATEGIES.add("knapsack", StrategyType(lambda i: Knapsack(i, i.solver.knapsack)))
 STRATEGIES.add("evolution", StrategyType(lambda i: Evolution(i, i.solver.evolution)))
-STRATEGIES.add("floating", StrategyType(lambda i: Floating(i, i.solver.floating)))
+STRATEGIES.add("floating", StrategyType(lambda i: Floating(i, i.solver.floating, i.solver.trains)))
 STRATEGIES.add("local", StrategyType(lambda i: Local(i, i.solver.local)))
 STRATEGIES.add(
     "spdy",
