@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_expert_widths import mixtral
 from tiny import llama_config, values, with_reference, write_model
 from torch import nn
 from transformers import MixtralConfig
@@ -457,6 +458,52 @@ def test_blocks_of_weights_that_pass_through_are_dropped_and_cut(tmp_path: Path)
             values_of += [values(outcome) for outcome in model.evaluate(again)]
         found.append(values_of)
     assert found[0] == found[1]
+
+
+def test_a_layer_that_every_candidate_drops_is_not_fetched(
+    both: tuple[Replica, Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = with_reference(both[0])
+    gone = {"model.layers.2": "drop"}
+    some = [Plan.of(gone), Plan.of(gone | {"model.layers.0.mlp.up_proj": "int4-channel"})]
+    requests = [EvalRequest(plan, reference.id, (0, 6), ALL) for plan in some]
+    found = []
+    for model in both:
+        with_reference(model)
+        found.append([values(outcome) for outcome in model.evaluate(requests)])
+    assert found[0] == found[1]
+    brought: list[int] = []
+    begin = StreamedLayers._begin
+    monkeypatch.setattr(
+        StreamedLayers, "_begin", lambda self, index, place: brought.append(index) or begin(self, index, place)
+    )
+    again = [values(outcome) for outcome in both[1].evaluate(requests)]
+    assert again == found[1] and sorted(set(brought)) == [0, 1, 3]
+    brought.clear()
+    both[1]._bench.become(Variant(some[0]))  # standing
+    assert [values(outcome) for outcome in both[1].evaluate(requests)] == found[1]
+    assert 2 not in brought
+    both[1]._bench.become(Variant(Plan()))
+    whole = EvalRequest(Plan(), reference.id, (0, 6), ALL)
+    assert values(both[1].evaluate([whole])[0]) == values(both[0].evaluate([whole])[0]) and 2 in brought
+
+
+def test_mixtures_of_weights_that_pass_through_lose_experts(tmp_path: Path) -> None:
+    write_model(tmp_path, mixtral(num_hidden_layers=4))
+    first, last = "model.layers.0.mlp", "model.layers.3.mlp"
+    some = [
+        Plan.of({first: "experts-0.25-reap"}), Plan.of({last: "experts-0.5-routed", first: "drop"}),
+        Plan.of({first: "experts-0.5-magnitude", last: "experts-0.25-random"}), Plan(),
+    ]  # fmt: skip
+    found = []
+    for kept in ("device", "streamed"):
+        model = made(tmp_path, kept)  # type: ignore[arg-type]
+        reference = with_reference(model)
+        text = model.cut_calibration(["abc def ghi " * 200], 4, 16, 0)
+        model.use_calibration(text)
+        requests = [EvalRequest(plan, reference.id, (0, 6), ALL, Plan(), text.id) for plan in some]
+        found.append([values(outcome) for outcome in model.evaluate(requests)])
+    assert found[0] == found[1] and found[0][0] != found[0][3]
 
 
 def test_widths_by_gradients_need_weights_that_stay(both: tuple[Replica, Replica]) -> None:

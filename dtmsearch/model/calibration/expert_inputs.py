@@ -9,7 +9,7 @@ that lie side by side.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -120,7 +120,7 @@ def _stacks(model: nn.Module, matrices: Iterable[Matrix]) -> Iterator[_Stack]:
         # One along another side has no part of the memory to itself: its experts count as reached by no token.
         if first.slice.side == 0 and parameter.is_contiguous():
             names = tuple(held[at].name if at in held else None for at in range(first.slice.count))
-            yield _Stack(parameter.data, names, *first.shape)
+            yield _Stack(parameter, names, *first.shape)
 
 
 class ExpertProducts:
@@ -209,26 +209,36 @@ def _by_name(noted: Iterable[tuple[str, Tensor]]) -> dict[str, list[Tensor]]:
 
 class _Watch(Operations):
     """Notes rows of products with stacks: their `inputs`, or in a backward pass the `gradients` at what they gave. With
-    `given` alone, of what runs for all experts at once the rows that an expert is given, the others being zeros."""
+    `given` alone, of what runs for all experts at once the rows that an expert is given, the others being zeros. Where
+    a stack lies is asked at every product: weights may pass through a device, several of them in one memory."""
 
     def __init__(self, stacks: Sequence[_Stack], note: Note, side: str = "given") -> None:
         super().__init__()
-        self._stacks: Mapping[int, _Stack] = {storage_of(stack.parameter): stack for stack in stacks}
-        self._note, self._side = note, side
+        self._stacks, self._note, self._side = stacks, note, side
+
+    def _stack_of(self, factor: Tensor) -> _Stack | None:
+        """The stack that a factor is a part of, or all of."""
+        memory, at, size = storage_of(factor), factor.storage_offset(), factor.numel()
+        for stack in self._stacks:
+            own = stack.parameter
+            begin = own.storage_offset()
+            if storage_of(own) == memory and begin <= at and at + size <= begin + own.numel():
+                return stack
+        return None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name == _GROUPED_BACKWARD and self._side == "gradients":
             _, weight, ends, gradient = args
-            if (stack := self._stacks.get(storage_of(weight))) is not None:
+            if (stack := self._stack_of(weight)) is not None:
                 self._seen(stack, weight, gradient, ends)
         elif name in _PRODUCTS or name in _GROUPED:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
             first, second = tensors[1:3] if name in _ADDING else tensors[:2]
-            if (stack := self._stacks.get(storage_of(second))) is not None:
+            if (stack := self._stack_of(second)) is not None:
                 rows = first.reshape(-1, first.shape[-1]) if second.ndim == 2 else first
                 self._seen(stack, second, rows, tensors[2] if name in _GROUPED else None)
-            elif (stack := self._stacks.get(storage_of(first))) is not None:
+            elif (stack := self._stack_of(first)) is not None:
                 self._seen(stack, first, second.transpose(-1, -2), None)
         return func(*args, **(kwargs or {}))
 

@@ -187,6 +187,11 @@ def is_taken_out(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), _TakenOut)
 
 
+def needs_no_weights(module: nn.Module) -> bool:
+    """Whether a block that is called does not run: it is out of its model, and how it returns is known."""
+    return is_taken_out(module) and module in _manners
+
+
 def take_out(module: nn.Module, block: Component, out: bool) -> None:
     """Have a block out of its model, or in it again."""
     if out and not is_taken_out(module):

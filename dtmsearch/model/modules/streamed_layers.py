@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.blocks import needs_no_weights
 from dtmsearch.model.modules.compat import precede
 from dtmsearch.model.modules.compiled import parts_of
 from dtmsearch.model.modules.matrices import StackedMatrix
@@ -89,6 +90,7 @@ class StreamedLayers:
         self._written: set[nn.Parameter] = set()
         self._last, self._step = -1, 1
         self._rehearsed: list[_Rehearsed] = []  # by layer, while rehearsing
+        self._passed_by: frozenset[int] = frozenset()
         for index, layer in enumerate(layers):
             precede(layer, partial(self._before, index))
 
@@ -113,8 +115,22 @@ class StreamedLayers:
             for parameter, here in lent:
                 parameter.data = here
 
+    @contextmanager
+    def passing_by(self, layers: Iterable[int]) -> Iterator[None]:
+        """Within, some layers are not fetched ahead: a pass takes them out of the model."""
+        self._passed_by = frozenset(layers)
+        try:
+            yield
+        finally:
+            self._passed_by = frozenset()
+
+    def _is_passed_by(self, index: int) -> bool:
+        return index in self._passed_by or needs_no_weights(self._layers[index])
+
     def _before(self, index: int) -> None:
-        """Have a layer ready to be run."""
+        """Have a layer ready to be run. One that is out of the model needs no weights."""
+        if needs_no_weights(self._layers[index]):
+            return
         if not self._rehearsed or self._rehearsed[index].first == index:
             self.need(index)
             return
@@ -136,7 +152,8 @@ class StreamedLayers:
         if self._rehearsed:
             return
         coming = self._coming(index)
-        ahead = next((other for other in coming if self._holding(other) is None), None)
+        missing = (other for other in coming if self._holding(other) is None)
+        ahead = next((other for other in missing if not self._is_passed_by(other)), None)
         if ahead is not None:
             for_it = self._place_for(ahead)
             if for_it.layer is None or coming.index(for_it.layer) > coming.index(ahead):

@@ -18,6 +18,7 @@ from dtmsearch.core.decoding import GREEDY
 from dtmsearch.core.evaluation import EvalRequest, FloatArray, IntArray, Outcome, StatesFound
 from dtmsearch.core.metric_registry import METRICS, Metric, perplexity, share_of_divergent_tokens
 from dtmsearch.core.plan import Plan
+from dtmsearch.core.schemes import DROP
 from dtmsearch.errors import LibraryMissing
 from dtmsearch.model.forward.activation_cache import ActivationCache, free_bytes
 from dtmsearch.model.forward.batch_size import is_out_of_memory
@@ -68,6 +69,7 @@ class StreamedEvaluator(PlanEvaluator):
             name: frozenset({component.layer}) if component.layer in layers else ends
             for name, component in bench.manifest.by_name.items()
         }
+        self._layers = {block.layer: block.name for block in bench.manifest.blocks if block.kind == "layer"}
 
     @property
     def states_kept(self) -> StatesFound:
@@ -205,11 +207,22 @@ class StreamedEvaluator(PlanEvaluator):
     ) -> None:  # fmt: skip
         """Take some batches up all layers. Adds to `scores` and, for an unquantized plan beyond them, to `hidden`."""
         plan_of = dict(zip(numbers, plans, strict=True))
-        lines = [_Line(list(numbers), dict.fromkeys(block))]
+        gone = [at for at, name in self._layers.items() if all(name in plan.dropped for plan in plans)]
+        with self._streamed.passing_by(gone):
+            self._through_layers(common, block, plan_of, scores, failures, hidden)
+
+    def _through_layers(
+        self, common: _Asked, block: Sequence[_Item], plan_of: Mapping[int, Plan],
+        scores: list[dict[str, list[Scores]]], failures: dict[int, str], hidden: list[Tensor],
+    ) -> None:  # fmt: skip
+        """See `_pass`."""
+        lines = [_Line(list(plan_of), dict.fromkeys(block))]
         last = self._body.num_layers - 1
         for layer in range(last + 1):
-            self._streamed.need(layer)
             groups = self._parted(layer, lines, plan_of, failures)
+            here = [dict(schemes) for schemes, parts in groups.items() if parts]
+            if not all(schemes.get(self._layers.get(layer, "")) == DROP for schemes in here):
+                self._streamed.need(layer)
             lines = []
             for schemes, parts in groups.items():
                 own = common.loaded.base is None and layer == last
