@@ -92,6 +92,15 @@ def test_the_verdict_names_figures_and_interval() -> None:
     )
 
 
+def test_a_trained_plan_beside_a_rival_that_was_not_says_so() -> None:
+    trained = replace(PLAN, weights_id="w")
+    said = verdict([trained, rival("int5-channel", 5.21, kl=0.3)], "kl")
+    assert "int5-channel (5.21 bits, not trained, as the plan's weights were), with" in said
+    assert "not trained" not in verdict([PLAN, rival("int5-channel", 5.21, kl=0.3)], "kl")
+    both = replace(rival("int5-channel", 5.21, kl=0.3), weights_id="w")
+    assert "not trained" not in verdict([trained, both], "kl")
+
+
 def test_too_few_prompts_are_said_of_fdt_too() -> None:
     unknown = PairedDifference(0.4, -math.inf, math.inf, 0.95)
     said = verdict([PLAN, replace(rival("int5-channel", 5.21, kl=0.2), fdt_vs_plan=unknown)], "kl")

@@ -263,10 +263,10 @@ def _against(
     if rival is None:
         return f"{found}{fdt}; no known plan {of_its_size} was measured, so it is called neither better nor worse."
     best = "best uniform plan" if rival.uniform_scheme else "best known plan"
-    other = (
-        f"the {best} {of_its_size}, {rival.rival_name} ({_size_of_rival(rival)}"
-        f"{', unusable' if unusable(rival, base, continuation_tokens) else ''})"
-    )
+    remarks = [_size_of_rival(rival)]
+    remarks += ["not trained, as the plan's weights were"] if plan.weights_id and not rival.weights_id else []
+    remarks += ["unusable"] if unusable(rival, base, continuation_tokens) else []
+    other = f"the {best} {of_its_size}, {rival.rival_name} ({', '.join(remarks)})"
     if rival.summary is None or difference is None:
         reason = f" ({rival.failure})" if rival.failure else ""
         return f"{found}{fdt}; {other}, could not be measured{reason}, so it is called neither better nor worse."
