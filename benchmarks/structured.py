@@ -265,17 +265,19 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
 @click.option("--judge", "judge_text", required=True, type=click.Path(exists=True))
 @click.option("--blocks", default="4,8,12")
 @click.option("--seeds", default=3)
+@click.option("--first-seed", default=0)
 @click.option("--prompts", default=64, help="that our search compares its last plans on")
 @click.option("--few", default=24, help="by which it chooses blocks")
 @click.option("--held-out", default=512)
 @click.option("--generations", default=0, help="of EvoPress; 0: its default")
 @click.option("--evopress-seeds", default=99, help="in how many of the seeds EvoPress runs")
+@click.option("--ours/--no-ours", default=True, help="none of our searches: EvoPress and the rules alone")
 @click.option("--calibration-tokens", default=CALIBRATION_TOKENS, help="that EvoPress draws from")
 @click.option("--seconds", default=1e9, help="after which nothing more is begun")
 @click.option("--out", type=click.Path(), default="")
 def main(
-    model: str, search_text: str, judge_text: str, blocks: str, seeds: int, prompts: int, few: int, held_out: int,
-    generations: int, evopress_seeds: int, calibration_tokens: int, seconds: float, out: str,
+    model: str, search_text: str, judge_text: str, blocks: str, seeds: int, first_seed: int, prompts: int, few: int,
+    held_out: int, generations: int, evopress_seeds: int, ours: bool, calibration_tokens: int, seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is dropped of MODEL."""
     take_share()
@@ -298,7 +300,7 @@ def main(
     judging = Measuring(replica)
     parts = [block for block in manifest.blocks if block.kind != "layer"]
     whole = sum(component.num_weights for component in manifest.components)
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         if time.perf_counter() > until:
             break
         cut, _ = replica.cut_prompts(texts["search"], calibration_tokens // ROW, PROMPT, CONTINUATION, seed)
@@ -312,14 +314,14 @@ def main(
             plans: dict[str, tuple[Plan, int]] = {}
             for name, (names, spent) in by_rules(replica.model, manifest, tokens[:prompts], count).items():
                 plans[name] = dropping(names), spent
-            measuring = Measuring(replica, judging.known)
-            plans["floating"] = floating(measuring, manifest, reference, Budget(blocks=count), prompts, few)
             pair = sum({block.kind: block.num_weights for block in parts}.values())
-            budget = Budget(parameters=1.0 - count // 2 * pair / whole)
-            measuring = Measuring(replica, judging.known)
-            plans["floating, same size"] = floating(measuring, manifest, reference, budget, prompts, few)
-            note(f"seed {seed}, {count} blocks: ours")
-            if seed < evopress_seeds:
+            budgets = {"floating": Budget(blocks=count)}
+            budgets["floating, same size"] = Budget(parameters=1.0 - count // 2 * pair / whole)
+            for name, budget in budgets.items() if ours else ():
+                measuring = Measuring(replica, judging.known)
+                plans[name] = floating(measuring, manifest, reference, budget, prompts, few)
+            note(f"seed {seed}, {count} blocks: rules and ours")
+            if seed < first_seed + evopress_seeds:
                 gated = gated or Gated(replica.model, parts, tokens)
                 try:
                     found, spent = evopress(gated, count // 2, seed, generations or None, until)
@@ -358,6 +360,7 @@ def show(rows: Sequence[dict[str, Any]], values: dict[tuple[int, int, str], np.n
     click.echo(
         f"{'blocks':>6}  {'rule':<20}  {'KL':>8}  {'least':>7}  {'most':>7}  {'left':>6}  {'Mtokens':>8}  ours less"
     )
+    known = {row["rule"] for row in rows}
     for count in dict.fromkeys(row["blocks"] for row in rows):
         for rule in dict.fromkeys(row["rule"] for row in rows):
             own = [row for row in rows if (row["blocks"], row["rule"]) == (count, rule)]
@@ -365,9 +368,10 @@ def show(rows: Sequence[dict[str, Any]], values: dict[tuple[int, int, str], np.n
                 continue
             kls = [row["kl"] for row in own]
             ours = "floating, same size" if rule == "EvoPress" else "floating"
-            pairs = [(values[r["seed"], count, ours], values[r["seed"], count, rule]) for r in own]
-            one, other = (np.concatenate([pair[at] for pair in pairs]) for at in (0, 1))
-            interval = _interval(one, other) if rule != ours else ""
+            pairs = [(values[r["seed"], count, ours], values[r["seed"], count, rule]) for r in own if ours in known]
+            interval = ""
+            if pairs and rule != ours:
+                interval = _interval(*(np.concatenate([pair[at] for pair in pairs]) for at in (0, 1)))
             click.echo(
                 f"{count:>6}  {rule:<20}  {np.mean(kls):8.4f}  {min(kls):7.4f}  {max(kls):7.4f}  "
                 f"{np.mean([r['parameters'] for r in own]):6.1%}  {np.mean([r['tokens'] for r in own]) / 1e6:8.3f}  "
