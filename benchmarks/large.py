@@ -149,7 +149,7 @@ def measure(
     reference = make_reference(replica, None, prompts, tokens // 2, tokens // 2)
     components = replica.manifest().components
     chosen = components[:: max(1, len(components) // num_components)][:num_components]
-    chosen = chosen[share :: int(words.get("replicas", "1"))]
+    chosen = shared_out(chosen, replica.manifest().num_layers, int(words.get("replicas", "1")))[share]
     plans = [Plan(), *(Plan.of({component.name: "int4-g128"}) for component in chosen)]
     requests = [EvalRequest(plan, reference.id, (0, prompts), ("kl",)) for plan in plans]
     seconds, values = [], []
@@ -181,6 +181,17 @@ def measure(
         "repeats": all(value == values[0] for value in values),
         "values": dict(zip(["", *(component.name for component in chosen)], values[0], strict=True)),
     }  # fmt: skip
+
+
+def shared_out(components: Sequence[Any], num_layers: int, replicas: int) -> list[list[Any]]:
+    """Components for each replica, so that all have as many layers to run."""
+    shares: list[list[Any]] = [[] for _ in range(replicas)]
+    work = [0] * replicas
+    for component in components:  # those with most layers first
+        least = work.index(min(work))
+        shares[least].append(component)
+        work[least] += num_layers - component.layer
+    return shares
 
 
 def _words(run: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import DEMO_MODEL, TEXT
+from tiny import DEMO_MODEL, LONG_TEXT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_continuations_and_what_is_measured_of_them_repeat_bit_by_bit(folder: Path) -> None:
     replica = Replica(ModelSpec(str(folder), dtype="bfloat16", compile="never"), ReplicaSettings())
-    prompts, _ = replica.cut_prompts([TEXT], 32, 64, 64, 0)
+    prompts, _ = replica.cut_prompts([LONG_TEXT], 32, 64, 64, 0)
     first = replica.make_reference(prompts)
     replica.use(first)
     component = replica.manifest().components[3].name

@@ -11,8 +11,9 @@ from torch import nn
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.model.forward.gpu_hops import connect
-from dtmsearch.model.modules.discovery import find_layers
+from dtmsearch.model.modules.discovery import find_layers, head_work
 from dtmsearch.model.modules.loading import empty_model, load_model
+from dtmsearch.model.replica.device_order import equal_work
 
 # The part of a GPU's free memory that weights may take, beside states and activations.
 _WEIGHTS_SHARE = 0.85
@@ -24,11 +25,17 @@ def load_spread_model(folder: Path, spec: ModelSpec, num_devices: int) -> nn.Mod
     model: Any = load_model(
         folder, spec, cut(empty_model(folder, spec), getattr(torch, spec.dtype), free) or "balanced"
     )
-    devices = {name: torch.device("cuda", at) for name, at in model.hf_device_map.items() if isinstance(at, int)}
-    if len(devices) == len(model.hf_device_map):  # none of it in the host's memory
+    if lies_on_gpus(model):
+        devices = {name: torch.device("cuda", at) for name, at in model.hf_device_map.items()}
         connect(model, model.get_submodule(find_layers(model)[0].rpartition(".")[0]), devices)
     whole: nn.Module = model
     return whole
+
+
+def lies_on_gpus(model: Any) -> bool:
+    """Whether no part of a model over several GPUs was left in the host's memory, from where accelerate's hooks would
+    bring it."""
+    return all(isinstance(at, int) for at in model.hf_device_map.values())
 
 
 def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] | None:
@@ -37,11 +44,12 @@ def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] |
     first GPU, to which the last layer's states for it return.
 
     Candidates run from the first layer in which they differ, so layer i of L runs for (i + 1) / L of those that differ
-    in one layer: the layers are cut where each GPU has as much to do, not as much to hold.
+    in one layer, and the head for all: the layers are cut where each GPU has as much to do, not as much to hold.
     """
     num_devices = len(free)
     name, layers = find_layers(model)
-    ends = [round(len(layers) * ((at + 1) / num_devices) ** 0.5) for at in range(num_devices)]
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    ends = equal_work(len(layers), num_devices, head_work(model), head_first=tied)
     found = {f"{name}.{i}": next(at for at, end in enumerate(ends) if i < end) for i in range(len(layers))}
     path = name.split(".")
     for depth, part in enumerate(path):
@@ -50,7 +58,7 @@ def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] |
         for at, child in enumerate(beside):
             if child != part:
                 found[f"{parent}.{child}" if parent else child] = num_devices - 1 if at > beside.index(part) else 0
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    if tied:
         head = model.get_output_embeddings()
         found |= {own: 0 for own in found if model.get_submodule(own) is head}
     needed = [0] * num_devices
