@@ -43,6 +43,10 @@ class _Loop:
         self, strategy: Strategy, evaluator: Evaluator, log: ResultLog, observer: Observer, work: Workload, share: float
     ) -> None:
         self.strategy, self.log, self.work = strategy, log, work
+        # What the strategy is besides, found out once: it is asked at every outcome.
+        self.training = strategy if isinstance(strategy, Training) else None
+        self.staged = strategy if isinstance(strategy, Staged) else None
+        self.foreseeing = strategy if isinstance(strategy, Foreseeing) else None
         self.memory, self.decisions = Memory(log), Decisions(log, observer)
         self.evaluator = Speculating(evaluator, strategy, log, self.memory, work, share)
         self.earlier_seconds = self.decisions.wall_seconds
@@ -55,10 +59,10 @@ class _Loop:
 
     def train(self, trainer: Trainer | None) -> bool:
         """Answer the training that the strategy waits for. False if there is none."""
-        if not isinstance(self.strategy, Training) or (request := self.strategy.training()) is None:
+        if self.training is None or (request := self.training.training()) is None:
             return False
         assert trainer is not None, "whoever makes the strategy says what trains"
-        self.strategy.tell_trained(trainer(request))
+        self.training.tell_trained(trainer(request))
         return True
 
     def ask(self) -> bool:
@@ -115,16 +119,16 @@ class _Loop:
             in_flight=len(self.under_way) + len(self.evaluator),
             evaluations_per_second=self.work.num_measured / elapsed if elapsed > 0 else 0.0,
             seconds_left=self._seconds_left(),
-            stage=self.strategy.stage if isinstance(self.strategy, Staged) else "",
-            against_uniform=self.strategy.against_uniform if isinstance(self.strategy, Staged) else None,
+            stage="" if self.staged is None else self.staged.stage,
+            against_uniform=None if self.staged is None else self.staged.against_uniform,
         )
 
     def _seconds_left(self) -> float | None:
         expected = self.strategy.expected_evaluations()
         if expected is None or not self.work.num_asked:
             return None
-        if isinstance(self.strategy, Foreseeing):
-            return self.work.seconds_left(self.strategy.expected_prompts() / max(self.work.prompts_asked, 1) - 1.0)
+        if self.foreseeing is not None:
+            return self.work.seconds_left(self.foreseeing.expected_prompts() / max(self.work.prompts_asked, 1) - 1.0)
         return self.work.seconds_left(expected / self.work.num_asked - 1.0)
 
 

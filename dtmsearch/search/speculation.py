@@ -26,6 +26,8 @@ class Speculating:
         self, evaluator: Evaluator, strategy: Strategy, log: ResultLog, memory: Memory, work: Workload, share: float
     ) -> None:
         self._evaluator, self._strategy, self._log = evaluator, strategy, log
+        self._guessing = strategy if isinstance(strategy, Guessing) else None
+        self._offering = evaluator if isinstance(evaluator, Offering) else None
         self._memory, self._work, self._share = memory, work, share
         self._guesses: dict[str, tuple[Ask, int]] = {}  # under way, asked for by nobody yet
         self._elsewhere: set[str] = set()  # what need not be guessed, for other runs have measured it
@@ -59,20 +61,20 @@ class Speculating:
         return [outcome for request_id, outcome in arrived.items() if request_id not in held]
 
     def _guess(self) -> None:
-        if not (self._share and isinstance(self._strategy, Guessing) and isinstance(self._evaluator, Offering)):
+        if not self._share or self._guessing is None or self._offering is None:
             return
         to_be_asked = max(self._work.num_asked, self._strategy.expected_evaluations() or 0)
         allowed = int(self._share * to_be_asked) - len(self._memory) - len(self._guesses)
-        most = min(allowed, self._evaluator.num_idle())
+        most = min(allowed, self._offering.num_idle())
         if most <= 0:
             return
-        new = (ask for ask in self._strategy.guesses() if not self._is_known(ask.request.id))
+        new = (ask for ask in self._guessing.guesses() if not self._is_known(ask.request.id))
         guesses = {ask.request.id: ask for ask in islice(new, most)}
         self._elsewhere |= self._log.recorded_elsewhere(list(guesses)).keys()
         fresh = [ask for request_id, ask in guesses.items() if request_id not in self._elsewhere]
         self._guesses |= {ask.request.id: (ask, self._strategy.step + 1) for ask in fresh}
         self._work.begin([ask.request for ask in fresh])
-        self._evaluator.submit_guesses([ask.request for ask in fresh])
+        self._offering.submit_guesses([ask.request for ask in fresh])
 
     def _is_known(self, request_id: str) -> bool:
         return request_id in self._memory or request_id in self._guesses or request_id in self._elsewhere
