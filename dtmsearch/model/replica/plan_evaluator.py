@@ -54,7 +54,7 @@ from dtmsearch.model.weights.standing import Standing
 _MOST_HELD_TWICE = 0.1
 # Of a model over several devices, requests that are on their way for each: states of those wait for a device that is
 # behind. Counted in layers, 32 and a head over two devices are at 0.93 of their speed with 3, at 0.99 with 12 or more;
-# 80 over four at 0.77, 0.92 and at most 0.98.
+# 80 over four at 0.77, 0.92 and at most 0.98. (Timed on two it makes no difference: docs/performance.md.)
 _AHEAD_OF_EACH = 12
 # Weights, parent, reference, prompts, first layer that differs.
 _Place = tuple[str, str, str, tuple[int, int], int]

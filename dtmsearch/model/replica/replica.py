@@ -76,7 +76,7 @@ from dtmsearch.model.replica.loaded_reference import greedy
 from dtmsearch.model.replica.plan_evaluator import Bench, PlanEvaluator
 from dtmsearch.model.replica.pricing import Pricer
 from dtmsearch.model.replica.reference_maker import ReferenceMaker
-from dtmsearch.model.replica.spread_model import lies_on_gpus, load_spread_model
+from dtmsearch.model.replica.spread_model import load_spread_model
 from dtmsearch.model.replica.streamed_evaluator import StreamedEvaluator
 from dtmsearch.model.replica.streamed_model import PassingWeights, load_streamed_model, rehearsed, streams
 from dtmsearch.model.replica.timing import measured_speed
@@ -128,8 +128,8 @@ class Replica:
         streamed, known_as = loaded.streamed, self._known_as(loaded)
         slots: dict[str, Slot] = {}
         places = Places(model, slots)
-        here = settings.num_stages == 1 and (settings.num_devices == 1 or lies_on_gpus(model))
-        compiled = here and _pays_to_compile(spec, model, self._device)
+        alone = settings.num_devices == settings.num_stages == 1
+        compiled = alone and _pays_to_compile(spec, model, self._device)
 
         def cut() -> tuple[Body, Reuse]:
             body = self._make_body(model, known_as) if streamed is None else StreamedBody(model)

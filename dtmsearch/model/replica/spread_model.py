@@ -25,17 +25,11 @@ def load_spread_model(folder: Path, spec: ModelSpec, num_devices: int) -> nn.Mod
     model: Any = load_model(
         folder, spec, cut(empty_model(folder, spec), getattr(torch, spec.dtype), free) or "balanced"
     )
-    if lies_on_gpus(model):
-        devices = {name: torch.device("cuda", at) for name, at in model.hf_device_map.items()}
+    devices = {name: torch.device("cuda", at) for name, at in model.hf_device_map.items() if isinstance(at, int)}
+    if len(devices) == len(model.hf_device_map):  # none of it in the host's memory
         connect(model, model.get_submodule(find_layers(model)[0].rpartition(".")[0]), devices)
     whole: nn.Module = model
     return whole
-
-
-def lies_on_gpus(model: Any) -> bool:
-    """Whether no part of a model over several GPUs was left in the host's memory, from where accelerate's hooks would
-    bring it."""
-    return all(isinstance(at, int) for at in model.hf_device_map.values())
 
 
 def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] | None:
