@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dtmsearch.model.modules import usage
-from dtmsearch.model.modules.empty import made_like_first, without_values
+from dtmsearch.model.modules.compat import leaves_of
+from dtmsearch.model.modules.empty import made_again, made_like_first, without_values
 from dtmsearch.model.modules.usage import usage_of
 
 FIRST = torch.empty(2, 3, 4, device="meta")
@@ -50,6 +51,39 @@ def test_all_else_is_left_to_torch(case: tuple[Any, ...]) -> None:
     assert made_like_first(name, arguments, {}) is None
 
 
+def test_what_was_made_before_is_made_again_with_memory_of_its_own() -> None:
+    rows, table = torch.empty(2, 3, device="meta"), torch.empty(3, 4, device="meta").bfloat16()
+    cases: list[tuple[Any, ...]] = [
+        ("sum", rows),
+        ("sum", rows.t()),
+        ("sum", rows.bfloat16()),
+        ("topk", rows, 2),
+        ("topk", rows, 1),
+        ("cat", [rows, rows.t().contiguous().t()]),
+        ("index", table, [torch.empty(5, dtype=torch.long, device="meta")]),
+        ("split_with_sizes", rows, [1, 2], 1),
+        ("t", rows),
+    ]
+    for name, *given in cases:
+        func = getattr(torch.ops.aten, name)
+        twice = [made_again(name, func, given, {}) for _ in range(2)]
+        for found in twice:
+            assert shapes_of(found) == shapes_of(func(*given)), name
+        memory = [{t.untyped_storage()._cdata for t in leaves_of([found])} for found in twice]
+        assert (memory[0] == memory[1]) == (name in ("split_with_sizes", "t")), name  # views of what was given
+    assert made_again("zero_", torch.ops.aten.zero_, [rows], {}) is made_again(
+        "zero_", torch.ops.aten.zero_, [rows], {}
+    )
+
+
+def shapes_of(made: Any) -> list[tuple[Any, ...]]:
+    return [(type(made) in (list, tuple), t.shape, t.stride(), t.dtype) for t in leaves_of([made])]
+
+
+def test_values_are_computed_each_time() -> None:
+    assert [made_again("neg", torch.ops.aten.neg, [torch.tensor(x)], {}).item() for x in (1, 2)] == [-1, -2]
+
+
 def test_named_operands_are_left_to_torch() -> None:
     assert made_like_first("div", (FIRST, 2.0), {"rounding_mode": "floor"}) is None
 
@@ -65,8 +99,9 @@ def test_a_tree_without_values_and_its_use_are_those_of_torch_alone(
         spared = type(made)(made.config)
     assert described(spared) == described(made)
     quick = usage_of(spared)
-    monkeypatch.setattr(usage, "made_like_first", lambda *given: None)
-    assert quick == usage_of(made)
+    again = usage_of(spared)
+    monkeypatch.setattr(usage, "made_again", lambda name, func, args, named: func(*args, **named))
+    assert quick == again == usage_of(made)
 
 
 def described(model: nn.Module) -> dict[str, Any]:

@@ -48,7 +48,7 @@ _KIND_ENDINGS = ("_proj", "_weight", "_layer")
 _WHOLE_KINDS = {"c_proj"}
 # What is known of models, by what it follows from: a run asks for the same several times before it has weights.
 _known: dict[Hashable, Survey] = {}
-_MOST_KNOWN = 8
+_MOST_KNOWN = 32
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ _OTHERWISE = {
 }
 # By the class and the configuration of a model: it is asked for at every loading.
 _known: dict[str, Usage] = {}
-_MOST_KNOWN = 8
+_MOST_KNOWN = 32
 # How configurations call the experts of a token.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dtmsearch.model.modules.compat import Operations, leaves_of, storage_of
-from dtmsearch.model.modules.empty import made_like_first
+from dtmsearch.model.modules.empty import made_again
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ class _Watching:
     """Parameter -> (how many, of how many) of each choice of the largest of its products."""
 
     def note(self, name: str, arguments: Sequence[Any], made: Any) -> None:
-        tensors = [t for t in leaves_of(list(arguments)) if isinstance(t, Tensor)]
-        outputs = [t for t in leaves_of(made) if isinstance(t, Tensor)]
+        tensors, outputs = _tensors_in(arguments), _tensors_in([made])
         if not outputs or name in _FACTORIES:
             return
         self.routing = self.routing.union(*(self.chosen.get(storage_of(t), frozenset()) for t in tensors))
@@ -214,6 +213,16 @@ class _Watching:
             found |= more
 
 
+def _tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple | dict):
+            found += [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
+    return found
+
+
 class _Operations(Operations):
     """Notes every operation, and answers what only values could: all experts are hit, every mask holds somewhere."""
 
@@ -233,8 +242,7 @@ class _Operations(Operations):
         elif name == "equal":
             return True
         else:
-            alike = made_like_first(name, args, named)
-            made = func(*args, **named) if alike is None else alike
+            made = made_again(name, func, args, named)
         self._note(name, [*args, *named.values()], made)
         return made
 
