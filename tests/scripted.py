@@ -43,8 +43,8 @@ class Scripted:
     `bad-start=FOLDER` (the first to start fails), `liar=FOLDER` (the first to start has another model), `liars` (each),
     `hang-once=FOLDER` and `wrong-once=FOLDER` (of the replicas that have evaluated `after=N` requests the first stops
     answering, or returns wrong numbers from then on), `fast=FOLDER` (the first is fast), `wrong-on=SCHEME` (and so does
-    each that evaluates it), `mistake` (a user's mistake at the start), `broken` (every start fails),
-    `lacking` (no library to evaluate by)."""
+    each that evaluates it), `check-fails` (each canary raises), `mistake` (a user's mistake at the start), `broken`
+    (every start fails), `lacking` (no library to evaluate by)."""
 
     def __init__(self, spec: ModelSpec, settings: ReplicaSettings, name: str, node: str) -> None:
         self._orders = dict(order.partition("=")[::2] for order in spec.path.split())
@@ -93,6 +93,8 @@ class Scripted:
         return 1.0 if self._lies else 0.0
 
     def check(self, plan: Plan, reference_id: str, num_prompts: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        if "check-fails" in self._orders:
+            raise RuntimeError("a tensor of another mode")
         found = self._measured(EvalRequest(plan, reference_id, (0, num_prompts)))
         return found.sdt, found.dppl
 

@@ -244,6 +244,11 @@ def test_a_search_whose_replicas_all_turn_wrong_ends_with_the_reason() -> None:
         watched("wrong-on=int4-g32", [])
 
 
+def test_a_search_whose_replicas_are_all_lost_over_their_canary_ends_with_the_reason() -> None:
+    with pytest.raises(ReplicasFailed, match=r"in a row were lost over their canary; the last: .*of another mode"):
+        watched("check-fails", [])
+
+
 def test_a_replica_that_hangs_loses_no_request(tmp_path: Path) -> None:
     notes: list[str] = []
     arrived, asked = watched(f"hang-once={tmp_path} after=5", notes, Health(floor_seconds=0.3))

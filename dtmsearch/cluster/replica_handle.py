@@ -61,6 +61,11 @@ class ReplicaHandle:
         return any(call.check is not None for call in self.calls.values())
 
     @property
+    def in_check(self) -> bool:
+        """Whether the oldest call under way, which the replica is at, is a canary."""
+        return next((call.check is not None for call in self.calls.values()), False)
+
+    @property
     def last_request(self) -> EvalRequest | None:
         """The latest that is under way or held, if any."""
         call = next(reversed(self.calls.values()), None) or (self.held[-1].call if self.held else None)

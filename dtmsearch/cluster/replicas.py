@@ -93,7 +93,7 @@ class ReplicaSet:
             getattr(member.actor, method).remote(*arguments)
 
     def trusted(self) -> None:
-        """A canary was good: those that were wrong before it are no series."""
+        """A canary was good: those that were wrong before it, or were lost over theirs, are no series."""
         self._dismissed = 0
 
     # Starting.
@@ -195,13 +195,14 @@ class ReplicaSet:
         if member.host.group is not None:
             self._groups.append(member.host.group)
         reason = _reason(error)
+        # No request is to blame for what fails in a canary, which each replica that comes would be sent again.
+        in_check = member.in_check and not _with_its_node(error)
         self._on_lost(member, error, reason)
-        if isinstance(error, WrongNumbers):
+        if isinstance(error, WrongNumbers) or in_check:
             self._dismissed += 1
             if self._dismissed > self.wanted + _MAX_FAILED_STARTS:
-                raise ReplicasFailed(
-                    f"{self._dismissed} replicas in a row returned wrong numbers; the last: {_whole(error)}"
-                ) from error
+                did = "returned wrong numbers" if isinstance(error, WrongNumbers) else "were lost over their canary"
+                raise ReplicasFailed(f"{self._dismissed} replicas in a row {did}; the last: {_whole(error)}") from error
         if isinstance(error, RayActorError):
             self._room.count_again()
         if not member.ready and not _with_its_node(error):
