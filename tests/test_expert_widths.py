@@ -449,7 +449,8 @@ UNEVEN = {MLP: HALF, "model.layers.2.mlp": QUARTER}
 
 
 def model_of(folder: Path, family: str) -> Path:
-    """Of a family whose files hold each expert, or all in one tensor, or whose files name the router otherwise."""
+    """Of a family whose files hold each expert, or all in one tensor, or whose files name router, stacks or biases
+    otherwise."""
     if family == "mixtral":
         return write_model(folder, mixtral())
     tiny_model(family).save_pretrained(folder)
@@ -460,7 +461,8 @@ def model_of(folder: Path, family: str) -> Path:
 @pytest.mark.parametrize(
     ("family", "number"),
     [("mixtral", "num_local_experts"), ("qwen2_moe", "num_experts"), ("deepseek_v3", "n_routed_experts"),
-     ("gpt_oss", "num_local_experts"), ("qwen3_5_moe_text", "num_experts")],
+     ("gpt_oss", "num_local_experts"), ("qwen3_5_moe_text", "num_experts"), ("granitemoe", "num_local_experts"),
+     ("ernie4_5_moe", "moe_num_experts")],
 )  # fmt: skip
 def test_as_many_experts_in_all_layers_are_said_by_an_ordinary_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, number: str

@@ -3,6 +3,7 @@ smaller."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 from dtmsearch.core.components import Component
 from dtmsearch.errors import UserError
 from dtmsearch.export.job import Job
+from dtmsearch.model.modules.compat import names_in_files
 from dtmsearch.model.modules.fewer_experts import ExpertTensor, MixtureParts, parts_of
 
 # What families call the experts of a mixture in their configurations.
@@ -108,10 +110,8 @@ class MixtureTensors:
         if name in shapes:
             return name
         shape = tuple(self._job.empty.get_submodule(mixture.block.name).state_dict()[tensor.path].shape)
-        layer = f".{mixture.block.layer}."
-        alike = [n for n, s in shapes.items() if n.endswith(f".{tensor.path}") and layer in n and s == shape]
-        if len(alike) == 1:
-            return alike[0]
+        if (renamed := self._renamed(own, shape, tensor.side)) is not None:
+            return renamed
         owner = mixture.block.name + (f".{tensor.module}" if tensor.module else "")
         if not tensor.is_router and any(
             c.stacked and c.name.startswith(f"{owner}.") and c.name.endswith(f".{tensor.name}") and c.apart
@@ -123,6 +123,17 @@ class MixtureTensors:
             f"{mixture.block.name} cannot be cut in files: they hold {own} under another name. Export --to json keeps "
             "the plan"
         )
+
+    def _renamed(self, parameter: str, shape: tuple[int, ...], side: int) -> str | None:
+        """The tensor of the files that a parameter of some shape is but for its name; None where it is put together of
+        several, or lies otherwise. `side` is that of the experts."""
+        sides = [4, 6, 10][: len(shape)]  # none of them alike, so that no turned tensor passes for the same
+        sides[side] = shape[side]
+        probe = torch.arange(math.prod(sides)).view(sides)
+        found = names_in_files(self._job.empty, {parameter: probe})
+        (name, there), *others = found.items()
+        same = not others and torch.equal(there, probe) and self._job.shapes.get(name) == shape
+        return name if same else None
 
     @cached_property
     def _names(self) -> dict[str, str | None]:
