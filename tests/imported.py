@@ -1,12 +1,16 @@
-"""What processes of the tests have imported before they are forked. Loading this module is all that the fork server of
-tests/processes.py does first.
+"""What processes of the tests have imported before they are forked (tests/ray_forks.py).
 
-Ray reads its environment when it is imported. So what is forked for it (tests/ray_forks.py) has all but Ray.
+    python imported.py FOLDER PID
+
+forks for those who ask in that folder, for as long as that process lives.
 """
 
+import contextlib
 import gc
 import importlib
-import os
+import pkgutil
+import sys
+from pathlib import Path
 
 import ray_forks
 
@@ -22,22 +26,22 @@ _BEFORE_RAY = (
     "opentelemetry.sdk.metrics",
     "pandas",
     "processes",
+    "pdb",
     "prometheus_client",
     "pyarrow.parquet",
     "pydantic",
+    "pytest",
     "requests",
     "toy",
     "transformers.models.llama.modeling_llama",
     "dtmsearch.console.progress",
     "dtmsearch.model.replica.local_replicas",
-)
-_WITH_RAY = (
-    "pytest",
-    "ray",
-    "dtmsearch.cluster.pool",
-    "dtmsearch.workflows.run",
     "dtmsearch.workflows.evaluate",
+    "dtmsearch.workflows.run",
 )
+_WITH_RAY = ("ray", "dtmsearch.cluster.pool")
+# What Ray's agents look through for their parts.
+_OF_AGENTS = "ray.dashboard.modules"
 
 
 def _import(names: tuple[str, ...]) -> None:
@@ -48,7 +52,14 @@ def _import(names: tuple[str, ...]) -> None:
     gc.freeze()
 
 
-_import(_BEFORE_RAY)
-if os.fork() == 0:
-    ray_forks.serve()
-_import(_WITH_RAY)
+def _import_ray(with_agents: bool) -> None:
+    _import(_WITH_RAY)
+    if with_agents:
+        parts = importlib.import_module(_OF_AGENTS)
+        with contextlib.suppress(ImportError):  # then an agent imports them itself
+            _import(tuple(found.name for found in pkgutil.walk_packages(parts.__path__, f"{_OF_AGENTS}.")))
+
+
+if __name__ == "__main__":
+    _import(_BEFORE_RAY)
+    ray_forks.serve(Path(sys.argv[1]), int(sys.argv[2]), _import_ray)

@@ -6,11 +6,9 @@ of its own would be at that for seconds each time. `ended([COMMAND, ...])` is th
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
-import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,8 +35,6 @@ PATIENCE_SECONDS = 180.0
 # What differs between evaluations of two runs of one search: where and when.
 CIRCUMSTANCES = ("replica", "node", "attempts", "wall_seconds", "finished_at")
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["imported"])
 _STARTING = threading.Lock()
 
 Rows = list[dict[str, Any]]
@@ -78,7 +73,7 @@ def forked(work: Callable[..., int], *arguments: str, cwd: Path | None = None) -
         process.join(PATIENCE_SECONDS)
         if process.exitcode is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+            process.join(PATIENCE_SECONDS)
         return Ended(process.exitcode, out.read_text(), err.read_text())
 
 
@@ -97,39 +92,43 @@ def _start(
     err: Path,
     variables: Mapping[str, str],
     cwd: Path | None = None,
-) -> Any:
-    """A process of the fork server's that does `work`, in a process group of its own. Its exit code is what `work`
-    returns."""
-    for path in (out, err):
-        path.touch()
-    places = (str(out), str(err), str(cwd or Path.cwd()))
-    with_forks = dict(variables) | ray_forks.environment(serving_ray())
-    process = _FORKS.Process(target=_child, args=(work, arguments, *places, with_forks))
-    process.start()
-    return process
+) -> ray_forks.Fork:
+    """A process of the fork server's that does `work`, a function of a module, in a process group of its own. Its exit
+    code is what `work` returns."""
+    place = serving_ray()
+    with_forks = dict(variables) | ray_forks.environment(place)
+    named = f"{work.__module__}:{work.__name__}"
+    with Path(os.devnull).open() as nothing, out.open("ab") as said, err.open("ab") as wrong:
+        streams = [stream.fileno() for stream in (nothing, said, wrong)]
+        return ray_forks.Fork(place, named, arguments, with_forks, str(cwd or Path.cwd()), streams)
 
 
 def serving_ray() -> Path:
-    """The folder from which Ray has its Python processes (see ray_forks.py) until this process ends, with the fork
-    server's start."""
+    """The folder in which processes are asked for, Ray's Python processes too (see ray_forks.py): of one fork server
+    for all workers of a pytest, which the first that asks starts."""
     with _STARTING:  # once, also where threads ask for it together
         return _serving_ray()
 
 
 @functools.cache
 def _serving_ray() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="dtm-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    ray_forks.write_stub(folder)
-    with pytest.MonkeyPatch.context() as patch:  # the server has the environment of its children
-        for name, value in (environment() | ray_forks.environment(folder)).items():
-            patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", _with_tests(os.environ.get("PYTHONPATH", "")))
-        forkserver.ensure_running()
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (folder / "asked").exists():
-        assert time.monotonic() < deadline, "the fork server does not start"
-        time.sleep(0.01)
+    shared = os.environ.get("PYTEST_XDIST_TESTRUNUID", "")[:8]
+    parent = os.getppid() if shared else os.getpid()
+    folder = Path(tempfile.gettempdir()) / f"dtm-{shared or parent}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "asked").exists():
+            return folder
+        ray_forks.write_stub(folder)
+        own = environment() | ray_forks.environment(folder)
+        own["PYTHONPATH"] = _with_tests(os.environ.get("PYTHONPATH", ""))
+        command = [sys.executable, str(Path(__file__).with_name("imported.py")), str(folder), str(parent)]
+        os.posix_spawn(sys.executable, command, own, setsid=True)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not (folder / "asked").exists():
+            assert time.monotonic() < deadline, "the fork server does not start"
+            time.sleep(0.01)
     return folder
 
 
@@ -142,28 +141,6 @@ def fork_for_ray() -> None:
     """Have a Ray that this process starts from now on fork its Python processes."""
     os.environ.update(ray_forks.environment(serving_ray()))
     ray_forks.use()
-
-
-def _child(
-    work: Callable[..., int], arguments: tuple[str, ...], out: str, err: str, cwd: str, variables: dict[str, str]
-) -> None:
-    """As a process that a shell has started, from its session and streams to what is left to do at its end."""
-    os.setsid()
-    for path, number in ((out, 1), (err, 2)):
-        opened = os.open(path, os.O_WRONLY | os.O_APPEND)
-        os.dup2(opened, number)
-        os.close(opened)
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(cwd)
-    sys.argv = ["dtmsearch", *arguments]
-    ray_forks.use()
-    code = 1
-    try:
-        code = work(*arguments)
-    finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out
-    sys.exit(code)
 
 
 def _with_tests(python_path: str) -> str:
@@ -215,7 +192,7 @@ class Driver:
 
     @property
     def is_running(self) -> bool:
-        return self._process.exitcode is None
+        return self._process.join(0.0) is None
 
     def until(self, happened: Callable[[], bool]) -> None:
         """Wait until something happened; that this process has ended first is an error."""
@@ -263,7 +240,7 @@ class Driver:
             self._process.join(20.0)
         if self.is_running:
             self.signal_group(signal.SIGKILL)
-            self._process.join()
+            self._process.join(PATIENCE_SECONDS)
 
 
 def process_ends(pid: int) -> bool:
