@@ -30,6 +30,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A Ray of the tests starts no worker that nobody has asked for: each takes a second of CPU time.
 os.environ |= {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0"}
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # what a process of the tests has read when it imported Ray, all have
 # Ray's agents end with the pipe that they have from their raylet: they may be no children of it (see ray_forks.py).
 os.environ |= {"RAY_enable_pipe_based_agent_to_parent_health_check": "1"}
 # Workers of pytest share the CPUs: threads of torch that wait for each other spinning would take them from the others.

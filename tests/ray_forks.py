@@ -155,9 +155,9 @@ def serve(place: Path, parent: int, import_ray: Callable[[bool], None]) -> NoRet
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(place / "asked.new"))
     listener.listen(64)
-    usual = _forking(place, None, import_ray, [listener])
+    usual = _forking(place, None, import_ray)
     length, _ = _asked(usual)
-    read_by_ray: dict[str, str] = marshal.loads(_all_of(usual, length))
+    read_by_ray: dict[str, list[str]] = marshal.loads(_all_of(usual, length))
     forking: dict[tuple[tuple[str, str], ...], socket.socket] = {}
     (place / "asked.new").rename(place / "asked")
     waiting = selectors.DefaultSelector()
@@ -175,13 +175,13 @@ def serve(place: Path, parent: int, import_ray: Callable[[bool], None]) -> NoRet
             argv, env = _set_up(argv, env)
             said = marshal.dumps((stub, argv, env, *rest))
             own = {name: value for name, value in env.items() if name.startswith("RAY_")}
-            if not _is_worker(argv) and all(env.get(name, "") == value for name, value in read_by_ray.items()):
+            if not _is_worker(argv) and all(env.get(name, "") in alike for name, alike in read_by_ray.items()):
                 _send(usual, said, [link.fileno(), *streams])
             else:
                 by = tuple(sorted(own.items()))
                 for _ in range(2):  # those of a job end with it
                     if by not in forking:
-                        forking[by] = _forking(place, own, import_ray, [listener, usual, *forking.values()])
+                        forking[by] = _forking(place, own, import_ray)
                     try:
                         _send(forking[by], said, [link.fileno(), *streams])
                         break
@@ -191,9 +191,7 @@ def serve(place: Path, parent: int, import_ray: Callable[[bool], None]) -> NoRet
             os.close(stream)
 
 
-def _forking(
-    place: Path, env: dict[str, str] | None, import_ray: Callable[[bool], None], not_its_own: list[socket.socket]
-) -> socket.socket:
+def _forking(place: Path, env: dict[str, str] | None, import_ray: Callable[[bool], None]) -> socket.socket:
     """The end by which a new process is asked to fork: one that has Ray by these variables of the environment for it.
     Without them it has this process's, and first sends those that Ray has read, with their values."""
     ours, its = socket.socketpair()
@@ -201,16 +199,18 @@ def _forking(
         its.close()
         return ours
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for other in (ours, *not_its_own):
-        other.close()
+    os.closerange(3, its.fileno())  # what others ask for, with their streams, ends where they close it
+    os.closerange(its.fileno() + 1, 4096)
     if env is not None:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             del os.environ[name]
         os.environ.update(env)
+    before = dict(os.environ)
     with _noting_reads() as read:
         import_ray(env is None)
-    if env is None:
-        _send(its, marshal.dumps({name: os.environ.get(name, "") for name in read if name.startswith("RAY_")}), [])
+    if env is None:  # some it has set itself
+        alike = {name: [before.get(name, ""), os.environ.get(name, "")] for name in read if name.startswith("RAY_")}
+        _send(its, marshal.dumps(alike), [])
     return _fork_on(its, place)
 
 
