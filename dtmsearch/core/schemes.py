@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from dtmsearch.core import plugins
 from dtmsearch.core.number_formats import Rounding
 from dtmsearch.core.scheme_names import ALIASES, AUTOROUND, BITSANDBYTES, SALIENCIES, nearest
-from dtmsearch.core.widths import RULES, RULES_OF_EXPERTS, Width, nearest_width
+from dtmsearch.core.widths import RULES, RULES_OF_EXPERTS, Block, Width, nearest_width
 from dtmsearch.errors import UserError
 
 DENSE = "dense"
@@ -74,7 +74,7 @@ def _index_bits(count: int) -> int:
     return (count - 1).bit_length()
 
 
-class StoredSomewhere(Protocol):
+class StoredSomewhere(Block, Protocol):
     """A component, by what its size follows from."""
 
     @property
@@ -88,18 +88,6 @@ class StoredSomewhere(Protocol):
 
     @property
     def is_block(self) -> bool: ...
-
-    @property
-    def mixture(self) -> str: ...
-
-    @property
-    def num_experts(self) -> int: ...
-
-    @property
-    def experts_per_token(self) -> int: ...
-
-    @property
-    def kind(self) -> str: ...
 
 
 @dataclass(frozen=True)
