@@ -9,7 +9,7 @@ import pytest
 from fakes import toy_manifest
 from safetensors.numpy import save_file
 
-from dtmsearch.core.components import checkpoint_dtype, content_hash, read_header, weight_files
+from dtmsearch.core.checkpoint_files import checkpoint_dtype, content_hash, read_header, weight_files
 from dtmsearch.errors import UserError
 
 WEIGHTS = {

@@ -32,7 +32,8 @@ from dtmsearch.analysis.verdict import rival_of, verdict
 from dtmsearch.config.stop_section import StopSection
 from dtmsearch.console.run_text import run_text
 from dtmsearch.core.calibration import Calibration, ExpertUse, InputStatistics, Routing, Through, calibration_id
-from dtmsearch.core.components import Component, ModelManifest, read_header
+from dtmsearch.core.checkpoint_files import read_header
+from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.holders import holders_of
 from dtmsearch.core.plan import Budget, Plan

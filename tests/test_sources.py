@@ -31,7 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dtmsearch import config
 from dtmsearch.analysis.summary import summarize_run
-from dtmsearch.core.components import Component, weight_files
+from dtmsearch.core.checkpoint_files import weight_files
+from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec
 from dtmsearch.core.holders import source_note
 from dtmsearch.core.plan import Plan, plan_size

@@ -29,7 +29,7 @@ from dtmsearch.config.sections import (
 )
 from dtmsearch.config.stop_section import TimesSection
 from dtmsearch.core.calibration import Routing, Through
-from dtmsearch.core.components import is_gguf
+from dtmsearch.core.checkpoint_files import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.identity import identity_of_text
 from dtmsearch.core.records import RunRecord

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dtmsearch.config import DatasetSection, MixedSection, PromptsSection, SearchFile
-from dtmsearch.core.components import is_gguf, weight_files
+from dtmsearch.core.checkpoint_files import is_gguf, weight_files
 from dtmsearch.core.documents import MESSAGE_COLUMNS, Document, Mixed, Texts, conversation_of
 from dtmsearch.core.user_files import is_file, shown
 from dtmsearch.core.vocabulary import check_known

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dtmsearch.core.components import DTYPE_BITS, Component, ModelManifest, read_header, weight_files
+from dtmsearch.core.checkpoint_files import DTYPE_BITS, read_header, weight_files
+from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.engine_rules import ENGINES
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.fusion import input_readers, scale_partners

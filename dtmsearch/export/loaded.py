@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dtmsearch.core.components import read_header, weight_files
+from dtmsearch.core.checkpoint_files import read_header, weight_files
 from dtmsearch.errors import UserError
 from dtmsearch.export.component_weights import component_dense
 from dtmsearch.export.job import Job

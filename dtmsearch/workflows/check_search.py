@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dtmsearch.config import SearchFile, texts
 from dtmsearch.core.calibration import Calibration
-from dtmsearch.core.components import is_gguf
+from dtmsearch.core.checkpoint_files import is_gguf
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.holders import source_note
 from dtmsearch.core.schemes import check_libraries, parse_scheme

@@ -15,7 +15,7 @@ import numpy as np
 
 from dtmsearch.analysis.format import counted
 from dtmsearch.analysis.model_comparison import ComparedModel, ModelComparison, compared
-from dtmsearch.core.components import is_gguf, read_model_config
+from dtmsearch.core.checkpoint_files import is_gguf, read_model_config
 from dtmsearch.core.documents import Document, Texts
 from dtmsearch.core.evaluation import Continuation, ModelSpec, PromptTokens, Reference, ReplicaSettings
 from dtmsearch.core.metric_registry import first_divergent_token, share_of_divergent_tokens

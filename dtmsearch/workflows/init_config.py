@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtmsearch.core.components import checkpoint_dtype, is_gguf, read_header, read_model_config, weight_files
+from dtmsearch.core.checkpoint_files import checkpoint_dtype, is_gguf, read_header, read_model_config, weight_files
 from dtmsearch.errors import UserError
 from dtmsearch.workflows.engines import WANTED, EngineName, menu
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtmsearch.core.components import read_model_config
+from dtmsearch.core.checkpoint_files import read_model_config
 from dtmsearch.core.statistics import PairedDifference, paired_difference
 from dtmsearch.core.user_files import is_folder
 from dtmsearch.errors import UserError

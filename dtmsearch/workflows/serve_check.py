@@ -26,7 +26,7 @@ from dtmsearch.analysis.serve_comparison import (
     leaving,
     served_values,
 )
-from dtmsearch.core.components import read_model_config
+from dtmsearch.core.checkpoint_files import read_model_config
 from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import IntArray, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.metric_registry import first_divergent_token, share_of_divergent_tokens

@@ -15,7 +15,7 @@ import numpy as np
 from dtmsearch.analysis.format import counted
 from dtmsearch.config import MixedSection, PromptsSection, SearchFile, texts
 from dtmsearch.core.calibration import Calibration
-from dtmsearch.core.components import is_gguf
+from dtmsearch.core.checkpoint_files import is_gguf
 from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import IntArray, PromptTokens
 from dtmsearch.core.training_settings import RecoverySettings

@@ -9,14 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from dtmsearch.core.components import (
-    Component,
-    ModelManifest,
-    checkpoint_dtype,
-    content_hash,
-    read_header,
-    weight_files,
-)
+from dtmsearch.core.checkpoint_files import checkpoint_dtype, content_hash, read_header, weight_files
+from dtmsearch.core.components import Component, ModelManifest
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.identity import identity
 from dtmsearch.errors import UserError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dtmsearch.core.components import is_gguf, read_header, weight_files
+from dtmsearch.core.checkpoint_files import is_gguf, read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compat import loaded_by, unconverted_parameters

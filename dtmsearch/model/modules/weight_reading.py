@@ -34,7 +34,7 @@ class Span:
 
 
 def spans(path: Path) -> dict[str, Span]:
-    """Where the tensors of a safetensors file lie, by name. The file is one that `components.read_header` takes."""
+    """Where the tensors of a safetensors file lie, by name. The file is one that `read_header` takes."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

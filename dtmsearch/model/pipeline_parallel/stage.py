@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dtmsearch.core.calibration import Calibration, FloatArray, InputStatistics, PackedMatrix, WeightError
-from dtmsearch.core.components import ModelManifest, weight_files
+from dtmsearch.core.checkpoint_files import weight_files
+from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.evaluation import ModelSpec, ReplicaSettings
 from dtmsearch.core.fusion import input_readers, scale_partners
 from dtmsearch.core.plan import Plan

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtmsearch.core.components import is_gguf, read_model_config
+from dtmsearch.core.checkpoint_files import is_gguf, read_model_config
 from dtmsearch.core.evaluation import (
     Continuation,
     EvalRequest,

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from dtmsearch.core.components import ModelManifest, read_header, read_model_config, weight_files
+from dtmsearch.core.checkpoint_files import read_header, read_model_config, weight_files
+from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.decoding import Decoding
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.number_formats import Rounding

@@ -27,7 +27,8 @@ from dtmsearch.core.calibration import (
     Through,
     WeightError,
 )
-from dtmsearch.core.components import ModelManifest, weight_files
+from dtmsearch.core.checkpoint_files import weight_files
+from dtmsearch.core.components import ModelManifest
 from dtmsearch.core.documents import Texts
 from dtmsearch.core.evaluation import (
     Continuation,

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from dtmsearch.core.components import DTYPE_BITS, read_header, weight_files
+from dtmsearch.core.checkpoint_files import DTYPE_BITS, read_header, weight_files
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.model.forward.partial import PROVED_TOKENS, Body
 from dtmsearch.model.modules.loading import checkpoint_folder, load_model, own_folder, vocabulary_size

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dtmsearch.core.components import read_header, weight_files
+from dtmsearch.core.checkpoint_files import read_header, weight_files
 from dtmsearch.errors import UserError
 from dtmsearch.model.modules.compat import gguf_settings
 

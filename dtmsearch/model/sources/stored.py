@@ -13,7 +13,7 @@ from torch import Tensor
 from dtmsearch.errors import UserError
 
 Shape = tuple[int, ...]
-# name -> (dtype as `core.components.read_header` names it, shape)
+# name -> (dtype as `core.checkpoint_files.read_header` names it, shape)
 Headers = Mapping[str, tuple[str, Shape]]
 Read = Callable[[str], Tensor]
 

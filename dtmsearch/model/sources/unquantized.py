@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dtmsearch.core.components import (
+from dtmsearch.core.checkpoint_files import (
     DTYPE_BITS,
     content_hash,
     is_gguf,

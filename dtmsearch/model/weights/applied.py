@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dtmsearch.core.components import Component, read_header
+from dtmsearch.core.checkpoint_files import read_header
+from dtmsearch.core.components import Component
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.schemes import Scheme
 from dtmsearch.core.widths import side_of

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dtmsearch.core.components import read_header
+from dtmsearch.core.checkpoint_files import read_header
 from dtmsearch.model.modules.weight_reading import Span, located
 
 
