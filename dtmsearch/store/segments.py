@@ -38,6 +38,9 @@ _TOGETHER = {"plans": "plan_id"}
 _WRITTEN_AS = b"dtmsearch.segment"
 # Readers list again when a compaction or a damaged segment comes between listing and reading.
 _READ_ATTEMPTS = 8
+# Smaller tables are written as they are: they get hardly smaller, and a compressor for each column takes as long as
+# all else together.
+_COMPRESSED_BYTES = 4 << 10
 _T = TypeVar("_T")
 
 
@@ -125,9 +128,10 @@ class Segments:
             {**(rows.schema.metadata or {}), _WRITTEN_AS: segment.path}
         )
         repeating = [f.name for f in rows.schema if pa.types.is_dictionary(f.type) or pa.types.is_integer(f.type)]
+        compression = "zstd" if rows.nbytes > _COMPRESSED_BYTES else "none"
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(
-            sink, rows.schema, compression="zstd", use_dictionary=repeating, write_page_checksum=True
+            sink, rows.schema, compression=compression, use_dictionary=repeating, write_page_checksum=True
         ) as writer:
             for group in _row_groups(segment.table, rows):
                 writer.write_table(group, row_group_size=max(1, group.num_rows))
