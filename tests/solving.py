@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -58,10 +59,14 @@ def additive_damage(plan: Plan) -> float:
     return sum(alpha(c) * 4.0 ** (1 - parse_scheme(s).bits) for c, s in plan.entries)
 
 
+@functools.cache
+def sensitivity(prompts: tuple[int, int]) -> NDArray[np.float64]:
+    return np.array([0.5 + chance("prompt", p) for p in range(*prompts)])
+
+
 def additive(request: EvalRequest) -> EvalResult:
     """A model for which the law holds exactly: KL is the sum over components, every prompt's in proportion."""
-    sensitivity = np.array([0.5 + chance("prompt", p) for p in range(*request.prompts)])
-    kl = (additive_damage(request.plan) * sensitivity).astype(np.float32)
+    kl = (additive_damage(request.plan) * sensitivity(request.prompts)).astype(np.float32)
     share = np.minimum(0.28 * np.sqrt(kl), 1.0)
     fdt = np.floor(CONTINUATION_TOKENS * (1.0 - share)).astype(np.int32)
     sdt = np.round(CONTINUATION_TOKENS * share).astype(np.int32)
