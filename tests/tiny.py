@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 import dtmsearch
 from dtmsearch.core.evaluation import EvalResult, ModelSpec, Outcome, Reference, ReplicaSettings
+from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.forward.streamed_body import StreamedBody
 from dtmsearch.model.pipeline_parallel.pipelined_replica import PipelineReplica, make_stage
 from dtmsearch.model.replica.replica import Replica
 
@@ -24,6 +27,7 @@ VOCABULARY = 258
 # Checkpoints that a process keeps, some 100 kB each.
 _MOST_MADE = 64
 _made: dict[tuple[type, str, int], dict[str, bytes]] = {}
+_referred: dict[Hashable, Reference] = {}
 LONG_TEXT = "".join(f"def f{i}(x):\n    return x + {i * 7919 % 1000}\n\n" for i in range(400))
 # Enough for most tests, and tokenized in less time.
 TEXT = LONG_TEXT[:5149]
@@ -132,11 +136,28 @@ def in_stages(folder: Path, num_stages: int, attention: str = "sdpa") -> Pipelin
 
 
 def with_reference(model: Replica, count: int = 6, prompt: int = 10, continuation: int = 12) -> Reference:
-    """A reference over TEXT, already in use by the replica."""
-    prompts, _ = model.cut_prompts([TEXT], count, prompt, continuation, 0)
-    reference = model.make_reference(prompts)
+    """A reference over TEXT, already in use by the replica. All that its identity consists of given, a file of tests
+    makes it once for each kind of body; a replica in stages, or on several devices, makes its own each time."""
+    lengths = count, prompt, continuation
+    body = type(model._body)
+    if type(model) is not Replica or body not in (Body, StreamedBody) or model._num_devices > 1:
+        reference = _reference(model, *lengths)
+    else:
+        file = os.environ.get("PYTEST_CURRENT_TEST", "").partition("::")[0]
+        code = frozenset((type(module), type(module).forward) for module in model.model.modules())
+        rows = model._batches.rows(prompt + continuation)
+        key = file, body, model.manifest().id, str(model.conditions()), rows, code, lengths
+        reference = _referred[key] if key in _referred else _reference(model, *lengths)
+        while len(_referred) >= _MOST_MADE:
+            del _referred[next(iter(_referred))]
+        _referred[key] = reference
     model.use(reference)
     return reference
+
+
+def _reference(model: Replica, *lengths: int) -> Reference:
+    prompts, _ = model.cut_prompts([TEXT], *lengths, 0)
+    return model.make_reference(prompts)
 
 
 @functools.lru_cache(maxsize=1)
