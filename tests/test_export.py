@@ -11,11 +11,12 @@ import pytest
 import torch
 from exports import RUN, Measured, in_process, measured_plan
 from safetensors.torch import load_file, save_file
-from tiny import llama_config, write_model
+from tiny import llama_config, replica, values, with_reference, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dtmsearch.cli import main
 from dtmsearch.cli.using import EXPORT_FORMATS
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec, ReplicaSettings
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.plan_file import plan_from_json, plan_to_json
 from dtmsearch.core.schemes import parse_scheme
@@ -23,6 +24,8 @@ from dtmsearch.errors import ExportFailed, UserError
 from dtmsearch.export.formats.format_registry import FORMATS
 from dtmsearch.export.job import Written, refuse
 from dtmsearch.model.compress.rounding import round_weight
+from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.replica.exported import measure
 from dtmsearch.workflows.export import export, publish, resolve, verify, write
 from dtmsearch.workflows.export_check import check_bytes
 
@@ -49,6 +52,23 @@ def test_the_command_line_names_every_format() -> None:
 def test_a_dense_export_measures_as_recorded_in_a_fresh_process(mixed: Measured, tmp_path: Path) -> None:
     check = mixed.export("dense", tmp_path / "out").check
     assert check is not None and check.equal and check.fdt_measured < 12
+
+
+def test_of_a_folder_that_is_only_measured_whole_passes_are_asked_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path)
+    base = replica(folder)
+    reference = with_reference(base)
+    expected = values(base.evaluate([EvalRequest(Plan(), reference.id, (0, reference.num_prompts))])[0])
+    starts: list[int] = []
+    finish = Body.finish
+    monkeypatch.setattr(
+        Body, "finish", lambda body, tokens, state, start: starts.append(start) or finish(body, tokens, state, start)
+    )
+    monkeypatch.delattr(Body, "generate")
+    found = measure(ModelSpec(str(folder), dtype="float32"), ReplicaSettings(num_threads=1), reference)
+    assert values(found) == expected and starts and set(starts) == {0}
 
 
 def test_a_dense_export_holds_the_rounded_weights(mixed: Measured, tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ class Body:
             _proved.keep(known_as, self._found_out())
         else:
             self._take(known)
-        if len(self.cuts) <= self.num_layers:
-            log.warning("%s", self.how_it_runs())
+        if said := self.how_it_runs():
+            log.warning("%s", said)
 
     def _found_out(self) -> ProvedPass:
         returned = tuple(stand_in.returns for stand_in in self._stand_ins)
@@ -92,8 +92,8 @@ class Body:
         """
         with torch.inference_mode():
             tokens, others = self.random_prompts()
-            logits = self.model(input_ids=tokens, use_cache=False).logits
-            self.head_apart = self._proves(lambda: _alike(self._logits_apart(tokens), logits))
+            logits = self._whole_logits(tokens)
+            self.head_apart = self._proves_head_apart(tokens, logits)
             whole = self.run(tokens)
             self.cuts = frozenset({0})
             if self._proves(lambda: self._notes_returned(tokens)):
@@ -125,6 +125,10 @@ class Body:
         except Exception as error:
             log.debug("%s: %s: %s", type(self.model).__name__, type(error).__name__, error)
             return False
+
+    def _proves_head_apart(self, tokens: Tensor, logits: Tensor) -> bool:
+        """Whether the head, run by itself, gives what the whole model gives, `logits` of `tokens`."""
+        return self._proves(lambda: _alike(self._logits_apart(tokens), logits))
 
     def _logits_apart(self, tokens: Tensor) -> Tensor:
         hidden = self.run(tokens)

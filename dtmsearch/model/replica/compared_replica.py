@@ -4,7 +4,7 @@ every position, and what of it outlasts its layers so that two models need never
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,9 @@ class ComparedReplica(ServedReplica):
         """Of an unquantized folder, whose tensors are checked against its configuration."""
         model = load_model(folder, spec, self._device)
         return self._as_loaded(model, folder, spec)
+
+    def _make_body(self, model: Any, known_as: Hashable) -> Body:
+        return Body(model)
 
     def _suppressed_tokens(self, loaded: LoadedModel) -> tuple[int, ...]:
         if self._given_suppressed is None:

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ from dtmsearch.errors import UserError
 from dtmsearch.model.compress.bitsandbytes_layers import run_row_by_row, runs_by_token
 from dtmsearch.model.compress.number_rounding import round_inputs
 from dtmsearch.model.compress.quantization_arguments import CACHE_ARGUMENTS, rounding_of
+from dtmsearch.model.forward.partial import Body
+from dtmsearch.model.forward.whole_body import WholeBody
 from dtmsearch.model.modules import kv_caches
 from dtmsearch.model.modules.compat import decompressed, keep_scales, tied_parameters
 from dtmsearch.model.modules.empty import without_values
@@ -84,6 +86,9 @@ class ServedReplica(Replica):
         if rounds_caches(folder):
             kv_caches.attach(model, spec.attention, parse_scheme("kv-fp8"))
         return self._as_loaded(model, folder, spec)
+
+    def _make_body(self, model: Any, known_as: Hashable) -> Body:
+        return WholeBody(model)
 
     def _as_loaded(self, model: Any, folder: Path, spec: ModelSpec) -> LoadedModel:
         with torch.no_grad():  # some weights are unpacked when the model first runs as a whole
