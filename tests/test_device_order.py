@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from tiny import DEMO_MODEL, TEXT
+from tiny import DEMO_MODEL, with_reference
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings, StatesKept
 from dtmsearch.core.plan import Plan
@@ -89,8 +89,7 @@ def test_on_one_device_all_orders_are_as_good_and_that_of_layers_is_taken() -> N
 @pytest.mark.parametrize("states", ["device", "host", "sweep"])
 def test_requests_in_any_order_find_the_same(states: StatesKept, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(replica: Replica) -> list[tuple[bytes, ...]]:
-        reference = replica.make_reference(replica.cut_prompts([TEXT], 4, 16, 16, 0)[0])
-        replica.use(reference)
+        reference = with_reference(replica, count=4, prompt=16, continuation=16)
         components = replica.manifest().components
         plans = [Plan(), *(Plan.of({component.name: "int4-g32"}) for component in components[::3])]
         asked = [EvalRequest(plan, reference.id, (0, 4), ("kl", "ppl")) for plan in plans]

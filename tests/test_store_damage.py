@@ -164,13 +164,25 @@ def test_damage_that_comes_while_a_run_goes_on_costs_only_what_it_hit(
 # A finished run whose rows stand in one compacted segment a table, several row groups each.
 
 
+_GROUPS = {"evaluations": 2, "plans": 2, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def as_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(segments, "_ROWS_PER_GROUP", _GROUPS)
+        with opened(ResultStore(place)) as writer:
+            writer.append(make_records(*range(8)))
+            writer.decide([make_step(step) for step in range(4)])
+            writer.put_run(run_record(status="finished"))
+    return place
+
+
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(segments, "_ROWS_PER_GROUP", {"evaluations": 2, "plans": 2, "steps": 2})
-    with opened(ResultStore(tmp_path)) as writer:
-        writer.append(make_records(*range(8)))
-        writer.decide([make_step(step) for step in range(4)])
-        writer.put_run(run_record(status="finished"))
+def finished(as_finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(segments, "_ROWS_PER_GROUP", _GROUPS)
+    shutil.copytree(as_finished, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
