@@ -49,3 +49,14 @@ def test_what_is_foreseen_of_a_round_is_what_it_measures() -> None:
     schedule = ProbedSchedule(AutoSettings(correction_prompts=100_000), 84, 1_000, 2)
     foreseen = list(schedule.usual(num_probed=84))[1:3]
     assert foreseen == [(each.num_measured, each.cost // each.num_measured) for each in schedule.rounds()[:2]]
+
+
+def test_two_plans_side_by_side_forward_no_more_than_one_alone() -> None:
+    schedule = PricedSchedule(AutoSettings(), 84, 1_000, 2, num_steps=(3, 6))
+    alone, together = schedule.rounds(), schedule.side_by_side()
+    assert [ways for _, ways in together] == [2, 2, 1, 1, 1]
+    assert sum(each.cost * ways for each, ways in together) <= sum(each.cost for each in alone)
+    first = together[0][0]
+    assert first.learns_on == (0, 24) and first.plans_on == (24, 56)
+    short = PricedSchedule(AutoSettings(correction_prompts=1_100), 84, 1_000, 2, num_steps=(3, 6))
+    assert [ways for _, ways in short.side_by_side()] == [2]

@@ -24,6 +24,8 @@ from dtmsearch.search.space import SearchSpace
 Floats = NDArray[np.float64]
 # An option's index for every unit.
 Options = tuple[int, ...]
+# Into how many parts the way from no budget to a budget is divided.
+_EASIER = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -158,19 +160,39 @@ class Choices:
 
     def solve(self, damages: Sequence[Floats]) -> Solution:
         """The options of least total damage that meet a rule. Raises `Infeasible` when none can be met."""
-        solutions: list[Solution] = []
+        return self._best_rule(damages)[1]
+
+    def _best_rule(self, damages: Sequence[Floats]) -> tuple[Rule, Solution]:
+        """The rule that is met with least total damage, and how."""
+        solutions: list[tuple[Rule, Solution]] = []
         for rule in self.rules:
             try:
-                solutions.append(self.nest.solve(damages, rule.costs, rule.capacity))
+                solutions.append((rule, self.nest.solve(damages, rule.costs, rule.capacity)))
             except Infeasible as error:
                 problem = error
         if not solutions:
             raise problem
-        return min(solutions, key=lambda solution: solution.loss)
+        return min(solutions, key=lambda found: found[1].loss)
 
     def within(self, damages: Sequence[Floats], stored_bits: int) -> Solution:
         """The options of least total damage of at most so many stored bits, whatever the rules say."""
         return self.nest.solve(damages, self.bits, stored_bits)
+
+    def on_the_way(self, damages: Sequence[Floats], part: float) -> Options:
+        """The options of least total damage within an easier budget, between none and this one: the most of it whose
+        damage comes to at most `part` of the budget's own. Raises `Infeasible`."""
+        rule, whole = self._best_rule(damages)
+        found: Options = (0,) * len(self.units)
+        dense = self.cost(rule.costs, found)
+        easy, hard = 0, _EASIER
+        while hard - easy > 1:
+            at = (easy + hard) // 2
+            tried = self.nest.solve(damages, rule.costs, dense - (dense - rule.capacity) * at // _EASIER)
+            if tried.loss <= part * whole.loss:
+                easy, found = at, tried.options
+            else:
+                hard = at
+        return found
 
     def canonical(self, options: Sequence[int]) -> Options:
         """The choice with nothing chosen for what lies in a block that is dropped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dtmsearch.core.prices import PASSES
 from dtmsearch.core.strategy_settings import AutoSettings
@@ -20,6 +20,8 @@ _POLISHED_ON = 32
 _USUAL_ROUNDS = 2
 # Prompts on which a round's plans are measured where slopes are taken, in those of a probing search's first round.
 _MEASURED_ON = 2
+# Rounds in which two plans are gone on from, where two are.
+_TOGETHER = 2
 # Prompts on which the plan that prices lead to is held against them.
 HELD_AGAINST = 64
 # Plans of the last comparison, which takes as many prompts as tell them apart.
@@ -125,6 +127,19 @@ class PricedSchedule(Schedule):
         measured = max(self.num_steps) + 1
         cost = PASSES["slope"] * (learns_on[1] - learns_on[0]) + (plans_on[1] - plans_on[0]) * measured
         return CorrectionRound(number, learns_on, plans_on, 0, measured, cost)
+
+    def side_by_side(self) -> list[tuple[CorrectionRound, int]]:
+        """The same rounds where two plans are gone on from, until two rounds have shown which is the better: with from
+        how many. Slopes take half of the prompts. Together they forward no more than the other rounds may."""
+        small = replace(self, effort=replace(self.effort, slopes=max(self.effort.slopes // 2, 2)))
+        found, left = [], sum(each.cost for each in self.rounds())
+        for each in map(small.correction_round, range(self.effort.rounds)):
+            ways = 2 if each.number < _TOGETHER else 1
+            left -= each.cost * ways
+            if left < 0:
+                break
+            found.append((each, ways))
+        return found
 
     def usual(self, num_probed: int) -> Iterator[Lot]:
         """Whether prices hold is not known before."""

@@ -9,18 +9,23 @@ and the solver moves as many units at once as are expected to gain most together
 leads from there on if it gains by both. Where a plan costs much more than its prices, second order is not enough, and
 more careful steps, of fewer units, are measured beside. Swaps may follow as without prices, and a comparison of the
 leading plans on as many prompts as tell them apart.
+
+Where all is ruined and the plan that prices lead to costs as much as a uniform one, prices are no guide, and what is
+found is one local optimum of many. Two ways down are then gone side by side, on the same prompts: from the better of
+these plans, and from half-way to the budget. The one that is behind after two rounds is left, or sooner if it is far
+behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtmsearch.core.evaluation import Outcome
+from dtmsearch.core.evaluation import EvalFailure, Outcome
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.prices import PriceKind
 from dtmsearch.core.schemes import DENSE
@@ -30,8 +35,8 @@ from dtmsearch.search.solver.damage_model import family_of
 from dtmsearch.search.solver.fisher_form import Forces, Prices, expected_gain
 from dtmsearch.search.solver.posterior import Posterior, Spread
 from dtmsearch.search.strategies.auto import Auto
-from dtmsearch.search.strategies.auto_schedule import FINALISTS, HELD_AGAINST, CorrectionRound, PricedSchedule, Schedule
-from dtmsearch.search.strategies.generator import Part, Script, losses, mean_loss
+from dtmsearch.search.strategies.auto_schedule import FINALISTS, HELD_AGAINST, CorrectionRound, PricedSchedule
+from dtmsearch.search.strategies.generator import Part, Script, Trial, losses, mean_loss
 from dtmsearch.search.strategies.solver_based import Solver, paired
 from dtmsearch.search.strategies.task import Task
 
@@ -50,6 +55,11 @@ _FURTHER, _FURTHER_STILL = (1.0, 1.4, 2.2), (1.0, 1.3, 1.7, 2.5, 4.0, 8.0)
 _WORTHWHILE = 0.01
 # Prices hold while the plan that they lead to costs no more than this many times what they say.
 _HOLDS = 1.15
+# Where plans cost more nats per token than this (perplexity e times the base model's) and a uniform one the same to
+# within that part, prices are no guide. A way down that is behind the other by more than the last part is left at once.
+_RUINED, _ALIKE, _FAR_BEHIND = 1.0, 0.15, 0.15
+# The half of the way to a budget: where prices come to this part of the budget's.
+_HALF_WAY = 0.5
 # Rounds that may gain nothing; lots of swaps that may.
 _MOST_FAILURES, _PATIENCE = 2, 2
 
@@ -73,6 +83,28 @@ class Fisher(Solver):
         yield from self._told_apart([found])
 
 
+@dataclass
+class _Way:
+    """How far a way down has come: the plan that leads, its KL, the forces that are known on it, and whether the plan
+    is within the budget; the plans that led so far, the last first; rounds in a row that gained nothing."""
+
+    leader: Options
+    total: float
+    forces: Forces
+    within: bool = True
+    pool: list[Options] = field(default_factory=list)
+    failures: int = 0
+    ended: bool = False
+
+    def led_by(self, options: Options, total: float) -> None:
+        """After a round."""
+        self.failures = self.failures + 1 if options == self.leader else 0
+        self.ended = self.failures > _MOST_FAILURES
+        if options != self.leader:
+            self.pool.insert(0, options)
+        self.leader, self.total, self.within = options, total, True
+
+
 class PricedAuto(Auto):
     """See the module."""
 
@@ -83,7 +115,7 @@ class PricedAuto(Auto):
         self._barred: list[NDArray[np.bool_]] | None = None
 
     @cached_property
-    def _schedule(self) -> Schedule:
+    def _schedule(self) -> PricedSchedule:
         units, rivals, steps = len(self._choices.units), len(self._rivals()), (len(_FURTHER), len(_FURTHER_STILL))
         return PricedSchedule(self._effort, units, self.num_prompts, rivals, steps)
 
@@ -97,38 +129,90 @@ class PricedAuto(Auto):
         self.stage = "first plan by prices"
         first, answer = yield from self._measurable(tables, self._first(HELD_AGAINST))
         self._barred = [~np.isfinite(table) for table in tables]
-        field, answers = [first, *self._rivals()], [answer]
-        field = list(dict.fromkeys(field))
-        if len(field) > 1:
-            answers += yield from self._measured(field[1:], self._first(HELD_AGAINST))
+        plans, answers = list(dict.fromkeys([first, *self._rivals()])), [answer]
+        if len(plans) > 1:
+            answers += yield from self._measured(plans[1:], self._first(HELD_AGAINST))
         values = [mean_loss(answer, "kl") for answer in answers]
         at = int(np.argmin(values))
-        leader, total, holds = field[at], values[at], self._prices_hold(first, answer)
-        self._lead(leader, answers[at])
-        pool, forces, failures, sharpened = [leader], Forces.none(self._form), 0, False
-        rounds = self._schedule.rounds()
-        for each in rounds:
-            self.stage = f"round {each.number + 1} of at most {len(rounds)}"
-            forces, steps = self._steps(forces, leader, total, holds, each)
-            if not steps:
-                if sharpened or not holds or not self._in_doubt():
-                    break
-                self._take_prices()
-                sharpened = True
-                continue
-            better, total = yield from self._step(leader, total, steps, each)
-            failures = failures + 1 if better == leader else 0
-            if better != leader:
-                leader = better
-                pool.insert(0, leader)
-            if failures > _MOST_FAILURES:
-                break
+        self._lead(plans[at], answers[at])
+        holds, best = self._prices_hold(first, answer), plans[at]
+        if not holds and _no_guide(values):
+            pool = yield from self._side_by_side(best, values[at])
+        else:
+            pool = yield from self._way_down(best, values[at], holds)
+        leader = pool[0]
         # Where prices do not hold, slopes do not see everything either.
         swap_prompts = 0 if holds else self._effort.swap_prompts
         better_ones = yield from self._polish(self._posterior(), leader, swap_prompts, _PATIENCE)
         pool = list(dict.fromkeys((*better_ones, *pool)))
         # Leaders before the last differ too little from it to be told apart for what that would cost.
         yield from self._told_apart([*pool[: max(FINALISTS - 2, 1)], first])
+
+    def _way_down(self, leader: Options, total: float, holds: bool) -> Part[list[Options]]:
+        """Rounds of steps from a plan of a KL of `total`: the plans that led, the last first."""
+        way, sharpened = _Way(leader, total, Forces.none(self._form), pool=[leader]), False
+        rounds = self._schedule.rounds()
+        for each in rounds:
+            self.stage = f"round {each.number + 1} of at most {len(rounds)}"
+            way.forces, steps = self._steps(way, holds, each)
+            if not steps:
+                if sharpened or not holds or not self._in_doubt():
+                    break
+                self._take_prices()
+                sharpened = True
+                continue
+            better, total, answer = yield from self._step(way, steps, each)
+            self._lead(better, answer)
+            way.led_by(better, total)
+            if way.ended:
+                break
+        return way.pool
+
+    def _side_by_side(self, leader: Options, total: float) -> Part[list[Options]]:
+        """Rounds of steps from a plan of a KL of `total` and from half-way to the budget: the plans that led on the way
+        that is the better in the end, the last first."""
+        none = Forces.none(self._form)
+        half = self._choices.on_the_way(self._allowed(self._form.damages()), _HALF_WAY)
+        ways = [_Way(leader, total, none, pool=[leader]), _Way(half, total, none, within=False)]
+        rounds = self._schedule.side_by_side()
+        for each, num_ways in rounds:
+            ways = ways[:num_ways]
+            self.stage = f"round {each.number + 1} of at most {len(rounds)}"
+            for way in ways:
+                yield from self._further(way, each)
+            ways = yield from self._foremost(ways, each)
+            if all(way.ended for way in ways):
+                break
+        return ways[0].pool
+
+    def _further(self, way: _Way, each: CorrectionRound) -> Part[None]:
+        """A round of one of two ways. From a plan beyond the budget the best step that is within it is taken."""
+        if way.ended:
+            return
+        if not way.within:
+            (answer,) = yield [Trial(self._choices.plan(way.leader), each.plans_on)]
+            way.total, way.ended = mean_loss(answer, "kl"), isinstance(answer, EvalFailure)
+            if way.ended:
+                return
+        way.forces, steps = self._steps(way, False, each)
+        if not steps:
+            way.ended = True
+        elif way.within:
+            better, total, _ = yield from self._step(way, steps, each)
+            way.led_by(better, total)
+        else:
+            answers = yield from self._measured(list(steps), each.plans_on)
+            values = [mean_loss(answer, "kl") for answer in answers]
+            at = int(np.argmin(values))
+            way.led_by(list(steps)[at], values[at])
+
+    def _foremost(self, ways: Sequence[_Way], each: CorrectionRound) -> Part[list[_Way]]:
+        """Those that are not far behind, the best first, which leads: all on the same prompts."""
+        answers = yield from self._measured([way.leader for way in ways], each.plans_on)
+        values = [mean_loss(answer, "kl") for answer in answers]
+        order = [int(at) for at in np.argsort(values, kind="stable")]
+        self._lead(ways[order[0]].leader, answers[order[0]])
+        return [ways[at] for at in order if values[at] <= (1.0 + _FAR_BEHIND) * values[order[0]]]
 
     def _take_prices(self) -> None:
         """Prices from as many samples as the effort says, beside those that were taken."""
@@ -162,11 +246,10 @@ class PricedAuto(Auto):
         noise = float(measured.std()) / float(np.sqrt(len(measured)))
         return float(measured.mean()) - noise < _HOLDS * predicted + errors.error
 
-    def _steps(
-        self, forces: Forces, leader: Options, total: float, holds: bool, each: CorrectionRound
-    ) -> tuple[Forces, dict[Options, float]]:
-        """Forces after a slope at the plan that leads and costs `total`, and the steps from there that are worth
-        measuring, with the change of KL that is expected of each."""
+    def _steps(self, way: _Way, holds: bool, each: CorrectionRound) -> tuple[Forces, dict[Options, float]]:
+        """Forces after a slope at the plan that leads, and the steps from there that are worth measuring, with the
+        change of KL that is expected of each."""
+        leader, total, forces = way.leader, way.total, way.forces
         price = self._form.cost(leader)
         scale = max((total - forces.on(leader)) / price, 1.0) if price > 0.0 else 1.0
         slopes = self._prices_of(self._price("slope", self._choices.plan(leader), each.learns_on), DENSE)
@@ -187,12 +270,13 @@ class PricedAuto(Auto):
         return forces, steps if not holds or min(steps.values(), default=0.0) < -_WORTHWHILE * total else {}
 
     def _step(
-        self, leader: Options, total: float, steps: Mapping[Options, float], each: CorrectionRound
-    ) -> Part[tuple[Options, float]]:
-        """The step that gains most, or the leader where none does, and its KL. What is measured and what was expected
-        count by how well they are known; what is expected may be off by itself. What is best of several by chance must
-        gain more than chance would."""
-        plan, candidates = self._choices.plan(leader), list(steps)
+        self, way: _Way, steps: Mapping[Options, float], each: CorrectionRound
+    ) -> Part[tuple[Options, float, Outcome]]:
+        """The step that gains most, or the leader where none does, its KL and its answer. What is measured and what was
+        expected count by how well they are known; what is expected may be off by itself. What is best of several by
+        chance must gain more than chance would."""
+        leader, total, candidates = way.leader, way.total, list(steps)
+        plan = self._choices.plan(leader)
         base, *answers = yield from self._measured([leader, *candidates], each.plans_on, plan)
         gains = []
         for options, answer in zip(candidates, answers, strict=True):
@@ -201,10 +285,8 @@ class PricedAuto(Auto):
             gains.append((1.0 - share) * mean + share * expected + float(np.sqrt((1.0 - share) * variance)))
         at = int(np.argmin(gains))
         if not gains[at] < 0.0:
-            self._lead(leader, base)
-            return leader, total
-        self._lead(candidates[at], answers[at])
-        return candidates[at], total * mean_loss(answers[at], "kl") / mean_loss(base, "kl")
+            return leader, total, base
+        return candidates[at], total * mean_loss(answers[at], "kl") / mean_loss(base, "kl"), answers[at]
 
     def _posterior(self) -> Posterior:
         """What is believed of options by their prices alone."""
@@ -223,3 +305,11 @@ class PricedAuto(Auto):
         if self._barred is None:
             return list(damages)
         return [np.where(barred, np.inf, own) for own, barred in zip(damages, self._barred, strict=True)]
+
+
+def _no_guide(values: Sequence[float]) -> bool:
+    """Whether plans are ruined, and the first, that of the prices, is no better and no worse than the best other: by
+    the KL of each."""
+    other = min(values[1:], default=float("inf"))
+    least, most = sorted((values[0], other))
+    return least > _RUINED and most < (1.0 + _ALIKE) * least
