@@ -36,7 +36,7 @@ def ruined(request: EvalRequest) -> EvalResult:
     return damaged(request, 3.0)
 
 
-def search_over(slopes: list[Plan]) -> Strategy:
+def search_over(slopes: list[Plan], correction_prompts: int = 4_000) -> Strategy:
     own = take_from(SPACE)
 
     def take(kind: PriceKind, around: Plan, samples: tuple[int, int]) -> NDArray[np.float32]:
@@ -44,7 +44,7 @@ def search_over(slopes: list[Plan]) -> Strategy:
             slopes.append(around)
         return own(kind, around, samples)
 
-    settings = replace(SMALL, take=take, auto=replace(SMALL.auto, rounds=4))
+    settings = replace(SMALL, take=take, auto=replace(SMALL.auto, rounds=4, correction_prompts=correction_prompts))
     return make_strategy("auto", SPACE, request_for, "kl", continuation_tokens=CONTINUATION_TOKENS, solver=settings)
 
 
@@ -54,6 +54,21 @@ def test_where_a_uniform_plan_costs_as_much_as_that_of_prices_half_way_is_gone_o
     within = [SPACE.budget.reached(SPACE.size(each)) for each in slopes]
     assert within[:2] == [True, False] and all(within[2:])
     assert plan is not None and SPACE.budget.reached(SPACE.size(plan))
+
+
+@pytest.mark.parametrize("most", [0, 150, 250, 4_000])
+def test_two_ways_forward_no_more_prompts_than_rounds_may(most: int) -> None:
+    slopes: list[Plan] = []
+    taken = list[tuple[int, int]]()
+
+    def noted(request: EvalRequest) -> EvalResult:
+        taken.append(request.prompts)
+        return ruined(request)
+
+    run_search(search_over(slopes, correction_prompts=most), FakeEvaluator(noted))
+    rounds = [(first, end) for first, end in taken if first > 0 and end - first == 2 * SMALL.auto.prompts]
+    assert sum(end - first for first, end in rounds) + 4 * 2 * len(slopes) <= most
+    assert bool(slopes) == (most > 0)
 
 
 def test_where_half_way_cannot_be_measured_the_plan_that_leads_is_gone_on_from_alone() -> None:

@@ -57,7 +57,7 @@ _WORTHWHILE = 0.01
 _HOLDS = 1.15
 # Where plans cost more nats per token than this (perplexity e times the base model's) and a uniform one the same to
 # within that part, prices are no guide. A way down that is behind the other by more than the last part is left at once.
-_RUINED, _ALIKE, _FAR_BEHIND = 1.0, 0.15, 0.15
+_RUINED, _ALIKE, _FAR_BEHIND = 1.0, 0.05, 0.15
 # The half of the way to a budget: where prices come to this part of the budget's.
 _HALF_WAY = 0.5
 # Rounds that may gain nothing; lots of swaps that may.
