@@ -27,6 +27,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,8 +82,26 @@ def use() -> None:
         from ray._private.node import Node
 
         _read_environment()
+        if isinstance(services.sys, _Elsewhere):  # type: ignore[attr-defined]
+            return
         services.sys = _Elsewhere(folder)  # type: ignore[attr-defined]
+        services.get_node = _once_it_is_there(services.get_node)
         _leave_out_what_watches(Node)
+
+
+def _once_it_is_there(get_node: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    """What `get_node` gives, which looks for a node that has just been started a second time only after a second."""
+    from ray._private import services
+    from ray._private.state import GlobalState
+
+    def get_started_node(gcs_address: str, node_id: str) -> Any:
+        state, deadline = GlobalState(), time.monotonic() + 20.0
+        state._initialize_global_state(services._get_gcs_client_options(gcs_address))
+        while time.monotonic() < deadline and node_id not in {node["NodeID"] for node in state.node_table()}:
+            time.sleep(0.01)
+        return get_node(gcs_address, node_id)
+
+    return get_started_node
 
 
 def _read_environment() -> None:
