@@ -18,6 +18,7 @@ from dtmsearch.search.protocols import (
     Ask,
     Evaluator,
     Foreseeing,
+    Indexed,
     Observer,
     Progress,
     ResultLog,
@@ -182,7 +183,8 @@ def measure(
     """Measure named requests outside a search, what is recorded already from the records. Keeps the names. `on_answers`
     hears, as they come, how many of all are answered."""
     labels = {request.id: name for name, request in requests.items()}
-    known = {outcome.request_id: outcome for outcome in log.replay() if outcome.request_id in labels}
+    recorded = log.replay() if not isinstance(log, Indexed) or log.holds_any(labels) else ()
+    known = {outcome.request_id: outcome for outcome in recorded if outcome.request_id in labels}
     missing = {r.id: r for r in requests.values() if r.id not in known}
     elsewhere = log.recorded_elsewhere(list(missing))
     reused = [

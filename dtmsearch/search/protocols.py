@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -187,6 +187,14 @@ class ResultLog(Protocol):
     def decisions(self) -> Sequence[StepRecord]: ...
 
     def decide(self, steps: Sequence[StepRecord]) -> None: ...
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """A log that tells what it holds without going through it."""
+
+    def holds_any(self, request_ids: Collection[str]) -> bool:
+        """Whether `replay` may give an outcome of any of these requests; False where it gives none."""
 
 
 @dataclass(frozen=True)

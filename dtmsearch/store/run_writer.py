@@ -223,6 +223,10 @@ class RunWriter:
                         seen.add(outcome.request_id)
                         yield outcome
 
+    def holds_any(self, request_ids: Collection[str]) -> bool:
+        """Whether `replay` may give an outcome of any of these requests. Reads ids alone, and those once."""
+        return not self._known().evaluations.isdisjoint(request_ids)
+
     def _stale(self) -> set[str]:
         """Evaluations whose `out_of_memory` is not replayed: it was measured later, or is to be asked again."""
         measured, asked_again = self._out_of_memory()

@@ -174,6 +174,9 @@ class Segments:
         """Rows of a table in order of commits, of some keys or all, of some columns or all."""
 
         def scan(segments: Sequence[Segment]) -> pa.Table:
+            if not segments:
+                nothing = SCHEMAS[table].empty_table()
+                return nothing if columns is None else nothing.select(list(columns))
             return self.dataset(table, segments).to_table(columns=columns, filter=where)
 
         return self.scanning(table, keys, scan)
