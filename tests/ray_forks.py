@@ -409,13 +409,15 @@ def _run(
             use()
             place, _, function = argv[1].partition(":")
             sys.argv = ["dtmsearch", *argv[2:]]
-            code = getattr(importlib.import_module(place), function)(*argv[2:])
+            code = int(getattr(importlib.import_module(place), function)(*argv[2:]) or 0)
         elif module is None:
             runpy.run_path(argv[0], run_name="__main__")
         else:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):  # as the interpreter does
+            sys.stderr.write(f"{ended.code}\n")
     except BaseException:
         code = 1
         traceback.print_exc()

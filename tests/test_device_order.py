@@ -5,37 +5,31 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from tiny import DEMO_MODEL, with_reference
+from tiny import DEMO_MODEL, TEXT
 
 from dtmsearch.core.evaluation import EvalRequest, EvalResult, ModelSpec, ReplicaSettings, StatesKept
 from dtmsearch.core.plan import Plan
 from dtmsearch.model.forward.partial import Body
-from dtmsearch.model.replica.device_order import busy_order, equal_work
-from dtmsearch.model.replica.plan_evaluator import _AHEAD_OF_EACH
+from dtmsearch.model.replica.device_order import busy_order
 from dtmsearch.model.replica.replica import Replica
 
 
-def layers_until_done(first_layers: list[int], ends: list[int], head: float = 0.0, ahead: int = 10_000) -> float:
-    """When the last device is done with requests launched in this order, in the time of a layer; the first one of so
-    many that are under way is waited for before another is launched."""
-    free, ended = [0.0] * len(ends), list[float]()
-    for number, layer in enumerate(first_layers):
-        done = ended[number - ahead - 1] if number > ahead else 0.0
+def layers_until_done(first_layers: list[int], ends: list[int]) -> int:
+    """When the last device is done with requests launched in this order, in the time of a layer."""
+    free = [0] * len(ends)
+    for layer in first_layers:
+        done = 0
         for device, (start, end) in enumerate(pairwise((0, *ends))):
-            last = device + 1 == len(ends)
-            if layer < end or last:
-                done = free[device] = max(done, free[device]) + max(0, end - max(layer, start)) + last * head
-        ended.append(done)
+            if layer < end:
+                done = free[device] = max(done, free[device]) + end - max(layer, start)
     return max(free)
 
 
-def times_one(
-    num_layers: int, ends: list[int], first_layers: list[int], ordered: bool, head: float = 0.0, ahead: int = 10_000
-) -> float:
+def times_one(num_layers: int, ends: list[int], first_layers: list[int], ordered: bool) -> float:
     """How many times as fast as one device that many devices are."""
     order = busy_order(first_layers, ends) if ordered else range(len(first_layers))
-    done = layers_until_done([first_layers[at] for at in order], ends, head, ahead)
-    return (sum(num_layers - layer for layer in first_layers) + head * len(first_layers)) / done
+    done = layers_until_done([first_layers[at] for at in order], ends)
+    return sum(num_layers - layer for layer in first_layers) / done
 
 
 @pytest.mark.parametrize(
@@ -46,31 +40,6 @@ def test_all_devices_work_at_once(num_layers: int, ends: list[int], each: int, l
     layers = [layer for layer in range(num_layers) for _ in range(each)]
     assert times_one(num_layers, ends, layers, ordered=True) >= least
     assert times_one(num_layers, ends, layers, ordered=False) < 0.8 * least  # one layer after the other
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "devices", "head", "least"),
-    [
-        (32, 2, 0.65, 1.97),  # Llama-2-7B's head; without one no cut between layers shares them out as evenly
-        (32, 2, 0.0, 1.91),
-        (32, 2, 2.4, 1.81),  # Llama-3-8B's, with which more would have to be under way
-        (48, 2, 0.3, 1.96),
-        (80, 4, 0.65, 3.65),
-    ],
-)
-def test_a_head_has_its_part_of_the_work(num_layers: int, devices: int, head: float, least: float) -> None:
-    layers = [layer for layer in range(num_layers) for _ in range(7)]
-    ends = equal_work(num_layers, devices, head)
-    assert times_one(num_layers, ends, layers, ordered=True, head=head, ahead=_AHEAD_OF_EACH * devices) >= least
-
-
-def test_as_many_layers_lie_above_as_below_in_work() -> None:
-    assert equal_work(48, 2, 0.0) == [34, 48]
-    assert equal_work(80, 4, 0.0) == [40, 56, 69, 80]
-    assert equal_work(32, 2, 2.4) == [24, 32]  # a head on the last device takes layers from it
-    assert equal_work(32, 2, 2.4, head_first=True) == [21, 32]
-    assert equal_work(2, 2, 100.0) == [1, 2]  # each has one
-    assert equal_work(3, 4, 0.0)[-1] == 3
 
 
 def test_every_request_is_launched_once() -> None:
@@ -89,7 +58,8 @@ def test_on_one_device_all_orders_are_as_good_and_that_of_layers_is_taken() -> N
 @pytest.mark.parametrize("states", ["device", "host", "sweep"])
 def test_requests_in_any_order_find_the_same(states: StatesKept, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(replica: Replica) -> list[tuple[bytes, ...]]:
-        reference = with_reference(replica, count=4, prompt=16, continuation=16)
+        reference = replica.make_reference(replica.cut_prompts([TEXT], 4, 16, 16, 0)[0])
+        replica.use(reference)
         components = replica.manifest().components
         plans = [Plan(), *(Plan.of({component.name: "int4-g32"}) for component in components[::3])]
         asked = [EvalRequest(plan, reference.id, (0, 4), ("kl", "ppl")) for plan in plans]

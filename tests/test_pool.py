@@ -245,7 +245,9 @@ def test_a_search_whose_replicas_all_turn_wrong_ends_with_the_reason() -> None:
 
 
 def test_a_search_whose_replicas_are_all_lost_over_their_canary_ends_with_the_reason() -> None:
-    with pytest.raises(ReplicasFailed, match=r"in a row were lost over their canary; the last: .*of another mode"):
+    with pytest.raises(
+        ReplicasFailed, match=r"in a row were wrong, or lost over their canary; the last: .*of another mode"
+    ):
         watched("check-fails", [])
 
 

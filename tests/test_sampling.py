@@ -148,7 +148,8 @@ def test_continuations_of_one_token_are_scored_by_targets_without_gaps(
         return plain(logits, targets, *rest)
 
     monkeypatch.setattr(head_metrics, "_score", score)
-    with_reference(usual(folder, GREEDY), 6, 10, 1)
+    model = usual(folder, GREEDY)
+    model.make_reference(model.cut_prompts([TEXT], 6, 10, 1, 0)[0])
     assert handed and all(handed)
 
 

@@ -137,7 +137,8 @@ def in_stages(folder: Path, num_stages: int, attention: str = "sdpa") -> Pipelin
 
 def with_reference(model: Replica, count: int = 6, prompt: int = 10, continuation: int = 12) -> Reference:
     """A reference over TEXT, already in use by the replica. All that its identity consists of given, a file of tests
-    makes it once for each kind of body; a replica in stages, or on several devices, makes its own each time."""
+    makes it once for each kind of body; a replica in stages, or on several devices, makes its own each time. Not for
+    tests of how one is made."""
     lengths = count, prompt, continuation
     body = type(model._body)
     if type(model) is not Replica or body not in (Body, StreamedBody) or model._num_devices > 1:

@@ -201,7 +201,11 @@ class ReplicaSet:
         if isinstance(error, WrongNumbers) or in_check:
             self._dismissed += 1
             if self._dismissed > self.wanted + _MAX_FAILED_STARTS:
-                did = "returned wrong numbers" if isinstance(error, WrongNumbers) else "were lost over their canary"
+                did = (
+                    "returned wrong numbers"
+                    if isinstance(error, WrongNumbers)
+                    else "were wrong, or lost over their canary"
+                )
                 raise ReplicasFailed(f"{self._dismissed} replicas in a row {did}; the last: {_whole(error)}") from error
         if isinstance(error, RayActorError):
             self._room.count_again()

@@ -127,7 +127,7 @@ class MixtureTensors:
     def _renamed(self, parameter: str, shape: tuple[int, ...], side: int) -> str | None:
         """The tensor of the files that a parameter of some shape is but for its name; None where it is put together of
         several, or lies otherwise. `side` is that of the experts."""
-        sides = [4, 6, 10][: len(shape)]  # none of them alike, so that no turned tensor passes for the same
+        sides = [4, 6, 10][: len(shape)]  # small, and even: some families put two matrices in one
         sides[side] = shape[side]
         probe = torch.arange(math.prod(sides)).view(sides)
         found = names_in_files(self._job.empty, {parameter: probe})

@@ -176,7 +176,9 @@ class Segments:
         def scan(segments: Sequence[Segment]) -> pa.Table:
             if not segments:
                 nothing = SCHEMAS[table].empty_table()
-                return nothing if columns is None else nothing.select(list(columns))
+                if columns is None and where is None:
+                    return nothing
+                return ds.dataset(nothing).to_table(columns=columns, filter=where)  # which knows of wrong names
             return self.dataset(table, segments).to_table(columns=columns, filter=where)
 
         return self.scanning(table, keys, scan)

@@ -17,8 +17,6 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from dtmsearch.model.modules.compat import precede
-
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; itself where it is there."""
@@ -62,12 +60,12 @@ class Hops:
         return known[1]
 
     def before(self, module: nn.Module, device: torch.device) -> None:
-        """Have all tensors that a module is called with, compiled or not, moved to a device."""
+        """Have all tensors that a module is called with moved to a device."""
 
-        def to_device(inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return recursively_apply(self.moved, inputs, device), recursively_apply(self.moved, named, device)
+        def to_device(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return recursively_apply(self.moved, args, device), recursively_apply(self.moved, named, device)
 
-        precede(module, to_device)
+        module.register_forward_pre_hook(to_device, with_kwargs=True)
 
 
 def connect(model: Any, around_layers: nn.Module, devices: Mapping[str, torch.device]) -> None:

@@ -45,8 +45,8 @@ class Body:
     this process is not proved again.
     """
 
-    # Passes that are begun before the first is waited for.
-    passes_ahead = 0
+    # Passes that are begun before the first is waited for; whether it is said when passes may not start everywhere.
+    passes_ahead, warns = 0, True
     # Tokens of a continuation by which its way of generating is proved.
     _proved_continuation = PROVED_TOKENS // 2
 
@@ -71,7 +71,7 @@ class Body:
             _proved.keep(known_as, self._found_out())
         else:
             self._take(known)
-        if said := self.how_it_runs():
+        if self.warns and (said := self.how_it_runs()):
             log.warning("%s", said)
 
     def _found_out(self) -> ProvedPass:

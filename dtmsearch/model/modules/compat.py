@@ -74,23 +74,19 @@ def allow_graphs(number: int) -> None:
     torch._dynamo.config.accumulated_recompile_limit = 64 * number
 
 
-# What is done before a call, given its arguments, of which it returns what the call gets.
-Before = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-
-
 class _Preceded:
     """A module's call, before which something else is done. Of a hook's doing a compiled call would make a part of its
     graph."""
 
-    def __init__(self, before: Before, call: Callable[..., Any]) -> None:
+    def __init__(self, before: Callable[[], None], call: Callable[..., Any]) -> None:
         self.before, self.call = before, call
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        inputs, named = self.before(inputs, named)
+        self.before()
         return self.call(*inputs, **named)
 
 
-def precede(module: nn.Module, before: Before) -> None:
+def precede(module: nn.Module, before: Callable[[], None]) -> None:
     """Have something done before each call of a module, compiled or not."""
     module._compiled_call_impl = _Preceded(before, module._call_impl)
 

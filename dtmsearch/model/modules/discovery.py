@@ -190,14 +190,6 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(fitting, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
 
-def head_work(model: nn.Module) -> float:
-    """What the head has to do for a token, in layers: its weights over a layer's, on the average of all layers."""
-    layers = find_layers(model)[1]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    of_layers = sum(parameter.numel() for parameter in layers.parameters())
-    return float(head.weight.numel() * len(layers) / of_layers) if of_layers else 0.0
-
-
 def _lists(model: nn.Module, part: nn.Module, expected: int | None) -> list[tuple[str, nn.ModuleList]]:
     """The lists of modules in a part of a model, by name: those of an expected length, else all."""
     prefix = next((f"{name}." for name, module in model.named_modules() if module is part and name), "")

@@ -78,7 +78,8 @@ def _gives_way(other: Any, first: Tensor) -> bool:
 
 def made_again(name: str, func: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> Any:
     """What `func`, operation `name` of ATen, makes of tensors without values. What it has made of such tensors before,
-    with memory of its own, is made by its shapes, strides and dtypes alone, in a tenth of the time."""
+    with memory of its own, is made by its shapes, strides and dtypes alone: most operations in a fifth to a third of
+    the time, of which a model of 32 layers is found in 0.20 s instead of 0.36."""
     given = _described((*args, *named.items()))
     key = None if given is None else (func, torch.get_default_dtype(), given)
     known = _made.get(key) if key is not None else None

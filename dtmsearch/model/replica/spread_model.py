@@ -11,9 +11,8 @@ from torch import nn
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.model.forward.gpu_hops import connect
-from dtmsearch.model.modules.discovery import find_layers, head_work
+from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import empty_model, load_model
-from dtmsearch.model.replica.device_order import equal_work
 
 # The part of a GPU's free memory that weights may take, beside states and activations.
 _WEIGHTS_SHARE = 0.85
@@ -38,12 +37,11 @@ def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] |
     first GPU, to which the last layer's states for it return.
 
     Candidates run from the first layer in which they differ, so layer i of L runs for (i + 1) / L of those that differ
-    in one layer, and the head for all: the layers are cut where each GPU has as much to do, not as much to hold.
+    in one layer: the layers are cut where each GPU has as much to do, not as much to hold.
     """
     num_devices = len(free)
     name, layers = find_layers(model)
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    ends = equal_work(len(layers), num_devices, head_work(model), head_first=tied)
+    ends = [round(len(layers) * ((at + 1) / num_devices) ** 0.5) for at in range(num_devices)]
     found = {f"{name}.{i}": next(at for at, end in enumerate(ends) if i < end) for i in range(len(layers))}
     path = name.split(".")
     for depth, part in enumerate(path):
@@ -52,7 +50,7 @@ def cut(model: Any, dtype: torch.dtype, free: Sequence[int]) -> dict[str, int] |
         for at, child in enumerate(beside):
             if child != part:
                 found[f"{parent}.{child}" if parent else child] = num_devices - 1 if at > beside.index(part) else 0
-    if tied:
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         head = model.get_output_embeddings()
         found |= {own: 0 for own in found if model.get_submodule(own) is head}
     needed = [0] * num_devices
