@@ -46,7 +46,7 @@ if os.access(_MEMORY, os.W_OK) and min(shutil.disk_usage(_MEMORY).free, psutil.v
 KINDS = {
     "browser": {"selenium"},
     "cluster": {"ray"},
-    "process": {"processes", "subprocess", "multiprocessing"},
+    "process": {"processes", "subprocess", "multiprocessing", "moto"},  # moto: an S3 server over HTTP
     "model": {"torch", "transformers", "tiny", "inprocess"},
 }
 _HERE = Path(__file__).parent

@@ -23,6 +23,8 @@ import dtmsearch as dtm
 from dtmsearch.cli import cli, main
 from dtmsearch.config import parse
 
+pytestmark = pytest.mark.process  # commands, of which some start a process that answers SQL
+
 ROOT = Path(__file__).parents[1]
 # What is written by docs/generate.py from the code.
 MADE = ("api.md", "cli.md", "search-file.md", "tables.md")
