@@ -186,6 +186,17 @@ def test_no_two_modules_have_one_name() -> None:
     assert {name for name, count in names.items() if count > 1} == set()
 
 
+def test_no_weights_but_the_demo_s_are_kept() -> None:
+    """What a test or a trial has written beside the code, and `git add` has taken."""
+    listed = subprocess.run(["git", "ls-files"], cwd=PACKAGE.parent, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no checkout")
+    weights = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+    assert [name for name in listed.stdout.splitlines() if name.endswith(weights)] == [
+        "dtmsearch/demo/model/model.safetensors"
+    ]
+
+
 def test_few_things_at_the_top() -> None:
     assert len({folder_of(module) for module in MODULES if not module.startswith("__")} - {"errors", "logs"}) <= 14
 

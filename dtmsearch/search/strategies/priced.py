@@ -207,7 +207,9 @@ class PricedAuto(Auto):
             way.led_by(list(steps)[at], values[at])
 
     def _foremost(self, ways: Sequence[_Way], each: CorrectionRound) -> Part[list[_Way]]:
-        """Those that are not far behind, the best first, which leads: all on the same prompts."""
+        """Those that are not far behind, the best first, which leads: all on the same prompts. One that has not come
+        to the budget is none."""
+        ways = [way for way in ways if way.within]
         answers = yield from self._measured([way.leader for way in ways], each.plans_on)
         values = [mean_loss(answer, "kl") for answer in answers]
         order = [int(at) for at in np.argsort(values, kind="stable")]
