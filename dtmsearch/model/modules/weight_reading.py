@@ -135,7 +135,8 @@ class WeightReader:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             for _ in range(count):
-                buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+                with torch.inference_mode(False):  # the threads that copy are in none
+                    buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
                 self._staging.put((buffer, torch.cuda.Event()))
 
     def begin(self, parts: Iterable[tuple[Source, Tensor]]) -> Fetched:

@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +33,9 @@ from dtmsearch.model.modules.fewer_experts import FewerExperts, MixtureParts, fe
 from dtmsearch.model.modules.kv_caches import CachedPart
 from dtmsearch.model.modules.matrices import read, write
 from dtmsearch.model.modules.slots import Places
+from dtmsearch.model.weights import read_ahead
 from dtmsearch.model.weights.checkpoint import Checkpoint
+from dtmsearch.model.weights.read_ahead import ReadAhead, Wanted
 
 # Replaced weights in the CPU's memory after which the heap is trimmed, which takes milliseconds.
 _MOST_UNTRIMMED_BYTES = 1 << 25
@@ -68,6 +71,9 @@ class Weights:
     Where weights pass through the device, `passing` has those of a component there until the next one's are asked for:
     what is handed out is a copy then, and plans that stand within a `with` statement change one layer."""
 
+    # Kinds of devices for which replaced weights are read ahead; in the host's memory files are mapped.
+    reads_ahead = frozenset({"cuda"})
+
     def __init__(
         self, model: nn.Module, checkpoint: Checkpoint, places: Places, scale_dtype: torch.dtype = torch.float32,
         passing: Passing | None = None, blocks: Iterable[Component] = (), matrices: Iterable[Component] = (),
@@ -92,6 +98,7 @@ class Weights:
         self._unnamed: dict[str, Tensor] = {}
         self.compressor = Compressor(scale_dtype)
         self._untrimmed_bytes = 0
+        self._ahead = ReadAhead()
         self.plan = Plan()
 
     def share_scales(self, partners: Mapping[str, Sequence[str]]) -> None:
@@ -110,16 +117,31 @@ class Weights:
         """Apply `plan` for good; what it replaces is let go."""
         changes = self._changes(plan)
         # A plan names nothing in a block that it drops: what has to stand in one as it was goes first.
-        for component in sorted(changes, key=lambda name: not changes[name].is_unquantized):
-            scheme = changes[component]
-            replaced = self._replace(component, scheme, plan)
-            if component not in self._blocks:
-                if self._passing is not None:
-                    self._passing.written(component)
-                self._let_go(component, replaced)
-                self._note_cut(component, plan)
-            changed = self.plan.schemes | {component: scheme.name}
-            self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
+        order = sorted(changes, key=lambda name: not changes[name].is_unquantized)
+        with self._ahead.of(self._to_read(order)):
+            for component in order:
+                scheme = changes[component]
+                replaced = self._replace(component, scheme, plan)
+                if component not in self._blocks:
+                    if self._passing is not None:
+                        self._passing.written(component)
+                    self._let_go(component, replaced)
+                    self._note_cut(component, plan)
+                changed = self.plan.schemes | {component: scheme.name}
+                self.plan = Plan.of(changed)  # after each component, so that a failure in between leaves a true state
+
+    def _to_read(self, components: Iterable[str]) -> list[Wanted]:
+        """Those whose original weights were replaced on a GPU for good and have to be read again, if they are many."""
+        found, size = list[Wanted](), 0
+        for component in components if self._passing is None else ():
+            replaced = component in self.plan.schemes or component in self._cut_by
+            if not replaced or component in self._kept or not self._checkpoint.holds(component):
+                continue
+            weight = next(self._places.get(component).parameters())
+            if weight.device.type in self.reads_ahead:
+                found.append(Wanted(component, partial(self._checkpoint.read, component), weight.device))
+                size += weight.nbytes
+        return found if size >= read_ahead.LEAST_BYTES else []
 
     def _changes(self, plan: Plan) -> dict[str, Scheme]:
         """What a plan has otherwise than the current one, with what lies in blocks that it cuts otherwise."""
@@ -355,7 +377,10 @@ class Weights:
         if component in self._kept:
             return self._kept[component].to(next(now.module.parameters()).device)
         here = next(now.module.parameters())
-        weight = self._checkpoint.read(component).to(here.device, self._dtype)
+        weight = self._ahead.take(component)
+        if weight is None:
+            weight = self._checkpoint.read(component)
+        weight = weight.to(here.device, self._dtype)
         return weight.t() if isinstance(self._dense_modules[component], Conv1D) else weight
 
     @property
