@@ -105,6 +105,49 @@ def test_a_change_in_the_mlp_leaves_attention_alone(folder: Path) -> None:
     assert not any(positions[n] for n in names if ".1.self_attn" in n)
 
 
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models be taken for ones whose last layer lies on a second device."""
+    monkeypatch.setattr(Body, "device_ends", property(lambda body: [body.num_layers - 1, body.num_layers]))
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_over_several_devices_changes_in_the_mlps_of_all_layers_leave_attention_alone(folder: Path) -> None:
+    model = kept(folder, "device")
+    reference = with_reference(model)
+    names = [c.name for c in model.manifest().components]
+    mlps = [n for n in names if ".mlp" in n]
+    requests = [EvalRequest(Plan.of({n: "int3-g8"}), reference.id, (0, 6)) for n in mlps]
+    alone = kept(folder, "sweep")
+    alone.use(reference)
+    expected = [values(alone.evaluate([request])[0]) for request in requests]
+    model.evaluate(requests)  # what all layers make in one pass of the parent is there now
+    with counted(model) as positions:
+        found = [values(o) for o in model.evaluate(requests)]
+    assert found == expected
+    assert not any(positions[n] for n in names if ".0.self_attn" in n)
+    in_one = 6 * reference.text.shape[1]
+    assert positions["model.layers.1.self_attn.q_proj"] == 3 * in_one  # for those below that layer alone
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_over_several_devices_room_for_some_outputs_changes_no_bit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = kept(folder, "device")
+    reference = with_reference(model)
+    requests = probe(model, reference.id)
+    roomy = [values(o) for o in model.evaluate(requests)]
+    three_batches = 3 * model._reuse.bytes_of(0, 50, 4)
+    monkeypatch.setattr(stream_module.CacheMemory, "on", lambda *_: CacheMemory(0.0, 0.0, three_batches))
+    poor = kept(folder, "device")
+    poor.use(reference)
+    assert [values(o) for o in poor.evaluate(requests)] == roomy
+    (cache,) = [c for loaded in poor._evaluator.references.values() for c in loaded.caches.values()][:1]
+    recorded = [outputs for of_layer in cache._outputs.values() for outputs in of_layer]
+    assert len([outputs for outputs in recorded if outputs is not None]) == 3 < len(recorded)
+
+
 def test_a_change_in_the_mlp_leaves_attention_itself_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = replica(folder)
     reference = with_reference(model)

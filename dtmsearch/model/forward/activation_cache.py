@@ -23,7 +23,7 @@ from dtmsearch.model.forward.partial import Body
 
 # On a CPU what is kept may take this part of the model's weights, but need not be less than some megabytes.
 _CPU_SHARE, _CPU_BYTES = 0.02, 48 << 20
-# The part of a GPU's free memory for states, and for outputs of one layer's components; the part of the host's.
+# The part of a GPU's free memory for states, and for outputs of components; the part of the host's.
 _STATES_SHARE, _OUTPUTS_SHARE, _HOST_SHARE = 0.6, 0.25, 0.5
 # What part of the positions must be spared for the last layer to run in part.
 _LEAST_SPARED = 0.1
@@ -32,7 +32,7 @@ _LEAST_SPARED = 0.1
 @dataclass(frozen=True)
 class CacheMemory:
     """Memory, in bytes, for what is kept of a parent's pass: states beside the model, states in the host's memory,
-    and outputs of one layer's components."""
+    and outputs of components, of one layer or of those that lie on one GPU."""
 
     states: float
     host: float
@@ -43,12 +43,12 @@ class CacheMemory:
         return CacheMemory(0.0, 0.0, 0.0)
 
     @staticmethod
-    def on(device: torch.device, weight_bytes: int) -> CacheMemory:
-        """What a replica may take now, beyond weights and activations."""
-        if device.type != "cuda":
+    def on(devices: Collection[torch.device], weight_bytes: int) -> CacheMemory:
+        """What a replica may take now, beyond weights and activations, of the device that has least."""
+        if any(device.type != "cuda" for device in devices):
             room = max(_CPU_BYTES, _CPU_SHARE * weight_bytes)
             return CacheMemory(room, 0.0, room)
-        free = free_bytes(device)
+        free = min(free_bytes(device) for device in devices)
         return CacheMemory(_STATES_SHARE * free, _HOST_SHARE * psutil.virtual_memory().available, _OUTPUTS_SHARE * free)
 
 
@@ -86,7 +86,7 @@ class ActivationCache:
         spared = 1 - (self._wanted.stop - self._wanted.start) / tokens.shape[1]
         self._in_part = spared >= _LEAST_SPARED
         self._states: dict[int, list[State]] = {}
-        self._outputs: list[Outputs | None] = []
+        self._outputs: dict[int, list[Outputs | None]] = {}  # by layer: of one, or of all
         self._state_bytes = tokens.numel() * body.hidden_bytes
         self.kept: StatesKept = self._fitting() if kept == "auto" else kept
 
@@ -97,61 +97,84 @@ class ActivationCache:
     def forget(self, above: int = 0) -> None:
         """The parent has changed from layer `above` upward: what was kept above that boundary is no longer its own."""
         self._states = {boundary: states for boundary, states in self._states.items() if boundary <= above}
-        self._outputs = []
+        self._outputs = {layer: recorded for layer, recorded in self._outputs.items() if layer < above}
 
     def carry(self, boundary: int) -> None:
         """Have the parent's states at `boundary`."""
         if boundary == 0 or boundary in self._states:
             return
         start = max((b for b in self._states if b < boundary), default=0)
-        # Over several devices requests come in no order of their layers: one pass has to leave the states for all.
-        step = 1 if self._body.num_devices > 1 and self.kept == "device" else boundary - start
-        for stop in range(start + step, boundary + 1, step):
-            before = self._at(stop - step)
-            states = [self._body.advance(*own, stop - step, stop) for own in zip(self.batches, before, strict=True)]
-            self._keep(stop, states)
+        if self._keeps_all_layers:
+            for layer in range(start, boundary):
+                self._pass_over(layer)
+            return
+        states = [self._body.advance(*own, start, boundary) for own in zip(self.batches, self._at(start), strict=True)]
+        self._keep(boundary, states)
 
     def look_ahead(self, boundary: int) -> None:
         """Have what the components of the layer above `boundary` make in the parent's pass, as far as memory goes.
 
         The pass leaves the states at the next boundary, where a sweep goes next.
         """
-        if self._outputs and (self._outputs[0] is None or self._outputs[0].layer == boundary):
+        if boundary in self._outputs:
             return
         self.carry(boundary)
-        if not (self._body.is_cut(boundary) and self._body.is_cut(boundary + 1)):
-            self._outputs = []
-            return
-        left = self._room.outputs
-        states = []
-        self._outputs = []
-        for batch, before in zip(self.batches, self._at(boundary), strict=True):
-            outputs = Outputs(boundary)
-            left -= self._reuse.bytes_of(boundary, batch.numel(), self._body.itemsize)
-            last = boundary + 1 == self._body.num_layers
+        if not self._keeps_all_layers:
+            self._outputs.clear()
+        if self._records(boundary):
+            self._pass_over(boundary)
+
+    @property
+    def _keeps_all_layers(self) -> bool:
+        """Whether requests come in no order of their layers, so that one pass has to leave what those of all need."""
+        return self._body.num_devices > 1 and self.kept == "device"
+
+    def _records(self, layer: int) -> bool:
+        return self._body.is_cut(layer) and self._body.is_cut(layer + 1)
+
+    def _pass_over(self, layer: int) -> None:
+        """Run the parent's layer, and keep its states and, where there is room, what its components make."""
+        last, left = layer + 1 == self._body.num_layers, self._room.outputs - self._outputs_beside(layer)
+        states: list[State] = []
+        recorded: list[Outputs | None] = []
+        for batch, before in zip(self.batches, self._at(layer), strict=True):
+            outputs = Outputs(layer)
+            left -= self._reuse.bytes_of(layer, batch.numel(), self._body.itemsize)
+            fits = left >= 0 and self._records(layer)
             with ExitStack() as stack:
                 if last:
                     self._enter_part(stack)
-                if left >= 0:
+                if fits:
                     stack.enter_context(self._reuse.recording(outputs))
                 if last:
-                    self._body.finish(batch, before, boundary)
+                    self._body.finish(batch, before, layer)
                 else:
-                    states.append(self._body.advance(batch, before, boundary, boundary + 1))
-            self._outputs.append(outputs if left >= 0 else None)
+                    states.append(self._body.advance(batch, before, layer, layer + 1))
+            recorded.append(outputs if fits else None)
+        self._outputs[layer] = recorded
         if states:
-            self._keep(boundary + 1, states, sweeping_from=boundary)
+            self._keep(layer + 1, states, sweeping_from=layer)
+
+    def _outputs_beside(self, layer: int) -> float:
+        """Memory that outputs of other layers take where a layer lies."""
+        here = self._body.device_of(layer)
+        return sum(
+            self._reuse.bytes_of(other, batch.numel(), self._body.itemsize)
+            for other, recorded in self._outputs.items()
+            for batch, outputs in zip(self.batches, recorded, strict=True)
+            if outputs is not None and self._body.device_of(other) == here
+        )
 
     def head_inputs(self, boundary: int, changed: Collection[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, head inputs [rows, targets, hidden]) of each batch, for a model that has left the parent in the
         components `changed`, none of them in a layer below `boundary`."""
         self.carry(boundary)
-        recorded = self._outputs if self._outputs else [None] * len(self.batches)
+        recorded = self._outputs.get(boundary) or [None] * len(self.batches)
         begun: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
         for batch, state, outputs in zip(self.batches, self._at(boundary), recorded, strict=True):
             with ExitStack() as stack:
                 self._enter_part(stack)
-                stack.enter_context(self._reuse.serving(_of_layer(outputs, boundary), changed))
+                stack.enter_context(self._reuse.serving(outputs, changed))
                 begun.append((batch, self._body.begin(batch, state, boundary)))
             while len(begun) > self._body.passes_ahead:
                 yield self._ended(*begun.popleft())
@@ -189,10 +212,6 @@ class ActivationCache:
             for device in made_on - {self._body.device_of(boundary)}:
                 torch.cuda.current_stream(device).synchronize()
         self._states[boundary] = states
-
-
-def _of_layer(outputs: Outputs | None, layer: int) -> Outputs | None:
-    return outputs if outputs is not None and outputs.layer == layer else None
 
 
 def _tensor_of(state: State) -> Tensor | None:

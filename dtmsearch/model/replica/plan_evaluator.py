@@ -211,9 +211,8 @@ class PlanEvaluator:
         for _, group in groupby(by_place, key=lambda index: places[index][:-1]):
             own = list(group)
             if len(self._device_ends) > 1 and self._keeps_all_states(requests[own[0]]):
-                # Layer by layer no longer, so that what a layer makes in the parent's pass is not worth keeping.
                 order = busy_order([places[index][-1] for index in own], self._device_ends)
-                yield from ((own[position], False) for position in order)
+                yield from ((own[at], places.count(places[own[at]]) > 1) for at in order)
             else:
                 for index in own:
                     yield index, places.count(places[index]) > 1 or places[index] == self._place_before
@@ -315,9 +314,8 @@ class PlanEvaluator:
     def _cache(self, tokens: IntArray, targets_from: int) -> ActivationCache:
         bench = self._bench
         on_device = torch.from_numpy(tokens).long().to(self._body.input_device)
-        room = (
-            CacheMemory.on(self._body.input_device, bench.weight_bytes) if bench.batches.roomy else CacheMemory.none()
-        )
+        devices = {self._body.device_of(layer) for layer in range(self._body.num_layers)}
+        room = CacheMemory.on(devices, bench.weight_bytes) if bench.batches.roomy else CacheMemory.none()
         rows = bench.batches.rows(tokens.shape[1])
         return ActivationCache(self._body, bench.reuse, on_device, targets_from, rows, room, bench.states)
 
