@@ -81,3 +81,33 @@ def test_what_goes_wrong_in_reading_is_said_where_the_weights_are_asked_for(monk
         ahead.of([Wanted("a", lambda: torch.zeros(4), torch.device("cpu"))]),
     ):
         ahead.take("a")
+
+
+def test_an_interruption_leaves_nothing_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead, waited = ReadAhead(), list[bool]()
+
+    def wanted(*values: float) -> list[Wanted]:
+        return [Wanted(f"{i}", lambda v=v: torch.full((4,), v), torch.device("cpu")) for i, v in enumerate(values)]  # type: ignore[misc]
+
+    def interrupted(self: Fetched) -> None:
+        waited.append(True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Fetched, "wait", interrupted)
+        with ahead.of(wanted(1.0, 1.0)):
+            pass
+    with ahead.of(wanted(2.0)):
+        assert waited and ahead.take("1") is None  # that of before
+        found = ahead.take("0")
+        assert found is not None and bool((found == 2.0).all())
+
+
+def test_a_file_that_cannot_be_read_is_left_to_who_asks_for_it() -> None:
+    def gone() -> torch.Tensor:
+        raise OSError("gone")
+
+    here = torch.device("cpu")
+    ahead = ReadAhead()
+    with ahead.of([Wanted("a", lambda: torch.ones(4), here), Wanted("b", gone, here)]):
+        assert ahead.take("a") is not None and ahead.take("b") is None

@@ -25,6 +25,8 @@ from dtmsearch.model.forward.partial import Body
 _CPU_SHARE, _CPU_BYTES = 0.02, 48 << 20
 # The part of a GPU's free memory for states, and for outputs of components; the part of the host's.
 _STATES_SHARE, _OUTPUTS_SHARE, _HOST_SHARE = 0.6, 0.25, 0.5
+# The part of a GPU's memory that outputs of all layers leave free.
+_LEAST_FREE_SHARE = 0.1
 # What part of the positions must be spared for the last layer to run in part.
 _LEAST_SPARED = 0.1
 
@@ -44,7 +46,7 @@ class CacheMemory:
 
     @staticmethod
     def on(devices: Collection[torch.device], weight_bytes: int) -> CacheMemory:
-        """What a replica may take now, beyond weights and activations, of the device that has least."""
+        """What a cache may take now, beyond weights and activations, of the device that has least."""
         if any(device.type != "cuda" for device in devices):
             room = max(_CPU_BYTES, _CPU_SHARE * weight_bytes)
             return CacheMemory(room, 0.0, room)
@@ -86,7 +88,9 @@ class ActivationCache:
         spared = 1 - (self._wanted.stop - self._wanted.start) / tokens.shape[1]
         self._in_part = spared >= _LEAST_SPARED
         self._states: dict[int, list[State]] = {}
-        self._outputs: dict[int, list[Outputs | None]] = {}  # by layer: of one, or of all
+        # By layer: of the one that is swept over, or of all.
+        self._outputs: dict[int, list[Outputs | None]] = {}
+        self._output_bytes: dict[int, int] = {}
         self._state_bytes = tokens.numel() * body.hidden_bytes
         self.kept: StatesKept = self._fitting() if kept == "auto" else kept
 
@@ -97,7 +101,7 @@ class ActivationCache:
     def forget(self, above: int = 0) -> None:
         """The parent has changed from layer `above` upward: what was kept above that boundary is no longer its own."""
         self._states = {boundary: states for boundary, states in self._states.items() if boundary <= above}
-        self._outputs = {layer: recorded for layer, recorded in self._outputs.items() if layer < above}
+        self._drop_outputs(above)
 
     def carry(self, boundary: int) -> None:
         """Have the parent's states at `boundary`."""
@@ -120,7 +124,7 @@ class ActivationCache:
             return
         self.carry(boundary)
         if not self._keeps_all_layers:
-            self._outputs.clear()
+            self._drop_outputs(0)
         if self._records(boundary):
             self._pass_over(boundary)
 
@@ -129,18 +133,24 @@ class ActivationCache:
         """Whether requests come in no order of their layers, so that one pass has to leave what those of all need."""
         return self._body.num_devices > 1 and self.kept == "device"
 
+    def _drop_outputs(self, above: int) -> None:
+        for layer in [layer for layer in self._outputs if layer >= above]:
+            del self._outputs[layer], self._output_bytes[layer]
+
     def _records(self, layer: int) -> bool:
         return self._body.is_cut(layer) and self._body.is_cut(layer + 1)
 
     def _pass_over(self, layer: int) -> None:
         """Run the parent's layer, and keep its states and, where there is room, what its components make."""
-        last, left = layer + 1 == self._body.num_layers, self._room.outputs - self._outputs_beside(layer)
+        last, left = layer + 1 == self._body.num_layers, self._room_for_outputs(layer)
+        size = 0
         states: list[State] = []
         recorded: list[Outputs | None] = []
         for batch, before in zip(self.batches, self._at(layer), strict=True):
             outputs = Outputs(layer)
-            left -= self._reuse.bytes_of(layer, batch.numel(), self._body.itemsize)
-            fits = left >= 0 and self._records(layer)
+            needed = self._reuse.bytes_of(layer, batch.numel(), self._body.itemsize)
+            fits = needed <= left and self._records(layer)
+            left, size = left - needed, size + needed * fits
             with ExitStack() as stack:
                 if last:
                     self._enter_part(stack)
@@ -151,19 +161,18 @@ class ActivationCache:
                 else:
                     states.append(self._body.advance(batch, before, layer, layer + 1))
             recorded.append(outputs if fits else None)
-        self._outputs[layer] = recorded
+        self._outputs[layer], self._output_bytes[layer] = recorded, size
         if states:
             self._keep(layer + 1, states, sweeping_from=layer)
 
-    def _outputs_beside(self, layer: int) -> float:
-        """Memory that outputs of other layers take where a layer lies."""
+    def _room_for_outputs(self, layer: int) -> float:
+        """Memory for what a layer's components make, beside that of other layers on its device."""
         here = self._body.device_of(layer)
-        return sum(
-            self._reuse.bytes_of(other, batch.numel(), self._body.itemsize)
-            for other, recorded in self._outputs.items()
-            for batch, outputs in zip(self.batches, recorded, strict=True)
-            if outputs is not None and self._body.device_of(other) == here
-        )
+        beside = sum(size for other, size in self._output_bytes.items() if self._body.device_of(other) == here)
+        left = self._room.outputs - beside
+        if here.type == "cuda" and self._keeps_all_layers:  # other caches may have taken theirs since
+            left = min(left, free_bytes(here) - _LEAST_FREE_SHARE * most_bytes(here))
+        return left
 
     def head_inputs(self, boundary: int, changed: Collection[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """(tokens, head inputs [rows, targets, hidden]) of each batch, for a model that has left the parent in the

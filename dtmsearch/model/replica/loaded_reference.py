@@ -39,10 +39,11 @@ class Loaded:
         """Have caches of these prompts, made by `cache_of` (tokens, position of the first target)."""
         if self.prompts == prompts:
             return
+        self.forget()  # before the room for others is measured
         rows, start = slice(*prompts), self.reference.prompt_tokens
         text = cache_of(self.reference.text[rows], 1)
-        self.prompts, self.base_hidden = prompts, None
         self.caches = {"continuation": cache_of(greedy(self.reference, rows), start), "text": text}
+        self.prompts = prompts
 
     def base_in_batches(self) -> list[Tensor]:
         """The other model's inputs of its head, in the batches of the continuations' cache."""

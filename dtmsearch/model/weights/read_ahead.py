@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dtmsearch.model.forward.activation_cache import free_bytes
 from dtmsearch.model.modules.weight_reading import Fetched, WeightReader, bytes_of
 
 # What is on its way at a time: at least two matrices, and others as far as this goes.
 _MOST_BYTES = 1 << 30
 # From which on threads pay, and the memory that they copy through.
 LEAST_BYTES = 1 << 30
+# What stays free on a GPU for the work on what was read.
+_LEAST_ROOM_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ class ReadAhead:
             yield
         finally:
             self._coming.clear()
-            for _, fetched in self._begun.values():
-                with suppress(OSError):
-                    fetched.wait()  # nothing is to be written into memory that is let go
-            self._begun.clear()
+            begun, self._begun = self._begun, {}
+            for _, fetched in begun.values():
+                with suppress(Exception):  # each is waited for: nothing is to be written into memory that is let go
+                    fetched.wait()
 
     def take(self, component: str) -> Tensor | None:
         """A component's weights as the file has them, on its device; None for one that is not on its way. Raises
@@ -61,22 +64,27 @@ class ReadAhead:
         return there
 
     def _begin(self) -> None:
-        """Begin what there is room for. Where the GPU has none, nothing is read ahead."""
+        """Begin what there is room for. Where the GPU has none, or a file cannot be read, nothing more is read ahead:
+        what is then asked for is read when it is, and what is wrong is said there."""
         while self._coming:
             under_way = sum(there.nbytes for there, _ in self._begun.values())
             wanted = self._coming[0]
-            here = wanted.read()
-            if len(self._begun) >= 2 and under_way + here.nbytes > _MOST_BYTES:
-                return
             try:
+                here = wanted.read()
+                if len(self._begun) >= 2 and under_way + here.nbytes > _MOST_BYTES:
+                    return
+                on_gpu = wanted.device.type == "cuda"
+                if on_gpu and free_bytes(wanted.device) < _LEAST_ROOM_BYTES + here.nbytes:
+                    self._coming.clear()
+                    return
                 with torch.inference_mode(False):  # the threads that copy are in none
                     there = torch.empty(here.shape, dtype=here.dtype, device=wanted.device)
                     destination = bytes_of(there)
-            except torch.OutOfMemoryError:
+                if wanted.device not in self._readers:
+                    self._readers[wanted.device] = WeightReader(wanted.device)
+            except (OSError, RuntimeError):  # of memory, too
                 self._coming.clear()
                 return
             self._coming.popleft()
-            if wanted.device not in self._readers:
-                self._readers[wanted.device] = WeightReader(wanted.device)
             fetched = self._readers[wanted.device].begin([(here, destination)])
             self._begun[wanted.component] = there, fetched
