@@ -5,12 +5,14 @@ Removals go beyond second order and help or hinder each other, so plans are meas
 the least loss for what it brings towards the budget; what each added when it was last measured orders the queue, and
 only its head is measured again (Minoux, 1978). Then blocks that were dropped earlier are put back, each alone; where a
 plan of no more progress is better than the best that was known of as much, the search goes on from that one (sequential
-floating forward selection: Pudil, Novovicova and Kittler, 1994). It ends at the first plan that meets the budget from
-which no step back leads to a better one; the best plans that meet it are compared on more prompts.
+floating forward selection: Pudil, Novovicova and Kittler, 1994), until a plan meets the budget from which no step back
+leads to a better one. From there blocks are exchanged, one for one or more for others, those first of which by what was
+measured last most is expected (`exchanges.py`), as long as that gains. The best plans that meet the budget are compared
+on more prompts.
 
 Where blocks may be cut, a step takes one to its next width, or drops it after the last one, and a step back leads to
 the width before; what the next width adds is held for at least what the last one did until it is measured, and of the
-steps back those are tried that would gain most for what they give up.
+steps back those are tried that would gain most for what they give up. Nothing is exchanged.
 
 With trainings it goes in rounds of as much progress: what is left at the end of a round is trained, and the next round
 goes on from there, over these weights. What a round before it has taken stays out, for its weights were held at zero.
@@ -19,8 +21,9 @@ goes on from there, over these weights. What a round before it has taken stays o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from dtmsearch.core.evaluation import EvalResult, Outcome, combine
 from dtmsearch.core.plan import Perturbation, Plan
@@ -28,6 +31,7 @@ from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.protocols import TrainRequest
+from dtmsearch.search.strategies.exchanges import Exchange, Step, exchanges
 from dtmsearch.search.strategies.generator import (
     DENSE_PLAN,
     Milestone,
@@ -47,6 +51,8 @@ _ALIKE = 1e-9
 _LEAST_GAIN = 1e-4
 # Steps back that are tried at a time where blocks are cut.
 _MOST_BACK = 6
+# How often exchanges are tried in a row without a gain.
+_PATIENCE = 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class Floating(Procedure):
 
     def _round_from(self, now: _Found) -> Part[Plan]:
         """The plan of a round that begins with what is known of one; that itself where it has come far enough."""
-        if self._meets(now):
+        if self._meets(now.plan):
             return now.plan
         self._found, self._answers, self._added = {now.plan: now}, {}, {}
         self.stage = f"{self._said}blocks alone"
@@ -100,11 +106,14 @@ class Floating(Procedure):
         first = [edge for edge in first if not self._start.drops(edge.component)]
         for edge, found in zip(first, (yield from self._measured(now.plan, first)), strict=True):
             self._added[edge.component, edge.scheme] = found.loss - now.loss
-        while not self._meets(now):
+        while not self._meets(now.plan):
             way = f"{now.progress:.0%} of the way" if self._space.cut else f"{len(now.plan.dropped) + 1} blocks dropped"
             self.stage = self._said + way
             now = yield from self._one_more(now)
             now = yield from self._back(now)
+        if not self._space.cut:
+            self.stage = f"{self._said}exchanges"
+            now = yield from self._exchanged(now)
         return (yield from self._compared(now))
 
     def _after_training(self, plan: Plan) -> Part[_Found]:
@@ -126,23 +135,31 @@ class Floating(Procedure):
     @property
     def _usual(self) -> int:
         steps = math.ceil(self._space.expected_steps)
-        return len(self._blocks) + steps * (4 + steps // 2)
+        exchanged = 0 if self._space.cut else _PATIENCE * (_exchanges_at_a_time(steps) + steps // 2)
+        return len(self._blocks) + steps * (4 + steps // 2) + exchanged * self._settings.rounds
 
-    def _meets(self, found: _Found) -> bool:
+    def _meets(self, plan: Plan) -> bool:
         """Whether a plan comes as far as its round has to."""
-        last = self._number + 1 == self._settings.rounds
-        if last:
-            return self._space.budget.reached(self._space.size(found.plan))
-        return found.progress >= (self._number + 1) / self._settings.rounds - _ALIKE
+        if self._number + 1 == self._settings.rounds:
+            return self._space.budget.reached(self._space.size(plan))
+        return self._space.progress(plan) >= self._goal - _ALIKE
+
+    @property
+    def _goal(self) -> float:
+        """The progress that the round has to come to."""
+        return (self._number + 1) / self._settings.rounds
 
     def _measured(self, parent: Plan, edges: Sequence[Perturbation]) -> Part[list[_Found]]:
         """Plans one step from another, measured on the few prompts; what is known is not measured again."""
-        plans = [parent.with_(edge) for edge in edges]
+        return (yield from self._measured_plans(parent, {parent.with_(edge): edge for edge in edges}))
+
+    def _measured_plans(self, parent: Plan, plans: Mapping[Plan, Perturbation | None]) -> Part[list[_Found]]:
+        """As `_measured`, of plans any steps from another; of one step, by which."""
         prompts = 0, min(self._settings.prompts, self.num_prompts)
-        unknown = [(plan, edge) for plan, edge in zip(plans, edges, strict=True) if plan not in self._found]
+        unknown = [plan for plan in plans if plan not in self._found]
         if unknown:
-            answers = yield [Trial(plan, prompts, parent, edge, self._weights_id) for plan, edge in unknown]
-            for (plan, _), answer in zip(unknown, answers, strict=True):
+            answers = yield [Trial(plan, prompts, parent, plans[plan], self._weights_id) for plan in unknown]
+            for plan, answer in zip(unknown, answers, strict=True):
                 progress = self._space.progress(plan)
                 self._found[plan] = _Found(plan, min(progress, 1.0), mean_loss(answer, self._rank_by))
                 self._answers[plan] = answer
@@ -150,11 +167,7 @@ class Floating(Procedure):
 
     def _one_more(self, now: _Found) -> Part[_Found]:
         """A plan with one block more, by what that adds for what it brings towards the budget."""
-        edges = [
-            edge
-            for edge in self._space.perturbations(now.plan)
-            if edge.component in self._ladders and edge.scheme == self._step(now.plan, edge.component, 1)
-        ]
+        edges = self._steps_on(now.plan)
         if not edges:
             raise SearchFailed("all blocks that may be dropped or cut are, and the budget is not met")
         progress = {e.component: min(self._space.progress(now.plan.with_(e)), 1.0) - now.progress for e in edges}
@@ -186,25 +199,78 @@ class Floating(Procedure):
         """The plan that steps back lead to, each to one that is better than all that are known of as much progress."""
         while len(now.plan) > 2:
             # What was measured before, as the plan before it, has been passed over already.
-            taken = sorted(name for name, scheme in now.plan.entries if self._is_of_round(name, scheme))
-            edges = [Perturbation(name, self._step(now.plan, name, -1) or DENSE) for name in taken]
-            edges = [edge for edge in edges if now.plan.with_(edge) not in self._found]
+            edges = [edge for edge in self._steps_back(now.plan) if now.plan.with_(edge) not in self._found]
             edges = self._most_gainful(now, edges) if self._space.cut else edges
             if not edges:
                 break
             before = list(self._found.values())
-            found = yield from self._measured(now.plan, edges)
+            found = yield from self._stepped_back(now, edges)
             gains = []
-            for edge, each in zip(edges, found, strict=True):
-                self._added[edge.component, now.plan.schemes[edge.component]] = now.loss - each.loss
+            for each in found:
                 least = min((o.loss for o in before if o.progress >= each.progress - _ALIKE), default=math.inf)
-                gains.append(least - each.loss if each.loss < (1.0 - _LEAST_GAIN) * least else 0.0)
+                gains.append(least - each.loss if _is_less(each.loss, least) else 0.0)
             at = max(range(len(gains)), key=gains.__getitem__)
             if gains[at] <= 0.0:
                 break
             now = found[at]
             self._note(now, edges[at])
         return now
+
+    def _exchanged(self, now: _Found) -> Part[_Found]:
+        """The plan that exchanges lead to."""
+        failed = 0
+        while failed < _PATIENCE:
+            yield from self._stepped_back(now, self._steps_back(now.plan))
+            new = (each for each in self._exchanges(now) if each.plan not in self._found and self._meets(each.plan))
+            proposed = {each.plan: each for each in islice(new, _exchanges_at_a_time(len(now.plan.dropped)))}
+            if not proposed:
+                break
+            found = yield from self._measured_plans(now.plan, dict.fromkeys(proposed))
+            for each in found:
+                exchange = proposed[each.plan]
+                if len(exchange.forward) == 1 and exchange.between in self._found:
+                    self._believe(exchange.forward[0], each.loss - self._found[exchange.between].loss)
+            best = min(found, key=lambda each: each.loss)
+            if _is_less(best.loss, now.loss):
+                now, failed = best, 0
+                self._conclude(now.plan, self._answers[now.plan], self._rank_by)
+            else:
+                failed += 1
+        return now
+
+    def _exchanges(self, now: _Found) -> list[Exchange]:
+        """Exchanges of blocks of a plan whose steps back were measured, best believed first."""
+        progress = self._space.progress(now.plan)
+
+        def step(edge: Perturbation, added: float) -> Step:
+            return Step(edge, self._space.progress(now.plan.with_(edge)) - progress, added)
+
+        back = [step(edge, now.loss - self._found[now.plan.with_(edge)].loss) for edge in self._steps_back(now.plan)]
+        ahead = self._steps_on(now.plan)
+        forward = [step(edge, self._added.get((edge.component, edge.scheme), math.inf)) for edge in ahead]
+        return exchanges(now.plan, progress - self._goal, back, forward)
+
+    def _stepped_back(self, now: _Found, edges: Sequence[Perturbation]) -> Part[list[_Found]]:
+        """Plans a step back, measured, and what by them the step had added."""
+        found = yield from self._measured(now.plan, edges)
+        for edge, each in zip(edges, found, strict=True):
+            self._believe(Perturbation(edge.component, now.plan.schemes[edge.component]), now.loss - each.loss)
+        return found
+
+    def _believe(self, edge: Perturbation, added: float) -> None:
+        """Note what a step added; of plans that could not be measured nothing follows."""
+        if math.isfinite(added):
+            self._added[edge.component, edge.scheme] = added
+
+    def _steps_on(self, plan: Plan) -> list[Perturbation]:
+        """The steps that blocks can take from a plan."""
+        edges = [edge for edge in self._space.perturbations(plan) if edge.component in self._ladders]
+        return [edge for edge in edges if edge.scheme == self._step(plan, edge.component, 1)]
+
+    def _steps_back(self, plan: Plan) -> list[Perturbation]:
+        """The steps back of the blocks that this round has dropped or cut."""
+        taken = sorted(name for name, scheme in plan.entries if self._is_of_round(name, scheme))
+        return [Perturbation(name, self._step(plan, name, -1) or DENSE) for name in taken]
 
     def _is_of_round(self, block: str, scheme: str) -> bool:
         """Whether this round has dropped or cut a block, in which nothing was before."""
@@ -234,7 +300,7 @@ class Floating(Procedure):
     def _compared(self, best: _Found) -> Part[Plan]:
         """The best of the plans that come far enough, on all prompts; those are measured that were not yet."""
         self.stage = "last comparison"
-        meeting = sorted((f for f in self._found.values() if self._meets(f)), key=lambda f: f.loss)
+        meeting = sorted((f for f in self._found.values() if self._meets(f.plan)), key=lambda f: f.loss)
         field = list(dict.fromkeys([best, *meeting[: self._settings.finalists]]))[: self._settings.finalists]
         few = min(self._settings.prompts, self.num_prompts)
         if few < self.num_prompts:
@@ -246,6 +312,15 @@ class Floating(Procedure):
         at = min(range(len(field)), key=lambda i: mean_loss(answers[i], self._rank_by))
         self._conclude(field[at].plan, answers[at], self._rank_by)
         return field[at].plan
+
+
+def _is_less(loss: float, than: float) -> bool:
+    """Whether a loss is less by more than rounding; of metrics of which more is better losses are below zero."""
+    return than - loss > _LEAST_GAIN * abs(than) if math.isfinite(than) else loss < than
+
+
+def _exchanges_at_a_time(num_dropped: int) -> int:
+    return max(4, (num_dropped + 1) // 2)
 
 
 def _ladder(unit: Unit) -> tuple[str, ...]:
