@@ -196,13 +196,15 @@ class McMoeSettings(StrategySettings):
 
 @dataclass(frozen=True)
 class FloatingSettings(StrategySettings):
-    """How much `floating` measures: prompts by which blocks are chosen, and plans that are compared last on all; in how
-    many rounds it goes, each with a training."""
+    """How much `floating` measures: prompts by which blocks are chosen, plans that are compared last on all, how soon
+    it gives up exchanging blocks; and in how many rounds it goes, each with a training."""
 
     prompts: Positive = 24
     """Prompts by which blocks are chosen."""
     finalists: Positive = 4
     """Plans that are compared on all prompts in the end."""
+    patience: NonNegative = 2
+    """How often in a row exchanges of blocks may be tried and gain nothing; 0: blocks are not exchanged."""
     rounds: Positive = 1
     """Rounds of as much progress towards the stop rule; after each what is left is trained (recovery)."""
 

@@ -51,8 +51,6 @@ _ALIKE = 1e-9
 _LEAST_GAIN = 1e-4
 # Steps back that are tried at a time where blocks are cut.
 _MOST_BACK = 6
-# How often exchanges are tried in a row without a gain.
-_PATIENCE = 2
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class _Found:
 
 
 class Floating(Procedure):
-    """See the module. `settings` say on how many prompts blocks are chosen, and how many plans are compared last;
-    `trains`, whether the model of every round is trained."""
+    """See the module. `settings` say on how many prompts blocks are chosen, how many plans are compared last, and when
+    exchanges end; `trains`, whether the model of every round is trained."""
 
     def __init__(self, task: Task, settings: FloatingSettings = FloatingSettings(), trains: bool = False) -> None:
         super().__init__(task.space, task.request_for, ("kl", task.rank_by))
@@ -135,7 +133,7 @@ class Floating(Procedure):
     @property
     def _usual(self) -> int:
         steps = math.ceil(self._space.expected_steps)
-        exchanged = 0 if self._space.cut else _PATIENCE * (_exchanges_at_a_time(steps) + steps // 2)
+        exchanged = 0 if self._space.cut else self._settings.patience * (_exchanges_at_a_time(steps) + steps // 2)
         return len(self._blocks) + steps * (4 + steps // 2) + exchanged * self._settings.rounds
 
     def _meets(self, plan: Plan) -> bool:
@@ -219,7 +217,7 @@ class Floating(Procedure):
     def _exchanged(self, now: _Found) -> Part[_Found]:
         """The plan that exchanges lead to."""
         failed = 0
-        while failed < _PATIENCE:
+        while failed < self._settings.patience:
             yield from self._stepped_back(now, self._steps_back(now.plan))
             new = (each for each in self._exchanges(now) if each.plan not in self._found and self._meets(each.plan))
             proposed = {each.plan: each for each in islice(new, _exchanges_at_a_time(len(now.plan.dropped)))}
