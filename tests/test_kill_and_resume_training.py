@@ -69,13 +69,11 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     with session("training") as process:
         process.until(lambda: last_checkpoint(store) >= 10)
         kill(process)
-    killed_at_step = last_checkpoint(store)
+    killed_at_step, before = last_checkpoint(store), num_recorded(store)
     gate.open()
     gate.bound("evaluations", 2)
     with session("probe") as process:
-        process.until(lambda: bool(rows(store, "trainings")))
-        before = num_recorded(store)
-        process.until(lambda: num_recorded(store) > before)
+        process.until(lambda: bool(rows(store, "trainings")) and num_recorded(store) > before)
         kill(process)
     gate.open()
     trained, measured = rows(store, "trainings"), num_recorded(store)
