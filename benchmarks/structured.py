@@ -100,7 +100,12 @@ def dropping(names: Sequence[str]) -> Plan:
 
 
 def floating(
-    measuring: Measuring, manifest: ModelManifest, reference: Reference, budget: Budget, prompts: int, few: int
+    measuring: Measuring,
+    manifest: ModelManifest,
+    reference: Reference,
+    budget: Budget,
+    prompts: int,
+    settings: FloatingSettings,
 ) -> tuple[Plan, int]:
     """The plan of our search and the tokens that it forwarded."""
     blocks = manifest.droppable(("attention", "mlp"), manifest.components)
@@ -109,7 +114,7 @@ def floating(
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
         return EvalRequest(plan, reference.id, (0, prompts), ("kl",), parent)
 
-    return searched(Floating(Task(space, request_for, "kl"), FloatingSettings(prompts=few)), measuring)
+    return searched(Floating(Task(space, request_for, "kl"), settings), measuring)
 
 
 class Gated:
@@ -268,6 +273,7 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
 @click.option("--first-seed", default=0)
 @click.option("--prompts", default=64, help="that our search compares its last plans on")
 @click.option("--few", default=24, help="by which it chooses blocks")
+@click.option("--first", default=FloatingSettings().first_prompts, help="on which it measures a plan first")
 @click.option("--held-out", default=512)
 @click.option("--generations", default=0, help="of EvoPress; 0: its default")
 @click.option("--evopress-seeds", default=99, help="in how many of the seeds EvoPress runs")
@@ -277,12 +283,14 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
 @click.option("--out", type=click.Path(), default="")
 def main(
     model: str, search_text: str, judge_text: str, blocks: str, seeds: int, first_seed: int, prompts: int, few: int,
-    held_out: int, generations: int, evopress_seeds: int, ours: bool, calibration_tokens: int, seconds: float, out: str,
+    first: int, held_out: int, generations: int, evopress_seeds: int, ours: bool, calibration_tokens: int,
+    seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is dropped of MODEL."""
     take_share()
     began = time.perf_counter()
     until = began + seconds
+    settings = FloatingSettings(prompts=few, first_prompts=first)
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest = replica.manifest()
     texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
@@ -319,7 +327,7 @@ def main(
             budgets["floating, same size"] = Budget(parameters=1.0 - count // 2 * pair / whole)
             for name, budget in budgets.items() if ours else ():
                 measuring = Measuring(replica, judging.known)
-                plans[name] = floating(measuring, manifest, reference, budget, prompts, few)
+                plans[name] = floating(measuring, manifest, reference, budget, prompts, settings)
             note(f"seed {seed}, {count} blocks: rules and ours")
             if seed < first_seed + evopress_seeds:
                 gated = gated or Gated(replica.model, parts, tokens)

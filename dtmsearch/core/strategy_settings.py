@@ -201,6 +201,11 @@ class FloatingSettings(StrategySettings):
 
     prompts: Positive = 24
     """Prompts by which blocks are chosen."""
+    first_prompts: NonNegative = 8
+    """Prompts on which plans are tried first, where `prompts` are more than twice as many; those that may be better are
+    measured on all of `prompts`. 0: all plans are measured on all of them."""
+    exchange_prompts: Positive = 96
+    """Prompts by which exchanges of blocks are judged; not more than `prompts`: those."""
     finalists: Positive = 4
     """Plans that are compared on all prompts in the end."""
     patience: NonNegative = 2

@@ -7,7 +7,7 @@ again from the checkpoint (a memory map, so usually the page cache) when they ar
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -310,7 +310,7 @@ class Weights:
 
     def _make(self, component: str, scheme: Scheme, now: _Installed, width: Scheme | None = None) -> _Installed:
         dense = self._dense_modules.setdefault(component, now.module)
-        weight = self._original(component, now, self._ahead.take)
+        weight = self._original(component, now, self._ahead.take(component))
         bias = self._biases.get(component)
         if width is not None:
             component, weight, bias = self._as_cut(self._matrices[component], width, weight, dense)
@@ -369,19 +369,16 @@ class Weights:
             return scheme.rounds_activations
         return inputs_rounding(component, dense, scheme, cols) is not None
 
-    def _original(
-        self, component: str, now: _Installed, read: Callable[[str], Tensor | None] = lambda _: None
-    ) -> Tensor:
-        """The component's own weights, on its device; from the checkpoint where `read` does not have them."""
+    def _original(self, component: str, now: _Installed, read: Tensor | None = None) -> Tensor:
+        """The component's own weights, on its device; where they were replaced, what was `read` of the checkpoint, or
+        is read of it here."""
         if component not in self.plan.schemes and component not in self._cut_by:
             assert now.weight is not None
             return now.weight
         if component in self._kept:
             return self._kept[component].to(next(now.module.parameters()).device)
         here = next(now.module.parameters())
-        weight = read(component)
-        if weight is None:
-            weight = self._checkpoint.read(component)
+        weight = self._checkpoint.read(component) if read is None else read
         weight = weight.to(here.device, self._dtype)
         return weight.t() if isinstance(self._dense_modules[component], Conv1D) else weight
 

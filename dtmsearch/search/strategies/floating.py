@@ -21,11 +21,11 @@ goes on from there, over these weights. What a round before it has taken stays o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from dtmsearch.core.evaluation import EvalResult, Outcome, combine
+import numpy as np
+
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
@@ -34,6 +34,7 @@ from dtmsearch.search.protocols import TrainRequest
 from dtmsearch.search.strategies.exchanges import Exchange, Step, exchanges
 from dtmsearch.search.strategies.generator import (
     DENSE_PLAN,
+    Floats,
     Milestone,
     Part,
     Procedure,
@@ -42,6 +43,7 @@ from dtmsearch.search.strategies.generator import (
     losses,
     mean_loss,
 )
+from dtmsearch.search.strategies.stages import MOST_HOPEFUL, Found, Stages, contenders
 from dtmsearch.search.strategies.task import Task
 from dtmsearch.search.units import Unit
 
@@ -51,15 +53,8 @@ _ALIKE = 1e-9
 _LEAST_GAIN = 1e-4
 # Steps back that are tried at a time where blocks are cut.
 _MOST_BACK = 6
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A plan that was measured: its progress towards the budget, its loss on the search's few prompts."""
-
-    plan: Plan
-    progress: float
-    loss: float
+# Steps that are tried together, where others are only tried on few prompts.
+_AHEAD = 4
 
 
 class Floating(Procedure):
@@ -73,37 +68,34 @@ class Floating(Procedure):
         self._blocks = tuple(unit.name for unit in units)
         # The schemes of each block, from all of it to the least.
         self._ladders = {unit.name: _ladder(unit) for unit in units}
-        self._found: dict[Plan, _Found] = {}
-        self._answers: dict[Plan, Outcome] = {}
         # What each step of a block added to the loss when it was last measured.
         self._added: dict[tuple[str, str], float] = {}
         # Of the round: its number from 0, the plan that it began with, the weights that its plans are over.
         self._number, self._start, self._weights_id = 0, DENSE_PLAN, ""
+        self._stages = self._new_stages()
 
     def script(self) -> Script:
-        rounds, now = self._settings.rounds, _Found(DENSE_PLAN, 0.0, 0.0)
+        rounds, now = self._settings.rounds, Found(DENSE_PLAN, 0.0, np.zeros(self._few))
         for number in range(rounds):
             self._number, self._start = number, now.plan
             left = rounds - number
-            self._foresee(
-                (left * self._usual // rounds, self._settings.prompts),
-                (left * (self._settings.finalists + self._trains), self.num_prompts),
-            )
+            self._foresee(*((left * trials // rounds, prompts) for trials, prompts in self._usual))
             plan = yield from self._round_from(now)
             if self._trains:
                 now = yield from self._after_training(plan)
 
-    def _round_from(self, now: _Found) -> Part[Plan]:
+    def _round_from(self, now: Found) -> Part[Plan]:
         """The plan of a round that begins with what is known of one; that itself where it has come far enough."""
         if self._meets(now.plan):
             return now.plan
-        self._found, self._answers, self._added = {now.plan: now}, {}, {}
+        self._stages, self._added = self._new_stages(), {}
+        self._stages.take(now, self._choosing)
         self.stage = f"{self._said}blocks alone"
         steps = ((name, self._step(now.plan, name, 1)) for name in self._blocks)
         first = [Perturbation(name, scheme) for name, scheme in steps if scheme is not None]
         first = [edge for edge in first if not self._start.drops(edge.component)]
-        for edge, found in zip(first, (yield from self._measured(now.plan, first)), strict=True):
-            self._added[edge.component, edge.scheme] = found.loss - now.loss
+        for edge, tried in zip(first, (yield from self._tried(now.plan, first)), strict=True):
+            self._added[edge.component, edge.scheme] = self._more(tried, now)
         while not self._meets(now.plan):
             way = f"{now.progress:.0%} of the way" if self._space.cut else f"{len(now.plan.dropped) + 1} blocks dropped"
             self.stage = self._said + way
@@ -114,7 +106,7 @@ class Floating(Procedure):
             now = yield from self._exchanged(now)
         return (yield from self._compared(now))
 
-    def _after_training(self, plan: Plan) -> Part[_Found]:
+    def _after_training(self, plan: Plan) -> Part[Found]:
         """A round's plan over the weights that its training came to, which is decided for."""
         label = f"round-{self._number + 1}"
         self.milestones.append(Milestone(label, plan, self._weights_id))
@@ -123,18 +115,59 @@ class Floating(Procedure):
         (answer,) = yield [Trial(plan, (0, self.num_prompts), plan, weights_id=self._weights_id)]
         self._conclude(plan, answer, self._rank_by)
         self.milestones.append(Milestone(f"{label}:trained", plan, self._weights_id))
-        few = losses(answer, self._rank_by)[: self._settings.prompts]
-        return _Found(plan, min(self._space.progress(plan), 1.0), float(few.mean()))
+        few = losses(answer, self._rank_by)[: self._few]
+        return Found(plan, min(self._space.progress(plan), 1.0), few)
 
     @property
     def _said(self) -> str:
         return f"round {self._number + 1} of {self._settings.rounds}: " if self._settings.rounds > 1 else ""
 
     @property
-    def _usual(self) -> int:
-        steps = math.ceil(self._space.expected_steps)
-        exchanged = 0 if self._space.cut else self._settings.patience * (_exchanges_at_a_time(steps) + steps // 2)
-        return len(self._blocks) + steps * (4 + steps // 2) + exchanged * self._settings.rounds
+    def _few(self) -> int:
+        """Prompts by which blocks are chosen."""
+        return min(self._settings.prompts, self.num_prompts)
+
+    def _new_stages(self) -> Stages:
+        """Plans are tried on the first prompts, where these are less than half of those by which blocks are chosen; and
+        where exchanges are judged by more, these are the last stage."""
+        stages, tried = [self._few], self._settings.first_prompts
+        if tried and self._few > 2 * tried:
+            stages = [tried, self._few]
+        judged = min(self._settings.exchange_prompts, self.num_prompts)
+        if judged > self._few and self._exchanges_blocks:
+            stages.append(judged)
+        return Stages(stages, self._space.progress, self._rank_by, self._weights_id)
+
+    @property
+    def _choosing(self) -> int:
+        """The stage by which blocks are chosen."""
+        return self._stages.prompts.index(self._few)
+
+    @property
+    def _exchanges_blocks(self) -> bool:
+        return not self._space.cut and self._settings.patience > 0
+
+    @property
+    def _ahead(self) -> int:
+        """How many steps of the queue's head are tried at once."""
+        return _AHEAD if self._choosing else 1
+
+    def _exchanges_at_a_time(self, num_dropped: int) -> int:
+        return max(4, num_dropped if self._choosing else (num_dropped + 1) // 2)
+
+    @property
+    def _usual(self) -> list[tuple[int, int]]:
+        """What a search of one round asks for as a rule, each round with its last comparison: (trials, prompts)."""
+        steps, rounds = math.ceil(self._space.expected_steps), self._settings.rounds
+        exchanged = self._settings.patience * rounds if self._exchanges_blocks else 0
+        trials = [len(self._blocks) + steps * (4 + steps // 2)]
+        trials[0] += exchanged * (self._exchanges_at_a_time(steps) + steps // 2)
+        if self._choosing:
+            trials.append(3 * steps + exchanged * MOST_HOPEFUL)
+        trials += [exchanged * MOST_HOPEFUL] * (self._stages.last + 1 - len(trials))
+        prompts = np.diff([0, *self._stages.prompts])
+        last = rounds * (self._settings.finalists + self._trains), self.num_prompts
+        return [*zip(trials, map(int, prompts), strict=True), last]
 
     def _meets(self, plan: Plan) -> bool:
         """Whether a plan comes as far as its round has to."""
@@ -147,113 +180,119 @@ class Floating(Procedure):
         """The progress that the round has to come to."""
         return (self._number + 1) / self._settings.rounds
 
-    def _measured(self, parent: Plan, edges: Sequence[Perturbation]) -> Part[list[_Found]]:
-        """Plans one step from another, measured on the few prompts; what is known is not measured again."""
-        return (yield from self._measured_plans(parent, {parent.with_(edge): edge for edge in edges}))
+    def _tried(self, parent: Plan, edges: Sequence[Perturbation]) -> Part[list[Found]]:
+        """Plans one step from another, measured on the prompts of the first stage."""
+        return (yield from self._stages.measure(parent, {parent.with_(edge): edge for edge in edges}, 0))
 
-    def _measured_plans(self, parent: Plan, plans: Mapping[Plan, Perturbation | None]) -> Part[list[_Found]]:
-        """As `_measured`, of plans any steps from another; of one step, by which."""
-        prompts = 0, min(self._settings.prompts, self.num_prompts)
-        unknown = [plan for plan in plans if plan not in self._found]
-        if unknown:
-            answers = yield [Trial(plan, prompts, parent, plans[plan], self._weights_id) for plan in unknown]
-            for plan, answer in zip(unknown, answers, strict=True):
-                progress = self._space.progress(plan)
-                self._found[plan] = _Found(plan, min(progress, 1.0), mean_loss(answer, self._rank_by))
-                self._answers[plan] = answer
-        return [self._found[plan] for plan in plans]
+    def _more(self, tried: Found, than: Found) -> float:
+        """By how much the loss is more than that of another plan, on the prompts of the first stage."""
+        return tried.loss - self._stages.at(0, than.plan).loss
 
-    def _one_more(self, now: _Found) -> Part[_Found]:
+    def _one_more(self, now: Found) -> Part[Found]:
         """A plan with one block more, by what that adds for what it brings towards the budget."""
         edges = self._steps_on(now.plan)
         if not edges:
             raise SearchFailed("all blocks that may be dropped or cut are, and the budget is not met")
         progress = {e.component: min(self._space.progress(now.plan.with_(e)), 1.0) - now.progress for e in edges}
 
+        def weight(edge: Perturbation, added: float) -> float:
+            return 1.0 / max(progress[edge.component], _ALIKE) if added > 0.0 else 1.0
+
         def dear(edge: Perturbation, added: float) -> float:
-            return added / max(progress[edge.component], _ALIKE) if added > 0.0 else added
+            return added * weight(edge, added)
 
         def believed(edge: Perturbation) -> float:
             found = self._added.get((edge.component, edge.scheme))
             last = now.plan.schemes.get(edge.component, DENSE)
-            return self._added.get((edge.component, last), math.inf) if found is None else found
+            return dear(edge, self._added.get((edge.component, last), math.inf) if found is None else found)
 
-        queue = sorted(edges, key=lambda e: dear(e, believed(e)))
-        chosen: tuple[float, _Found] | None = None
-        for edge in queue:
-            if chosen is not None and chosen[0] <= dear(edge, believed(edge)):
-                break
-            (found,) = yield from self._measured(now.plan, [edge])
-            self._added[edge.component, edge.scheme] = found.loss - now.loss
-            value = dear(edge, found.loss - now.loss)
-            if math.isfinite(found.loss) and (chosen is None or value < chosen[0]):
-                chosen, taken = (value, found), edge
-        if chosen is None:
+        queue = sorted(edges, key=believed)
+        # What was tried of the queue, and by prompt how dear it is.
+        tried: list[Perturbation] = []
+        by_prompt: list[Floats] = []
+        while queue and (not tried or min(float(own.mean()) for own in by_prompt) > believed(queue[0])):
+            head, queue = queue[: self._ahead], queue[self._ahead :]
+            for edge, each in zip(head, (yield from self._tried(now.plan, head)), strict=True):
+                self._added[edge.component, edge.scheme] = added = self._more(each, now)
+                tried.append(edge)
+                by_prompt.append((each.losses - self._stages.at(0, now.plan).losses) * weight(edge, added))
+        if self._choosing:
+            tried = [tried[at] for at in contenders(by_prompt)]
+        plans = {now.plan.with_(edge): edge for edge in tried}
+        found = yield from self._stages.measure(now.plan, plans, self._choosing)
+        best: tuple[float, Found, Perturbation] | None = None
+        for edge, each in zip(tried, found, strict=True):
+            self._added[edge.component, edge.scheme] = added = each.loss - now.loss
+            if math.isfinite(added) and (best is None or dear(edge, added) < best[0]):
+                best = dear(edge, added), each, edge
+        if best is None:
             raise SearchFailed("no plan with one block more can be measured")
-        self._note(chosen[1], taken)
-        return chosen[1]
+        self._note(*best[1:])
+        return best[1]
 
-    def _back(self, now: _Found) -> Part[_Found]:
+    def _back(self, now: Found) -> Part[Found]:
         """The plan that steps back lead to, each to one that is better than all that are known of as much progress."""
         while len(now.plan) > 2:
             # What was measured before, as the plan before it, has been passed over already.
-            edges = [edge for edge in self._steps_back(now.plan) if now.plan.with_(edge) not in self._found]
+            edges = [edge for edge in self._steps_back(now.plan) if now.plan.with_(edge) not in self._stages]
             edges = self._most_gainful(now, edges) if self._space.cut else edges
             if not edges:
                 break
-            before = list(self._found.values())
-            found = yield from self._stepped_back(now, edges)
-            gains = []
-            for each in found:
-                least = min((o.loss for o in before if o.progress >= each.progress - _ALIKE), default=math.inf)
-                gains.append(least - each.loss if _is_less(each.loss, least) else 0.0)
-            at = max(range(len(gains)), key=gains.__getitem__)
-            if gains[at] <= 0.0:
+            before = self._stages.known(self._choosing)
+            tried = yield from self._stepped_back(now, edges)
+            rivals = [_least(o for o in before if o.progress >= each.progress - _ALIKE) for each in tried]
+            raced = yield from self._stages.race(now.plan, tried, rivals, self._choosing)
+            better = [(at, each) for at, each in raced if _is_less(each.loss, rivals[at].loss)]
+            if not better:
                 break
-            now = found[at]
+            at, now = max(better, key=lambda found: rivals[found[0]].loss - found[1].loss)
             self._note(now, edges[at])
         return now
 
-    def _exchanged(self, now: _Found) -> Part[_Found]:
+    def _exchanged(self, now: Found) -> Part[Found]:
         """The plan that exchanges lead to."""
         failed = 0
+        (now,) = yield from self._stages.measure(now.plan, {now.plan: None}, self._stages.last)
         while failed < self._settings.patience:
             yield from self._stepped_back(now, self._steps_back(now.plan))
-            new = (each for each in self._exchanges(now) if each.plan not in self._found and self._meets(each.plan))
-            proposed = {each.plan: each for each in islice(new, _exchanges_at_a_time(len(now.plan.dropped)))}
+            new = (each for each in self._exchanges(now) if each.plan not in self._stages and self._meets(each.plan))
+            proposed = {each.plan: each for each in islice(new, self._exchanges_at_a_time(len(now.plan.dropped)))}
             if not proposed:
                 break
-            found = yield from self._measured_plans(now.plan, dict.fromkeys(proposed))
-            for each in found:
+            tried = yield from self._stages.measure(now.plan, dict.fromkeys(proposed), 0)
+            for each in tried:
                 exchange = proposed[each.plan]
-                if len(exchange.forward) == 1 and exchange.between in self._found:
-                    self._believe(exchange.forward[0], each.loss - self._found[exchange.between].loss)
-            best = min(found, key=lambda each: each.loss)
+                if len(exchange.forward) == 1 and exchange.between in self._stages:
+                    self._believe(exchange.forward[0], self._more(each, self._stages.at(0, exchange.between)))
+            raced = yield from self._stages.race(now.plan, tried, [now] * len(tried), self._stages.last)
+            best = _least([now, *(each for _, each in raced)])
             if _is_less(best.loss, now.loss):
                 now, failed = best, 0
-                self._conclude(now.plan, self._answers[now.plan], self._rank_by)
+                self._conclude(now.plan, self._stages.answer(now.plan), self._rank_by)
             else:
                 failed += 1
         return now
 
-    def _exchanges(self, now: _Found) -> list[Exchange]:
+    def _exchanges(self, now: Found) -> list[Exchange]:
         """Exchanges of blocks of a plan whose steps back were measured, best believed first."""
         progress = self._space.progress(now.plan)
 
         def step(edge: Perturbation, added: float) -> Step:
             return Step(edge, self._space.progress(now.plan.with_(edge)) - progress, added)
 
-        back = [step(edge, now.loss - self._found[now.plan.with_(edge)].loss) for edge in self._steps_back(now.plan)]
+        back = []
+        for edge in self._steps_back(now.plan):
+            back.append(step(edge, -self._more(self._stages.at(0, now.plan.with_(edge)), now)))
         ahead = self._steps_on(now.plan)
         forward = [step(edge, self._added.get((edge.component, edge.scheme), math.inf)) for edge in ahead]
         return exchanges(now.plan, progress - self._goal, back, forward)
 
-    def _stepped_back(self, now: _Found, edges: Sequence[Perturbation]) -> Part[list[_Found]]:
-        """Plans a step back, measured, and what by them the step had added."""
-        found = yield from self._measured(now.plan, edges)
-        for edge, each in zip(edges, found, strict=True):
-            self._believe(Perturbation(edge.component, now.plan.schemes[edge.component]), now.loss - each.loss)
-        return found
+    def _stepped_back(self, now: Found, edges: Sequence[Perturbation]) -> Part[list[Found]]:
+        """Plans a step back, tried, and what by them the step had added."""
+        tried = yield from self._tried(now.plan, edges)
+        for edge, each in zip(edges, tried, strict=True):
+            self._believe(Perturbation(edge.component, now.plan.schemes[edge.component]), -self._more(each, now))
+        return tried
 
     def _believe(self, edge: Perturbation, added: float) -> None:
         """Note what a step added; of plans that could not be measured nothing follows."""
@@ -281,7 +320,7 @@ class Floating(Procedure):
         at = ladder.index(plan.schemes.get(block, DENSE)) + step
         return ladder[at] if 0 <= at < len(ladder) else None
 
-    def _most_gainful(self, now: _Found, edges: Sequence[Perturbation]) -> list[Perturbation]:
+    def _most_gainful(self, now: Found, edges: Sequence[Perturbation]) -> list[Perturbation]:
         """Some steps back: those that by what was measured last gain most for what they give up."""
 
         def gain(edge: Perturbation) -> float:
@@ -292,24 +331,22 @@ class Floating(Procedure):
         chosen = set(sorted(edges, key=gain, reverse=True)[:_MOST_BACK])
         return [edge for edge in edges if edge in chosen]
 
-    def _note(self, found: _Found, edge: Perturbation) -> None:
-        self._conclude(found.plan, self._answers[found.plan], self._rank_by, edge)
+    def _note(self, found: Found, edge: Perturbation) -> None:
+        self._conclude(found.plan, self._stages.answer(found.plan), self._rank_by, edge)
 
-    def _compared(self, best: _Found) -> Part[Plan]:
-        """The best of the plans that come far enough, on all prompts; those are measured that were not yet."""
+    def _compared(self, best: Found) -> Part[Plan]:
+        """The best of the plans that come far enough, on all prompts; those are measured that were not yet. Of those
+        that were measured on more prompts than others all come first."""
         self.stage = "last comparison"
-        meeting = sorted((f for f in self._found.values() if self._meets(f.plan)), key=lambda f: f.loss)
-        field = list(dict.fromkeys([best, *meeting[: self._settings.finalists]]))[: self._settings.finalists]
-        few = min(self._settings.prompts, self.num_prompts)
-        if few < self.num_prompts:
-            over = self._weights_id
-            rest = yield [Trial(f.plan, (few, self.num_prompts), best.plan, weights_id=over) for f in field]
-            answers = [_joined(self._answers[f.plan], more) for f, more in zip(field, rest, strict=True)]
-        else:
-            answers = [self._answers[f.plan] for f in field]
+        plans = {best.plan: None}
+        for stage in range(self._stages.last, self._choosing - 1, -1):
+            found = sorted(self._stages.known(stage), key=lambda each: each.loss)
+            plans |= dict.fromkeys(each.plan for each in found if self._meets(each.plan))
+        field = list(plans)[: self._settings.finalists]
+        answers = yield from self._stages.on_all(field, self.num_prompts)
         at = min(range(len(field)), key=lambda i: mean_loss(answers[i], self._rank_by))
-        self._conclude(field[at].plan, answers[at], self._rank_by)
-        return field[at].plan
+        self._conclude(field[at], answers[at], self._rank_by)
+        return field[at]
 
 
 def _is_less(loss: float, than: float) -> bool:
@@ -317,8 +354,8 @@ def _is_less(loss: float, than: float) -> bool:
     return than - loss > _LEAST_GAIN * abs(than) if math.isfinite(than) else loss < than
 
 
-def _exchanges_at_a_time(num_dropped: int) -> int:
-    return max(4, (num_dropped + 1) // 2)
+def _least(found: Iterable[Found]) -> Found:
+    return min(found, key=lambda each: each.loss)
 
 
 def _ladder(unit: Unit) -> tuple[str, ...]:
@@ -327,10 +364,3 @@ def _ladder(unit: Unit) -> tuple[str, ...]:
     for edge in unit.edges:
         by_size.setdefault(unit.sizes[edge.scheme].removed_weights, edge.scheme)
     return (DENSE, *(by_size[gone] for gone in sorted(by_size)))
-
-
-def _joined(first: Outcome, rest: Outcome) -> Outcome:
-    """What was measured of one plan on some prompts and on those after them."""
-    if isinstance(first, EvalResult) and isinstance(rest, EvalResult):
-        return combine(rest.request_id, [first, rest])
-    return rest if isinstance(first, EvalResult) else first
