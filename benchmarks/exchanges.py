@@ -61,7 +61,7 @@ def main(model: str, text: Path, held_out: Path, blocks: str, seeds: str, prompt
                     manifest.components, (), dense_bits=manifest.dense_bits, budget=budget, blocks=parts
                 )
                 for patience in (0, FloatingSettings().patience):
-                    settings = FloatingSettings(prompts=prompts, patience=patience)
+                    settings = FloatingSettings(prompts=prompts, first_prompts=0, patience=patience)
                     plan, spent = searched(Floating(Task(space, request_for, "kl"), settings), measuring)
                     own, other = (kl_of(measuring, plan, by).mean() for by in (reference, judge))
                     click.echo(

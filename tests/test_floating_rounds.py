@@ -63,17 +63,20 @@ def searched(strategy: Floating) -> tuple[list[TrainRequest], list[EvalRequest]]
     return trained, asked
 
 
-def rounds(number: int, trains: bool = True) -> Floating:
+def rounds(number: int, trains: bool = True, **stages: int) -> Floating:
     space = SearchSpace(MATRICES, (), budget=Budget(parameters=0.5), blocks=MLPS)
 
     def request_for(plan: Plan, parent: Plan) -> EvalRequest:
         return EvalRequest(plan, "r", (0, 16), ("kl",), parent)
 
-    return Floating(Task(space, request_for, "kl"), FloatingSettings(prompts=4, rounds=number), trains)
+    return Floating(
+        Task(space, request_for, "kl"), FloatingSettings(**{"prompts": 4, "rounds": number} | stages), trains
+    )
 
 
-def test_every_round_goes_as_far_and_goes_on_from_what_was_trained() -> None:
-    strategy = rounds(3)
+@pytest.mark.parametrize("stages", [{}, {"prompts": 8, "first_prompts": 2, "exchange_prompts": 12}])
+def test_every_round_goes_as_far_and_goes_on_from_what_was_trained(stages: dict[str, int]) -> None:
+    strategy = rounds(3, **stages)
     trained, asked = searched(strategy)
     first, second, third = ({f"model.layers.{i}.mlp" for i in range(left)} for left in (1, 2, 3))
     assert [(t.number, set(t.plan.dropped), t.weights_id) for t in trained] == [
@@ -81,6 +84,8 @@ def test_every_round_goes_as_far_and_goes_on_from_what_was_trained() -> None:
     ]  # fmt: skip
     over = [request for request in asked if request.weights_id == "w"]
     assert all(first <= request.plan.dropped for request in over)  # what was trained at zero is not put back
+    finals = {r.weights_id for r in asked if r.prompts[1] == 16 and len(r.plan.dropped) == 3}
+    assert finals == {"ww", "www"}  # what a round compares last is over the weights that it began with
     models = [(m.label, len(m.plan.dropped), m.weights_id) for m in strategy.milestones]
     assert models == [
         ("round-1", 1, ""), ("round-1:trained", 1, "w"), ("round-2", 2, "w"), ("round-2:trained", 2, "ww"),

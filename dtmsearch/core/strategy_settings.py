@@ -196,16 +196,17 @@ class McMoeSettings(StrategySettings):
 
 @dataclass(frozen=True)
 class FloatingSettings(StrategySettings):
-    """How much `floating` measures: prompts by which blocks are chosen, plans that are compared last on all, how soon
-    it gives up exchanging blocks; and in how many rounds it goes, each with a training."""
+    """How much `floating` measures: prompts on which plans are tried, by which blocks are chosen and by which exchanges
+    are judged, plans that are compared last on all, how soon it gives up exchanging blocks; and in how many rounds it
+    goes, each with a training."""
 
     prompts: Positive = 24
     """Prompts by which blocks are chosen."""
     first_prompts: NonNegative = 8
-    """Prompts on which plans are tried first, where `prompts` are more than twice as many; those that may be better are
-    measured on all of `prompts`. 0: all plans are measured on all of them."""
+    """Prompts on which plans are tried first, where `prompts` are more than twice as many: only those that may be
+    better are measured on all of `prompts`. 0: all are."""
     exchange_prompts: Positive = 96
-    """Prompts by which exchanges of blocks are judged; not more than `prompts`: those."""
+    """Prompts by which exchanges of blocks are judged, if they are more than `prompts`."""
     finalists: Positive = 4
     """Plans that are compared on all prompts in the end."""
     patience: NonNegative = 2

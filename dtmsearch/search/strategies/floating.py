@@ -8,7 +8,11 @@ plan of no more progress is better than the best that was known of as much, the 
 floating forward selection: Pudil, Novovicova and Kittler, 1994), until a plan meets the budget from which no step back
 leads to a better one. From there blocks are exchanged, one for one or more for others, those first of which by what was
 measured last most is expected (`exchanges.py`), as long as that gains. The best plans that meet the budget are compared
-on more prompts.
+on all prompts.
+
+All of them are tried on few prompts; blocks are chosen by more, of those that the few do not rule out, and exchanges
+judged by more again (`stages.py`): greedy steps may err, for they are taken back and exchanged, but the plans around
+the last differ by little.
 
 Where blocks may be cut, a step takes one to its next width, or drops it after the last one, and a step back leads to
 the width before; what the next width adds is held for at least what the last one did until it is measured, and of the
@@ -26,6 +30,7 @@ from itertools import islice
 
 import numpy as np
 
+from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.plan import Perturbation, Plan
 from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
@@ -43,7 +48,7 @@ from dtmsearch.search.strategies.generator import (
     losses,
     mean_loss,
 )
-from dtmsearch.search.strategies.stages import MOST_HOPEFUL, Found, Stages, contenders
+from dtmsearch.search.strategies.stages import Found, Stages, contenders
 from dtmsearch.search.strategies.task import Task
 from dtmsearch.search.units import Unit
 
@@ -58,8 +63,8 @@ _AHEAD = 4
 
 
 class Floating(Procedure):
-    """See the module. `settings` say on how many prompts blocks are chosen, how many plans are compared last, and when
-    exchanges end; `trains`, whether the model of every round is trained."""
+    """See the module. `settings` say on how many prompts plans are tried, blocks chosen and exchanges judged, how many
+    plans are compared last, and when exchanges end; `trains`, whether the model of every round is trained."""
 
     def __init__(self, task: Task, settings: FloatingSettings = FloatingSettings(), trains: bool = False) -> None:
         super().__init__(task.space, task.request_for, ("kl", task.rank_by))
@@ -75,7 +80,12 @@ class Floating(Procedure):
         self._stages = self._new_stages()
 
     def script(self) -> Script:
-        rounds, now = self._settings.rounds, Found(DENSE_PLAN, 0.0, np.zeros(self._few))
+        rounds = self._settings.rounds
+        # Not all metrics are zero of the base model itself.
+        (answer,) = yield [Trial(DENSE_PLAN, (0, self._few))]
+        if isinstance(answer, EvalFailure):
+            raise SearchFailed(f"the base model cannot be measured ({answer.kind}): {answer.message}")
+        now = Found(DENSE_PLAN, 0.0, losses(answer, self._rank_by))
         for number in range(rounds):
             self._number, self._start = number, now.plan
             left = rounds - number
@@ -163,11 +173,11 @@ class Floating(Procedure):
         trials = [len(self._blocks) + steps * (4 + steps // 2)]
         trials[0] += exchanged * (self._exchanges_at_a_time(steps) + steps // 2)
         if self._choosing:
-            trials.append(3 * steps + exchanged * MOST_HOPEFUL)
-        trials += [exchanged * MOST_HOPEFUL] * (self._stages.last + 1 - len(trials))
-        prompts = np.diff([0, *self._stages.prompts])
-        last = rounds * (self._settings.finalists + self._trains), self.num_prompts
-        return [*zip(trials, map(int, prompts), strict=True), last]
+            trials.append(2 * steps + exchanged)
+        trials += [exchanged] * (self._stages.last + 1 - len(trials))
+        prompts = np.diff([0, *self._stages.prompts, self.num_prompts])
+        trials.append(rounds * self._settings.finalists)
+        return [*zip(trials, map(int, prompts), strict=True), (rounds * self._trains, self.num_prompts)]
 
     def _meets(self, plan: Plan) -> bool:
         """Whether a plan comes as far as its round has to."""
@@ -207,40 +217,45 @@ class Floating(Procedure):
             return dear(edge, self._added.get((edge.component, last), math.inf) if found is None else found)
 
         queue = sorted(edges, key=believed)
-        # What was tried of the queue, and by prompt how dear it is.
-        tried: list[Perturbation] = []
-        by_prompt: list[Floats] = []
-        while queue and (not tried or min(float(own.mean()) for own in by_prompt) > believed(queue[0])):
-            head, queue = queue[: self._ahead], queue[self._ahead :]
-            for edge, each in zip(head, (yield from self._tried(now.plan, head)), strict=True):
-                self._added[edge.component, edge.scheme] = added = self._more(each, now)
-                tried.append(edge)
-                by_prompt.append((each.losses - self._stages.at(0, now.plan).losses) * weight(edge, added))
-        if self._choosing:
-            tried = [tried[at] for at in contenders(by_prompt)]
-        plans = {now.plan.with_(edge): edge for edge in tried}
-        found = yield from self._stages.measure(now.plan, plans, self._choosing)
+        # Of those of the queue that were tried and may be chosen, by prompt how dear they are.
+        tried: dict[Perturbation, Floats] = {}
         best: tuple[float, Found, Perturbation] | None = None
-        for edge, each in zip(tried, found, strict=True):
-            self._added[edge.component, edge.scheme] = added = each.loss - now.loss
-            if math.isfinite(added) and (best is None or dear(edge, added) < best[0]):
-                best = dear(edge, added), each, edge
-        if best is None:
-            raise SearchFailed("no plan with one block more can be measured")
+        while best is None:
+            while queue and (not tried or min(float(own.mean()) for own in tried.values()) > believed(queue[0])):
+                head, queue = queue[: self._ahead], queue[self._ahead :]
+                for edge, each in zip(head, (yield from self._tried(now.plan, head)), strict=True):
+                    self._added[edge.component, edge.scheme] = added = self._more(each, now)
+                    if math.isfinite(added):
+                        tried[edge] = (each.losses - self._stages.at(0, now.plan).losses) * weight(edge, added)
+            if not tried:
+                raise SearchFailed("no plan with one block more can be measured")
+            at = contenders(list(tried.values())) if self._choosing else range(len(tried))
+            taken = [list(tried)[place] for place in at]
+            plans = {now.plan.with_(edge): edge for edge in taken}
+            found = yield from self._stages.measure(now.plan, plans, self._choosing)
+            for edge, each in zip(taken, found, strict=True):
+                del tried[edge]
+                value = dear(edge, each.loss - now.loss)
+                if math.isfinite(value) and (best is None or value < best[0]):
+                    best = value, each, edge
         self._note(*best[1:])
         return best[1]
 
     def _back(self, now: Found) -> Part[Found]:
         """The plan that steps back lead to, each to one that is better than all that are known of as much progress."""
         while len(now.plan) > 2:
-            # What was measured before, as the plan before it, has been passed over already.
+            # What was tried before, as the plan before it, has been passed over already.
             edges = [edge for edge in self._steps_back(now.plan) if now.plan.with_(edge) not in self._stages]
             edges = self._most_gainful(now, edges) if self._space.cut else edges
             if not edges:
                 break
             before = self._stages.known(self._choosing)
             tried = yield from self._stepped_back(now, edges)
-            rivals = [_least(o for o in before if o.progress >= each.progress - _ALIKE) for each in tried]
+            # A step back that goes further than all that is known (a width may be slower than the one before it) is
+            # held against the plan that it leads back from.
+            rivals = [
+                _least(o for o in [now, *before] if o is now or o.progress >= each.progress - _ALIKE) for each in tried
+            ]
             raced = yield from self._stages.race(now.plan, tried, rivals, self._choosing)
             better = [(at, each) for at, each in raced if _is_less(each.loss, rivals[at].loss)]
             if not better:
@@ -252,7 +267,10 @@ class Floating(Procedure):
     def _exchanged(self, now: Found) -> Part[Found]:
         """The plan that exchanges lead to."""
         failed = 0
-        (now,) = yield from self._stages.measure(now.plan, {now.plan: None}, self._stages.last)
+        (judged,) = yield from self._stages.measure(now.plan, {now.plan: None}, self._stages.last)
+        if not math.isfinite(judged.loss):
+            return now
+        now = judged
         while failed < self._settings.patience:
             yield from self._stepped_back(now, self._steps_back(now.plan))
             new = (each for each in self._exchanges(now) if each.plan not in self._stages and self._meets(each.plan))
@@ -335,13 +353,15 @@ class Floating(Procedure):
         self._conclude(found.plan, self._stages.answer(found.plan), self._rank_by, edge)
 
     def _compared(self, best: Found) -> Part[Plan]:
-        """The best of the plans that come far enough, on all prompts; those are measured that were not yet. Of those
-        that were measured on more prompts than others all come first."""
+        """The best of the plans that come far enough, on all prompts. Plans that were tried while others led, and may
+        be better than the one that leads now, are measured as far as that first."""
         self.stage = "last comparison"
+        tried = [each for each in self._stages.known(0) if self._meets(each.plan)]
+        yield from self._stages.race(best.plan, tried, [best] * len(tried), self._stages.last)
         plans = {best.plan: None}
         for stage in range(self._stages.last, self._choosing - 1, -1):
             found = sorted(self._stages.known(stage), key=lambda each: each.loss)
-            plans |= dict.fromkeys(each.plan for each in found if self._meets(each.plan))
+            plans |= dict.fromkeys(f.plan for f in found if math.isfinite(f.loss) and self._meets(f.plan))
         field = list(plans)[: self._settings.finalists]
         answers = yield from self._stages.on_all(field, self.num_prompts)
         at = min(range(len(field)), key=lambda i: mean_loss(answers[i], self._rank_by))

@@ -76,7 +76,7 @@ class Stages:
         if unknown:
             answers = yield [Trial(plan, prompts, parent, plans[plan], self._weights_id) for plan in unknown]
             for plan, answer in zip(unknown, answers, strict=True):
-                self._answers[plan] = joined(self._answers[plan], answer) if stage else answer
+                self._answers[plan] = _joined(self._answers[plan], answer) if stage else answer
                 own = losses(self._answers[plan], self._rank_by)
                 own = own if len(own) == prompts[1] else np.full(prompts[1], np.inf)
                 known[plan] = Found(plan, min(self._progress(plan), 1.0), own)
@@ -107,7 +107,7 @@ class Stages:
                 Trial(plans[at], (p, num_prompts), plans[0], weights_id=self._weights_id) for at, p in rest.items()
             ]
             for at, more in zip(rest, (yield trials), strict=True):
-                found[at] = joined(found[at], more)
+                found[at] = _joined(found[at], more)
         return found
 
 
@@ -131,7 +131,7 @@ def contenders(values: Sequence[Floats], most: int = MOST_HOPEFUL) -> list[int]:
     return hopeful([own - least for own in values], most)
 
 
-def joined(first: Outcome, rest: Outcome) -> Outcome:
+def _joined(first: Outcome, rest: Outcome) -> Outcome:
     """What was measured of one plan on some prompts and on those after them."""
     if isinstance(first, EvalResult) and isinstance(rest, EvalResult):
         return combine(rest.request_id, [first, rest])
