@@ -10,7 +10,7 @@ from dtmsearch.core.plan import Perturbation, Plan
 # How many steps are tried as the first that is taken for one that is taken back.
 _MOST_FIRST = 4
 # Progress that differs by less is the same but for rounding.
-_ALIKE = 1e-9
+ALIKE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,23 @@ def exchanges(plan: Plan, spare: float, back: Sequence[Step], forward: Sequence[
         if exchange.plan not in believed or loss < believed[exchange.plan][0]:
             believed[exchange.plan] = loss, exchange
 
-    cheap = sorted((step for step in forward if step.progress > _ALIKE), key=lambda step: step.added / step.progress)
+    cheap = sorted((step for step in forward if step.progress > ALIKE), key=lambda step: step.added / step.progress)
     for out in back:
         others = [step for step in cheap if step.edge.component != out.edge.component]
         for first in others[:_MOST_FIRST]:
             come, left = [first], spare + out.progress + first.progress
             for step in others:
-                if left >= -_ALIKE:
+                if left >= -ALIKE:
                     break
                 if step is not first:
                     come.append(step)
                     left += step.progress
-            if left >= -_ALIKE:
+            if left >= -ALIKE:
                 note([out], come)
     for first in cheap:
         gone, left = [], spare + first.progress
         for step in sorted(back, key=lambda step: step.added, reverse=True):
-            if step.edge.component != first.edge.component and left + step.progress >= -_ALIKE:
+            if step.edge.component != first.edge.component and left + step.progress >= -ALIKE:
                 gone.append(step)
                 left += step.progress
         if gone:

@@ -36,7 +36,7 @@ from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.protocols import TrainRequest
-from dtmsearch.search.strategies.exchanges import Exchange, Step, exchanges
+from dtmsearch.search.strategies.exchanges import ALIKE, Exchange, Step, exchanges
 from dtmsearch.search.strategies.generator import (
     DENSE_PLAN,
     Floats,
@@ -52,8 +52,6 @@ from dtmsearch.search.strategies.stages import Found, Stages, contenders
 from dtmsearch.search.strategies.task import Task
 from dtmsearch.search.units import Unit
 
-# Plans of the same progress but for rounding.
-_ALIKE = 1e-9
 # Losses that differ by less than this part are one.
 _LEAST_GAIN = 1e-4
 # Steps back that are tried at a time where blocks are cut.
@@ -183,7 +181,7 @@ class Floating(Procedure):
         """Whether a plan comes as far as its round has to."""
         if self._number + 1 == self._settings.rounds:
             return self._space.budget.reached(self._space.size(plan))
-        return self._space.progress(plan) >= self._goal - _ALIKE
+        return self._space.progress(plan) >= self._goal - ALIKE
 
     @property
     def _goal(self) -> float:
@@ -206,7 +204,7 @@ class Floating(Procedure):
         progress = {e.component: min(self._space.progress(now.plan.with_(e)), 1.0) - now.progress for e in edges}
 
         def weight(edge: Perturbation, added: float) -> float:
-            return 1.0 / max(progress[edge.component], _ALIKE) if added > 0.0 else 1.0
+            return 1.0 / max(progress[edge.component], ALIKE) if added > 0.0 else 1.0
 
         def dear(edge: Perturbation, added: float) -> float:
             return added * weight(edge, added)
@@ -254,7 +252,7 @@ class Floating(Procedure):
             # A step back that goes further than all that is known (a width may be slower than the one before it) is
             # held against the plan that it leads back from.
             rivals = [
-                _least(o for o in [now, *before] if o is now or o.progress >= each.progress - _ALIKE) for each in tried
+                _least(o for o in [now, *before] if o is now or o.progress >= each.progress - ALIKE) for each in tried
             ]
             raced = yield from self._stages.race(now.plan, tried, rivals, self._choosing)
             better = [(at, each) for at, each in raced if _is_less(each.loss, rivals[at].loss)]
@@ -344,7 +342,7 @@ class Floating(Procedure):
         def gain(edge: Perturbation) -> float:
             given_up = now.progress - min(self._space.progress(now.plan.with_(edge)), 1.0)
             added = self._added.get((edge.component, now.plan.schemes[edge.component]), 0.0)
-            return added / max(given_up, _ALIKE)
+            return added / max(given_up, ALIKE)
 
         chosen = set(sorted(edges, key=gain, reverse=True)[:_MOST_BACK])
         return [edge for edge in edges if edge in chosen]
