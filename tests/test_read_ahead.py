@@ -30,7 +30,7 @@ def under(replica: Replica, scheme: str) -> dict[str, torch.Tensor]:
 def test_a_plan_after_a_plan_has_the_weights_that_it_has_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ModelSpec(str(DEMO_MODEL), dtype="bfloat16")
     expected = under(Replica(spec, ReplicaSettings()), "int4-g32")
-    monkeypatch.setattr(Weights, "reads_ahead", frozenset({"cpu"}))
+    monkeypatch.setattr(Weights, "reads_ahead", frozenset({"cpu", "cuda"}))
     monkeypatch.setattr(read_ahead, "LEAST_BYTES", 0)
     taken: list[str] = []
     take = ReadAhead.take

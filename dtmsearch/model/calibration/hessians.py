@@ -81,7 +81,8 @@ class Hessians:
             component = components[shared.components[0]]
             if not too_few_to_solve(component, shared.num_tokens):
                 return shared
-            return replace(shared, hessian=torch.eye(component.shape[1], device=self._standing.body.input_device))
+            device = self._standing.body.device_of(component.layer)
+            return replace(shared, hessian=torch.eye(component.shape[1], device=device))
 
         return [guarded(shared) for shared in (*found, *unreached)]
 

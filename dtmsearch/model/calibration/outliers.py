@@ -16,8 +16,9 @@ def outlier_shares(weights: Weights, components: Sequence[Component], multiple: 
     (OWL, arXiv 2310.05175, section 3). The weights must stand dense, and be calibrated."""
     layers: dict[int, list[Tensor]] = {}
     for component in components:
-        norms = weights.compressor.mean_squares(component.name).sqrt()
-        layers.setdefault(component.layer, []).append(weights.original(component.name).float().abs() * norms)
+        weight = weights.original(component.name).float().abs()
+        norms = weights.compressor.mean_squares(component.name).sqrt().to(weight.device)
+        layers.setdefault(component.layer, []).append(weight * norms)
     shares = {}
     for layer, scores in layers.items():
         flat = torch.cat([score.flatten() for score in scores])

@@ -116,11 +116,11 @@ class Fetched:
 
     def wait(self) -> None:
         futures.wait(self._parts)  # all, for what is still on its way would be written later
-        for part in self._parts:
-            part.result()
-        if self._arrived is not None and self._stream is not None:
+        if self._arrived is not None and self._stream is not None:  # of parts that are there though another failed, too
             self._arrived.record(self._stream)
             torch.cuda.current_stream(self._stream.device).wait_event(self._arrived)
+        for part in self._parts:
+            part.result()
 
 
 class WeightReader:

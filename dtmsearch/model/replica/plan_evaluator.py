@@ -52,8 +52,9 @@ from dtmsearch.model.weights.standing import Standing
 
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
 _MOST_HELD_TWICE = 0.1
-# Of a model over several devices, requests that are on their way for each. With 12 a probe over two GPUs takes as long.
-_AHEAD_OF_EACH = 3
+# Of a model over several devices, requests that are on their way for each: counted in layers, 3 hold two GPUs back once
+# outputs of layers are kept (test_device_order).
+_AHEAD_OF_EACH = 6
 # Weights, parent, reference, prompts, first layer that differs.
 _Place = tuple[str, str, str, tuple[int, int], int]
 

@@ -110,7 +110,8 @@ def _memory_bytes(bench: Bench) -> int:
     """Weights and the activations of one batch: the device's own count, or what the widest layer makes of it."""
     body = bench.standing.body
     if body.input_device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated())
+        devices = {body.device_of(layer) for layer in range(body.num_layers + 1)}
+        return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
     widest = max(max(c.shape) for c in bench.manifest.components)
     return int(bench.weight_bytes + 4 * bench.batches.tokens * widest * body.itemsize)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dtmsearch.model.forward.activation_cache import free_bytes
@@ -64,8 +65,8 @@ class ReadAhead:
         return there
 
     def _begin(self) -> None:
-        """Begin what there is room for. Where the GPU has none, or a file cannot be read, nothing more is read ahead:
-        what is then asked for is read when it is, and what is wrong is said there."""
+        """Begin what there is room for. What goes to a GPU that has none, and all once a file cannot be read, is not read
+        ahead: it is read when it is asked for, and what is wrong is said there."""
         while self._coming:
             under_way = sum(there.nbytes for there, _ in self._begun.values())
             wanted = self._coming[0]
@@ -75,14 +76,14 @@ class ReadAhead:
                     return
                 on_gpu = wanted.device.type == "cuda"
                 if on_gpu and free_bytes(wanted.device) < _LEAST_ROOM_BYTES + here.nbytes:
-                    self._coming.clear()
-                    return
+                    self._coming = deque(other for other in self._coming if other.device != wanted.device)
+                    continue
                 with torch.inference_mode(False):  # the threads that copy are in none
                     there = torch.empty(here.shape, dtype=here.dtype, device=wanted.device)
                     destination = bytes_of(there)
                 if wanted.device not in self._readers:
                     self._readers[wanted.device] = WeightReader(wanted.device)
-            except (OSError, RuntimeError):  # of memory, too
+            except (OSError, RuntimeError, SafetensorError):  # of memory, too
                 self._coming.clear()
                 return
             self._coming.popleft()
