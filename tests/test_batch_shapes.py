@@ -136,3 +136,28 @@ def test_prompts_are_continued_in_batches_of_their_own_size(tmp_path: Path, monk
     monkeypatch.setattr(model._batches, "tokens", 14)  # a row in a pass
     model.make_reference(prompts)
     assert batch_sizes == [4]
+
+
+def test_memory_that_suffices_without_what_others_kept_costs_no_room_and_no_batch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept = ["states of an evaluation"]
+    batches = Batches(800, torch.device("cpu"), kept.clear, lambda: 100)
+
+    def beside() -> str:
+        if kept:
+            raise torch.OutOfMemoryError("no room")
+        return "done"
+
+    assert batches.halving(beside) == "done" and batches.roomy and batches.tokens == 800
+    tries: list[tuple[bool, int]] = []
+
+    def large() -> str:
+        tries.append((batches.roomy, batches.tokens))
+        if batches.tokens > 400:
+            raise torch.OutOfMemoryError("no room")
+        return "done"
+
+    assert batches.halving(large) == "done"
+    assert tries == [(True, 800), (True, 800), (False, 800), (False, 400)]
+    assert "outputs of layers are not kept" in caplog.text and "batches of 400 tokens" in caplog.text

@@ -25,8 +25,8 @@ from dtmsearch.model.forward.partial import Body
 _CPU_SHARE, _CPU_BYTES = 0.02, 48 << 20
 # The part of a GPU's free memory for states, and for outputs of components; the part of the host's.
 _STATES_SHARE, _OUTPUTS_SHARE, _HOST_SHARE = 0.6, 0.25, 0.5
-# The part of a GPU's memory that outputs of all layers leave free.
-_LEAST_FREE_SHARE = 0.1
+# What outputs of all layers leave free of a GPU for a pass: a part of its memory, and no less than these bytes.
+_LEAST_FREE_SHARE, LEAST_FREE_BYTES = 0.1, 4 << 30
 # What part of the positions must be spared for the last layer to run in part.
 _LEAST_SPARED = 0.1
 
@@ -171,7 +171,7 @@ class ActivationCache:
         beside = sum(size for other, size in self._output_bytes.items() if self._body.device_of(other) == here)
         left = self._room.outputs - beside
         if here.type == "cuda" and self._keeps_all_layers:  # other caches may have taken theirs since
-            left = min(left, free_bytes(here) - _LEAST_FREE_SHARE * most_bytes(here))
+            left = min(left, free_bytes(here) - max(_LEAST_FREE_SHARE * most_bytes(here), LEAST_FREE_BYTES))
         return left
 
     def head_inputs(self, boundary: int, changed: Collection[str]) -> Iterator[tuple[Tensor, Tensor]]:

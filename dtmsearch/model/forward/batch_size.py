@@ -24,7 +24,8 @@ class Batches:
     """Batches of `tokens` tokens, by default as many as the device likes. When memory does not suffice, `release` lets
     go of what can be made again; batches are not made smaller than `longest_row()`, the most tokens of a row in use.
 
-    `roomy` is false once memory has not sufficed: nothing is kept then that is not needed.
+    `roomy` is false once memory has not sufficed for a work twice, the second time without what others had kept:
+    nothing is kept then that is not needed.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Batches:
 
     def halving(self, work: Callable[[], _T]) -> _T:
         """`work`, with smaller batches for as long as memory does not suffice. Raises `torch.OutOfMemoryError`."""
+        tries = 0
         while True:
+            tries += 1
             try:
                 return work()
             except RuntimeError as error:
@@ -53,7 +56,10 @@ class Batches:
                     raise
                 message = str(error)
             self._release()
+            if tries == 1:
+                continue
             if self.roomy:
+                log.warning("out of memory: states and outputs of layers are not kept from now on")
                 self.roomy = False
             elif not self._halve():
                 raise torch.OutOfMemoryError(message)

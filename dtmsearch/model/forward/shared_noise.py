@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtmsearch.core.decoding import Decoding
+from dtmsearch.model.forward.gpu_hops import moved
 
 _BITS_32 = 0xFFFFFFFF
 _FACTOR = 0x45D9F3B  # odd and below 2^31, so that no product of 32 bits leaves a signed integer of 64
@@ -41,12 +42,12 @@ class Sampling:
             return None
         places = torch.arange(1, prompts.shape[1] + 1, device=prompts.device)
         own = _mixed(prompts.long() ^ _mixed(places)).sum(dim=1)
-        return Sampling(decoding, _mixed(own + _mixed(own.new_tensor(decoding.seed)) & _BITS_32))
+        return Sampling(decoding, _mixed(own + _mixed(torch.full_like(own, decoding.seed)) & _BITS_32))
 
     def states(self, prompts: Tensor, positions: Tensor) -> Tensor:
         """The noise's state at positions [rows], counted from the continuation's first token, of prompts [rows], given
         by their places in the batch."""
-        keys = self.keys.to(prompts.device)
+        keys = moved(self.keys, prompts.device)
         return _mixed(keys[prompts] + _mixed(positions + 1) & _BITS_32)
 
     def of_rows(self, rows: Tensor, num_positions: int) -> Tensor:
@@ -57,7 +58,7 @@ class Sampling:
         """The scores [rows, vocabulary] whose largest is the token that is sampled at each state [rows] from `logits`
         [rows, vocabulary], which it leaves as they are; tokens marked in `never` [vocabulary] are not."""
         scores = left_over(logits, never, self.decoding)
-        if self.decoding.filters:
+        if self.decoding.filters and not scores.is_cuda:  # on a GPU counting them would wait for all that it is given
             rows, tokens = (scores > -torch.inf).nonzero(as_tuple=True)
             scores[rows, tokens] += gumbel(states[rows], tokens)
         else:
@@ -89,7 +90,7 @@ def left_over(logits: Tensor, never: Tensor, decoding: Decoding) -> Tensor:
     """Logits over the temperature [rows, vocabulary] in 32 bits, -inf where a token cannot be sampled: those marked in
     `never` [vocabulary], and what `top_k` and `top_p` leave out."""
     scores = logits.float() / decoding.temperature
-    scores.index_fill_(1, never.nonzero().squeeze(1), -torch.inf)
+    scores.masked_fill_(never, -torch.inf)
     if not decoding.filters:
         return scores
     size = scores.shape[1]

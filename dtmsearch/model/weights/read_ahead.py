@@ -11,15 +11,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dtmsearch.model.forward.activation_cache import free_bytes
+from dtmsearch.model.forward.activation_cache import LEAST_FREE_BYTES, free_bytes
 from dtmsearch.model.modules.weight_reading import Fetched, WeightReader, bytes_of
 
 # What is on its way at a time: at least two matrices, and others as far as this goes.
 _MOST_BYTES = 1 << 30
 # From which on threads pay, and the memory that they copy through.
 LEAST_BYTES = 1 << 30
-# What stays free on a GPU for the work on what was read.
-_LEAST_ROOM_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class ReadAhead:
         return there
 
     def _begin(self) -> None:
-        """Begin what there is room for. What goes to a GPU that has none, and all once a file cannot be read, is not read
-        ahead: it is read when it is asked for, and what is wrong is said there."""
+        """Begin what there is room for. What goes to a GPU that has none, and all once a file cannot be read, is read
+        when it is asked for, and what is wrong is said there."""
         while self._coming:
             under_way = sum(there.nbytes for there, _ in self._begun.values())
             wanted = self._coming[0]
@@ -75,7 +73,7 @@ class ReadAhead:
                 if len(self._begun) >= 2 and under_way + here.nbytes > _MOST_BYTES:
                     return
                 on_gpu = wanted.device.type == "cuda"
-                if on_gpu and free_bytes(wanted.device) < _LEAST_ROOM_BYTES + here.nbytes:
+                if on_gpu and free_bytes(wanted.device) < LEAST_FREE_BYTES + here.nbytes:
                     self._coming = deque(other for other in self._coming if other.device != wanted.device)
                     continue
                 with torch.inference_mode(False):  # the threads that copy are in none
