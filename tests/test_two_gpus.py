@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import DEMO_MODEL, TEXT
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dtmsearch.core.decoding import GREEDY, Decoding
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings, StatesKept
 from dtmsearch.core.plan import Plan
 from dtmsearch.model.forward.head_metrics import _score
@@ -43,9 +45,24 @@ def reference() -> Reference:
     return _reference(_replica(1))
 
 
-def _replica(num_devices: int, states: StatesKept = "auto", model: Path = DEMO_MODEL) -> Replica:
-    spec = ModelSpec(str(model), dtype="bfloat16", compile="never")
-    return Replica(spec, ReplicaSettings(num_devices=num_devices, states=states))
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model with a head of its own, which lies on the last GPU."""
+    folder = tmp_path_factory.mktemp("untied")
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+def _replica(
+    num_devices: int, states: StatesKept = "auto", model: Path = DEMO_MODEL, batch_tokens: int = 0,
+    decoding: Decoding = GREEDY,
+) -> Replica:  # fmt: skip
+    spec = ModelSpec(str(model), dtype="bfloat16", compile="never", decoding=decoding)
+    return Replica(spec, ReplicaSettings(num_devices=num_devices, states=states, batch_tokens=batch_tokens))
 
 
 def _reference(replica: Replica) -> Reference:
@@ -72,3 +89,22 @@ def test_a_model_over_two_gpus_has_the_bits_of_one(states: StatesKept, reference
     assert _reference(both).id == reference.id
     for _ in range(REPETITIONS // 10):
         assert _values(both, reference) == expected
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, Decoding(0.8), Decoding(0.8, top_k=40, top_p=0.9)], ids=str)
+def test_a_head_on_the_second_gpu_has_the_bits_of_one_in_several_batches(untied: Path, decoding: Decoding) -> None:
+    one, both = (_replica(number, "device", untied, 256, decoding) for number in (1, 2))
+    reference = _reference(one)
+    expected = _values(one, reference)
+    for _ in range(REPETITIONS // 40):
+        assert _values(both, reference) == expected
+
+
+def test_weights_that_stand_out_are_found_on_both_gpus() -> None:
+    found = []
+    for number in (1, 2):
+        replica = _replica(number)
+        text = replica.cut_calibration([TEXT], 4, 32, 0)
+        replica.use_calibration(text)
+        found.append(replica.outlier_shares(text.id))
+    assert found[0] == pytest.approx(found[1])
