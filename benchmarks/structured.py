@@ -63,16 +63,17 @@ def take_share() -> None:
 
 @dataclass
 class Measuring:
-    """A replica, what it has measured by request, and the tokens of what was asked of it."""
+    """A replica, what it has measured by request, and the tokens of what was asked of it, `row` for each prompt."""
 
     replica: Replica
     known: dict[str, Outcome] = field(default_factory=dict)
     tokens: int = 0
+    row: int = ROW
 
     def answers(self, requests: Sequence[EvalRequest]) -> list[Outcome]:
         new = [r for r in requests if r.id not in self.known]
         self.known |= {r.id: o for r, o in zip(new, self.replica.evaluate(new), strict=True)}
-        self.tokens += sum((r.prompts[1] - r.prompts[0]) * ROW for r in requests)
+        self.tokens += sum((r.prompts[1] - r.prompts[0]) * self.row for r in requests)
         return [self.known[r.id] for r in requests]
 
 
@@ -118,12 +119,13 @@ def floating(
 
 
 class Gated:
-    """A model whose attention and MLP blocks can be closed row by row: many candidates in one pass."""
+    """A model whose attention and MLP blocks can be closed row by row: many candidates in one pass. `rows` [rows,
+    tokens] are prompts of `prompt` tokens with their continuations."""
 
-    def __init__(self, model: Any, blocks: Sequence[Component], rows: torch.Tensor) -> None:
+    def __init__(self, model: Any, blocks: Sequence[Component], rows: torch.Tensor, prompt: int) -> None:
         half = next(model.parameters()).is_cuda
         self.model = copy.deepcopy(model).half() if half else model
-        self.blocks, self.rows = blocks, rows
+        self.blocks, self.rows, self._prompt = blocks, rows, prompt
         self._open: torch.Tensor | None = None
         for index, block in enumerate(blocks):
             self.model.get_submodule(block.name).register_forward_hook(self._gate(index))
@@ -144,7 +146,8 @@ class Gated:
         """Mean KL of each candidate over rows, at the predicted positions."""
         tokens = self.rows[list(rows)]
         base = self._hidden(tokens, None)
-        together = max(1, MOST_LOGITS // (len(rows) * CONTINUATION * self.model.config.vocab_size))
+        continued = tokens.shape[1] - self._prompt
+        together = max(1, MOST_LOGITS // (len(rows) * continued * self.model.config.vocab_size))
         found = []
         for start in range(0, len(closed), together):
             part = closed[start : start + together]
@@ -153,7 +156,7 @@ class Gated:
                 gates[sorted(candidate), at] = 0
             hidden = self._hidden(tokens.repeat(len(part), 1), gates.repeat_interleave(len(rows), dim=1))
             own = self._log(base)
-            for each in hidden.view(len(part), len(rows), CONTINUATION, -1):
+            for each in hidden.view(len(part), len(rows), continued, -1):
                 found.append(float((own.exp() * (own - self._log(each))).sum(-1).mean()))
         return np.array(found)
 
@@ -163,7 +166,7 @@ class Gated:
             hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
         finally:
             self._open = None
-        return hidden[:, PROMPT - 1 : -1]
+        return hidden[:, self._prompt - 1 : -1]
 
     def _log(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.log_softmax(self.model.lm_head(hidden).float(), dim=-1)
@@ -177,9 +180,10 @@ def evopress(gated: Gated, removed: int, seed: int, generations: int | None, unt
 
     def best(candidates: list[frozenset[int]], keep: int, budget: int) -> list[frozenset[int]]:
         nonlocal tokens
-        count = min(-(-budget // ROW), len(gated.rows))
+        row = gated.rows.shape[1]
+        count = min(-(-budget // row), len(gated.rows))
         rows = chance.sample(range(len(gated.rows)), count)
-        tokens += len(candidates) * count * ROW
+        tokens += len(candidates) * count * row
         order = np.argsort(gated.kl(candidates, rows), kind="stable")
         return [candidates[at] for at in order[:keep]]
 
@@ -264,6 +268,18 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
     }
 
 
+def rows_to_search_by(
+    replica: Replica, texts: list[str], lengths: tuple[int, int, int], seed: int
+) -> tuple[Reference, torch.Tensor]:
+    """Prompts, of them as many tokens, and of their continuations: the reference, in use, and both [prompts, tokens]
+    where the model is."""
+    cut, _ = replica.cut_prompts(texts, *lengths, seed)
+    reference = replica.make_reference(cut)
+    replica.use(reference)
+    tokens = np.concatenate([cut.tokens[:, : lengths[1]], reference.continuation], axis=1)
+    return reference, torch.from_numpy(tokens).long().to(next(replica.model.parameters()).device)
+
+
 @click.command()
 @click.argument("model", type=click.Path(exists=True))
 @click.option("--search", "search_text", required=True, type=click.Path(exists=True))
@@ -271,9 +287,12 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
 @click.option("--blocks", default="4,8,12")
 @click.option("--seeds", default=3)
 @click.option("--first-seed", default=0)
+@click.option("--prompt-tokens", default=PROMPT, help="of the rows that are searched by")
+@click.option("--continuation-tokens", default=CONTINUATION, help="of the same")
 @click.option("--prompts", default=64, help="that our search compares its last plans on")
 @click.option("--few", default=24, help="by which it chooses blocks")
 @click.option("--first", default=FloatingSettings().first_prompts, help="on which it measures a plan first")
+@click.option("--judged", default=FloatingSettings().exchange_prompts, help="by which it judges exchanges")
 @click.option("--held-out", default=512)
 @click.option("--generations", default=0, help="of EvoPress; 0: its default")
 @click.option("--evopress-seeds", default=99, help="in how many of the seeds EvoPress runs")
@@ -282,15 +301,16 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
 @click.option("--seconds", default=1e9, help="after which nothing more is begun")
 @click.option("--out", type=click.Path(), default="")
 def main(
-    model: str, search_text: str, judge_text: str, blocks: str, seeds: int, first_seed: int, prompts: int, few: int,
-    first: int, held_out: int, generations: int, evopress_seeds: int, ours: bool, calibration_tokens: int,
-    seconds: float, out: str,
+    model: str, search_text: str, judge_text: str, blocks: str, seeds: int, first_seed: int, prompt_tokens: int,
+    continuation_tokens: int, prompts: int, few: int, first: int, judged: int, held_out: int, generations: int,
+    evopress_seeds: int, ours: bool, calibration_tokens: int, seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is dropped of MODEL."""
     take_share()
     began = time.perf_counter()
     until = began + seconds
-    settings = FloatingSettings(prompts=few, first_prompts=first)
+    settings = FloatingSettings(prompts=few, first_prompts=first, exchange_prompts=judged)
+    row = prompt_tokens + continuation_tokens
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest = replica.manifest()
     texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
@@ -311,12 +331,9 @@ def main(
     for seed in range(first_seed, first_seed + seeds):
         if time.perf_counter() > until:
             break
-        cut, _ = replica.cut_prompts(texts["search"], calibration_tokens // ROW, PROMPT, CONTINUATION, seed)
-        reference = replica.make_reference(cut)
-        replica.use(reference)
+        lengths = calibration_tokens // row, prompt_tokens, continuation_tokens
+        reference, tokens = rows_to_search_by(replica, texts["search"], lengths, seed)
         note(f"seed {seed}: {reference.num_prompts} prompts")
-        tokens = torch.from_numpy(np.concatenate([cut.tokens[:, :PROMPT], reference.continuation], axis=1)).long()
-        tokens = tokens.to(next(replica.model.parameters()).device)
         gated: Gated | None = None
         for count in counts:
             plans: dict[str, tuple[Plan, int]] = {}
@@ -326,11 +343,11 @@ def main(
             budgets = {"floating": Budget(blocks=count)}
             budgets["floating, same size"] = Budget(parameters=1.0 - count // 2 * pair / whole)
             for name, budget in budgets.items() if ours else ():
-                measuring = Measuring(replica, judging.known)
+                measuring = Measuring(replica, judging.known, row=row)
                 plans[name] = floating(measuring, manifest, reference, budget, prompts, settings)
             note(f"seed {seed}, {count} blocks: rules and ours")
             if seed < first_seed + evopress_seeds:
-                gated = gated or Gated(replica.model, parts, tokens)
+                gated = gated or Gated(replica.model, parts, tokens, prompt_tokens)
                 try:
                     found, spent = evopress(gated, count // 2, seed, generations or None, until)
                     plans["EvoPress"] = dropping(found), spent
