@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -43,31 +44,49 @@ def test_all_devices_work_at_once(num_layers: int, ends: list[int], each: int, l
     assert times_one(num_layers, ends, layers, ordered=False) < 0.8 * least  # one layer after the other
 
 
-# What of a layer of Llama-2-7B is not run again for q, k, v, o, gate, up and down, where outputs are kept: products of
-# matrices, in millions.
-SPARED = [33.6, 33.6, 33.6, 50.3, 112.2, 112.2, 157.3]
-LAYER = 202.4
+@dataclass(frozen=True)
+class Counted:
+    """Products of the matrices of a layer, and what of them is not run again for q, k, v, o, gate, up and down, where
+    outputs are kept; the head in layers, and where two GPUs are cut. Of 32 layers."""
+
+    layer: float
+    spared: tuple[float, ...]
+    head: float
+    cut: int
+
+    def share_of_two_replicas(self, under_way: int, head: float) -> float:
+        """What two GPUs do of what two replicas do, in a probe of all components, with no more requests on their way,
+        in the order for a head of so many layers; the parent's pass included."""
+        requests = [(layer, spared / self.layer) for layer in range(32) for spared in self.spared]
+        order = busy_order([layer for layer, _ in requests], [self.cut, 32], head)
+        lower, upper, done = float(self.cut), 32.0, list[float]()
+        for layer, spared in (requests[at] for at in order):
+            launched = done[-under_way - 1] if len(done) > under_way else 0.0
+            if layer < self.cut:
+                lower = max(lower, launched) + self.cut - layer - spared
+            upper = max(upper, launched, lower if layer < self.cut else 0.0)
+            upper += 32 - max(layer, self.cut) - (spared if layer >= self.cut else 0.0) + self.head
+            done.append(upper)
+        return (sum(32 - layer - spared + self.head for layer, spared in requests) + 64) / 2 / upper
 
 
-def share_of_two_replicas(under_way: int) -> float:
-    """What two GPUs with 23 and 9 layers do of what two replicas do, in a probe of all components, with no more
-    requests on their way; the parent's pass and the head, a sixth of a layer, included."""
-    requests = [(layer, spared / LAYER) for layer in range(32) for spared in SPARED]
-    order = busy_order([layer for layer, _ in requests], [23, 32])
-    lower, upper, done = 23.0, 32.0, list[float]()
-    for layer, spared in (requests[at] for at in order):
-        launched = done[-under_way - 1] if len(done) > under_way else 0.0
-        if layer < 23:
-            lower = max(lower, launched) + 23 - layer - spared
-        upper = max(upper, launched, lower if layer < 23 else 0.0)
-        upper += 32 - max(layer, 23) - (spared if layer >= 23 else 0.0) + 1 / 6
-        done.append(upper)
-    return (sum(32 - layer - spared + 1 / 6 for layer, spared in requests) + 64) / 2 / upper
+LLAMA_2_7B = Counted(202.4, (33.6, 33.6, 33.6, 50.3, 112.2, 112.2, 157.3), 0.75, 23)
+LLAMA_3_8B = Counted(218.1, (8.4, 20.9, 20.9, 25.1, 100.7, 100.7, 159.4), 2.5, 24)
 
 
-def test_so_many_are_on_their_way_that_both_gpus_have_something_to_do() -> None:
-    assert share_of_two_replicas(2 * _AHEAD_OF_EACH) >= 0.97
-    assert share_of_two_replicas(_AHEAD_OF_EACH) < 0.955, "half as many would do"
+SMALL_HEAD = replace(LLAMA_2_7B, head=1 / 6)
+
+
+@pytest.mark.parametrize(("model", "head"), [(LLAMA_2_7B, 0.75), (LLAMA_3_8B, 2.5), (SMALL_HEAD, 0.25)])
+def test_so_many_are_on_their_way_that_both_gpus_have_something_to_do(model: Counted, head: float) -> None:
+    assert model.share_of_two_replicas(2 * _AHEAD_OF_EACH, head) > 0.974
+    assert SMALL_HEAD.share_of_two_replicas(4, 0.25) < 0.965, "a third as many would do"
+
+
+def test_a_head_counts_in_the_order_and_in_the_cut() -> None:
+    assert LLAMA_3_8B.share_of_two_replicas(2 * _AHEAD_OF_EACH, 0.0) < 0.87
+    assert replace(LLAMA_3_8B, cut=23).share_of_two_replicas(2 * _AHEAD_OF_EACH, 2.5) < 0.92
+    assert replace(LLAMA_3_8B, cut=23).share_of_two_replicas(2 * _AHEAD_OF_EACH, 0.0) < 0.91
 
 
 def test_every_request_is_launched_once() -> None:
@@ -101,7 +120,7 @@ def test_requests_in_any_order_find_the_same(states: StatesKept, monkeypatch: py
     monkeypatch.setattr(Body, "device_ends", property(lambda body: [4, body.num_layers]))
     monkeypatch.setattr(
         "dtmsearch.model.replica.plan_evaluator.busy_order",
-        lambda layers, ends: launched.extend(layers) or busy_order(layers, ends),
+        lambda layers, *further: launched.extend(layers) or busy_order(layers, *further),
     )
     assert found(Replica(spec, settings)) == expected
     assert bool(launched) == (states == "device")  # where not all states are kept, layer by layer

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from dtmsearch.model.forward.gpu_hops import Hops, connect, moved
-from dtmsearch.model.replica.spread_model import cut
+from dtmsearch.model.replica.spread_model import cut, head_in_layers
 
 ELSEWHERE = torch.device("meta")
 PLENTY = 1 << 40
@@ -43,6 +43,17 @@ def test_every_gpu_has_as_much_to_do_of_candidates_that_begin_at_each_layer(gpus
     # A layer runs for every candidate that begins at or below it.
     work = [sum(layer + 1 for layer in range(*ends)) for ends in pairwise(begins)]
     assert max(work) < 1.15 * min(work)
+
+
+def test_a_large_head_leaves_its_gpu_fewer_layers() -> None:
+    large = llama(32)
+    large.vocab_size = 800
+    assert head_in_layers(tree(large)) == 2.5
+    assert [layers_on(cut(tree(large), torch.bfloat16, [PLENTY] * 2), device) for device in (0, 1)] == [24, 8]
+    assert [layers_on(cut(tree(llama(32)), torch.bfloat16, [PLENTY] * 2), device) for device in (0, 1)] == [23, 9]
+    huge = llama(3)
+    huge.vocab_size = 8_000
+    assert [layers_on(cut(tree(huge), torch.bfloat16, [PLENTY] * 3), device) for device in range(3)] == [1, 1, 1]
 
 
 def test_what_precedes_the_layers_is_on_the_first_gpu_and_what_follows_on_the_last() -> None:

@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 
-def busy_order(first_layers: Sequence[int], ends: Sequence[int]) -> list[int]:
+def busy_order(first_layers: Sequence[int], ends: Sequence[int], head: float = 0.0) -> list[int]:
     """The positions of requests in the order in which they are best launched: layers run from `first_layers[i]` upward
-    for request i, and device d holds those below `ends[d]` and from `ends[d - 1]` on.
+    for request i, and device d holds those below `ends[d]` and from `ends[d - 1]` on, the last one also the head, which
+    takes as long as `head` layers.
 
     A device does what it is given in the order in which it is given, and a request is given to all of its devices when
     it is launched. So one that begins high, which the lower devices never see, has to be launched while another is
@@ -21,19 +22,22 @@ def busy_order(first_layers: Sequence[int], ends: Sequence[int]) -> list[int]:
         waiting.setdefault(layer, []).append(position)
     starts = [0, *ends[:-1]]
     work = {
-        layer: [max(0, end - max(layer, start)) for start, end in zip(starts, ends, strict=True)] for layer in waiting
+        layer: [float(max(0, end - max(layer, start))) for start, end in zip(starts, ends, strict=True)]
+        for layer in waiting
     }
+    for own in work.values():
+        own[-1] += head
     left = [sum(work[layer][device] for layer in first_layers) for device in range(len(ends))]
-    free = [0] * len(ends)
+    free = [0.0] * len(ends)
 
-    def after(layer: int) -> list[int]:
+    def after(layer: int) -> list[float]:
         """When each device is done with all that it was given once a request is launched, in layers."""
-        done, then, first = 0, list(free), min(bisect_right(ends, layer), len(ends) - 1)
+        done, then, first = 0.0, list(free), min(bisect_right(ends, layer), len(ends) - 1)
         for device in range(first, len(ends)):
             done = then[device] = max(done, free[device]) + work[layer][device]
         return then
 
-    def rank(layer: int) -> tuple[int, int, int, int]:
+    def rank(layer: int) -> tuple[float, float, float, int]:
         then = after(layer)
         last = max(end + rest - own for end, rest, own in zip(then, left, work[layer], strict=True))
         idle = sum(then) - sum(free) - sum(work[layer])

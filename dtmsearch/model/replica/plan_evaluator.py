@@ -48,6 +48,7 @@ from dtmsearch.model.forward.shared_noise import Sampling
 from dtmsearch.model.replica.device_order import busy_order
 from dtmsearch.model.replica.loaded_reference import BaseOutputs, Loaded, greedy
 from dtmsearch.model.replica.results import Launched, outcome_of
+from dtmsearch.model.replica.spread_model import head_in_layers
 from dtmsearch.model.weights.standing import Standing
 
 # The part of a model's weights that may be in memory both as in a request's parent and as in its plan.
@@ -93,6 +94,7 @@ class PlanEvaluator:
         self._bench, self._body = bench, bench.standing.body
         self._name, self._node, self._versions = name, node, canonical(versions())
         self._device_ends = self._body.device_ends
+        self._head_of_last = _head_of_last(self._body) if len(self._device_ends) > 1 else 0.0
         self._ahead = 1 if len(self._device_ends) == 1 else _AHEAD_OF_EACH * len(self._device_ends)
         self.references: dict[str, Loaded] = {}
         self._states_of = BASE
@@ -212,7 +214,7 @@ class PlanEvaluator:
         for _, group in groupby(by_place, key=lambda index: places[index][:-1]):
             own = list(group)
             if len(self._device_ends) > 1 and self._keeps_all_states(requests[own[0]]):
-                order = busy_order([places[index][-1] for index in own], self._device_ends)
+                order = busy_order([places[index][-1] for index in own], self._device_ends, self._head_of_last)
                 yield from ((own[at], places.count(places[own[at]]) > 1) for at in order)
             else:
                 for index in own:
@@ -369,6 +371,12 @@ class PlanEvaluator:
         weights = self._bench.standing.weights
         name = next((name for name in self._in_head if name in changed), None)
         return nullcontext if name is None else partial(weights.with_original, {self._head: weights.original(name)})
+
+
+def _head_of_last(body: Body) -> float:
+    """What the last device does for a head, in layers: nothing for one that is the embedding, where passes begin."""
+    head = body.model.get_output_embeddings().weight
+    return head_in_layers(body.model) if head.device == body.device_of(body.num_layers - 1) else 0.0
 
 
 def _head_of(model: Any, manifest: ModelManifest) -> tuple[str, tuple[str, ...]]:
