@@ -19,7 +19,7 @@ from dtmsearch.core.evaluation import MOST_TOGETHER, EvalFailure, EvalRequest, O
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
 # Requests of a call to a replica over several devices, which stand idle one after the other at its end: counted in
-# layers, two devices do 0.962 of two replicas' work with so many, 0.948 with half of them; towards the end of a round
+# layers, two devices do 0.961 of two replicas' work with so many, 0.948 with half of them; towards the end of a round
 # fewer, for the sake of the others.
 _OVER_DEVICES, _LEAST_OVER_DEVICES = 64, 4
 # Guesses that a replica without work takes at once: its next real work waits until it has done them.
