@@ -17,10 +17,9 @@ from pathlib import Path
 
 import click
 import numpy as np
-from structured import Measuring, floating, kl_of
+from structured import Measuring, budgets_of, floating, kl_of, rows_of
 
 from dtmsearch.core.evaluation import ModelSpec, Outcome, Reference, ReplicaSettings
-from dtmsearch.core.plan import Budget
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.model.replica.replica import Replica
 
@@ -93,32 +92,22 @@ def main(
     """Compare what is dropped of MODEL."""
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest = replica.manifest()
-    parts = manifest.droppable(("attention", "mlp"), manifest.components)
-    whole = sum(component.num_weights for component in manifest.components)
-    pair = sum({block.kind: block.num_weights for block in parts}.values())
-
-    def made(file: Path, count: int, prompt_tokens: int, continuation_tokens: int, seed: int) -> Reference:
-        cut, _ = replica.cut_prompts([file.read_text()], count, prompt_tokens, continuation_tokens, seed)
-        reference = replica.make_reference(cut)
-        replica.use(reference)
-        replica.use(everywhere(reference))
-        return reference
-
-    judge = made(held_out, held_out_prompts, tokens, tokens, 0)
+    judge, _ = rows_of(replica, [held_out.read_text()], (held_out_prompts, tokens, tokens), 0)
     click.echo(f"| seed | budget | {compare} | KL | held out | evaluations | Mtokens | dropped |\n|{'---|' * 8}")
     for seed in map(int, seeds.split(",")):
         references: dict[tuple[int, int, int], Reference] = {}
         known: dict[str, Outcome] = {}
         for count in map(int, blocks.split(",")):
-            budgets = {str(count): Budget(blocks=count)}
-            budgets[f"size of {count}"] = Budget(parameters=1.0 - count // 2 * pair / whole)
-            for name, budget in budgets.items():
+            for name, budget in zip((str(count), f"size of {count}"), budgets_of(manifest, count), strict=True):
                 for label, way in ways(compare, prompts, tokens).items():
                     by = way.prompts, way.prompt_tokens, way.continuation_tokens
                     if by not in references:
-                        references[by] = made(text, *by, seed)
+                        references[by], _ = rows_of(replica, [text.read_text()], by, seed)
                     measuring = Measuring(replica, known, row=way.row)
-                    reference = everywhere(references[by]) if way.everywhere else references[by]
+                    reference = references[by]
+                    if way.everywhere:
+                        reference = everywhere(reference)
+                        replica.use(reference)
                     plan, spent = floating(measuring, manifest, reference, budget, way.prompts, way.settings)
                     own, other = (kl_of(measuring, plan, each).mean() for each in (reference, judge))
                     click.echo(

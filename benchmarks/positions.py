@@ -21,7 +21,7 @@ import click
 import numpy as np
 from floating import everywhere
 from numpy.typing import NDArray
-from structured import by_rules, dropping, rows_to_search_by
+from structured import by_rules, dropping, rows_of
 
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec, Reference, ReplicaSettings
 from dtmsearch.core.plan import Plan
@@ -82,8 +82,8 @@ def main(
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest = replica.manifest()
     lengths = rows, tokens, tokens
-    reference, own = rows_to_search_by(replica, [text.read_text()], lengths, 0)
-    judge, _ = rows_to_search_by(replica, [held_out.read_text()], lengths, 0)
+    reference, own = rows_of(replica, [text.read_text()], lengths, 0)
+    judge, _ = rows_of(replica, [held_out.read_text()], lengths, 0)
     names = [block.name for block in manifest.blocks if block.kind != "layer"]
     gone = dropped.split(",") if dropped else by_rules(replica.model, manifest, own, blocks)["cosine, blocks"][0]
     plans = exchanged(gone, names)[:TRIED]

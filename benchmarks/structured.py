@@ -268,11 +268,18 @@ def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: i
     }
 
 
-def rows_to_search_by(
+def budgets_of(manifest: ModelManifest, count: int) -> tuple[Budget, Budget]:
+    """So many blocks, and the size of as many attention as MLP blocks, half of them each."""
+    pair = sum({block.kind: block.num_weights for block in manifest.blocks if block.kind != "layer"}.values())
+    whole = sum(component.num_weights for component in manifest.components)
+    return Budget(blocks=count), Budget(parameters=1.0 - count // 2 * pair / whole)
+
+
+def rows_of(
     replica: Replica, texts: list[str], lengths: tuple[int, int, int], seed: int
 ) -> tuple[Reference, torch.Tensor]:
-    """Prompts, of them as many tokens, and of their continuations: the reference, in use, and both [prompts, tokens]
-    where the model is."""
+    """The reference of prompts of texts, in use, and its rows, prompt and continuation, [prompts, tokens], where the
+    model is. `lengths`: prompts, tokens of each, tokens of its continuation."""
     cut, _ = replica.cut_prompts(texts, *lengths, seed)
     reference = replica.make_reference(cut)
     replica.use(reference)
@@ -327,22 +334,19 @@ def main(
     note(f"{judge.num_prompts} held-out prompts")
     judging = Measuring(replica)
     parts = [block for block in manifest.blocks if block.kind != "layer"]
-    whole = sum(component.num_weights for component in manifest.components)
     for seed in range(first_seed, first_seed + seeds):
         if time.perf_counter() > until:
             break
         lengths = calibration_tokens // row, prompt_tokens, continuation_tokens
-        reference, tokens = rows_to_search_by(replica, texts["search"], lengths, seed)
+        reference, tokens = rows_of(replica, texts["search"], lengths, seed)
         note(f"seed {seed}: {reference.num_prompts} prompts")
         gated: Gated | None = None
         for count in counts:
             plans: dict[str, tuple[Plan, int]] = {}
             for name, (names, spent) in by_rules(replica.model, manifest, tokens[:prompts], count).items():
                 plans[name] = dropping(names), spent
-            pair = sum({block.kind: block.num_weights for block in parts}.values())
-            budgets = {"floating": Budget(blocks=count)}
-            budgets["floating, same size"] = Budget(parameters=1.0 - count // 2 * pair / whole)
-            for name, budget in budgets.items() if ours else ():
+            budgets = zip(("floating", "floating, same size"), budgets_of(manifest, count), strict=True)
+            for name, budget in budgets if ours else ():
                 measuring = Measuring(replica, judging.known, row=row)
                 plans[name] = floating(measuring, manifest, reference, budget, prompts, settings)
             note(f"seed {seed}, {count} blocks: rules and ours")

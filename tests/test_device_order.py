@@ -54,19 +54,21 @@ class Counted:
     head: float
     cut: int
 
-    def share_of_two_replicas(self, under_way: int, head: float) -> float:
-        """What two GPUs do of what two replicas do, in a probe of all components, with no more requests on their way,
-        in the order for a head of so many layers; the parent's pass included."""
+    def share_of_two_replicas(self, under_way: int, head: float, calls: int = 1) -> float:
+        """What two GPUs do of what two replicas do, in a probe of all components, in calls that each have every n-th
+        and end before the next begins, with no more requests on their way, in the order for a head of so many layers;
+        the parent's pass included."""
         requests = [(layer, spared / self.layer) for layer in range(32) for spared in self.spared]
-        order = busy_order([layer for layer, _ in requests], [self.cut, 32], head)
-        lower, upper, done = float(self.cut), 32.0, list[float]()
-        for layer, spared in (requests[at] for at in order):
-            launched = done[-under_way - 1] if len(done) > under_way else 0.0
-            if layer < self.cut:
-                lower = max(lower, launched) + self.cut - layer - spared
-            upper = max(upper, launched, lower if layer < self.cut else 0.0)
-            upper += 32 - max(layer, self.cut) - (spared if layer >= self.cut else 0.0) + self.head
-            done.append(upper)
+        lower, upper = float(self.cut), 32.0
+        for own in (requests[first::calls] for first in range(calls)):
+            done = [upper if calls > 1 else 0.0] * (under_way + 1)
+            for at in busy_order([layer for layer, _ in own], [self.cut, 32], head):
+                (layer, spared), launched = own[at], done[-under_way - 1]
+                if layer < self.cut:
+                    lower = max(lower, launched) + self.cut - layer - spared
+                upper = max(upper, launched, lower if layer < self.cut else 0.0)
+                upper += 32 - max(layer, self.cut) - (spared if layer >= self.cut else 0.0) + self.head
+                done.append(upper)
         return (sum(32 - layer - spared + self.head for layer, spared in requests) + 64) / 2 / upper
 
 
@@ -80,7 +82,12 @@ SMALL_HEAD = replace(LLAMA_2_7B, head=1 / 6)
 @pytest.mark.parametrize(("model", "head"), [(LLAMA_2_7B, 0.75), (LLAMA_3_8B, 2.5), (SMALL_HEAD, 0.25)])
 def test_so_many_are_on_their_way_that_both_gpus_have_something_to_do(model: Counted, head: float) -> None:
     assert model.share_of_two_replicas(2 * _AHEAD_OF_EACH, head) > 0.974
-    assert SMALL_HEAD.share_of_two_replicas(4, 0.25) < 0.965, "a third as many would do"
+
+
+def test_with_fewer_on_their_way_or_in_a_call_gpus_wait() -> None:
+    assert SMALL_HEAD.share_of_two_replicas(4, 0.25) < 0.965
+    of_75, of_32 = (SMALL_HEAD.share_of_two_replicas(2 * _AHEAD_OF_EACH, 0.25, calls) for calls in (3, 7))
+    assert of_75 > 0.96 and of_32 < 0.945
 
 
 def test_a_head_counts_in_the_order_and_in_the_cut() -> None:

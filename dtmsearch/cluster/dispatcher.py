@@ -19,8 +19,8 @@ from dtmsearch.core.evaluation import MOST_TOGETHER, EvalFailure, EvalRequest, O
 # Calls that a replica holds: the one it works on, and the next, so that it never waits for the driver.
 _CALLS_AHEAD = 2
 # Requests of a call to a replica over several devices, which stand idle one after the other at its end: counted in
-# layers, two devices do 0.961 of two replicas' work with so many, 0.948 with half of them; towards the end of a round
-# fewer, for the sake of the others.
+# layers, two devices do 0.96 of two replicas' work with so many, 0.94 with half of them (test_device_order). Towards
+# the end of a round fewer, for the sake of the others.
 _OVER_DEVICES, _LEAST_OVER_DEVICES = 64, 4
 # Guesses that a replica without work takes at once: its next real work waits until it has done them.
 _MOST_GUESSES = 8

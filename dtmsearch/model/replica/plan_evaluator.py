@@ -94,7 +94,7 @@ class PlanEvaluator:
         self._bench, self._body = bench, bench.standing.body
         self._name, self._node, self._versions = name, node, canonical(versions())
         self._device_ends = self._body.device_ends
-        self._head_of_last = _head_of_last(self._body) if len(self._device_ends) > 1 else 0.0
+        self._head_work = _head_work(self._body) if len(self._device_ends) > 1 else 0.0
         self._ahead = 1 if len(self._device_ends) == 1 else _AHEAD_OF_EACH * len(self._device_ends)
         self.references: dict[str, Loaded] = {}
         self._states_of = BASE
@@ -214,7 +214,7 @@ class PlanEvaluator:
         for _, group in groupby(by_place, key=lambda index: places[index][:-1]):
             own = list(group)
             if len(self._device_ends) > 1 and self._keeps_all_states(requests[own[0]]):
-                order = busy_order([places[index][-1] for index in own], self._device_ends, self._head_of_last)
+                order = busy_order([places[index][-1] for index in own], self._device_ends, self._head_work)
                 yield from ((own[at], places.count(places[own[at]]) > 1) for at in order)
             else:
                 for index in own:
@@ -373,7 +373,7 @@ class PlanEvaluator:
         return nullcontext if name is None else partial(weights.with_original, {self._head: weights.original(name)})
 
 
-def _head_of_last(body: Body) -> float:
+def _head_work(body: Body) -> float:
     """What the last device does for a head, in layers: nothing for one that is the embedding, where passes begin."""
     head = body.model.get_output_embeddings().weight
     return head_in_layers(body.model) if head.device == body.device_of(body.num_layers - 1) else 0.0
