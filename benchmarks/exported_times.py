@@ -64,6 +64,7 @@ class Runs:
         if not self._eager:
             self._prefill = captured(lambda: model(prompt, use_cache=False, logits_to_keep=1), prompt.device)
             self._decode = captured(decoding(model, BEFORE, prompt.device), prompt.device)
+            self.once()  # the first run of a graph sends it to the GPU
 
     def once(self) -> tuple[float, float]:
         """Milliseconds of a token, after the first 64, and of the whole prompt."""

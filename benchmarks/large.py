@@ -8,8 +8,9 @@ with so much of the GPU's memory. Continuations are the text's own: the same wor
 generating them. The floor is the products of the unquantized model's pass, of every candidate from its layer upward,
 and of the heads, at the rate of a large product on the GPUs of the run, measured in the same process: once in a burst
 of 20, and once as it is kept up for two seconds, which is less where a GPU has to slow down. Each run is a process of
-its own, or with `,replicas=N` so many, on a GPU each, that share the components out; `,compile` compiles
-layers. The last column counts evaluations with any other bit than the first run's.
+its own, or with `,replicas=N` so many, on a GPU each, that share the components out; `,compile` compiles layers. With
+`--repeat N` the fastest of N passes counts: the first one also takes memory from the driver. The last column counts
+evaluations with any other bit than the first run's.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def measure(
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in range(repeat):
-        replica.release_memory()
+        replica.forget()  # memory that the last one took stays the process's, as in a search
         for device in devices:
             _wait(device)
         started_at = time.perf_counter()

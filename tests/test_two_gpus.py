@@ -1,4 +1,4 @@
-"""A model spread over two GPUs answers what one GPU answers, every time. Runs where there are two."""
+"""A model spread over several GPUs answers what one GPU answers, every time. Runs where there are two, or four."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dtmsearch.model.replica.replica import Replica
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 REPETITIONS = 200
+several = pytest.mark.parametrize("gpus", [number for number in (2, 4) if number <= max(2, torch.cuda.device_count())])
 
 
 def busy(device: str) -> torch.Tensor:
@@ -82,27 +83,32 @@ def _values(replica: Replica, reference: Reference) -> list[str]:
     return found
 
 
+@several
 @pytest.mark.parametrize("states", ["device", "host", "sweep"])
-def test_a_model_over_two_gpus_has_the_bits_of_one(states: StatesKept, reference: Reference) -> None:
+def test_a_model_over_several_gpus_has_the_bits_of_one(states: StatesKept, gpus: int, reference: Reference) -> None:
     expected = _values(_replica(1), reference)
-    both = _replica(2, states)
-    assert _reference(both).id == reference.id
+    spread = _replica(gpus, states)
+    assert _reference(spread).id == reference.id
     for _ in range(REPETITIONS // 10):
-        assert _values(both, reference) == expected
+        assert _values(spread, reference) == expected
 
 
+@several
 @pytest.mark.parametrize("decoding", [GREEDY, Decoding(0.8), Decoding(0.8, top_k=40, top_p=0.9)], ids=str)
-def test_a_head_on_the_second_gpu_has_the_bits_of_one_in_several_batches(untied: Path, decoding: Decoding) -> None:
-    one, both = (_replica(number, "device", untied, 256, decoding) for number in (1, 2))
+def test_a_head_on_the_last_gpu_has_the_bits_of_one_in_several_batches(
+    untied: Path, decoding: Decoding, gpus: int
+) -> None:
+    one, spread = (_replica(number, "device", untied, 256, decoding) for number in (1, gpus))
     reference = _reference(one)
     expected = _values(one, reference)
     for _ in range(REPETITIONS // 40):
-        assert _values(both, reference) == expected
+        assert _values(spread, reference) == expected
 
 
-def test_weights_that_stand_out_are_found_on_both_gpus() -> None:
+@several
+def test_weights_that_stand_out_are_found_on_all_gpus(gpus: int) -> None:
     found = []
-    for number in (1, 2):
+    for number in (1, gpus):
         replica = _replica(number)
         text = replica.cut_calibration([TEXT], 4, 32, 0)
         replica.use_calibration(text)
