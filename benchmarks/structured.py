@@ -300,6 +300,7 @@ def rows_of(
 @click.option("--few", default=24, help="by which it chooses blocks")
 @click.option("--first", default=FloatingSettings().first_prompts, help="on which it measures a plan first")
 @click.option("--judged", default=FloatingSettings().exchange_prompts, help="by which it judges exchanges")
+@click.option("--patience", default=FloatingSettings().patience, help="rounds of exchanges in a row that gain nothing")
 @click.option("--held-out", default=512)
 @click.option("--generations", default=0, help="of EvoPress; 0: its default")
 @click.option("--evopress-seeds", default=99, help="in how many of the seeds EvoPress runs")
@@ -309,14 +310,14 @@ def rows_of(
 @click.option("--out", type=click.Path(), default="")
 def main(
     model: str, search_text: str, judge_text: str, blocks: str, seeds: int, first_seed: int, prompt_tokens: int,
-    continuation_tokens: int, prompts: int, few: int, first: int, judged: int, held_out: int, generations: int,
-    evopress_seeds: int, ours: bool, calibration_tokens: int, seconds: float, out: str,
+    continuation_tokens: int, prompts: int, few: int, first: int, judged: int, patience: int, held_out: int,
+    generations: int, evopress_seeds: int, ours: bool, calibration_tokens: int, seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is dropped of MODEL."""
     take_share()
     began = time.perf_counter()
     until = began + seconds
-    settings = FloatingSettings(prompts=few, first_prompts=first, exchange_prompts=judged)
+    settings = FloatingSettings(prompts=few, first_prompts=first, exchange_prompts=judged, patience=patience)
     row = prompt_tokens + continuation_tokens
     replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
     manifest = replica.manifest()
