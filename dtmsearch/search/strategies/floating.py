@@ -301,7 +301,7 @@ class Floating(Procedure):
         """Of each layer the plan that drops it and those above it, until the budget is met; of the last one no more
         than that takes. Where layers may be dropped as a whole, they are."""
         layers = [unit for unit in self._units if unit.components[0].kind == "layer"] or self._units
-        free = [unit.components[0] for unit in layers if not self._start.drops(unit.name)]
+        free = [unit.components[0] for unit in layers if self._is_of_round(unit.name, DROP)]
         found = []
         for first in dict.fromkeys(block.layer for block in free):
             plan, taken = self._start, list[Component]()
