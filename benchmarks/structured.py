@@ -275,6 +275,11 @@ def budgets_of(manifest: ModelManifest, count: int) -> tuple[Budget, Budget]:
     return Budget(blocks=count), Budget(parameters=1.0 - count // 2 * pair / whole)
 
 
+def left_by(manifest: ModelManifest, plan: Plan) -> float | None:
+    """The share of the layers' weights that a plan leaves."""
+    return SearchSpace(manifest.components, ("int8-channel",)).size(plan).parameters
+
+
 def rows_of(
     replica: Replica, texts: list[str], lengths: tuple[int, int, int], seed: int
 ) -> tuple[Reference, torch.Tensor]:
@@ -361,18 +366,8 @@ def main(
                     note(f"seed {seed}, {count} blocks: EvoPress was not finished")
             for name, (plan, spent) in plans.items():
                 kl = values[seed, count, name] = kl_of(judging, plan, judge)
-                size = SearchSpace(manifest.components, ("int8-channel",)).size(plan)
-                rows.append(
-                    {
-                        "seed": seed,
-                        "blocks": count,
-                        "rule": name,
-                        "kl": float(kl.mean()),
-                        "tokens": spent,
-                        "parameters": size.parameters,
-                        "dropped": sorted(plan.dropped),
-                    }
-                )
+                said = {"seed": seed, "blocks": count, "rule": name, "kl": float(kl.mean()), "tokens": spent}
+                rows.append(said | {"parameters": left_by(manifest, plan), "dropped": sorted(plan.dropped)})
             note(f"seed {seed}, {count} blocks: judged")
             if out:
                 Path(out).write_text(json.dumps({"model": model, "held_out": held_out, "rows": rows}, indent=1))

@@ -210,8 +210,7 @@ class FloatingSettings(StrategySettings):
     finalists: Positive = 4
     """Plans that are compared on all prompts in the end."""
     patience: NonNegative = 2
-    """How often in a row exchanges of blocks may be tried and gain nothing; 0: blocks are not exchanged, nor
-    neighbouring layers tried."""
+    """How often in a row exchanges of blocks may be tried and gain nothing; 0: blocks are not exchanged."""
     rounds: Positive = 1
     """Rounds of as much progress towards the stop rule; after each what is left is trained (recovery)."""
 

@@ -6,11 +6,9 @@ the least loss for what it brings towards the budget; what each added when it wa
 only its head is measured again (Minoux, 1978). Then blocks that were dropped earlier are put back, each alone; where a
 plan of no more progress is better than the best that was known of as much, the search goes on from that one (sequential
 floating forward selection: Pudil, Novovicova and Kittler, 1994), until a plan meets the budget from which no step back
-leads to a better one. It gives way to neighbouring layers, as many as meet the budget, where these go at less loss
-(Gromov et al., arXiv 2403.17887): blocks of neighbouring layers make up for each other's removal, which no step of one
-block shows. From there blocks are exchanged, one for one or more for others, those first of which by what was measured
-last most is expected (`exchanges.py`), as long as that gains. The best plans that meet the budget are compared on all
-prompts.
+leads to a better one. From there blocks are exchanged, one for one or more for others, those first of which by what was
+measured last most is expected (`exchanges.py`), as long as that gains. The best plans that meet the budget are compared
+on all prompts.
 
 All of them are tried on few prompts; blocks are chosen by more, of those that the few do not rule out, and exchanges
 judged by more again (`stages.py`): greedy steps may err, for they are taken back and exchanged, but the plans around
@@ -32,10 +30,9 @@ from itertools import islice
 
 import numpy as np
 
-from dtmsearch.core.components import Component
 from dtmsearch.core.evaluation import EvalFailure
 from dtmsearch.core.plan import Perturbation, Plan
-from dtmsearch.core.schemes import DENSE, DROP
+from dtmsearch.core.schemes import DENSE
 from dtmsearch.core.strategy_settings import FloatingSettings
 from dtmsearch.errors import SearchFailed
 from dtmsearch.search.protocols import TrainRequest
@@ -70,7 +67,7 @@ class Floating(Procedure):
     def __init__(self, task: Task, settings: FloatingSettings = FloatingSettings(), trains: bool = False) -> None:
         super().__init__(task.space, task.request_for, ("kl", task.rank_by))
         self._rank_by, self._settings, self._trains = task.rank_by, settings, trains
-        self._units = units = [unit for unit in task.space.units if unit.is_block]
+        units = [unit for unit in task.space.units if unit.is_block]
         self._blocks = tuple(unit.name for unit in units)
         # The schemes of each block, from all of it to the least.
         self._ladders = {unit.name: _ladder(unit) for unit in units}
@@ -112,7 +109,7 @@ class Floating(Procedure):
             self.stage = self._said + way
             now = yield from self._one_more(now)
             now = yield from self._back(now)
-        if self._exchanges_blocks:
+        if not self._space.cut:
             self.stage = f"{self._said}exchanges"
             now = yield from self._exchanged(now)
         return (yield from self._compared(now))
@@ -172,7 +169,6 @@ class Floating(Procedure):
         steps, rounds = math.ceil(self._space.expected_steps), self._settings.rounds
         exchanged = self._settings.patience * rounds if self._exchanges_blocks else 0
         trials = [len(self._blocks) + steps * (4 + steps // 2)]
-        trials[0] += rounds * len(self._runs()) if exchanged else 0
         trials[0] += exchanged * (self._exchanges_at_a_time(steps) + steps // 2)
         if self._choosing:
             trials.append(2 * steps + exchanged)
@@ -272,49 +268,26 @@ class Floating(Procedure):
         (judged,) = yield from self._stages.measure(now.plan, {now.plan: None}, self._stages.last)
         if not math.isfinite(judged.loss):
             return now
-        now = yield from self._better(judged, [plan for plan in self._runs() if plan not in self._stages])
+        now = judged
         while failed < self._settings.patience:
             yield from self._stepped_back(now, self._steps_back(now.plan))
             new = (each for each in self._exchanges(now) if each.plan not in self._stages and self._meets(each.plan))
             proposed = {each.plan: each for each in islice(new, self._exchanges_at_a_time(len(now.plan.dropped)))}
             if not proposed:
                 break
-            best = yield from self._better(now, list(proposed))
-            for plan, exchange in proposed.items():
+            tried = yield from self._stages.measure(now.plan, dict.fromkeys(proposed), 0)
+            for each in tried:
+                exchange = proposed[each.plan]
                 if len(exchange.forward) == 1 and exchange.between in self._stages:
-                    added = self._more(self._stages.at(0, plan), self._stages.at(0, exchange.between))
-                    self._believe(exchange.forward[0], added)
-            now, failed = best, failed + 1 if best is now else 0
+                    self._believe(exchange.forward[0], self._more(each, self._stages.at(0, exchange.between)))
+            raced = yield from self._stages.race(now.plan, tried, [now] * len(tried), self._stages.last)
+            best = _least([now, *(each for _, each in raced)])
+            if _is_less(best.loss, now.loss):
+                now, failed = best, 0
+                self._conclude(now.plan, self._stages.answer(now.plan), self._rank_by)
+            else:
+                failed += 1
         return now
-
-    def _better(self, now: Found, plans: Sequence[Plan]) -> Part[Found]:
-        """The best of plans by the prompts by which exchanges are judged; the one that leads where none is better."""
-        tried = yield from self._stages.measure(now.plan, dict.fromkeys(plans), 0)
-        raced = yield from self._stages.race(now.plan, tried, [now] * len(tried), self._stages.last)
-        best = _least([now, *(each for _, each in raced)])
-        if not _is_less(best.loss, now.loss):
-            return now
-        self._conclude(best.plan, self._stages.answer(best.plan), self._rank_by)
-        return best
-
-    def _runs(self) -> list[Plan]:
-        """Of each layer the plan that drops it and those above it, until the budget is met; of the last one no more
-        than that takes. Where layers may be dropped as a whole, they are."""
-        layers = [unit for unit in self._units if unit.components[0].kind == "layer"] or self._units
-        free = [unit.components[0] for unit in layers if self._is_of_round(unit.name, DROP)]
-        found = []
-        for first in dict.fromkeys(block.layer for block in free):
-            plan, taken = self._start, list[Component]()
-            for block in free:
-                if block.layer >= first and not self._meets(plan):
-                    plan, taken = plan.with_(Perturbation(block.name, DROP)), [*taken, block]
-            for block in taken:
-                without = plan.with_(Perturbation(block.name, DENSE))
-                if block.layer == taken[-1].layer and self._meets(without):
-                    plan = without
-            if self._meets(plan):
-                found.append(plan)
-        return found
 
     def _exchanges(self, now: Found) -> list[Exchange]:
         """Exchanges of blocks of a plan whose steps back were measured, best believed first."""
