@@ -14,6 +14,8 @@ Rivals, made anew from their description, on the same prompts and continuations:
 
 `floating` drops any blocks of the same number, and `floating, same size` any that leave no more weights than EvoPress's
 plan does. KL on held-out prompts, against the base model's own continuations; tokens forwarded, a reference apart.
+With `--repair-tokens` plans of `floating` and EvoPress are measured once more with what is left fitted to so many
+tokens of the search's text (`recovery.repair_tokens`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import copy
 import json
 import os
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +43,10 @@ from dtmsearch.core.plan import Budget, Plan
 from dtmsearch.core.schemes import DROP
 from dtmsearch.core.statistics import paired_difference
 from dtmsearch.core.strategy_settings import FloatingSettings
+from dtmsearch.core.variant import Variant
 from dtmsearch.model.replica.replica import Replica
+from dtmsearch.model.training.recipe import Recipe
+from dtmsearch.model.training.train_loop import Training, train
 from dtmsearch.search.protocols import Strategy
 from dtmsearch.search.space import SearchSpace
 from dtmsearch.search.strategies.floating import Floating
@@ -50,6 +57,8 @@ ROW = PROMPT + CONTINUATION
 # EvoPress's defaults for depth.
 CHILDREN, FIRST_TOKENS, SECOND_TOKENS, INITIAL, CALIBRATION_TOKENS = 32, 2_048, 32_768, 64, 131_072
 MOST_MUTATIONS = 3
+# Whose plans are repaired; and how often a repair reads its text, through the base model and its own.
+REPAIRED, PASSES = ("floating", "floating, same size", "EvoPress"), 4
 # Logits that are held at once.
 MOST_LOGITS = 1 << 30
 
@@ -77,9 +86,11 @@ class Measuring:
         return [self.known[r.id] for r in requests]
 
 
-def kl_of(measuring: Measuring, plan: Plan, reference: Reference, calibration: str = "") -> np.ndarray:
+def kl_of(
+    measuring: Measuring, plan: Plan, reference: Reference, calibration: str = "", weights: str = ""
+) -> np.ndarray:
     """KL by prompt, of all prompts of a reference."""
-    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), plan, calibration)
+    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), ("kl",), plan, calibration, weights)
     (outcome,) = measuring.answers([request])
     assert isinstance(outcome, EvalResult) and outcome.kl is not None, outcome
     return outcome.kl
@@ -118,13 +129,26 @@ def floating(
     return searched(Floating(Task(space, request_for, "kl"), settings), measuring)
 
 
+def repaired(
+    replica: Replica, spec: ModelSpec, plan: Plan, texts: Sequence[str], tokens: int, seed: int, folder: Path
+) -> str:
+    """The weights that are left of a plan once they are fitted to so many tokens of texts; their files lie in
+    `folder`, where the replica finds them."""
+    start = folder / f"{plan.id}-{seed}"
+    start.mkdir(exist_ok=True)
+    replica.save_pruned(Variant(plan, "", ""), str(start))
+    recipe = Recipe(("text",), 0, 0, sequence_tokens=ROW, repair_tokens=tokens, seed=seed)
+    return str(train(Training(spec, start, folder), texts, recipe)["weights_id"])
+
+
 class Gated:
     """A model whose attention and MLP blocks can be closed row by row: many candidates in one pass. `rows` [rows,
     tokens] are prompts of `prompt` tokens with their continuations."""
 
     def __init__(self, model: Any, blocks: Sequence[Component], rows: torch.Tensor, prompt: int) -> None:
-        half = next(model.parameters()).is_cuda
-        self.model = copy.deepcopy(model).half() if half else model
+        self.model = copy.deepcopy(model)
+        if next(model.parameters()).is_cuda:
+            self.model.half()
         self.blocks, self.rows, self._prompt = blocks, rows, prompt
         self._open: torch.Tensor | None = None
         for index, block in enumerate(blocks):
@@ -254,10 +278,12 @@ def hooked(model: Any, blocks: Sequence[Component], seen: dict[str, torch.Tensor
             hook.remove()
 
 
-def by_rules(model: Any, manifest: ModelManifest, tokens: torch.Tensor, count: int) -> dict[str, tuple[list[str], int]]:
-    """What rules drop, and the tokens that they forward."""
+def by_rules(
+    likes: dict[str, float], manifest: ModelManifest, tokens: torch.Tensor, count: int
+) -> dict[str, tuple[list[str], int]]:
+    """What rules drop, by how alike tokens were found to be before and after each block, and the tokens that they
+    forward."""
     layers = [block.name for block in manifest.blocks if block.kind == "layer"]
-    likes = likeness(model, manifest.blocks, tokens)
     alike = sorted(layers, key=lambda name: -likes[name])[: count // 2]
     parts = [block.name for block in manifest.blocks if block.kind != "layer"]
     return {
@@ -311,12 +337,14 @@ def rows_of(
 @click.option("--evopress-seeds", default=99, help="in how many of the seeds EvoPress runs")
 @click.option("--ours/--no-ours", default=True, help="none of our searches: EvoPress and the rules alone")
 @click.option("--calibration-tokens", default=CALIBRATION_TOKENS, help="that EvoPress draws from")
+@click.option("--repair-tokens", default=0, help="by which plans of ours and EvoPress are repaired; 0: not")
 @click.option("--seconds", default=1e9, help="after which nothing more is begun")
 @click.option("--out", type=click.Path(), default="")
 def main(
     model: str, search_text: str, judge_text: str, blocks: str, seeds: int, first_seed: int, prompt_tokens: int,
     continuation_tokens: int, prompts: int, few: int, first: int, judged: int, patience: int, held_out: int,
-    generations: int, evopress_seeds: int, ours: bool, calibration_tokens: int, seconds: float, out: str,
+    generations: int, evopress_seeds: int, ours: bool, calibration_tokens: int, repair_tokens: int,
+    seconds: float, out: str,
 ) -> None:  # fmt: skip
     """Compare what is dropped of MODEL."""
     take_share()
@@ -324,7 +352,9 @@ def main(
     until = began + seconds
     settings = FloatingSettings(prompts=few, first_prompts=first, exchange_prompts=judged, patience=patience)
     row = prompt_tokens + continuation_tokens
-    replica = Replica(ModelSpec(model, dtype="float32", compile="never"), ReplicaSettings())
+    spec = ModelSpec(model, dtype="float32", compile="never")
+    folder = Path(tempfile.mkdtemp(prefix="structured-"))
+    replica = Replica(spec, ReplicaSettings(weights_folder=str(folder)))
     manifest = replica.manifest()
     texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
     counts = [int(part) for part in blocks.split(",")]
@@ -346,31 +376,39 @@ def main(
         lengths = calibration_tokens // row, prompt_tokens, continuation_tokens
         reference, tokens = rows_of(replica, texts["search"], lengths, seed)
         note(f"seed {seed}: {reference.num_prompts} prompts")
-        gated: Gated | None = None
+        # Now, for later a plan stands in the model.
+        likes = likeness(replica.model, manifest.blocks, tokens[:prompts])
+        gated = Gated(replica.model, parts, tokens, prompt_tokens) if seed < first_seed + evopress_seeds else None
         for count in counts:
             plans: dict[str, tuple[Plan, int]] = {}
-            for name, (names, spent) in by_rules(replica.model, manifest, tokens[:prompts], count).items():
+            for name, (names, spent) in by_rules(likes, manifest, tokens[:prompts], count).items():
                 plans[name] = dropping(names), spent
             budgets = zip(("floating", "floating, same size"), budgets_of(manifest, count), strict=True)
             for name, budget in budgets if ours else ():
                 measuring = Measuring(replica, judging.known, row=row)
                 plans[name] = floating(measuring, manifest, reference, budget, prompts, settings)
             note(f"seed {seed}, {count} blocks: rules and ours")
-            if seed < first_seed + evopress_seeds:
-                gated = gated or Gated(replica.model, parts, tokens, prompt_tokens)
+            if gated is not None:
                 try:
                     found, spent = evopress(gated, count // 2, seed, generations or None, until)
                     plans["EvoPress"] = dropping(found), spent
                     note(f"seed {seed}, {count} blocks: EvoPress")
                 except TimeoutError:
                     note(f"seed {seed}, {count} blocks: EvoPress was not finished")
+            weights: dict[str, str] = {}
+            for name in [name for name in REPAIRED if name in plans and repair_tokens]:
+                plan, spent = plans[name]
+                again = f"{name}, repaired"
+                weights[again] = repaired(replica, spec, plan, texts["search"], repair_tokens, seed, folder)
+                plans[again] = plan, spent + PASSES * repair_tokens
             for name, (plan, spent) in plans.items():
-                kl = values[seed, count, name] = kl_of(judging, plan, judge)
+                kl = values[seed, count, name] = kl_of(judging, plan, judge, weights=weights.get(name, ""))
                 said = {"seed": seed, "blocks": count, "rule": name, "kl": float(kl.mean()), "tokens": spent}
                 rows.append(said | {"parameters": left_by(manifest, plan), "dropped": sorted(plan.dropped)})
             note(f"seed {seed}, {count} blocks: judged")
             if out:
                 Path(out).write_text(json.dumps({"model": model, "held_out": held_out, "rows": rows}, indent=1))
+    shutil.rmtree(folder)
     show(rows, values)
 
 
@@ -383,7 +421,7 @@ def _interval(ours: np.ndarray, theirs: np.ndarray) -> str:
 def show(rows: Sequence[dict[str, Any]], values: dict[tuple[int, int, str], np.ndarray]) -> None:
     """A line for each number of blocks and rule: KL (mean over seeds), its ratio to EvoPress's, tokens."""
     click.echo(
-        f"{'blocks':>6}  {'rule':<20}  {'KL':>8}  {'least':>7}  {'most':>7}  {'left':>6}  {'Mtokens':>8}  ours less"
+        f"{'blocks':>6}  {'rule':<29}  {'KL':>8}  {'least':>7}  {'most':>7}  {'left':>6}  {'Mtokens':>8}  ours less"
     )
     known = {row["rule"] for row in rows}
     for count in dict.fromkeys(row["blocks"] for row in rows):
@@ -398,7 +436,7 @@ def show(rows: Sequence[dict[str, Any]], values: dict[tuple[int, int, str], np.n
             if pairs and rule != ours:
                 interval = _interval(*(np.concatenate([pair[at] for pair in pairs]) for at in (0, 1)))
             click.echo(
-                f"{count:>6}  {rule:<20}  {np.mean(kls):8.4f}  {min(kls):7.4f}  {max(kls):7.4f}  "
+                f"{count:>6}  {rule:<29}  {np.mean(kls):8.4f}  {min(kls):7.4f}  {max(kls):7.4f}  "
                 f"{np.mean([r['parameters'] for r in own]):6.1%}  {np.mean([r['tokens'] for r in own]) / 1e6:8.3f}  "
                 f"{interval}"
             )

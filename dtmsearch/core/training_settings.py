@@ -1,4 +1,5 @@
-"""How a model is trained after a round of pruning: the section `recovery`. Defaults and limits stand here alone."""
+"""How a model is repaired and trained after a round of pruning: the section `recovery`. Defaults and limits stand here
+alone."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from dtmsearch.core.strategy_settings import (
 
 @dataclass(frozen=True)
 class RecoverySettings(StrategySettings):
-    """Training after a round of pruning: `masked_steps` with what is pruned held at zero, then `unmasked_steps`."""
+    """What follows a round of pruning: a fit of what is left to `repair_tokens` of text, `masked_steps` of training
+    with what is pruned held at zero, then `unmasked_steps`."""
 
     files: Annotated[tuple[str, ...], Within(min_length=1)]
     """Training text."""
@@ -54,12 +56,21 @@ class RecoverySettings(StrategySettings):
     distill_hidden: NonNegativeFloat = 0.0
     """Weight, beside that loss, of how far hidden states are from the base model's: of what each layer that is left
     reads, and of the last, squared, over the base model's own squares."""
+    repair_tokens: NonNegative = 0
+    """Tokens of the text to which what is left is fitted by least squares before any step; 0 fits nothing."""
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for settings that would train nothing, and for batches without a sequence."""
+        """Raises `ValueError` for settings that would change nothing, and for batches without a sequence."""
         super().__post_init__()
-        if self.num_steps == 0:
-            raise ValueError("masked_steps and unmasked_steps are both 0: leave recovery out to train nothing")
+        if self.num_steps == 0 and self.repair_tokens == 0:
+            raise ValueError(
+                "masked_steps, unmasked_steps and repair_tokens are all 0: leave recovery out to train nothing"
+            )
+        if 0 < self.repair_tokens < 2 * self.sequence_tokens:
+            raise ValueError(
+                f"repair_tokens {self.repair_tokens} is less than two sequences of sequence_tokens "
+                f"{self.sequence_tokens}: one tests what is fitted to the other"
+            )
         if self.batch_tokens < self.sequence_tokens * self.accumulate:
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is less than {self.accumulate} x sequence_tokens "

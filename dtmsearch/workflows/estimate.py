@@ -132,13 +132,14 @@ def _num_milestones(file: SearchFile) -> int:
 
 def _training_seconds(file: SearchFile, forward_seconds: float) -> float:
     """Seconds of a search's trainings, where a forward pass takes so long a token. A step goes forward once and
-    backward at twice that; forward once more where activations are computed anew, or a teacher is asked."""
+    backward at twice that; forward once more where activations are computed anew, or a teacher is asked. A fit goes
+    through each model twice."""
     section = file.search.recovery
     if section is None:
         return 0.0
     passes = 3.0 + section.checkpointing + section.asks_base
-    tokens = section.num_steps * section.batch_tokens
-    return file.search.training_rounds * tokens * passes * forward_seconds
+    tokens = section.num_steps * section.batch_tokens * passes + section.repair_tokens * 4.0
+    return file.search.training_rounds * tokens * forward_seconds
 
 
 def candidate_seconds(

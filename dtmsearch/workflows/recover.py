@@ -25,8 +25,8 @@ from dtmsearch.search.protocols import TrainRequest
 from dtmsearch.store.files import LocalFolder
 from dtmsearch.workflows.session import Session
 
-# Raise it when the same job would come to other weights.
-_VERSION = 2
+# Raise it when the same job would come to other weights; of plans that drop blocks, whose biases stayed before.
+_VERSION, _VERSION_OF_DROPPED = 2, 3
 
 
 class Recovering:
@@ -52,10 +52,7 @@ class Recovering:
         folder = self._root / training_id
         if not (folder / "result.json").exists():
             self._prepare(folder, plan, weights_id)
-            self._session.note(
-                f"round {number + 1}: training {self._recovery.masked_steps} steps under the mask and "
-                f"{self._recovery.unmasked_steps} without; its log is {folder / LOG_FILE}"
-            )
+            self._session.note(f"round {number + 1}: {_said(self._recovery)}; its log is {folder / LOG_FILE}")
             self._train(folder)
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         self._session.writer.add(
@@ -79,7 +76,8 @@ class Recovering:
         settings = named_by(self._recovery)
         calibrated = self._calibration_id if plan.needs_calibration else ""
         model = [self._session.manifest.id, self._session.file.model.dtype, plan.id, weights_id, calibrated]
-        return identity([*model, settings, self._text_digest, self._session.file.seed, _VERSION])
+        version = _VERSION_OF_DROPPED if plan.dropped else _VERSION
+        return identity([*model, settings, self._text_digest, self._session.file.seed, version])
 
     def _prepare(self, folder: Path, plan: Plan, weights_id: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,11 +101,18 @@ class Recovering:
             raise _failure(folder, code)
 
 
+def _said(recovery: RecoverySettings) -> str:
+    """What is done to the model, for a person."""
+    fit = f"fitting what is left to {recovery.repair_tokens:,} tokens" if recovery.repair_tokens else ""
+    steps = f"training {recovery.masked_steps} steps under the mask and {recovery.unmasked_steps} without"
+    return ", then ".join(part for part in (fit, steps if recovery.num_steps else "") if part)
+
+
 def named_by(recovery: RecoverySettings) -> dict[str, Any]:
     """The settings of which a training's name is made: what came later is left out where it is not used, so that
     trainings of older stores are found."""
-    settings = {k: v for k, v in asdict(recovery).items() if k not in ("files", "checkpoint_steps")}
-    return settings if recovery.distill_hidden else {k: v for k, v in settings.items() if k != "distill_hidden"}
+    unused = {name for name in ("distill_hidden", "repair_tokens") if not getattr(recovery, name)}
+    return {k: v for k, v in asdict(recovery).items() if k not in ("files", "checkpoint_steps") and k not in unused}
 
 
 def _failure(folder: Path, code: int) -> Exception:

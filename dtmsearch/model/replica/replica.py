@@ -435,13 +435,14 @@ class Replica:
         """Write what a training starts from into a folder: the components of a variant's plan as they are after
         pruning, and the masks of what is kept."""
         check_only_pruned(variant.plan)
+        dropped = variant.plan.dropped
         variant = variant.under(variant.plan.by_matrices(self._manifest.components))
         pruned = [name for name, _ in variant.plan.entries if name not in variant.plan.widths]
         cut = [c.name for c in self._manifest.components if variant.plan.width_of(c) is not None]
         self._bench.become(variant.under(Plan()))
         self._calibrator.prepare((variant.plan,), variant.calibration_id)
         self._bench.become(variant)
-        write_pruned(self._weights, dict.fromkeys((*pruned, *cut)), Path(folder))
+        write_pruned(self._weights, dict.fromkeys((*pruned, *cut)), dropped, Path(folder))
 
     def forget(self) -> None:
         """Let go of states and statistics that can be made again."""

@@ -31,7 +31,14 @@ def read_rows(texts: Sequence[str], tokenizer: Any, sequence_tokens: int, folder
 
 
 def check_batch(recipe: Recipe, num_rows: int) -> None:
-    """Raise `UserError` for rows that do not fill one batch."""
+    """Raise `UserError` for rows that do not fill one batch; where no step is taken, for fewer than a fit needs."""
+    if recipe.num_steps == 0:
+        if num_rows < 2:
+            raise UserError(
+                f"the training text holds {num_rows} rows of {recipe.sequence_tokens} tokens, but a fit needs two: "
+                "give more text, or a smaller recovery.sequence_tokens"
+            )
+        return
     if num_rows < recipe.rows:
         raise UserError(
             f"the training text holds {num_rows} rows of {recipe.sequence_tokens} tokens, but one batch takes "

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,6 +31,7 @@ from dtmsearch.model.modules.discovery import find_layers
 from dtmsearch.model.modules.loading import load_model
 from dtmsearch.model.training.masks import Masks
 from dtmsearch.model.training.recipe import Recipe
+from dtmsearch.model.weights.trained import overlay
 
 _BETAS = (0.9, 0.95)
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -77,7 +77,7 @@ class Learner:
         model = load_model(source, replace(spec, dtype="float32"), device)
         _make_trainable(model)
         for path in over:
-            _overlay(model, path)
+            overlay(model, path)
         if recipe.checkpointing:
             keep_no_activations(model)
         self._teacher = load_model(source, spec, device) if recipe.asks_base else None
@@ -194,14 +194,6 @@ def _distance(states: Tensor, wanted: Tensor) -> Tensor:
     base = wanted.float()
     away = (states.float() - base).square().sum(-1) / base.square().sum(-1).clamp_(min=1e-12)
     return away.mean()
-
-
-def _overlay(model: nn.Module, path: Path) -> None:
-    """Put the weights of a file over a model's own."""
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in load_file(path).items():
-            named[name].copy_(tensor)
 
 
 def _make_trainable(model: nn.Module) -> None:

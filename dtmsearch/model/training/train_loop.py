@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from dtmsearch.model.training.checkpoints import (
 )
 from dtmsearch.model.training.learner import Learner, accelerator_for
 from dtmsearch.model.training.recipe import Recipe
-from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, unpack_masks, write_whole
+from dtmsearch.model.training.repair import repaired
+from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, masks_of_parameters, write_whole
 
 log = logging.getLogger(__name__)
 
-RESULT_FILE = "result.json"
+RESULT_FILE, REPAIRED_FILE = "result.json", "repaired.safetensors"
 # Losses are fetched this many steps apart: each time, the host waits for the device.
 _STEPS_BETWEEN_LOOKS = 10
 
@@ -85,11 +86,25 @@ class Loop:
             self._rows = read_rows(texts, tokenizer, recipe.sequence_tokens, training.folder.parent / "texts")
         check_batch(recipe, len(self._rows))  # after all have met: whoever raises before leaves the others waiting
         over = [path for path in (training.base, training.folder / START_FILE) if path is not None]
-        kept = {f"{name}.weight": mask for name, mask in unpack_masks(training.folder / MASKS_FILE).items()}
+        kept = masks_of_parameters(training.folder / MASKS_FILE)
+        if recipe.repair_tokens:
+            with self._accelerator.main_process_first():
+                over.append(self._repaired(source, over, kept))
         self._learner = Learner(self._accelerator, recipe, training.spec, source, over, kept)
         self._step, self._losses = 0, list[float]()
         self._pending: list[Tensor] = []
         self._started_at = time.monotonic()
+
+    def _repaired(self, source: Path, over: Sequence[Path], kept: Mapping[str, Tensor]) -> Path:
+        """The file of what a repair changes, made where it is not there."""
+        path = self._training.folder / REPAIRED_FILE
+        if not path.exists():
+            count = min(-(-self._recipe.repair_tokens // self._rows.shape[1]), len(self._rows))
+            rows = torch.from_numpy(self._rows[batch_rows(0, count, len(self._rows), self._recipe.seed)]).long()
+            device = self._accelerator.device
+            found = repaired(self._training.spec, source, over, kept, rows.to(device))
+            write_whole(path, lambda temporary: save_file(found, temporary))
+        return path
 
     def run(self, stop_requested: Callable[[], bool]) -> dict[str, Any]:
         self._restore()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.plan_file import check_weights_id
 from dtmsearch.errors import UserError
+from dtmsearch.model.modules.compat import Conv1D
 from dtmsearch.model.weights.applied import Weights
 
 START_FILE, MASKS_FILE = "start.safetensors", "masks.safetensors"
@@ -44,13 +45,19 @@ def check_only_pruned(plan: Plan) -> None:
             )
 
 
-def write_pruned(weights: Weights, names: Iterable[str], folder: Path) -> None:
+def write_pruned(weights: Weights, names: Iterable[str], dropped: Collection[str], folder: Path) -> None:
     """Write components as the plan that stands has made them, what was cut of them at zero, and masks of their weights
-    that are not zero."""
-    own = {name: weights.standing_whole(name).cpu().contiguous() for name in names}
-    tensors = {f"{name}.weight": tensor for name, tensor in own.items()}
-    write_whole(folder / START_FILE, lambda path: save_file(tensors, path))
-    pack_masks({name: tensor != 0 for name, tensor in own.items()}, folder / MASKS_FILE)
+    that are not zero; as the model's parameters lie. What lies in `dropped` blocks loses its biases as well, for these
+    blocks add nothing."""
+    own: dict[str, Tensor] = {}
+    for name in names:
+        module, whole = weights.module(name), weights.standing_whole(name).cpu()
+        own[f"{name}.weight"] = (whole.t() if isinstance(module, Conv1D) else whole).contiguous()
+        bias = getattr(module, "bias", None)
+        if bias is not None and name.startswith(tuple(f"{block}." for block in dropped)):
+            own[f"{name}.bias"] = torch.zeros_like(bias.detach(), device="cpu")
+    write_whole(folder / START_FILE, lambda path: save_file(own, path))
+    pack_masks({name.removesuffix(".weight"): tensor != 0 for name, tensor in own.items()}, folder / MASKS_FILE)
 
 
 def pack_masks(kept: Mapping[str, Tensor], path: Path) -> None:
@@ -58,6 +65,12 @@ def pack_masks(kept: Mapping[str, Tensor], path: Path) -> None:
     packed = {name: torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=None)) for name, mask in kept.items()}
     shapes = {name: json.dumps(list(mask.shape)) for name, mask in kept.items()}
     write_whole(path, lambda temporary: save_file(packed, temporary, shapes))
+
+
+def masks_of_parameters(path: Path) -> dict[str, Tensor]:
+    """The masks of a file by the names of parameters: those of weights stand there by their components' names."""
+    found = unpack_masks(path)
+    return {name if name.endswith(".bias") else f"{name}.weight": mask for name, mask in found.items()}
 
 
 def unpack_masks(path: Path) -> dict[str, Tensor]:
@@ -69,6 +82,14 @@ def unpack_masks(path: Path) -> dict[str, Tensor]:
             bits = np.unpackbits(file.get_tensor(name), count=math.prod(shape))
             masks[name] = torch.from_numpy(bits.reshape(shape).astype(np.bool_))
     return masks
+
+
+def overlay(model: nn.Module, path: Path) -> None:
+    """Put the weights of a file over a model's own."""
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in load_file(path).items():
+            named[name].copy_(tensor)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

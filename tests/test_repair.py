@@ -1,0 +1,247 @@
+"""What is left of a pruned model, fitted by least squares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families_of_models import tiny_model
+from safetensors.torch import load_file, save_file
+from tiny import LONG_TEXT as TEXT
+from tiny import replica, with_reference, write_model
+from transformers import GPT2Config
+
+from dtmsearch.core.evaluation import EvalRequest, ModelSpec
+from dtmsearch.core.plan import Plan
+from dtmsearch.core.training_settings import RecoverySettings
+from dtmsearch.core.variant import Variant
+from dtmsearch.errors import UserError
+from dtmsearch.model.modules.loading import load_model
+from dtmsearch.model.training.recipe import Recipe
+from dtmsearch.model.training.repair import Repair, Sums, fitted_change
+from dtmsearch.model.training.train_loop import REPAIRED_FILE, Training, train
+from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, overlay, pack_masks
+
+GONE = ("model.layers.1.self_attn", "model.layers.1.mlp")
+ROWS = torch.randint(1, 257, (64, 24), generator=torch.Generator().manual_seed(0))
+
+
+def sums(read: torch.Tensor, lacks: torch.Tensor) -> Sums:
+    found = Sums()
+    found.add(read, lacks)
+    return found
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_linear_map_is_found_again_where_it_may_be() -> None:
+    true = noise(6, 4, seed=0)
+    true[4:] = 0.0
+    read = [noise(200, 6, seed=seed) for seed in (1, 2)]
+    change, left = fitted_change(*(sums(x, x @ true) for x in read), torch.arange(4))
+    assert change is not None
+    torch.testing.assert_close(change.float(), true, atol=0.01, rtol=0.0)
+    assert left < 1e-4 and not bool(change[4:].any())
+
+
+def test_what_follows_from_nothing_that_is_read_leaves_the_matrix_as_it_is() -> None:
+    halves = [sums(noise(20, 16, seed=seed), noise(20, 4, seed=seed + 10)) for seed in (1, 2)]
+    assert fitted_change(*halves, torch.arange(16))[0] is None
+
+
+def masks_of(model: Any, gone: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Zero all that lies in some blocks of a model; the masks of it."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(f"{block}." for block in gone)):
+            parameter.data.zero_()
+            if name.endswith("weight") and parameter.ndim == 2:
+                found[name] = torch.zeros_like(parameter, dtype=torch.bool)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def loaded(folder: Path) -> Any:
+    return load_model(folder, ModelSpec(str(folder), dtype="float32"), "cpu").eval()
+
+
+@torch.inference_mode()
+def states(model: Any, layer: int, rows: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=rows, output_hidden_states=True).hidden_states[layer]
+
+
+def test_states_behind_dropped_blocks_come_nearer_to_the_base_models_on_other_rows(folder: Path) -> None:
+    model, base = loaded(folder), loaded(folder)
+    kept = masks_of(model, GONE)
+    other = torch.randint(1, 257, (16, 24), generator=torch.Generator().manual_seed(1))
+    before = float((states(model, 2, other) - states(base, 2, other)).square().mean())
+    changed = Repair(model, base, ROWS, kept).run()
+    assert list(changed) == ["model.layers.0.mlp.down_proj.weight"]
+    assert float((states(model, 2, other) - states(base, 2, other)).square().mean()) < 0.9 * before
+    untouched = dict(base.named_parameters())
+    own = {n: p for n, p in model.named_parameters() if n not in changed and n not in kept}
+    assert all(torch.equal(p, untouched[n]) for n, p in own.items())
+
+
+def test_the_fit_is_the_least_squares_one(folder: Path) -> None:
+    """Of the matrix before a dropped layer, by numpy over the same rows, damped alike."""
+    model, base = loaded(folder), loaded(folder)
+    kept = masks_of(model, GONE)
+    seen: list[torch.Tensor] = []
+    down = base.model.layers[0].mlp.down_proj
+    with torch.inference_mode():
+        hook = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
+        lacks = (states(base, 2, ROWS) - states(base, 1, ROWS)).flatten(0, 1).double()
+        hook.remove()
+    read = seen[0]
+    found = Repair(model, base, ROWS, kept).run()["model.layers.0.mlp.down_proj.weight"] - down.weight
+    hessian = read.T @ read
+    errors = []
+    for damping in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+        errors.append(float((torch.linalg.solve(damped, read.T @ lacks).T - found).abs().max()))
+    assert min(errors) < 1e-4
+
+
+def test_a_cut_block_is_fitted_over_the_columns_that_stay(folder: Path) -> None:
+    model, base = loaded(folder), loaded(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    parameter = dict(model.named_parameters())[name]
+    mask = torch.ones_like(parameter, dtype=torch.bool)
+    mask[:, 24:] = False
+    parameter.data *= mask
+    changed = Repair(model, base, ROWS, {name: mask}).run()
+    assert list(changed) == [name] and not bool(changed[name][:, 24:].any())
+    assert not torch.equal(changed[name][:, :24], dict(base.named_parameters())[name][:, :24])
+
+
+def test_nothing_to_fit_is_told(folder: Path) -> None:
+    model, base = loaded(folder), loaded(folder)
+    name = "model.layers.0.mlp.down_proj.weight"
+    scattered = {name: dict(model.named_parameters())[name] > 0}
+    with pytest.raises(UserError, match="there is nothing to fit"):
+        Repair(model, base, ROWS, scattered).run()
+    first = ("model.layers.0.self_attn",)
+    with pytest.raises(UserError, match="there is nothing to fit"):
+        Repair(model, base, ROWS, masks_of(model, first)).run()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite", "gpt2"])
+def test_families_whose_layers_add_their_blocks(family: str) -> None:
+    """One after the other, side by side, with a factor, and with transposed matrices."""
+    model, base = tiny_model(family).float().eval(), tiny_model(family).float().eval()
+    base.load_state_dict(model.state_dict())
+    prefix = next(n for n, m in model.named_modules() if n.endswith(".1") and n.count(".") < 3)
+    names = dict(model.get_submodule(prefix).named_children())
+    attention = next(name for name in ("self_attn", "attention", "attn") if name in names)
+    gone = (f"{prefix}.{attention}",)
+    kept = masks_of(model, gone)
+    rows = ROWS.clamp(max=200)
+    before = float((states(model, -1, rows) - states(base, -1, rows)).square().mean())
+    assert Repair(model, base, rows, kept).run()
+    assert float((states(model, -1, rows) - states(base, -1, rows)).square().mean()) < before
+
+
+def test_a_family_whose_layers_do_more_is_refused() -> None:
+    model, base = (tiny_model("gemma2").float().eval() for _ in range(2))
+    with pytest.raises(UserError, match="layer 0 of Gemma2ForCausalLM does more than add what its blocks give"):
+        Repair(model, base, ROWS.clamp(max=200), masks_of(model, GONE)).run()
+
+
+RECIPE = Recipe(("text.txt",), 0, 0, batch_tokens=64, sequence_tokens=16, lr=1e-2, repair_tokens=512)
+
+
+def prepared(folder: Path, where: Path) -> Training:
+    own = load_file(folder / "model.safetensors")
+    names = [n.removesuffix(".weight") for n in own if n.startswith(tuple(f"{block}." for block in GONE))]
+    where.mkdir(parents=True)
+    save_file({f"{name}.weight": torch.zeros_like(own[f"{name}.weight"]) for name in names}, where / START_FILE)
+    pack_masks({name: torch.zeros_like(own[f"{name}.weight"], dtype=torch.bool) for name in names}, where / MASKS_FILE)
+    return Training(ModelSpec(str(folder), dtype="float32"), where, where.parent / "weights")
+
+
+def test_a_recovery_without_steps_gives_the_fitted_weights(folder: Path, tmp_path: Path) -> None:
+    training = prepared(folder, tmp_path / "t")
+    result = train(training, [TEXT], RECIPE)
+    assert (result["steps"], result["tokens"], result["losses"]) == (0, 0, [])
+    found = load_file(training.weights_folder / f"{result['weights_id']}.safetensors")
+    fitted = load_file(training.folder / REPAIRED_FILE)
+    assert list(fitted) == ["model.layers.0.mlp.down_proj.weight"]
+    assert all(torch.equal(found[name], value) for name, value in fitted.items())
+    assert not any(found[f"{block}.{own}.weight"].any() for block, own in [(GONE[0], "q_proj"), (GONE[1], "up_proj")])
+
+
+def test_steps_go_on_from_what_was_fitted(folder: Path, tmp_path: Path) -> None:
+    steps = replace(RECIPE, masked_steps=4)
+    fitted = train(prepared(folder, tmp_path / "a" / "t"), [TEXT], steps)["losses"]
+    assert fitted != train(prepared(folder, tmp_path / "b" / "t"), [TEXT], replace(steps, repair_tokens=0))["losses"]
+
+
+def test_a_fit_that_is_there_is_not_made_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = prepared(folder, tmp_path / "a" / "t"), prepared(folder, tmp_path / "b" / "t")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dtmsearch.model.training.train_loop.Learner", interrupted)
+        train(parts, [TEXT], RECIPE)
+    with monkeypatch.context() as patch:
+        patch.setattr("dtmsearch.model.training.train_loop.repaired", interrupted)
+        again = train(parts, [TEXT], RECIPE)
+    assert again["weights_id"] == train(whole, [TEXT], RECIPE)["weights_id"]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_dropped_blocks_of_transposed_matrices_and_biases_learn_nothing(tmp_path: Path) -> None:
+    """GPT-2: what a training starts from lies as the parameters do, and what is dropped adds no bias."""
+    config = GPT2Config(
+        vocab_size=258, n_embd=32, n_layer=3, n_head=4, n_positions=128, bos_token_id=256, eos_token_id=257,
+        initializer_range=0.2, n_inner=48,
+    )  # fmt: skip
+    model = write_model(tmp_path / "model", config)
+    own = load_file(model / "model.safetensors")
+    biases = {name: noise(*value.shape, seed=0) for name, value in own.items() if name.endswith("bias")}
+    save_file(own | biases, model / "model.safetensors", {"format": "pt"})
+    training = Training(ModelSpec(str(model), dtype="float32"), tmp_path / "t", tmp_path / "weights")
+    training.folder.mkdir()
+    held = replica(model, weights_folder=str(training.weights_folder))
+    plan = Plan.of({"transformer.h.1.attn": "drop", "transformer.h.2.mlp": "drop"})
+    held.save_pruned(Variant(plan, "", ""), str(training.folder))
+    result = train(training, [TEXT], replace(RECIPE, masked_steps=3))
+    found = load_file(training.weights_folder / f"{result['weights_id']}.safetensors")
+    gone = [name for name in found if name.startswith(("transformer.h.1.attn.", "transformer.h.2.mlp."))]
+    assert len(gone) == 8 and not any(bool(found[name].any()) for name in gone)
+    # So the model that was trained is the one that the plan makes of its weights.
+    trained = loaded(model)
+    overlay(trained, training.weights_folder / f"{result['weights_id']}.safetensors")
+    reference = with_reference(held)
+    request = EvalRequest(plan, reference.id, (0, reference.num_prompts), ("ppl",), plan, "", result["weights_id"])
+    (measured,) = held.evaluate([request])
+    tokens = torch.from_numpy(reference.text).long()
+    with torch.inference_mode():
+        logits = trained(input_ids=tokens).logits[:, -13:-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -12:].flatten(), reduction="none")
+    torch.testing.assert_close(
+        torch.from_numpy(measured.ppl), losses.view(len(tokens), 12).mean(1).exp(), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masked_steps": 0, "unmasked_steps": 0}, "masked_steps, unmasked_steps and repair_tokens are all 0"),
+        ({"repair_tokens": 1000}, "repair_tokens 1000 is less than two sequences of sequence_tokens 512"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RecoverySettings(("text.txt",), **settings)
