@@ -85,7 +85,8 @@ def main(
     reference, own = rows_of(replica, [text.read_text()], lengths, 0)
     judge, _ = rows_of(replica, [held_out.read_text()], lengths, 0)
     names = [block.name for block in manifest.blocks if block.kind != "layer"]
-    gone = dropped.split(",") if dropped else by_rules(likeness(replica.model, manifest.blocks, own), manifest, own, blocks)["cosine, blocks"][0]
+    likes = likeness(replica.model, manifest.blocks, own)
+    gone = dropped.split(",") if dropped else by_rules(likes, manifest, own, blocks)["cosine, blocks"][0]
     plans = exchanged(gone, names)[:TRIED]
     tried = kl_by_position(replica, reference, plans, FEW).mean(axis=(1, 2))
     plans = [plans[at] for at in np.argsort(tried)[:num_plans]]

@@ -57,8 +57,8 @@ ROW = PROMPT + CONTINUATION
 # EvoPress's defaults for depth.
 CHILDREN, FIRST_TOKENS, SECOND_TOKENS, INITIAL, CALIBRATION_TOKENS = 32, 2_048, 32_768, 64, 131_072
 MOST_MUTATIONS = 3
-# Whose plans are repaired; and how often a repair reads its text, through the base model and its own.
-REPAIRED, PASSES = ("floating", "floating, same size", "EvoPress"), 4
+# Whose plans are repaired; and how often a repair reads its text at most: in each model, and again what it fits.
+REPAIRED, PASSES = ("floating", "floating, same size", "EvoPress"), 3
 # Logits that are held at once.
 MOST_LOGITS = 1 << 30
 

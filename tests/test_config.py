@@ -272,6 +272,7 @@ HEAD = "run: toy\nmodel: {path: toy}\nprompts: {files: [a.txt]}\n"
         ("cap: 0.9", r"needs rounds, such as \[20, 15, 10\], or stop.sparsity"),
         ("rounds: [20]\n  schemes: [magnitude-0.5]", "no schemes"),
         ("rounds: [20]\n  recovery: {files: [a], masked_steps: 0, unmasked_steps: 0}", "are all 0"),
+        ("rounds: [20]\n  recovery: {files: [a], repair_tokens: 4096}", "sparsity prunes weight by weight"),
         ("rounds: [20]\n  recovery: {files: [a], batch_tokens: 256}", "batch_tokens 256 is less than 1 x"),
     ],
 )

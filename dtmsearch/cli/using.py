@@ -72,7 +72,7 @@ def evaluate_verb(
     "recover",
     epilog=examples(
         "dtmsearch recover my-run --set 'files=[train.txt]' --set masked_steps=500",
-        "dtmsearch recover my-run --set lr=0.0003 --format json",
+        "dtmsearch recover my-run --set repair_tokens=131072 --set lr=0.0003 --format json",
     ),
 )
 @click.argument("name", metavar="RUN")
@@ -83,9 +83,10 @@ def evaluate_verb(
 @where_options
 @format_option("table", "json")
 def recover_verb(name: str, overrides: tuple[str, ...], store: str, form: str, quiet: bool, **where: Any) -> None:
-    """Train a run's pruned model.
+    """Repair and train a run's pruned model.
 
-    What the plan prunes stays zero. The same command goes on with a training that was stopped.
+    What the plan prunes stays zero. repair_tokens fits what is left by least squares, masked_steps train it. The same
+    command goes on with a training that was stopped.
     """
     from dtmsearch.console.plan_text import recovered_text
 

@@ -325,6 +325,11 @@ class SearchSection(Section):
             return self
         if self.schemes or self.shapes_blocks:
             raise ValueError("strategy: sparsity takes prune: magnitude, wanda, ... and shares of its own, no schemes")
+        if self.recovery is not None and self.recovery.repair_tokens:
+            raise ValueError(
+                "recovery.repair_tokens fits what stands before dropped blocks, or in cut ones; sparsity prunes weight "
+                "by weight: leave it at 0"
+            )
         if self.recovery is not None and self.prune == "sparsegpt":
             raise ValueError(
                 "recovery goes with prune: magnitude or wanda; SparseGPT solves for the base model's weights"

@@ -79,14 +79,17 @@ def measurement_values(measurement: PlanMeasurement) -> dict[str, Any]:
 
 
 def recovered_text(recovered: RecoveredModel) -> str:
-    """A plan's model before and after training."""
+    """A plan's model before and after it was repaired or trained; and where that did it harm."""
     rows = [
         [label, *(metric_cells(summary) if summary is not None else ["not measured"])]
         for label, summary in (("before", recovered.before), ("after", recovered.after))
     ]
-    head = f"the plan of {recovered.run}, trained under its masks: {recovered.weights_file}"
+    head = f"the plan of {recovered.run}, recovered under its masks: {recovered.weights_file}"
     export = f"to export it: dtmsearch export {recovered.run} --to dense --out DIR --weights {recovered.weights_id}"
-    return f"{head}\n\n{table(['training', *METRIC_COLUMNS], rows)}\n{export}"
+    before, after = (None if each is None else each.kl for each in (recovered.before, recovered.after))
+    if before is not None and after is not None and after > before:
+        export += "\nbut its KL was less before: without --weights the export is of the plan as it was"
+    return f"{head}\n\n{table(['recovery', *METRIC_COLUMNS], rows)}\n{export}"
 
 
 def exported_text(result: Exported) -> str:

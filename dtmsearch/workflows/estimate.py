@@ -132,13 +132,13 @@ def _num_milestones(file: SearchFile) -> int:
 
 def _training_seconds(file: SearchFile, forward_seconds: float) -> float:
     """Seconds of a search's trainings, where a forward pass takes so long a token. A step goes forward once and
-    backward at twice that; forward once more where activations are computed anew, or a teacher is asked. A fit goes
-    through each model twice."""
+    backward at twice that; forward once more where activations are computed anew, or a teacher is asked. A fit reads
+    its text in both models, and once more in what it fits."""
     section = file.search.recovery
     if section is None:
         return 0.0
     passes = 3.0 + section.checkpointing + section.asks_base
-    tokens = section.num_steps * section.batch_tokens * passes + section.repair_tokens * 4.0
+    tokens = section.num_steps * section.batch_tokens * passes + section.repair_tokens * 3.0
     return file.search.training_rounds * tokens * forward_seconds
 
 

@@ -46,7 +46,7 @@ class PlanMeasurement:
 
 @dataclass(frozen=True)
 class RecoveredModel:
-    """A plan's model before and after training, on held-out prompts; None where it could not be measured."""
+    """A plan's model before and after it was repaired and trained, on held-out prompts; None where that failed."""
 
     run: str
     weights_id: str
@@ -114,7 +114,7 @@ def recover(
     observer: Observer | None = None,
     evaluator: OpenEvaluator | None = None,
 ) -> RecoveredModel:
-    """Train the model of a run's final plan under its masks, and measure it before and after.
+    """Repair and train the model of a run's final plan under its masks, and measure it before and after.
 
     `settings` (`masked_steps=200`, `files=[train.txt]`) go over the run's own `search.recovery`. Raises `UserError`
     for a plan that does more than prune, `RecoveryDiverged`, and `SearchStopped`, after which the same goes on.
@@ -138,6 +138,11 @@ def recover(
                 "router would go on giving tokens to experts of zeros. Recover a plan without experts-... widths"
             )
         blocks = [name for name in plan.dropped if session.manifest.by_name[name].is_block] + sorted(plan.widths)
+        if recovery.repair_tokens and not blocks:
+            raise UserError(
+                "repair_tokens fits what stands before dropped blocks, or in cut ones, and the plan has neither: give "
+                "repair_tokens=0"
+            )
         if blocks and recovery.unmasked_steps:
             raise UserError(
                 f"unmasked_steps: {recovery.unmasked_steps} would let {min(blocks)} grow again, which the plan drops "
