@@ -182,6 +182,19 @@ def test_rounds_that_are_killed_go_on_to_the_same_plan_over_the_same_weights(
         export("tiny", "dense", tmp_path / "even", str(killed), even=True)
 
 
+def test_rounds_may_be_repaired_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a step: in seconds, and what is exported are the fitted weights."""
+    in_process(monkeypatch)
+    recovery = SEARCH["recovery"] | {"masked_steps": 0, "repair_tokens": 512}  # type: ignore[operator]
+    file = tiny_search(tmp_path, search=SEARCH | {"recovery": recovery}, prompts__count=8)
+    store = tmp_path / "store"
+    run(config.load(file), str(store), evaluator=lambda own, where: cast(ModelEvaluator, InProcess(own, where)))
+    assert [(row["steps"], row["tokens"]) for row in rows(store, "trainings")] == [(0, 0), (0, 0)]
+    assert len(weights(store)) == 2
+    made = export("tiny", "dense", tmp_path / "out", str(store))
+    assert made.check is not None and made.check.equal
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
