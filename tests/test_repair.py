@@ -124,15 +124,43 @@ def test_a_cut_block_is_fitted_over_the_columns_that_stay(folder: Path) -> None:
     assert not torch.equal(changed[name][:, :24], dict(base.named_parameters())[name][:, :24])
 
 
-def test_nothing_to_fit_is_told(folder: Path) -> None:
+def test_zeros_of_the_files_own_close_no_column(folder: Path) -> None:
+    """Weights that are zero in any case lie in the mask as pruned ones do, and stay what they are."""
+    model, base = loaded(folder), loaded(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    mask = torch.ones_like(dict(model.named_parameters())[name], dtype=torch.bool)
+    mask[:, 24:] = False
+    mask[3, 5] = False
+    for each in (model, base):
+        dict(each.named_parameters())[name].data[3, 5] = 0.0
+    dict(model.named_parameters())[name].data *= mask
+    changed = Repair(model, base, ROWS, {name: mask}).run()
+    assert list(changed) == [name] and not bool(changed[name][~mask].any())
+
+
+def test_nothing_to_fit_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, base = loaded(folder), loaded(folder)
     name = "model.layers.0.mlp.down_proj.weight"
     scattered = {name: dict(model.named_parameters())[name] > 0}
-    with pytest.raises(UserError, match="there is nothing to fit"):
-        Repair(model, base, ROWS, scattered).run()
-    first = ("model.layers.0.self_attn",)
-    with pytest.raises(UserError, match="there is nothing to fit"):
-        Repair(model, base, ROWS, masks_of(model, first)).run()
+    assert Repair(model, base, ROWS, scattered).run() == {}
+    assert Repair(model, base, ROWS, masks_of(model, ("model.layers.0.self_attn",))).run() == {}
+    assert caplog.text.count("nothing is fitted") == 2
+
+
+def test_a_block_that_does_something_to_its_last_product_stays_as_it_is() -> None:
+    """Of Qwen2-MoE the shared expert ends in a matrix, which a gate then weighs."""
+    model, base = (tiny_model("qwen2_moe").float().eval() for _ in range(2))
+    base.load_state_dict(model.state_dict())
+    kept = masks_of(model, ("model.layers.1.self_attn",))
+    assert Repair(model, base, ROWS.clamp(max=200), kept).run() == {}
+
+
+def test_a_factor_behind_the_last_matrix_is_seen(folder: Path) -> None:
+    model, base = loaded(folder), loaded(folder)
+    kept = masks_of(model, GONE)
+    for each in (model, base):
+        each.model.layers[0].mlp.register_forward_hook(lambda _, args, output: output * 3.0)
+    assert Repair(model, base, ROWS, kept).run() == {}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite", "gpt2"])

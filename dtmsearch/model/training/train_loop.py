@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.identity import file_digest
+from dtmsearch.errors import UserError
 from dtmsearch.model.modules.loading import checkpoint_folder, load_tokenizer
 from dtmsearch.model.training.batches import batch_rows, check_batch, read_rows
 from dtmsearch.model.training.checkpoints import (
@@ -88,22 +90,28 @@ class Loop:
         over = [path for path in (training.base, training.folder / START_FILE) if path is not None]
         kept = masks_of_parameters(training.folder / MASKS_FILE)
         if recipe.repair_tokens:
-            with self._accelerator.main_process_first():
-                over.append(self._repaired(source, over, kept))
+            over.append(self._repaired(source, over, kept))
         self._learner = Learner(self._accelerator, recipe, training.spec, source, over, kept)
         self._step, self._losses = 0, list[float]()
         self._pending: list[Tensor] = []
         self._started_at = time.monotonic()
 
     def _repaired(self, source: Path, over: Sequence[Path], kept: Mapping[str, Tensor]) -> Path:
-        """The file of what a repair changes, made where it is not there."""
-        path = self._training.folder / REPAIRED_FILE
-        if not path.exists():
-            count = min(-(-self._recipe.repair_tokens // self._rows.shape[1]), len(self._rows))
-            rows = torch.from_numpy(self._rows[batch_rows(0, count, len(self._rows), self._recipe.seed)]).long()
-            device = self._accelerator.device
-            found = repaired(self._training.spec, source, over, kept, rows.to(device))
-            write_whole(path, lambda temporary: save_file(found, temporary))
+        """The file of what a repair changes, made by the first process where it is not there. Raises `UserError` in all
+        processes alike."""
+        path, recipe = self._training.folder / REPAIRED_FILE, self._recipe
+        problem = [""]
+        if self._accelerator.is_main_process and not path.exists():
+            count = min(-(-recipe.repair_tokens // recipe.sequence_tokens), len(self._rows))
+            rows = torch.from_numpy(self._rows[batch_rows(0, count, len(self._rows), recipe.seed)]).long()
+            try:
+                found = repaired(self._training.spec, source, over, kept, rows.to(self._accelerator.device))
+                write_whole(path, lambda temporary: save_file(found, temporary))
+            except UserError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise UserError(problem[0])
         return path
 
     def run(self, stop_requested: Callable[[], bool]) -> dict[str, Any]:
