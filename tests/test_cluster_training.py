@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),  # of its own settings, on import
 ]
 
-_RECIPE = replace(RECIPE, masked_steps=40, lr=3e-3, checkpoint_steps=10)
+_RECIPE = replace(RECIPE, masked_steps=40, lr=3e-3, checkpoint_steps=10, repair_tokens=64)
 _SEARCH = """
 run: toy
 model: {path: MODEL, dtype: float32}
