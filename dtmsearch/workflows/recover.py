@@ -55,6 +55,11 @@ class Recovering:
             self._session.note(f"round {number + 1}: {_said(self._recovery)}; its log is {folder / LOG_FILE}")
             self._train(folder)
         result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if self._recovery.repair_tokens and not result["fitted"]:
+            self._session.note(
+                "nothing was fitted: no block that may be fitted stands before what is dropped, or is cut, or no fit "
+                f"served it; see {folder / LOG_FILE}"
+            )
         self._session.writer.add(
             [
                 TrainingRecord(

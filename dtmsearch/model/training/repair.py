@@ -26,7 +26,7 @@ from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.widths import side_of
 from dtmsearch.errors import UserError
 from dtmsearch.model.forward.partial import Body
-from dtmsearch.model.modules.blocks import state_of
+from dtmsearch.model.modules.blocks import as_returned, returned_kind, state_of
 from dtmsearch.model.modules.discovery import components_of
 from dtmsearch.model.modules.loading import load_model
 from dtmsearch.model.modules.matrices import read, write
@@ -39,9 +39,6 @@ log = logging.getLogger(__name__)
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # How far what a layer adds may be from its blocks' outputs, over its norm, for it to do nothing but add them.
 _MOST_OTHERWISE = 1e-2
-# The share of weights that are not zero in columns that stay, where none are pruned: files of 16 bits, and quantized
-# ones, have zeros.
-_LEAST_KEPT = 0.75
 # Tokens that are read at once.
 _BATCH_TOKENS = 8_192
 
@@ -134,19 +131,19 @@ class _Reader:
             self._states = [noted.left for noted in self.through((), ())]
             self.at += 1
 
-    def through(self, blocks: Collection[str], matrices: Collection[str]) -> Iterator[_Noted]:
-        """What is seen as each batch goes through the present layer."""
+    def through(self, blocks: Collection[str], matrices: Collection[str], silent: str = "") -> Iterator[_Noted]:
+        """What is seen as each batch goes through the present layer, in which one block may give zeros."""
         model, name = self._body.model, f"{self._body.layers_name}.{self.at}"
         for tokens, state in zip(self._batches, self._states, strict=True):
             noted = _Noted()
-            with _noting(model, name, blocks, matrices, noted):
+            with _noting(model, name, blocks, matrices, silent, noted):
                 noted.left = self._body.through(state, self.at, self.at + 1, partial(self._body.run, tokens))
             yield noted
 
 
 @contextmanager
 def _noting(
-    model: nn.Module, layer: str, blocks: Collection[str], matrices: Collection[str], noted: _Noted
+    model: nn.Module, layer: str, blocks: Collection[str], matrices: Collection[str], silent: str, noted: _Noted
 ) -> Iterator[None]:
     def entered(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         noted.entered = args[0] if args else named["hidden_states"]
@@ -157,9 +154,13 @@ def _noting(
     def read_by(name: str) -> Any:
         return lambda _, args: noted.read.update({name: args[0]})
 
+    def silenced(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return as_returned(torch.zeros_like(state_of(output)), returned_kind(output))
+
     hooks = [model.get_submodule(layer).register_forward_pre_hook(entered, with_kwargs=True)]
     hooks += [model.get_submodule(name).register_forward_hook(given(name)) for name in blocks]
     hooks += [model.get_submodule(name).register_forward_pre_hook(read_by(name)) for name in matrices]
+    hooks += [model.get_submodule(silent).register_forward_hook(silenced)] if silent else []
     try:
         yield
     finally:
@@ -199,13 +200,13 @@ class Repair:
             raise UserError("recovery.repair_tokens: the text must have two rows at least, one to test the other's fit")
         self._model, self._base = model, base
         self._own, self._wanted = _Reader(own, batches), _Reader(wanted, batches)
-        held = _blocks(model, kept)
+        held = _blocks(model, base, kept)
         self._scales, self._blocks = self._found(_Reader(wanted, batches[:1]), held, own.num_layers)
 
     @torch.inference_mode()
     def _found(self, reader: _Reader, held: Mapping[str, _Block], num_layers: int) -> tuple[list[float], list[_Block]]:
         """By what a layer multiplies its blocks' outputs before it adds them, and the blocks in the order in which they
-        run. Raises `UserError` for a model whose layers do more than that."""
+        are added. Raises `UserError` for a model whose layers do more than that."""
         scales, order = list[float](), list[_Block]()
         for layer in range(num_layers):
             reader.advance(layer)
@@ -223,8 +224,20 @@ class Repair:
                     "leave repair_tokens at 0"
                 )
             scales.append(scale)
-            order += [self._checked(own[name], noted) for name in noted.given]
+            blocks = [self._checked(own[name], noted) for name in noted.given]
+            if self._side_by_side(reader, noted):
+                # They read the same and are added in any order: what is left makes up for what is gone beside it.
+                blocks.sort(key=lambda block: block.gone)
+            order += blocks
         return scales, order
+
+    def _side_by_side(self, reader: _Reader, noted: _Noted) -> bool:
+        """Whether a layer's other blocks give what they gave where its first one gives zeros."""
+        first, *others = noted.given or [""]
+        if not others:
+            return False
+        without = next(iter(reader.through(others, (), first)))
+        return all(torch.equal(without.given[name], noted.given[name]) for name in others)
 
     def _checked(self, block: _Block, noted: _Noted) -> _Block:
         """A block; of one that does something to what its last matrix gives this matrix may not be fitted."""
@@ -232,7 +245,7 @@ class Repair:
             return replace(block, last=None, open=None)
         made = self._base.get_submodule(block.last)(noted.read[block.last])
         given = noted.given[block.place.name]
-        same = float((made - given).norm()) <= _MOST_OTHERWISE * float(given.norm())
+        same = made.shape == given.shape and float((made - given).norm()) <= _MOST_OTHERWISE * float(given.norm())
         return block if same else replace(block, last=None, open=None)
 
     @torch.inference_mode()
@@ -288,7 +301,7 @@ class Repair:
         return [block.place.name for block in self._blocks[: at + 1] if block.place.layer == layer]
 
 
-def _blocks(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, _Block]:
+def _blocks(model: nn.Module, base: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, _Block]:
     """The attention and MLP blocks of a model, by name."""
     components = components_of(model)
     found = {}
@@ -301,16 +314,17 @@ def _blocks(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, _Block]:
         pruned = any(not bool(mask.all()) for mask in masks.values())
         last = inside[-1]
         fits = not gone and not any(c.stacked or c.mixture for c in inside) and side_of(last) == "cols"
-        weights = _open(last, masks.get(last.name)) if fits else None
+        weights = _open(last, read(base.get_submodule(last.name)), masks.get(last.name)) if fits else None
         found[place.name] = _Block(place, gone, pruned, None if weights is None else last.name, weights)
     return found
 
 
-def _open(last: Component, mask: Tensor | None) -> Tensor | None:
+def _open(last: Component, own: Tensor, mask: Tensor | None) -> Tensor | None:
     """The weights of a matrix that may be fitted: those of the columns that stay, where what is gone are whole columns,
-    but for weights that are zero in any case. None where it is pruned weight by weight."""
+    but for weights that are zero in the base model's `own`. None where it is pruned weight by weight."""
     if mask is None:
         return torch.ones(last.shape, dtype=torch.bool)
     mask = mask.t() if last.transposed else mask
     there = mask.any(0)
-    return mask if float(mask[:, there].float().mean()) > _LEAST_KEPT else None
+    pruned = ~mask & (own.to(mask.device) != 0)
+    return None if bool(pruned[:, there].any()) else mask

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dtmsearch.core.checkpoint_files import read_header
 from dtmsearch.core.evaluation import ModelSpec
 from dtmsearch.core.identity import file_digest
 from dtmsearch.errors import UserError
@@ -109,6 +110,9 @@ class Loop:
                 write_whole(path, lambda temporary: save_file(found, temporary))
             except UserError as error:
                 problem = [str(error)]
+            except BaseException:  # whoever waits for this process learns of it
+                broadcast_object_list(["the first process could not fit what is left: see its error"])
+                raise
         broadcast_object_list(problem)
         if problem[0]:
             raise UserError(problem[0])
@@ -209,6 +213,7 @@ class Loop:
                 "tokens": recipe.num_steps * recipe.rows * recipe.sequence_tokens,
                 "seconds": self._seconds,
                 "losses": self._losses,
+                "fitted": len(read_header(training.folder / REPAIRED_FILE)) if recipe.repair_tokens else 0,
             }
             write_whole(training.folder / RESULT_FILE, lambda path: path.write_text(json.dumps(result)))
             for folder in checkpoints(training.folder):

@@ -85,10 +85,15 @@ def unpack_masks(path: Path) -> dict[str, Tensor]:
 
 
 def overlay(model: nn.Module, path: Path) -> None:
-    """Put the weights of a file over a model's own."""
+    """Put the weights of a file over a model's own. Raises `UserError` for what is no parameter of the model."""
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in load_file(path).items():
+            if name not in named:
+                raise UserError(
+                    f"{name} is no parameter of its own, as matrices of stacked experts are none: what such mixtures "
+                    "lose is not held at zero, so plans that drop or prune them are neither repaired nor trained"
+                )
             named[name].copy_(tensor)
 
 
