@@ -24,7 +24,6 @@ import copy
 import json
 import os
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -353,7 +352,7 @@ def main(
     settings = FloatingSettings(prompts=few, first_prompts=first, exchange_prompts=judged, patience=patience)
     row = prompt_tokens + continuation_tokens
     spec = ModelSpec(model, dtype="float32", compile="never")
-    folder = Path(tempfile.mkdtemp(prefix="structured-"))
+    folder = Path(click.get_current_context().with_resource(tempfile.TemporaryDirectory()))
     replica = Replica(spec, ReplicaSettings(weights_folder=str(folder)))
     manifest = replica.manifest()
     texts = {name: [Path(path).read_text()] for name, path in (("search", search_text), ("judge", judge_text))}
@@ -408,7 +407,6 @@ def main(
             note(f"seed {seed}, {count} blocks: judged")
             if out:
                 Path(out).write_text(json.dumps({"model": model, "held_out": held_out, "rows": rows}, indent=1))
-    shutil.rmtree(folder)
     show(rows, values)
 
 

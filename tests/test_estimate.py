@@ -210,6 +210,15 @@ def test_training_takes_three_forward_passes_a_step_in_every_round(tmp_path: Pat
     assert foretold(file).training_seconds == pytest.approx(2 * 4 * 512 * 3 * 5.0 / row_tokens)
 
 
+def test_a_fit_takes_three_forward_passes_of_its_text_in_every_round(tmp_path: Path) -> None:
+    fitted = {"files": ["text.txt"], "repair_tokens": 4096, "masked_steps": 0, "unmasked_steps": 0}
+    search = {"strategy": "floating", "drop": ["mlp"], "stop": {"blocks": 2}, "floating": {"rounds": 2}}
+    file = tiny_search(tmp_path, search=search | {"recovery": fitted})
+    prompts = load(str(file)).prompts
+    row_tokens = prompts.prompt_tokens + prompts.continuation_tokens
+    assert foretold(file).training_seconds == pytest.approx(2 * 4096 * 3 * 5.0 / row_tokens)
+
+
 @pytest.mark.parametrize("more", [{"distill": 0.5}, {"distill_hidden": 1.0}, {"checkpointing": True}])
 def test_a_teacher_and_activations_made_anew_take_a_forward_pass_more(tmp_path: Path, more: dict[str, Any]) -> None:
     plain, with_more = (

@@ -17,6 +17,7 @@ from tiny import llama_config, write_model
 
 from dtmsearch.cli import main
 from dtmsearch.config import load
+from dtmsearch.errors import UserError
 from dtmsearch.model.weights.trained import unpack_masks
 from dtmsearch.store.store import ResultStore
 from dtmsearch.workflows.evaluate import evaluate, recover
@@ -64,6 +65,11 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def again(searched: Trained) -> str:
     """The weights that one more training of the search's plan came to."""
     return recover(RUN, str(searched.store), ["unmasked_steps=0"], evaluator=here).weights_id
+
+
+def test_a_plan_without_dropped_or_cut_blocks_has_nothing_to_repair(searched: Trained) -> None:
+    with pytest.raises(UserError, match="the plan has neither: give repair_tokens=0"):
+        recover(RUN, str(searched.store), ["unmasked_steps=0", "repair_tokens=64"], evaluator=here)
 
 
 @pytest.mark.process

@@ -130,6 +130,15 @@ def test_a_training_that_is_in_the_store_is_found_and_its_weights_keep_the_masks
     assert ResultStore(tmp_path / "store").weights_id("toy") == first
 
 
+def test_a_fit_that_changed_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Session, "note", lambda _, line: told.append(line))
+    with recovering(search_file(tmp_path, 2)) as trainings:
+        trainings._recovery = replace(trainings._recovery, repair_tokens=64)
+        trainings(replace(TRAINING, plan=Plan.of({DOWN: "magnitude-0.5"})))  # of which no whole columns go
+    assert [line for line in told if line.startswith("nothing was fitted")]
+
+
 def test_a_loss_that_is_no_number_can_be_resumed_from(tmp_path: Path) -> None:
     (tmp_path / "failure.json").write_text(json.dumps({"kind": "diverged", "message": "the loss is nan"}))
     assert isinstance(_failure(tmp_path, 1), RecoveryDiverged)

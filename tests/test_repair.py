@@ -14,7 +14,9 @@ from tiny import LONG_TEXT as TEXT
 from tiny import replica, with_reference, write_model
 from transformers import GPT2Config
 
+from dtmsearch.console.plan_text import recovered_text
 from dtmsearch.core.evaluation import EvalRequest, ModelSpec
+from dtmsearch.core.metrics import Summary
 from dtmsearch.core.plan import Plan
 from dtmsearch.core.training_settings import RecoverySettings
 from dtmsearch.core.variant import Variant
@@ -24,6 +26,7 @@ from dtmsearch.model.training.recipe import Recipe
 from dtmsearch.model.training.repair import Repair, Sums, fitted_change
 from dtmsearch.model.training.train_loop import REPAIRED_FILE, Training, train
 from dtmsearch.model.weights.trained import MASKS_FILE, START_FILE, overlay, pack_masks
+from dtmsearch.workflows.evaluate import RecoveredModel
 
 GONE = ("model.layers.1.self_attn", "model.layers.1.mlp")
 ROWS = torch.randint(1, 257, (64, 24), generator=torch.Generator().manual_seed(0))
@@ -193,6 +196,19 @@ def test_a_family_whose_layers_do_more_is_refused() -> None:
     model, base = (tiny_model("gemma2").float().eval() for _ in range(2))
     with pytest.raises(UserError, match="layer 0 of Gemma2ForCausalLM does more than add what its blocks give"):
         Repair(model, base, ROWS.clamp(max=200), masks_of(model, GONE)).run()
+
+
+def test_what_is_no_parameter_is_named(folder: Path, tmp_path: Path) -> None:
+    save_file({"model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}, tmp_path / "start.safetensors")
+    with pytest.raises(UserError, match=r"experts\.0\.up_proj\.weight is no parameter of its own"):
+        overlay(loaded(folder), tmp_path / "start.safetensors")
+
+
+@pytest.mark.parametrize(("after", "told"), [(0.2, False), (0.4, True)])
+def test_a_repair_that_does_harm_is_told(after: float, told: bool) -> None:
+    before = Summary(64, 27.5, 20.0, 31.0, 32.0, 0.25, 2.1, 26.4, 0.3)
+    text = recovered_text(RecoveredModel("small", "4f0c", "weights/4f0c", before, replace(before, kl=after)))
+    assert ("its KL was less before" in text) == told
 
 
 RECIPE = Recipe(("text.txt",), 0, 0, batch_tokens=64, sequence_tokens=16, lr=1e-2, repair_tokens=512)

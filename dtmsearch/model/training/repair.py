@@ -253,8 +253,8 @@ class Repair:
         """Fit the blocks behind which some are gone, and those that are themselves pruned; the parameters that changed,
         by name; none where there are no such blocks, or none of them may be fitted.
 
-        The others stay as they are. Fitted as well, they come nearer to the base model's states on the text, yet what
-        they give elsewhere goes astray: on stories-260k that doubled the KL of some prompts (docs/structured.md)."""
+        The others stay as they are: fitted as well, they come nearer to the base model's states on the text, yet the
+        model's continuations go further from the base's on two of three models (docs/structured.md)."""
         changed: dict[str, Tensor] = {}
         for at, block in enumerate(self._blocks):
             end = at
